@@ -1,0 +1,36 @@
+# What people and CI share. `make quickstart` and `make test` need nothing but Python and a compiler-free machine.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install quickstart test check format clean
+
+install: $(VENV)/.installed
+
+# torch comes first: DeepSpeed's installation asks for it and must find this one, not fetch another.
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt setuptools wheel numpy torch
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation deepspeed
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,monitor]'
+	touch $@
+
+quickstart: install
+	PATH="$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
+
+test: install
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf data runs exported

@@ -1,0 +1,334 @@
+"""The shard format: the one place where preprocessing and training meet.
+
+    DIR/manifest.json            what is in the folder, and its fingerprint
+    DIR/tokenizer/               the tokenizer that made the ids
+    DIR/dataset_dict.json        so that datasets.load_from_disk(DIR) opens the folder
+    DIR/<split>/shard-NNNNN.arrow
+
+A shard is an uncompressed Arrow IPC stream of one record batch, a row a document. `input_ids` holds the document's
+token ids and closes with the separator `</s>`; `sentence_ends` holds, for every sentence, the offset in the document
+behind its last token, so its last value is the number of tokens without the separator. Because documents lie one
+behind the other in a single values buffer with their separators between them, a packed sequence is one contiguous
+slice of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from ds_roberta.errors import UserError
+from ds_roberta.files import atomic_path, json_fingerprint, write_json
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
+SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT)
+CHUNK_BYTES = 1 << 20
+"""Bytes covered by one chunk checksum."""
+MAX_UINT16_VOCABULARY = 1 << 16
+_MAX_BATCH_TOKENS = 2**31 - 1  # offsets of an Arrow list are int32
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What training must know of a tokenizer: the size of its vocabulary, its special ids, its identity."""
+
+    vocab_size: int
+    bos_token_id: int
+    pad_token_id: int
+    eos_token_id: int
+    mask_token_id: int
+    special_ids: tuple[int, ...]
+    fingerprint: str
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerInfo:
+        """Read `tokenizer.json` of a Hugging Face tokenizer folder.
+
+        Raises:
+            UserError: there is no such file, it is not a tokenizer, or one of RoBERTa's special tokens is missing.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(
+                f"no tokenizer in {str(folder)!r} (tokenizer.json is missing): "
+                "make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            model, added = content["model"], content.get("added_tokens") or []
+            vocabulary = dict(model["vocab"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json: {error!r}") from error
+        vocabulary.update({token["content"]: token["id"] for token in added})
+        ids = {}
+        for name in ("<s>", "<pad>", "</s>", "<mask>"):
+            if name not in vocabulary:
+                raise UserError(
+                    f"the tokenizer in {str(folder)!r} has no {name} token: use a tokenizer of the RoBERTa kind, "
+                    "for example one made with 'preprocess train-tokenizer'"
+                )
+            ids[name] = vocabulary[name]
+        specials = {token["id"] for token in added if token.get("special")} | set(ids.values())
+        identity = {
+            "vocab": vocabulary,
+            "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])],
+            "normalizer": content.get("normalizer"),
+            "pre_tokenizer": content.get("pre_tokenizer"),
+        }
+        return cls(
+            vocab_size=max(vocabulary.values()) + 1,
+            bos_token_id=ids["<s>"],
+            pad_token_id=ids["<pad>"],
+            eos_token_id=ids["</s>"],
+            mask_token_id=ids["<mask>"],
+            special_ids=tuple(sorted(specials)),
+            fingerprint=json_fingerprint(identity),
+        )
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as the manifest describes it; `file` is relative to the data folder."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    checksum: str
+    chunk_checksums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """What became of one input file: documents_read = documents_kept + the sum over `rejected`."""
+
+    path: str
+    documents_read: int
+    documents_kept: int
+    rejected: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `manifest.json`."""
+
+    tokenizer: TokenizerInfo
+    options: dict[str, Any]
+    inputs: tuple[InputInfo, ...]
+    splits: dict[str, tuple[ShardInfo, ...]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokens: what a checkpoint is bound to, whatever the input's paths were."""
+        shards = {split: [shard.checksum for shard in shards] for split, shards in self.splits.items()}
+        return json_fingerprint({"tokenizer": self.tokenizer.fingerprint, "splits": shards})
+
+    def tokens(self, split: str) -> int:
+        return sum(shard.tokens for shard in self.splits.get(split, ()))
+
+    def documents(self, split: str) -> int:
+        return sum(shard.documents for shard in self.splits.get(split, ()))
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest and the small files by which `datasets` opens the folder; the manifest comes last."""
+        names = [split for split in SPLITS if self.splits.get(split)]
+        for split in names:
+            _write_datasets_files(folder / split, split, self.splits[split], self.fingerprint)
+        write_json(folder / "dataset_dict.json", {"splits": names})
+        content = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+        write_json(folder / MANIFEST_NAME, content)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check a data folder's manifest.
+
+        Raises:
+            UserError: the folder or manifest is missing, of another format version, damaged, or its tokenizer folder
+                holds another tokenizer than the one that made the ids.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise UserError(
+                f"no prepared data in {str(folder)!r} ({MANIFEST_NAME} is missing): make it with "
+                f"'preprocess shard --input TEXT --tokenizer DIR --output {folder}'"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{str(path)!r} has format version {version}, this program reads {FORMAT_VERSION}: "
+                    "prepare the data again with 'preprocess shard'"
+                )
+            manifest = cls(
+                tokenizer=TokenizerInfo(
+                    **{**content["tokenizer"], "special_ids": tuple(content["tokenizer"]["special_ids"])}
+                ),
+                options=content["options"],
+                inputs=tuple(InputInfo(**entry) for entry in content["inputs"]),
+                splits={
+                    split: tuple(
+                        ShardInfo(**{**shard, "chunk_checksums": tuple(shard["chunk_checksums"])}) for shard in shards
+                    )
+                    for split, shards in content["splits"].items()
+                },
+            )
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{str(path)!r} is damaged ({error!r}): prepare the data again") from error
+        if manifest.fingerprint != content.get("fingerprint"):
+            raise UserError(f"{str(path)!r} does not match its own fingerprint: prepare the data again")
+        tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
+        if tokenizer != manifest.tokenizer:
+            raise UserError(
+                f"the data in {str(folder)!r} was made with another tokenizer (fingerprint "
+                f"{manifest.tokenizer.fingerprint}) than the one in its tokenizer folder ({tokenizer.fingerprint}): "
+                "put the right one back or prepare the data again"
+            )
+        return manifest
+
+
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """The integer type of ids on disk: uint16 where the vocabulary fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCABULARY else np.uint32)
+
+
+def write_shard(
+    folder: Path,
+    split: str,
+    index: int,
+    documents: Sequence[np.ndarray],
+    sentence_ends: Sequence[np.ndarray],
+    vocab_size: int,
+) -> ShardInfo:
+    """Write one shard, atomically.
+
+    Args:
+        documents: token ids of each document, closed by the separator.
+        sentence_ends: per document, rising offsets behind each sentence; the last is `len(document) - 1`.
+
+    Returns:
+        The shard's entry for the manifest.
+    """
+    name = f"{split}/shard-{index:05d}.arrow"
+    ids = _list_array(documents, token_type(vocab_size))
+    ends = _list_array(sentence_ends, np.dtype(np.uint32))
+    batch = pa.record_batch([ids, ends], names=["input_ids", "sentence_ends"])
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        size, checksum, chunks = checksums(temporary)
+    return ShardInfo(name, len(documents), len(ids.values), size, checksum, chunks)
+
+
+def checksums(path: Path) -> tuple[int, str, tuple[str, ...]]:
+    """Size, XXH3-128 and the XXH3-64 of every `CHUNK_BYTES` of a file."""
+    whole, chunks, size = xxhash.xxh3_128(), [], 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            whole.update(chunk)
+            chunks.append(xxhash.xxh3_64_hexdigest(chunk))
+            size += len(chunk)
+    return size, whole.hexdigest(), tuple(chunks)
+
+
+class Split:
+    """Memory-mapped, zero-copy access to the shards of one split; a shard is opened when first asked for."""
+
+    def __init__(self, folder: Path, split: str, shards: Sequence[ShardInfo]):
+        self.folder, self.name, self.shards = folder, split, tuple(shards)
+
+    @cache  # noqa: B019 - a split lives as long as its process
+    def _columns(self, shard: int) -> tuple[pa.Array, pa.Array]:
+        info = self.shards[shard]
+        path = self.folder / info.file
+        try:
+            if path.stat().st_size != info.bytes:
+                raise UserError(
+                    f"{str(path)!r} has {path.stat().st_size} bytes, the manifest says {info.bytes}: it was cut or "
+                    "replaced; prepare the data again"
+                )
+            batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"cannot read the shard {str(path)!r}: {error}") from error
+        return batch.column("input_ids"), batch.column("sentence_ends")
+
+    @cache  # noqa: B019
+    def values(self, shard: int) -> np.ndarray:
+        """All token ids of a shard, one document behind the other: (tokens,) uint16 or uint32, a view of the file."""
+        return self._columns(shard)[0].values.to_numpy(zero_copy_only=True)
+
+    def document_offsets(self, shard: int) -> np.ndarray:
+        """Where each document begins in `values`, and the end of the last: (documents + 1,) int32."""
+        return self._columns(shard)[0].offsets.to_numpy(zero_copy_only=True)
+
+    def sentence_bounds(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Beginning and end (without separator) of every sentence in `values`: two (sentences,) int64."""
+        offsets = self.document_offsets(shard).astype(np.int64)
+        column = self._columns(shard)[1]
+        counts = np.diff(column.offsets.to_numpy(zero_copy_only=True))
+        ends = np.repeat(offsets[:-1], counts) + column.values.to_numpy(zero_copy_only=True)
+        starts = np.empty_like(ends)
+        starts[1:] = ends[:-1]
+        starts[np.cumsum(counts) - counts] = offsets[:-1]
+        return starts, ends
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared data folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Corpus:
+        """Raises `UserError` as `Manifest.read` does."""
+        return cls(Path(folder), Manifest.read(Path(folder)))
+
+    def split(self, name: str) -> Split:
+        return Split(self.folder, name, self.manifest.splits.get(name, ()))
+
+
+def _list_array(rows: Sequence[np.ndarray], dtype: np.dtype[Any]) -> pa.ListArray:
+    lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+    if lengths.sum() > _MAX_BATCH_TOKENS:
+        raise ValueError(f"a shard holds at most {_MAX_BATCH_TOKENS} tokens, got {lengths.sum()}")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    values = np.concatenate(rows).astype(dtype, copy=False) if len(rows) else np.empty(0, dtype)
+    item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=pa.list_(item))
+
+
+def _write_datasets_files(folder: Path, split: str, shards: Sequence[ShardInfo], fingerprint: str) -> None:
+    """`state.json` and `dataset_info.json`, as `datasets.Dataset.save_to_disk` writes them."""
+    schema = pa.ipc.open_stream(pa.memory_map(str(folder.parent / shards[0].file))).schema
+    features = {
+        field.name: {"feature": {"dtype": str(field.type.value_type), "_type": "Value"}, "_type": "List"}
+        for field in schema
+    }
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": Path(shard.file).name} for shard in shards],
+        "_fingerprint": fingerprint[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
+    write_json(folder / "state.json", state)
+    write_json(folder / "dataset_info.json", {"citation": "", "description": "", "features": features})

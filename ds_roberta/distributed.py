@@ -1,0 +1,104 @@
+"""Processes of a run: who am I, and what do we all agree on.
+
+Control messages (stop requests, counts, choices) travel over gloo and CPU tensors, so that they never wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ds_roberta.errors import UserError
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger("ds_roberta")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the others, and their control group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    control_group: dist.ProcessGroup | None
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Call on all processes at once, after the default process group stands."""
+        control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """The values' sums over all processes, in float64."""
+        return self._reduce(list(values), dist.ReduceOp.SUM)
+
+    def min(self, value: int) -> int:
+        return int(self._reduce([float(value)], dist.ReduceOp.MIN)[0])
+
+    def any(self, flag: bool) -> bool:
+        return self._reduce([float(flag)], dist.ReduceOp.MAX)[0] > 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, any picklable object, on all processes."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control_group)
+        return box[0]
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on rank 0; its value, or the `UserError` that it raised, on all processes."""
+        value, problem = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except UserError as error:
+                problem = str(error)
+        value, problem = self.broadcast((value, problem))
+        if problem is not None:
+            raise UserError(problem)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on all processes."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control_group)
+
+    def log(self, message: str) -> None:
+        """Say something once for all processes."""
+        if self.is_main:
+            logger.info(message)
+
+    def _reduce(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=operation, group=self.control_group)
+        return tensor.tolist()
+
+
+def set_single_process_defaults() -> None:
+    """Let a script started without any launcher be a run of one process."""
+    launched = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+    if not any(name in os.environ for name in launched):
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def set_up_logging() -> None:
+    """Messages of this project at INFO; DeepSpeed's and others' only from WARNING on."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,147 @@
+"""The RoBERTa encoder (Liu et al. 2019), with the parameter names and numbers of transformers' `RobertaModel`.
+
+Shapes: B sequences, T tokens, D hidden size, H heads, K = D / H.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ds_roberta.config import ModelConfig
+
+
+class RobertaEmbeddings(nn.Module):
+    """Word, position and token type embeddings, normalised: (B, T) ids to (B, T, D)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.first_position = config.pad_token_id + 1
+
+    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        # Sequences are packed from the left, so positions do not depend on the padding, whose outputs nobody reads.
+        length = input_ids_BT.shape[1]
+        positions_T = torch.arange(self.first_position, self.first_position + length, device=input_ids_BT.device)
+        token_types_T = torch.zeros_like(positions_T)
+        embedded_BTD = self.word_embeddings(input_ids_BT) + (
+            self.position_embeddings(positions_T) + self.token_type_embeddings(token_types_T)
+        )
+        return self.dropout(self.LayerNorm(embedded_BTD))
+
+
+class RobertaSelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout_prob = config.attention_probs_dropout_prob
+
+    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
+        def split_heads(projected_BTD: torch.Tensor) -> torch.Tensor:
+            return projected_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        attended_BHTK = F.scaled_dot_product_attention(
+            split_heads(self.query(hidden_BTD)),
+            split_heads(self.key(hidden_BTD)),
+            split_heads(self.value(hidden_BTD)),
+            attn_mask=mask_B11T,
+            dropout_p=self.dropout_prob if self.training else 0.0,
+        )
+        return attended_BHTK.transpose(1, 2).flatten(2)
+
+
+class ResidualOutput(nn.Module):
+    """Projection, dropout, residual connection and normalisation, as after attention and after the MLP."""
+
+    def __init__(self, input_size: int, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inner: torch.Tensor, residual_BTD: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(inner)) + residual_BTD)
+
+
+class RobertaAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self = RobertaSelfAttention(config)
+        self.output = ResidualOutput(config.hidden_size, config)
+
+    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
+        return self.output(self.self(hidden_BTD, mask_B11T), hidden_BTD)
+
+
+class RobertaIntermediate(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.dense(hidden_BTD))
+
+
+class RobertaLayer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = RobertaAttention(config)
+        self.intermediate = RobertaIntermediate(config)
+        self.output = ResidualOutput(config.intermediate_size, config)
+
+    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
+        hidden_BTD = self.attention(hidden_BTD, mask_B11T)
+        return self.output(self.intermediate(hidden_BTD), hidden_BTD)
+
+
+class RobertaEncoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(RobertaLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_BTD = layer(hidden_BTD, mask_B11T)
+        return hidden_BTD
+
+
+class RobertaModel(nn.Module):
+    """Token ids to hidden states; no pooler, as in `RobertaForMaskedLM`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embeddings = RobertaEmbeddings(config)
+        self.encoder = RobertaEncoder(config)
+
+    def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            input_ids_BT: (B, T) int64, padding (if any) on the right.
+            attention_mask_BT: (B, T) bool, false at padding; None where there is none, which is faster.
+
+        Returns:
+            (B, T, D) in the parameters' dtype.
+        """
+        mask_B11T = None if attention_mask_BT is None else attention_mask_BT[:, None, None, :]
+        return self.encoder(self.embeddings(input_ids_BT), mask_B11T)
+
+
+def initialize_weights(model: nn.Module, initializer_range: float) -> None:
+    """Normal weights of the given standard deviation, zero biases, zero padding embeddings (BERT's initialisation)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=initializer_range)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=initializer_range)
+            if module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()

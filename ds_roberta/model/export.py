@@ -1,0 +1,116 @@
+"""From our parameters to a transformers folder that loads anywhere, checked before it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+
+from ds_roberta.config import ModelConfig
+from ds_roberta.errors import UserError
+from ds_roberta.files import replace_directory
+from ds_roberta.model.objectives import MaskedLM
+
+PARITY_TOLERANCE = 1e-4
+"""Largest difference of fp32 logits between our model and transformers' that still counts as the same model, as a share
+of the largest logit (or of 1, where all are smaller): rounding grows with the numbers."""
+
+
+def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
+    return transformers.RobertaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        hidden_act="gelu",
+        hidden_dropout_prob=config.hidden_dropout_prob,
+        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+        max_position_embeddings=config.max_position_embeddings,
+        type_vocab_size=config.type_vocab_size,
+        initializer_range=config.initializer_range,
+        layer_norm_eps=config.layer_norm_eps,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> transformers.RobertaForMaskedLM:
+    """A transformers model with our weights.
+
+    Raises:
+        UserError: a parameter is missing, superfluous or of another shape.
+    """
+    model = transformers.RobertaForMaskedLM(hf_config(config))
+    expected = dict(model.named_parameters())
+    different = sorted(set(expected) ^ set(weights)) or [
+        name for name, parameter in expected.items() if parameter.shape != weights[name].shape
+    ]
+    if different:
+        raise UserError(f"the weights do not fit the model's configuration; the first that differs is {different[0]!r}")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(weights[name])
+    return model.eval()
+
+
+def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_model: torch.nn.Module) -> float:
+    """The largest difference between our logits and transformers', as a share, on random ids with padding.
+
+    Raises:
+        UserError: it is above `PARITY_TOLERANCE`, or not a number.
+    """
+    ours = MaskedLM(config)
+    ours.load_state_dict(dict(weights))
+    ours.eval()
+    length = min(64, config.max_position_embeddings - config.pad_token_id - 1)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (2, length), generator=generator)
+    attention_mask = torch.ones(2, length, dtype=torch.bool)
+    attention_mask[1, length // 2 :] = False
+    input_ids[~attention_mask] = config.pad_token_id
+    positions = attention_mask.flatten().nonzero().flatten()
+    with torch.no_grad():
+        mine = ours.logits(input_ids, attention_mask, positions)
+        theirs = hf_model(input_ids=input_ids, attention_mask=attention_mask).logits.flatten(0, 1)[positions]
+    difference = (mine - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
+    if not difference <= PARITY_TOLERANCE:
+        raise UserError(
+            f"the exported model's logits differ from the training model's by {difference:.3g} of the largest "
+            f"(more than {PARITY_TOLERANCE:g}): nothing was written"
+        )
+    return difference
+
+
+def export(
+    config: ModelConfig, weights: Mapping[str, torch.Tensor], tokenizer_folder: Path, max_seq_length: int, output: Path
+) -> float:
+    """Write a transformers folder (`config.json`, `model.safetensors`, tokenizer), whole or not at all.
+
+    Args:
+        weights: fp32 parameters by name.
+        max_seq_length: what the tokenizer shall truncate to.
+
+    Returns:
+        The parity check's largest difference of logits, as a share.
+
+    Raises:
+        UserError: the weights do not fit, the logits differ, or the folder cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{str(output)!r} is not a folder: choose another output")
+    if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise UserError(f"{str(output)!r} holds something else than a model: choose another output")
+    transformers.utils.logging.disable_progress_bar()
+    hf_model = to_transformers(config, weights)
+    # Read back what was written: the check is of the files, not of the object they came from.
+    with replace_directory(output) as temporary:
+        hf_model.save_pretrained(temporary)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer.model_max_length = max_seq_length
+        tokenizer.save_pretrained(temporary)
+        return check_parity(config, weights, transformers.RobertaForMaskedLM.from_pretrained(temporary).eval())

@@ -1,0 +1,287 @@
+"""DeepSpeed: the only place that initialises it, and what the trainer needs of it.
+
+Accumulation. Gradients of all micro-steps are summed in fp32 on every process and reduced once a step, at every ZeRO
+stage and precision:
+
+* Each parameter's `grad_dtype` is fp32, so autograd itself adds low-precision gradients to an fp32 sum.
+* Stages 0 and 1 reduce at the accumulation boundary only. Stages 2 and 3 would reduce at every micro-step;
+  DeepSpeed's `coalesce_grad_reduction` defers that to the end of the step.
+* Reduction is in fp32 (`DeepSpeedConfig.resolved`).
+
+The loss of a step is the sum over its masked tokens divided by their global number, so each micro-step's sum is divided
+by that number; DeepSpeed averages over processes, which the factor `world_size` takes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_roberta.data.hashing import derive_key
+from ds_roberta.data.loader import MicroBatch
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.distributed import Ranks, set_single_process_defaults
+from ds_roberta.errors import UserError
+from ds_roberta.training.batch import BatchPlan
+
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+import deepspeed
+import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def init_distributed() -> Ranks:
+    """Join the other processes of the launcher (deepspeed, torchrun, mpirun), or be alone where there is none."""
+    set_single_process_defaults()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # gloo serves on a CPU; DeepSpeed would compile a shared-memory operator for a minute first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    if not on_gpu() and "OMP_NUM_THREADS" not in os.environ:
+        local_processes = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_processes))
+    return Ranks.current()
+
+
+def on_gpu() -> bool:
+    return get_accelerator().device_name() != "cpu"
+
+
+def device_precisions() -> tuple[str, tuple[str, ...]]:
+    """What "auto" means here, and all precisions that the device has."""
+    accelerator = get_accelerator()
+    supported = ["fp32"]
+    if accelerator.is_bf16_supported():
+        supported.append("bf16")
+    if accelerator.is_fp16_supported():
+        supported.append("fp16")
+    if on_gpu():
+        return ("bf16" if "bf16" in supported else "fp16"), tuple(supported)
+    # Without instructions of its own for it, a processor is slower in bf16 than in fp32.
+    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return ("bf16" if fast_bf16 else "fp32"), tuple(supported)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the optimizer did: `skipped` where fp16 overflowed; `loss_scale` is 1 without fp16."""
+
+    grad_norm: float
+    skipped: bool
+    loss_scale: float
+
+
+class Engine:
+    """A model in a DeepSpeed engine, stepped once per global batch."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any], ranks: Ranks, seed: int):
+        """
+        Args:
+            config: from `DeepSpeedConfig.resolved`.
+            seed: the run's; dropout derives from it.
+
+        Raises:
+            UserError: DeepSpeed refuses the configuration.
+        """
+        self.ranks, self.config, self._seed = ranks, config, seed
+        self.deepspeed_version = deepspeed.__version__
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures there
+                self.deepspeed, *_ = deepspeed.initialize(model=model, config=config)
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.zero_stage = int(self.deepspeed.zero_optimization_stage())
+        for parameter in self.module.parameters():
+            parameter.grad_dtype = torch.float32
+        # Adam's moments exist only after a first update. With it behind us, a fresh start and a resumed one go the same
+        # way, and memory is measured with all that training needs.
+        nothing = torch.empty(0, dtype=torch.int64)
+        self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0))
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def set_batch(self, plan: BatchPlan) -> None:
+        """Tell DeepSpeed the sizes of a step, by which its timers and monitors count."""
+        self.deepspeed.set_train_micro_batch_size(plan.micro_batch_size)
+        self.deepspeed.set_train_batch_size(plan.micro_batch_size * plan.accumulation_steps * plan.world_size)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The Adam inside DeepSpeed's wrapper."""
+        return self.deepspeed.basic_optimizer
+
+    @property
+    def applied_steps(self) -> int:
+        """The number of updates by which Adam corrects its bias."""
+        for entry in (*self.optimizer.param_groups, *self.optimizer.state.values()):
+            if "step" in entry:
+                return int(entry["step"])
+        return 0
+
+    @applied_steps.setter
+    def applied_steps(self, steps: int) -> None:
+        for entry in (*self.optimizer.param_groups, *self.optimizer.state.values()):
+            if isinstance(entry.get("step"), torch.Tensor):
+                entry["step"].fill_(steps)
+            elif "step" in entry:
+                entry["step"] = steps
+
+    def full_tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """The whole fp32 `weight`, `exp_avg` and `exp_avg_sq` of a parameter; a collective call at stages 1 to 3."""
+        if self.zero_stage == 0:
+            return {"weight": parameter.data, **{key: self.optimizer.state[parameter][key] for key in _MOMENTS}}
+        return {
+            "weight": safe_get_full_fp32_param(parameter),
+            **{key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS},
+        }
+
+    def set_tensors(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
+        """The reverse of `full_tensors`, with the low-precision working weights; on all ranks."""
+        values = {key: value.to(self.device) for key, value in values.items()}
+        with torch.no_grad():
+            if self.zero_stage == 3:
+                partitions = {key: self._own_partition(parameter, value) for key, value in values.items()}
+                safe_set_local_fp32_param(parameter, partitions["weight"])
+                for key in _MOMENTS:
+                    safe_set_local_optimizer_state(parameter, partitions[key], key)
+                # DeepSpeed sets the fp32 master alone; the working copy follows only here.
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(values["weight"])
+                return
+            parameter.data.copy_(values["weight"])
+            if self.zero_stage > 0:
+                safe_set_full_fp32_param(parameter, values["weight"])
+            for key in _MOMENTS:
+                if self.zero_stage == 0:
+                    self.optimizer.state[parameter][key].copy_(values[key])
+                else:
+                    safe_set_full_optimizer_state(parameter, values[key], key)
+
+    def _own_partition(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This rank's part at stage 3, filled up with zeros: `safe_set_full_*` fails where ranks do not divide it."""
+        size = parameter.partition_numel()  # type: ignore[attr-defined]  # DeepSpeed adds it
+        padded = nn.functional.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
+        return padded.narrow(0, size * self.ranks.rank, size)
+
+    @property
+    def loss_scaler_state(self) -> dict[str, float]:
+        """The numbers of fp16's dynamic loss scaler; empty in other precisions."""
+        scaler = self._dynamic_loss_scaler
+        return {name: getattr(scaler, name) for name in _LOSS_SCALER_STATE} if scaler else {}
+
+    @loss_scaler_state.setter
+    def loss_scaler_state(self, state: dict[str, float]) -> None:
+        for name, value in state.items() if self._dynamic_loss_scaler else ():
+            setattr(self._dynamic_loss_scaler, name, value)
+
+    @property
+    def _dynamic_loss_scaler(self) -> Any:
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return scaler if self.deepspeed.fp16_enabled() and getattr(scaler, "dynamic", False) else None
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """Take a step with a loss of weight zero at learning rate 0 and forget it: nothing of the training changes."""
+        applied_steps, loss_scaler_state = self.applied_steps, self.loss_scaler_state
+        with self.accumulation():
+            self.forward_backward(micro_batch, float("inf"), 0, 0, last=True)
+        self.step(0.0)
+        self.applied_steps, self.loss_scaler_state = applied_steps, loss_scaler_state
+
+    @contextlib.contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """One step's backward passes; their summed gradient is reduced when the block ends."""
+        if self.zero_stage < 2:
+            self.deepspeed.set_gradient_accumulation_boundary(False)
+            yield
+            return
+        with self.deepspeed.coalesce_grad_reduction():
+            yield
+
+    def forward_backward(
+        self, micro_batch: MicroBatch, loss_denominator: float, global_step: int, micro_step: int, last: bool
+    ) -> torch.Tensor:
+        """One micro-step within `accumulation`.
+
+        Args:
+            loss_denominator: masked tokens of the whole global batch.
+            last: whether the step's gradient is complete after this micro-step.
+
+        Returns:
+            The sum of this micro-batch's losses, a detached fp32 scalar on the device.
+        """
+        # Nothing of the generator's state needs to be saved: a resumed step draws the same dropout.
+        torch.manual_seed(derive_key("dropout", self._seed, global_step, micro_step, self.ranks.rank) >> 1)
+        if self.zero_stage < 2:
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+        loss_sum = self._loss_sum(micro_batch)
+        self.deepspeed.backward(loss_sum * (self.ranks.world_size / loss_denominator), scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Apply the optimizer to the accumulated gradient."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm = self._unpartitioned_grad_norm() if self.zero_stage == 0 else None
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        self.deepspeed.step()
+        if grad_norm is None:
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(grad_norm, bool(getattr(self.deepspeed.optimizer, "overflow", False)), self.loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
+
+    def evaluate(self, micro_batch: MicroBatch) -> float:
+        """The sum of a micro-batch's losses, without dropout and gradient."""
+        self.deepspeed.eval()
+        with torch.no_grad():
+            loss_sum = self._loss_sum(micro_batch).item()
+        self.deepspeed.train()
+        return loss_sum
+
+    def write_monitor(self, values: dict[str, float], consumed_samples: int) -> None:
+        """Send values to the monitors of the DeepSpeed JSON (TensorBoard, CSV, Weights & Biases)."""
+        if self.ranks.is_main and self.deepspeed.monitor.enabled:
+            self.deepspeed.monitor.write_events([(name, value, consumed_samples) for name, value in values.items()])
+
+    def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
+        batch = micro_batch.to(self.device)
+        return self.deepspeed(batch.input_ids, batch.attention_mask, batch.masked_positions, batch.labels)
+
+    def _unpartitioned_grad_norm(self) -> float:
+        # A CPU's fp32 norm of a large matrix is off by up to a thousandth.
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in self.module.parameters()]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def choose_precision(config: DeepSpeedConfig) -> str:
+    """The precision of the JSON, "auto" settled by the device."""
+    default, supported = device_precisions()
+    return config.precision(default, supported)

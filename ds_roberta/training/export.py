@@ -1,0 +1,28 @@
+"""From a checkpoint to a transformers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ds_roberta.config import ModelConfig
+from ds_roberta.distributed import logger
+from ds_roberta.model.export import export
+from ds_roberta.training import checkpoint
+
+
+def export_checkpoint(folder: Path, output: Path) -> None:
+    """Export a checkpoint, or a run's newest good one, whatever ZeRO stage and number of processes wrote it.
+
+    Raises:
+        UserError: there is no good checkpoint, the exported model's logits differ, or `output` cannot be written.
+    """
+    path = checkpoint.newest(folder)
+    identity = checkpoint.read_state(path).identity
+    difference = export(
+        ModelConfig(**identity["model"]),
+        checkpoint.weights(path),
+        path / checkpoint.TOKENIZER_FOLDER,
+        identity["packing"]["max_seq_length"],
+        output,
+    )
+    logger.info(f"exported {path} to {output}; its logits equal transformers' within {difference:.1g}")

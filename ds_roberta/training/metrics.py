@@ -1,0 +1,104 @@
+"""What a run tells of itself: rows of a JSONL file and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ds_roberta.files import atomic_path
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl`, one JSON object a line."""
+
+    def __init__(self, output_dir: Path, global_step: int):
+        """Open the log of a run that stands at `global_step`; rows of later steps, lost with a crash, are removed."""
+        self._path = output_dir / METRICS_NAME
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")] if global_step else []
+            with atomic_path(self._path) as temporary:
+                kept = (line for line in whole if json.loads(line)["global_step"] <= global_step)
+                temporary.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Progress:
+    """A bar over the run's steps that moves with every micro-step.
+
+    Args:
+        visible: false on other ranks than 0.
+    """
+
+    def __init__(self, max_steps: int, global_step: int, visible: bool):
+        self._max_steps, self._global_step, self._visible = max_steps, global_step, visible
+        self._first_micro_step_end: float | None = None
+        self._expected_time_said = not visible
+        self._bar = tqdm(
+            total=max_steps,
+            initial=global_step,
+            disable=not visible,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
+            # A log file is spared most of the updates that a terminal shows.
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
+
+    def micro_step(self, micro_step: int, micro_steps: int, wait: Callable[[], object]) -> None:
+        """Move on by one micro-step of `micro_steps`.
+
+        Args:
+            wait: returns when the device has finished the micro-step; called for the run's first two alone, whose
+                distance gives the expected time of a step.
+        """
+        if not self._expected_time_said:
+            wait()
+            now = time.perf_counter()
+            if self._first_micro_step_end is not None:
+                self._say_expected_time((now - self._first_micro_step_end) * micro_steps, micro_steps)
+            self._first_micro_step_end = now
+        if micro_steps > 1:
+            self._bar.set_description_str(
+                f"step {self._global_step + 1}/{self._max_steps}, micro_step {micro_step + 1}/{micro_steps}",
+                refresh=False,
+            )
+        self._bar.update(1 / micro_steps)
+
+    def step(self, global_step: int, loss: float, tokens_per_second: float, seconds: float) -> None:
+        self._global_step = global_step
+        if not self._expected_time_said:
+            self._say_expected_time(seconds, 1)
+        self._bar.n = global_step  # the sum of fractions, without their rounding
+        self._bar.set_description_str(f"step {global_step}/{self._max_steps}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        if self._visible:
+            self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _say_expected_time(self, seconds: float, micro_steps: int) -> None:
+        self._expected_time_said = True
+        self.say(f"expected time per step: {duration(seconds)} ({micro_steps} micro-steps)")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, in the unit that suits."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"

@@ -1,0 +1,163 @@
+"""The training loop.
+
+A step is one optimizer step on exactly `train_batch_size` sequences; the micro-steps it is made of are counted from 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any
+
+import torch
+
+from ds_roberta.config import RunConfig
+from ds_roberta.data.loader import MicroBatch, TrainLoader
+from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.distributed import Ranks
+from ds_roberta.errors import UserError
+from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.training import checkpoint
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.engine import Engine
+from ds_roberta.training.metrics import MetricsLog, Progress
+from ds_roberta.training.preemption import StopRequest
+from ds_roberta.training.schedule import learning_rate
+
+
+class Trainer:
+    """Takes a run from its state to its end; see `ds_roberta.training.run` for how its parts are made.
+
+    Args:
+        peak_learning_rate: the JSON's `optimizer.params.lr`.
+        held_out: None where there is no validation split.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        peak_learning_rate: float,
+        engine: Engine,
+        loader: TrainLoader,
+        held_out: HeldOutLoss | None,
+        state: TrainState,
+    ):
+        self.config, self.engine, self.loader, self.state = config, engine, loader, state
+        self.ranks: Ranks = engine.ranks
+        self._peak_learning_rate = peak_learning_rate
+        self._held_out = held_out
+        self._saved_step = state.global_step or None  # a run that stops within its first step saves its beginning
+        self._metrics = MetricsLog(config.output_dir, state.global_step) if self.ranks.is_main else None
+        self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
+
+    def train(self) -> bool:
+        """Train until `max_steps` or until asked to stop, saving as configured.
+
+        Returns:
+            Whether the run is complete.
+        """
+        schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
+        steps = self.loader.steps(state.global_step, schedule.max_steps)
+        with StopRequest(self.ranks) as self._stop, contextlib.closing(steps), contextlib.closing(self._progress):
+            if state.global_step == 0:
+                self.evaluate()
+            for micro_batches in steps:
+                row = self.train_step(micro_batches)
+                if row is None:
+                    self.save()
+                    return False
+                finished = state.global_step == schedule.max_steps
+                if state.global_step % intervals.log_interval == 0 or finished:
+                    self.log(row)
+                if state.global_step % intervals.eval_interval == 0 or finished:
+                    self.evaluate()
+                if state.global_step % intervals.save_interval == 0 or finished:
+                    self.save()
+        return True
+
+    def train_step(self, micro_batches: list[MicroBatch]) -> dict[str, Any] | None:
+        """One optimizer step on this process's micro-batches of the next global batch.
+
+        Returns:
+            The step's row of metrics, or None where the processes agreed to stop: the step is then as if never begun.
+
+        Raises:
+            UserError: the loss or the gradient is not finite (in fp16, such a gradient skips the step instead).
+        """
+        state, started = self.state, time.perf_counter()
+        masked, tokens, sequences = self.ranks.sum(
+            sum(len(micro_batch.labels) for micro_batch in micro_batches),
+            sum(micro_batch.tokens for micro_batch in micro_batches),
+            sum(micro_batch.sequences for micro_batch in micro_batches),
+        )
+        masked = max(masked, 1)  # a batch of a few very short sequences may have none: its loss and gradient are zero
+        loss_sum = torch.zeros((), device=self.engine.device)
+        micro_steps = len(micro_batches)
+        with self.engine.accumulation():
+            for micro_step, micro_batch in enumerate(micro_batches):
+                if self._stop.agreed():
+                    return None
+                last = micro_step == micro_steps - 1
+                loss_sum += self.engine.forward_backward(micro_batch, masked, state.global_step, micro_step, last)
+                self._progress.micro_step(micro_step, micro_steps, loss_sum.item)
+        rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
+        result = self.engine.step(rate)
+        loss = self.ranks.sum(loss_sum.item())[0] / masked
+        if not (result.skipped or (math.isfinite(loss) and math.isfinite(result.grad_norm))):
+            raise UserError(
+                f"the loss ({loss}) or the gradient norm ({result.grad_norm}) of step {state.global_step + 1} is not "
+                "finite: lower the learning rate or warm up longer, and resume from the last checkpoint"
+            )
+        state.global_step += 1
+        state.skipped_steps += result.skipped
+        state.consumed_samples += int(sequences)
+        state.consumed_tokens += int(tokens)
+        seconds = time.perf_counter() - started
+        row = {
+            "global_step": state.global_step,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "loss_scale": result.loss_scale,
+            "skipped_steps": state.skipped_steps,
+        }
+        self._progress.step(state.global_step, loss, row["tokens_per_second"], seconds)
+        return row
+
+    def evaluate(self) -> None:
+        """Compute and log the held-out loss."""
+        if self._held_out is None:
+            return
+        loss, perplexity = self._held_out.compute(self.engine.evaluate)
+        self.log({"global_step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
+        self._progress.say(f"step {self.state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write a row to `metrics.jsonl` and to DeepSpeed's monitors."""
+        if self._metrics is not None:
+            self._metrics.write({name: value if math.isfinite(value) else None for name, value in row.items()})
+        values = {
+            f"Train/{name}": value for name, value in row.items() if name not in ("global_step", "consumed_samples")
+        }
+        self.engine.write_monitor(values, self.state.consumed_samples)
+
+    def save(self) -> None:
+        """Write a checkpoint unless this step's is there."""
+        state = self.state
+        if state.global_step == self._saved_step:
+            return
+        state.loss_scaler = self.engine.loss_scaler_state
+        path = checkpoint.save(
+            self.engine,
+            state,
+            self.config.data_dir / TOKENIZER_FOLDER,
+            self.config.output_dir / checkpoint.CHECKPOINTS_FOLDER,
+            self.config.intervals.keep_last,
+        )
+        self._saved_step = state.global_step or None  # a run that stops within its first step saves its beginning
+        self._progress.say(f"saved {path}")

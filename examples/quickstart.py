@@ -1,0 +1,63 @@
+"""From raw text to a filled mask in minutes, by the real commands, each usable alone with your own text."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = Path("runs/quickstart")
+EXPORTED = Path("exported/quickstart")
+COMMANDS = [
+    "preprocess train-tokenizer --input examples/corpus --vocab_size 8192 --output data/tokenizer",
+    "preprocess shard --input examples/corpus --tokenizer data/tokenizer --output data/corpus "
+    "--validation_fraction 0.05",
+    "deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json --data_dir data/corpus "
+    f"--output_dir {RUN} --model tiny --train_batch_size 64 --learning_rate 1e-3 --max_steps 100 --eval_interval 50",
+    f"python launch/export_hf.py --checkpoint {RUN} --output {EXPORTED}",
+]
+SENTENCES = ["He looked at the door and <mask> nothing.", "She put her hand <mask> the table."]
+
+
+def main() -> None:
+    started = time.monotonic()
+    shutil.rmtree(ROOT / RUN, ignore_errors=True)  # a second quickstart starts anew instead of resuming the first
+    for number, command in enumerate(COMMANDS, 1):
+        print(f"\n[{number}/{len(COMMANDS)}] {command}", flush=True)
+        arguments = shlex.split(command)
+        if arguments[0] == "python":
+            arguments[0] = sys.executable
+        if (code := subprocess.run(arguments, cwd=ROOT, check=False).returncode) != 0:
+            sys.exit(f"that command failed with exit code {code}")
+    rows = [json.loads(line) for line in (ROOT / RUN / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    before, after = evaluations[0], evaluations[-1]
+    print(f"\nDone in {time.monotonic() - started:.0f} s.")
+    print(
+        f"held-out perplexity  before {before['eval_perplexity']:,.0f}  after {after['eval_perplexity']:,.0f}"
+        f"  (loss {before['eval_loss']:.2f} -> {after['eval_loss']:.2f} nats)"
+    )
+    fill_masks()
+    print(f"exported model       {EXPORTED}  (AutoModelForMaskedLM.from_pretrained({str(EXPORTED)!r}))")
+    print("what ran             the same with your own text: replace examples/corpus by your folder or file")
+    for command in COMMANDS:
+        print(f"    {command}")
+
+
+def fill_masks() -> None:
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    fill_mask = pipeline("fill-mask", model=str(ROOT / EXPORTED))
+    for sentence in SENTENCES:
+        guesses = ", ".join(f"{guess['token_str'].strip()} ({guess['score']:.0%})" for guess in fill_mask(sentence)[:3])
+        print(f"filled mask          {sentence}  ->  {guesses}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Export a checkpoint to a transformers folder: `python launch/export_hf.py --checkpoint DIR --output DIR`."""
+
+import argparse
+from pathlib import Path
+
+from ds_roberta.distributed import set_up_logging
+from ds_roberta.errors import ArgumentParser, run_command
+from ds_roberta.training.export import export_checkpoint
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description="Export a checkpoint to a Hugging Face transformers folder.")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a run's folder (its newest good checkpoint), or one checkpoint"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    set_up_logging()
+    run_command(lambda: export_checkpoint(arguments.checkpoint, arguments.output))

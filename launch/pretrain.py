@@ -1,0 +1,50 @@
+"""Pretrain a RoBERTa encoder: `deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json`.
+
+Works under the deepspeed launcher, torchrun and mpirun, or alone as one process.
+"""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from ds_roberta.config import DEFAULT_DATA_DIR, PRESETS
+from ds_roberta.errors import ArgumentParser, run_command
+from ds_roberta.training.run import PretrainOptions, pretrain
+
+
+def parse_arguments() -> PretrainOptions:
+    defaults = {field.name: field.default for field in fields(PretrainOptions)}
+    parser = ArgumentParser(description="Pretrain a RoBERTa encoder with DeepSpeed.", allow_abbrev=False)
+
+    def add(name: str, kind: type, text: str, **keywords: object) -> None:
+        default = keywords.setdefault("default", defaults[name])
+        shown = "" if default in (None, argparse.SUPPRESS) else f" (default: {default})"
+        parser.add_argument(f"--{name}", type=kind, help=text + shown, **keywords)  # type: ignore[arg-type]
+
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed JSON; see ds_configs/")
+    add("data_dir", Path, "folder made by 'preprocess shard'", default=DEFAULT_DATA_DIR)
+    add("output_dir", Path, "the run's folder (default: runs/MODEL)")
+    add("model", str, "size (default: base with a GPU, tiny without)", choices=list(PRESETS))
+    add("max_seq_length", int, "tokens a sequence (default: the model's: 512, tiny 128)")
+    add("max_steps", int, "optimizer steps of the run (default: the model's)")
+    add("warmup_steps", int, "steps of linear warm-up (default: the model's share of max_steps)")
+    add("seed", int, "of weights, order, masks and dropout")
+    add("save_interval", int, "steps between checkpoints")
+    add("eval_interval", int, "steps between evaluations on the held-out split")
+    add("log_interval", int, "steps between rows of metrics.jsonl")
+    add("keep_last", int, "checkpoints to keep")
+    add("eval_sequences", int, "held-out sequences to evaluate on, at most")
+    add("resume", str, "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder")
+    add("train_batch_size", int, "overrides the JSON's")
+    add("learning_rate", float, "overrides the JSON's peak")
+    add("hidden_dropout_prob", float, "dropout of hidden states")
+    add("attention_probs_dropout_prob", float, "dropout of attention weights")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = vars(parser.parse_args())
+    del arguments["local_rank"]
+    return PretrainOptions(**arguments)
+
+
+if __name__ == "__main__":
+    options = parse_arguments()
+    run_command(lambda: pretrain(options))

@@ -1,0 +1,70 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ds_roberta.errors import UserError
+from ds_roberta.files import sync_directory
+
+
+@contextmanager
+def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `output`; on success it takes its place, on failure nothing is left.
+
+    Args:
+        is_ours: whether an existing, non-empty folder is of the kind that this command writes and may replace.
+        kind: that kind in words, for the error.
+
+    Raises:
+        UserError: `output` is a file, holds something else, or cannot be written.
+    """
+    output = output.resolve()  # a link stays, what it points to is replaced
+    partial, old = (output.parent / f".{output.name}.{suffix}" for suffix in ("partial", "old"))
+    with _errors_of_the_disk(output):
+        if output.exists() and not output.is_dir():
+            raise UserError(f"the output {str(output)!r} is a file: give a folder as --output")
+        if output.exists() and any(output.iterdir()) and not is_ours(output):
+            raise UserError(
+                f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output"
+            )
+        created = [parent for parent in output.parents if not parent.exists()]
+        try:
+            _put_back(old, output)  # a job was killed between the two renames below
+            for leftover in (partial, old):  # or elsewhere
+                if leftover.exists():
+                    shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+            yield partial
+            if output.exists():
+                output.rename(old)
+            partial.rename(output)
+            sync_directory(output.parent)
+        except BaseException:
+            _put_back(old, output)
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                for parent in created:
+                    parent.rmdir()
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, output: Path) -> None:
+    if old.exists() and not output.exists():
+        old.rename(output)
+
+
+@contextmanager
+def _errors_of_the_disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(output)!r} ({os.strerror(error.errno or 0)}: {error.filename}): "
+            "give another --output or mend this"
+        ) from error

@@ -1,0 +1,152 @@
+"""Byte-level BPE of RoBERTa's kind: training it, copying it, and encoding documents with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from ds_roberta.data.shards import TokenizerInfo, token_type
+from ds_roberta.errors import UserError
+from ds_roberta.files import write_json
+
+FIRST_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+MASK_TOKEN = "<mask>"
+MIN_VOCAB_SIZE = 256 + len(FIRST_SPECIAL_TOKENS) + 1
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+_MIN_PAIR_FREQUENCY = 2
+_REMEDY = "use a byte-level BPE of the RoBERTa kind, for example one made with 'preprocess train-tokenizer'"
+_CONFIG = {
+    "add_prefix_space": False,
+    "bos_token": "<s>",
+    "cls_token": "<s>",
+    "eos_token": "</s>",
+    "errors": "replace",
+    "mask_token": MASK_TOKEN,
+    "model_max_length": 512,
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "tokenizer_class": "RobertaTokenizer",
+    "trim_offsets": True,
+    "unk_token": "<unk>",
+}
+"""`tokenizer_config.json`: by it transformers' AutoTokenizer opens the folder as a RoBERTa tokenizer."""
+
+
+def is_tokenizer_folder(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer and nothing else, so that replacing it loses nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    return "tokenizer.json" in names and names <= set(TOKENIZER_FILES)
+
+
+def train_tokenizer(documents: Iterable[list[str]], vocab_size: int, folder: Path) -> int:
+    """Train a byte-level BPE on the lines of documents and save it in `folder`.
+
+    Special tokens are not looked for in the text: their letters are split as any others, so no merge can make one.
+
+    Returns:
+        The number of ids: `vocab_size`, or fewer where the text has no more pairs that occur twice.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # <mask> comes last, behind the merges
+        min_frequency=_MIN_PAIR_FREQUENCY,
+        special_tokens=list(FIRST_SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    vocabulary = {**model["vocab"], MASK_TOKEN: len(model["vocab"])}
+    _save(vocabulary, [tuple(pair) for pair in model["merges"]], folder)
+    write_json(folder / "tokenizer_config.json", _CONFIG)
+    return len(vocabulary)
+
+
+def copy_tokenizer(source: Path, target: Path) -> TokenizerInfo:
+    """Copy a tokenizer folder, completing one that has no `tokenizer.json` or no `tokenizer_config.json`.
+
+    Raises:
+        UserError: there is no tokenizer, it is of another kind, or one of RoBERTa's special tokens is missing.
+    """
+    vocabulary, merges = source / "vocab.json", source / "merges.txt"
+    convert = not (source / "tokenizer.json").is_file() and vocabulary.is_file() and merges.is_file()
+    if not convert:
+        TokenizerInfo.read(source)
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    try:
+        if convert:
+            _save(*models.BPE.read_file(str(vocabulary), str(merges)), target)
+        known = Tokenizer.from_file(str(target / "tokenizer.json")).get_vocab().keys()
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(f"cannot use the tokenizer in {str(source)!r} ({error!r}): {_REMEDY}") from error
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - known
+    if missing:
+        raise UserError(
+            f"the tokenizer in {str(source)!r} lacks {len(missing)} of the 256 bytes, so it would lose text: {_REMEDY}"
+        )
+    if not (target / "tokenizer_config.json").exists():
+        write_json(target / "tokenizer_config.json", _CONFIG)
+    return TokenizerInfo.read(target)
+
+
+def _save(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> None:
+    """Write `tokenizer.json` of a RoBERTa tokenizer. Raises `KeyError` where a special token has no id."""
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    separator, beginning, _ = ((token, vocabulary[token]) for token in ("</s>", "<s>", MASK_TOKEN))
+    tokenizer.post_processor = processors.RobertaProcessing(separator, beginning, add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in FIRST_SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(MASK_TOKEN, lstrip=True, normalized=False)])  # as RoBERTa's own
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class Encoder:
+    """Turns documents into ids; made once in every worker process."""
+
+    def __init__(self, folder: Path, info: TokenizerInfo):
+        # Work is spread over processes: threads inside each would only compete with them.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        # A folder saved after other uses may cut texts, pad them, or drop merges at random: never here.
+        content["truncation"] = content["padding"] = content["model"]["dropout"] = None
+        for token in content.get("added_tokens") or []:
+            token["special"] = token["id"] in info.special_ids or token["content"] in FIRST_SPECIAL_TOKENS
+        self._tokenizer = Tokenizer.from_str(json.dumps(content))
+        # By default the letters "</s>" or "<mask>" in a text would become the control id.
+        self._tokenizer.encode_special_tokens = True
+        self._eos = info.eos_token_id
+        self._dtype = token_type(info.vocab_size)
+
+    def encode(self, documents: Sequence[list[str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Encode documents, each given as its lines, in one call to the tokenizer.
+
+        Yields:
+            For each document its ids closed by `</s>`, (tokens,) uint16 or uint32, and the offset behind the last
+            token of every line, (lines,) int64.
+        """
+        lines = list(chain.from_iterable(documents))
+        encoded = iter(self._tokenizer.encode_batch_fast(lines, add_special_tokens=False))
+        for document in documents:
+            ids = [encoding.ids for encoding in islice(encoded, len(document))]
+            ends = np.cumsum([len(line) for line in ids])
+            yield np.fromiter(chain(*ids, (self._eos,)), self._dtype, int(ends[-1]) + 1), ends

@@ -1,0 +1,38 @@
+"""Installs ds_roberta, preprocessing and the `preprocess` command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (ROOT / "ds_roberta/__init__.py").read_text(encoding="utf-8"))[1]
+
+setup(
+    name="ds_roberta",
+    version=version,
+    description="Pretraining of RoBERTa-class encoders with DeepSpeed: raw text in, a Hugging Face checkpoint out",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ds_roberta*", "preprocessing*"]),
+    install_requires=[
+        "torch>=2.11",  # Tensor.grad_dtype
+        "deepspeed>=0.19.8",
+        "transformers>=5.17",
+        "tokenizers>=0.22",
+        "datasets>=4.0",
+        "numpy>=2.0",
+        "pyarrow>=17",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "xxhash>=3.4",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4.0"],
+        "monitor": ["tensorboard>=2.16"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "pre-commit>=4"],
+    },
+    entry_points={"console_scripts": ["preprocess = preprocessing.cli:main"]},
+)

@@ -1,0 +1,138 @@
+"""What tests share: a small tokenizer, a small prepared corpus, and processes that are threads."""
+
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
+from preprocessing.tokenizer import train_tokenizer
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)  # on busy cores, threads of small operations wait for each other
+VOCABULARY = 400
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE tokenizer of 400 ids, trained on made-up words."""
+    rng = np.random.default_rng(7)
+    syllables = ["ka", "to", "mi", "ren", "sul", "pa", "vor", "li", "shen", "du"]
+    words = ["".join(rng.choice(syllables, size=rng.integers(1, 4))) for _ in range(300)]
+    lines = [[" ".join(rng.choice(words, size=12)) + "." for _ in range(20)] for _ in range(20)]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    assert train_tokenizer(iter(lines), VOCABULARY, folder) == VOCABULARY
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_corpus(tokenizer_folder):
+    """A function that writes a data folder from documents, each a list of sentences, each an array of ids."""
+
+    def write(folder, splits):
+        """Splits are given as {name: [documents of shard 0, documents of shard 1, …]}."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
+        tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
+        shards = {}
+        for split, parts in splits.items():
+            shards[split] = tuple(
+                write_shard(
+                    folder,
+                    split,
+                    index,
+                    [np.append(np.concatenate(document), tokenizer.eos_token_id) for document in documents],
+                    [np.cumsum([len(sentence) for sentence in document]) for document in documents],
+                    tokenizer.vocab_size,
+                )
+                for index, documents in enumerate(parts)
+            )
+        Manifest(tokenizer, {}, (), shards).write(folder)
+        return Corpus.open(folder)
+
+    return write
+
+
+def random_documents(rng, count, longest=45):
+    """Documents of 1-11 sentences of 1-`longest` ordinary ids."""
+    return [
+        [rng.integers(4, VOCABULARY - 1, size=rng.integers(1, longest + 1)) for _ in range(rng.integers(1, 12))]
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory, write_corpus):
+    """5 training shards of unequal size and 1 held-out shard: about 6,000 sequences of 32 tokens."""
+    rng = np.random.default_rng(11)
+    folder = tmp_path_factory.mktemp("data") / "corpus"
+    train = [random_documents(rng, count) for count in (400, 250, 1, 380, 220)]
+    write_corpus(folder, {"train": train, "validation": [random_documents(rng, 40)]})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_folder):
+    return Corpus.open(corpus_folder)
+
+
+class ThreadRanks:
+    """Stands in for `ds_roberta.distributed.Ranks`: the processes are threads that meet at a barrier."""
+
+    def __init__(self, rank, world_size, barrier, slots):
+        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
+        self._barrier, self._slots, self.messages = barrier, slots, []
+
+    def gather(self, value):
+        self._slots[self.rank] = value
+        self.barrier()
+        values = list(self._slots)
+        self.barrier()
+        return values
+
+    def barrier(self):
+        self._barrier.wait(timeout=20)
+
+    def broadcast(self, value):
+        return self.gather(value)[0]
+
+    def any(self, flag):
+        return any(self.gather(flag))
+
+    def sum(self, *values):
+        return [float(sum(column)) for column in zip(*self.gather(values), strict=True)]
+
+    def min(self, value):
+        return min(self.gather(value))
+
+    def log(self, message):
+        self.messages.append(message)
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """A function that calls `body(ranks)` on so many threads and returns their results, exceptions among them."""
+
+    def run(world_size, body):
+        barrier, slots = threading.Barrier(world_size), [None] * world_size
+
+        def guarded(rank):
+            try:
+                return body(ThreadRanks(rank, world_size, barrier, slots))
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(world_size) as pool:
+            return list(pool.map(guarded, range(world_size)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def solo_ranks():
+    """A run of one process."""
+    return ThreadRanks(0, 1, threading.Barrier(1), [None])

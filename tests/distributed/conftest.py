@@ -1,0 +1,28 @@
+"""A prepared corpus for the distributed tests."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ds_roberta.config import PackingConfig
+from ds_roberta.data.packing import build_index
+from ds_roberta.data.shards import Corpus
+
+REPOSITORY = Path(__file__).parents[2]
+SEQUENCE_LENGTH = 32
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/corpus with a vocabulary of 1,000, prepared by the real commands, with its packing index."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = str(REPOSITORY / "examples/corpus/ethan-frome.txt")
+    for command in (
+        ["train-tokenizer", "--input", source, "--vocab_size", "1000", "--output", str(folder / "tokenizer")],
+        ["shard", "--input", source, "--tokenizer", str(folder / "tokenizer"), "--output", str(folder / "data")],
+    ):
+        subprocess.run(["preprocess", *command], check=True, capture_output=True)
+    corpus = Corpus.open(folder / "data")
+    build_index(corpus, "train", PackingConfig(SEQUENCE_LENGTH))
+    return folder / "data"

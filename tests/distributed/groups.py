@@ -1,0 +1,24 @@
+"""Process groups for the distributed tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def run_group(processes: int, cases: str, corpus_folder: Path, output: Path) -> dict:
+    """Run cases of worker.py in one process group; their findings by file name."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, str(WORKER), cases, str(corpus_folder), str(output)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    return {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}

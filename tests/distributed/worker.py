@@ -1,0 +1,215 @@
+"""What runs inside the processes of the distributed tests: `torchrun --nproc_per_node N worker.py CASES CORPUS FOLDER`.
+
+Starting a process group costs seconds, so one group runs many configurations and writes its findings as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.comm import coalesced_collectives
+
+from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig
+from ds_roberta.data.loader import Collator, TrainLoader
+from ds_roberta.data.masking import training_masker
+from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.packing import open_index
+from ds_roberta.data.shards import Corpus
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.distributed import Ranks, set_up_logging
+from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.training import checkpoint
+from ds_roberta.training.batch import BatchPlan
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.engine import Engine, get_accelerator, init_distributed
+
+SEED, LENGTH, BATCH = 3, 32, 22  # 22 sequences: neither 3 nor 4 processes divide them
+REPOSITORY = Path(__file__).parents[2]
+
+
+def make(ranks: Ranks, corpus: Corpus, stage: int, precision: str, micro_batch_size: int, dropout: float = 0.0):
+    """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them."""
+    path = REPOSITORY / "ds_configs" / f"zero{max(stage, 1)}.json"
+    config = DeepSpeedConfig.read(path, train_batch_size=BATCH, learning_rate=1e-3)
+    config.content["zero_optimization"]["stage"] = stage
+    tokenizer = corpus.manifest.tokenizer
+    torch.manual_seed(SEED)
+    model = MaskedLM(
+        ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            num_hidden_layers=2,
+            hidden_size=48,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH + 2,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+    engine = Engine(model, config.resolved(precision, on_gpu=False), ranks, SEED)
+    plan = BatchPlan(BATCH, micro_batch_size, ranks.world_size)
+    engine.set_batch(plan)
+    packed = open_index(corpus, "train", PackingConfig(LENGTH))
+    collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
+    loader = TrainLoader(
+        collator, SampleOrder(len(packed), SEED), BATCH, micro_batch_size, ranks.rank, ranks.world_size
+    )
+    return engine, loader
+
+
+def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[dict[str, float]]:
+    """Steps `first` … `last - 1` as the trainer takes them: loss, gradient norm and collective reductions of each."""
+    rows = []
+    for step in range(first, last):
+        micro_batches = loader.micro_batches(step)
+        (masked,) = engine.ranks.sum(sum(len(batch.labels) for batch in micro_batches))
+        loss_sum = 0.0
+        with Reductions() as reductions:
+            with engine.accumulation():
+                for micro_step, batch in enumerate(micro_batches):
+                    last_one = micro_step == len(micro_batches) - 1
+                    loss_sum += float(engine.forward_backward(batch, masked, step, micro_step, last_one))
+            result = engine.step(1e-3)
+        loss = engine.ranks.sum(loss_sum)[0] / masked
+        rows.append(
+            {"loss": loss, "grad_norm": result.grad_norm, "reduced": reductions.elements, "skipped": result.skipped}
+        )
+    return rows
+
+
+class Reductions:
+    """Counts the elements that gradient reductions carry within a block, at the doors of DeepSpeed's communication."""
+
+    NAMES = ("all_reduce", "reduce", "reduce_scatter_fn", "reduce_scatter_tensor", "all_reduce_coalesced")
+
+    def __enter__(self):
+        self.elements, self._inside = 0, False
+        self._originals = {name: getattr(deepspeed.comm.comm, name) for name in self.NAMES}
+        for name, function in self._originals.items():
+            self._set(name, self._counting(function))
+        return self
+
+    def __exit__(self, *_):
+        for name, function in self._originals.items():
+            self._set(name, function)
+
+    @staticmethod
+    def _set(name, function):
+        for module in (deepspeed.comm, deepspeed.comm.comm, coalesced_collectives.dist):
+            setattr(module, name, function)
+
+    def _counting(self, function):
+        def count(*args, **kwargs):
+            if not self._inside:  # one of these may call another
+                self.elements += max(value.numel() for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+            outer, self._inside = self._inside, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._inside = outer
+
+        return count
+
+
+def parameters(engine: Engine) -> dict[str, np.ndarray]:
+    return {
+        name: engine.full_tensors(parameter)["weight"].float().cpu().numpy().copy()
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Three steps of every ZeRO stage and precision; findings and final parameters go to files."""
+    findings = {}
+    cases = [(stage, "fp32", 4) for stage in (0, 1, 2, 3)] + [(2, "fp32", 3), (1, "bf16", 4), (2, "bf16", 4)]
+    cases += [(3, "bf16", 4), (2, "bf16", 1), (1, "fp16", 4), (2, "fp16", 4), (3, "fp16", 4)]
+    for stage, precision, micro_batch_size in cases:
+        engine, loader = make(ranks, corpus, stage, precision, micro_batch_size)
+        name = f"{stage}-{precision}-{micro_batch_size}"
+        findings[name] = train(engine, loader, 0, 3)
+        final = parameters(engine)
+        if ranks.is_main:
+            np.savez(folder / f"{name}-{ranks.world_size}.npz", **final)
+    if ranks.is_main:
+        (folder / f"partition-{ranks.world_size}.json").write_text(json.dumps(findings))
+
+
+def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Each stage and precision, dropout on: four steps without a break against two, a checkpoint and two more."""
+    findings = {}
+    tokenizer_folder = corpus.folder / "tokenizer"
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16")):
+        name = f"{stage}-{precision}"
+        unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+        rows = train(unbroken, loader, 0, 2)
+        state = TrainState({"case": name}, global_step=2, loss_scaler=unbroken.loss_scaler_state)
+        path = checkpoint.save(unbroken, state, tokenizer_folder, folder / name, keep_last=2)
+        ranks.barrier()
+        rows += train(unbroken, loader, 2, 4)
+        resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+        checkpoint.verify(path)
+        assert checkpoint.load(resumed, path) == state
+        again = train(resumed, loader, 2, 4)
+        difference = max(
+            float((a - b).abs().max())
+            for p, q in zip(unbroken.module.parameters(), resumed.module.parameters(), strict=True)
+            for a, b in zip(unbroken.full_tensors(p).values(), resumed.full_tensors(q).values(), strict=True)
+        )
+        findings[name] = {
+            "unbroken": [row["loss"] for row in rows[2:]],
+            "resumed": [row["loss"] for row in again],
+            "largest_difference": difference,
+            "loss_scaler": [unbroken.loss_scaler_state, resumed.loss_scaler_state],
+        }
+    if ranks.is_main:
+        (folder / f"resume-{ranks.world_size}.json").write_text(json.dumps(findings))
+
+
+def elastic(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Go on from the checkpoint that ZeRO-2 in fp32 on other processes wrote, at each stage; dropout off.
+
+    The first call (with no checkpoint there) writes it and also tells how the unbroken run goes on.
+    """
+    path = folder / "elastic" / "global_step2"
+    findings = {}
+    if not path.exists():
+        engine, loader = make(ranks, corpus, 2, "fp32", 4)
+        train(engine, loader, 0, 2)
+        state = TrainState({}, global_step=2)
+        checkpoint.save(engine, state, corpus.folder / "tokenizer", path.parent, keep_last=2)
+        findings["unbroken"] = [row["loss"] for row in train(engine, loader, 2, 5)]
+    for stage in (0, 1, 2, 3):
+        engine, loader = make(ranks, corpus, stage, "fp32", 3)
+        checkpoint.load(engine, path)
+        findings[f"stage {stage}"] = [row["loss"] for row in train(engine, loader, 2, 5)]
+    if ranks.is_main:
+        (folder / f"elastic-{ranks.world_size}.json").write_text(json.dumps(findings))
+
+
+def overflow(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """fp16 with a loss scale that overflows: the step is skipped, the scale halves, the next steps train."""
+    engine, loader = make(ranks, corpus, 2, "fp16", 4)
+    engine.loss_scaler_state = {"cur_scale": 2.0**40, "cur_hysteresis": 1}
+    before = parameters(engine)
+    rows = train(engine, loader, 0, 1)
+    after = parameters(engine)
+    scales = [engine.loss_scale]
+    if ranks.is_main:
+        unchanged = all(np.array_equal(before[name], after[name]) for name in before)
+        content = {"skipped": rows[0]["skipped"], "unchanged": unchanged, "scales": scales}
+        (folder / "overflow.json").write_text(json.dumps(content))
+
+
+CASES = {"partition": partition, "resume": resume, "elastic": elastic, "overflow": overflow}
+
+if __name__ == "__main__":
+    set_up_logging()
+    cases, corpus_folder, output = sys.argv[1:]
+    all_ranks = init_distributed()
+    get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
+    for case in cases.split(","):
+        CASES[case](all_ranks, Corpus.open(corpus_folder), Path(output))
+    dist.destroy_process_group()

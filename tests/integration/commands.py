@@ -1,0 +1,53 @@
+"""Running the real commands, and breaking them off."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Threads of small operations wait for each other on busy cores; one thread also makes two runs bit-identical anywhere.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+REPOSITORY = Path(__file__).parents[2]
+PRETRAIN = REPOSITORY / "launch/pretrain.py"
+CONFIG = REPOSITORY / "ds_configs/zero2.json"
+
+
+def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
+    """Run a command to its end and check its exit code; what it printed on both streams."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == code, result.stdout[-6000:]
+    return result.stdout
+
+
+def pretrain(cwd: Path, *arguments: str | Path, code: int = 0) -> str:
+    return run(sys.executable, PRETRAIN, "--deepspeed_config", CONFIG, *arguments, cwd=cwd, code=code)
+
+
+def pretrain_until(cwd: Path, condition, number: signal.Signals, *arguments: str | Path) -> tuple[int, str]:
+    """Start pretraining in a process group of its own, signal all of it once `condition()` holds."""
+    command = [sys.executable, PRETRAIN, "--deepspeed_config", CONFIG, *arguments]
+    with subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not condition() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, process.stdout.read()[-6000:]
+        os.killpg(process.pid, number)
+        return process.wait(timeout=120), process.stdout.read()

@@ -1,0 +1,42 @@
+"""What the README and the quickstart tell people to type is accepted by the commands."""
+
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from commands import REPOSITORY
+
+QUICKSTART = runpy.run_path(str(REPOSITORY / "examples/quickstart.py"))["COMMANDS"]
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", [*QUICKSTART, *readme_commands()])
+def test_documented_commands_are_accepted(command, monkeypatch, capsys):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    elif words[0] == "preprocess":
+        from preprocessing.cli import _parser
+
+        _parser().parse_args(words[1:])
+    elif any(word.startswith("launch/") for word in words):
+        script = next(word for word in words if word.startswith("launch/"))
+        arguments = words[words.index(script) + 1 :]
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        parse = runpy.run_path(str(REPOSITORY / script))["parse_arguments"]
+        parse()
+    else:
+        assert words[0] in ("git", "cd", "tensorboard"), command
+
+
+def test_the_readme_shows_the_stages_commands():
+    text = re.sub(r"\s*\\\n\s*", " ", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    for command in QUICKSTART:
+        assert command.split()[0] in text

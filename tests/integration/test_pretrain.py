@@ -1,0 +1,146 @@
+"""The whole way by the real commands, and what happens when it is broken off."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from commands import CONFIG, PRETRAIN, REPOSITORY, pretrain, pretrain_until, run
+
+SETTINGS = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--max_steps", "6")
+SETTINGS += ("--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "64", "--warmup_steps", "2")
+
+
+def rows(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "step_seconds")} for row in entries]
+
+
+def final_tensors(output: Path) -> dict[str, torch.Tensor]:
+    (path,) = (output / "checkpoints/global_step6").glob("state-*.safetensors")
+    return safetensors.torch.load_file(path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(workspace: Path) -> Path:
+    pretrain(workspace, *SETTINGS, "--output_dir", "runs/unbroken")
+    return workspace / "runs/unbroken"
+
+
+def test_metrics_tell_each_step_and_evaluation(unbroken):
+    entries = rows(unbroken)
+    steps = [row for row in entries if "loss" in row]
+    assert [row["global_step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row["consumed_samples"] for row in steps] == [24, 48, 72, 96, 120, 144]
+    assert [row["learning_rate"] for row in steps] == pytest.approx([5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    for key in ("grad_norm", "consumed_tokens", "tokens_per_second"):
+        assert all(row[key] > 0 for row in steps)
+    evaluations = [row for row in entries if "eval_loss" in row]
+    assert [row["global_step"] for row in evaluations] == [0, 3, 6]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.3
+    assert evaluations[0]["eval_perplexity"] > evaluations[-1]["eval_perplexity"]
+
+
+def test_the_run_records_how_it_was_made(unbroken):
+    record = json.loads((unbroken / "config.json").read_text())
+    assert record["run"]["packing"]["max_seq_length"] == 64
+    assert record["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert record["batch"]["train_batch_size"] == 24
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_checkpoints_are_named_and_the_last_ones_kept(unbroken):
+    checkpoints = unbroken / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "global_step2",
+        "global_step4",
+        "global_step6",
+        "latest",
+    ]
+    assert (checkpoints / "latest").read_text().strip() == "global_step6"
+
+
+def test_the_exported_model_fills_masks_and_loads_for_classification(unbroken):
+    from transformers import AutoModelForSequenceClassification, pipeline
+
+    guesses = pipeline("fill-mask", model=str(unbroken / "hf"))("He looked at the <mask>.")
+    assert all(guess["token_str"] for guess in guesses)
+    AutoModelForSequenceClassification.from_pretrained(unbroken / "hf", num_labels=3)
+
+
+def test_export_hf_writes_the_same_model_from_the_checkpoint(unbroken, workspace):
+    command = (REPOSITORY / "launch/export_hf.py", "--checkpoint", "runs/unbroken", "--output", "exported/model")
+    assert "logits equal" in run("python", *command, cwd=workspace)
+    ours = safetensors.torch.load_file(workspace / "exported/model/model.safetensors")
+    for name, value in safetensors.torch.load_file(unbroken / "hf/model.safetensors").items():
+        assert torch.equal(ours[name], value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, number):
+    output = workspace / f"runs/{number.name}"
+    arguments = (*SETTINGS, "--output_dir", output)
+
+    def third_step_taken() -> bool:
+        return (output / "metrics.jsonl").exists() and '"global_step": 3, "loss"' in (
+            output / "metrics.jsonl"
+        ).read_text()
+
+    code, printed = pretrain_until(workspace, third_step_taken, number, *arguments)
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 85, printed
+        assert "stopped on request" in printed
+    assert "resuming from" in pretrain(workspace, *arguments)
+    assert without_times(rows(output)) == without_times(rows(unbroken))
+    expected, found = final_tensors(unbroken), final_tensors(output)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace, unbroken):
+    command = ("deepspeed", "--num_accelerators", "2", PRETRAIN, "--deepspeed_config", CONFIG)
+    printed = run(
+        *command, *SETTINGS, "--attention_probs_dropout_prob", "0", "--hidden_dropout_prob", "0", cwd=workspace
+    )
+    assert "model tiny (the default without a GPU" in printed
+    assert "expected time per step" in printed
+    two = [row["loss"] for row in rows(workspace / "runs/tiny") if "loss" in row]
+    assert two[0] == pytest.approx(next(row["loss"] for row in rows(unbroken) if "loss" in row), rel=0.02)
+    assert (workspace / "runs/tiny/hf/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data_dir", "nowhere"], ["'nowhere'", "preprocess shard"]),
+        (["--train_batch_size", "0"], ["train_batch_size", "0", "positive whole number"]),
+        (["--train_batch_size", "2.5"], ["train_batch_size", "2.5"]),
+        (["--output_dir", "/proc/run"], ["'/proc/run'", "choose another"]),
+        (["--resume", "nowhere"], ["'nowhere'", "auto"]),
+        (["--max_seq_length", "2"], ["max_seq_length", "2"]),
+        (["--mask_steps", "2"], ["--mask_steps"]),
+        (["--output_dir", "runs/unbroken", *SETTINGS, "--seed", "7"], ["seed", "7", "--output_dir"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workspace, unbroken, arguments, words):
+    before = sorted(workspace.rglob("*"))
+    printed = pretrain(workspace, *arguments, code=2)
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in words), line
+    assert "Traceback" not in printed
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_a_misspelt_key_of_the_json_ends_the_launched_run_with_code_2(workspace):
+    misspelt = workspace / "misspelt.json"
+    misspelt.write_text(CONFIG.read_text().replace("gradient_clipping", "gradient_cliping"))
+    printed = run("deepspeed", PRETRAIN, "--deepspeed_config", misspelt, cwd=workspace, code=2)
+    assert "did you mean 'gradient_clipping'?" in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,103 @@
+"""The house's rules, read from the source: who may import whom, who may import DeepSpeed, how long a file may be."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+LINES_AT_MOST = 400
+ROOMS = [  # from the top; a room imports from rooms below its own row, or from itself
+    {"launch"},
+    {"preprocessing", "ds_roberta.training"},
+    {"ds_roberta.evaluation"},
+    {"ds_roberta.model", "ds_roberta.data"},
+    {"ds_roberta.config", "ds_roberta.deepspeed_config", "ds_roberta.distributed", "ds_roberta.files"},
+    {"ds_roberta.errors", "ds_roberta"},
+]
+GROUND = ROOMS[-2] | ROOMS[-1]  # single modules, which may import each other without a cycle
+PREPROCESSING_MAY_IMPORT = {f"ds_roberta.{name}" for name in ("data.shards", "errors", "files", "config")}
+MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine"}
+
+FILES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("ds_roberta", "preprocessing", "launch")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+}
+ALL_FILES = [*FILES.values(), *sorted((REPOSITORY / "tests").rglob("*.py")), REPOSITORY / "setup.py"]
+
+
+def imports(tree, at_runtime=False):
+    """The dotted names that a module imports; names imported from a package are tried as its modules."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if at_runtime and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the room"
+            modules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(modules & FILES.keys() or {node.module})
+        found |= imports(node, at_runtime)
+    return found
+
+
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+IMPORTS = {module: imports(tree) for module, tree in TREES.items()}
+AT_RUNTIME = {module: imports(tree, at_runtime=True) & FILES.keys() for module, tree in TREES.items()}
+
+
+def room(module):
+    rooms = [name for row in ROOMS for name in row if module == name or module.startswith(f"{name}.")]
+    return max(rooms, key=len)
+
+
+def row(module):
+    return next(number for number, rooms in enumerate(ROOMS) if room(module) in rooms)
+
+
+def test_every_module_has_a_room():
+    assert len(FILES) > 25
+    for module in FILES:
+        assert room(module) != "ds_roberta" or module == "ds_roberta", f"{module} stands in no room: add it to ROOMS"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_rooms_import_downward_only(module):
+    for imported in IMPORTS[module] & FILES.keys():
+        if room(imported) != room(module) and not {room(imported), room(module)} <= GROUND:
+            assert row(imported) > row(module), f"{module} imports {imported}, which is not below it"
+
+
+def test_preprocessing_and_training_meet_in_the_shard_format_alone():
+    for module, imported in IMPORTS.items():
+        ours = {name for name in imported if name.split(".")[0] == "ds_roberta"}
+        if room(module) == "preprocessing":
+            assert ours <= PREPROCESSING_MAY_IMPORT, module
+        elif room(module) != "launch":
+            assert not any(name.split(".")[0] == "preprocessing" for name in imported), module
+
+
+def test_deepspeed_is_imported_in_the_engine_alone():
+    for module, imported in IMPORTS.items():
+        if room(module) != "launch" and any(name.split(".")[0] == "deepspeed" for name in imported):
+            assert module in MAY_IMPORT_DEEPSPEED
+
+
+def test_all_but_the_run_is_imported_without_deepspeed():
+    def reaches_the_engine(module):
+        return module == "ds_roberta.training.engine" or any(map(reaches_the_engine, AT_RUNTIME[module]))
+
+    reaching = {module for module in FILES if room(module) != "launch" and reaches_the_engine(module)}
+    assert reaching == {"ds_roberta.training.engine", "ds_roberta.training.run", "ds_roberta.training.trainer"}
+
+
+def test_no_imports_go_in_a_circle():
+    TopologicalSorter(AT_RUNTIME).prepare()  # raises CycleError with the circle
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_AT_MOST

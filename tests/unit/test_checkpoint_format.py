@@ -1,0 +1,355 @@
+"""Checkpoints without DeepSpeed: a stand-in engine of a small module, its processes played by threads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ds_roberta.config import model_config
+from ds_roberta.errors import UserError
+from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.training import checkpoint
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.export import export_checkpoint
+
+IDENTITY = {"data": "abc", "seed": 3, "model": {"hidden_size": 4, "hidden_dropout_prob": 0.1}, "train_batch_size": 8}
+
+
+class FakeEngine:
+    """What `checkpoint` needs of an engine; every rank holds the whole state."""
+
+    def __init__(self, ranks, seed=0, module=None):
+        self.ranks = ranks
+        self.module = module or nn.Sequential(nn.Linear(4, 9), nn.LayerNorm(9), nn.Linear(9, 2))
+        generator = torch.Generator().manual_seed(seed)  # torch's own is shared by the threads
+
+        def random(parameter):
+            return torch.rand(parameter.shape, generator=generator)
+
+        self.moments = {}
+        for parameter in self.module.parameters():
+            parameter.data = random(parameter)
+            self.moments[parameter] = {key: random(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        self.applied_steps, self.loss_scaler_state = 0, {}
+
+    def full_tensors(self, parameter):
+        return {"weight": parameter.data, **self.moments[parameter]}
+
+    def set_tensors(self, parameter, values):
+        parameter.data.copy_(values["weight"])
+        self.moments[parameter] = {key: values[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+
+    def content(self):
+        return {
+            f"{key}.{name}": tensor.clone()
+            for name, parameter in self.module.named_parameters()
+            for key, tensor in self.full_tensors(parameter).items()
+        }
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def save(tokenizer_folder, on_ranks):
+    """A function that saves a checkpoint of a step with any number of processes, and returns its folder."""
+
+    def save_step(folder, step, world_size=2, keep_last=10, **state):
+        def body(ranks):
+            engine = FakeEngine(ranks, seed=step)
+            return checkpoint.save(engine, TrainState(IDENTITY, step, **state), tokenizer_folder, folder, keep_last)
+
+        results = on_ranks(world_size, body)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        assert len(set(results)) == 1
+        return results[0]
+
+    return save_step
+
+
+def flip(path, offset=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if offset is None else offset] ^= 1
+    path.write_bytes(content)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 3])
+def test_a_checkpoint_of_any_number_of_processes_loads_with_any_other(tmp_path, save, on_ranks, saved_by):
+    state = {
+        "consumed_samples": 80,
+        "consumed_tokens": 999,
+        "skipped_steps": 2,
+        "loss_scaler": {"cur_scale": 1024.0, "cur_iter": 10},
+    }
+    path = save(tmp_path, 10, saved_by, **state)
+    checkpoint.verify(path)
+    assert len(list(path.glob("state-*.safetensors"))) == saved_by
+    expected = FakeEngine(None, seed=10).content()
+
+    def load(ranks):
+        engine = FakeEngine(ranks, seed=77)
+        loaded = checkpoint.load(engine, path)
+        return loaded, engine.content(), engine.applied_steps, engine.loss_scaler_state
+
+    for loaded, content, applied_steps, loss_scaler in on_ranks(2, load):
+        assert loaded == TrainState(IDENTITY, 10, **state)
+        assert equal(content, expected)
+        assert applied_steps == 8
+        assert loss_scaler == state["loss_scaler"]
+
+
+def test_weights_are_fp32_by_parameter_name(tmp_path, save):
+    path = save(tmp_path, 5)
+    expected = dict(FakeEngine(None, seed=5).module.named_parameters())
+    weights = checkpoint.weights(path)
+    assert equal(weights, {name: parameter.data for name, parameter in expected.items()})
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_processes_share_the_writing(tmp_path, save):
+    path = save(tmp_path, 1, world_size=2)
+    keys, sizes = [], []
+    for file in sorted(path.glob("state-*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            keys.append(set(stored.keys()))
+            sizes.append(sum(stored.get_tensor(key).numel() for key in stored.keys()))  # noqa: SIM118
+    assert not keys[0] & keys[1]
+    assert len(keys[0] | keys[1]) == 3 * 6
+    # No process has more than the largest tensor above the other.
+    assert abs(sizes[0] - sizes[1]) <= 3 * 36
+
+
+def test_latest_names_the_newest_and_nothing_temporary_stays(tmp_path, save):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert (tmp_path / "latest").read_text() == "global_step2\n"
+    assert names(tmp_path) == ["global_step1", "global_step2", "latest"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path, save):
+    path = save(tmp_path, 1, world_size=3)
+    flip(path / "train_state.json")
+    save(tmp_path, 1, world_size=2)
+    checkpoint.verify(path)
+    assert len(list(path.glob("state-*.safetensors"))) == 2
+
+
+def test_the_newest_are_kept(tmp_path, save):
+    for step in (5, 10, 100, 200):
+        save(tmp_path, step, keep_last=2)
+    assert names(tmp_path) == ["global_step100", "global_step200", "latest"]
+
+
+def test_the_checkpoint_just_written_is_never_removed(tmp_path, save):
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    # A run that goes on from step 100 by its explicit path comes by 150 while 200 and 300 are still there.
+    path = save(tmp_path, 150, keep_last=2)
+    checkpoint.verify(path)
+    assert names(tmp_path) == ["global_step150", "global_step200", "global_step300", "latest"]
+    assert (tmp_path / "latest").read_text() == "global_step150\n"
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_no_checkpoint_appears_when_a_process_could_not_write(tmp_path, tokenizer_folder, on_ranks, failing_rank, save):
+    earlier = save(tmp_path, 1)
+
+    def body(ranks):
+        engine = FakeEngine(ranks)
+        if ranks.rank == failing_rank:
+            # Its file's name is taken by a folder: the write fails as on a full disk.
+            barrier, calls = ranks.barrier, []
+
+            def block_after_first_barrier():
+                barrier()
+                if not calls:
+                    (tmp_path / f".global_step2.tmp/state-{ranks.rank:05d}-of-00002.safetensors").mkdir()
+                calls.append(1)
+
+            ranks.barrier = block_after_first_barrier
+        return checkpoint.save(engine, TrainState(IDENTITY, 2), tokenizer_folder, tmp_path, 3)
+
+    for result in on_ranks(2, body):
+        assert isinstance(result, UserError)
+        assert "cannot write the checkpoint" in str(result)
+        assert "earlier checkpoints are intact" in str(result)
+    assert names(tmp_path) == ["global_step1", "latest"]
+    checkpoint.verify(earlier)
+
+
+def test_a_place_that_cannot_be_written_is_a_user_error_on_all_ranks(tmp_path, tokenizer_folder, on_ranks):
+    (tmp_path / "file").write_text("")
+
+    def body(ranks):
+        return checkpoint.save(
+            FakeEngine(ranks), TrainState(IDENTITY, 2), tokenizer_folder, tmp_path / "file/checkpoints", 3
+        )
+
+    assert all(isinstance(result, UserError) for result in on_ranks(2, body))
+
+
+def test_any_damage_to_any_file_is_noticed(tmp_path, save):
+    original = save(tmp_path / "c", 3)
+    files = sorted(str(path.relative_to(original)) for path in original.rglob("*") if path.is_file())
+    assert {"manifest.json", "train_state.json", "tokenizer/tokenizer.json"} < set(files)
+    assert sum(name.startswith("state-") for name in files) == 2
+    damages = [
+        lambda path: flip(path, 0),
+        lambda path: flip(path),
+        lambda path: flip(path, -1),
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(path.read_bytes()[:-2]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ]
+    for name in files:
+        for damage in damages:
+            copy = tmp_path / "copy"
+            shutil.copytree(original, copy)
+            checkpoint.verify(copy)
+            damage(copy / name)
+            with pytest.raises(UserError, match="checkpoint"):
+                checkpoint.verify(copy)
+            shutil.rmtree(copy)
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_noticed(tmp_path, save):
+    path = save(tmp_path, 3) / "manifest.json"
+    content = path.read_bytes()
+    for offset in range(len(content)):
+        path.write_bytes(content)
+        flip(path, offset)
+        with pytest.raises(UserError):
+            checkpoint.verify(path.parent)
+
+
+def test_weights_that_the_manifest_does_not_name_are_noticed(tmp_path, save):
+    path = save(tmp_path, 3)
+    shutil.copy(path / "state-00000-of-00002.safetensors", path / "state-00000-of-00001.safetensors")
+    with pytest.raises(UserError, match=r"does not name its file 'state-00000-of-00001.safetensors'"):
+        checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"format_version": 1}', '{"format_version": 1, "files": 3}'])
+def test_a_manifest_of_another_kind_is_a_user_error(tmp_path, save, content):
+    path = save(tmp_path, 3)
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest of the checkpoint .* is damaged"):
+        checkpoint.verify(path)
+
+
+def test_another_format_version_is_refused_by_name(tmp_path, save):
+    path = save(tmp_path, 3)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 9}))
+    with pytest.raises(UserError, match="format version 9, this program reads 1"):
+        checkpoint.verify(path)
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_to_name(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"is no checkpoint .* name a folder checkpoints/global_stepN of a run"):
+            checkpoint.verify(path)
+
+
+def test_auto_takes_the_newest_by_number(tmp_path, save):
+    assert checkpoint.choose("auto", tmp_path / "none") is None
+    assert checkpoint.choose("auto", tmp_path) is None
+    for step in (9, 10, 100):
+        save(tmp_path, step)
+    (tmp_path / "latest").write_text("global_step9\n")  # a run killed before it renamed `latest`
+    (tmp_path / ".global_step200.tmp").mkdir()  # a run killed while it wrote
+    (tmp_path / "global_step300_old").mkdir()  # a person's copy
+    assert checkpoint.choose("auto", tmp_path) == tmp_path / "global_step100"
+
+
+def test_auto_passes_over_damaged_ones_and_says_so(tmp_path, save, caplog):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    flip(tmp_path / "global_step3/state-00001-of-00002.safetensors")
+    (tmp_path / "global_step2/manifest.json").unlink()
+    with caplog.at_level("WARNING", logger="ds_roberta"):
+        assert checkpoint.choose("auto", tmp_path) == tmp_path / "global_step1"
+    assert ["state-00001" in record.message for record in caplog.records] == [True, False]
+    assert all("passed over" in record.message for record in caplog.records)
+
+
+def test_auto_never_starts_anew_over_damaged_checkpoints(tmp_path, save):
+    flip(save(tmp_path, 1) / "train_state.json")
+    with pytest.raises(UserError, match=r"no checkpoint .* is complete: move them away to start anew"):
+        checkpoint.choose("auto", tmp_path)
+
+
+def test_a_named_checkpoint_is_taken_or_refused_and_never_another(tmp_path, save):
+    save(tmp_path, 1)
+    second = save(tmp_path, 2)
+    assert checkpoint.choose(str(tmp_path / "global_step1"), tmp_path) == tmp_path / "global_step1"
+    flip(second / "train_state.json")
+    with pytest.raises(UserError, match=r"train_state.json' is damaged"):
+        checkpoint.choose(str(second), tmp_path)
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint.choose(str(tmp_path / "global_step7"), tmp_path)
+
+
+def test_the_newest_of_a_run_is_found_from_its_folder(tmp_path, save):
+    folder = tmp_path / checkpoint.CHECKPOINTS_FOLDER
+    first = save(folder, 1)
+    second = save(folder, 2)
+    assert checkpoint.newest(tmp_path) == second
+    flip(second / "train_state.json")
+    assert checkpoint.newest(tmp_path) == first
+    assert checkpoint.newest(first) == first
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.newest(second)
+    (tmp_path / "empty" / checkpoint.CHECKPOINTS_FOLDER).mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.newest(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "xyz"}, "its data is 'abc', this run's is 'xyz'"),
+        ({"seed": 4}, "its seed is 3, this run's is 4"),
+        ({"train_batch_size": 16}, "its train_batch_size is 8, this run's is 16"),
+        (
+            {"model": {"hidden_size": 4, "hidden_dropout_prob": 0.0}},
+            "its model.hidden_dropout_prob is 0.1, this run's is 0.0",
+        ),
+        ({"model": {**IDENTITY["model"], "layers": 2}}, "its model.layers is None, this run's is 2"),
+        ({"masking": {"mlm_probability": 0.4}}, "its masking is None, this run's is {'mlm_probability': 0.4}"),
+    ],
+)
+def test_a_run_that_differs_is_told_in_what(tmp_path, save, change, message):
+    path = save(tmp_path, 1)
+    saved = checkpoint.read_state(path).identity
+    checkpoint.check_identity(path, saved, IDENTITY)
+    with pytest.raises(UserError) as caught:
+        checkpoint.check_identity(path, saved, {**IDENTITY, **change})
+    assert message in str(caught.value)
+    assert "another --output_dir to start anew" in str(caught.value)
+
+
+def test_a_checkpoint_exports_by_itself(tmp_path, tokenizer_folder, solo_ranks):
+    config = model_config("tiny", 400, 64)
+    engine = FakeEngine(solo_ranks, module=MaskedLM(config))
+    identity = {"model": vars(config), "packing": {"max_seq_length": 64}}
+    folder = tmp_path / "run" / checkpoint.CHECKPOINTS_FOLDER
+    path = checkpoint.save(engine, TrainState(identity, 7), tokenizer_folder, folder, 3)
+    for source in (path, tmp_path / "run"):
+        export_checkpoint(source, tmp_path / "exported")
+        assert json.loads((tmp_path / "exported/tokenizer_config.json").read_text())["model_max_length"] == 64
+    flip(path / "tokenizer/tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer.json' is damaged"):
+        export_checkpoint(path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,261 @@
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from ds_roberta.deepspeed_config import SECTION_KEYS, DeepSpeedConfig
+from ds_roberta.errors import UserError
+
+FOLDER = Path(__file__).parents[2] / "ds_configs"
+FILES = sorted(FOLDER.glob("*.json"))
+BASE = json.loads((FOLDER / "zero2.json").read_text())
+CPU = ("fp32", ("fp32", "bf16"))
+GPU = ("bf16", ("fp32", "bf16", "fp16"))
+OLD_GPU = ("fp16", ("fp32", "fp16"))
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A function that reads zero2.json with changes, given as {"section.key": value}; None removes a key."""
+
+    def read_changed(changes, **overrides):
+        content = copy.deepcopy(BASE)
+        for name, value in changes.items():
+            *sections, key = name.split(".")
+            place = content
+            for section in sections:
+                place = place.setdefault(section, {})
+            if value is None:
+                del place[key]
+            else:
+                place[key] = value
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(content))
+        return DeepSpeedConfig.read(path, **overrides)
+
+    return read_changed
+
+
+def test_there_is_a_file_for_every_stage():
+    assert {path.stem for path in FILES} >= {"zero1", "zero2", "zero3"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_hold_the_papers_recipe_and_leave_the_rest_to_the_machine(path):
+    config = DeepSpeedConfig.read(path)
+    assert config.train_batch_size == 8192
+    assert config.micro_batch_size is None
+    content = config.content
+    assert content["train_micro_batch_size_per_gpu"] == "auto"
+    assert content["fp16"]["enabled"] == content["bf16"]["enabled"] == "auto"
+    assert content["gradient_clipping"] == 0.0
+    params = content["optimizer"]["params"]
+    assert (params["betas"], params["eps"], params["weight_decay"]) == ([0.9, 0.98], 1e-6, 0.01)
+    assert 0 < config.learning_rate <= 1e-3
+    assert config.zero_stage == int(path.stem[4])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_no_auto_is_left_for_deepspeed(path, on_gpu):
+    resolved = DeepSpeedConfig.read(path).resolved("bf16", on_gpu)
+    assert "auto" not in json.dumps(resolved)
+    assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (True, False)
+    assert resolved["communication_data_type"] == "fp32"
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert resolved["optimizer"]["params"].get("torch_adam", False) is not on_gpu
+
+
+def test_resolving_leaves_the_configuration_alone(read):
+    config = read({})
+    config.resolved("fp32", on_gpu=False)
+    assert config.content == BASE
+
+
+def test_offload_keeps_deepspeeds_own_adam(read):
+    resolved = read({"zero_optimization.offload_optimizer": {"device": "cpu"}}).resolved("fp32", on_gpu=False)
+    assert "torch_adam" not in resolved["optimizer"]["params"]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train_batchsize", "train_batch_size"),
+        ("gradient_cliping", "gradient_clipping"),
+        ("zero_optimisation", "zero_optimization"),
+        ("fp_16", "fp16"),
+        ("fp16.enable", "enabled"),
+        ("bf16.enabeld", "enabled"),
+        ("zero_optimization.stages", "stage"),
+        ("zero_optimization.overlap_com", "overlap_comm"),
+        ("zero_optimization.stage3_prefetch_bucketsize", "stage3_prefetch_bucket_size"),
+        ("optimizer.parameters", "params"),
+        ("optimizer.params.weightdecay", "weight_decay"),
+        ("optimizer.params.beta", "betas"),
+        ("tensorboard.ouput_path", "output_path"),
+        ("wandb.projekt", "project"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(read, key, nearest):
+    with pytest.raises(UserError) as caught:
+        read({key: 1})
+    assert f"{key.split('.')[-1]!r}; did you mean {nearest!r}?" in str(caught.value)
+    assert "config.json" in str(caught.value)
+    if "." in key:
+        assert key.rsplit(".", 1)[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [*SECTION_KEYS, "optimizer", "optimizer.params"])
+@pytest.mark.parametrize("value", [[], 3, "auto"])
+def test_a_section_must_be_an_object(read, section, value):
+    with pytest.raises(UserError, match=section):
+        read({section: value})
+
+
+@pytest.mark.parametrize("key", ["scheduler", "data_types", "torch_autocast", "checkpoint"])
+def test_what_the_program_owns_is_refused_with_the_reason(read, key):
+    with pytest.raises(UserError, match=f"remove '{key}': "):
+        read({key: {}})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, 8192.0, "8", "auto", True])
+def test_a_batch_size_is_a_positive_whole_number(read, value):
+    with pytest.raises(UserError, match=r"train_batch_size must be a positive whole number, got") as caught:
+        read({"train_batch_size": value})
+    assert str(caught.value).endswith(repr(value))
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
+def test_a_micro_batch_size_is_auto_or_a_positive_whole_number(read, value):
+    with pytest.raises(UserError, match=r"train_micro_batch_size_per_gpu .*positive whole number, got"):
+        read({"train_micro_batch_size_per_gpu": value})
+    assert read({"train_micro_batch_size_per_gpu": 16}).micro_batch_size == 16
+    assert read({"train_micro_batch_size_per_gpu": None}).micro_batch_size is None
+
+
+def test_accumulation_follows_from_the_batch(read):
+    with pytest.raises(UserError, match="gradient_accumulation_steps follows from train_batch_size"):
+        read({"gradient_accumulation_steps": 4})
+    assert "auto" not in json.dumps(read({"gradient_accumulation_steps": "auto"}).resolved("fp32", on_gpu=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_batch_size": None}, "train_batch_size is missing; the paper's is 8192"),
+        ({"gradient_clipping": None}, "gradient_clipping is missing; say it"),
+        ({"gradient_clipping": "auto"}, "gradient_clipping must be a number, 0.0 for none, got 'auto'"),
+        ({"gradient_clipping": -1.0}, "gradient_clipping must be a number, 0.0 for none, got -1.0"),
+        ({"gradient_clipping": True}, "gradient_clipping must be a number, 0.0 for none, got True"),
+        ({"zero_optimization.stage": 4}, "zero_optimization.stage must be 0, 1, 2 or 3, got 4"),
+        ({"zero_optimization.stage": "2"}, "zero_optimization.stage must be 0, 1, 2 or 3, got '2'"),
+        ({"zero_optimization.stage": True}, "zero_optimization.stage must be 0, 1, 2 or 3, got True"),
+        ({"bf16.enabled": 1}, 'bf16.enabled must be true, false or "auto", got 1'),
+        ({"fp16.enabled": "yes"}, "fp16.enabled must be true, false or \"auto\", got 'yes'"),
+        ({"optimizer": None}, "optimizer.type must be one of Adam, AdamW"),
+        ({"optimizer.type": "Lamb"}, "optimizer.type must be one of Adam, AdamW"),
+        ({"optimizer.params.lr": None}, "optimizer.params.lr must be a positive number, got None"),
+        ({"optimizer.params.lr": 0}, "optimizer.params.lr must be a positive number, got 0"),
+        ({"optimizer.params.lr": "auto"}, "optimizer.params.lr must be a positive number, got 'auto'"),
+        ({"optimizer.params.lr": float("nan")}, "optimizer.params.lr must be a positive number, got nan"),
+        ({"optimizer.params.lr": float("inf")}, "optimizer.params.lr must be a positive number, got inf"),
+        ({"optimizer.params.eps": "auto"}, "optimizer.params.eps must not be negative, got 'auto'"),
+        ({"optimizer.params.weight_decay": -0.1}, "optimizer.params.weight_decay must not be negative, got -0.1"),
+        ({"optimizer.params.betas": "auto"}, "optimizer.params.betas must be two numbers"),
+        ({"optimizer.params.betas": [0.9]}, "optimizer.params.betas must be two numbers"),
+        ({"optimizer.params.betas": [0.9, 1.0]}, "optimizer.params.betas must be two numbers"),
+    ],
+)
+def test_a_wrong_value_is_named(read, changes, message):
+    with pytest.raises(UserError) as caught:
+        read(changes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "expected"),
+    [
+        ({}, CPU, "fp32"),
+        ({}, GPU, "bf16"),
+        ({}, OLD_GPU, "fp16"),
+        ({"bf16.enabled": True}, CPU, "bf16"),
+        ({"fp16.enabled": True}, GPU, "fp16"),
+        ({"bf16.enabled": False}, GPU, "fp32"),
+        ({"bf16.enabled": None, "fp16.enabled": None}, GPU, "fp32"),
+        ({"zero_optimization.stage": 0}, CPU, "fp32"),
+    ],
+)
+def test_precision_is_the_jsons_or_the_devices(read, changes, device, expected):
+    assert read(changes).precision(*device) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        ({"fp16.enabled": True}, CPU, 'fp16.enabled is true, but this device has no fp16: set it to "auto"'),
+        ({"bf16.enabled": True}, OLD_GPU, "bf16.enabled is true, but this device has no bf16"),
+        ({"fp16.enabled": True, "bf16.enabled": True}, GPU, "exclude each other"),
+        ({"bf16.enabled": True, "zero_optimization.stage": 0}, GPU, "bf16 needs zero_optimization.stage 1, 2 or 3"),
+        ({"fp16.enabled": True, "zero_optimization": None}, GPU, "fp16 needs zero_optimization.stage 1, 2 or 3"),
+        ({"zero_optimization.stage": 0}, GPU, "bf16 needs zero_optimization.stage 1, 2 or 3"),
+    ],
+)
+def test_a_precision_that_cannot_be_is_refused(read, changes, device, message):
+    with pytest.raises(UserError) as caught:
+        read(changes).precision(*device)
+    assert message in str(caught.value)
+
+
+def test_the_command_line_overrides_batch_size_and_learning_rate(read):
+    config = read({}, train_batch_size=64, learning_rate=1e-4)
+    assert (config.train_batch_size, config.learning_rate) == (64, 1e-4)
+    assert config.resolved("fp32", on_gpu=True)["optimizer"]["params"]["lr"] == 1e-4
+    assert read({"train_batch_size": None}, train_batch_size=64).train_batch_size == 64
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_overrides_are_checked_too(read, value):
+    with pytest.raises(UserError, match="train_batch_size must be a positive whole number"):
+        read({}, train_batch_size=value)
+    with pytest.raises(UserError, match="lr must be a positive number"):
+        read({}, learning_rate=float(value))
+    with pytest.raises(UserError, match="lr must be a positive number"):
+        read({}, learning_rate=math.nan)
+
+
+def test_keys_that_are_known_pass(read):
+    changes = {
+        "tensorboard": {"enabled": True, "output_path": "logs", "job_name": "run"},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu"},
+            "stage3_max_live_parameters": 1_000_000,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "fp16": {"enabled": "auto", "initial_scale_power": 12, "loss_scale_window": 500},
+    }
+    resolved = read(changes).resolved("fp16", on_gpu=True)
+    assert resolved["fp16"] == {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 500}
+    assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert resolved["tensorboard"] == changes["tensorboard"]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"train_batch_size": 8,}', "[1]", "8192", '"auto"'])
+def test_a_file_that_is_no_json_object_is_a_user_error(tmp_path, content):
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(UserError, match=r"ds.json' (is not valid JSON|must hold a JSON object)"):
+        DeepSpeedConfig.read(tmp_path / "ds.json")
+
+
+def test_a_file_that_is_not_utf8_is_a_user_error(tmp_path):
+    (tmp_path / "ds.json").write_bytes(b'{"\xff": 1}')
+    with pytest.raises(UserError, match="is not valid JSON"):
+        DeepSpeedConfig.read(tmp_path / "ds.json")
+
+
+def test_a_missing_file_names_the_folder_of_ready_ones(tmp_path):
+    for path in (tmp_path / "zero9.json", tmp_path):
+        with pytest.raises(UserError, match=r"cannot read --deepspeed_config .*ready ones are in ds_configs/"):
+            DeepSpeedConfig.read(path)

@@ -1,0 +1,81 @@
+import logging
+import os
+
+import pytest
+import torch.distributed as dist
+
+from ds_roberta.distributed import Ranks, set_single_process_defaults, set_up_logging
+from ds_roberta.errors import UserError
+
+LAUNCHERS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The environment of a script that no launcher started; put back afterwards."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in (*LAUNCHERS, "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    return os.environ
+
+
+def test_a_script_without_a_launcher_is_a_run_of_one_process(environment):
+    set_single_process_defaults()
+    assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == ("0", "0", "1")
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launchers_environment_is_left_alone(environment, name):
+    environment[name] = "3"
+    set_single_process_defaults()
+    assert environment[name] == "3"
+    assert "WORLD_SIZE" not in environment
+
+
+def test_one_process_agrees_with_itself(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ranks = Ranks.current()
+        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+        assert ranks.sum(1, 2.5) == [1.0, 2.5]
+        assert ranks.min(2**53 - 1) == 2**53 - 1
+        assert (ranks.any(False), ranks.any(True)) == (False, True)
+        assert ranks.broadcast({"a": 1}) == {"a": 1}
+        assert ranks.gather("mine") == ["mine"]
+        ranks.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_the_first_process_does_alone_all_hear_of(on_ranks):
+    def refuse():
+        raise UserError("not this")
+
+    done = []
+    assert (
+        on_ranks(3, lambda ranks: Ranks.on_main(ranks, lambda: done.append(ranks.rank) or "result")) == ["result"] * 3
+    )
+    assert done == [0]
+    results = on_ranks(3, lambda ranks: Ranks.on_main(ranks, refuse))
+    assert [(type(result), str(result)) for result in results] == [(UserError, "not this")] * 3
+
+
+def test_the_first_process_alone_speaks(caplog):
+    caplog.set_level(logging.INFO, logger="ds_roberta")
+    Ranks(1, 2, 1, None).log("from the second")
+    Ranks(0, 2, 0, None).log("from the first")
+    assert [record.message for record in caplog.records] == ["from the first"]
+
+
+def test_others_are_heard_from_warnings_on():
+    root, ours = logging.getLogger(), logging.getLogger("ds_roberta")
+    before = root.handlers[:], root.level, ours.level
+    try:
+        set_up_logging()
+        assert ours.isEnabledFor(logging.INFO)
+        assert not logging.getLogger("some.library").isEnabledFor(logging.INFO)
+        assert logging.getLogger("some.library").isEnabledFor(logging.WARNING)
+    finally:
+        root.handlers[:], _, _ = before
+        root.setLevel(before[1])
+        ours.setLevel(before[2])

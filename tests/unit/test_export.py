@@ -1,0 +1,170 @@
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from ds_roberta.config import model_config
+from ds_roberta.errors import UserError
+from ds_roberta.model import export as export_module
+from ds_roberta.model.export import export, hf_config
+from ds_roberta.model.objectives import MaskedLM
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def config():
+    return model_config("tiny", 400, LENGTH)
+
+
+@pytest.fixture
+def weights(config):
+    torch.manual_seed(0)
+    return {name: parameter.detach() + 0.01 for name, parameter in MaskedLM(config).named_parameters()}
+
+
+@pytest.fixture
+def do_export(config, weights, tokenizer_folder):
+    return lambda output: export(config, weights, tokenizer_folder, LENGTH, output)
+
+
+def assert_nothing_left(tmp_path, *expected):
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
+
+
+def test_the_folder_opens_with_transformers_and_holds_our_weights(tmp_path, config, weights, do_export):
+    assert do_export(tmp_path / "a/b/model") <= export_module.PARITY_TOLERANCE
+    model, report = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "a/b/model", output_loading_info=True)
+    assert not any(report.values())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    expected, found = hf_config(config).to_dict(), model.config.to_dict()
+    names = set(expected) - {"architectures", "dtype", "transformers_version", "_name_or_path"}
+    assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+    assert load_file(tmp_path / "a/b/model/model.safetensors").keys() <= weights.keys()
+    assert_nothing_left(tmp_path / "a/b", "model")
+
+
+def test_the_tokenizer_in_the_folder_gives_the_same_ids(tmp_path, do_export, tokenizer_folder):
+    do_export(tmp_path / "model")
+    source = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = "kato miren <mask> sulpa Grüße."
+    assert exported(text)["input_ids"] == source(text)["input_ids"]
+    assert exported.mask_token_id in exported(text)["input_ids"]
+    assert exported.model_max_length == LENGTH
+    assert len(exported("kato " * 200, truncation=True)["input_ids"]) == LENGTH
+
+
+def test_a_model_exported_before_is_replaced(tmp_path, weights, do_export):
+    do_export(tmp_path / "model")
+    (tmp_path / "model/old.txt").write_text("of the old model")
+    weights["lm_head.bias"] = weights["lm_head.bias"] + 1
+    do_export(tmp_path / "model")
+    model = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.lm_head.bias, weights["lm_head.bias"])
+    assert not (tmp_path / "model/old.txt").exists()
+    assert_nothing_left(tmp_path, "model")
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path, do_export):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    do_export(tmp_path / "model")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "disk/model.safetensors").is_file()
+
+
+def missing(weights):
+    del weights["lm_head.dense.bias"]
+
+
+def superfluous(weights):
+    weights["roberta.pooler.dense.weight"] = torch.zeros(256, 256)
+
+
+def another_shape(weights):
+    name = "roberta.embeddings.word_embeddings.weight"
+    weights[name] = weights[name][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (missing, "lm_head.dense.bias"),
+        (superfluous, "roberta.pooler.dense.weight"),
+        (another_shape, "roberta.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, weights, do_export, change, name):
+    change(weights)
+    with pytest.raises(UserError, match=f"do not fit .*'{name}'"):
+        do_export(tmp_path / "model")
+    assert_nothing_left(tmp_path)
+
+
+@pytest.fixture
+def broken_conversion(monkeypatch):
+    """The exporter loses a little of a weight."""
+    convert = export_module.to_transformers
+
+    def convert_badly(*arguments):
+        model = convert(*arguments)
+        with torch.no_grad():
+            model.roberta.encoder.layer[2].attention.self.value.bias.add_(0.05)
+        return model
+
+    monkeypatch.setattr(export_module, "to_transformers", convert_badly)
+
+
+@pytest.mark.usefixtures("broken_conversion")
+def test_logits_that_differ_are_refused_and_nothing_is_written(tmp_path, do_export):
+    with pytest.raises(UserError, match="logits differ from the training model's by"):
+        do_export(tmp_path / "model")
+    assert_nothing_left(tmp_path)
+
+
+def test_an_earlier_model_outlives_an_export_that_fails(tmp_path, do_export, request):
+    do_export(tmp_path / "model")
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    request.getfixturevalue("broken_conversion")
+    with pytest.raises(UserError, match="logits differ"):
+        do_export(tmp_path / "model")
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+    assert_nothing_left(tmp_path, "model")
+
+
+def test_large_logits_may_differ_by_their_rounding(tmp_path, weights, do_export):
+    weights["lm_head.layer_norm.weight"] = weights["lm_head.layer_norm.weight"] * 10_000
+    assert 0 < do_export(tmp_path / "model") <= export_module.PARITY_TOLERANCE
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path, weights, do_export):
+    weights["lm_head.bias"] = weights["lm_head.bias"].clone().fill_(float("nan"))
+    with pytest.raises(UserError, match="by nan"):
+        do_export(tmp_path / "model")
+    assert_nothing_left(tmp_path)
+
+
+def test_something_else_is_not_replaced(tmp_path, do_export):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis' holds something else than a model"):
+        do_export(tmp_path / "thesis")
+    assert (tmp_path / "thesis/chapter.txt").read_text() == "years of work"
+    with pytest.raises(UserError, match=r"chapter.txt' is not a folder"):
+        do_export(tmp_path / "thesis/chapter.txt")
+    assert_nothing_left(tmp_path / "thesis", "chapter.txt")
+
+
+def test_an_empty_folder_is_filled(tmp_path, do_export):
+    (tmp_path / "model").mkdir()
+    do_export(tmp_path / "model")
+    assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == "roberta"
+
+
+def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path, do_export):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*choose another output"):
+        do_export(tmp_path / "file/model")

@@ -1,0 +1,88 @@
+import math
+
+import numpy as np
+import pytest
+
+from ds_roberta.config import MaskingConfig, PackingConfig
+from ds_roberta.data.loader import Collator
+from ds_roberta.data.masking import evaluation_masker
+from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.evaluation.masked_lm import HeldOutLoss
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def collator(corpus):
+    build_index(corpus, "validation", PackingConfig(LENGTH))
+    packed = open_index(corpus, "validation", PackingConfig(LENGTH))
+    tokenizer = corpus.manifest.tokenizer
+    return Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, LENGTH)
+
+
+def label_loss(micro_batch):
+    """Stands in for a model's loss."""
+    return float((micro_batch.labels % 7).sum())
+
+
+def compute(collator, on_ranks, sequences, micro_batch_size, world_size, calls=None):
+    def body(ranks):
+        held_out = HeldOutLoss(collator, sequences, micro_batch_size, ranks)
+        number = []
+
+        def loss_sum(micro_batch):
+            number.append(len(micro_batch.input_ids))
+            return label_loss(micro_batch)
+
+        result = held_out.compute(loss_sum)
+        if calls is not None:
+            calls.append(number)
+        return result
+
+    return on_ranks(world_size, body)
+
+
+def test_the_loss_is_the_same_on_any_number_of_processes(collator, on_ranks):
+    ((expected, perplexity),) = compute(collator, on_ranks, 100, 100, 1)
+    assert 0 < expected < 7
+    assert perplexity == math.exp(expected)
+    for world_size in (1, 2, 3):
+        for micro_batch_size in (1, 7, 64):
+            for loss, _ in compute(collator, on_ranks, 100, micro_batch_size, world_size):
+                assert loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_process_has_as_many_micro_batches(collator, on_ranks):
+    calls = []
+    compute(collator, on_ranks, 10, 3, 3, calls)
+    assert calls == [[3, 3], [3, 3], [3, 3]]
+
+
+def test_the_sample_is_drawn_from_the_whole_split_and_at_most_all_of_it(collator, on_ranks):
+    size = len(collator.packed)
+    calls = []
+    compute(collator, on_ranks, size + 1000, 1, 1, calls)
+    assert len(calls[0]) == size
+
+    seen = []
+    original = collator.collate
+    collator_spy = Collator(collator.packed, collator.masker, collator.tokenizer, LENGTH)
+    collator_spy.collate = lambda sequences, places: seen.extend(sequences) or original(sequences, places)
+    compute(collator_spy, on_ranks, 50, 10, 1)
+    assert len(set(seen)) == 50
+    assert np.ptp(seen) > size / 2
+
+
+def test_a_model_that_has_diverged_has_a_finite_perplexity(collator, on_ranks):
+    ((loss, perplexity),) = on_ranks(1, lambda ranks: HeldOutLoss(collator, 5, 5, ranks).compute(lambda _: 1e9))
+    assert loss > 700
+    assert math.isfinite(perplexity)
+
+
+def test_a_sample_without_a_masked_token_has_loss_zero(tmp_path, write_corpus, on_ranks):
+    corpus = write_corpus(tmp_path / "c", {"validation": [[[np.array([7])]]]})
+    build_index(corpus, "validation", PackingConfig(LENGTH))
+    tokenizer = corpus.manifest.tokenizer
+    masker = evaluation_masker(MaskingConfig(mlm_probability=1e-9), tokenizer)
+    collator = Collator(open_index(corpus, "validation", PackingConfig(LENGTH)), masker, tokenizer, LENGTH)
+    assert compute(collator, on_ranks, 10, 4, 2) == [(0.0, 1.0)] * 2

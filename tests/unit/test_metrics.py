@@ -1,0 +1,95 @@
+import json
+
+import pytest
+
+from ds_roberta.training.metrics import METRICS_NAME, MetricsLog, Progress, duration
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+
+
+def write_rows(folder, steps):
+    log = MetricsLog(folder, 0)
+    for step in steps:
+        log.write({"global_step": step, "loss": step / 2})
+
+
+def test_rows_are_one_json_object_a_line(tmp_path):
+    write_rows(tmp_path, [1, 2])
+    assert read_rows(tmp_path) == [{"global_step": 1, "loss": 0.5}, {"global_step": 2, "loss": 1.0}]
+
+
+def test_a_resumed_run_drops_the_rows_of_steps_that_it_takes_again(tmp_path):
+    write_rows(tmp_path, range(1, 6))
+    MetricsLog(tmp_path, 3).write({"global_step": 4, "loss": 9.0})
+    assert [(row["global_step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 0.5), (2, 1), (3, 1.5), (4, 9.0)]
+
+
+def test_all_rows_of_a_step_are_kept(tmp_path):
+    write_rows(tmp_path, [1, 2])
+    MetricsLog(tmp_path, 2).write({"global_step": 2, "eval_loss": 3.0})
+    MetricsLog(tmp_path, 2)
+    assert len(read_rows(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("half", ['{"global_step": 3, "lo', '{"global_step": 3, "loss": 1.0}'])
+def test_a_last_line_without_its_end_is_dropped(tmp_path, half):
+    write_rows(tmp_path, [1, 2])
+    with (tmp_path / METRICS_NAME).open("a") as file:
+        file.write(half)
+    MetricsLog(tmp_path, 3).write({"global_step": 4})
+    assert [row["global_step"] for row in read_rows(tmp_path)] == [1, 2, 4]
+
+
+def test_a_fresh_run_begins_a_fresh_log(tmp_path):
+    write_rows(tmp_path, [0, 1, 2])  # 0 is the evaluation before the first step
+    write_rows(tmp_path, [0, 1])
+    assert [row["global_step"] for row in read_rows(tmp_path)] == [0, 1]
+
+
+def test_the_expected_time_is_said_once_and_first_from_the_second_micro_step(capsys):
+    waited = []
+    progress = Progress(10, 0, visible=True)
+    for step in (1, 2):
+        for micro_step in range(3):
+            progress.micro_step(micro_step, 3, lambda: waited.append(1))
+            said = "expected time per step" in capsys.readouterr().err
+            assert said == (step == 1 and micro_step == 1)
+        progress.step(step, 2.5, 1000.0, 0.1)
+        assert "expected" not in capsys.readouterr().err
+    progress.close()
+    assert len(waited) == 2
+
+
+def test_a_run_of_single_micro_steps_says_its_first_steps_time(capsys):
+    progress = Progress(10, 0, visible=True)
+    progress.micro_step(0, 1, lambda: None)
+    progress.step(1, 2.5, 1000.0, 90.0)
+    progress.close()
+    assert "expected time per step: 90 seconds" in capsys.readouterr().err
+
+
+def test_other_ranks_are_silent_and_never_wait(capsys):
+    progress = Progress(10, 0, visible=False)
+    for micro_step in range(2):
+        progress.micro_step(micro_step, 2, lambda: pytest.fail("waited for the device"))
+    progress.step(1, 2.5, 1000.0, 1.0)
+    progress.say("nothing")
+    progress.close()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.034, "0.034 seconds"),
+        (3.14159, "3.1 seconds"),
+        (119, "119 seconds"),
+        (150, "2.5 minutes"),
+        (9_000, "2.5 hours"),
+        (216_000, "2.5 days"),
+    ],
+)
+def test_durations_are_in_the_unit_that_suits(seconds, words):
+    assert duration(seconds) == words

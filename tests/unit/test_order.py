@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from ds_roberta.data.order import BLOCK, WINDOW_BLOCKS, SampleOrder
+
+
+def epoch(size, seed=0, number=0):
+    return SampleOrder(size, seed).sequences(np.arange(number * size, (number + 1) * size))
+
+
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 255, 256, 257, 4095, 4096, 4097, 8191, 3 * 4096 + 5, 65_535, 300_001, 1_048_576 + 4096 * 7 + 1]
+)
+def test_every_epoch_is_a_permutation(size):
+    for number in (0, 5):
+        counts = np.bincount(epoch(size, 3, number), minlength=size)
+        assert counts.size == size
+        assert (counts == 1).all()
+
+
+def test_an_epoch_of_millions_is_a_permutation():
+    size = 5_000_011
+    seen = np.zeros(size, dtype=bool)
+    order = SampleOrder(size, 1)
+    for first in range(0, size, 1 << 20):
+        seen[order.sequences(np.arange(first, min(first + (1 << 20), size)))] = True
+    assert seen.all()
+
+
+@pytest.mark.parametrize(
+    ("size", "seed", "places", "sequences"),
+    [
+        (1000, 0, [0, 1, 2, 3, 4, 5], [589, 429, 244, 844, 155, 586]),
+        (10_000, 1, [0, 1, 4095, 8192, 9999, 10_000], [2131, 4775, 5754, 709, 1206, 7526]),
+        (
+            2_000_000_000,
+            42,
+            [0, 1, 255, 1_999_999_999, 7_000_000_000],
+            [802139313, 1624289048, 1581243436, 1884779904, 1002719243],
+        ),
+    ],
+)
+def test_the_order_never_changes_silently(size, seed, places, sequences):
+    assert SampleOrder(size, seed).sequences(np.array(places)).tolist() == sequences
+
+
+def test_epochs_seeds_and_sizes_have_orders_of_their_own():
+    size = 20_000
+    orders = [epoch(size, seed, number) for seed, number in ((1, 1), (1, 2), (2, 1), (0, 3), (3, 0), (2, 0))]
+    for i, first in enumerate(orders):
+        for second in orders[:i]:
+            assert (first == second).sum() < 20  # 1 is expected
+
+
+def test_the_order_is_a_pure_function_of_the_place():
+    order = SampleOrder(9_000, 4)
+    places = np.random.default_rng(0).integers(0, 40_000, size=500)
+    at_once = order.sequences(places)
+    assert [int(order.sequences(np.array([place]))[0]) for place in places] == at_once.tolist()
+    assert np.array_equal(order.sequences(places.reshape(50, 10)), at_once.reshape(50, 10))
+    assert np.array_equal(SampleOrder(9_000, 4).sequences(np.arange(40_000))[places], at_once)
+
+
+def test_a_batch_across_the_end_of_an_epoch_goes_on_in_the_next():
+    order = SampleOrder(100, 0)
+    assert order.sequences(np.arange(90, 110)).tolist() == [*epoch(100)[90:], *epoch(100, number=1)[:10]]
+
+
+def test_billions_of_sequences_are_ordered_without_a_table():
+    size = 2_000_000_000
+    order = SampleOrder(size, 7)
+    for first in (0, size - 4096, 3 * size):
+        sequences = order.sequences(np.arange(first, first + 4096))
+        assert len(np.unique(sequences)) == 4096
+        assert sequences.min() >= 0
+        assert sequences.max() < size
+
+
+def test_lane_order_is_a_permutation_of_the_batch():
+    order = SampleOrder(300_001, 0)
+    for first in (0, 300_001 - 500, 900_000):
+        places = np.arange(first, first + 1000)
+        arranged = order.lane_order(places)
+        assert not np.array_equal(arranged, places)
+        assert np.array_equal(np.sort(arranged), places)
+
+
+def test_processes_read_blocks_of_their_own():
+    order = SampleOrder(2_100_000, 0)
+    sequences = order.sequences(order.lane_order(np.arange(8192)))
+    blocks = [set((part // BLOCK).tolist()) for part in np.split(sequences, 8)]
+    assert sum(map(len, blocks)) == len(set.union(*blocks))
+
+
+def test_a_window_of_places_reads_few_blocks_whole():
+    order = SampleOrder(2_100_000, 0)
+    window = order.lanes * WINDOW_BLOCKS * BLOCK
+    blocks, counts = np.unique(order.sequences(np.arange(window)) // BLOCK, return_counts=True)
+    assert len(blocks) == order.lanes * WINDOW_BLOCKS
+    assert (counts == BLOCK).all()
+
+
+def test_neighbours_in_the_corpus_land_far_apart():
+    size = 300_000
+    order = epoch(size)
+    place = np.empty(size, dtype=np.int64)
+    place[order] = np.arange(size)
+    distance = np.abs(np.diff(place))
+    assert np.median(distance) > size / 10
+    assert (distance < 256).mean() < 0.02
+
+
+def test_a_batch_draws_from_the_whole_corpus():
+    size = 300_000
+    batch = epoch(size)[:2048]
+    by_tenth = np.bincount(batch * 10 // size, minlength=10)
+    assert by_tenth.min() > 100
+
+
+def test_an_order_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        SampleOrder(0, 0)

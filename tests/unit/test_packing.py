@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+
+from ds_roberta.config import PackingConfig
+from ds_roberta.data.packing import INDEX_FOLDER, build_index, cut_long_sentences, open_index, pack_full_sentences
+from ds_roberta.data.shards import Corpus
+from ds_roberta.errors import UserError
+
+SEPARATOR = 2
+
+
+def reference_packing(documents, capacity):
+    """Full-sentences packing of one shard, a sentence at a time: lists of ids between `<s>` and `</s>`."""
+    sequences, current, current_document = [], [], None
+    for number, document in enumerate(documents):
+        for sentence in document:
+            for first in range(0, len(sentence), capacity):
+                piece = sentence[first : first + capacity].tolist()
+                border = [SEPARATOR] if current and number != current_document else []
+                if current and len(current) + len(border) + len(piece) > capacity:
+                    sequences.append(current)
+                    current, border = [], []
+                current, current_document = current + border + piece, number
+    return [*sequences, current] if current else sequences
+
+
+def read_back(packed, width):
+    """The sequences of a packed split as lists of ids."""
+    out = np.zeros((len(packed), width), dtype=np.int64)
+    lengths = packed.gather(np.arange(len(packed)), out)
+    return [row[1 : 1 + length].tolist() for row, length in zip(out, lengths, strict=True)]
+
+
+def build(corpus, max_seq_length, split="train"):
+    packing = PackingConfig(max_seq_length)
+    build_index(corpus, split, packing)
+    return open_index(corpus, split, packing)
+
+
+@pytest.mark.parametrize("max_seq_length", [3, 4, 8, 32, 128, 70_000])
+def test_packing_equals_a_naive_reference(tmp_path, write_corpus, max_seq_length):
+    rng = np.random.default_rng(max_seq_length)
+    shards = []
+    for longest in (1, 3, 10, 60, 200):
+        sizes = rng.integers(1, longest + 1, size=(40, 6))
+        shards.append([[rng.integers(4, 300, size=n) for n in row[: rng.integers(1, 7)]] for row in sizes])
+    packed = build(write_corpus(tmp_path / "c", {"train": shards}), max_seq_length)
+    expected = [s for documents in shards for s in reference_packing(documents, max_seq_length - 2)]
+    assert read_back(packed, max_seq_length) == expected
+
+
+def test_sequences_are_greedy_keep_sentences_whole_and_hold_separators(tmp_path, write_corpus):
+    def ids(*values):
+        return np.array(values)
+
+    documents = [[ids(10, 11, 12), ids(13, 14)], [ids(20, 21)], [ids(*range(30, 45))]]
+    packed = build(write_corpus(tmp_path / "c", {"train": [documents]}), 8)
+    assert read_back(packed, 8) == [
+        [10, 11, 12, 13, 14],  # the next sentence would make 8 with its separator, 6 fit
+        [20, 21],
+        [30, 31, 32, 33, 34, 35],
+        [36, 37, 38, 39, 40, 41],
+        [42, 43, 44],
+    ]
+    packed = build(Corpus.open(tmp_path / "c"), 10)
+    assert read_back(packed, 10)[0] == [10, 11, 12, 13, 14, SEPARATOR, 20, 21]
+
+
+def test_no_token_is_lost_or_repeated(corpus):
+    for max_seq_length in (16, 32, 512):
+        sequences = read_back(build(corpus, max_seq_length), max_seq_length)
+        tokens = np.concatenate([np.array(sequence) for sequence in sequences])
+        split = corpus.split("train")
+        original = np.concatenate([split.values(shard) for shard in range(len(split.shards))])
+        assert np.array_equal(tokens[tokens != SEPARATOR], original[original != SEPARATOR])
+        assert max(map(len, sequences)) == max_seq_length - 2
+
+
+def test_sequences_of_a_corpus_are_nearly_full(corpus):
+    sequences = read_back(build(corpus, 512), 512)
+    assert np.mean([len(sequence) for sequence in sequences]) > 0.9 * 510
+
+
+def test_long_sentences_are_cut_into_full_pieces():
+    starts, ends = cut_long_sentences(np.array([0, 10, 13]), np.array([10, 13, 21]), 4)
+    assert starts.tolist() == [0, 4, 8, 10, 13, 17]
+    assert ends.tolist() == [4, 8, 10, 13, 17, 21]
+
+
+def test_packing_nothing_gives_nothing():
+    nothing = np.empty(0, dtype=np.int64)
+    assert pack_full_sentences(nothing, nothing, 10).shape == (0, 2)
+
+
+def test_gather_writes_the_slices_alone_whatever_their_order(corpus):
+    packed = build(corpus, 32)
+    whole = read_back(packed, 32)
+    chosen = np.random.default_rng(0).permutation(len(packed))[:300]
+    out = np.full((300, 32), -7, dtype=np.int64)
+    lengths = packed.gather(chosen, out)
+    for row, length, sequence in zip(out, lengths, chosen, strict=True):
+        assert row[1 : 1 + length].tolist() == whole[sequence]
+        assert row[0] == -7
+        assert (row[1 + length :] == -7).all()
+
+
+@pytest.fixture
+def own_corpus(tmp_path, write_corpus):
+    rng = np.random.default_rng(0)
+    documents = [[rng.integers(4, 300, size=9) for _ in range(4)] for _ in range(30)]
+    return write_corpus(tmp_path / "own", {"train": [documents]})
+
+
+def index_files(corpus):
+    return {path: path.stat() for path in (corpus.folder / INDEX_FOLDER).iterdir()}
+
+
+def test_the_index_is_made_once_and_used_again(own_corpus):
+    first = read_back(build(own_corpus, 32), 32)
+    before = index_files(own_corpus)
+    assert read_back(build(own_corpus, 32), 32) == first
+    after = index_files(own_corpus)
+    assert {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in before.items()} == {
+        path: (stat.st_ino, stat.st_mtime_ns) for path, stat in after.items()
+    }
+
+
+def test_an_index_that_was_not_finished_is_made_again(own_corpus):
+    first = read_back(build(own_corpus, 32), 32)
+    for path in index_files(own_corpus):
+        if path.name.endswith(".first.npy"):
+            path.unlink()
+        else:
+            path.write_bytes(b"cut")
+    assert read_back(build(own_corpus, 32), 32) == first
+
+
+def test_lengths_and_data_have_indices_of_their_own(tmp_path, write_corpus, own_corpus):
+    at_32, at_64 = build(own_corpus, 32), build(own_corpus, 64)
+    assert len(index_files(own_corpus)) == 6
+    assert len(at_64) < len(at_32)
+    # The same folder with other data: the old index must not serve it.
+    other = write_corpus(tmp_path / "other", {"train": [[[np.arange(4, 200)]]]})
+    (own_corpus.folder / INDEX_FOLDER).rename(other.folder / INDEX_FOLDER)
+    assert read_back(build(other, 32), 32)[0] == list(range(4, 34))
+
+
+def test_an_unwritable_data_folder_is_a_user_error(own_corpus):
+    (own_corpus.folder / INDEX_FOLDER).write_text("a file where the folder shall be")
+    with pytest.raises(UserError, match=r"cannot write the packing index .* writable"):
+        build_index(own_corpus, "train", PackingConfig(32))

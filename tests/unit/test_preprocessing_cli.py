@@ -1,0 +1,107 @@
+"""The `preprocess` command as a user meets it."""
+
+import json
+
+import pytest
+
+from ds_roberta.data.shards import Corpus, TokenizerInfo
+from preprocessing.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a text and a tokenizer trained on it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("\n\n".join(f"Document {i} has\ntwo lines." for i in range(50)))
+    (tmp_path / "text/README.md").write_text("about the text")
+    (tmp_path / "latin.txt").write_bytes(b"one\n\ncaf\xe9\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/precious").touch()
+    assert run("train-tokenizer --input text --vocab_size 280 --output tok") == 0
+    maskless = json.loads((tmp_path / "tok/tokenizer.json").read_text())
+    del maskless["model"]["vocab"]["<mask>"]
+    maskless["added_tokens"].pop()
+    (tmp_path / "maskless").mkdir()
+    (tmp_path / "maskless/tokenizer.json").write_text(json.dumps(maskless))
+    return tmp_path
+
+
+def run(line):
+    with pytest.raises(SystemExit) as exit_:
+        main(line.split())
+    return exit_.value.code
+
+
+def entries(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_the_two_commands_work_and_work_again(folder, capsys):
+    for _ in range(2):
+        assert run("train-tokenizer --input text --vocab_size 280 --output tok") == 0
+        assert run("shard --input text --tokenizer tok --output data/corpus --workers 1 --validation_fraction 0.2") == 0
+    output = capsys.readouterr().out
+    assert "README.md" in output
+    assert "50 read = 50 kept + 0 rejected, from 1 files" in output
+    manifest = Corpus.open("data/corpus").manifest
+    assert manifest.tokenizer == TokenizerInfo.read(folder / "tok")
+    assert [entry.path for entry in manifest.inputs] == ["text/a.txt"]
+    assert entries(folder / "data")[0] == "corpus"
+    assert len(list((folder / "data").iterdir())) == 1
+
+
+def test_a_text_too_small_for_the_vocabulary_says_so(folder, capsys):
+    assert run("train-tokenizer --input text --vocab_size 5000 --output small") == 0
+    size = TokenizerInfo.read(folder / "small").vocab_size
+    assert size < 5000
+    assert f"{size} ids only" in capsys.readouterr().out
+
+
+def test_an_empty_validation_split_is_named_with_a_remedy(folder, capsys):
+    assert run("shard --input text --tokenizer tok --output data --workers 1 --validation_fraction 0.000001") == 0
+    assert "warning: none of 50 documents" in capsys.readouterr().err
+    assert run("shard --input text --tokenizer tok --output data --workers 1 --validation_fraction 0") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+SHARD = "shard --workers 1 --tokenizer tok --output out"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (f"{SHARD} --input missing.txt", "'missing.txt'"),
+        (f"{SHARD} --input text latin.txt", "'latin.txt', line 3 (byte 8)"),
+        (f"{SHARD} --input text bad.jsonl", "'bad.jsonl', line 2 (byte 14)"),
+        (f"{SHARD} --input blank.txt", "empty"),
+        (f"{SHARD} --input other", "'other'"),
+        (f"{SHARD} --input text --validation_fraction 1", "'1'"),
+        (f"{SHARD} --input text --validation_fraction nan", "'nan'"),
+        (f"{SHARD} --input text --workers 0", "'0'"),
+        (f"{SHARD} --input text --workers 1.5", "'1.5'"),
+        (f"{SHARD} --input text --documents page", "'page'"),
+        ("shard --workers 1 --input text --tokenizer missing --output out", "'missing'"),
+        ("shard --workers 1 --input text --tokenizer maskless --output out", "'maskless' has no <mask>"),
+        ("shard --workers 1 --input text --tokenizer tok --output other", "other' is not empty"),
+        ("shard --workers 1 --input text --tokenizer tok --output latin.txt", "latin.txt' is a file"),
+        ("shard --workers 1 --input text --tokenizer tok --output latin.txt/out", "latin.txt/out' (Not a directory"),
+        ("train-tokenizer --input text --vocab_size 260 --output out", "260"),
+        ("train-tokenizer --input text --vocab_size -1 --output out", "'-1'"),
+        ("train-tokenizer --input latin.txt --vocab_size 280 --output out", "line 3 (byte 8)"),
+        ("train-tokenizer --input blank.txt --vocab_size 280 --output out", "empty"),
+        ("train-tokenizer --input text --vocab_size 280 --output other", "other' is not empty"),
+        ("train-tokenizer --input text --vocab 280", "--output"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, line, named):
+    before = entries(folder)
+    capsys.readouterr()
+    assert run(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert named in error
+    assert entries(folder) == before

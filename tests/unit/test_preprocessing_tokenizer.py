@@ -1,0 +1,151 @@
+"""Training, copying and applying RoBERTa tokenizers."""
+
+import json
+
+import pytest
+
+from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.errors import UserError
+from preprocessing.tokenizer import Encoder, copy_tokenizer, is_tokenizer_folder, train_tokenizer
+
+SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"
+TEXT = [["Hello world, hello there.", " The world is round."], [SPECIAL_LETTERS] * 5, ["Grüße, 世界 🙂"]] * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    assert train_tokenizer(iter(TEXT), 300, folder) == 300
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return Encoder(folder, TokenizerInfo.read(folder))
+
+
+def change(folder, target, **changes):
+    """A copy of a tokenizer folder whose tokenizer.json has other top-level values."""
+    target.mkdir()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (target / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    return target
+
+
+def test_special_ids_are_those_of_roberta(folder):
+    info = TokenizerInfo.read(folder)
+    assert (info.bos_token_id, info.pad_token_id, info.eos_token_id, info.mask_token_id) == (0, 1, 2, 299)
+    assert (info.vocab_size, info.special_ids) == (300, (0, 1, 2, 3, 299))
+
+
+def test_transformers_opens_it_as_a_roberta_tokenizer(folder, encoder):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer).__name__.startswith("Roberta")
+    assert (tokenizer.model_max_length, len(tokenizer)) == (512, 300)
+    names = ("bos", "pad", "eos", "unk", "mask", "cls", "sep")
+    assert [getattr(tokenizer, f"{name}_token_id") for name in names] == [0, 1, 2, 3, 299, 0, 2]
+    ids = tokenizer("Hello world").input_ids
+    assert (ids[0], ids[-1]) == (0, 2)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Hello world"
+    # Like RoBERTa's, the mask takes the space before it.
+    assert tokenizer("Hello <mask>").input_ids == [*tokenizer("Hello").input_ids[:-1], 299, 2]
+    text = "Grüße, 世界 🙂 the unseen \x00 bytes"
+    ((document, _),) = encoder.encode([[text]])
+    assert document.tolist() == [*tokenizer(text, add_special_tokens=False).input_ids, 2]
+
+
+def test_the_same_text_gives_the_same_bytes(folder, tmp_path):
+    train_tokenizer(iter(TEXT), 300, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_small_text_gives_fewer_ids(tmp_path):
+    size = train_tokenizer(iter([["abab"]]), 1000, tmp_path)
+    info = TokenizerInfo.read(tmp_path)
+    assert size == info.vocab_size == 262
+    assert info.mask_token_id == 261
+
+
+def test_letters_of_special_tokens_stay_text(encoder):
+    ((document, _),) = encoder.encode([[SPECIAL_LETTERS]])
+    assert document[-1] == 2
+    assert not set(document[:-1].tolist()) & {0, 1, 2, 3, 299}
+
+
+def test_a_document_is_its_lines_closed_by_the_separator(encoder):
+    documents = [["one line", " and another"], ["a third"]]
+    first, second = encoder.encode(documents)
+    lines = [next(iter(encoder.encode([[line]])))[0][:-1].tolist() for document in documents for line in document]
+    assert first[0].tolist() == lines[0] + lines[1] + [2]
+    assert first[1].tolist() == [len(lines[0]), len(lines[0] + lines[1])]
+    assert second[0].tolist() == lines[2] + [2]
+    assert second[1].tolist() == [len(second[0]) - 1]
+    assert first[0].dtype == "uint16"
+
+
+def test_truncation_and_padding_saved_with_a_tokenizer_are_not_applied(folder, encoder, tmp_path):
+    other = change(
+        folder,
+        tmp_path / "other",
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        padding={"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1}
+        | {"pad_type_id": 0, "pad_token": "<pad>"},
+    )
+    text = [["Hello world, hello there."]]
+    expected, found = (next(encode(text))[0].tolist() for encode in (encoder.encode, encoder_of(other).encode))
+    assert len(expected) > 3
+    assert found == expected
+
+
+def test_a_mask_that_is_not_marked_special_stays_text(folder, tmp_path):
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    other = change(folder, tmp_path / "other", added_tokens=[{**token, "special": False} for token in added])
+    ((document, _),) = encoder_of(other).encode([[SPECIAL_LETTERS]])
+    assert not set(document[:-1].tolist()) & {0, 1, 2, 3, 299}
+
+
+def encoder_of(folder):
+    return Encoder(folder, TokenizerInfo.read(folder))
+
+
+def test_a_copy_is_the_same_tokenizer(folder, tmp_path):
+    info = copy_tokenizer(folder, tmp_path / "copy")
+    assert info == TokenizerInfo.read(folder) == TokenizerInfo.read(tmp_path / "copy")
+    assert is_tokenizer_folder(tmp_path / "copy")
+
+
+def test_a_tokenizer_without_config_gets_one(folder, tmp_path):
+    bare = change(folder, tmp_path / "bare")
+    assert copy_tokenizer(bare, tmp_path / "copy") == TokenizerInfo.read(folder)
+    assert json.loads((tmp_path / "copy/tokenizer_config.json").read_text())["tokenizer_class"] == "RobertaTokenizer"
+
+
+def test_vocabulary_and_merges_alone_are_enough(folder, tmp_path):
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]))
+    assert copy_tokenizer(tmp_path, tmp_path / "copy") == TokenizerInfo.read(folder)
+    assert (tmp_path / "copy/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+    (tmp_path / "vocab.json").write_text(json.dumps({k: v for k, v in model["vocab"].items() if k != "<mask>"}))
+    with pytest.raises(UserError, match="<mask>"):
+        copy_tokenizer(tmp_path, tmp_path / "copy 2")
+
+
+def test_unusable_tokenizers_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="missing"):
+        copy_tokenizer(tmp_path / "nothing", tmp_path / "copy")
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "<mask>": 5}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    words = change(folder, tmp_path / "words", model=model, added_tokens=[])
+    with pytest.raises(UserError, match="lacks 255 of the 256 bytes"):
+        copy_tokenizer(words, tmp_path / "copy")
+
+
+def test_a_folder_with_anything_else_is_not_replaceable(folder, tmp_path):
+    other = change(folder, tmp_path / "other")
+    assert is_tokenizer_folder(other)
+    (other / "model.safetensors").touch()
+    assert not is_tokenizer_folder(other)

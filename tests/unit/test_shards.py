@@ -1,0 +1,251 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import xxhash
+
+from ds_roberta.data import shards
+from ds_roberta.data.shards import Corpus, InputInfo, Manifest, Split, TokenizerInfo, checksums, token_type, write_shard
+from ds_roberta.errors import UserError
+
+DOCUMENTS = [np.array([10, 11, 12, 13, 2]), np.array([20, 2]), np.array([30, 31, 2])]
+ENDS = [np.array([1, 4]), np.array([1]), np.array([1, 2])]
+
+
+def one_shard(folder, vocab_size=400, documents=DOCUMENTS, ends=ENDS):
+    info = write_shard(folder, "train", 0, documents, ends, vocab_size)
+    return Split(folder, "train", [info]), info
+
+
+def test_a_shard_gives_back_its_documents_and_sentences(tmp_path):
+    split, info = one_shard(tmp_path)
+    assert split.values(0).tolist() == [10, 11, 12, 13, 2, 20, 2, 30, 31, 2]
+    assert split.document_offsets(0).tolist() == [0, 5, 7, 10]
+    starts, ends = split.sentence_bounds(0)
+    assert starts.tolist() == [0, 1, 5, 7, 8]
+    assert ends.tolist() == [1, 4, 6, 8, 9]
+    assert (info.file, info.documents, info.tokens) == ("train/shard-00000.arrow", 3, 10)
+    assert info.bytes == (tmp_path / info.file).stat().st_size
+
+
+def test_ids_are_16_bit_as_long_as_they_fit(tmp_path):
+    assert token_type(65_536) == np.uint16
+    assert token_type(65_537) == np.uint32
+    ids = np.array([4, 65_535, 2])
+    split, _ = one_shard(tmp_path / "small", 65_536, [ids], [np.array([2])])
+    assert (split.values(0).dtype, split.values(0).tolist()) == (np.uint16, ids.tolist())
+    ids = np.array([4, 65_536, 250_000, 2])
+    split, _ = one_shard(tmp_path / "large", 250_002, [ids], [np.array([3])])
+    assert (split.values(0).dtype, split.values(0).tolist()) == (np.uint32, ids.tolist())
+
+
+def test_values_are_a_view_of_the_mapped_file(tmp_path):
+    documents = [np.arange(4, 300).repeat(500)]
+    split, info = one_shard(tmp_path, documents=documents, ends=[np.array([len(documents[0]) - 1])])
+    values = split.values(0)
+    assert not values.flags.owndata
+    assert not values.flags.writeable
+    address, path = values.ctypes.data, str(tmp_path / info.file)
+    regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
+    bounds = [[int(bound, 16) for bound in region[0].split("-")] for region in regions]
+    assert any(start <= address and address + values.nbytes <= end for start, end in bounds)
+    assert split.values(0) is values
+
+
+def test_datasets_opens_the_folder_and_any_shard(corpus_folder, corpus):
+    opened = datasets.load_from_disk(str(corpus_folder))
+    assert set(opened) == {"train", "validation"}
+    split = corpus.split("train")
+    whole = np.concatenate([split.values(shard) for shard in range(len(split.shards))])
+    assert opened["train"].num_rows == corpus.manifest.documents("train") == 400 + 250 + 1 + 380 + 220
+    assert np.array_equal(opened["train"].data.column("input_ids").combine_chunks().values, whole)
+
+    shard = datasets.Dataset.from_file(str(corpus_folder / split.shards[3].file))
+    begin, end = split.document_offsets(3)[7:9]
+    assert shard[7]["input_ids"] == split.values(3)[begin:end].tolist()
+    assert shard[7]["sentence_ends"][-1] == end - begin - 1
+
+
+def test_the_same_documents_make_the_same_bytes(tmp_path):
+    _, first = one_shard(tmp_path / "a")
+    _, second = one_shard(tmp_path / "b", documents=[d.astype(np.uint16) for d in DOCUMENTS])
+    assert first == second
+    assert (tmp_path / "a" / first.file).read_bytes() == (tmp_path / "b" / second.file).read_bytes()
+    assert [path.name for path in (tmp_path / "a/train").iterdir()] == ["shard-00000.arrow"]
+
+
+def test_checksums_cover_the_file_and_every_chunk(tmp_path):
+    content = np.random.default_rng(0).bytes(2 * shards.CHUNK_BYTES + 5)
+    (tmp_path / "file").write_bytes(content)
+    size, whole, chunks = checksums(tmp_path / "file")
+    assert (size, whole) == (len(content), xxhash.xxh3_128_hexdigest(content))
+    assert len(chunks) == 3
+    assert chunks[2] == xxhash.xxh3_64_hexdigest(content[-5:])
+
+
+@pytest.mark.parametrize("remaining", [0, 100, -1])
+def test_a_cut_shard_is_noticed(tmp_path, remaining):
+    _, info = one_shard(tmp_path)
+    path = tmp_path / info.file
+    path.write_bytes(path.read_bytes()[:remaining])
+    with pytest.raises(
+        UserError, match=r"shard-00000.arrow' has \d+ bytes, the manifest says .*prepare the data again"
+    ):
+        Split(tmp_path, "train", [info]).values(0)
+
+
+def test_a_shard_that_is_missing_or_no_arrow_file_is_a_user_error(tmp_path):
+    _, info = one_shard(tmp_path)
+    path = tmp_path / info.file
+    path.write_bytes(b"\x01" * info.bytes)
+    with pytest.raises(UserError, match=r"cannot read the shard .*shard-00000.arrow"):
+        Split(tmp_path, "train", [info]).values(0)
+    path.unlink()
+    with pytest.raises(UserError, match=r"cannot read the shard .*shard-00000.arrow"):
+        Split(tmp_path, "train", [info]).values(0)
+
+
+@pytest.fixture
+def folder(tmp_path, write_corpus):
+    """A data folder that the test may break."""
+    documents = [[np.arange(4, 50)], [np.arange(60, 70), np.arange(70, 75)]]
+    write_corpus(tmp_path / "corpus", {"train": [documents, documents[:1]]})
+    return tmp_path / "corpus"
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_manifest_survives_writing_and_reading(folder):
+    manifest = Manifest.read(folder)
+    manifest = dataclasses.replace(
+        manifest, options={"validation_fraction": 0.1}, inputs=(InputInfo("a.txt", 5, 3, {"empty": 2}),)
+    )
+    manifest.write(folder)
+    assert Manifest.read(folder) == manifest
+    assert (manifest.tokens("train"), manifest.documents("train"), manifest.tokens("validation")) == (
+        47 + 16 + 47,
+        3,
+        0,
+    )
+
+
+def test_the_fingerprint_is_of_the_tokens_and_not_of_paths(folder, tmp_path, write_corpus):
+    manifest = Manifest.read(folder)
+    elsewhere = dataclasses.replace(manifest, options={"workers": 4}, inputs=(InputInfo("b.txt", 3, 3, {}),))
+    assert elsewhere.fingerprint == manifest.fingerprint
+    documents = [[np.arange(4, 50)], [np.arange(60, 70), np.arange(70, 76)]]
+    other = write_corpus(tmp_path / "other", {"train": [documents, documents[:1]]})
+    assert other.manifest.fingerprint != manifest.fingerprint
+
+
+def test_no_folder_no_data_names_the_command_that_makes_it(tmp_path):
+    for folder in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=r"no prepared data .*preprocess shard --input"):
+            Corpus.open(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 1}', "null", "\x00"])
+def test_a_damaged_manifest_is_a_user_error(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest.json' is damaged .*prepare the data again"):
+        Corpus.open(folder)
+
+
+def test_a_truncated_manifest_is_a_user_error(folder):
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for size in range(0, len(whole) - 2, 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="is damaged"):
+            Corpus.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(format_version=2), "format version 2, this program reads 1: prepare the data"),
+        (lambda content: content.update(splits=[]), "is damaged"),
+        (lambda content: content["splits"]["train"][0].update(extra=1), "is damaged"),
+        (lambda content: content["splits"]["train"].pop(), "does not match its own fingerprint"),
+        (lambda content: content["splits"]["train"].reverse(), "does not match its own fingerprint"),
+        (lambda content: content["tokenizer"].update(fingerprint="0"), "does not match its own fingerprint"),
+        (lambda content: content["tokenizer"].update(mask_token_id=5), "made with another tokenizer"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_noticed(folder, change, message):
+    edit(folder / "manifest.json", change)
+    with pytest.raises(UserError, match=message):
+        Corpus.open(folder)
+
+
+def test_another_tokenizer_in_the_data_folder_is_noticed(folder):
+    def swap_two_ids(content):
+        vocabulary = content["model"]["vocab"]
+        first, second = list(vocabulary)[100:102]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+    edit(folder / "tokenizer/tokenizer.json", swap_two_ids)
+    with pytest.raises(UserError, match=r"made with another tokenizer .*put the right one back or prepare"):
+        Corpus.open(folder)
+
+
+def test_a_data_folder_without_its_tokenizer_is_noticed(folder):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match=r"no tokenizer in .*preprocess train-tokenizer"):
+        Corpus.open(folder)
+
+
+def test_a_tokenizer_tells_its_special_ids(tokenizer_folder):
+    info = TokenizerInfo.read(tokenizer_folder)
+    assert (info.bos_token_id, info.pad_token_id, info.eos_token_id, info.mask_token_id) == (0, 1, 2, 399)
+    assert info.special_ids == (0, 1, 2, 3, 399)
+    assert info.vocab_size == 400
+
+
+@pytest.mark.parametrize("token", ["<s>", "<pad>", "</s>", "<mask>"])
+def test_a_tokenizer_without_a_special_token_is_refused(tmp_path, tokenizer_folder, token):
+    shutil.copytree(tokenizer_folder, tmp_path / "t")
+
+    def remove(content):
+        content["model"]["vocab"].pop(token, None)
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
+
+    edit(tmp_path / "t/tokenizer.json", remove)
+    with pytest.raises(UserError, match=f"has no {token} token: use a tokenizer of the RoBERTa kind"):
+        TokenizerInfo.read(tmp_path / "t")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {}}', '{"model": {"vocab": 3}}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer.json' is not a byte-level BPE"):
+        TokenizerInfo.read(tmp_path)
+
+
+def test_merges_and_normalization_are_part_of_a_tokenizers_identity(tmp_path, tokenizer_folder):
+    original = TokenizerInfo.read(tokenizer_folder).fingerprint
+    changes = [
+        lambda content: content["model"]["merges"].reverse(),
+        lambda content: content.update(normalizer={"type": "Lowercase"}),
+        lambda content: content.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
+    ]
+    for number, change in enumerate(changes):
+        folder = tmp_path / str(number)
+        shutil.copytree(tokenizer_folder, folder)
+        edit(folder / "tokenizer.json", change)
+        assert TokenizerInfo.read(folder).fingerprint != original
+
+    def as_strings(content):  # how older versions of the library write merges
+        content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+
+    shutil.copytree(tokenizer_folder, tmp_path / "strings")
+    edit(tmp_path / "strings/tokenizer.json", as_strings)
+    assert TokenizerInfo.read(tmp_path / "strings").fingerprint == original
