@@ -157,11 +157,11 @@ class DeepSpeedConfig:
     def zero_stage(self) -> int:
         return self.content.get("zero_optimization", {}).get("stage", 0)
 
-    def precision(self, default: str, supported: tuple[str, ...]) -> str:
+    def precision(self, preferred: tuple[str, ...], supported: tuple[str, ...]) -> str:
         """One of `PRECISIONS`.
 
         Args:
-            default: what "auto" means on this device.
+            preferred: low precisions that "auto" switches on, on this device; the first that the JSON leaves to it.
             supported: precisions that the device has.
 
         Raises:
@@ -177,7 +177,8 @@ class DeepSpeedConfig:
                     f'set it to "auto" or false (the device has {", ".join(supported)})'
                 )
         explicit = [name for name, enabled in asked.items() if enabled is True]
-        precision = explicit[0] if explicit else default if asked.get(default) == AUTO else "fp32"
+        automatic = [name for name in preferred if asked[name] == AUTO]
+        precision = [*explicit, *automatic, "fp32"][0]
         if precision != "fp32" and self.zero_stage == 0:
             # DeepSpeed 0.19 does not scale the fp16 loss there and takes a dummy step at the start.
             raise UserError(f"{self.source}: {precision} needs zero_optimization.stage 1, 2 or 3, it is 0")
@@ -199,11 +200,16 @@ class DeepSpeedConfig:
             content["data_types"] = {"grad_accum_dtype": "fp32"}
             # Buckets of DeepSpeed's contiguous buffers have the weights' dtype and would round the fp32 sums.
             content["zero_optimization"]["contiguous_gradients"] = False
-        if not on_gpu and "offload_optimizer" not in content.get("zero_optimization", {}):
+        if not on_gpu and not self._offloads_optimizer:
             # torch's Adam needs no compiler and is bit-reproducible; DeepSpeed's CPU build of FusedAdam is not.
             content["optimizer"]["params"].update(torch_adam=True, foreach=True)
         content.setdefault("steps_per_print", None)
         return content
+
+    @property
+    def _offloads_optimizer(self) -> bool:
+        offload = self.content.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return offload.get("device", "none") != "none"
 
     def _check(self) -> None:
         for key in self.content:
@@ -229,6 +235,11 @@ class DeepSpeedConfig:
                 raise UserError(f'{self.source}: {name}.enabled must be true, false or "auto", got {enabled!r}')
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise UserError(f"{self.source}: zero_optimization.stage must be 0, 1, 2 or 3, got {self.zero_stage!r}")
+        if self.content.get("zero_optimization", {}).get("contiguous_gradients", False):
+            raise UserError(
+                f"{self.source}: set zero_optimization.contiguous_gradients to false or remove it: DeepSpeed's buffers "
+                "would round the gradients, which are summed in fp32, to the weights' precision"
+            )
         if "gradient_clipping" not in self.content:
             raise UserError(
                 f"{self.source}: gradient_clipping is missing; say it (0.0 is the paper's): DeepSpeed's default changed"

@@ -92,9 +92,18 @@ class Ranks:
 
 
 def set_single_process_defaults() -> None:
-    """Let a script started without any launcher be a run of one process."""
+    """Let a script started without any launcher be a run of one process.
+
+    Raises:
+        UserError: srun started several tasks without telling them their ranks.
+    """
     launched = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
     if not any(name in os.environ for name in launched):
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise UserError(
+                f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, but RANK, LOCAL_RANK, WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT are not set: set them in each task, or each would train alone"
+            )
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 

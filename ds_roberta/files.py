@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,38 +67,60 @@ def file_checksum(path: Path) -> str:
 
 
 @contextmanager
-def replace_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `path`; on success it becomes `path`, in place of what was there.
+def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `output`; on success it takes its place, on failure nothing is left.
+
+    Args:
+        is_ours: whether an existing, non-empty folder is of the kind that this command writes and may replace.
+        kind: that kind in words, for the error.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: `output` is a file, holds something else, or cannot be written.
     """
-    path = path.resolve()  # a link stays, what it points to is replaced
-    temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "old"))
-    try:
-        _put_back(old, path)  # a process was killed between the two renames below
-        for leftover in (temporary, old):  # or elsewhere
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}): choose another output") from error
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
+    output = output.resolve()  # a link stays, what it points to is replaced
+    partial, old = (output.parent / f".{output.name}.{suffix}" for suffix in ("partial", "old"))
+    with _errors_of_the_disk(output):
+        if output.exists() and not output.is_dir():
+            raise UserError(f"the output {str(output)!r} is a file: give a folder as --output")
+        if output.exists() and any(output.iterdir()) and not is_ours(output):
+            raise UserError(
+                f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output"
+            )
+        created = [parent for parent in output.parents if not parent.exists()]
+        try:
+            _put_back(old, output)  # a job was killed between the two renames below
+            for leftover in (partial, old):  # or elsewhere
+                if leftover.exists():
+                    shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in filter(Path.is_file, partial.rglob("*")):
                 sync_file(file)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        sync_directory(path.parent)
-    except BaseException:
-        _put_back(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            if output.exists():
+                output.rename(old)
+            partial.rename(output)
+            sync_directory(output.parent)
+        except BaseException:
+            _put_back(old, output)
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                for parent in created:
+                    parent.rmdir()
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _put_back(old: Path, path: Path) -> None:
-    if old.exists() and not path.exists():
-        old.rename(path)
+def _put_back(old: Path, output: Path) -> None:
+    if old.exists() and not output.exists():
+        old.rename(output)
+
+
+@contextmanager
+def _errors_of_the_disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(output)!r} ({os.strerror(error.errno or 0)}: {error.filename}): "
+            "give another --output or mend this"
+        ) from error

@@ -4,8 +4,12 @@ Works under the deepspeed launcher, torchrun and mpirun, or alone as one process
 """
 
 import argparse
+import os
 from dataclasses import fields
 from pathlib import Path
+
+# Threads that spin while they wait slow each other down on busy cores; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ds_roberta.config import DEFAULT_DATA_DIR, PRESETS
 from ds_roberta.errors import ArgumentParser, run_command

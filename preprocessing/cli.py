@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError, run_command
+from ds_roberta.files import replaced_folder
 from preprocessing.inputs import find_inputs
-from preprocessing.output import replaced_folder
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
 from preprocessing.readers import DOCUMENT_KINDS, KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines

@@ -25,7 +25,7 @@ from ds_roberta.data.shards import (
     write_shard,
 )
 from ds_roberta.errors import UserError
-from preprocessing.output import replaced_folder
+from ds_roberta.files import replaced_folder
 from preprocessing.plan import UNIT_BYTES, Unit, plan_units
 from preprocessing.progress import byte_bar
 from preprocessing.readers import KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines

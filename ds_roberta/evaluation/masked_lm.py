@@ -28,14 +28,22 @@ class HeldOutLoss:
         sample = SampleOrder(size, _ORDER_SEED).sequences(np.arange(min(size, sequences)))
         self._parts = split_places(sample, ranks.rank, ranks.world_size, micro_batch_size)
 
-    def compute(self, loss_sum: Callable[[MicroBatch], float]) -> tuple[float, float]:
+    def compute(
+        self, loss_sum: Callable[[MicroBatch], float], stop: Callable[[], bool] = lambda: False
+    ) -> tuple[float, float] | None:
         """Loss in nats and perplexity; all ranks call it.
 
         Args:
             loss_sum: the sum of a micro-batch's losses.
+            stop: asked before each micro-batch; all ranks must get the same answer.
+
+        Returns:
+            None where it was told to stop.
         """
         total, masked = 0.0, 0
         for part in self._parts:
+            if stop():
+                return None
             micro_batch = self._collator.collate(part, part)
             total += loss_sum(micro_batch)
             masked += len(micro_batch.labels)

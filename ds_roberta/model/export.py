@@ -10,7 +10,7 @@ import transformers
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.errors import UserError
-from ds_roberta.files import replace_directory
+from ds_roberta.files import replaced_folder
 from ds_roberta.model.objectives import MaskedLM
 
 PARITY_TOLERANCE = 1e-4
@@ -86,6 +86,11 @@ def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_mo
     return difference
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether `folder` holds an exported model, so that another export may replace it."""
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
 def export(
     config: ModelConfig, weights: Mapping[str, torch.Tensor], tokenizer_folder: Path, max_seq_length: int, output: Path
 ) -> float:
@@ -101,14 +106,10 @@ def export(
     Raises:
         UserError: the weights do not fit, the logits differ, or the folder cannot be written.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{str(output)!r} is not a folder: choose another output")
-    if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise UserError(f"{str(output)!r} holds something else than a model: choose another output")
     transformers.utils.logging.disable_progress_bar()
     hf_model = to_transformers(config, weights)
     # Read back what was written: the check is of the files, not of the object they came from.
-    with replace_directory(output) as temporary:
+    with replaced_folder(output, is_model_folder, "an exported model") as temporary:
         hf_model.save_pretrained(temporary)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
         tokenizer.model_max_length = max_seq_length

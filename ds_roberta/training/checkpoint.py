@@ -124,12 +124,12 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 
 def _remove_old(folder: Path, keep_last: int, saved_step: int) -> None:
-    for step in _steps(folder)[keep_last:]:
+    for step in saved_steps(folder)[keep_last:]:
         if step != saved_step:  # it is not the newest in a run that went on from an older checkpoint
             shutil.rmtree(folder / f"global_step{step}", ignore_errors=True)
 
 
-def _steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     """Steps of which there is a checkpoint folder, the newest first."""
     matches = (_NAME_PATTERN.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted((int(match[1]) for match in matches if match), reverse=True)
@@ -174,7 +174,7 @@ def choose(resume: str, folder: Path) -> Path | None:
     if resume != "auto":
         verify(Path(resume))
         return Path(resume)
-    steps = _steps(folder)
+    steps = saved_steps(folder)
     for step in steps:
         candidate = folder / f"global_step{step}"
         try:

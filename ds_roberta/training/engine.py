@@ -70,19 +70,19 @@ def on_gpu() -> bool:
     return get_accelerator().device_name() != "cpu"
 
 
-def device_precisions() -> tuple[str, tuple[str, ...]]:
-    """What "auto" means here, and all precisions that the device has."""
+def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The low precisions that "auto" prefers here, the best first, and all precisions that the device has."""
     accelerator = get_accelerator()
-    supported = ["fp32"]
-    if accelerator.is_bf16_supported():
-        supported.append("bf16")
-    if accelerator.is_fp16_supported():
-        supported.append("fp16")
+    low = [
+        name
+        for name, supported in (("bf16", accelerator.is_bf16_supported()), ("fp16", accelerator.is_fp16_supported()))
+        if supported
+    ]
     if on_gpu():
-        return ("bf16" if "bf16" in supported else "fp16"), tuple(supported)
+        return tuple(low), ("fp32", *low)
     # Without instructions of its own for it, a processor is slower in bf16 than in fp32.
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return ("bf16" if fast_bf16 else "fp32"), tuple(supported)
+    return ("bf16",) if fast_bf16 else (), ("fp32", *low)
 
 
 @dataclass(frozen=True)
@@ -283,5 +283,4 @@ class Engine:
 
 def choose_precision(config: DeepSpeedConfig) -> str:
     """The precision of the JSON, "auto" settled by the device."""
-    default, supported = device_precisions()
-    return config.precision(default, supported)
+    return config.precision(*device_precisions())

@@ -126,14 +126,13 @@ def pretrain(options: PretrainOptions) -> int:
         masker = evaluation_masker(config.masking, tokenizer)
         collator = Collator(held_out_data, masker, tokenizer, config.packing.max_seq_length)
         held_out = HeldOutLoss(collator, config.eval_sequences, plan.micro_batch_size, ranks)
-    complete = Trainer(config, deepspeed_config.learning_rate, engine, loader, held_out, state).train()
-    if not complete:
+    trainer = Trainer(config, deepspeed_config.learning_rate, engine, loader, held_out, state, checkpoint_path)
+    if not trainer.train():
         ranks.log("stopped on request; the same command goes on from here")
         return STOPPED_EXIT_CODE
-    if ranks.is_main:
-        path = config.output_dir / checkpoint.CHECKPOINTS_FOLDER / f"global_step{config.schedule.max_steps}"
-        export_checkpoint(path, config.output_dir / EXPORT_FOLDER)
-    ranks.barrier()
+    last = trainer.last_checkpoint
+    assert last is not None
+    ranks.on_main(lambda: export_checkpoint(last, config.output_dir / EXPORT_FOLDER))
     return 0
 
 
@@ -215,6 +214,16 @@ def _initial_state(
         return TrainState(identity), None
     state = checkpoint.read_state(path)
     checkpoint.check_identity(path, state.identity, identity)
+    newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
+    if newer and config.resume != "auto":
+        raise UserError(
+            f"{str(folder)!r} has checkpoints newer than --resume {config.resume!r} (step {newer[0]}): move them away, "
+            "give another --output_dir, or go on from the newest with --resume auto"
+        )
+    if state.global_step > config.schedule.max_steps:
+        raise UserError(
+            f"{str(path)!r} is of step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
+        )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
     return state, path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Trainer:
     Args:
         peak_learning_rate: the JSON's `optimizer.params.lr`.
         held_out: None where there is no validation split.
+        last_checkpoint: the one that `state` is of; None for a fresh run.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Trainer:
         loader: TrainLoader,
         held_out: HeldOutLoss | None,
         state: TrainState,
+        last_checkpoint: Path | None,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.ranks: Ranks = engine.ranks
         self._peak_learning_rate = peak_learning_rate
         self._held_out = held_out
-        self._saved_step = state.global_step or None  # a run that stops within its first step saves its beginning
+        self.last_checkpoint = last_checkpoint
+        self._stop = StopRequest(self.ranks)
         self._metrics = MetricsLog(config.output_dir, state.global_step) if self.ranks.is_main else None
         self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
 
@@ -59,7 +63,7 @@ class Trainer:
         """
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
         steps = self.loader.steps(state.global_step, schedule.max_steps)
-        with StopRequest(self.ranks) as self._stop, contextlib.closing(steps), contextlib.closing(self._progress):
+        with self._stop, contextlib.closing(steps), contextlib.closing(self._progress):
             if state.global_step == 0:
                 self.evaluate()
             for micro_batches in steps:
@@ -133,7 +137,10 @@ class Trainer:
         """Compute and log the held-out loss."""
         if self._held_out is None:
             return
-        loss, perplexity = self._held_out.compute(self.engine.evaluate)
+        result = self._held_out.compute(self.engine.evaluate, self._stop.agreed)
+        if result is None:
+            return
+        loss, perplexity = result
         self.log({"global_step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
         self._progress.say(f"step {self.state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
 
@@ -147,9 +154,9 @@ class Trainer:
         self.engine.write_monitor(values, self.state.consumed_samples)
 
     def save(self) -> None:
-        """Write a checkpoint unless this step's is there."""
+        """Write a checkpoint unless this step's is there; then it is `last_checkpoint`."""
         state = self.state
-        if state.global_step == self._saved_step:
+        if self.last_checkpoint is not None and checkpoint.read_state(self.last_checkpoint) == state:
             return
         state.loss_scaler = self.engine.loss_scaler_state
         path = checkpoint.save(
@@ -159,5 +166,5 @@ class Trainer:
             self.config.output_dir / checkpoint.CHECKPOINTS_FOLDER,
             self.config.intervals.keep_last,
         )
-        self._saved_step = state.global_step or None  # a run that stops within its first step saves its beginning
+        self.last_checkpoint = path
         self._progress.say(f"saved {path}")

@@ -11,9 +11,9 @@ from ds_roberta.errors import UserError
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
 BASE = json.loads((FOLDER / "zero2.json").read_text())
-CPU = ("fp32", ("fp32", "bf16"))
-GPU = ("bf16", ("fp32", "bf16", "fp16"))
-OLD_GPU = ("fp16", ("fp32", "fp16"))
+CPU = ((), ("fp32", "bf16"))
+GPU = (("bf16", "fp16"), ("fp32", "bf16", "fp16"))
+OLD_GPU = (("fp16",), ("fp32", "fp16"))
 
 
 @pytest.fixture
@@ -178,11 +178,13 @@ def test_a_wrong_value_is_named(read, changes, message):
     ("changes", "device", "expected"),
     [
         ({}, CPU, "fp32"),
+        ({}, (("bf16",), ("fp32", "bf16")), "bf16"),
         ({}, GPU, "bf16"),
         ({}, OLD_GPU, "fp16"),
         ({"bf16.enabled": True}, CPU, "bf16"),
         ({"fp16.enabled": True}, GPU, "fp16"),
-        ({"bf16.enabled": False}, GPU, "fp32"),
+        ({"bf16.enabled": False}, GPU, "fp16"),
+        ({"bf16.enabled": False, "fp16.enabled": False}, GPU, "fp32"),
         ({"bf16.enabled": None, "fp16.enabled": None}, GPU, "fp32"),
         ({"zero_optimization.stage": 0}, CPU, "fp32"),
     ],

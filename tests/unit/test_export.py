@@ -150,10 +150,10 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path, weights, do_export):
 def test_something_else_is_not_replaced(tmp_path, do_export):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"thesis' holds something else than a model"):
+    with pytest.raises(UserError, match=r"thesis' is not empty and not an exported model"):
         do_export(tmp_path / "thesis")
     assert (tmp_path / "thesis/chapter.txt").read_text() == "years of work"
-    with pytest.raises(UserError, match=r"chapter.txt' is not a folder"):
+    with pytest.raises(UserError, match=r"chapter.txt' is a file"):
         do_export(tmp_path / "thesis/chapter.txt")
     assert_nothing_left(tmp_path / "thesis", "chapter.txt")
 
@@ -166,5 +166,5 @@ def test_an_empty_folder_is_filled(tmp_path, do_export):
 
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path, do_export):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*choose another output"):
+    with pytest.raises(UserError, match=r"cannot write .*give another --output"):
         do_export(tmp_path / "file/model")

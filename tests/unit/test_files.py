@@ -4,7 +4,7 @@ import pytest
 import xxhash
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, replace_directory, write_json
+from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, replaced_folder, write_json
 
 
 def names(folder):
@@ -21,7 +21,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
@@ -60,23 +60,38 @@ def test_a_files_checksum_is_of_all_its_bytes(tmp_path):
     assert file_checksum(tmp_path / "file") == xxhash.xxh3_128_hexdigest(content)
 
 
+def is_ours(folder):
+    return not (folder / "theirs").exists()
+
+
+def test_a_folder_of_another_kind_is_refused_and_stays(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/theirs").write_text("")
+    with (
+        pytest.raises(UserError, match="not empty and not one of ours"),
+        replaced_folder(tmp_path / "a", is_ours, "one of ours"),
+    ):
+        pytest.fail("it must not be replaced")
+    assert names(tmp_path / "a") == ["theirs"]
+
+
 def test_a_directory_takes_the_place_of_the_old_one_whole(tmp_path):
     target = tmp_path / "a/b"
     for content in ("first", "second"):
-        with replace_directory(target) as temporary:
+        with replaced_folder(target, is_ours, "one of ours") as temporary:
             (temporary / "deep").mkdir()
             (temporary / "deep" / content).write_text(content)
         assert names(target / "deep") == [content]
         assert names(target.parent) == ["b"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_the_old_directory(tmp_path, error):
-    with replace_directory(tmp_path / "a") as temporary:
+    with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
         (temporary / "file").write_text("old")
 
     def replace():
-        with replace_directory(tmp_path / "a") as temporary:
+        with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
             (temporary / "file").write_text("new")
             raise error
 
@@ -87,18 +102,21 @@ def test_a_failure_leaves_the_old_directory(tmp_path, error):
 
 
 def test_a_failure_between_the_two_renames_leaves_the_old_directory(tmp_path):
-    with replace_directory(tmp_path / "a") as temporary:
+    with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
         (temporary / "file").write_text("old")
-    with pytest.raises(FileNotFoundError), replace_directory(tmp_path / "a") as temporary:
+    with (
+        pytest.raises(UserError, match="cannot write"),
+        replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary,
+    ):
         temporary.rmdir()  # there is nothing to put into the old one's place
     assert (tmp_path / "a/file").read_text() == "old"
     assert names(tmp_path) == ["a"]
 
 
 def test_a_killed_replacement_is_cleared_by_the_next(tmp_path):
-    replacement = replace_directory(tmp_path / "a")
+    replacement = replaced_folder(tmp_path / "a", is_ours, "one of ours")
     (replacement.__enter__() / "half").write_text("")
-    with replace_directory(tmp_path / "a") as temporary:
+    with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
         assert names(temporary) == []
         (temporary / "file").write_text("")
     assert names(tmp_path / "a") == ["file"]
@@ -106,15 +124,15 @@ def test_a_killed_replacement_is_cleared_by_the_next(tmp_path):
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
-    with replace_directory(tmp_path / "a") as temporary:
+    with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
         (temporary / "file").write_text("old")
     (tmp_path / "a").rename(tmp_path / ".a.old")  # what such a kill leaves
 
     def fail():
-        with replace_directory(tmp_path / "a"):
-            raise OSError
+        with replaced_folder(tmp_path / "a", is_ours, "one of ours"):
+            raise RuntimeError
 
-    with pytest.raises(OSError):  # noqa: PT011 - any
+    with pytest.raises(RuntimeError):
         fail()
     assert (tmp_path / "a/file").read_text() == "old"
 
@@ -122,7 +140,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UserError, match=r"cannot write .*choose another output"),
-        replace_directory(tmp_path / "file/a"),
+        pytest.raises(UserError, match=r"cannot write .*give another --output"),
+        replaced_folder(tmp_path / "file/a", is_ours, "one of ours"),
     ):
         pytest.fail("there is nothing to write to")

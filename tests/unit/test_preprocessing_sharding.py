@@ -8,7 +8,7 @@ import pytest
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
-from preprocessing.output import replaced_folder
+from ds_roberta.files import replaced_folder
 from preprocessing.readers import ReadOptions
 from preprocessing.sharding import ShardOptions, shard_corpus, split_of
 from preprocessing.tokenizer import train_tokenizer
