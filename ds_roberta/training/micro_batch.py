@@ -27,7 +27,7 @@ def largest_micro_batch_size(engine: Engine, max_seq_length: int, masking: Maski
     """The micro-batch size to train with, at most `limit`, the same on all ranks."""
     if engine.device.type == "cpu":
         return min(limit, max(1, CPU_TOKENS // max_seq_length))
-    small, large = (_peak_bytes(engine, size, max_seq_length, masking) for size in _PROBE_SIZES)
+    small, large = (peak_bytes(engine, size, max_seq_length, masking) for size in _PROBE_SIZES)
     capacity = torch.cuda.get_device_properties(engine.device).total_memory * MEMORY_SHARE
     return engine.ranks.min(min(limit, fitting_size(small, large, capacity)))
 
@@ -39,7 +39,7 @@ def fitting_size(small_bytes: float, large_bytes: float, capacity_bytes: float) 
     return max(1, int((capacity_bytes - fixed) // max(per_sequence, 1)))
 
 
-def _peak_bytes(engine: Engine, size: int, max_seq_length: int, masking: MaskingConfig) -> int:
+def peak_bytes(engine: Engine, size: int, max_seq_length: int, masking: MaskingConfig) -> int:
     """Peak memory of one micro-step of full sequences."""
     masked = max(1, round(masking.mlm_probability * max_seq_length))
     positions = torch.arange(size)[:, None] * max_seq_length + torch.arange(masked)

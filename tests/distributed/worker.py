@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.comm import coalesced_collectives
 
-from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig
+from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, model_config
 from ds_roberta.data.loader import Collator, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
@@ -25,7 +25,8 @@ from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.engine import Engine, get_accelerator, init_distributed
+from ds_roberta.training.engine import Engine, get_accelerator, init_distributed, on_gpu
+from ds_roberta.training.micro_batch import largest_micro_batch_size, peak_bytes
 
 SEED, LENGTH, BATCH = 3, 32, 22  # 22 sequences: neither 3 nor 4 processes divide them
 REPOSITORY = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def make(ranks: Ranks, corpus: Corpus, stage: int, precision: str, micro_batch_s
             attention_probs_dropout_prob=dropout,
         )
     )
-    engine = Engine(model, config.resolved(precision, on_gpu=False), ranks, SEED)
+    engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED)
     plan = BatchPlan(BATCH, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
     packed = open_index(corpus, "train", PackingConfig(LENGTH))
@@ -203,13 +204,25 @@ def overflow(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         (folder / "overflow.json").write_text(json.dumps(content))
 
 
-CASES = {"partition": partition, "resume": resume, "elastic": elastic, "overflow": overflow}
+def micro_batch(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """The "auto" micro-batch of base at 512 tokens: its size, and the peak memory of a step of that size."""
+    config = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero2.json")
+    model = MaskedLM(model_config("base", corpus.manifest.tokenizer.vocab_size, 512))
+    engine = Engine(model, config.resolved("bf16", on_gpu()), ranks, SEED)
+    size = largest_micro_batch_size(engine, 512, MaskingConfig(), limit=8192)
+    content = {"size": size, "peak": peak_bytes(engine, size, 512, MaskingConfig())}
+    content["total"] = torch.cuda.get_device_properties(engine.device).total_memory
+    (folder / "micro_batch.json").write_text(json.dumps(content))
+
+
+CASES = {"micro_batch": micro_batch, "partition": partition, "resume": resume, "elastic": elastic, "overflow": overflow}
 
 if __name__ == "__main__":
     set_up_logging()
     cases, corpus_folder, output = sys.argv[1:]
     all_ranks = init_distributed()
-    get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
+    if not on_gpu():
+        get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
     for case in cases.split(","):
         CASES[case](all_ranks, Corpus.open(corpus_folder), Path(output))
     dist.destroy_process_group()
