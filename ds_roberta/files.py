@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,7 +36,7 @@ def sync_file(path: Path) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it and rename it to `path`, else remove it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat among hosts
     try:
         yield temporary
         sync_file(temporary)
@@ -78,45 +79,69 @@ def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) ->
         UserError: `output` is a file, holds something else, or cannot be written.
     """
     output = output.resolve()  # a link stays, what it points to is replaced
-    partial, old = (output.parent / f".{output.name}.{suffix}" for suffix in ("partial", "old"))
-    with _errors_of_the_disk(output):
-        if output.exists() and not output.is_dir():
-            raise UserError(f"the output {str(output)!r} is a file: give a folder as --output")
-        if output.exists() and any(output.iterdir()) and not is_ours(output):
-            raise UserError(
-                f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output"
-            )
-        created = [parent for parent in output.parents if not parent.exists()]
+    partial = partial_folder(output)
+    with errors_of_the_disk(output), created_parents(output):
+        check_replaceable(output, is_ours, kind)
         try:
-            _put_back(old, output)  # a job was killed between the two renames below
-            for leftover in (partial, old):  # or elsewhere
-                if leftover.exists():
-                    shutil.rmtree(leftover)
+            if partial.exists():  # a killed job's
+                shutil.rmtree(partial)
             partial.mkdir(parents=True)
             yield partial
-            for file in filter(Path.is_file, partial.rglob("*")):
-                sync_file(file)
-            if output.exists():
-                output.rename(old)
-            partial.rename(output)
-            sync_directory(output.parent)
+            put_in_place(partial, output)
         except BaseException:
-            _put_back(old, output)
             shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):
-                for parent in created:
-                    parent.rmdir()
             raise
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the work on the folder `output` lies until it is whole."""
+    return output.parent / f".{output.name}.partial"
+
+
+def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) -> None:
+    """Refuse an `output` that must not be replaced, as `replaced_folder` says; mend what a killed job left of one."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"the output {str(output)!r} is a file: give a folder as --output")
+    if output.exists() and any(output.iterdir()) and not is_ours(output):
+        raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output")
+    old = _old_folder(output)
+    _put_back(old, output)  # a job was killed between the two renames below
+    if old.exists():  # or behind them
+        shutil.rmtree(old)
+
+
+def put_in_place(folder: Path, output: Path) -> None:
+    """Make the whole `folder` durable and give it the place and name of `output`, on the same file system."""
+    old = _old_folder(output)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        sync_file(file)
+    try:
+        if output.exists():
+            output.rename(old)
+        folder.rename(output)
+        sync_directory(output.parent)
+    except BaseException:
+        _put_back(old, output)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _put_back(old: Path, output: Path) -> None:
-    if old.exists() and not output.exists():
-        old.rename(output)
+@contextmanager
+def created_parents(path: Path) -> Iterator[None]:
+    """On failure remove the parents of `path` that did not exist before, as far as they are empty."""
+    created = [parent for parent in path.parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in created:
+                parent.rmdir()
+        raise
 
 
 @contextmanager
-def _errors_of_the_disk(output: Path) -> Iterator[None]:
+def errors_of_the_disk(output: Path) -> Iterator[None]:
+    """Turn every `OSError` into a `UserError` that says that `output` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -124,3 +149,12 @@ def _errors_of_the_disk(output: Path) -> Iterator[None]:
             f"cannot write {str(output)!r} ({os.strerror(error.errno or 0)}: {error.filename}): "
             "give another --output or mend this"
         ) from error
+
+
+def _old_folder(output: Path) -> Path:
+    return output.parent / f".{output.name}.old"
+
+
+def _put_back(old: Path, output: Path) -> None:
+    if old.exists() and not output.exists():
+        old.rename(output)

@@ -8,18 +8,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError, run_command
 from ds_roberta.files import replaced_folder
+from preprocessing.dedup import DEDUP_KINDS
 from preprocessing.inputs import find_inputs
+from preprocessing.job import Task
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
 from preprocessing.readers import DOCUMENT_KINDS, KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines
-from preprocessing.sharding import ShardOptions, shard_corpus
+from preprocessing.sharding import ShardOptions, run_job
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
+from preprocessing.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,9 +69,17 @@ def _documents(units: Sequence[Unit], options: ReadOptions, counts: Counter[str]
 
 def _shard(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    options = ShardOptions(_read_options(arguments), arguments.validation_fraction)
-    files = _find_inputs(arguments)
-    manifest, text_bytes = shard_corpus(files, arguments.tokenizer, arguments.output, options, arguments.workers)
+    options = ShardOptions(_read_options(arguments), arguments.validation_fraction, dedup=arguments.dedup)
+    task = arguments.task or slurm_task()
+    if task is not None:
+        print(f"task {task[0] + 1} of {task[1]} (from {'--task' if arguments.task else 'the SLURM array'})")
+    with _workers(arguments) as workers:
+        if workers is None:  # a rank that served another
+            return
+        result = run_job(_find_inputs(arguments), arguments.tokenizer, arguments.output, options, workers, task)
+    if result is None:
+        return
+    manifest, text_bytes = result
     _summarise(manifest, text_bytes, time.monotonic() - began)
     print(f"prepared data: {arguments.output}")
     documents = sum(map(manifest.documents, SPLITS))
@@ -77,6 +89,16 @@ def _shard(arguments: argparse.Namespace) -> None:
             f"{options.validation_fraction}: raise it or give more documents, else nothing can be evaluated",
             file=sys.stderr,
         )
+
+
+def _workers(arguments: argparse.Namespace) -> AbstractContextManager[Workers | None]:
+    if not is_mpi():
+        return local_workers(arguments.workers or _cores())
+    if arguments.workers is not None:
+        raise UserError(
+            f"--workers {arguments.workers} is for one machine: under mpirun -n gives the number, leave it out"
+        )
+    return mpi_workers()
 
 
 def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
@@ -132,7 +154,19 @@ def _parser() -> argparse.ArgumentParser:
     shard = commands.add_parser("shard", parents=[reading], help="tokenize text into memory-mapped shards")
     shard.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="a RoBERTa tokenizer's folder")
     shard.add_argument("--output", type=Path, required=True, metavar="DIR")
-    shard.add_argument("--workers", type=_positive, default=_cores(), help="worker processes (default: all cores)")
+    shard.add_argument("--workers", type=_positive, metavar="N", help="worker processes (default: all cores)")
+    shard.add_argument(
+        "--task",
+        type=_task,
+        metavar="I/N",
+        help="do the I-th of N shares of the work; the last to finish writes the output (default: the SLURM array's)",
+    )
+    shard.add_argument(
+        "--dedup",
+        choices=DEDUP_KINDS,
+        default="none",
+        help="drop documents that occur again: exact copies, or near ones (MinHash) too (default: none)",
+    )
     shard.add_argument(
         "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
     )
@@ -144,6 +178,13 @@ def _positive(value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) == 0:
         raise argparse.ArgumentTypeError(f"{value!r} is not a positive whole number")
     return int(value)
+
+
+def _task(value: str) -> Task:
+    number, _, count = value.partition("/")
+    if not all(part.isascii() and part.isdigit() for part in (number, count)) or not 1 <= int(number) <= int(count):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a share: give a number and a count, such as 1/8 … 8/8")
+    return int(number) - 1, int(count)
 
 
 def _fraction(value: str) -> float:

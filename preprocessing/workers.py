@@ -1,43 +1,146 @@
-"""Running the plan's units on processes of this machine."""
+"""Running steps on processes: of this machine, of an MPI job, or in this process alone.
+
+What a process does when its parent dies is the same everywhere: it leaves at once. Else the workers of a killed job, or
+the ranks of a killed mpirun, would go on writing.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from ds_roberta.errors import UserError
-from preprocessing.plan import Unit
+from preprocessing.job import Task
+from preprocessing.lease import JobStopped
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_LOOK_SECONDS = 0.3
 
-def run_units(units: Sequence[Unit], work: Callable[[Unit], Result], workers: int) -> Iterator[Result]:
-    """Yield the results of all units, in the order in which they are done.
 
-    One worker works in this process; at the first error, or an interruption, the others are stopped at once.
+class Workers:
+    """Runs functions on the items of a list; without an executor in this process.
 
-    Raises:
-        UserError: a worker process was killed from outside; and whatever `work` raises.
+    As a context it ends all work at an error, before what is written to is taken away.
     """
-    workers = min(workers, len(units))
-    if workers == 1:
-        yield from map(work, units)
+
+    def __init__(self, count: int, executor: Executor | None, stop: Callable[[], None]):
+        self.count, self._executor, self._stop = count, executor, stop
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop()
+
+    def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Yield the results for all items, in the order in which they are done.
+
+        Raises:
+            JobStopped: a worker process was killed from outside; and whatever `work` raises.
+        """
+        if self._executor is None or len(items) == 1:
+            yield from map(work, items)
+            return
+        try:
+            for future in as_completed([self._executor.submit(work, item) for item in items]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise JobStopped(
+                "a worker process was killed, perhaps for lack of memory: give the same command again to go on, "
+                f"perhaps with fewer than --workers {self.count}"
+            ) from error
+
+
+@contextmanager
+def local_workers(count: int) -> Iterator[Workers]:
+    """So many processes on this machine; one worker works in this process."""
+    if count == 1:
+        yield Workers(1, None, lambda: None)
         return
     not_ours = multiprocessing.active_children()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(work, unit) for unit in units]):
-                yield future.result()
-        except BaseException as error:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
+
+        def stop() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                if worker not in not_ours:
-                    worker.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    f"a worker process was killed, perhaps for lack of memory: try fewer than --workers {workers}"
-                ) from error
-            raise
+            workers = [worker for worker in multiprocessing.active_children() if worker not in not_ours]
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.join()
+
+        yield Workers(count, pool, stop)
+
+
+def is_mpi(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether mpirun or srun started this process as one of several ranks."""
+    if any(int(environment.get(name, 1)) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+        return True
+    return "PMIX_RANK" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+@contextmanager
+def mpi_workers() -> Iterator[Workers | None]:
+    """The other ranks as workers, in rank 0, which hands out the work; None in the others, once all is done.
+
+    Raises:
+        UserError: mpi4py is missing.
+    """
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except ImportError as error:
+        raise UserError(
+            f"started as one of several MPI processes, but mpi4py cannot be imported ({error}): "
+            "pip install 'ds_roberta[mpi]', or start it without mpirun"
+        ) from error
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
+        if pool is None:
+            yield None
+            return
+        executor: Any = pool  # declared as None by mpi4py's stubs
+        ranks = MPI.COMM_WORLD.Get_size() - 1
+        yield Workers(ranks, executor, lambda: executor.shutdown(wait=True, cancel_futures=True))
+
+
+def slurm_task(environment: Mapping[str, str] = os.environ) -> Task | None:
+    """This process's place (from 0) and the number of tasks in a SLURM array; None where there is no array.
+
+    Raises:
+        UserError: the array's numbers are not evenly spaced, so that a task cannot tell its place.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return None
+    number, first, last, step, count = (
+        int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", 0), ("MIN", 0), ("MAX", 0), ("STEP", 1), ("COUNT", 1))
+    )
+    if last - first != (count - 1) * step or (number - first) % step:
+        raise UserError(
+            f"the SLURM array of {count} tasks from {first} to {last} has gaps: number them without, as in "
+            f"--array=0-{count - 1}, or name each task's share by --task I/{count}"
+        )
+    return (number - first) // step, count
+
+
+def _begin_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+
+
+def _leave_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)

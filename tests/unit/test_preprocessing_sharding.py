@@ -122,17 +122,22 @@ def test_a_document_longer_than_a_batch_of_others_is_one_row(tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failed_job_leaves_nothing_and_keeps_the_old_output(files, tokenizer, tmp_path, workers):
+def test_a_failed_job_keeps_its_finished_units_and_the_old_output(files, tokenizer, tmp_path, workers):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"good\n\nbad \xff\n" + b"filler\n\n" * 1000)
     with pytest.raises(UserError, match=r"line 3 .*UTF-8"):
-        shard_corpus([*files, str(bad)], tokenizer, tmp_path / "new/out", OPTIONS, workers)
+        shard_corpus([str(bad), *files], tokenizer, tmp_path / "new/out", OPTIONS, 1)
     assert not (tmp_path / "new").exists()
 
     shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     before = folder_hash(tmp_path / "out")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"UTF-8.* of 10 units are kept"):
         shard_corpus([*files, str(bad)], tokenizer, tmp_path / "out", OPTIONS, workers)
+    assert folder_hash(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".out.partial"]
+
+    # Another plan has no use for them.
+    shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers)
     assert folder_hash(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -1,0 +1,257 @@
+"""Removing documents that occur again: exact copies by a 128-bit hash, near copies by MinHash.
+
+Every unit leaves, beside its shards, a table of its documents' keys: a hash of the text, and for near copies one key
+for each band of a MinHash signature. When all units are done, the tables are merged range by range, which finds the
+documents that resemble an earlier one in the order of the plan, and the units' shards are written again without them.
+What is kept depends on the plan alone, and no process ever holds more than one range of keys.
+
+A near copy is a document that shares a band with an earlier one and whose signature agrees with it in at least
+`NEAR_SIMILARITY` of its places, an estimate of the Jaccard similarity of their sets of five neighbouring words. It is
+compared with the first document of the band and with the one just before it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from ds_roberta.data.shards import SPLITS, ShardInfo, write_shard
+from ds_roberta.errors import UserError
+
+DEDUP_KINDS = ("none", "exact", "near")
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
+NEAR_SIMILARITY = 0.8
+BANDS, BAND_ROWS = 16, 8  # finds 95% of the pairs at similarity 0.8 and all but 0.01% of those at 0.9
+SHINGLE_WORDS = 5
+RANGE_ROWS = 1 << 22
+"""Keys that one merge holds in memory, about 200 MB with what it needs beside them."""
+
+_SEED = 1
+_WORD = re.compile(r"\w+")
+_ROW = np.dtype([("split", "u1"), ("file", "<u4"), ("bytes", "<u4")])
+_DROP = np.dtype([("unit", "<u4"), ("row", "<u4")])
+_PAIRS_AT_ONCE = 1 << 15
+
+
+def dedup_options(kind: str) -> dict[str, Any]:
+    """What the manifest says of deduplication: all that decides which documents go.
+
+    Raises:
+        UserError: near copies are to be found, but the library for it is missing.
+    """
+    if kind != "near":
+        return {"dedup": kind}
+    return {
+        "dedup": kind,
+        "near_similarity": NEAR_SIMILARITY,
+        "near_bands": [BANDS, BAND_ROWS],
+        "near_shingle_words": SHINGLE_WORDS,
+        "near_algorithm": f"rensa.RMinHash {_minhash().ALGORITHM_VERSION}",
+    }
+
+
+@dataclass
+class DocumentTable:
+    """The documents of a unit, in order, as deduplication must know them."""
+
+    kind: str
+
+    def __post_init__(self) -> None:
+        self._rows: list[tuple[int, int, int]] = []
+        self._hashes: list[int] = []
+        self._signatures: list[np.ndarray] = []
+
+    def add(self, text: str, split: str, file: int) -> None:
+        """Add a document; `file` is its input file's place among the unit's."""
+        raw = text.encode("utf-8")
+        self._rows.append((SPLITS.index(split), file, len(raw)))
+        self._hashes.append(xxhash.xxh3_128_intdigest(raw))
+        if self.kind == "near":
+            self._signatures.append(_signature(text))
+
+    def write(self, folder: Path, unit: int) -> None:
+        """Write the unit's tables.
+
+        rows: (documents,) of split, file and bytes. keys: (tables, 3, documents) uint64, of each table key, check and
+        row, sorted by key; two documents are the same if key and check are. signatures: (documents, places) uint32.
+        """
+        hashes = np.array([(h >> 64, h & (2**64 - 1)) for h in self._hashes], np.uint64).reshape(-1, 2)
+        columns = [(hashes[:, 0], hashes[:, 1])]
+        _save(folder / "rows", unit, np.array(self._rows, _ROW))
+        if self.kind == "near":
+            signatures = np.array(self._signatures, "<u4").reshape(-1, BANDS * BAND_ROWS)
+            _save(folder / "signatures", unit, signatures)
+            for band in range(BANDS):
+                part = np.ascontiguousarray(signatures[:, band * BAND_ROWS : (band + 1) * BAND_ROWS])
+                keys = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in part], np.uint64)
+                columns.append((keys, np.zeros_like(keys)))
+        tables = []
+        for key, check in columns:
+            order = np.argsort(key, kind="stable")
+            tables.append(np.stack([key[order], check[order], order.astype(np.uint64)]))
+        _save(folder / "keys", unit, np.stack(tables))
+
+
+def merge_count(kind: str, documents: int) -> int:
+    """Into how many merges the keys of so many documents are divided."""
+    return _tables(kind) * _ranges(documents)
+
+
+def merge(folder: Path, target: Path, kind: str, units: int, documents: int, index: int) -> dict[str, Any]:
+    """Find the documents to drop by one range of one table, and write them under `target`, sorted.
+
+    The rows of `drops/NNNNN.npy` are (unit, row) of documents that resemble an earlier one.
+    """
+    table, part = divmod(index, _ranges(documents))
+    low, high = (place * 2**64 // _ranges(documents) for place in (part, part + 1))
+    found = []
+    for unit in range(units):
+        keys = _load(folder / "keys", unit)[table]
+        begin = np.searchsorted(keys[0], np.uint64(low))
+        end = np.searchsorted(keys[0], np.uint64(high)) if high < 2**64 else keys.shape[1]
+        found.append(np.vstack([keys[:, begin:end], np.full((1, end - begin), unit, np.uint64)]))
+    key, check, row, unit_of = np.concatenate(found, axis=1)
+    order = np.lexsort((check, key))  # stable: the same keys stay in the order of the plan
+    key, check, row, unit_of = key[order], check[order], row[order], unit_of[order]
+    again = np.flatnonzero((key[1:] == key[:-1]) & (check[1:] == check[:-1])) + 1
+    if table > 0:
+        opens = np.ones(len(key), bool)
+        opens[again] = False
+        first = np.maximum.accumulate(np.where(opens, np.arange(len(key)), 0))
+        places = np.stack([unit_of, row], axis=1).astype(np.int64)
+        close = [
+            _similarity(folder, places[chunk], places[other]) >= NEAR_SIMILARITY
+            for chunk in np.array_split(again, len(again) // _PAIRS_AT_ONCE + 1)
+            for other in (first[chunk], chunk - 1)
+        ]
+        again = again[np.concatenate(close[::2]) | np.concatenate(close[1::2])]
+    drops = np.empty(len(again), _DROP)
+    drops["unit"], drops["row"] = unit_of[again], row[again]
+    _save(target / "drops", index, np.sort(drops, order=["unit", "row"]))
+    return {"drops": len(drops)}
+
+
+def dropped_rows(folder: Path, kind: str, documents: int, unit: int) -> dict[str, np.ndarray]:
+    """The rows of a unit that go, rising, by reason; a copy that is exact is not named a near one."""
+    rows = []
+    for index in range(merge_count(kind, documents)):
+        drops = _load(folder / "drops", index)
+        begin, end = np.searchsorted(np.ascontiguousarray(drops["unit"]), [unit, unit + 1])
+        rows.append(drops["row"][begin:end])
+    exact = np.unique(np.concatenate(rows[: _ranges(documents)]))
+    near = np.unique(np.concatenate(rows))
+    return {DUPLICATE: exact, NEAR_DUPLICATE: np.setdiff1d(near, exact)}
+
+
+def write_without(
+    staged: Path,
+    target: Path,
+    shards: dict[str, ShardInfo],
+    split_of_row: np.ndarray,
+    keep: np.ndarray,
+    unit: int,
+    ids: int,
+) -> dict[str, ShardInfo]:
+    """Write a unit's shards again without the rows that are not in `keep`, (documents,) bool; `ids` is the vocabulary.
+
+    Returns:
+        The shards that still hold a document.
+    """
+    written = {}
+    for split, info in shards.items():
+        kept = np.flatnonzero(keep[split_of_row == SPLITS.index(split)])
+        if len(kept) == info.documents:
+            (target / info.file).parent.mkdir(parents=True, exist_ok=True)
+            _link(staged / info.file, target / info.file)
+            written[split] = info
+        elif len(kept):
+            batch = pa.ipc.open_stream(pa.memory_map(str(staged / info.file))).read_next_batch()
+            documents, ends = (_lists(batch.column(name), kept) for name in ("input_ids", "sentence_ends"))
+            written[split] = write_shard(target, split, unit, documents, ends, ids)
+    return written
+
+
+def take_back(counts: dict[str, Counter[str]], kept: str, rows: np.ndarray, reason: str) -> int:
+    """Count the documents of `rows`, (dropped,) of the unit's table, as rejected for `reason`; return their bytes."""
+    paths = list(counts)
+    for file, number in zip(*np.unique(rows["file"], return_counts=True), strict=True):
+        counts[paths[file]][kept] -= int(number)
+        counts[paths[file]][reason] += int(number)
+    return int(rows["bytes"].sum(dtype=np.int64))
+
+
+def load_rows(folder: Path, unit: int) -> np.ndarray:
+    """The unit's documents, (documents,) of split, file and bytes."""
+    return _load(folder / "rows", unit)
+
+
+def _tables(kind: str) -> int:
+    return 1 + BANDS * (kind == "near")
+
+
+def _ranges(documents: int) -> int:
+    return documents // RANGE_ROWS + 1
+
+
+def _minhash() -> Any:
+    try:
+        from rensa import RMinHash
+    except ImportError as error:
+        raise UserError(
+            f"--dedup near needs the library rensa, which cannot be imported ({error}): pip install 'ds_roberta[dedup]'"
+        ) from error
+    return RMinHash
+
+
+def _signature(text: str) -> np.ndarray:
+    words = _WORD.findall(text.lower()) or [text]
+    shingles = [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))]
+    sketch = _minhash()(num_perm=BANDS * BAND_ROWS, seed=_SEED)
+    sketch.update(shingles)
+    return np.array(sketch.digest(), np.uint32)
+
+
+def _similarity(folder: Path, ours: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The agreeing part of the signatures of documents given as (unit, row): (pairs,) float64."""
+    return (_signatures(folder, ours) == _signatures(folder, others)).mean(axis=1)
+
+
+def _signatures(folder: Path, places: np.ndarray) -> np.ndarray:
+    signatures = np.empty((len(places), BANDS * BAND_ROWS), np.uint32)
+    for unit in np.unique(places[:, 0]):
+        here = places[:, 0] == unit
+        signatures[here] = _load(folder / "signatures", unit)[places[here, 1]]
+    return signatures
+
+
+def _lists(column: pa.ListArray, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    values = column.values.to_numpy(zero_copy_only=True)
+    bounds = list(pairwise(column.offsets.to_numpy(zero_copy_only=True)))
+    return [values[slice(*bounds[row])] for row in rows]
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _save(folder: Path, index: int, array: np.ndarray) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{index:05d}.npy", array)
+
+
+def _load(folder: Path, index: int) -> np.ndarray:
+    path = folder / f"{index:05d}.npy"
+    return np.load(path, mmap_mode="r")
