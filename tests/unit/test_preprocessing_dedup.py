@@ -1,0 +1,112 @@
+"""Which documents go because they occur again, and that nothing but the plan decides it."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from test_preprocessing_sharding import folder_hash
+
+from ds_roberta.data.shards import Corpus
+from ds_roberta.errors import UserError
+from preprocessing import dedup
+from preprocessing.sharding import ShardOptions, shard_corpus
+
+RNG = random.Random(5)
+WORDS = ["".join(RNG.choices("abcdefgh", k=5)) for _ in range(500)]
+TEXTS = [" ".join(RNG.choices(WORDS, k=80)) + f"\nand {i}" for i in range(60)]
+NEAR = [f"{text[:200]} changed {text[200:]}" for text in TEXTS[:20]]
+"""One word of 80 more: five of 80 shingles differ, a similarity of about 0.94."""
+FAR = [" ".join(word for i, word in enumerate(text.split()) if i % 4) for text in TEXTS[20:30]]
+"""Every fourth word is missing: hardly a run of five is left."""
+
+
+def write(folder, *files):
+    paths = []
+    for name, texts in zip("abc", files, strict=False):
+        (folder / f"{name}.txt").write_text("\n\n".join(texts))
+        paths.append(str(folder / f"{name}.txt"))
+    return paths
+
+
+def prepare(folder, files, tokenizer, dedup, workers=1, name="out"):
+    """The decoded documents of both splits in order, and the rejects of each file."""
+    from tokenizers import Tokenizer
+
+    options = ShardOptions(validation_fraction=0.3, unit_bytes=3000, dedup=dedup)
+    manifest, text_bytes = shard_corpus(files, tokenizer, folder / name, options, workers)
+    corpus, decoder = Corpus.open(folder / name), Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    found = []
+    for split_name in ("train", "validation"):
+        split = corpus.split(split_name)
+        for shard in range(len(split.shards)):
+            values, offsets = split.values(shard), split.document_offsets(shard)
+            assert split.sentence_bounds(shard)[1].max() == len(values) - 1
+            found += [decoder.decode(values[begin : end - 1]) for begin, end in itertools.pairwise(offsets)]
+    for entry in manifest.inputs:
+        assert entry.documents_read == entry.documents_kept + sum(entry.rejected.values())
+    assert len(found) == sum(entry.documents_kept for entry in manifest.inputs)
+    return found, [entry.rejected for entry in manifest.inputs], text_bytes, manifest
+
+
+def flat(texts):
+    return sorted(text.replace("\n", " ") for text in texts)
+
+
+def test_the_first_of_equal_documents_stays(tokenizer_folder, tmp_path):
+    files = write(tmp_path, TEXTS[:40], [*TEXTS[30:50], *NEAR], [*TEXTS, TEXTS[0], TEXTS[59]])
+    found, rejected, text_bytes, manifest = prepare(tmp_path, files, tokenizer_folder, "exact")
+    assert sorted(found) == flat([*TEXTS, *NEAR])
+    assert rejected == [{}, {"duplicate": 10}, {"duplicate": 52}]
+    assert text_bytes == sum(len(text) for text in [*TEXTS, *NEAR])
+    assert manifest.options["dedup"] == "exact"
+    assert prepare(tmp_path, files, tokenizer_folder, "none", name="all")[1] == [{}, {}, {}]
+
+
+def test_the_first_of_similar_documents_stays(tokenizer_folder, tmp_path):
+    pytest.importorskip("rensa", reason="near copies are found with the library rensa")
+    files = write(tmp_path, TEXTS[:40], [*NEAR, *FAR, *TEXTS[40:]], [TEXTS[0], NEAR[1].upper(), NEAR[2]])
+    found, rejected, _, manifest = prepare(tmp_path, files, tokenizer_folder, "near")
+    assert sorted(found) == flat([*TEXTS, *FAR])
+    assert rejected == [{}, {"near_duplicate": 20}, {"duplicate": 2, "near_duplicate": 1}]
+    assert manifest.options["near_similarity"] == 0.8
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_workers_and_the_division_of_the_merge_decide_nothing(tokenizer_folder, tmp_path, kind, monkeypatch):
+    if kind == "near":
+        pytest.importorskip("rensa", reason="near copies are found with the library rensa")
+    files = write(tmp_path, TEXTS, [*NEAR, *FAR], [*TEXTS[::2], *NEAR[::3]])
+    prepare(tmp_path, files, tokenizer_folder, kind, workers=1)
+    prepare(tmp_path, files, tokenizer_folder, kind, workers=2, name="two")
+    monkeypatch.setattr(dedup, "RANGE_ROWS", 30)
+    prepare(tmp_path, files, tokenizer_folder, kind, workers=1, name="divided")
+    assert folder_hash(tmp_path / "two") == folder_hash(tmp_path / "out") == folder_hash(tmp_path / "divided")
+
+
+def test_a_unit_of_copies_alone_leaves_no_shard(tokenizer_folder, tmp_path):
+    files = write(tmp_path, TEXTS[:30], TEXTS[:30], TEXTS[30:])
+    manifest = prepare(tmp_path, files, tokenizer_folder, "exact")[-1]
+    numbers = [shard.file[-11:-6] for shard in manifest.splits["train"]]
+    assert numbers == [f"{unit:05d}" for unit in (*range(5), *range(10, 15))]
+    assert sorted(path.name[-11:-6] for path in (tmp_path / "out/train").glob("*.arrow")) == numbers
+
+
+def test_a_file_without_a_document_is_no_hindrance(tokenizer_folder, tmp_path):
+    files = write(tmp_path, [" "] * 900, TEXTS, TEXTS[:3])
+    assert prepare(tmp_path, files, tokenizer_folder, "exact")[1][2] == {"duplicate": 3}
+
+
+def test_half_of_a_hash_in_common_is_not_the_same(tmp_path):
+    keys = np.array([[[7, 7, 7, 9], [1, 2, 1, 1], [0, 1, 2, 3]]], np.uint64)
+    dedup._save(tmp_path / "keys", 0, keys[:, :, :3])
+    dedup._save(tmp_path / "keys", 1, keys[:, :, 3:])
+    dedup.merge(tmp_path, tmp_path, "exact", 2, 4, 0)
+    assert dedup._load(tmp_path / "drops", 0).tolist() == [(0, 2)]
+
+
+def test_a_missing_library_is_named_with_the_remedy(tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rensa", None)
+    with pytest.raises(UserError, match=r"--dedup near needs .*ds_roberta\[dedup\]"):
+        prepare(tmp_path, write(tmp_path, TEXTS), tokenizer_folder, "near")
+    assert not (tmp_path / ".out.partial").exists()
