@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4.0"],
+        "dedup": ["rensa>=0.5"],
         "monitor": ["tensorboard>=2.16"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "pre-commit>=4"],
     },

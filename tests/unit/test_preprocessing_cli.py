@@ -83,6 +83,9 @@ SHARD = "shard --workers 1 --tokenizer tok --output out"
         (f"{SHARD} --input text --workers 0", "'0'"),
         (f"{SHARD} --input text --workers 1.5", "'1.5'"),
         (f"{SHARD} --input text --documents page", "'page'"),
+        (f"{SHARD} --input text --task 3/2", "'3/2'"),
+        (f"{SHARD} --input text --task 0/2", "'0/2'"),
+        (f"{SHARD} --input text --dedup fuzzy", "'fuzzy'"),
         ("shard --workers 1 --input text --tokenizer missing --output out", "'missing'"),
         ("shard --workers 1 --input text --tokenizer maskless --output out", "'maskless' has no <mask>"),
         ("shard --workers 1 --input text --tokenizer tok --output other", "other' is not empty"),
@@ -105,3 +108,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, line, named):
     assert len(error.splitlines()) == 1
     assert named in error
     assert entries(folder) == before
+
+
+def test_tasks_and_slurm_arrays_share_the_work(folder, capsys, monkeypatch):
+    line = "shard --input text --tokenizer tok --output data --workers 1 --validation_fraction 0.2"
+    for name, value in {"ID": "4", "MIN": "3", "MAX": "4", "COUNT": "2", "STEP": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert run(line) == 0
+    output = capsys.readouterr().out
+    assert "task 2 of 2 (from the SLURM array)" in output
+    assert "1 units are fewer than 2 tasks" in output
+    assert not (folder / "data").exists()
+    assert run(f"{line} --task 1/1") == 0
+    assert Corpus.open("data").manifest.documents("train")
+
+
+def test_workers_and_mpirun_exclude_each_other(folder, capsys, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert run(f"{SHARD} --input text") == 2
+    assert "--workers 1 is for one machine" in capsys.readouterr().err

