@@ -33,8 +33,8 @@ DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
 NEAR_SIMILARITY = 0.8
 BANDS, BAND_ROWS = 16, 8  # finds 95% of the pairs at similarity 0.8 and all but 0.01% of those at 0.9
 SHINGLE_WORDS = 5
-RANGE_ROWS = 1 << 22
-"""Keys that one merge holds in memory, about 200 MB with what it needs beside them."""
+RANGE_ROWS = 1 << 21
+"""Keys that one merge holds in memory, about 250 MB with what it needs beside them."""
 
 _SEED = 1
 _WORD = re.compile(r"\w+")

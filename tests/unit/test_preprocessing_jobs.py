@@ -84,7 +84,7 @@ def test_a_job_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(
     assert child.exitcode == 0
     assert events > 100
     out = tmp_path / "out"
-    for event in [*range(1, events, 23), *range(events - 9, events + 1)]:  # the end is where the folder moves
+    for event in [*range(1, events, 37), *range(events - 9, events + 1)]:  # the end is where the folder moves
         reached.value = 0
         child = FORK.Process(target=die_at, args=(event, files, tokenizer, out, reached))
         child.start()
@@ -139,11 +139,11 @@ def test_workers_leave_when_their_parent_is_killed(files, tokenizer, tmp_path):
     job = start(files, tokenizer, tmp_path / "out", 2)
     wait_for(lambda: list(tmp_path.glob(".out.partial/*/units/*.json")))
     os.kill(job.pid, signal.SIGKILL)  # the parent alone
-    began = time.monotonic()
-    job.stderr.read()  # until the last process that holds it is gone
-    assert time.monotonic() - began < 20
-    job.wait()
-    job.stderr.close()
+    try:
+        job.communicate(timeout=20)  # until the last process that holds the pipe is gone
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise
 
 
 def test_other_input_options_or_tokenizer_throw_the_finished_units_away(files, tokenizer, tmp_path, monkeypatch):
