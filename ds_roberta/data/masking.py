@@ -29,7 +29,7 @@ from ds_roberta.data.words import word_bounds
 
 SPAN_P, MAX_SPAN_WORDS = 0.2, 10
 """SpanBERT's geometric distribution of a span's words, cut off at its longest; 3.8 on average."""
-_CHUNK_TOKENS = 1 << 17
+_CHUNK_TOKENS = 1 << 16
 """Tokens masked at a time: what is computed of them stays in a core's cache."""
 _NEVER = np.uint32(0xFFFFFFFF)
 """The key of what cannot be chosen: behind all others."""

@@ -262,9 +262,7 @@ class Split:
                     f"{str(path)!r} has {path.stat().st_size} bytes, the manifest says {info.bytes}: it was cut or "
                     "replaced; prepare the data again"
                 )
-            # The map outlives its file's descriptor, of which a process may hold far fewer than there are shards.
-            with pa.memory_map(str(path)) as file:
-                batch = pa.ipc.open_stream(file).read_next_batch()
+            batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"cannot read the shard {str(path)!r}: {error}") from error
         return batch.column("input_ids"), batch.column("sentence_ends")
