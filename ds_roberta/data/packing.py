@@ -61,6 +61,11 @@ def pack_full_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> 
 _PACKERS = {"full-sentences": pack_full_sentences}
 
 
+def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
+    """The slices of one shard: their bounds in its values, (sequences, 2) int64."""
+    return _PACKERS[packing.format](*split.sentence_bounds(shard), packing.capacity)
+
+
 class PackedSplit:
     """The sequences of a split, read through an index that is made once and kept beside the shards.
 
@@ -74,6 +79,19 @@ class PackedSplit:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def slices(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where sequences lie: their shards, and the beginning and end of each in its shard's values.
+
+        Args:
+            sequences: (B,) int64.
+
+        Returns:
+            Three (B,) int64.
+        """
+        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
+        starts = self._starts[sequences].astype(np.int64)
+        return shards, starts, starts + self._lengths[sequences]
+
     def gather(self, sequences: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Copy the slices of `sequences` into the rows of `out`, from column 1 on.
 
@@ -84,12 +102,10 @@ class PackedSplit:
         Returns:
             The slices' lengths: (B,) int64.
         """
-        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
-        starts, lengths = self._starts[sequences].astype(np.int64), self._lengths[sequences].astype(np.int64)
-        rows = zip(out, shards.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
-        for row, shard, start, end in rows:
+        shards, starts, ends = self.slices(sequences)
+        for row, shard, start, end in zip(out, shards.tolist(), starts.tolist(), ends.tolist(), strict=True):
             row[1 : 1 + end - start] = self._split.values(shard)[start:end]
-        return lengths
+        return ends - starts
 
 
 def _index_path(corpus: Corpus, split: str, packing: PackingConfig) -> Path:
@@ -117,7 +133,7 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
     capacity = packing.capacity
     starts, lengths, first_sequence = [], [], [0]
     for shard in range(len(split.shards)):
-        slices = _PACKERS[packing.format](*split.sentence_bounds(shard), capacity)
+        slices = pack_shard(split, shard, packing)
         starts.append(slices[:, 0].astype(np.uint32))
         lengths.append((slices[:, 1] - slices[:, 0]).astype(np.uint16 if capacity < 1 << 16 else np.uint32))
         first_sequence.append(first_sequence[-1] + len(slices))

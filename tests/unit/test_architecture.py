@@ -17,7 +17,10 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
     {"ds_roberta.errors", "ds_roberta"},
 ]
 GROUND = ROOMS[-2] | ROOMS[-1]  # single modules, which may import each other without a cycle
-PREPROCESSING_MAY_IMPORT = {f"ds_roberta.{name}" for name in ("data.shards", "errors", "files", "config")}
+PREPROCESSING_MAY_IMPORT = {
+    f"ds_roberta.{name}"
+    for name in ("data.shards", "data.packing", "data.order", "data.loader", "errors", "files", "config")
+}
 MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine"}
 
 FILES = {
