@@ -100,7 +100,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class InputPiece:
-    """A part of an input, `start … end` (bytes of a file), and how many of a shard's documents came from it."""
+    """A part of an input, `start … end` as in the plan's pieces, and how many of a shard's documents came from it."""
 
     path: str
     start: int
@@ -122,6 +122,12 @@ class ShardInfo:
     checksum: str
     chunk_checksums: tuple[str, ...]
     pieces: tuple[InputPiece, ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> ShardInfo:
+        """The inverse of `dataclasses.asdict`, behind a way through JSON."""
+        pieces = tuple(InputPiece(**piece) for piece in entry["pieces"])
+        return cls(**{**entry, "chunk_checksums": tuple(entry["chunk_checksums"]), "pieces": pieces})
 
 
 @dataclass(frozen=True)
@@ -209,9 +215,7 @@ class Manifest:
                 ),
                 options=content["options"],
                 inputs=tuple(InputInfo(**entry) for entry in content["inputs"]),
-                splits={
-                    split: tuple(_shard_info(shard) for shard in shards) for split, shards in content["splits"].items()
-                },
+                splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
             )
         except UserError:
             raise
@@ -338,11 +342,6 @@ class Corpus:
 
     def split(self, name: str) -> Split:
         return Split(self.folder, name, self.manifest.splits.get(name, ()))
-
-
-def _shard_info(entry: dict[str, Any]) -> ShardInfo:
-    pieces = tuple(InputPiece(**piece) for piece in entry["pieces"])
-    return ShardInfo(**{**entry, "chunk_checksums": tuple(entry["chunk_checksums"]), "pieces": pieces})
 
 
 def _list_array(rows: Sequence[np.ndarray], dtype: np.dtype[Any]) -> pa.ListArray:

@@ -74,7 +74,7 @@ def test_rooms_import_downward_only(module):
             assert row(imported) > row(module), f"{module} imports {imported}, which is not below it"
 
 
-def test_preprocessing_and_training_meet_in_the_shard_format_alone():
+def test_preprocessing_and_training_meet_in_the_data_alone():
     for module, imported in IMPORTS.items():
         ours = {name for name in imported if name.split(".")[0] == "ds_roberta"}
         if room(module) == "preprocessing":

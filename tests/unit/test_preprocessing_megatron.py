@@ -5,7 +5,6 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import random_documents
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -217,7 +216,7 @@ def test_nothing_is_overwritten_and_nothing_imported_from_nothing(corpus, tmp_pa
 
 def test_an_index_that_fits_is_opened_by_memory_map(tmp_path):
     rng = np.random.default_rng(2)
-    documents = [[sentence.tolist() for sentence in document] for document in random_documents(rng, 30)]
+    documents = [[rng.integers(4, 399, size=size).tolist() for size in (3, 40, 1)] for _ in range(30)]
     write(tmp_path / "m", documents)
     dataset = IndexedDataset.open(tmp_path / "m")
     assert not dataset.data.flags.owndata

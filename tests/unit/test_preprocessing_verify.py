@@ -6,7 +6,6 @@ import random
 
 import numpy as np
 import pytest
-from conftest import random_documents
 
 from ds_roberta.data import shards
 from ds_roberta.data.shards import Corpus
@@ -22,8 +21,12 @@ def folder(tmp_path, write_corpus, monkeypatch):
     """A data folder of four shards of many small chunks, which the test may break."""
     monkeypatch.setattr(shards, "CHUNK_BYTES", CHUNK)
     rng = np.random.default_rng(3)
-    train = [random_documents(rng, count) for count in (300, 10, 150)]
-    write_corpus(tmp_path / "corpus", {"train": train, "validation": [random_documents(rng, 40)]})
+
+    def documents(count):
+        return [[rng.integers(4, 399, size=rng.integers(1, 90)) for _ in range(6)] for _ in range(count)]
+
+    train = [documents(count) for count in (300, 10, 150)]
+    write_corpus(tmp_path / "corpus", {"train": train, "validation": [documents(40)]})
     return tmp_path / "corpus"
 
 
