@@ -32,7 +32,8 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4.0"],
         "monitor": ["tensorboard>=2.16"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "pre-commit>=4"],
+        "plot": ["matplotlib>=3.9"],
+        "dev": ["matplotlib>=3.9", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["preprocess = preprocessing.cli:main"]},
 )

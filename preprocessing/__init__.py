@@ -4,6 +4,8 @@
 
 `inputs` names the files, `plan` cuts them into work units, `readers` turn a unit into documents, `tokenizer` trains,
 copies and applies byte-level BPE, `sharding` makes a unit's shards in the format of `ds_roberta.data.shards` and the
-manifest of all, `workers` runs the units on processes, `output` makes a folder appear whole or not at all, `cli` is
-the `preprocess` command.
+manifest of all, `workers` runs the units on processes, `cli` is the `preprocess` command.
+
+Of prepared data, `verify` finds damage, `stats` counts, `show` prints documents, `trace` names the documents in a
+step's batch (the last two by `lookup`), and `megatron` exports and imports.
 """

@@ -14,6 +14,7 @@ from typing import NoReturn
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError, run_command
 from ds_roberta.files import replaced_folder
+from preprocessing import megatron, show, stats, trace, verify
 from preprocessing.inputs import find_inputs
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
@@ -21,13 +22,25 @@ from preprocessing.readers import DOCUMENT_KINDS, KEPT, ReadOptions, accepted_do
 from preprocessing.sharding import ShardOptions, shard_corpus
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
 
+_PIPE_CLOSED_EXIT_CODE = 141
+"""What a shell reports of a command that SIGPIPE ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, or 2 with one line on stderr for an error that the user can mend."""
+    """Run the command line and exit: 0, or 2 with one line on stderr for an error that the user can mend.
 
-    def command() -> None:
+    `preprocess verify` exits with 1 where it found damage.
+    """
+
+    def command() -> int | None:
         options = _parser().parse_args(arguments)
-        options.run(options)
+        try:
+            code = options.run(options)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads our output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = _PIPE_CLOSED_EXIT_CODE
+        return code
 
     run_command(command)
 
@@ -137,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
     )
     shard.set_defaults(run=_shard)
+    for module in (verify, stats, show, trace, megatron):
+        module.add_commands(commands)
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ds_roberta.data.shards import (
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
     InputInfo,
+    InputPiece,
     Manifest,
     ShardInfo,
     TokenizerInfo,
@@ -111,20 +112,36 @@ def split_of(text: str, validation_fraction: float) -> str:
 def _shard_unit(folder: Path, info: TokenizerInfo, options: ShardOptions, unit: Unit) -> UnitResult:
     encoder = _encoder(folder / TOKENIZER_FOLDER, info)
     counts = {piece.path: Counter[str]() for piece in unit.pieces}
-    texts = (text for piece in unit.pieces for text in accepted_documents(piece, options.read, counts[piece.path]))
-    rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
+    origins: list[int] = []  # the piece of each document, in the order in which they are encoded
+
+    def texts() -> Iterator[str]:
+        for number, piece in enumerate(unit.pieces):
+            for text in accepted_documents(piece, options.read, counts[piece.path]):
+                origins.append(number)
+                yield text
+
+    rows: dict[str, list[tuple[np.ndarray, np.ndarray, int]]] = {split: [] for split in SPLITS}
+    encoded = 0
     text_bytes = 0
-    for batch in _batches(sentences(text) for text in texts):
+    for batch in _batches(sentences(text) for text in texts()):
         for document, row in zip(batch, encoder.encode([tokenizer_lines(lines) for lines in batch]), strict=True):
             text = "\n".join(document)
             text_bytes += len(text.encode("utf-8"))
-            rows[split_of(text, options.validation_fraction)].append(row)
+            rows[split_of(text, options.validation_fraction)].append((*row, origins[encoded]))
+            encoded += 1
     shards = {}
     for split, split_rows in rows.items():
         if split_rows:
-            ids, ends = zip(*split_rows, strict=True)
-            shards[split] = write_shard(folder, split, unit.index, ids, ends, info.vocab_size)
+            ids, ends, pieces = zip(*split_rows, strict=True)
+            shard = write_shard(folder, split, unit.index, ids, ends, info.vocab_size)
+            shards[split] = replace(shard, pieces=_input_pieces(unit, Counter(pieces)))
     return UnitResult(unit, shards, counts, text_bytes)
+
+
+def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:
+    """The unit's pieces that gave a shard documents, with their numbers."""
+    pieces = ((unit.pieces[number], count) for number, count in sorted(documents.items()))
+    return tuple(InputPiece(piece.path, piece.start, piece.end, count) for piece, count in pieces)
 
 
 @lru_cache(maxsize=1)

@@ -81,7 +81,8 @@ def _chain(starts: np.ndarray, ends: np.ndarray, following: np.ndarray) -> np.nd
     return np.stack([starts[first_sentences], ends[last_sentences[: len(first)]]], axis=1)
 
 
-def _pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
+def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
+    """The slices of one shard: their bounds in its values, (sequences, 2) int64."""
     if packing.format == "contiguous":
         # The separator that closes the last document would stand before the sequence's own.
         return pack_contiguous(len(split.values(shard)) - 1, packing.capacity)
@@ -103,6 +104,20 @@ class PackedSplit:
     def __len__(self) -> int:
         return len(self._slices)
 
+    def slices(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where sequences lie: their shards, and the beginning and end of each in its shard's values.
+
+        Args:
+            sequences: (B,) int64.
+
+        Returns:
+            Three (B,) int64.
+        """
+        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
+        slices = self._slices[sequences]
+        starts = slices["start"].astype(np.int64)
+        return shards, starts, starts + slices["length"]
+
     def gather(self, sequences: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Copy the slices of `sequences` into the rows of `out`, from column 1 on.
 
@@ -113,14 +128,11 @@ class PackedSplit:
         Returns:
             The slices' lengths: (B,) int64.
         """
-        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
-        slices = self._slices[sequences]
-        starts, lengths = slices["start"].astype(np.int64), slices["length"].astype(np.int64)
+        shards, starts, ends = self.slices(sequences)
         values = {shard: self._split.values(shard) for shard in np.unique(shards).tolist()}
-        rows = zip(out, shards.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
-        for row, shard, start, end in rows:
+        for row, shard, start, end in zip(out, shards.tolist(), starts.tolist(), ends.tolist(), strict=True):
             row[1 : 1 + end - start] = values[shard][start:end]
-        return lengths
+        return ends - starts
 
 
 def _slice_type(capacity: int) -> np.dtype[Any]:
@@ -156,7 +168,7 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
         slices_path.parent.mkdir(exist_ok=True)
         with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
             for shard in range(len(split.shards)):
-                bounds = _pack_shard(split, shard, packing)
+                bounds = pack_shard(split, shard, packing)
                 slices = np.empty(len(bounds), dtype)
                 slices["start"], slices["length"] = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
                 slices.tofile(file)
