@@ -98,23 +98,22 @@ def _raw_blocks(path: str, start: int, end: int, block_bytes: int) -> Iterator[b
 
 def _decompress(blocks: Iterable[bytes], compression: str) -> Iterator[bytes]:
     """Decompress all members (frames, streams) of a file, in pieces of at most about `BLOCK_BYTES`."""
-    decompressor, taken = None, 0
+    decompressor, complete = None, False
     for block in blocks:
         while block:
             if decompressor is None:
-                if taken and not (block := block.lstrip(b"\0")):  # padding between members
+                if complete and not (block := block.lstrip(b"\0")):  # padding between members
                     break
                 decompressor = _DECOMPRESSORS[compression]()
             try:
                 content, block = _step(decompressor, compression, block)
             except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError) as error:
                 raise Damaged("corrupt", f"the .{compression} data are damaged ({error})") from error
-            taken += len(content)
             if content:
                 yield content
             if decompressor.eof:
-                decompressor, taken = None, max(taken, 1)
-    if decompressor is not None:
+                decompressor, complete = None, True
+    if decompressor is not None or not complete:
         raise Damaged("truncated", f"the .{compression} data end before their end mark")
 
 

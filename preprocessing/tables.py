@@ -27,22 +27,18 @@ def measure_table(path: str, options: ReadOptions) -> list[int]:
     Raises:
         UserError: the file cannot be opened.
     """
-    with ExitStack() as stack:
-        try:
-            if known_format(path).kind == PARQUET:
-                metadata = stack.enter_context(_parquet(path)).metadata
-                return [
-                    _group_bytes(metadata.row_group(g), options.text_column) for g in range(metadata.num_row_groups)
-                ]
-            source, is_file = stack.enter_context(_arrow_source(path))
+    try:
+        if known_format(path).kind == PARQUET:
+            with _parquet(path) as file:
+                groups = map(file.metadata.row_group, range(file.num_row_groups))
+                return [_group_bytes(group, options.text_column) for group in groups]
+        with _arrow_source(path) as (source, is_file):
             if is_file:
                 batches = pa.ipc.open_file(source).num_record_batches
                 return [source.size() // batches] * batches if batches else []
-            if is_url(path):
-                return [source.size()]
-            return _stream_batches(source)
-        except Damaged:
-            return []
+            return [source.size()] if is_url(path) else _stream_batches(source)
+    except Damaged:
+        return []
 
 
 def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
