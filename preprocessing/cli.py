@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,10 +15,14 @@ from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError, run_command
 from ds_roberta.files import replaced_folder
 from preprocessing import megatron, show, stats, trace, verify
-from preprocessing.inputs import find_inputs
+from preprocessing.accept import accepted_documents, load_filter
+from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, summary_lines
+from preprocessing.formats import READABLE
+from preprocessing.inputs import Inputs, find_inputs
+from preprocessing.pieces import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMALIZATIONS, ReadOptions
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
-from preprocessing.readers import DOCUMENT_KINDS, KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines
+from preprocessing.sentences import SENTENCE_KINDS, sentences, tokenizer_lines
 from preprocessing.sharding import ShardOptions, shard_corpus
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
 
@@ -52,35 +56,43 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
             f"at least {MIN_VOCAB_SIZE}"
         )
     options = _read_options(arguments)
-    units = plan_units(_find_inputs(arguments), options)
-    counts: Counter[str] = Counter()
+    units = plan_units(_find_inputs(arguments).files, options)
+    account = Account()
     with replaced_folder(arguments.output, is_tokenizer_folder, "a tokenizer folder") as folder:
-        size = train_tokenizer(_documents(units, options, counts), arguments.vocab_size, folder)
+        documents = _documents(units, options, BadDocuments(arguments.max_bad_fraction), account)
+        size = train_tokenizer(documents, arguments.vocab_size, folder)
     if size < arguments.vocab_size:
         print(
             f"note: this text has pairs for {size} ids only, --vocab_size {arguments.vocab_size} was asked: "
             "give more text for more"
         )
-    print(f"tokenizer with {size} ids, trained on {counts[KEPT]} documents: {arguments.output}")
+    print(f"tokenizer with {size} ids, trained on {account.counts[KEPT]} documents: {arguments.output}")
 
 
-def _documents(units: Sequence[Unit], options: ReadOptions, counts: Counter[str]) -> Iterator[list[str]]:
+def _documents(units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, total: Account) -> Iterator[list[str]]:
     with byte_bar(sum(unit.bytes for unit in units), "reading") as bar:
-        for unit in units:
-            for piece in unit.pieces:
-                for text in accepted_documents(piece, options, counts):
-                    yield tokenizer_lines(sentences(text))
-                bar.update(piece.end - piece.start)
-    if not counts[KEPT]:
+        for piece in (piece for unit in units for piece in unit.pieces):
+            account = Account()
+            for document in accepted_documents(piece, options, account):
+                yield tokenizer_lines(sentences(document.text, options.sentences))
+            bad.add({piece.path: account})
+            total.add(account)
+            bar.update(piece.bytes)
+    bad.check()
+    if not total.counts[KEPT]:
         raise UserError("the corpus is empty: no document with text in it; give files with text as --input")
     print("learning merges …", flush=True)
 
 
 def _shard(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    options = ShardOptions(_read_options(arguments), arguments.validation_fraction)
-    files = _find_inputs(arguments)
-    manifest, text_bytes = shard_corpus(files, arguments.tokenizer, arguments.output, options, arguments.workers)
+    options = ShardOptions(
+        _read_options(arguments), arguments.validation_fraction, max_bad_fraction=arguments.max_bad_fraction
+    )
+    inputs = _find_inputs(arguments)
+    manifest, text_bytes = shard_corpus(
+        inputs.files, arguments.tokenizer, arguments.output, options, arguments.workers, inputs.sources
+    )
     _summarise(manifest, text_bytes, time.monotonic() - began)
     print(f"prepared data: {arguments.output}")
     documents = sum(map(manifest.documents, SPLITS))
@@ -93,10 +105,8 @@ def _shard(arguments: argparse.Namespace) -> None:
 
 
 def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
-    rejected: Counter[str] = sum((Counter(entry.rejected) for entry in manifest.inputs), Counter())
-    read, kept = (sum(getattr(e, f"documents_{what}") for e in manifest.inputs) for what in ("read", "kept"))
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "0"
-    print(f"documents   {read} read = {kept} kept + {reasons} rejected, from {len(manifest.inputs)} files")
+    for line in summary_lines(manifest.inputs):
+        print(line)
     for split in SPLITS:
         shards = len(manifest.splits[split])
         print(f"{split:<11} {manifest.documents(split)} documents, {manifest.tokens(split)} tokens, {shards} shards")
@@ -104,15 +114,22 @@ def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
     print(f"text        {text_bytes / 1e6:.2f} MB, {text_bytes / tokens:.2f} bytes/token, {seconds:.1f} s")
 
 
-def _find_inputs(arguments: argparse.Namespace) -> tuple[str, ...]:
+def _find_inputs(arguments: argparse.Namespace) -> Inputs:
     inputs = find_inputs(arguments.input)
     for note in inputs.notes():
         print(note)
-    return inputs.files
+    return inputs
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:
-    return ReadOptions(arguments.documents, arguments.text_column)
+    if arguments.min_characters > arguments.max_characters:
+        raise UserError(
+            f"--min_characters {arguments.min_characters} is above --max_characters {arguments.max_characters}: "
+            "nothing would be kept; lower the one or raise the other"
+        )
+    if arguments.filter is not None:
+        load_filter(arguments.filter)
+    return ReadOptions(**{field.name: getattr(arguments, field.name) for field in fields(ReadOptions)})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,16 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="preprocess", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     reading = _Parser(add_help=False)
-    reading.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="PATH", help=".txt or .jsonl, folders, globs"
-    )
-    reading.add_argument(
-        "--documents",
-        choices=DOCUMENT_KINDS,
-        default="blank-line",
-        help="what makes a document of a .txt file: blank lines around it (default), the whole file, every line",
-    )
-    reading.add_argument("--text_column", default="text", help="the key of a .jsonl line's text (default: text)")
+    _add_reading_arguments(reading)
 
     train = commands.add_parser("train-tokenizer", parents=[reading], help="train a byte-level BPE of RoBERTa's kind")
     train.add_argument("--vocab_size", type=_positive, default=50265, help="number of ids (default: RoBERTa's 50265)")
@@ -153,6 +161,62 @@ def _parser() -> argparse.ArgumentParser:
     for module in (verify, stats, show, trace, megatron):
         module.add_commands(commands)
     return parser
+
+
+def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
+    """What both commands are told of the input: a field of `ReadOptions` each, and how much may be bad."""
+    reading.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="[NAME=]PATH",
+        help=f"{READABLE} files, folders, globs, fsspec URLs, saved data sets, hf://datasets/OWNER/NAME; "
+        "NAME is the name of the source",
+    )
+    reading.add_argument(
+        "--documents",
+        choices=DOCUMENT_KINDS,
+        default="blank-line",
+        help="what makes a document of a .txt file: blank lines around it (default), the whole file, every line",
+    )
+    reading.add_argument("--text_column", default="text", help="the key or column of the text (default: text)")
+    reading.add_argument("--id_column", help="the column of a document's id, for --filter")
+    reading.add_argument("--source_column", help="the column of a document's source, for --filter and the manifest")
+    reading.add_argument(
+        "--normalization", choices=NORMALIZATIONS, default="none", help="Unicode normalization (default: none)"
+    )
+    reading.add_argument(
+        "--newlines",
+        choices=NEWLINES,
+        default="universal",
+        help=r"what ends a line: \n, \r\n and \r (default), or Unicode's other line and paragraph ends too",
+    )
+    reading.add_argument("--min_characters", type=_positive, default=1, help="shorter documents are rejected")
+    reading.add_argument(
+        "--max_characters",
+        type=_positive,
+        default=MAX_CHARACTERS,
+        help=f"longer documents are rejected; a worker's memory grows with it (default: {MAX_CHARACTERS})",
+    )
+    reading.add_argument(
+        "--sentences",
+        choices=SENTENCE_KINDS,
+        default="lines",
+        help="what packing keeps whole: lines (default), or sentences inside lines too, by rules",
+    )
+    reading.add_argument(
+        "--filter",
+        metavar="MODULE:FUNCTION",
+        help="called with the text and {'id', 'source'} of each document; True keeps it, False or a reason rejects it",
+    )
+    reading.add_argument(
+        "--max_bad_fraction",
+        type=_fraction,
+        default=MAX_BAD_FRACTION,
+        help="stop where more documents than this fraction are broken: not UTF-8, bad JSON, no text column, "
+        f"damaged files (default: {MAX_BAD_FRACTION})",
+    )
 
 
 def _positive(value: str) -> int:

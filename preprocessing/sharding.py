@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from ds_roberta.data.shards import (
     TOKENIZER_FOLDER,
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
-    InputInfo,
     InputPiece,
     Manifest,
     ShardInfo,
@@ -27,31 +26,42 @@ from ds_roberta.data.shards import (
 )
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
+from preprocessing.accept import accepted_documents
+from preprocessing.accounts import MAX_BAD_FRACTION, Account, BadDocuments, input_infos, total_accounts
+from preprocessing.formats import is_url
+from preprocessing.pieces import ReadOptions
 from preprocessing.plan import UNIT_BYTES, Unit, plan_units
 from preprocessing.progress import byte_bar
-from preprocessing.readers import KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines
+from preprocessing.sentences import sentences, tokenizer_lines
 from preprocessing.tokenizer import Encoder, copy_tokenizer
 from preprocessing.workers import run_units
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1_000, 1_000_000
+_PART_UNITS = 2
+"""A unit that turns out larger, such as a compressed file, is written in parts of so many times `unit_bytes`."""
+
+
+Prepared = tuple[list[str], str | None, int]
+"""The sentences of a document, and its source."""
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """All that the output's bytes depend on beside the input and the tokenizer."""
+    """All that the output's bytes depend on beside the input and the tokenizer; and how much of it may be bad."""
 
     read: ReadOptions = field(default_factory=ReadOptions)
     validation_fraction: float = 0.01
     unit_bytes: int = UNIT_BYTES
+    max_bad_fraction: float = MAX_BAD_FRACTION
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What a unit became: its shard in each split that got a document, and counts by input file."""
+    """What a unit became: its shards in each split that got a document, and an account by input file."""
 
     unit: Unit
-    shards: dict[str, ShardInfo]
-    counts: dict[str, Counter[str]]
+    shards: dict[str, tuple[ShardInfo, ...]]
+    accounts: dict[str, Account]
     text_bytes: int
 
 
@@ -65,29 +75,43 @@ def is_data_folder(folder: Path) -> bool:
 
 
 def shard_corpus(
-    files: Sequence[str], tokenizer: Path, output: Path, options: ShardOptions, workers: int
+    files: Sequence[str],
+    tokenizer: Path,
+    output: Path,
+    options: ShardOptions,
+    workers: int,
+    sources: Mapping[str, str] | None = None,
 ) -> tuple[Manifest, int]:
     """Tokenize `files` into the data folder `output`, which appears whole or not at all.
+
+    Args:
+        sources: the source's name of every file that has one.
 
     Returns:
         The manifest, and the bytes of text that were kept.
 
     Raises:
-        UserError: bad input, a tokenizer of another kind, an output that cannot be written, no training document.
+        UserError: too much bad input, a tokenizer of another kind, an output that cannot be written, or no training
+            document.
     """
-    units = plan_units(files, options.read, options.unit_bytes)
-    inside = [path for path in files if output.resolve() in Path(path).resolve().parents]
+    units = plan_units(files, options.read, options.unit_bytes, sources)
+    inside = [path for path in files if not is_url(path) and output.resolve() in Path(path).resolve().parents]
     if inside:
         raise UserError(f"the input {inside[0]!r} lies in the output {str(output)!r}: give another --output")
     with replaced_folder(output, is_data_folder, "a folder of prepared data") as folder:
         info = copy_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
         work = partial(_shard_unit, folder, info, options)
-        results = []
+        results: list[UnitResult] = []
+        waiting: dict[int, UnitResult] = {}
+        bad = BadDocuments(options.max_bad_fraction)
         with byte_bar(sum(unit.bytes for unit in units), "tokenizing") as bar:
             for result in run_units(units, work, workers):
-                results.append(result)
+                waiting[result.unit.index] = result
+                while len(results) in waiting:
+                    results.append(waiting.pop(len(results)))
+                    bad.add(results[-1].accounts)
                 bar.update(result.unit.bytes)
-        results.sort(key=lambda result: result.unit.index)
+            bad.check()
         manifest = Manifest(
             tokenizer=info,
             options={
@@ -95,8 +119,8 @@ def shard_corpus(
                 "validation_fraction": options.validation_fraction,
                 "unit_bytes": options.unit_bytes,
             },
-            inputs=_input_infos(files, results),
-            splits={split: tuple(r.shards[split] for r in results if split in r.shards) for split in SPLITS},
+            inputs=input_infos(total_accounts(files, (result.accounts for result in results)), sources or {}),
+            splits={split: tuple(s for r in results for s in r.shards[split]) for split in SPLITS},
         )
         _check_train_split(manifest, options)
         manifest.write(folder)
@@ -111,31 +135,55 @@ def split_of(text: str, validation_fraction: float) -> str:
 
 def _shard_unit(folder: Path, info: TokenizerInfo, options: ShardOptions, unit: Unit) -> UnitResult:
     encoder = _encoder(folder / TOKENIZER_FOLDER, info)
-    counts = {piece.path: Counter[str]() for piece in unit.pieces}
-    origins: list[int] = []  # the piece of each document, in the order in which they are encoded
+    accounts = {piece.path: Account() for piece in unit.pieces}
+    documents = (
+        (number, document)
+        for number, piece in enumerate(unit.pieces)
+        for document in accepted_documents(piece, options.read, accounts[piece.path])
+    )
+    writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
+    text_bytes = part_bytes = 0
+    split_documents = ((sentences(d.text, options.read.sentences), d.source, number) for number, d in documents)
+    for batch in _batches(split_documents):
+        rows = encoder.encode([tokenizer_lines(lines) for lines, _, _ in batch])
+        for (lines, source, piece), row in zip(batch, rows, strict=True):
+            text = "\n".join(lines)
+            part_bytes += len(text.encode("utf-8"))
+            writers[split_of(text, options.validation_fraction)].add(row, source, piece)
+        if part_bytes >= _PART_UNITS * options.unit_bytes:
+            for writer in writers.values():
+                writer.flush()
+            text_bytes, part_bytes = text_bytes + part_bytes, 0
+    for writer in writers.values():
+        writer.flush()
+    shards = {split: tuple(writer.shards) for split, writer in writers.items()}
+    return UnitResult(unit, shards, accounts, text_bytes + part_bytes)
 
-    def texts() -> Iterator[str]:
-        for number, piece in enumerate(unit.pieces):
-            for text in accepted_documents(piece, options.read, counts[piece.path]):
-                origins.append(number)
-                yield text
 
-    rows: dict[str, list[tuple[np.ndarray, np.ndarray, int]]] = {split: [] for split in SPLITS}
-    encoded = 0
-    text_bytes = 0
-    for batch in _batches(sentences(text) for text in texts()):
-        for document, row in zip(batch, encoder.encode([tokenizer_lines(lines) for lines in batch]), strict=True):
-            text = "\n".join(document)
-            text_bytes += len(text.encode("utf-8"))
-            rows[split_of(text, options.validation_fraction)].append((*row, origins[encoded]))
-            encoded += 1
-    shards = {}
-    for split, split_rows in rows.items():
-        if split_rows:
-            ids, ends, pieces = zip(*split_rows, strict=True)
-            shard = write_shard(folder, split, unit.index, ids, ends, info.vocab_size)
-            shards[split] = replace(shard, pieces=_input_pieces(unit, Counter(pieces)))
-    return UnitResult(unit, shards, counts, text_bytes)
+class _Writer:
+    """Gathers the documents of a unit for one split and writes them as shards, part by part."""
+
+    def __init__(self, folder: Path, split: str, unit: Unit, vocab_size: int):
+        self.shards: list[ShardInfo] = []
+        self._unit, self._place, self._vocab_size = unit, (folder, split, unit.index), vocab_size
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._sources: Counter[str] = Counter()
+        self._pieces: Counter[int] = Counter()
+
+    def add(self, row: tuple[np.ndarray, np.ndarray], source: str | None, piece: int) -> None:
+        """Add a document, from the unit's piece of that number."""
+        self._rows.append(row)
+        self._pieces[piece] += 1
+        if source:
+            self._sources[source] += 1
+
+    def flush(self) -> None:
+        if self._rows:
+            ids, ends = zip(*self._rows, strict=True)
+            shard = write_shard(*self._place, ids, ends, self._vocab_size, part=len(self.shards))
+            sources = dict(sorted(self._sources.items()))
+            self.shards.append(replace(shard, sources=sources, pieces=_input_pieces(self._unit, self._pieces)))
+        self._rows, self._sources, self._pieces = [], Counter(), Counter()
 
 
 def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:
@@ -150,28 +198,17 @@ def _encoder(folder: Path, info: TokenizerInfo) -> Encoder:
     return Encoder(folder, info)
 
 
-def _batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    batch: list[list[str]] = []
+def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:
+    batch: list[Prepared] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += sum(map(len, document))
+        characters += sum(map(len, document[0]))
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _input_infos(files: Sequence[str], results: Iterable[UnitResult]) -> tuple[InputInfo, ...]:
-    totals = {path: Counter[str]() for path in files}
-    for result in results:
-        for path, counts in result.counts.items():
-            totals[path] += counts
-    return tuple(
-        InputInfo(path, counts.total(), counts.pop(KEPT, 0), dict(sorted(counts.items())))
-        for path, counts in totals.items()
-    )
 
 
 def _check_train_split(manifest: Manifest, options: ShardOptions) -> None:
@@ -182,4 +219,9 @@ def _check_train_split(manifest: Manifest, options: ShardOptions) -> None:
             f"all {manifest.documents(VALIDATION_SPLIT)} documents fell into validation: "
             f"lower --validation_fraction {options.validation_fraction} or give more documents"
         )
-    raise UserError(f"the corpus is empty: no document with text in {len(manifest.inputs)} input file(s)")
+    rejected: Counter[str] = sum((Counter(entry.rejected) for entry in manifest.inputs), Counter())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()))
+    raise UserError(
+        f"the corpus is empty: no document with text is kept of {len(manifest.inputs)} input file(s)"
+        + (f"; rejected: {reasons}; see --documents, --min_characters, --max_characters, --filter" if reasons else "")
+    )

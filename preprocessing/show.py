@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_roberta.data.shards import SPLITS, TRAIN_SPLIT, Corpus
 from ds_roberta.errors import UserError
+from preprocessing.formats import TABLES, format_of
 from preprocessing.lookup import Decoder, Document, Documents
 
 
@@ -22,7 +23,9 @@ def show(documents: Documents, decoder: Decoder, document: Document, with_ids: b
     yield f"  shard  {document.file}, row {document.row}, values {document.start}-{document.end - 1}"
     if document.source is not None:
         source = document.source
-        yield f"  input  {source.path}, in bytes {source.start}-{source.end - 1}"
+        file_format = format_of(source.path)
+        unit = "row groups" if file_format is not None and file_format.kind in TABLES else "bytes"
+        yield f"  input  {source.path}, in {unit} {source.start}-{source.end - 1}"
     for number, (ids, text) in enumerate(zip(sentences, decoder.lines(sentences), strict=True), start=1):
         yield f"{number:>5}  " + text.replace("\n", "\n       ")
         if with_ids:

@@ -3,7 +3,7 @@
     DIR/manifest.json            what is in the folder, and its fingerprint
     DIR/tokenizer/               the tokenizer that made the ids
     DIR/dataset_dict.json        so that datasets.load_from_disk(DIR) opens the folder
-    DIR/<split>/shard-NNNNN.arrow
+    DIR/<split>/shard-NNNNN.arrow, and shard-NNNNN-PPPPP.arrow for further parts of one large work unit
 
 A shard is an uncompressed Arrow IPC stream of one record batch, a row a document. `input_ids` holds the document's
 token ids and closes with the separator `</s>`; `sentence_ends` holds, for every sentence, the offset in the document
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,8 @@ class ShardInfo:
     checksum: str
     chunk_checksums: tuple[str, ...]
     pieces: tuple[InputPiece, ...] = ()
+    sources: dict[str, int] = field(default_factory=dict)
+    """Documents by the name of their source, where it has one."""
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> ShardInfo:
@@ -132,12 +134,18 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class InputInfo:
-    """What became of one input file: documents_read = documents_kept + the sum over `rejected`."""
+    """What became of one input file: documents_read = documents_kept + the sum over `rejected`.
+
+    `source` is the name that the user gave it, if any. `places` are the first documents that are bad: `reason`, `byte`
+    or `row` in the file, counted from 0, and `detail`.
+    """
 
     path: str
     documents_read: int
     documents_kept: int
     rejected: dict[str, int]
+    source: str = ""
+    places: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,7 +222,7 @@ class Manifest:
                     **{**content["tokenizer"], "special_ids": tuple(content["tokenizer"]["special_ids"])}
                 ),
                 options=content["options"],
-                inputs=tuple(InputInfo(**entry) for entry in content["inputs"]),
+                inputs=tuple(InputInfo(**{**entry, "places": tuple(entry["places"])}) for entry in content["inputs"]),
                 splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
             )
         except UserError:
@@ -248,17 +256,19 @@ def write_shard(
     documents: Sequence[np.ndarray],
     sentence_ends: Sequence[np.ndarray],
     vocab_size: int,
+    part: int = 0,
 ) -> ShardInfo:
     """Write one shard, atomically.
 
     Args:
         documents: token ids of each document, closed by the separator.
         sentence_ends: per document, rising offsets behind each sentence; the last is `len(document) - 1`.
+        part: which of the shards of work unit `index` this is, where it makes more than one.
 
     Returns:
         The shard's entry for the manifest.
     """
-    name = f"{split}/shard-{index:05d}.arrow"
+    name = f"{split}/shard-{index:05d}{f'-{part:05d}' if part else ''}.arrow"
     ids = _list_array(documents, token_type(vocab_size))
     ends = _list_array(sentence_ends, np.dtype(np.uint32))
     batch = pa.record_batch([ids, ends], names=["input_ids", "sentence_ends"])

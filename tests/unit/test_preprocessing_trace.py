@@ -15,8 +15,9 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing.cli import main
 from preprocessing.lookup import Decoder, Documents
-from preprocessing.readers import Piece as ReadPiece
-from preprocessing.readers import ReadOptions, read_documents
+from preprocessing.pieces import Piece as ReadPiece
+from preprocessing.pieces import ReadOptions
+from preprocessing.readers import read_documents
 from preprocessing.sharding import ShardOptions, shard_corpus
 from preprocessing.trace import BatchTracer
 
@@ -122,7 +123,7 @@ def test_every_document_is_traced_to_the_piece_that_holds_it(prepared, capsys):
         document = documents.document(row["document"])
         assert (document.row, document.file) == (row["row"], row["shard"])
         text = "\n".join(decoder.lines(documents.sentences(document)))
-        assert text in [each.rstrip() for each in read_documents(piece, ReadOptions())]
+        assert text in [each.text.rstrip() for each in read_documents(piece, ReadOptions())]
         assert 0 <= row["tokens_start"] < row["tokens_end"] < document.end - document.start + 1
     assert sum(len(split.document_offsets(shard)) - 1 for shard in range(len(split.shards))) == len(documents)
 
