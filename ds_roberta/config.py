@@ -12,7 +12,8 @@ from typing import Any
 
 from ds_roberta.errors import UserError
 
-PACKING_FORMATS = ("full-sentences",)
+PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous")
+MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE = 2
 DEFAULT_DATA_DIR = Path("data/corpus")
 DEFAULT_OUTPUT_ROOT = Path("runs")
@@ -110,7 +111,7 @@ class PackingConfig:
         if self.max_seq_length <= SPECIAL_TOKENS_PER_SEQUENCE:
             raise UserError(f"--max_seq_length must be at least 3, got {self.max_seq_length}")
         if self.format not in PACKING_FORMATS:
-            raise UserError(f"the packing format must be one of {', '.join(PACKING_FORMATS)}, got {self.format!r}")
+            raise UserError(f"--packing must be one of {', '.join(PACKING_FORMATS)}, got {self.format!r}")
 
     @property
     def capacity(self) -> int:
@@ -120,21 +121,37 @@ class PackingConfig:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Shares, named as in transformers' `DataCollatorForLanguageModeling`."""
+    """What is masked, and how much; shares are named as in transformers' `DataCollatorForLanguageModeling`.
+
+    Attributes:
+        mlm_probability_end: where given, the share moves from `mlm_probability` at the run's first step in a straight
+            line to this at its last.
+        unit: what is chosen as a whole; see `ds_roberta.data.masking`.
+    """
 
     mlm_probability: float = 0.15
     mask_replace_prob: float = 0.8
     random_replace_prob: float = 0.1
+    mlm_probability_end: float | None = None
+    unit: str = "token"
 
     def __post_init__(self) -> None:
-        if not 0 < self.mlm_probability < 1:
-            raise UserError(f"mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        if self.unit not in MASKING_UNITS:
+            raise UserError(f"--masking must be one of {', '.join(MASKING_UNITS)}, got {self.unit!r}")
+        for name, share in (("mlm_probability", self.mlm_probability), ("mlm_probability_end", self.final_probability)):
+            if not 0 < share < 1:
+                raise UserError(f"--{name} must be between 0 and 1, got {share}")
         replaced = self.mask_replace_prob + self.random_replace_prob
         if min(self.mask_replace_prob, self.random_replace_prob) < 0 or replaced > 1:
             raise UserError(
                 "mask_replace_prob and random_replace_prob must not be negative and add up to at most 1, got "
                 f"{self.mask_replace_prob} and {self.random_replace_prob}"
             )
+
+    @property
+    def final_probability(self) -> float:
+        """The share at the end of the run, by which it is evaluated too."""
+        return self.mlm_probability if self.mlm_probability_end is None else self.mlm_probability_end
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 # Threads that spin while they wait slow each other down on busy cores; read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ds_roberta.config import DEFAULT_DATA_DIR, PRESETS
+from ds_roberta.config import DEFAULT_DATA_DIR, MASKING_UNITS, PACKING_FORMATS, PRESETS
 from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.training.run import PretrainOptions, pretrain
 
@@ -30,6 +30,10 @@ def parse_arguments() -> PretrainOptions:
     add("output_dir", Path, "the run's folder (default: runs/MODEL)")
     add("model", str, "size (default: base with a GPU, tiny without)", choices=list(PRESETS))
     add("max_seq_length", int, "tokens a sequence (default: the model's: 512, tiny 128)")
+    add("packing", str, "how documents become sequences", choices=PACKING_FORMATS)
+    add("masking", str, "what is masked as a whole", choices=MASKING_UNITS)
+    add("mlm_probability", float, "share of the tokens to mask")
+    add("mlm_probability_end", float, "share at the last step, reached in a straight line (default: no change)")
     add("max_steps", int, "optimizer steps of the run (default: the model's)")
     add("warmup_steps", int, "steps of linear warm-up (default: the model's share of max_steps)")
     add("seed", int, "of weights, order, masks and dropout")

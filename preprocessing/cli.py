@@ -6,32 +6,50 @@ import argparse
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError, run_command
 from ds_roberta.files import replaced_folder
+from preprocessing import megatron, show, stats, trace, verify
+from preprocessing.accept import accepted_documents, load_filter
+from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, summary_lines
 from preprocessing.dedup import DEDUP_KINDS
-from preprocessing.inputs import find_inputs
+from preprocessing.formats import READABLE
+from preprocessing.inputs import Inputs, find_inputs
 from preprocessing.job import Task
+from preprocessing.pieces import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMALIZATIONS, ReadOptions
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
-from preprocessing.readers import DOCUMENT_KINDS, KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines
-from preprocessing.sharding import ShardOptions, run_job
+from preprocessing.sentences import SENTENCE_KINDS, sentences, tokenizer_lines
+from preprocessing.sharding import run_job
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
+from preprocessing.units import ShardOptions
 from preprocessing.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
+
+_PIPE_CLOSED_EXIT_CODE = 141
+"""What a shell reports of a command that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, or 2 with one line on stderr for an error that the user can mend."""
+    """Run the command line and exit: 0, or 2 with one line on stderr for an error that the user can mend.
 
-    def command() -> None:
+    `preprocess verify` exits with 1 where it found damage.
+    """
+
+    def command() -> int | None:
         options = _parser().parse_args(arguments)
-        options.run(options)
+        try:
+            code = options.run(options)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads our output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = _PIPE_CLOSED_EXIT_CODE
+        return code
 
     run_command(command)
 
@@ -43,40 +61,50 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
             f"at least {MIN_VOCAB_SIZE}"
         )
     options = _read_options(arguments)
-    units = plan_units(_find_inputs(arguments), options)
-    counts: Counter[str] = Counter()
+    units = plan_units(_find_inputs(arguments).files, options)
+    account = Account()
     with replaced_folder(arguments.output, is_tokenizer_folder, "a tokenizer folder") as folder:
-        size = train_tokenizer(_documents(units, options, counts), arguments.vocab_size, folder)
+        documents = _documents(units, options, BadDocuments(arguments.max_bad_fraction), account)
+        size = train_tokenizer(documents, arguments.vocab_size, folder)
     if size < arguments.vocab_size:
         print(
             f"note: this text has pairs for {size} ids only, --vocab_size {arguments.vocab_size} was asked: "
             "give more text for more"
         )
-    print(f"tokenizer with {size} ids, trained on {counts[KEPT]} documents: {arguments.output}")
+    print(f"tokenizer with {size} ids, trained on {account.counts[KEPT]} documents: {arguments.output}")
 
 
-def _documents(units: Sequence[Unit], options: ReadOptions, counts: Counter[str]) -> Iterator[list[str]]:
+def _documents(units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, total: Account) -> Iterator[list[str]]:
     with byte_bar(sum(unit.bytes for unit in units), "reading") as bar:
-        for unit in units:
-            for piece in unit.pieces:
-                for text in accepted_documents(piece, options, counts):
-                    yield tokenizer_lines(sentences(text))
-                bar.update(piece.end - piece.start)
-    if not counts[KEPT]:
+        for piece in (piece for unit in units for piece in unit.pieces):
+            account = Account()
+            for document in accepted_documents(piece, options, account):
+                yield tokenizer_lines(sentences(document.text, options.sentences))
+            bad.add({piece.path: account})
+            total.add(account)
+            bar.update(piece.bytes)
+    bad.check()
+    if not total.counts[KEPT]:
         raise UserError("the corpus is empty: no document with text in it; give files with text as --input")
     print("learning merges …", flush=True)
 
 
 def _shard(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    options = ShardOptions(_read_options(arguments), arguments.validation_fraction, dedup=arguments.dedup)
+    options = ShardOptions(
+        _read_options(arguments),
+        arguments.validation_fraction,
+        max_bad_fraction=arguments.max_bad_fraction,
+        dedup=arguments.dedup,
+    )
     task = arguments.task or slurm_task()
     if task is not None:
         print(f"task {task[0] + 1} of {task[1]} (from {'--task' if arguments.task else 'the SLURM array'})")
     with _workers(arguments) as workers:
         if workers is None:  # a rank that served another
             return
-        result = run_job(_find_inputs(arguments), arguments.tokenizer, arguments.output, options, workers, task)
+        inputs = _find_inputs(arguments)
+        result = run_job(inputs.files, arguments.tokenizer, arguments.output, options, workers, inputs.sources, task)
     if result is None:
         return
     manifest, text_bytes = result
@@ -102,10 +130,8 @@ def _workers(arguments: argparse.Namespace) -> AbstractContextManager[Workers | 
 
 
 def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
-    rejected: Counter[str] = sum((Counter(entry.rejected) for entry in manifest.inputs), Counter())
-    read, kept = (sum(getattr(e, f"documents_{what}") for e in manifest.inputs) for what in ("read", "kept"))
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "0"
-    print(f"documents   {read} read = {kept} kept + {reasons} rejected, from {len(manifest.inputs)} files")
+    for line in summary_lines(manifest.inputs):
+        print(line)
     for split in SPLITS:
         shards = len(manifest.splits[split])
         print(f"{split:<11} {manifest.documents(split)} documents, {manifest.tokens(split)} tokens, {shards} shards")
@@ -113,15 +139,22 @@ def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
     print(f"text        {text_bytes / 1e6:.2f} MB, {text_bytes / tokens:.2f} bytes/token, {seconds:.1f} s")
 
 
-def _find_inputs(arguments: argparse.Namespace) -> tuple[str, ...]:
+def _find_inputs(arguments: argparse.Namespace) -> Inputs:
     inputs = find_inputs(arguments.input)
     for note in inputs.notes():
         print(note)
-    return inputs.files
+    return inputs
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:
-    return ReadOptions(arguments.documents, arguments.text_column)
+    if arguments.min_characters > arguments.max_characters:
+        raise UserError(
+            f"--min_characters {arguments.min_characters} is above --max_characters {arguments.max_characters}: "
+            "nothing would be kept; lower the one or raise the other"
+        )
+    if arguments.filter is not None:
+        load_filter(arguments.filter)
+    return ReadOptions(**{field.name: getattr(arguments, field.name) for field in fields(ReadOptions)})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,16 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="preprocess", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     reading = _Parser(add_help=False)
-    reading.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="PATH", help=".txt or .jsonl, folders, globs"
-    )
-    reading.add_argument(
-        "--documents",
-        choices=DOCUMENT_KINDS,
-        default="blank-line",
-        help="what makes a document of a .txt file: blank lines around it (default), the whole file, every line",
-    )
-    reading.add_argument("--text_column", default="text", help="the key of a .jsonl line's text (default: text)")
+    _add_reading_arguments(reading)
 
     train = commands.add_parser("train-tokenizer", parents=[reading], help="train a byte-level BPE of RoBERTa's kind")
     train.add_argument("--vocab_size", type=_positive, default=50265, help="number of ids (default: RoBERTa's 50265)")
@@ -171,7 +195,65 @@ def _parser() -> argparse.ArgumentParser:
         "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
     )
     shard.set_defaults(run=_shard)
+    for module in (verify, stats, show, trace, megatron):
+        module.add_commands(commands)
     return parser
+
+
+def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
+    """What both commands are told of the input: a field of `ReadOptions` each, and how much may be bad."""
+    reading.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="[NAME=]PATH",
+        help=f"{READABLE} files, folders, globs, fsspec URLs, saved data sets, hf://datasets/OWNER/NAME; "
+        "NAME is the name of the source",
+    )
+    reading.add_argument(
+        "--documents",
+        choices=DOCUMENT_KINDS,
+        default="blank-line",
+        help="what makes a document of a .txt file: blank lines around it (default), the whole file, every line",
+    )
+    reading.add_argument("--text_column", default="text", help="the key or column of the text (default: text)")
+    reading.add_argument("--id_column", help="the column of a document's id, for --filter")
+    reading.add_argument("--source_column", help="the column of a document's source, for --filter and the manifest")
+    reading.add_argument(
+        "--normalization", choices=NORMALIZATIONS, default="none", help="Unicode normalization (default: none)"
+    )
+    reading.add_argument(
+        "--newlines",
+        choices=NEWLINES,
+        default="universal",
+        help=r"what ends a line: \n, \r\n and \r (default), or Unicode's other line and paragraph ends too",
+    )
+    reading.add_argument("--min_characters", type=_positive, default=1, help="shorter documents are rejected")
+    reading.add_argument(
+        "--max_characters",
+        type=_positive,
+        default=MAX_CHARACTERS,
+        help=f"longer documents are rejected; a worker's memory grows with it (default: {MAX_CHARACTERS})",
+    )
+    reading.add_argument(
+        "--sentences",
+        choices=SENTENCE_KINDS,
+        default="lines",
+        help="what packing keeps whole: lines (default), or sentences inside lines too, by rules",
+    )
+    reading.add_argument(
+        "--filter",
+        metavar="MODULE:FUNCTION",
+        help="called with the text and {'id', 'source'} of each document; True keeps it, False or a reason rejects it",
+    )
+    reading.add_argument(
+        "--max_bad_fraction",
+        type=_fraction,
+        default=MAX_BAD_FRACTION,
+        help="stop where more documents than this fraction are broken: not UTF-8, bad JSON, no text column, "
+        f"damaged files (default: {MAX_BAD_FRACTION})",
+    )
 
 
 def _positive(value: str) -> int:

@@ -13,19 +13,13 @@ compared with the first document of the band and with the one just before it.
 from __future__ import annotations
 
 import re
-import shutil
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
-from ds_roberta.data.shards import SPLITS, ShardInfo, write_shard
 from ds_roberta.errors import UserError
 
 DEDUP_KINDS = ("none", "exact", "near")
@@ -38,7 +32,7 @@ RANGE_ROWS = 1 << 21
 
 _SEED = 1
 _WORD = re.compile(r"\w+")
-_ROW = np.dtype([("split", "u1"), ("file", "<u4"), ("bytes", "<u4")])
+_ROW = np.dtype([("split", "u1"), ("part", "<u4"), ("piece", "<u4"), ("source", "<u4"), ("bytes", "<u4")])
 _DROP = np.dtype([("unit", "<u4"), ("row", "<u4")])
 _PAIRS_AT_ONCE = 1 << 15
 
@@ -67,23 +61,30 @@ class DocumentTable:
     kind: str
 
     def __post_init__(self) -> None:
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, ...]] = []
         self._hashes: list[int] = []
         self._signatures: list[np.ndarray] = []
+        self._sources: dict[str, int] = {}
 
-    def add(self, text: str, split: str, file: int) -> None:
-        """Add a document; `file` is its input file's place among the unit's."""
-        raw = text.encode("utf-8")
-        self._rows.append((SPLITS.index(split), file, len(raw)))
-        self._hashes.append(xxhash.xxh3_128_intdigest(raw))
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources, in the order of their numbers."""
+        return tuple(self._sources)
+
+    def add(self, document: bytes, split: int, part: int, piece: int, source: str) -> None:
+        """Add a document: its text, where it went (split, and which shard of it), and where it came from."""
+        number = self._sources.setdefault(source, len(self._sources))
+        self._rows.append((split, part, piece, number, len(document)))
+        self._hashes.append(xxhash.xxh3_128_intdigest(document))
         if self.kind == "near":
-            self._signatures.append(_signature(text))
+            self._signatures.append(_signature(document.decode("utf-8")))
 
     def write(self, folder: Path, unit: int) -> None:
         """Write the unit's tables.
 
-        rows: (documents,) of split, file and bytes. keys: (tables, 3, documents) uint64, of each table key, check and
-        row, sorted by key; two documents are the same if key and check are. signatures: (documents, places) uint32.
+        rows: (documents,) of split, part, piece, source and bytes. keys: (tables, 3, documents) uint64, of each table
+        key, check and row, sorted by key; two documents are the same if key and check are. signatures: (documents,
+        places) uint32.
         """
         hashes = np.array([(h >> 64, h & (2**64 - 1)) for h in self._hashes], np.uint64).reshape(-1, 2)
         columns = [(hashes[:, 0], hashes[:, 1])]
@@ -153,45 +154,8 @@ def dropped_rows(folder: Path, kind: str, documents: int, unit: int) -> dict[str
     return {DUPLICATE: exact, NEAR_DUPLICATE: np.setdiff1d(near, exact)}
 
 
-def write_without(
-    staged: Path,
-    target: Path,
-    shards: dict[str, ShardInfo],
-    split_of_row: np.ndarray,
-    keep: np.ndarray,
-    unit: int,
-    ids: int,
-) -> dict[str, ShardInfo]:
-    """Write a unit's shards again without the rows that are not in `keep`, (documents,) bool; `ids` is the vocabulary.
-
-    Returns:
-        The shards that still hold a document.
-    """
-    written = {}
-    for split, info in shards.items():
-        kept = np.flatnonzero(keep[split_of_row == SPLITS.index(split)])
-        if len(kept) == info.documents:
-            (target / info.file).parent.mkdir(parents=True, exist_ok=True)
-            _link(staged / info.file, target / info.file)
-            written[split] = info
-        elif len(kept):
-            batch = pa.ipc.open_stream(pa.memory_map(str(staged / info.file))).read_next_batch()
-            documents, ends = (_lists(batch.column(name), kept) for name in ("input_ids", "sentence_ends"))
-            written[split] = write_shard(target, split, unit, documents, ends, ids)
-    return written
-
-
-def take_back(counts: dict[str, Counter[str]], kept: str, rows: np.ndarray, reason: str) -> int:
-    """Count the documents of `rows`, (dropped,) of the unit's table, as rejected for `reason`; return their bytes."""
-    paths = list(counts)
-    for file, number in zip(*np.unique(rows["file"], return_counts=True), strict=True):
-        counts[paths[file]][kept] -= int(number)
-        counts[paths[file]][reason] += int(number)
-    return int(rows["bytes"].sum(dtype=np.int64))
-
-
 def load_rows(folder: Path, unit: int) -> np.ndarray:
-    """The unit's documents, (documents,) of split, file and bytes."""
+    """The unit's documents, (documents,) of split, part, piece, source and bytes."""
     return _load(folder / "rows", unit)
 
 
@@ -232,19 +196,6 @@ def _signatures(folder: Path, places: np.ndarray) -> np.ndarray:
         here = places[:, 0] == unit
         signatures[here] = _load(folder / "signatures", unit)[places[here, 1]]
     return signatures
-
-
-def _lists(column: pa.ListArray, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-    values = column.values.to_numpy(zero_copy_only=True)
-    bounds = list(pairwise(column.offsets.to_numpy(zero_copy_only=True)))
-    return [values[slice(*bounds[row])] for row in rows]
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
 
 
 def _save(folder: Path, index: int, array: np.ndarray) -> None:

@@ -1,37 +1,47 @@
-"""Which files a command reads: paths, folders and globs as the user wrote them, in an order that is always the same."""
+"""Which files a command reads: the paths, folders, globs, URLs and data sets that a user names, in a fixed order."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from ds_roberta.errors import UserError
-from preprocessing.readers import SUFFIXES
+from preprocessing.formats import READABLE, format_of, is_url
+from preprocessing.streams import file_system, readable
 from preprocessing.tokenizer import TOKENIZER_FILES
 
-_KINDS = " or ".join(SUFFIXES)
 _NAMED_AT_MOST = 5
+_NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+_HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@([^/?]+))?(?:\?(.*))?")
+_SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
+_FILE_URL = "file://"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files to read, as the user wrote them, in reading order; and what was passed over."""
+    """The files to read, as the user wrote them, in reading order; their sources; and what was passed over."""
 
     files: tuple[str, ...]
     ignored: tuple[str, ...]
     repeated: tuple[str, ...]
+    sources: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """One line for each kind of file that was passed over."""
-        kinds = [(self.ignored, f"ignored (not {_KINDS})"), (self.repeated, "read once though given more than once")]
+        kinds = [(self.ignored, f"ignored (not {READABLE})"), (self.repeated, "read once though given more than once")]
         return [f"{what}: {_enumerate(paths)}" for paths, what in kinds if paths]
 
 
 def find_inputs(arguments: Sequence[str]) -> Inputs:
-    """Expand files, folders (recursively, sorted) and globs (sorted).
+    """Expand files, folders (recursively, sorted), globs (sorted), fsspec URLs, and data sets.
+
+    `NAME=PATH` gives what PATH names the source NAME. A folder that `datasets` saved, and `hf://datasets/OWNER/NAME`
+    (`@REVISION`, `?config=CONFIG&split=SPLIT`) stand for the files that the `datasets` library finds in them.
 
     Raises:
         UserError: an argument names nothing, a file of another kind, or a folder or glob without a readable file.
@@ -39,40 +49,133 @@ def find_inputs(arguments: Sequence[str]) -> Inputs:
     files: dict[str, str] = {}  # by real path, so that overlapping arguments read a file once
     ignored: list[str] = []
     repeated: list[str] = []
+    sources: dict[str, str] = {}
     for argument in arguments:
-        found, other = _expand(argument)
+        source, path = _split_source(argument)
+        found, other = _expand(path)
         ignored += other
-        for path in found:
-            if os.path.realpath(path) in files:
-                repeated.append(path)
+        for file in found:
+            identity = file if is_url(file) else os.path.realpath(file)
+            if identity in files:
+                repeated.append(file)
             else:
-                files[os.path.realpath(path)] = path
-    return Inputs(tuple(files.values()), tuple(dict.fromkeys(ignored)), tuple(dict.fromkeys(repeated)))
+                files[identity] = file
+                if source:
+                    sources[file] = source
+    return Inputs(tuple(files.values()), tuple(dict.fromkeys(ignored)), tuple(dict.fromkeys(repeated)), sources)
+
+
+def _split_source(argument: str) -> tuple[str, str]:
+    match = _NAMED_SOURCE.fullmatch(argument)
+    if match is None or os.path.exists(argument) or glob.glob(argument):  # such as year=2024/part.parquet
+        return "", argument
+    return match[1], match[2]
 
 
 def _expand(argument: str) -> tuple[list[str], list[str]]:
     """The readable files that one argument names, and the others that it holds."""
+    hub = _HUB_DATASET.fullmatch(argument)
+    if hub:
+        return _readable_of(dataset_files(hub[1], hub[2], hub[3] or ""), argument)
+    if argument.startswith(_FILE_URL):
+        argument = argument.removeprefix(_FILE_URL)
+    if is_url(argument):
+        return _expand_url(argument)
     path = Path(argument)
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"cannot read {argument!r}: inputs are {_KINDS} files, convert or rename it")
-        return [path.as_posix()], []
+        return _single(path.as_posix()), []
     if path.is_dir():
-        found = _walk(path)
+        found = _files_of_folder(path)
     else:
         matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
         if not matches:
-            raise UserError(f"no such file or folder: {argument!r}; give an existing path, folder or glob as --input")
-        found = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
-    readable = [file.as_posix() for file in dict.fromkeys(found) if _readable(file)]
-    if not readable:
-        raise UserError(f"{argument!r} holds no {_KINDS} file: give a folder or glob with text as --input")
-    return readable, [file.as_posix() for file in found if not _readable(file)]
+            raise UserError(
+                f"no such file or folder: {argument!r}; give an existing path, folder, glob or URL as --input "
+                "(a data set of the hub is hf://datasets/OWNER/NAME)"
+            )
+        found = [file for match in matches for file in (_files_of_folder(match) if match.is_dir() else [match])]
+    return _readable_of([file.as_posix() for file in found], argument)
 
 
-def _readable(path: Path) -> bool:
+def _expand_url(url: str) -> tuple[list[str], list[str]]:
+    system, name = file_system(url)
+    with readable(url):
+        if glob.has_magic(name):
+            found = system.glob(name)
+        elif system.isdir(name):
+            found = system.find(name)
+        elif system.isfile(name):
+            return _single(url), []
+        else:
+            raise UserError(f"no such file or folder: {url!r}; give an existing path, folder, glob or URL as --input")
+    return _readable_of([system.unstrip_protocol(file) for file in sorted(found)], url)
+
+
+def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
+    """The files of one split of a data set, as the `datasets` library resolves its name; nothing is copied.
+
+    Args:
+        query: `config=CONFIG&split=SPLIT`, either or both; the split is `train` where it is not said.
+
+    Raises:
+        UserError: the library does not find the data set, its config or the split, or needs code to read it.
+    """
+    import datasets
+
+    asked = dict(parse_qsl(query))
+    if asked.keys() - {"config", "split"}:
+        raise UserError(f"{query!r} after the data set {name!r}: only config=CONFIG and split=SPLIT are known")
+    split = asked.get("split", "train")
+    try:
+        files = datasets.load_dataset_builder(name, asked.get("config"), revision=revision).config.data_files or {}
+    except Exception as error:  # the library and the network have many
+        raise UserError(
+            f"cannot find the data set {name!r} ({' '.join(str(error).split())[:300]}): check its name and the network"
+        ) from error
+    if split not in files:
+        raise UserError(
+            f"the data set {name!r} has no split {split!r} but {', '.join(map(str, files)) or 'none'}: "
+            f"choose by hf://datasets/{name}?split=SPLIT"
+        )
+    return [str(file) for file in files[split]]
+
+
+def _single(path: str) -> list[str]:
+    if format_of(path) is None:
+        raise UserError(f"cannot read {path!r}: inputs are {READABLE} files, convert or rename it")
+    return [path]
+
+
+def _readable_of(found: Sequence[str], argument: str) -> tuple[list[str], list[str]]:
+    found = list(dict.fromkeys(found))
+    chosen = list(filter(_is_readable, found))
+    if not chosen:
+        raise UserError(f"{argument!r} holds no {READABLE} file: give a folder or glob with text as --input")
+    return chosen, [file for file in found if not _is_readable(file)]
+
+
+def _is_readable(path: str) -> bool:
     # A tokenizer beside the text has a merges.txt, which is not prose.
-    return path.suffix.lower() in SUFFIXES and path.name not in TOKENIZER_FILES
+    return format_of(path) is not None and path.rsplit("/", 1)[-1] not in TOKENIZER_FILES
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    if any((folder / name).is_file() for name in _SAVED_DATASET_FILES):
+        return _saved_dataset(folder)
+    return _walk(folder)
+
+
+def _saved_dataset(folder: Path) -> list[Path]:
+    """The Arrow files of all splits of a folder that `datasets` saved; caches beside them are not among them."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library has no narrower type
+        raise UserError(f"cannot open the saved data set {str(folder)!r} ({error!r}): save it again") from error
+    parts = saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]
+    root = folder.resolve()
+    return [folder / Path(file["filename"]).resolve().relative_to(root) for part in parts for file in part.cache_files]
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -1,50 +1,62 @@
-"""The plan: which bytes of which files make which shard, decided before the work begins.
+"""The plan: which parts of which files make which shard, decided before the work begins.
 
-A pure function of the inputs and the options. A unit gives one shard of each split under its own number, so the
-output's bytes do not depend on who handles a unit or when. Large files are cut at the first border of documents
-behind every multiple of `unit_bytes`; small files are gathered until they fill a unit.
+A pure function of the inputs and the options. A unit gives its shards under its own number, so the output's bytes do
+not depend on who handles a unit or when. Large plain files are cut at the first border of documents behind every
+multiple of `unit_bytes`, tables between row groups or record batches; compressed files and `.csv` files, in which no
+place can be found without reading all before it, are not cut. Small files are gathered until they fill a unit.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from ds_roberta.errors import UserError
-from preprocessing.readers import Piece, ReadOptions, cut_pattern
+from preprocessing.borders import first_border
+from preprocessing.formats import CSV, JSON_LINES, TABLES, known_format
+from preprocessing.pieces import Piece, ReadOptions
+from preprocessing.streams import file_size, open_binary, readable
+from preprocessing.tables import measure_table
 
 UNIT_BYTES = 8 << 20
-MAX_PIECE_BYTES = 1 << 30
-"""A piece lies in a worker's memory and in one shard, whose offsets are 32 bits."""
+_SEARCH_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker turns into one shard of each split; `index` is the shards' number."""
+    """What one worker turns into shards, of one source; `index` is their number."""
 
     index: int
     pieces: tuple[Piece, ...]
 
     @property
     def bytes(self) -> int:
-        return sum(piece.end - piece.start for piece in self.pieces)
+        return sum(piece.bytes for piece in self.pieces)
 
 
-def plan_units(files: Sequence[str], options: ReadOptions, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+def plan_units(
+    files: Sequence[str],
+    options: ReadOptions,
+    unit_bytes: int = UNIT_BYTES,
+    sources: Mapping[str, str] | None = None,
+) -> list[Unit]:
     """Cut and gather `files`, in their order, into units of about `unit_bytes`.
 
+    Args:
+        sources: the source's name of every file that has one.
+
     Raises:
-        UserError: a file cannot be read, all are empty, or one holds a piece too long to be one document.
+        UserError: a file cannot be read, or all are empty.
     """
+    sources = sources or {}
     units: list[tuple[Piece, ...]] = []
     gathered: list[Piece] = []
     for path in files:
-        pieces = _cut(path, options, unit_bytes)
-        if len(pieces) > 1 or sum(piece.end - piece.start for piece in [*gathered, *pieces]) > unit_bytes:
-            if gathered:
-                units.append(tuple(gathered))
+        pieces = _cut(path, options, unit_bytes, sources.get(path, ""))
+        full = sum(piece.bytes for piece in [*gathered, *pieces]) > unit_bytes
+        if gathered and (len(pieces) > 1 or full or gathered[0].source != pieces[0].source):
+            units.append(tuple(gathered))
             gathered = []
         if len(pieces) > 1:
             units.extend((piece,) for piece in pieces)
@@ -58,30 +70,47 @@ def plan_units(files: Sequence[str], options: ReadOptions, unit_bytes: int = UNI
     return plan
 
 
-def _cut(path: str, options: ReadOptions, unit_bytes: int) -> list[Piece]:
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            pattern = cut_pattern(path, options)
-            borders = [0]
-            if size > unit_bytes and pattern is not None:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    for target in range(unit_bytes, size, unit_bytes):
-                        if target <= borders[-1]:
-                            continue  # a document reached beyond this place
-                        match = pattern.search(data, target)
-                        border = match.end() if match else size
-                        del match  # it holds the map open
-                        if border >= size:
-                            break
-                        borders.append(border)
-    except OSError as error:
-        raise UserError(f"cannot read {path!r}: {error.strerror}; make it readable or leave it out") from error
-    pieces = [Piece(path, start, end) for start, end in zip(borders, [*borders[1:], size], strict=True)]
-    longest = max(piece.end - piece.start for piece in pieces)
-    if longest > MAX_PIECE_BYTES:
-        raise UserError(
-            f"{path!r} has {longest} bytes without a border between documents, at most {MAX_PIECE_BYTES} are possible: "
-            "separate its documents by blank lines, or use --documents line"
-        )
-    return pieces
+def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> list[Piece]:
+    kind, compression = known_format(path)
+    if kind in TABLES:
+        return _cut_table(path, options, unit_bytes, source)
+    with readable(path), open_binary(path) as file:
+        size = file_size(file)
+        borders = [0]
+        if compression is None and kind != CSV:
+            border_kind = "json-line" if kind == JSON_LINES else options.documents
+            searched = 0
+            for target in range(unit_bytes, size, unit_bytes) if border_kind != "file" else ():
+                if target <= searched:
+                    continue  # a document reached beyond this place
+                searched, found = _border_behind(file, target, size, border_kind, options.longest_raw)
+                if found and searched < size:
+                    borders.append(searched)
+    return [Piece(path, start, end, source) for start, end in zip(borders, [*borders[1:], size], strict=True)]
+
+
+def _border_behind(file: BinaryIO, target: int, size: int, kind: str, longest: int) -> tuple[int, bool]:
+    """The first border behind `target` and True; or how far was searched, which is further than a document is long."""
+    length = _SEARCH_BYTES
+    while True:
+        file.seek(target)
+        data = file.read(length)
+        complete = target + len(data) >= size
+        border = first_border(data, kind, complete)
+        if border is not None:
+            return target + border, True
+        if complete or length > longest:
+            return target + len(data), False
+        length *= 4
+
+
+def _cut_table(path: str, options: ReadOptions, unit_bytes: int, source: str) -> list[Piece]:
+    parts = measure_table(path, options)
+    pieces, start, weight = [], 0, 0
+    for index, part in enumerate(parts):
+        if weight and weight + part > unit_bytes:
+            pieces.append(Piece(path, start, index, source, weight))
+            start, weight = index, 0
+        weight += part
+    # A file that cannot be opened is a piece too: reading it gives the reject.
+    return [*pieces, Piece(path, start, len(parts), source, max(weight, 1))]

@@ -1,153 +1,101 @@
 """From the bytes of a file to documents: text, or a located reason why a piece of the file is not one.
 
-A `.txt` file is cut into documents by blank lines, by every line, or not at all; a `.jsonl` file holds one a line, its
-text in a column. Line ends are normalised to `\\n`, a byte-order mark at a file's start is dropped; nothing else of
-the text changes. Documents are found in the bytes and decoded one by one, so that a bad byte spoils only its own.
+A `.txt` file is cut into documents by blank lines, by every line, or not at all; a `.jsonl` file holds one a line and
+a `.csv` file one a row, the text in a column; `tables` reads `.parquet` and `.arrow`. Line ends are normalised to
+`\\n`, a byte-order mark at a file's start is dropped; nothing else of the text changes here. Documents are found in
+the bytes and decoded one by one, so that a bad byte spoils only its own.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-from ds_roberta.errors import UserError
+import orjson
 
-SUFFIXES = (".txt", ".jsonl")
-DOCUMENT_KINDS = ("blank-line", "file", "line")
-KEPT = "kept"
+from preprocessing.borders import cut_at_borders
+from preprocessing.formats import CSV, JSON_LINES, TABLES, known_format
+from preprocessing.pieces import Document, Piece, ReadOptions, Reject
+from preprocessing.streams import Damaged, read_blocks
+from preprocessing.tables import read_table
 
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = rb"(?:\r\n|\r(?!\n)|\n)"
 _LINE = re.compile(_NEWLINE)
 _BLANK_LINES = re.compile(_NEWLINE + rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
+_BLANK_LINES_WITHOUT_RETURNS = re.compile(rb"\n[ \t\v\f]*\n(?:[ \t\v\f]*\n)*")
 _JSON_LINE = re.compile(rb"\n")
 
-_REMEDIES = {
-    "not_utf8": "convert the file, for example with iconv -t UTF-8",
-    "bad_json": "mend or remove the line",
-    "missing_column": "name the column that holds the text with --text_column",
-}
-"""What a user can do about each reject that ends the job. Empty documents are counted and passed over."""
 
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files become documents; the output's bytes depend on these."""
-
-    documents: str = "blank-line"
-    text_column: str = "text"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The bytes `start … end` of a file; both are borders of documents."""
-
-    path: str
-    start: int
-    end: int
-
-
-class Reject(NamedTuple):
-    """A piece of a file that is not a document: why, and at which byte of the file."""
-
-    reason: str
-    offset: int
-    detail: str = ""
-
-
-def cut_pattern(path: str, options: ReadOptions) -> re.Pattern[bytes] | None:
-    """What stands before a place where the file may be cut without cutting a document; None where it may not be."""
-    if _is_jsonl(path) or options.documents == "line":
-        return re.compile(rb"\n")
-    if options.documents == "blank-line":
-        return re.compile(rb"\n[ \t\v\f\r]*\n")
-    return None
-
-
-def read_documents(piece: Piece, options: ReadOptions) -> Iterator[str | Reject]:
-    """Every document of a piece, in order: its text, or why it has none.
+def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+    """Every document of a piece, in order, or why there is none.
 
     Raises:
         UserError: the file cannot be read or has become shorter.
     """
-    data = _read_bytes(piece)
-    begin = len(_BOM) if piece.start == 0 and data.startswith(_BOM) else 0
-    jsonl = _is_jsonl(piece.path)
-    blank_is_border = jsonl or options.documents == "blank-line"
-    for offset, raw in _spans(data, begin, _separator(jsonl, options)):
-        if blank_is_border and not raw.strip():
+    kind = known_format(piece.path).kind
+    if kind in TABLES:
+        found = read_table(piece, options)
+    elif kind == CSV:
+        found = _read_csv(piece, options)
+    else:
+        found = _read_text(piece, options, kind == JSON_LINES)
+    for item in found:
+        if isinstance(item, Document):
+            text = item.text
+            if "\r" in text:
+                text = text.replace("\r\n", "\n").replace("\r", "\n")
+            if not text or text.isspace():
+                yield Reject("empty", item.offset)
+                continue
+            item = item._replace(text=text)
+        yield item
+
+
+def _read_text(piece: Piece, options: ReadOptions, jsonl: bool) -> Iterator[Document | Reject]:
+    kind = "json-line" if jsonl else options.documents
+    for offset, chunk in _chunks(piece, kind, options):
+        if isinstance(chunk, Reject):
+            yield chunk
             continue
-        offset += piece.start
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield Reject("not_utf8", offset + error.start, f"byte 0x{raw[error.start]:02x} is not UTF-8")
-            continue
-        document = _json_text(text, offset, options.text_column) if jsonl else text
-        if isinstance(document, str):
-            document = document.replace("\r\n", "\n").replace("\r", "\n")
-            if not document or document.isspace():
-                document = Reject("empty", offset)
-        yield document
+        begin = len(_BOM) if offset == 0 and chunk.startswith(_BOM) else 0
+        for place, raw in _spans(chunk, begin, _separator(kind, chunk)):
+            if kind in ("json-line", "blank-line") and not raw.strip():
+                continue
+            if jsonl:
+                yield _json_document(raw, offset + place, options)
+                continue
+            try:
+                yield Document(raw.decode("utf-8"), offset + place)
+            except UnicodeDecodeError as error:
+                yield _not_utf8(offset + place, error)
 
 
-def accepted_documents(piece: Piece, options: ReadOptions, counts: Counter[str]) -> Iterator[str]:
-    """The texts of a piece, counting in `counts` what was kept and, by reason, what was rejected.
-
-    Raises:
-        UserError: at the first document that is broken rather than empty, naming its place and the remedy.
-    """
-    for document in read_documents(piece, options):
-        if isinstance(document, Reject):
-            counts[document.reason] += 1
-            if document.reason in _REMEDIES:
-                raise UserError(
-                    f"{piece.path!r}, line {_line_number(piece.path, document.offset)} (byte {document.offset}): "
-                    f"{document.detail}; {_REMEDIES[document.reason]}"
-                )
-        else:
-            counts[KEPT] += 1
-            yield document
-
-
-def sentences(text: str) -> list[str]:
-    """The non-empty lines of a document without trailing white space: the units that packing keeps whole."""
-    return [line for line in map(str.rstrip, text.split("\n")) if line]
-
-
-def tokenizer_lines(document: list[str]) -> list[str]:
-    """A document's sentences as the tokenizer sees them: all but the first open with a space.
-
-    Byte-level BPE marks a word's start by the space before it. With it the first word of a line has the form that it
-    has anywhere else, and the ids of the whole document decode to readable text.
-    """
-    return document[:1] + [f" {sentence}" for sentence in document[1:]]
-
-
-def _is_jsonl(path: str) -> bool:
-    return path.lower().endswith(".jsonl")
-
-
-def _separator(jsonl: bool, options: ReadOptions) -> re.Pattern[bytes] | None:
-    if jsonl:
-        return _JSON_LINE
-    return {"blank-line": _BLANK_LINES, "line": _LINE, "file": None}[options.documents]
-
-
-def _read_bytes(piece: Piece) -> bytes:
+def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int, bytes | Reject]]:
+    """Offset in the file and bytes of parts that hold whole documents; rejects for what cannot be had."""
+    compression = known_format(piece.path).compression
+    origin = piece.start if compression is None else 0
+    behind = origin
     try:
-        with open(piece.path, "rb") as file:
-            file.seek(piece.start)
-            data = file.read(piece.end - piece.start)
-    except OSError as error:
-        raise UserError(f"cannot read {piece.path!r}: {error.strerror}; make it readable or leave it out") from error
-    if len(data) != piece.end - piece.start:
-        raise UserError(f"{piece.path!r} became shorter while it was read: run the command again once it is complete")
-    return data
+        blocks = read_blocks(piece.path, piece.start, piece.end, compression)
+        for offset, chunk in cut_at_borders(blocks, kind, options.longest_raw):
+            offset += origin
+            if chunk is None:
+                yield offset, Reject("too_long", offset, f"more than {options.longest_raw} bytes")
+            else:
+                behind = offset + len(chunk)
+                yield offset, chunk
+    except Damaged as damage:
+        yield behind, Reject(damage.reason, behind, damage.detail)
+
+
+def _separator(kind: str, chunk: bytes) -> re.Pattern[bytes] | None:
+    if kind == "blank-line":
+        return _BLANK_LINES if b"\r" in chunk else _BLANK_LINES_WITHOUT_RETURNS
+    return {"json-line": _JSON_LINE, "line": _LINE, "file": None}[kind]
 
 
 def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iterator[tuple[int, bytes]]:
@@ -162,28 +110,115 @@ def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iter
         yield begin, data[begin:]
 
 
-def _json_text(line: str, offset: int, column: str) -> str | Reject:
+def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | Reject:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
+        row = orjson.loads(raw)
+    except ValueError:  # stricter than the field's other parsers: NaN, deep nesting, half surrogates elsewhere
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            return _not_utf8(offset, error)
+        except (ValueError, RecursionError) as error:
+            return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
     if not isinstance(row, dict):
         return Reject("bad_json", offset, "not a JSON object")
-    text = row.get(column)
+    text = row.get(options.text_column)
     if not isinstance(text, str):
-        has = "is not a string" if column in row else f"is missing (the line has {', '.join(map(repr, row)) or 'none'})"
-        return Reject("missing_column", offset, f"column {column!r} {has}")
+        has = f"the line has {', '.join(map(repr, row)) or 'none'}"
+        what = "is not a string" if options.text_column in row else f"is missing ({has})"
+        return Reject("missing_column", offset, f"column {options.text_column!r} {what}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return Reject("bad_json", offset, "half of a surrogate pair stands alone in a \\u escape")
-    return text
+    return Document(text, offset, _name(row, options.id_column), _name(row, options.source_column))
 
 
-def _line_number(path: str, offset: int) -> int:
-    lines = 1
-    with open(path, "rb") as file:
-        while offset > 0 and (block := file.read(min(offset, 1 << 20))):
-            lines += block.count(b"\n")
-            offset -= len(block)
-    return lines
+def _name(row: dict[str, Any], column: str | None) -> str | None:
+    value = None if column is None else row.get(column)
+    return None if value is None else str(value)
+
+
+class _Lines:
+    """The lines of a `.csv` file for the parser, which asks for another while a quoted field is open.
+
+    `offset` is the byte behind the last line given. Bytes that are not UTF-8 pass through as lone surrogates.
+    """
+
+    def __init__(self, piece: Piece, options: ReadOptions):
+        self.offset, self.too_long = 0, list[Reject]()
+        self._lines = self._iterate(piece, options)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._lines)
+
+    def _iterate(self, piece: Piece, options: ReadOptions) -> Iterator[str]:
+        for offset, chunk in _chunks(piece, "json-line", options):
+            self.offset = offset
+            if isinstance(chunk, Reject):
+                if chunk.reason != "too_long":
+                    raise Damaged(chunk.reason, chunk.detail)
+                self.too_long.append(chunk)
+                continue
+            if offset == 0 and chunk.startswith(_BOM):
+                self.offset, chunk = len(_BOM), chunk[len(_BOM) :]
+            for line in chunk.splitlines(keepends=True) if b"\r" not in chunk else _json_lines(chunk):
+                self.offset += len(line)
+                yield line.decode("utf-8", "surrogateescape")
+
+
+def _json_lines(chunk: bytes) -> list[bytes]:
+    return re.findall(rb"[^\n]*\n|[^\n]+", chunk)
+
+
+def _read_csv(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+    lines = _Lines(piece, options)
+    csv.field_size_limit(options.longest_raw)
+    rows = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    while True:
+        offset = lines.offset
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            yield Reject("bad_csv", offset, f"not a valid row ({error})")
+            continue
+        except Damaged as damage:
+            yield Reject(damage.reason, offset, damage.detail)
+            break
+        if not row:
+            continue
+        if header is None:
+            header = row
+            columns = [
+                row.index(c) if c in row else None
+                for c in (options.text_column, options.id_column, options.source_column)
+            ]
+        else:
+            yield _csv_document(row, header, columns, offset, options.text_column)
+    yield from lines.too_long
+
+
+def _csv_document(
+    row: list[str], header: list[str], columns: list[int | None], offset: int, name: str
+) -> Document | Reject:
+    if len(row) != len(header):
+        return Reject("bad_csv", offset, f"the row has {len(row)} fields, the header {len(header)}")
+    if columns[0] is None:
+        return Reject("missing_column", offset, f"column {name!r} is missing (the header has {', '.join(header)})")
+    text, identity, source = (None if column is None else row[column] for column in columns)
+    try:
+        for field in (text, identity, source):
+            (field or "").encode("utf-8")
+    except UnicodeEncodeError:
+        return Reject("not_utf8", offset, "a byte of the row is not UTF-8")
+    return Document(text or "", offset, identity, source)
+
+
+def _not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
+    return Reject("not_utf8", offset + error.start, f"byte 0x{error.object[error.start]:02x} is not UTF-8")

@@ -6,14 +6,11 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
-import xxhash
 
 import ds_roberta
 from ds_roberta.data.shards import (
@@ -23,62 +20,22 @@ from ds_roberta.data.shards import (
     TOKENIZER_FOLDER,
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
-    InputInfo,
     Manifest,
-    ShardInfo,
     TokenizerInfo,
-    write_shard,
 )
 from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from preprocessing import dedup
+from preprocessing.accounts import BadDocuments, input_infos, total_accounts
+from preprocessing.formats import is_url
 from preprocessing.job import FIRST_STAGE, UNITS, Job, Record, Task, clear, opened_job, publish
 from preprocessing.lease import LeaseHeld, held_lease
-from preprocessing.plan import UNIT_BYTES, Unit, plan_units
+from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import document_bar
-from preprocessing.readers import KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines
-from preprocessing.tokenizer import TOKENIZER_FILES, Encoder, copy_tokenizer
+from preprocessing.streams import file_size, open_binary, readable
+from preprocessing.tokenizer import TOKENIZER_FILES, copy_tokenizer
+from preprocessing.units import ShardOptions, UnitResult, shard_unit, thin_unit
 from preprocessing.workers import Workers, local_workers
-
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1_000, 1_000_000
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """All that the output's bytes depend on beside the input and the tokenizer."""
-
-    read: ReadOptions = field(default_factory=ReadOptions)
-    validation_fraction: float = 0.01
-    unit_bytes: int = UNIT_BYTES
-    dedup: str = "none"
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """What a unit became: its shard in each split that got a document, and counts by input file."""
-
-    shards: dict[str, ShardInfo]
-    counts: dict[str, Counter[str]]
-    text_bytes: int
-
-    @property
-    def documents(self) -> int:
-        return sum(counts[KEPT] for counts in self.counts.values())
-
-    def record(self) -> Record:
-        """As JSON can hold it."""
-        shards = {split: asdict(shard) for split, shard in self.shards.items()}
-        return {"shards": shards, "counts": self.counts, "text_bytes": self.text_bytes}
-
-    @classmethod
-    def from_record(cls, record: Record) -> UnitResult:
-        """The inverse of `record`, behind a way through JSON."""
-        shards = {
-            split: ShardInfo(**{**shard, "chunk_checksums": tuple(shard["chunk_checksums"])})
-            for split, shard in record["shards"].items()
-        }
-        counts = {path: Counter(counts) for path, counts in record["counts"].items()}
-        return cls(shards, counts, record["text_bytes"])
 
 
 def is_data_folder(folder: Path) -> bool:
@@ -91,11 +48,16 @@ def is_data_folder(folder: Path) -> bool:
 
 
 def shard_corpus(
-    files: Sequence[str], tokenizer: Path, output: Path, options: ShardOptions, workers: int
+    files: Sequence[str],
+    tokenizer: Path,
+    output: Path,
+    options: ShardOptions,
+    workers: int,
+    sources: Mapping[str, str] | None = None,
 ) -> tuple[Manifest, int]:
     """As `run_job`, on so many processes of this machine."""
     with local_workers(workers) as local:
-        result = run_job(files, tokenizer, output, options, local)
+        result = run_job(files, tokenizer, output, options, local, sources)
     assert result is not None
     return result
 
@@ -106,6 +68,7 @@ def run_job(
     output: Path,
     options: ShardOptions,
     workers: Workers,
+    sources: Mapping[str, str] | None = None,
     task: Task | None = None,
 ) -> tuple[Manifest, int] | None:
     """Tokenize `files` into the data folder `output`, which appears whole or not at all.
@@ -113,6 +76,7 @@ def run_job(
     Units that an earlier run of the same plan finished are not done again.
 
     Args:
+        sources: the source's name of every file that has one.
         task: the process is this one of several that share the job without knowing of each other; each does its part
             of the units, and the one that finishes the last of them puts the output into place.
 
@@ -120,12 +84,12 @@ def run_job(
         The manifest, and the bytes of text that were kept; None where other tasks still have work, or did the rest.
 
     Raises:
-        UserError: bad input, a tokenizer of another kind, an output that cannot be written or is being written, no
-            training document.
+        UserError: too much bad input, a tokenizer of another kind, an output that cannot be written or is being
+            written, no training document.
     """
-    units = plan_units(files, options.read, options.unit_bytes)
+    units = plan_units(files, options.read, options.unit_bytes, sources)
     output = output.resolve()  # a link stays, what it points to is replaced
-    inside = [path for path in files if output in Path(path).resolve().parents]
+    inside = [path for path in files if not is_url(path) and output in Path(path).resolve().parents]
     if inside:
         raise UserError(f"the input {inside[0]!r} lies in the output {str(output)!r}: give another --output")
     share = units if task is None else units[task[0] :: task[1]]
@@ -142,9 +106,10 @@ def run_job(
     ):
         if job.record(FIRST_STAGE, 0) is None:
             job.do(FIRST_STAGE, 0, partial(_copy_tokenizer, tokenizer))
-        results = _run_units(job, share, options, workers)
+        finish = partial(_finish, job, files, sources or {}, units, options, workers, output)
         if task is None:
-            return _finish(job, files, units, results, options, workers, output)
+            return finish()
+        _run_units(job, share, options, workers, None)
         left = len(units) - job.finished(UNITS)
         if left and job.folder.exists():
             print(f"task {task[0] + 1}/{task[1]} is done; {left} of {len(units)} units are left to others, the last")
@@ -154,25 +119,35 @@ def run_job(
             with held_lease(job.folder.parent / "finishing", plan, None, output):
                 if not job.folder.exists():  # another finished meanwhile
                     return None
-                results = _run_units(job, units, options, workers)
-                return _finish(job, files, units, results, options, workers, output)
+                return finish()
         except LeaseHeld:
             return None
 
 
 def _plan_fingerprint(files: Sequence[str], units: Sequence[Unit], tokenizer: Path, options: ShardOptions) -> str:
     """Identity of all that the output's bytes depend on: work is gone on with only where it is the same."""
-    states = [os.stat(path) for path in files]
+    # A higher --max_bad_fraction goes on from what was done under a lower one.
+    decisive = replace(options, max_bad_fraction=0.0)
     content = {
         "versions": [ds_roberta.__version__, FORMAT_VERSION],
-        "inputs": [[path, state.st_size, state.st_mtime_ns] for path, state in zip(files, states, strict=True)],
+        "inputs": [[path, *_state(path)] for path in files],
         "units": [asdict(unit) for unit in units],
         "tokenizer": {
             name: file_checksum(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).is_file()
         },
-        "options": [asdict(options), dedup.dedup_options(options.dedup)],
+        "options": [asdict(decisive), dedup.dedup_options(options.dedup)],
     }
     return json_fingerprint(content)
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and time of change of an input; of a URL the size alone, as not all file systems know more."""
+    with readable(path):
+        if not is_url(path):
+            state = os.stat(path)
+            return state.st_size, state.st_mtime_ns
+        with open_binary(path) as file:
+            return file_size(file), 0
 
 
 @contextmanager
@@ -194,13 +169,29 @@ def _copy_tokenizer(tokenizer: Path, scratch: Path) -> Record:
     return asdict(copy_tokenizer(tokenizer, scratch / "data" / TOKENIZER_FOLDER))
 
 
-def _run_units(job: Job, units: Sequence[Unit], options: ShardOptions, workers: Workers) -> dict[int, UnitResult]:
-    """Do what is not finished of `units`; the results of all, by the units' numbers."""
+def _run_units(
+    job: Job, units: Sequence[Unit], options: ShardOptions, workers: Workers, bad: BadDocuments | None
+) -> dict[int, UnitResult]:
+    """Do what is not finished of `units`; the results of all, by the units' numbers.
+
+    Args:
+        bad: is told of the units in the plan's order, where `units` are all of them.
+    """
     records = {unit.index: job.record(UNITS, unit.index) for unit in units}
     results = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
     missing = [unit for unit in units if unit.index not in results]
     if results and missing:
         print(f"going on: {len(results)} of {len(units)} units are finished", flush=True)
+    in_order = iter(units)
+    following = next(in_order, None)
+
+    def judge() -> None:
+        nonlocal following
+        while bad is not None and following is not None and following.index in results:
+            bad.add(results[following.index].accounts)
+            following = next(in_order, None)
+
+    judge()
     if missing:
         info = TokenizerInfo.read(job.data / TOKENIZER_FOLDER)
         sizes = {unit.index: unit.bytes for unit in units}
@@ -209,26 +200,30 @@ def _run_units(job: Job, units: Sequence[Unit], options: ShardOptions, workers: 
             for index, record in workers.run(partial(_unit_step, job, info, options), missing):
                 results[index] = UnitResult.from_record(record)
                 update(sizes[index], results[index].documents)
+                judge()
     return results
 
 
 def _unit_step(job: Job, info: TokenizerInfo, options: ShardOptions, unit: Unit) -> tuple[int, Record]:
-    work = partial(_shard_unit, job.data / TOKENIZER_FOLDER, info, options, unit)
+    work = partial(shard_unit, job.data, info, options, unit)
     return unit.index, job.do(UNITS, unit.index, work)
 
 
 def _finish(
     job: Job,
     files: Sequence[str],
+    sources: Mapping[str, str],
     units: Sequence[Unit],
-    results: dict[int, UnitResult],
     options: ShardOptions,
     workers: Workers,
     output: Path,
 ) -> tuple[Manifest, int]:
-    """From finished units to the output in its place."""
+    """All units, and from these the output in its place."""
+    bad = BadDocuments(options.max_bad_fraction)
+    results = _run_units(job, units, options, workers, bad)
+    bad.check()
     if options.dedup != "none":
-        results = _deduplicate(job, results, options.dedup, workers)
+        results = _deduplicate(job, units, results, options.dedup, workers)
     in_order = [results[unit.index] for unit in units]
     text_bytes = sum(result.text_bytes for result in in_order)
     if job.is_published:
@@ -242,8 +237,8 @@ def _finish(
             "unit_bytes": options.unit_bytes,
             **dedup.dedup_options(options.dedup),
         },
-        inputs=_input_infos(files, in_order),
-        splits={split: tuple(r.shards[split] for r in in_order if split in r.shards) for split in SPLITS},
+        inputs=input_infos(total_accounts(files, (result.accounts for result in in_order)), sources),
+        splits={split: tuple(s for r in in_order for s in r.shards[split]) for split in SPLITS},
     )
     try:
         _check_train_split(manifest, options)
@@ -255,7 +250,9 @@ def _finish(
     return manifest, text_bytes
 
 
-def _deduplicate(job: Job, results: dict[int, UnitResult], kind: str, workers: Workers) -> dict[int, UnitResult]:
+def _deduplicate(
+    job: Job, units: Sequence[Unit], results: dict[int, UnitResult], kind: str, workers: Workers
+) -> dict[int, UnitResult]:
     """The results of all units without the documents that occur again."""
     documents = sum(result.documents for result in results.values())
     merges = [i for i in range(dedup.merge_count(kind, documents)) if job.record("drops", i) is None]
@@ -263,9 +260,11 @@ def _deduplicate(job: Job, results: dict[int, UnitResult], kind: str, workers: W
         pass
     records = {index: job.record("final", index) for index in results}
     final = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
-    left = [(index, result) for index, result in sorted(results.items()) if index not in final]
-    for index, record in workers.run(partial(_final_step, job, kind, documents), left):
-        final[index] = UnitResult.from_record(record)
+    left = [(unit, results[unit.index]) for unit in units if unit.index not in final]
+    if left:
+        info = TokenizerInfo.read(job.data / TOKENIZER_FOLDER)
+        for index, record in workers.run(partial(_final_step, job, info, kind, documents), left):
+            final[index] = UnitResult.from_record(record)
     return final
 
 
@@ -278,90 +277,14 @@ def _merge(folder: Path, kind: str, units: int, documents: int, index: int, scra
     return dedup.merge(folder, scratch, kind, units, documents, index)
 
 
-def _final_step(job: Job, kind: str, documents: int, item: tuple[int, UnitResult]) -> tuple[int, Record]:
-    index, result = item
-    record = job.do("final", index, partial(_final, job, kind, documents, index, result))
-    for shard in result.shards.values():  # on disk a unit is never there twice for long
-        (job.folder / "staged" / shard.file).unlink(missing_ok=True)
-    return index, record
-
-
-def _final(job: Job, kind: str, documents: int, index: int, result: UnitResult, scratch: Path) -> Record:
-    rows = dedup.load_rows(job.folder, index)
-    keep = np.ones(len(rows), bool)
-    counts, text_bytes = {path: Counter(c) for path, c in result.counts.items()}, result.text_bytes
-    for reason, dropped in dedup.dropped_rows(job.folder, kind, documents, index).items():
-        keep[dropped] = False
-        text_bytes -= dedup.take_back(counts, KEPT, rows[dropped], reason)
-    ids = TokenizerInfo.read(job.data / TOKENIZER_FOLDER).vocab_size
-    shards = dedup.write_without(
-        job.folder / "staged", scratch / "data", result.shards, rows["split"], keep, index, ids
-    )
-    return UnitResult(shards, counts, text_bytes).record()
-
-
-def split_of(text: str, validation_fraction: float) -> str:
-    """The split of a document, by its text alone: it does not move when the corpus grows."""
-    place = xxhash.xxh3_64_intdigest(text.encode("utf-8")) / 2**64
-    return VALIDATION_SPLIT if place < validation_fraction else TRAIN_SPLIT
-
-
-def _shard_unit(tokenizer: Path, info: TokenizerInfo, options: ShardOptions, unit: Unit, scratch: Path) -> Record:
-    encoder = _encoder(tokenizer, info)
-    counts = {piece.path: Counter[str]() for piece in unit.pieces}
-    paths = list(counts)
-    table = dedup.DocumentTable(options.dedup)
-    rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
-    text_bytes = 0
-    for piece in unit.pieces:
-        texts = accepted_documents(piece, options.read, counts[piece.path])
-        for batch in _batches(sentences(text) for text in texts):
-            for document, row in zip(batch, encoder.encode([tokenizer_lines(lines) for lines in batch]), strict=True):
-                text = "\n".join(document)
-                text_bytes += len(text.encode("utf-8"))
-                split = split_of(text, options.validation_fraction)
-                rows[split].append(row)
-                if options.dedup != "none":
-                    table.add(text, split, paths.index(piece.path))
-    shards = {}
-    target = scratch / ("data" if options.dedup == "none" else "staged")
-    for split, split_rows in rows.items():
-        if split_rows:
-            ids, ends = zip(*split_rows, strict=True)
-            shards[split] = write_shard(target, split, unit.index, ids, ends, info.vocab_size)
-    if options.dedup != "none":
-        table.write(scratch, unit.index)
-    return UnitResult(shards, counts, text_bytes).record()
-
-
-@lru_cache(maxsize=1)
-def _encoder(folder: Path, info: TokenizerInfo) -> Encoder:
-    """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
-    return Encoder(folder, info)
-
-
-def _batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    batch: list[list[str]] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += sum(map(len, document))
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _input_infos(files: Sequence[str], results: Iterable[UnitResult]) -> tuple[InputInfo, ...]:
-    totals = {path: Counter[str]() for path in files}
-    for result in results:
-        for path, counts in result.counts.items():
-            totals[path] += counts
-    return tuple(
-        InputInfo(path, counts.total(), counts.pop(KEPT, 0), dict(sorted(counts.items())))
-        for path, counts in totals.items()
-    )
+def _final_step(
+    job: Job, info: TokenizerInfo, kind: str, documents: int, item: tuple[Unit, UnitResult]
+) -> tuple[int, Record]:
+    unit, result = item
+    record = job.do("final", unit.index, partial(thin_unit, job.folder, info, kind, documents, unit, result))
+    for shard in (shard for shards in result.shards.values() for shard in shards):
+        (job.folder / "staged" / shard.file).unlink(missing_ok=True)  # a unit is never there twice for long
+    return unit.index, record
 
 
 def _check_train_split(manifest: Manifest, options: ShardOptions) -> None:
@@ -372,4 +295,9 @@ def _check_train_split(manifest: Manifest, options: ShardOptions) -> None:
             f"all {manifest.documents(VALIDATION_SPLIT)} documents fell into validation: "
             f"lower --validation_fraction {options.validation_fraction} or give more documents"
         )
-    raise UserError(f"the corpus is empty: no document with text in {len(manifest.inputs)} input file(s)")
+    rejected: Counter[str] = sum((Counter(entry.rejected) for entry in manifest.inputs), Counter())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()))
+    raise UserError(
+        f"the corpus is empty: no document with text is kept of {len(manifest.inputs)} input file(s)"
+        + (f"; rejected: {reasons}; see --documents, --min_characters, --max_characters, --filter" if reasons else "")
+    )

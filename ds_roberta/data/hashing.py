@@ -23,11 +23,12 @@ def derive_key(*parts: int | str) -> int:
 def mix64(values: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): uint64 in, a new array of well-mixed uint64 out."""
     mixed = values + _GOLDEN
-    mixed ^= mixed >> np.uint64(30)
+    shifted = mixed >> np.uint64(30)  # made once: fresh memory costs more than the arithmetic
+    mixed ^= shifted
     mixed *= _MULTIPLIER_1
-    mixed ^= mixed >> np.uint64(27)
+    mixed ^= np.right_shift(mixed, np.uint64(27), out=shifted)
     mixed *= _MULTIPLIER_2
-    mixed ^= mixed >> np.uint64(31)
+    mixed ^= np.right_shift(mixed, np.uint64(31), out=shifted)
     return mixed
 
 

@@ -15,7 +15,7 @@ import torch
 from ds_roberta.data.masking import Masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.shards import TokenizerInfo, token_type
 
 EMPTY_PLACE = -1
 """Fills up a micro-batch where the batch does not divide: a row without labels, so without weight."""
@@ -67,32 +67,54 @@ class Collator:
         self.tokenizer, self.max_seq_length = tokenizer, max_seq_length
 
     def collate(self, sequences: np.ndarray, places: np.ndarray) -> MicroBatch:
-        """One micro-batch.
+        """One micro-batch; see `collate_all`."""
+        return self.collate_all(sequences, places, len(places))[0]
+
+    def collate_all(
+        self,
+        sequences: np.ndarray,
+        places: np.ndarray,
+        micro_batch_size: int,
+        mlm_probability: float | None = None,
+    ) -> list[MicroBatch]:
+        """Micro-batches of consecutive rows, which share their memory: made at once, small ones cost no more.
 
         Args:
-            sequences: (B,) int64, which sequence fills each row; ignored in empty places.
-            places: (B,) int64, the rows' places, which decide their masks; `EMPTY_PLACE` where there is none.
+            sequences: (rows,) int64, which sequence fills each row; ignored in empty places.
+            places: (rows,) int64, the rows' places, which decide their masks; `EMPTY_PLACE` in the last rows where
+                there are none. The micro-batch size divides their number.
+            mlm_probability: the share of tokens to mask, where it is not the masker's.
         """
-        filled = np.flatnonzero(places != EMPTY_PLACE)
-        input_ids = np.full((len(places), self.max_seq_length), self.tokenizer.pad_token_id, dtype=np.int64)
-        input_ids[:, 0], input_ids[:, 1] = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        rows = input_ids[: len(filled)]  # empty places are the last rows
-        slice_lengths = self.packed.gather(sequences[filled], rows)
-        rows[np.arange(len(rows)), slice_lengths + 1] = self.tokenizer.eos_token_id
+        filled = int(np.count_nonzero(places != EMPTY_PLACE))
+        tokenizer, shape = self.tokenizer, (len(places), self.max_seq_length)
+        # Ids have the type they have on disk until the end: a quarter of the memory to move.
+        compact = np.full(shape, tokenizer.pad_token_id, dtype=token_type(tokenizer.vocab_size))
+        compact[:, 0], compact[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+        rows = compact[:filled]
         lengths = np.full(len(places), 2)
-        lengths[: len(filled)] += slice_lengths
-        positions, labels = self.masker.mask(rows, places[filled])
-        attention_mask = None
-        if lengths.min() < self.max_seq_length:
-            attention_mask = torch.from_numpy(np.arange(self.max_seq_length) < lengths[:, None])
-        return MicroBatch(
-            torch.from_numpy(input_ids),
-            attention_mask,
-            torch.from_numpy(positions),
-            torch.from_numpy(labels),
-            int(lengths[: len(filled)].sum()),
-            len(filled),
-        )
+        lengths[:filled] += self.packed.gather(sequences[:filled], rows)
+        rows[np.arange(filled), lengths[:filled] - 1] = tokenizer.eos_token_id
+        positions, labels = self.masker.mask(rows, places[:filled], mlm_probability)
+        input_ids = torch.from_numpy(compact.astype(np.int64))
+        columns = np.arange(self.max_seq_length, dtype=np.int32)
+        is_token = torch.from_numpy(columns < lengths.astype(np.int32)[:, None])
+        size = micro_batch_size * self.max_seq_length
+        bounds = np.searchsorted(positions, np.arange(0, compact.size + 1, size)).tolist()
+        micro_batches = []
+        for number, first in enumerate(range(0, len(places), micro_batch_size)):
+            part, masked = slice(first, first + micro_batch_size), slice(bounds[number], bounds[number + 1])
+            sequences_here = min(max(filled - first, 0), micro_batch_size)
+            micro_batches.append(
+                MicroBatch(
+                    input_ids[part],
+                    is_token[part] if lengths[part].min() < self.max_seq_length else None,
+                    torch.from_numpy(positions[masked] - number * size),
+                    torch.from_numpy(labels[masked]),
+                    int(lengths[first : first + sequences_here].sum()),
+                    sequences_here,
+                )
+            )
+        return micro_batches
 
 
 def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
@@ -117,6 +139,9 @@ class TrainLoader:
     """A process's micro-batches of any step, each step prepared by a thread while the one before it trains.
 
     One thread is enough: collating is vectorised and far faster than training.
+
+    Args:
+        mlm_probability: the share of tokens to mask at a step, counted from 0; where None, the masker's.
     """
 
     def __init__(
@@ -127,18 +152,21 @@ class TrainLoader:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        mlm_probability: Callable[[int], float] | None = None,
     ):
         self.collator, self.order = collator, order
         self.train_batch_size, self.micro_batch_size = train_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
+        self.mlm_probability = mlm_probability
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of global batch `step`, counted from 0."""
         first = step * self.train_batch_size
         places = self.order.lane_order(np.arange(first, first + self.train_batch_size))
-        parts = split_places(places, self.rank, self.world_size, self.micro_batch_size)
-        sequences = self.order.sequences(np.concatenate(parts).clip(min=0)).reshape(len(parts), -1)
-        return [self.collator.collate(*pair) for pair in zip(sequences, parts, strict=True)]
+        own = np.concatenate(split_places(places, self.rank, self.world_size, self.micro_batch_size))
+        sequences = self.order.sequences(own.clip(min=0))
+        share = None if self.mlm_probability is None else self.mlm_probability(step)
+        return self.collator.collate_all(sequences, own, self.micro_batch_size, share)
 
     def steps(self, first_step: int, last_step: int) -> Generator[list[MicroBatch], None, None]:
         """The micro-batches of steps `first_step` … `last_step - 1`, one step prepared ahead."""

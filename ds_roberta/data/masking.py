@@ -1,22 +1,60 @@
 """Dynamic masking: which tokens the model must predict, and what stands in their place.
 
-A pure function of (key, place, position): the same place of the same epoch is masked alike on any process, in any
-micro-batch, after any restart, and differently in every epoch (Liu et al. 2019, RoBERTa, section 4.1).
+A pure function of (key, place, position, share): the same place of the same epoch is masked alike on any process, in
+any micro-batch, after any restart, and differently in every epoch (Liu et al. 2019, RoBERTa, section 4.1).
 
-Of the n maskable tokens of a sequence, `mlm_probability * n` are chosen, rounded up or down at random, so that the
-expected share is exact and the number hardly varies. Of those, 80% become `<mask>`, 10% a random token, 10% stay
-(Devlin et al. 2019, BERT, section 3.1).
+Units are drawn in random order, whole, until a share `mlm_probability` of a sequence's maskable tokens is chosen:
 
-Shapes: B sequences, T tokens a sequence, M masked tokens of the B sequences.
+* `token` — tokens alone, so that their number is the share, rounded up or down at random.
+* `whole-word` — all tokens of a word (Devlin et al. 2019, the "whole word masking" models of BERT's repository).
+* `span` — spans of 1 to 10 whole words of geometric length (Joshi et al. 2020, SpanBERT, section 3.1).
+
+The word or span at the border of the share is taken or left at random, so that the expected share is exact. Of the
+chosen tokens 80% become `<mask>`, 10% a random ordinary token, 10% stay (Devlin et al. 2019, BERT, section 3.1); in
+`span` one draw decides so for all tokens of a span.
+
+Shapes: B sequences, T tokens a sequence, N = B * T, W words, M masked tokens of the B sequences.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
 from ds_roberta.config import MaskingConfig
 from ds_roberta.data.hashing import derive_key, mix64
 from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.words import word_bounds
+
+SPAN_P, MAX_SPAN_WORDS = 0.2, 10
+"""SpanBERT's geometric distribution of a span's words, cut off at its longest; 3.8 on average."""
+_CHUNK_TOKENS = 1 << 16
+"""Tokens masked at a time: what is computed of them stays in a core's cache."""
+_NEVER = np.uint32(0xFFFFFFFF)
+"""The key of what cannot be chosen: behind all others."""
+_SHARE_BITS = 16
+_SPAN_WORDS = 1 + np.searchsorted(
+    np.cumsum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)) / np.sum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)),
+    np.arange(0.5, 1 << _SHARE_BITS) / (1 << _SHARE_BITS),
+)
+"""A span's number of words for each value of 16 random bits."""
+
+
+class _Draws(NamedTuple):
+    """A chunk's random numbers.
+
+    Attributes:
+        row_keys: (B,) uint64.
+        bits: (B, T) uint32; the upper bits decide the order, the lower 16 are free.
+        keys: (B, T) uint32, distinct within a row: upper bits of `bits` over the position.
+        position_mask: the bits of `keys` that hold the position.
+    """
+
+    row_keys: np.ndarray
+    bits: np.ndarray
+    keys: np.ndarray
+    position_mask: np.uint32
 
 
 class Masker:
@@ -24,64 +62,196 @@ class Masker:
 
     Args:
         key: from `derive_key`, of the run's seed for training, fixed for evaluation.
+        share: of the maskable tokens to choose, where `mask` is told no other.
+        word_starts: (V,) bool from `words.word_starts`; needed by `whole-word` and `span` alone.
     """
 
-    def __init__(self, config: MaskingConfig, tokenizer: TokenizerInfo, key: int):
-        self.config, self.key = config, key
+    def __init__(
+        self,
+        config: MaskingConfig,
+        tokenizer: TokenizerInfo,
+        key: int,
+        share: float,
+        word_starts: np.ndarray | None = None,
+    ):
+        if config.unit != "token" and word_starts is None:
+            raise ValueError(f"masking by {config.unit} needs the table of word starts")
+        self.config, self.key, self.share = config, key, share
         self.mask_token_id = tokenizer.mask_token_id
         is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
         is_special[list(tokenizer.special_ids)] = True
-        self._is_special = is_special
+        self._is_special, self._word_starts = is_special, word_starts
         self._ordinary_ids = np.flatnonzero(~is_special)
 
-    def mask(self, input_ids: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def mask(
+        self, input_ids: np.ndarray, places: np.ndarray, mlm_probability: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Choose and replace tokens, in place.
 
         Args:
-            input_ids: (B, T) integers; the chosen tokens are replaced.
+            input_ids: (B, T) integers of any type, C-contiguous; the chosen tokens are replaced. A sequence has a
+                special token.
             places: (B,) int64, the place of each sequence in the endless order.
+            mlm_probability: the share to choose, where it is not the masker's.
 
         Returns:
             Flat positions (b * T + t) of the chosen tokens, rising, and their true ids: two (M,) int64.
         """
-        _, sequence_length = input_ids.shape
-        row_keys = mix64(places.astype(np.uint64) ^ np.uint64(self.key))
-        maskable = ~self._is_special[input_ids]
-        quota = maskable.sum(axis=1) * self.config.mlm_probability + _unit_interval(mix64(~row_keys))
-        draws = np.where(maskable, _draw_uint32(row_keys, sequence_length), np.uint32(0xFFFFFFFF))
-        # A sequence closes with a special token, so the quota is a valid index; those drawn below it are chosen.
-        threshold = np.take_along_axis(np.sort(draws, axis=1), quota.astype(np.int64)[:, None], axis=1)
-        positions = np.flatnonzero(draws < threshold)
-        flat_ids = input_ids.reshape(-1)
-        labels = flat_ids[positions].astype(np.int64)
+        share = self.share if mlm_probability is None else mlm_probability
+        rows, sequence_length = input_ids.shape
+        step = max(1, _CHUNK_TOKENS // sequence_length)
+        positions, labels = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        for first in range(0, rows, step):
+            chunk = slice(first, first + step)
+            chosen, true_ids = self._mask_chunk(input_ids[chunk], places[chunk], share)
+            positions.append(chosen + first * sequence_length)
+            labels.append(true_ids)
+        return np.concatenate(positions), np.concatenate(labels)
 
-        fate = mix64(row_keys[positions // sequence_length] ^ mix64((positions % sequence_length).astype(np.uint64)))
-        share = _unit_interval(fate)
-        to_mask = share < self.config.mask_replace_prob
-        to_random = ~to_mask & (share < self.config.mask_replace_prob + self.config.random_replace_prob)
-        flat_ids[positions[to_mask]] = self.mask_token_id
-        which = (fate[to_random] & np.uint64(0xFFFFFFFF)) * np.uint64(len(self._ordinary_ids)) >> np.uint64(32)
-        flat_ids[positions[to_random]] = self._ordinary_ids[which]
+    def _mask_chunk(self, input_ids: np.ndarray, places: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+        sequence_length = input_ids.shape[1]
+        draws = _draw(mix64(places.astype(np.uint64) ^ np.uint64(self.key)), sequence_length)
+        special = self._is_special.take(input_ids)
+        special_positions = np.flatnonzero(special)
+        draws.keys.reshape(-1)[special_positions] = _NEVER
+        specials = np.bincount(special_positions // sequence_length, minlength=len(input_ids))
+        quota = (sequence_length - specials) * share
+        border = (mix64(~draws.row_keys) >> np.uint64(32)) * 2.0**-32
+        flat_ids = input_ids.reshape(-1)
+        if self.config.unit == "token":
+            positions = _choose_tokens(draws.keys, quota, border)
+            fate = draws.bits.reshape(-1)[positions] & np.uint32((1 << _SHARE_BITS) - 1)
+        else:
+            assert self._word_starts is not None
+            starts, ends = word_bounds(self._word_starts.take(input_ids), special)
+            if self.config.unit == "whole-word":
+                positions = _choose_words(draws, starts, ends, quota, border)
+                fate = draws.bits.reshape(-1)[positions] & np.uint32((1 << _SHARE_BITS) - 1)
+            else:
+                positions, spans = _choose_spans(draws, starts, ends, special, quota, border)
+                fate = _hash_positions(draws.row_keys, spans, sequence_length) >> np.uint64(64 - _SHARE_BITS)
+        labels = flat_ids[positions].astype(np.int64)
+        self._replace(flat_ids, positions, fate, draws.row_keys, sequence_length)
         return positions, labels
 
-
-def training_masker(config: MaskingConfig, tokenizer: TokenizerInfo, seed: int) -> Masker:
-    return Masker(config, tokenizer, derive_key("mask", seed))
-
-
-def evaluation_masker(config: MaskingConfig, tokenizer: TokenizerInfo) -> Masker:
-    """Masks that are the same in every run, so that held-out losses compare."""
-    return Masker(config, tokenizer, derive_key("evaluation mask"))
-
-
-def _unit_interval(random_bits: np.ndarray) -> np.ndarray:
-    """The upper 32 bits as a number in [0, 1)."""
-    return (random_bits >> np.uint64(32)).astype(np.float64) * 2.0**-32
+    def _replace(
+        self, flat_ids: np.ndarray, positions: np.ndarray, fate: np.ndarray, row_keys: np.ndarray, sequence_length: int
+    ) -> None:
+        """Put `<mask>` or random tokens at the chosen positions; `fate` is (M,) of 16 random bits each."""
+        masked_below = round(self.config.mask_replace_prob * (1 << _SHARE_BITS))
+        random_below = round((self.config.mask_replace_prob + self.config.random_replace_prob) * (1 << _SHARE_BITS))
+        flat_ids[positions[fate < masked_below]] = self.mask_token_id
+        to_random = positions[(fate >= masked_below) & (fate < random_below)]
+        bits = _hash_positions(row_keys, to_random, sequence_length) & np.uint64(0xFFFFFFFF)
+        flat_ids[to_random] = self._ordinary_ids[bits * np.uint64(len(self._ordinary_ids)) >> np.uint64(32)]
 
 
-def _draw_uint32(row_keys: np.ndarray, length: int) -> np.ndarray:
-    """(B, length) uint32, distinct within a row: random upper bits over the position in the lower ones."""
+def training_masker(
+    config: MaskingConfig, tokenizer: TokenizerInfo, seed: int, word_starts: np.ndarray | None = None
+) -> Masker:
+    return Masker(config, tokenizer, derive_key("mask", seed), config.mlm_probability, word_starts)
+
+
+def evaluation_masker(config: MaskingConfig, tokenizer: TokenizerInfo, word_starts: np.ndarray | None = None) -> Masker:
+    """Masks that are the same in every run and at every step, so that held-out losses compare."""
+    return Masker(config, tokenizer, derive_key("evaluation mask"), config.final_probability, word_starts)
+
+
+def _draw(row_keys: np.ndarray, length: int) -> _Draws:
+    """One 64-bit hash serves two tokens."""
     counters = np.arange((length + 1) // 2, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
-    draws = mix64(row_keys[:, None] + counters[None, :]).view(np.uint32)[:, :length]
-    position_bits = np.uint32((1 << max(length - 1, 1).bit_length()) - 1)
-    return (draws & ~position_bits) | np.arange(length, dtype=np.uint32)
+    bits = mix64(row_keys[:, None] + counters).view(np.uint32)[:, :length]
+    position_mask = np.uint32((1 << max(_SHARE_BITS, (length - 1).bit_length())) - 1)
+    keys = bits & ~position_mask
+    keys |= np.arange(length, dtype=np.uint32)
+    return _Draws(row_keys, bits, keys, position_mask)
+
+
+def _hash_positions(row_keys: np.ndarray, positions: np.ndarray, length: int) -> np.ndarray:
+    """A 64-bit hash of each flat position of a chunk, by its row's key."""
+    rows = positions // length
+    return mix64(row_keys[rows] ^ mix64((positions - rows * length).astype(np.uint64)))
+
+
+def _choose_tokens(keys: np.ndarray, quota: np.ndarray, border: np.ndarray) -> np.ndarray:
+    """The flat positions of the lowest keys of each row, `quota` of them, rounded at random by `border` in [0, 1)."""
+    counts = np.floor(quota + border).astype(np.int64)
+    # A sequence has a special token, whose key is the highest, so the count is a valid index.
+    beyond = np.sort(keys, axis=1)[np.arange(len(keys)), counts]
+    return np.flatnonzero(keys < beyond[:, None])
+
+
+def _choose_units(
+    draws: _Draws, units: np.ndarray, tokens: np.ndarray, quota: np.ndarray, border: np.ndarray
+) -> np.ndarray:
+    """Choose whole units in the order of their keys until a row's quota of tokens is full.
+
+    Args:
+        units: flat positions of the units, rising; the key there is the unit's.
+        tokens: (N,) the number of tokens of the unit at each of these positions; at least 1.
+
+    Returns:
+        The flat positions of the chosen ones, in no order.
+    """
+    rows, length = draws.keys.shape
+    keys = np.full(rows * length, _NEVER)
+    keys[units] = draws.keys.reshape(-1)[units]
+    # As a unit holds a token at least, those beyond the quota's number are out of reach.
+    lowest = np.sort(keys.reshape(rows, length), axis=1)[:, : int(quota.max()) + 1]
+    flat = np.minimum(lowest & draws.position_mask, length - 1) + np.arange(0, rows * length, length)[:, None]
+    size = tokens[flat]
+    before = np.cumsum(size, axis=1) - size
+    # Of the unit at the border a part would fit: it is taken with a probability equal to that part.
+    return flat[before + border[:, None] * size < quota[:, None]]
+
+
+def _choose_words(
+    draws: _Draws, starts: np.ndarray, ends: np.ndarray, quota: np.ndarray, border: np.ndarray
+) -> np.ndarray:
+    """The flat positions of the tokens of chosen words, rising: (M,) int64.
+
+    Args:
+        starts, ends: flat bounds of the words: two (W,) int64, rising, without gaps.
+    """
+    tokens = np.zeros(draws.keys.size, dtype=np.int32)
+    tokens[starts] = ends - starts
+    words = _choose_units(draws, starts, tokens, quota, border)
+    is_chosen = np.zeros(draws.keys.size, dtype=bool)
+    is_chosen[_ranges(words, tokens[words])] = True
+    return np.flatnonzero(is_chosen)
+
+
+def _choose_spans(
+    draws: _Draws, starts: np.ndarray, ends: np.ndarray, special: np.ndarray, quota: np.ndarray, border: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The flat positions of the tokens of chosen spans, rising, and the position that stands for the span of each.
+
+    A span begins at every word; each word belongs to the span with the lowest key of those that reach it. Choosing
+    spans in the order of their keys is then drawing them one by one, where a word drawn twice stays with the first.
+    """
+    length = draws.keys.shape[1]
+    keys = draws.keys.reshape(-1)[starts]
+    row_starts = starts - starts % length
+    # Spans stay in their row and end at special tokens.
+    is_special = special.reshape(-1)[starts]
+    closed = np.flatnonzero(is_special | (starts == row_starts))
+    room = np.repeat(np.append(closed[1:], len(starts)), np.diff(closed, append=len(starts))) - np.arange(len(starts))
+    drawn = _SPAN_WORDS[draws.bits.reshape(-1)[starts] & np.uint32((1 << _SHARE_BITS) - 1)]
+    words = np.minimum(drawn, room).astype(np.uint8)
+    lowest = keys.copy()
+    for further in range(1, min(MAX_SPAN_WORDS, len(starts))):
+        out_of_reach = (words[:-further] > further).astype(np.uint32) - np.uint32(1)  # all bits where it is
+        out_of_reach |= keys[:-further]
+        np.minimum(lowest[further:], out_of_reach, out=lowest[further:])
+    spans = np.where(is_special, starts, row_starts + (lowest & draws.position_mask))
+    tokens = np.bincount(spans, weights=ends - starts, minlength=draws.keys.size)
+    is_chosen = np.zeros(draws.keys.size, dtype=bool)
+    is_chosen[_choose_units(draws, np.flatnonzero(tokens), tokens, quota, border)] = True
+    chosen = np.flatnonzero(is_chosen[spans])
+    counts = ends[chosen] - starts[chosen]
+    return _ranges(starts[chosen], counts), np.repeat(spans[chosen], counts)
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers `start … start + count - 1` of all pairs, one behind the other."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

@@ -7,13 +7,20 @@ shard, so each shard is packed alone.
 Formats (Liu et al. 2019, RoBERTa, section 4.2):
 
 * `full-sentences` — as many whole sentences as fit, across document borders.
+* `doc-sentences` — the same within one document. Sequences at documents' ends are shorter; the batch stays as many
+  sequences, where the paper adds some to hold the number of tokens.
+* `contiguous` — every sequence is full but a shard's last, whatever the sentences.
 
 A sentence longer than a sequence is cut into pieces that fill one.
+
+The index of a split is two files: the slices, six bytes each, and the number of the first sequence of each shard. Both
+are read by memory map and written shard by shard, so that memory does not grow with the data.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +29,7 @@ from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, json_fingerprint
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 INDEX_FOLDER = "index"
 
 
@@ -45,34 +52,71 @@ def pack_full_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> 
         Bounds of the slices: (sequences, 2) int64.
     """
     starts, ends = cut_long_sentences(starts, ends, capacity)
-    if not len(starts):
-        return np.empty((0, 2), dtype=np.int64)
-    # Where the next sequence begins if one begins at this sentence: all at once, then a walk along the chain.
-    following = np.searchsorted(ends, starts + capacity, side="right").tolist()
-    first, sentence = [], 0
-    while sentence < len(following):
+    return _chain(starts, ends, np.searchsorted(ends, starts + capacity, side="right"))
+
+
+def pack_doc_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> np.ndarray:
+    """Greedy packing of whole sentences of one document; arguments and result as of `pack_full_sentences`."""
+    starts, ends = cut_long_sentences(starts, ends, capacity)
+    # Sentences of one document touch; between documents stands a separator.
+    document_ends = np.append(np.flatnonzero(starts[1:] != ends[:-1]) + 1, len(starts))
+    own_end = document_ends[np.searchsorted(document_ends, np.arange(len(starts)), side="right")]
+    return _chain(starts, ends, np.minimum(np.searchsorted(ends, starts + capacity, side="right"), own_end))
+
+
+def pack_contiguous(tokens: int, capacity: int) -> np.ndarray:
+    """Slices of `capacity` tokens, the last one shorter: (sequences, 2) int64."""
+    starts = np.arange(0, tokens, capacity)
+    return np.stack([starts, np.minimum(starts + capacity, tokens)], axis=1)
+
+
+def _chain(starts: np.ndarray, ends: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """Slices from the first sentence on, where a sequence that begins at i ends before sentence `following[i]`."""
+    first, sentence, steps = [], 0, following.tolist()
+    while sentence < len(steps):
         first.append(sentence)
-        sentence = following[sentence]
-    first_sentences = np.array(first)
+        sentence = steps[sentence]
+    first_sentences = np.array(first, dtype=np.int64)
     last_sentences = np.append(first_sentences[1:], len(starts)) - 1
-    return np.stack([starts[first_sentences], ends[last_sentences]], axis=1)
+    return np.stack([starts[first_sentences], ends[last_sentences[: len(first)]]], axis=1)
 
 
-_PACKERS = {"full-sentences": pack_full_sentences}
+def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
+    """The slices of one shard: their bounds in its values, (sequences, 2) int64."""
+    if packing.format == "contiguous":
+        # The separator that closes the last document would stand before the sequence's own.
+        return pack_contiguous(len(split.values(shard)) - 1, packing.capacity)
+    pack = {"full-sentences": pack_full_sentences, "doc-sentences": pack_doc_sentences}[packing.format]
+    return pack(*split.sentence_bounds(shard), packing.capacity)
 
 
 class PackedSplit:
-    """The sequences of a split, read through an index that is made once and kept beside the shards.
+    """The sequences of a split, read through the index that `build_index` made.
 
-    The index is memory-mapped too, so that memory does not grow with the data.
+    Args:
+        slices: (sequences,) of `_slice_type`, start and length of each in its shard's values.
+        first_sequence: (shards + 1,) int64, the number of the first sequence of each shard, and of all.
     """
 
-    def __init__(self, split: Split, starts: np.ndarray, lengths: np.ndarray, first_sequence: np.ndarray):
-        self._split = split
-        self._starts, self._lengths, self._first_sequence = starts, lengths, first_sequence
+    def __init__(self, split: Split, slices: np.ndarray, first_sequence: np.ndarray):
+        self._split, self._slices, self._first_sequence = split, slices, first_sequence
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._slices)
+
+    def slices(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where sequences lie: their shards, and the beginning and end of each in its shard's values.
+
+        Args:
+            sequences: (B,) int64.
+
+        Returns:
+            Three (B,) int64.
+        """
+        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
+        slices = self._slices[sequences]
+        starts = slices["start"].astype(np.int64)
+        return shards, starts, starts + slices["length"]
 
     def gather(self, sequences: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Copy the slices of `sequences` into the rows of `out`, from column 1 on.
@@ -84,15 +128,19 @@ class PackedSplit:
         Returns:
             The slices' lengths: (B,) int64.
         """
-        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
-        starts, lengths = self._starts[sequences].astype(np.int64), self._lengths[sequences].astype(np.int64)
-        rows = zip(out, shards.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
-        for row, shard, start, end in rows:
-            row[1 : 1 + end - start] = self._split.values(shard)[start:end]
-        return lengths
+        shards, starts, ends = self.slices(sequences)
+        values = {shard: self._split.values(shard) for shard in np.unique(shards).tolist()}
+        for row, shard, start, end in zip(out, shards.tolist(), starts.tolist(), ends.tolist(), strict=True):
+            row[1 : 1 + end - start] = values[shard][start:end]
+        return ends - starts
 
 
-def _index_path(corpus: Corpus, split: str, packing: PackingConfig) -> Path:
+def _slice_type(capacity: int) -> np.dtype[Any]:
+    return np.dtype([("start", "<u4"), ("length", "<u2" if capacity < 1 << 16 else "<u4")])
+
+
+def _index_paths(corpus: Corpus, split: str, packing: PackingConfig) -> tuple[Path, Path]:
+    """The files of the slices and of each shard's first sequence; where the latter stands, the index is whole."""
     fingerprint = json_fingerprint(
         {
             "version": PACKING_VERSION,
@@ -101,7 +149,8 @@ def _index_path(corpus: Corpus, split: str, packing: PackingConfig) -> Path:
             "max_seq_length": packing.max_seq_length,
         }
     )
-    return corpus.folder / INDEX_FOLDER / f"{split}-{packing.format}-{packing.max_seq_length}-{fingerprint[:16]}"
+    name = f"{split}-{packing.format}-{packing.max_seq_length}-{fingerprint[:16]}"
+    return corpus.folder / INDEX_FOLDER / f"{name}.slices", corpus.folder / INDEX_FOLDER / f"{name}.first.npy"
 
 
 def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None:
@@ -110,38 +159,31 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
     Raises:
         UserError: the data folder cannot be written.
     """
-    base = _index_path(corpus, split_name, packing)
-    if base.with_suffix(".first.npy").is_file():
+    slices_path, first_path = _index_paths(corpus, split_name, packing)
+    if first_path.is_file():
         return
-    split = corpus.split(split_name)
-    capacity = packing.capacity
-    starts, lengths, first_sequence = [], [], [0]
-    for shard in range(len(split.shards)):
-        slices = _PACKERS[packing.format](*split.sentence_bounds(shard), capacity)
-        starts.append(slices[:, 0].astype(np.uint32))
-        lengths.append((slices[:, 1] - slices[:, 0]).astype(np.uint16 if capacity < 1 << 16 else np.uint32))
-        first_sequence.append(first_sequence[-1] + len(slices))
+    split, dtype = corpus.split(split_name), _slice_type(packing.capacity)
+    first_sequence = [0]
     try:
-        base.parent.mkdir(exist_ok=True)
-        # "first" is written last: where it stands, the index is whole.
-        for suffix, array in (
-            (".starts.npy", np.concatenate(starts)),
-            (".lengths.npy", np.concatenate(lengths)),
-            (".first.npy", np.array(first_sequence)),
-        ):
-            with atomic_path(base.with_suffix(suffix)) as temporary, temporary.open("wb") as file:
-                np.save(file, array)
+        slices_path.parent.mkdir(exist_ok=True)
+        with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
+            for shard in range(len(split.shards)):
+                bounds = pack_shard(split, shard, packing)
+                slices = np.empty(len(bounds), dtype)
+                slices["start"], slices["length"] = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+                slices.tofile(file)
+                first_sequence.append(first_sequence[-1] + len(slices))
+        with atomic_path(first_path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.array(first_sequence))
     except OSError as error:
         raise UserError(
-            f"cannot write the packing index into {str(base.parent)!r} ({error.strerror}): make the data folder "
-            "writable for the first run at this max_seq_length"
+            f"cannot write the packing index into {str(slices_path.parent)!r} ({error.strerror}): make the data folder "
+            "writable for the first run at this packing and max_seq_length"
         ) from error
 
 
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:
-    """Open the index that `build_index` made, by memory map."""
-    base = _index_path(corpus, split_name, packing)
-    starts, lengths, first_sequence = (
-        np.load(base.with_suffix(suffix), mmap_mode="r") for suffix in (".starts.npy", ".lengths.npy", ".first.npy")
-    )
-    return PackedSplit(corpus.split(split_name), starts, lengths, first_sequence)
+    """Open the index that `build_index` made, by memory map; shards are opened when first read."""
+    slices_path, first_path = _index_paths(corpus, split_name, packing)
+    slices = np.memmap(slices_path, _slice_type(packing.capacity), mode="r")
+    return PackedSplit(corpus.split(split_name), slices, np.load(first_path))

@@ -3,7 +3,7 @@
     DIR/manifest.json            what is in the folder, and its fingerprint
     DIR/tokenizer/               the tokenizer that made the ids
     DIR/dataset_dict.json        so that datasets.load_from_disk(DIR) opens the folder
-    DIR/<split>/shard-NNNNN.arrow
+    DIR/<split>/shard-NNNNN.arrow, and shard-NNNNN-PPPPP.arrow for further parts of one large work unit
 
 A shard is an uncompressed Arrow IPC stream of one record batch, a row a document. `input_ids` holds the document's
 token ids and closes with the separator `</s>`; `sentence_ends` holds, for every sentence, the offset in the document
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import pyarrow as pa
 import xxhash
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, json_fingerprint, write_json
+from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -36,6 +36,7 @@ SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT)
 CHUNK_BYTES = 1 << 20
 """Bytes covered by one chunk checksum."""
 MAX_UINT16_VOCABULARY = 1 << 16
+_DATASETS_FILES = ("state.json", "dataset_info.json")
 _MAX_BATCH_TOKENS = 2**31 - 1  # offsets of an Arrow list are int32
 
 
@@ -98,8 +99,21 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True)
+class InputPiece:
+    """A part of an input, `start … end` as in the plan's pieces, and how many of a shard's documents came from it."""
+
+    path: str
+    start: int
+    end: int
+    documents: int
+
+
+@dataclass(frozen=True)
 class ShardInfo:
-    """One shard as the manifest describes it; `file` is relative to the data folder."""
+    """One shard as the manifest describes it; `file` is relative to the data folder.
+
+    `pieces` are in the order of the documents, so their counts say which document is of which piece.
+    """
 
     file: str
     documents: int
@@ -107,16 +121,31 @@ class ShardInfo:
     bytes: int
     checksum: str
     chunk_checksums: tuple[str, ...]
+    pieces: tuple[InputPiece, ...] = ()
+    sources: dict[str, int] = field(default_factory=dict)
+    """Documents by the name of their source, where it has one."""
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> ShardInfo:
+        """The inverse of `dataclasses.asdict`, behind a way through JSON."""
+        pieces = tuple(InputPiece(**piece) for piece in entry["pieces"])
+        return cls(**{**entry, "chunk_checksums": tuple(entry["chunk_checksums"]), "pieces": pieces})
 
 
 @dataclass(frozen=True)
 class InputInfo:
-    """What became of one input file: documents_read = documents_kept + the sum over `rejected`."""
+    """What became of one input file: documents_read = documents_kept + the sum over `rejected`.
+
+    `source` is the name that the user gave it, if any. `places` are the first documents that are bad: `reason`, `byte`
+    or `row` in the file, counted from 0, and `detail`.
+    """
 
     path: str
     documents_read: int
     documents_kept: int
     rejected: dict[str, int]
+    source: str = ""
+    places: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,16 +175,33 @@ class Manifest:
         for split in names:
             _write_datasets_files(folder / split, split, self.splits[split], self.fingerprint)
         write_json(folder / "dataset_dict.json", {"splits": names})
-        content = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint, **asdict(self)}
-        write_json(folder / MANIFEST_NAME, content)
+        files = [folder / "dataset_dict.json", *(folder / TOKENIZER_FOLDER).iterdir()]
+        files += [folder / split / name for split in names for name in _DATASETS_FILES]
+        content = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "files": {path.relative_to(folder).as_posix(): file_checksum(path) for path in sorted(files)},
+            **asdict(self),
+        }
+        write_json(folder / MANIFEST_NAME, {**content, "checksum": json_fingerprint(content)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read and check a data folder's manifest.
 
         Raises:
-            UserError: the folder or manifest is missing, of another format version, damaged, or its tokenizer folder
-                holds another tokenizer than the one that made the ids.
+            UserError: as `parse` and `check_tokenizer` do.
+        """
+        manifest = cls.parse(folder)
+        manifest.check_tokenizer(folder)
+        return manifest
+
+    @classmethod
+    def parse(cls, folder: Path) -> Manifest:
+        """Read a data folder's manifest, whatever became of the other files.
+
+        Raises:
+            UserError: the folder or manifest is missing, of another format version or damaged.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
@@ -176,13 +222,8 @@ class Manifest:
                     **{**content["tokenizer"], "special_ids": tuple(content["tokenizer"]["special_ids"])}
                 ),
                 options=content["options"],
-                inputs=tuple(InputInfo(**entry) for entry in content["inputs"]),
-                splits={
-                    split: tuple(
-                        ShardInfo(**{**shard, "chunk_checksums": tuple(shard["chunk_checksums"])}) for shard in shards
-                    )
-                    for split, shards in content["splits"].items()
-                },
+                inputs=tuple(InputInfo(**{**entry, "places": tuple(entry["places"])}) for entry in content["inputs"]),
+                splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
             )
         except UserError:
             raise
@@ -190,14 +231,17 @@ class Manifest:
             raise UserError(f"{str(path)!r} is damaged ({error!r}): prepare the data again") from error
         if manifest.fingerprint != content.get("fingerprint"):
             raise UserError(f"{str(path)!r} does not match its own fingerprint: prepare the data again")
+        return manifest
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """Raise `UserError` unless the tokenizer folder holds the tokenizer that made the ids."""
         tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
-        if tokenizer != manifest.tokenizer:
+        if tokenizer != self.tokenizer:
             raise UserError(
                 f"the data in {str(folder)!r} was made with another tokenizer (fingerprint "
-                f"{manifest.tokenizer.fingerprint}) than the one in its tokenizer folder ({tokenizer.fingerprint}): "
+                f"{self.tokenizer.fingerprint}) than the one in its tokenizer folder ({tokenizer.fingerprint}): "
                 "put the right one back or prepare the data again"
             )
-        return manifest
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -212,17 +256,19 @@ def write_shard(
     documents: Sequence[np.ndarray],
     sentence_ends: Sequence[np.ndarray],
     vocab_size: int,
+    part: int = 0,
 ) -> ShardInfo:
     """Write one shard, atomically.
 
     Args:
         documents: token ids of each document, closed by the separator.
         sentence_ends: per document, rising offsets behind each sentence; the last is `len(document) - 1`.
+        part: which of the shards of work unit `index` this is, where it makes more than one.
 
     Returns:
         The shard's entry for the manifest.
     """
-    name = f"{split}/shard-{index:05d}.arrow"
+    name = f"{split}/shard-{index:05d}{f'-{part:05d}' if part else ''}.arrow"
     ids = _list_array(documents, token_type(vocab_size))
     ends = _list_array(sentence_ends, np.dtype(np.uint32))
     batch = pa.record_batch([ids, ends], names=["input_ids", "sentence_ends"])
@@ -275,6 +321,10 @@ class Split:
     def document_offsets(self, shard: int) -> np.ndarray:
         """Where each document begins in `values`, and the end of the last: (documents + 1,) int32."""
         return self._columns(shard)[0].offsets.to_numpy(zero_copy_only=True)
+
+    def sentence_ends(self, shard: int, row: int) -> np.ndarray:
+        """The offset in a document behind the last token of each of its sentences: (sentences,) uint32."""
+        return self._columns(shard)[1][row].values.to_numpy(zero_copy_only=True)
 
     def sentence_bounds(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Beginning and end (without separator) of every sentence in `values`: two (sentences,) int64."""
@@ -330,5 +380,6 @@ def _write_datasets_files(folder: Path, split: str, shards: Sequence[ShardInfo],
         "_output_all_columns": False,
         "_split": split,
     }
-    write_json(folder / "state.json", state)
-    write_json(folder / "dataset_info.json", {"citation": "", "description": "", "features": features})
+    info = {"citation": "", "description": "", "features": features}
+    for name, content in zip(_DATASETS_FILES, (state, info), strict=True):
+        write_json(folder / name, content)

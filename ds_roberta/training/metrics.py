@@ -20,14 +20,21 @@ class MetricsLog:
     """Appends rows to `metrics.jsonl`, one JSON object a line."""
 
     def __init__(self, output_dir: Path, global_step: int):
-        """Open the log of a run that stands at `global_step`; rows of later steps, lost with a crash, are removed."""
+        """Open the log of a run that stands at `global_step`.
+
+        Rows of what the run will do again are removed: later steps, lost with a crash, and this step's evaluation.
+        """
         self._path = output_dir / METRICS_NAME
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")] if global_step else []
+            whole = [line for line in lines if line.endswith("}\n")]
             with atomic_path(self._path) as temporary:
-                kept = (line for line in whole if json.loads(line)["global_step"] <= global_step)
+                kept = (line for line in whole if self._is_past(json.loads(line), global_step))
                 temporary.write_text("".join(kept), encoding="utf-8")
+
+    @staticmethod
+    def _is_past(row: dict[str, Any], global_step: int) -> bool:
+        return row["global_step"] < global_step + ("eval_loss" not in row)
 
     def write(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

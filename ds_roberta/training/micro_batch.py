@@ -41,7 +41,7 @@ def fitting_size(small_bytes: float, large_bytes: float, capacity_bytes: float) 
 
 def peak_bytes(engine: Engine, size: int, max_seq_length: int, masking: MaskingConfig) -> int:
     """Peak memory of one micro-step of full sequences."""
-    masked = max(1, round(masking.mlm_probability * max_seq_length))
+    masked = max(1, round(max(masking.mlm_probability, masking.final_probability) * max_seq_length))
     positions = torch.arange(size)[:, None] * max_seq_length + torch.arange(masked)
     micro_batch = MicroBatch(
         input_ids=torch.zeros(size, max_seq_length, dtype=torch.int64),

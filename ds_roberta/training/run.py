@@ -27,7 +27,8 @@ from ds_roberta.data.loader import Collator, TrainLoader
 from ds_roberta.data.masking import evaluation_masker, training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
-from ds_roberta.data.shards import TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.words import word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_up_logging
 from ds_roberta.errors import UserError
@@ -40,6 +41,7 @@ from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.engine import Engine, choose_precision, init_distributed, on_gpu
 from ds_roberta.training.export import export_checkpoint
 from ds_roberta.training.micro_batch import largest_micro_batch_size
+from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
 EXPORT_FOLDER = "hf"
@@ -57,6 +59,10 @@ class PretrainOptions:
     output_dir: Path | None = None
     model: str | None = None
     max_seq_length: int | None = None
+    packing: str = PackingConfig.format
+    masking: str = MaskingConfig.unit
+    mlm_probability: float = MaskingConfig.mlm_probability
+    mlm_probability_end: float | None = None
     max_steps: int | None = None
     warmup_steps: int | None = None
     seed: int = 0
@@ -112,7 +118,10 @@ def pretrain(options: PretrainOptions) -> int:
     if ranks.is_main:
         write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plan, precision))
     tokenizer = corpus.manifest.tokenizer
-    masker = training_masker(config.masking, tokenizer, config.seed)
+    words = None
+    if config.masking.unit != "token":
+        words = word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+    masker = training_masker(config.masking, tokenizer, config.seed, words)
     loader = TrainLoader(
         Collator(train_data, masker, tokenizer, config.packing.max_seq_length),
         SampleOrder(len(train_data), config.seed),
@@ -120,10 +129,11 @@ def pretrain(options: PretrainOptions) -> int:
         plan.micro_batch_size,
         ranks.rank,
         ranks.world_size,
+        lambda step: mlm_probability(config.schedule, config.masking, step),
     )
     held_out = None
     if held_out_data is not None:
-        masker = evaluation_masker(config.masking, tokenizer)
+        masker = evaluation_masker(config.masking, tokenizer, words)
         collator = Collator(held_out_data, masker, tokenizer, config.packing.max_seq_length)
         held_out = HeldOutLoss(collator, config.eval_sequences, plan.micro_batch_size, ranks)
     trainer = Trainer(config, deepspeed_config.learning_rate, engine, loader, held_out, state, checkpoint_path)
@@ -145,7 +155,7 @@ def run_config(options: PretrainOptions, corpus: Corpus, has_gpu: bool) -> RunCo
     model = options.model or ("base" if has_gpu else "tiny")
     preset = PRESETS[model]
     max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
-    packing = PackingConfig(max_seq_length)
+    packing = PackingConfig(max_seq_length, options.packing)
     max_steps = preset.max_steps if options.max_steps is None else options.max_steps
     warmup_steps = options.warmup_steps
     if warmup_steps is None:
@@ -167,7 +177,9 @@ def run_config(options: PretrainOptions, corpus: Corpus, has_gpu: bool) -> RunCo
         ),
         packing=packing,
         schedule=ScheduleConfig(max_steps, warmup_steps),
-        masking=MaskingConfig(),
+        masking=MaskingConfig(
+            options.mlm_probability, mlm_probability_end=options.mlm_probability_end, unit=options.masking
+        ),
         intervals=IntervalConfig(options.save_interval, options.eval_interval, options.log_interval, options.keep_last),
         seed=options.seed,
         eval_sequences=options.eval_sequences,

@@ -64,21 +64,20 @@ class Trainer:
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
         steps = self.loader.steps(state.global_step, schedule.max_steps)
         with self._stop, contextlib.closing(steps), contextlib.closing(self._progress):
-            if state.global_step == 0:
-                self.evaluate()
             for micro_batches in steps:
+                if state.global_step % intervals.eval_interval == 0:
+                    self.evaluate()
                 row = self.train_step(micro_batches)
                 if row is None:
                     self.save()
                     return False
-                finished = state.global_step == schedule.max_steps
-                if state.global_step % intervals.log_interval == 0 or finished:
+                if state.global_step % intervals.log_interval == 0 or state.global_step == schedule.max_steps:
                     self.log(row)
-                if state.global_step % intervals.eval_interval == 0 or finished:
-                    self.evaluate()
-                if state.global_step % intervals.save_interval == 0 or finished:
+                if state.global_step % intervals.save_interval == 0:
                     self.save()
-        return True
+            evaluated = self.evaluate()
+            self.save()
+        return evaluated
 
     def train_step(self, micro_batches: list[MicroBatch]) -> dict[str, Any] | None:
         """One optimizer step on this process's micro-batches of the next global batch.
@@ -133,16 +132,23 @@ class Trainer:
         self._progress.step(state.global_step, loss, row["tokens_per_second"], seconds)
         return row
 
-    def evaluate(self) -> None:
-        """Compute and log the held-out loss."""
+    def evaluate(self) -> bool:
+        """Compute and log the held-out loss, if there is a held-out split.
+
+        A run that goes on at a step where this is due does it again, so it may be broken off without a trace.
+
+        Returns:
+            Whether it was not broken off by a request to stop.
+        """
         if self._held_out is None:
-            return
+            return True
         result = self._held_out.compute(self.engine.evaluate, self._stop.agreed)
         if result is None:
-            return
+            return False
         loss, perplexity = result
         self.log({"global_step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
         self._progress.say(f"step {self.state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        return True
 
     def log(self, row: dict[str, Any]) -> None:
         """Write a row to `metrics.jsonl` and to DeepSpeed's monitors."""

@@ -82,6 +82,8 @@ def test_an_unknown_packing_format_is_refused():
         {"mlm_probability": 1.0},
         {"mlm_probability": -0.15},
         {"mlm_probability": float("nan")},
+        {"mlm_probability_end": 0.0},
+        {"mlm_probability_end": 1.5},
         {"mask_replace_prob": 0.95},
         {"mask_replace_prob": -0.1},
         {"random_replace_prob": -0.1},
@@ -90,7 +92,12 @@ def test_an_unknown_packing_format_is_refused():
 def test_masking_shares_must_be_shares(shares):
     with pytest.raises(UserError, match="must"):
         MaskingConfig(**shares)
-    MaskingConfig(0.4, 0.9, 0.1)
+    MaskingConfig(0.4, 0.9, 0.1, 0.15)
+
+
+def test_an_unknown_unit_of_masking_is_refused():
+    with pytest.raises(UserError, match="--masking must be one of token, whole-word, span, got 'word'"):
+        MaskingConfig(unit="word")
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from ds_roberta.config import MaskingConfig, PackingConfig
+from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig
 from ds_roberta.data.loader import EMPTY_PLACE, Collator, MicroBatch, TrainLoader, prefetch, split_places
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.words import word_starts
 from ds_roberta.training.batch import BatchPlan
 
 LENGTH = 32
@@ -59,8 +61,18 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("batch", [1, 6, 100])
-def test_a_global_batch_is_the_same_on_any_number_of_processes(loader, batch):
-    step = 7
+@pytest.mark.parametrize("unit", MASKING_UNITS)
+def test_a_global_batch_is_the_same_on_any_number_of_processes(corpus, packed, batch, unit):
+    tokenizer, step = corpus.manifest.tokenizer, 7
+    masker = training_masker(
+        MaskingConfig(unit=unit), tokenizer, 5, word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+    )
+    collator, order = Collator(packed, masker, tokenizer, LENGTH), SampleOrder(len(packed), 5)
+
+    def loader(batch, micro_batch, rank=0, world_size=1):
+        share = {"mlm_probability": lambda step: 0.04 * step}
+        return TrainLoader(collator, order, batch, micro_batch, rank, world_size, **share)
+
     expected = Counter(row for part in loader(batch, batch).micro_batches(step) for row in rows(part))
     assert expected.total() == batch
     for world_size in (1, 2, 3, 4, 8):
@@ -107,6 +119,17 @@ def test_an_epoch_shows_every_sequence_once_and_the_next_goes_on(loader, packed)
     assert min(third_epoch.values()) == 0
     assert third_epoch <= corpus
     assert third_epoch.total() == -total % batch
+
+
+def test_the_share_to_mask_is_that_of_the_step(collator, packed):
+    order = SampleOrder(len(packed), 5)
+    loader = TrainLoader(collator, order, 1000, 100, mlm_probability=lambda step: 0.1 * step)
+    masked, tokens = [], []
+    for step in (1, 4):
+        micro_batches = loader.micro_batches(step)
+        masked.append(sum(len(each.labels) for each in micro_batches))
+        tokens.append(sum(each.tokens for each in micro_batches))
+    assert masked[1] / tokens[1] == pytest.approx(4 * masked[0] / tokens[0], rel=0.02)
 
 
 def test_epochs_mask_the_same_sequence_differently(collator, packed):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from ds_roberta.config import MaskingConfig
+from ds_roberta.data import masking
 from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
 from ds_roberta.data.shards import TokenizerInfo
 
@@ -128,6 +129,27 @@ def test_places_and_seeds_have_masks_of_their_own(original):
         assert abs(agreeing - 0.15) < 0.02  # as by chance
 
 
+def test_masks_do_not_depend_on_how_many_are_made_at_a_time(masker, original, monkeypatch):
+    ids, labels = masked(masker, original[:300])
+    monkeypatch.setattr(masking, "_CHUNK_TOKENS", 7 * LENGTH)
+    chunked_ids, chunked_labels = masked(masker, original[:300])
+    assert np.array_equal(ids, chunked_ids)
+    assert np.array_equal(labels, chunked_labels)
+
+
+def test_another_share_may_be_asked_for(masker, original):
+    ids = original.copy()
+    positions, _ = masker.mask(ids, np.arange(ROWS), mlm_probability=0.3)
+    assert abs(len(positions) / (ROWS * MASKABLE) - 0.3) < 0.001
+    other = Masker(MaskingConfig(), TOKENIZER, masker.key, 0.3)
+    assert np.array_equal(other.mask(original.copy(), np.arange(ROWS))[0], positions)
+
+
+def test_evaluation_chooses_the_share_at_the_end_of_the_run(original):
+    masker = evaluation_masker(MaskingConfig(0.3, mlm_probability_end=0.1), TOKENIZER)
+    assert abs((masked(masker, original)[1] != -100).sum() / (ROWS * MASKABLE) - 0.1) < 0.001
+
+
 def test_evaluation_masks_are_not_those_of_any_training_seed(original):
     evaluation = masked(evaluation_masker(MaskingConfig(), TOKENIZER), original[:100])[1]
     for seed in (0, 1, 42):
@@ -140,7 +162,7 @@ def test_evaluation_masks_are_not_those_of_any_training_seed(original):
 
 @pytest.mark.parametrize(("mask_share", "random_share"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_shares_of_replacement_follow_the_configuration(original, mask_share, random_share):
-    ids, labels = masked(Masker(MaskingConfig(0.15, mask_share, random_share), TOKENIZER, 5), original)
+    ids, labels = masked(Masker(MaskingConfig(0.15, mask_share, random_share), TOKENIZER, 5, 0.15), original)
     chosen = labels != -100
     assert (ids[chosen] == 999).mean() == mask_share
     if random_share:
@@ -153,7 +175,7 @@ def test_shares_of_replacement_follow_the_configuration(original, mask_share, ra
 @pytest.mark.parametrize("length", [3, 7, 32, 33, 512])
 def test_other_probabilities_and_lengths_keep_the_share(probability, length):
     original = full_rows(600, length)
-    _, labels = masked(Masker(MaskingConfig(probability), TOKENIZER, 9), original)
+    _, labels = masked(Masker(MaskingConfig(probability), TOKENIZER, 9, probability), original)
     counts, quota = (labels != -100).sum(axis=1), probability * (length - 2)
     assert counts.min() >= np.floor(quota)
     assert counts.max() <= np.floor(quota) + 1
@@ -175,4 +197,4 @@ def test_masks_never_change_silently():
     positions, labels = training_masker(MaskingConfig(), TOKENIZER, 0).mask(ids, np.array([12_345]))
     assert positions.tolist() == [16, 24, 26, 27, 29]
     assert labels.tolist() == [20, 28, 30, 31, 33]
-    assert ids[0, positions].tolist() == [999, 999, 999, 999, 33]
+    assert ids[0, positions].tolist() == [999, 999, 999, 341, 999]

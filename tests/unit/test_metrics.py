@@ -26,11 +26,13 @@ def test_a_resumed_run_drops_the_rows_of_steps_that_it_takes_again(tmp_path):
     assert [(row["global_step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 0.5), (2, 1), (3, 1.5), (4, 9.0)]
 
 
-def test_all_rows_of_a_step_are_kept(tmp_path):
+def test_the_evaluation_of_the_step_that_a_run_stands_at_is_done_again(tmp_path):
     write_rows(tmp_path, [1, 2])
-    MetricsLog(tmp_path, 2).write({"global_step": 2, "eval_loss": 3.0})
+    log = MetricsLog(tmp_path, 2)
+    log.write({"global_step": 1, "eval_loss": 4.0})
+    log.write({"global_step": 2, "eval_loss": 3.0})
     MetricsLog(tmp_path, 2)
-    assert len(read_rows(tmp_path)) == 3
+    assert [row.get("eval_loss") for row in read_rows(tmp_path)] == [None, None, 4.0]
 
 
 @pytest.mark.parametrize("half", ['{"global_step": 3, "lo', '{"global_step": 3, "loss": 1.0}'])
@@ -43,9 +45,9 @@ def test_a_last_line_without_its_end_is_dropped(tmp_path, half):
 
 
 def test_a_fresh_run_begins_a_fresh_log(tmp_path):
-    write_rows(tmp_path, [0, 1, 2])  # 0 is the evaluation before the first step
-    write_rows(tmp_path, [0, 1])
-    assert [row["global_step"] for row in read_rows(tmp_path)] == [0, 1]
+    MetricsLog(tmp_path, 0).write({"global_step": 0, "eval_loss": 9.0})
+    write_rows(tmp_path, [1, 2])
+    assert [row["global_step"] for row in read_rows(tmp_path)] == [1, 2]
 
 
 def test_the_expected_time_is_said_once_and_first_from_the_second_micro_step(capsys):

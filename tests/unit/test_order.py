@@ -100,6 +100,39 @@ def test_a_window_of_places_reads_few_blocks_whole():
     assert (counts == BLOCK).all()
 
 
+def test_a_rank_reads_a_block_about_once_an_epoch_and_within_one_window():
+    size, batch, world_size = 2_100_000, 8192, 8
+    order = SampleOrder(size, 0)
+    steps = -(-size // batch)
+    readers, first, last = {}, np.full(order.blocks + 1, steps), np.zeros(order.blocks + 1, dtype=np.int64)
+    for step in range(steps):
+        places = order.lane_order(np.arange(step * batch, min((step + 1) * batch, size)))
+        blocks = order.sequences(places) // BLOCK
+        first[blocks], last[blocks] = np.minimum(first[blocks], step), step
+        for rank, part in enumerate(np.split(blocks, len(blocks) * np.arange(1, world_size) // world_size)):
+            readers.setdefault(rank, set()).update(part.tolist())
+    # Blocks in lanes have one reader; those left over at the end, 2% here, may have all.
+    laned = order.laned_blocks / order.blocks
+    assert laned > 0.97
+    assert sum(map(len, readers.values())) / order.blocks < laned + world_size * (1 - laned) + 0.01
+    window_steps = order.lanes * WINDOW_BLOCKS * BLOCK / batch
+    assert np.mean(last - first <= window_steps) > laned - 0.001
+
+
+def test_the_places_of_neighbours_are_spread_over_a_window_at_least():
+    size = 2_100_000
+    place = np.empty(size, dtype=np.int64)
+    place[epoch(size)] = np.arange(size)
+    window = SampleOrder(size, 0).lanes * WINDOW_BLOCKS * BLOCK
+    together = np.abs(np.diff(place))[np.arange(1, size) % BLOCK != 0]
+    # Two of one block lie in one window as if thrown into it, a third of it apart on average.
+    assert np.mean(together) / window == pytest.approx(1 / 3, abs=0.02)
+    assert np.mean(together < 8192) < 2 * 8192 / window + 0.002
+    # Sequences of different blocks lie anywhere.
+    apart = np.abs(place[BLOCK:] - place[:-BLOCK])
+    assert np.mean(apart) / size == pytest.approx(1 / 3, abs=0.03)
+
+
 def test_neighbours_in_the_corpus_land_far_apart():
     size = 300_000
     order = epoch(size)

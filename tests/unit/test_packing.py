@@ -1,23 +1,33 @@
+import resource
+
 import numpy as np
 import pytest
 
-from ds_roberta.config import PackingConfig
-from ds_roberta.data.packing import INDEX_FOLDER, build_index, cut_long_sentences, open_index, pack_full_sentences
+from ds_roberta.config import PACKING_FORMATS, PackingConfig
+from ds_roberta.data.packing import (
+    INDEX_FOLDER,
+    build_index,
+    cut_long_sentences,
+    open_index,
+    pack_contiguous,
+    pack_doc_sentences,
+    pack_full_sentences,
+)
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 
 SEPARATOR = 2
 
 
-def reference_packing(documents, capacity):
-    """Full-sentences packing of one shard, a sentence at a time: lists of ids between `<s>` and `</s>`."""
+def reference_packing(documents, capacity, crossing=True):
+    """Packing of whole sentences of one shard, one at a time: lists of ids between `<s>` and `</s>`."""
     sequences, current, current_document = [], [], None
     for number, document in enumerate(documents):
         for sentence in document:
             for first in range(0, len(sentence), capacity):
                 piece = sentence[first : first + capacity].tolist()
                 border = [SEPARATOR] if current and number != current_document else []
-                if current and len(current) + len(border) + len(piece) > capacity:
+                if (border and not crossing) or len(current) + len(border) + len(piece) > capacity:
                     sequences.append(current)
                     current, border = [], []
                 current, current_document = current + border + piece, number
@@ -31,8 +41,8 @@ def read_back(packed, width):
     return [row[1 : 1 + length].tolist() for row, length in zip(out, lengths, strict=True)]
 
 
-def build(corpus, max_seq_length, split="train"):
-    packing = PackingConfig(max_seq_length)
+def build(corpus, max_seq_length, split="train", form="full-sentences"):
+    packing = PackingConfig(max_seq_length, form)
     build_index(corpus, split, packing)
     return open_index(corpus, split, packing)
 
@@ -44,9 +54,17 @@ def test_packing_equals_a_naive_reference(tmp_path, write_corpus, max_seq_length
     for longest in (1, 3, 10, 60, 200):
         sizes = rng.integers(1, longest + 1, size=(40, 6))
         shards.append([[rng.integers(4, 300, size=n) for n in row[: rng.integers(1, 7)]] for row in sizes])
-    packed = build(write_corpus(tmp_path / "c", {"train": shards}), max_seq_length)
-    expected = [s for documents in shards for s in reference_packing(documents, max_seq_length - 2)]
-    assert read_back(packed, max_seq_length) == expected
+    corpus, capacity = write_corpus(tmp_path / "c", {"train": shards}), max_seq_length - 2
+    for form, crossing in (("full-sentences", True), ("doc-sentences", False)):
+        expected = [s for documents in shards for s in reference_packing(documents, capacity, crossing)]
+        assert read_back(build(corpus, max_seq_length, form=form), max_seq_length) == expected
+
+    contiguous = read_back(build(corpus, max_seq_length, form="contiguous"), max_seq_length)
+    split, expected = corpus.split("train"), []
+    for shard in range(len(shards)):
+        tokens = split.values(shard)[:-1].tolist()  # the last document's separator is the sequence's own
+        expected += [tokens[first : first + capacity] for first in range(0, len(tokens), capacity)]
+    assert contiguous == expected
 
 
 def test_sequences_are_greedy_keep_sentences_whole_and_hold_separators(tmp_path, write_corpus):
@@ -89,7 +107,9 @@ def test_long_sentences_are_cut_into_full_pieces():
 
 def test_packing_nothing_gives_nothing():
     nothing = np.empty(0, dtype=np.int64)
-    assert pack_full_sentences(nothing, nothing, 10).shape == (0, 2)
+    for pack in (pack_full_sentences, pack_doc_sentences):
+        assert pack(nothing, nothing, 10).shape == (0, 2)
+    assert pack_contiguous(0, 10).shape == (0, 2)
 
 
 def test_gather_writes_the_slices_alone_whatever_their_order(corpus):
@@ -137,12 +157,38 @@ def test_an_index_that_was_not_finished_is_made_again(own_corpus):
 
 def test_lengths_and_data_have_indices_of_their_own(tmp_path, write_corpus, own_corpus):
     at_32, at_64 = build(own_corpus, 32), build(own_corpus, 64)
-    assert len(index_files(own_corpus)) == 6
+    assert len(index_files(own_corpus)) == 4
     assert len(at_64) < len(at_32)
     # The same folder with other data: the old index must not serve it.
     other = write_corpus(tmp_path / "other", {"train": [[[np.arange(4, 200)]]]})
     (own_corpus.folder / INDEX_FOLDER).rename(other.folder / INDEX_FOLDER)
     assert read_back(build(other, 32), 32)[0] == list(range(4, 34))
+
+
+def test_opening_an_index_opens_no_shard(own_corpus):
+    build(own_corpus, 32)
+    for shard in own_corpus.manifest.splits["train"]:
+        (own_corpus.folder / shard.file).rename(own_corpus.folder / "away")
+    packed = build(own_corpus, 32)
+    assert len(packed) > 10
+    with pytest.raises(UserError, match="No such file"):
+        packed.gather(np.array([0]), np.zeros((1, 32)))
+
+
+def test_formats_have_indices_of_their_own(own_corpus):
+    lengths = [len(build(own_corpus, 32, form=form)) for form in PACKING_FORMATS]
+    assert len(set(lengths)) == len(PACKING_FORMATS)
+
+
+def test_more_shards_are_read_than_files_may_be_open(tmp_path, write_corpus):
+    corpus = write_corpus(tmp_path / "c", {"train": [[[np.arange(4, 14)]]] * 120})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        sequences = read_back(build(corpus, 32), 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sequences == [list(range(4, 14))] * 120
 
 
 def test_an_unwritable_data_folder_is_a_user_error(own_corpus):

@@ -74,8 +74,6 @@ SHARD = "shard --workers 1 --tokenizer tok --output out"
     ("line", "named"),
     [
         (f"{SHARD} --input missing.txt", "'missing.txt'"),
-        (f"{SHARD} --input text latin.txt", "'latin.txt', line 3 (byte 8)"),
-        (f"{SHARD} --input text bad.jsonl", "'bad.jsonl', line 2 (byte 14)"),
         (f"{SHARD} --input blank.txt", "empty"),
         (f"{SHARD} --input other", "'other'"),
         (f"{SHARD} --input text --validation_fraction 1", "'1'"),
@@ -127,3 +125,21 @@ def test_workers_and_mpirun_exclude_each_other(folder, capsys, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert run(f"{SHARD} --input text") == 2
     assert "--workers 1 is for one machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "named"), [("latin.txt", "'latin.txt', line 3 (byte 8)"), ("bad.jsonl", "'bad.jsonl', line 2 (byte 14)")]
+)
+def test_too_many_bad_documents_end_the_job_and_a_higher_bound_goes_on_from_it(folder, capsys, file, named):
+    capsys.readouterr()
+    assert run(f"{SHARD} --input text {file}") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert named in error
+    assert "1 of 1 units are kept" in error
+    assert not (folder / "out").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preprocessing.sharding.shard_unit", None)  # nothing is left for it
+        assert run(f"{SHARD} --input text {file} --max_bad_fraction 0.5") == 0
+    assert Corpus.open(folder / "out").manifest.inputs[1].rejected
+    assert not (folder / ".out.partial").exists()

@@ -1,7 +1,10 @@
 """Which documents go because they occur again, and that nothing but the plan decides it."""
 
+import gzip
 import itertools
+import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from test_preprocessing_sharding import folder_hash
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing import dedup
-from preprocessing.sharding import ShardOptions, shard_corpus
+from preprocessing.pieces import ReadOptions
+from preprocessing.sharding import shard_corpus
+from preprocessing.units import ShardOptions
 
 RNG = random.Random(5)
 WORDS = ["".join(RNG.choices("abcdefgh", k=5)) for _ in range(500)]
@@ -43,6 +48,10 @@ def prepare(folder, files, tokenizer, dedup, workers=1, name="out"):
             values, offsets = split.values(shard), split.document_offsets(shard)
             assert split.sentence_bounds(shard)[1].max() == len(values) - 1
             found += [decoder.decode(values[begin : end - 1]) for begin, end in itertools.pairwise(offsets)]
+    for shards in manifest.splits.values():
+        for shard in shards:
+            assert sum(piece.documents for piece in shard.pieces) == shard.documents
+            assert sum(shard.sources.values()) in (0, shard.documents)
     for entry in manifest.inputs:
         assert entry.documents_read == entry.documents_kept + sum(entry.rejected.values())
     assert len(found) == sum(entry.documents_kept for entry in manifest.inputs)
@@ -90,6 +99,23 @@ def test_a_unit_of_copies_alone_leaves_no_shard(tokenizer_folder, tmp_path):
     numbers = [shard.file[-11:-6] for shard in manifest.splits["train"]]
     assert numbers == [f"{unit:05d}" for unit in (*range(5), *range(10, 15))]
     assert sorted(path.name[-11:-6] for path in (tmp_path / "out/train").glob("*.arrow")) == numbers
+
+
+def test_parts_and_sources_of_a_large_unit_are_counted_again(tokenizer_folder, tmp_path):
+    lines = "".join(
+        json.dumps({"text": t, "from": f"site {i % 3}"}) + "\n" for i, t in enumerate([*TEXTS, *TEXTS[:40]])
+    )
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    options = ShardOptions(ReadOptions(source_column="from"), 0.0, 3000, dedup="exact")
+    # The first of a text is from site i % 3; its copy, 60 lines on, is from the same.
+    manifest, _ = shard_corpus([str(tmp_path / "a.jsonl.gz")], tokenizer_folder, tmp_path / "out", options, 1)
+    shards = manifest.splits["train"]
+    assert len(shards) > 3
+    assert sum((Counter(shard.sources) for shard in shards), Counter()) == {f"site {i}": 20 for i in range(3)}
+    assert sum(piece.documents for shard in shards for piece in shard.pieces) == 60
+    assert [shard.file for shard in shards] == sorted(
+        str(p.relative_to(tmp_path / "out")) for p in tmp_path.glob("out/train/*.arrow")
+    )
 
 
 def test_a_file_without_a_document_is_no_hindrance(tokenizer_folder, tmp_path):

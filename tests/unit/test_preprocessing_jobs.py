@@ -21,7 +21,8 @@ from ds_roberta.errors import UserError
 from preprocessing import lease as leases
 from preprocessing.job import Job
 from preprocessing.lease import Holder, JobStopped, Lease, LeaseHeld, held_lease, is_alive
-from preprocessing.sharding import ShardOptions, run_job, shard_corpus
+from preprocessing.sharding import run_job, shard_corpus
+from preprocessing.units import ShardOptions
 from preprocessing.workers import is_mpi, local_workers, slurm_task
 
 OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000, dedup="exact")
@@ -98,7 +99,8 @@ def test_a_job_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(
 DRIVER = """
 import json, sys
 from pathlib import Path
-from preprocessing.sharding import ShardOptions, shard_corpus
+from preprocessing.sharding import shard_corpus
+from preprocessing.units import ShardOptions
 files, tokenizer, out, workers = json.loads(sys.argv[1])
 options = ShardOptions(validation_fraction=0.2, unit_bytes=4000, dedup="exact")
 shard_corpus(files, Path(tokenizer), Path(out), options, workers)
@@ -260,7 +262,7 @@ def test_tasks_share_a_job_and_the_last_puts_the_output_into_place(files, tokeni
     with local_workers(1) as workers:
         for task in order:
             assert not (tmp_path / "out").exists() or task >= 7
-            results.append(run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, (task, count)))
+            results.append(run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, None, (task, count)))
     assert sum(result is not None for result in results) == 1
     assert folder_hash(tmp_path / "out") == expected
     assert names(tmp_path) == ["out"]
@@ -268,7 +270,7 @@ def test_tasks_share_a_job_and_the_last_puts_the_output_into_place(files, tokeni
 
 def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected, tmp_path):
     with local_workers(1) as workers:
-        assert run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, (1, 3)) is None
+        assert run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, None, (1, 3)) is None
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".out.partial/*/units/*.json")}
     assert len(before) == 2
     shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
@@ -278,7 +280,7 @@ def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected
 def test_tasks_at_the_same_time_publish_once(files, tokenizer, expected, tmp_path):
     def body(task):
         with local_workers(1) as workers:
-            run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, (task, 3))
+            run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, None, (task, 3))
         os._exit(0)
 
     children = [FORK.Process(target=body, args=(task,)) for task in range(3)]

@@ -5,9 +5,12 @@ import random
 import pytest
 
 from ds_roberta.errors import UserError
+from preprocessing.formats import READABLE
 from preprocessing.inputs import find_inputs
+from preprocessing.pieces import Document, ReadOptions
 from preprocessing.plan import plan_units
-from preprocessing.readers import ReadOptions, read_documents, sentences
+from preprocessing.readers import read_documents
+from preprocessing.sentences import sentences
 
 
 def random_text(seed, newline):
@@ -21,7 +24,7 @@ def random_text(seed, newline):
 def found_in(units, options):
     """The sentences of every document, or why there are none."""
     items = [item for unit in units for piece in unit.pieces for item in read_documents(piece, options)]
-    return [sentences(item) if isinstance(item, str) else item.reason for item in items]
+    return [sentences(item.text) if isinstance(item, Document) else item.reason for item in items]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -95,7 +98,7 @@ def test_a_folder_is_read_recursively_and_sorted(folder):
     inputs = find_inputs(["text/"])
     assert inputs.files == ("text/a/z.jsonl", "text/a.txt", "text/b.txt")
     assert inputs.ignored == ("text/README.md", "text/merges.txt")
-    assert inputs.notes() == ["ignored (not .txt or .jsonl): text/README.md, text/merges.txt"]
+    assert inputs.notes() == [f"ignored (not {READABLE}): text/README.md, text/merges.txt"]
 
 
 def test_globs_are_sorted_and_keep_the_order_of_arguments(folder):

@@ -1,25 +1,19 @@
 """Documents and located rejects from bytes."""
 
-from collections import Counter
-
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing.readers import (
-    Piece,
-    ReadOptions,
-    accepted_documents,
-    read_documents,
-    sentences,
-    tokenizer_lines,
-)
+from preprocessing.pieces import Document, Piece, ReadOptions
+from preprocessing.readers import read_documents
+from preprocessing.sentences import sentences, tokenizer_lines
 
 NEWLINES = ("\n", "\r\n", "\r")
 
 
 def read(path, data, start=0, **options):
     path.write_bytes(data)
-    return list(read_documents(Piece(str(path), start, len(data)), ReadOptions(**options)))
+    found = read_documents(Piece(str(path), start, len(data)), ReadOptions(**options))
+    return [item.text if isinstance(item, Document) else item for item in found]
 
 
 def documents(path, data, **options):
@@ -83,22 +77,6 @@ def test_each_bad_json_line_has_its_reason(tmp_path, line, reason):
 def test_the_text_of_a_json_line_comes_from_its_column(tmp_path):
     found = read(tmp_path / "a.jsonl", b'{"body": "a\\r\\nb\\n\\nc", "text": "x"}\r\n', text_column="body")
     assert found == ["a\nb\n\nc"]
-
-
-def test_what_is_read_is_kept_or_rejected(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("one\n\n\u00a0\n\ntwo\n".encode())
-    counts: Counter[str] = Counter()
-    kept = list(accepted_documents(Piece(str(path), 0, path.stat().st_size), ReadOptions(), counts))
-    assert kept == ["one", "two\n"]
-    assert counts == {"kept": 2, "empty": 1}
-
-
-def test_a_broken_document_ends_the_job_with_its_place_and_a_remedy(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "one"}\n{"body": "x"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl', line 2 \(byte 16\).*'text'.*'body'.*--text_column"):
-        list(accepted_documents(Piece(str(path), 0, path.stat().st_size), ReadOptions(), Counter()))
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path):

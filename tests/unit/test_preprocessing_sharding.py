@@ -3,15 +3,17 @@
 import hashlib
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
-from preprocessing.readers import ReadOptions
-from preprocessing.sharding import ShardOptions, shard_corpus, split_of
+from preprocessing.pieces import ReadOptions
+from preprocessing.sharding import shard_corpus
 from preprocessing.tokenizer import train_tokenizer
+from preprocessing.units import ShardOptions, split_of
 
 DOCUMENTS = [
     f"Document number {i}.\nIt has {i * 37 % 101} words </s>, or so.\nGrüße {'x' * (i % 50)}!" for i in range(200)
@@ -125,14 +127,15 @@ def test_a_document_longer_than_a_batch_of_others_is_one_row(tokenizer, tmp_path
 def test_a_failed_job_keeps_its_finished_units_and_the_old_output(files, tokenizer, tmp_path, workers):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"good\n\nbad \xff\n" + b"filler\n\n" * 1000)
-    with pytest.raises(UserError, match=r"line 3 .*UTF-8"):
-        shard_corpus([str(bad), *files], tokenizer, tmp_path / "new/out", OPTIONS, 1)
+    strict = replace(OPTIONS, max_bad_fraction=0.0)
+    with pytest.raises(UserError, match="no tokenizer"):
+        shard_corpus(files, tmp_path, tmp_path / "new/out", strict, workers)
     assert not (tmp_path / "new").exists()
 
     shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     before = folder_hash(tmp_path / "out")
-    with pytest.raises(UserError, match=r"UTF-8.* of 10 units are kept"):
-        shard_corpus([*files, str(bad)], tokenizer, tmp_path / "out", OPTIONS, workers)
+    with pytest.raises(UserError, match=r"1 of 1202 .*line 3 .*UTF-8.*10 of 10 units are kept"):
+        shard_corpus([*files, str(bad)], tokenizer, tmp_path / "out", strict, workers)
     assert folder_hash(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".out.partial"]
 

@@ -1,7 +1,7 @@
 import pytest
 
-from ds_roberta.config import ScheduleConfig
-from ds_roberta.training.schedule import learning_rate
+from ds_roberta.config import MaskingConfig, ScheduleConfig
+from ds_roberta.training.schedule import learning_rate, mlm_probability
 
 
 def rates(max_steps, warmup_steps, peak=1.0):
@@ -27,3 +27,11 @@ def test_every_step_learns_and_none_above_the_peak(max_steps, warmup_steps):
     assert min(values) > 0
     assert max(values) == pytest.approx(6e-4)
     assert values == sorted(values[:warmup_steps]) + sorted(values[warmup_steps:], reverse=True)
+
+
+def test_the_share_of_masked_tokens_moves_in_a_line_from_the_first_step_to_the_last():
+    masking = MaskingConfig(0.3, mlm_probability_end=0.15)
+    shares = [mlm_probability(ScheduleConfig(4, 0), masking, step) for step in range(4)]
+    assert shares == pytest.approx([0.3, 0.25, 0.2, 0.15])
+    assert [mlm_probability(ScheduleConfig(4, 0), MaskingConfig(0.2), step) for step in range(4)] == [0.2] * 4
+    assert mlm_probability(ScheduleConfig(1, 0), masking, 0) == 0.3

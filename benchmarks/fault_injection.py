@@ -1,0 +1,141 @@
+"""Kill a training run at random moments, start it again, and compare its end with an unbroken run's.
+
+    python -m benchmarks.fault_injection --kills 20
+
+Every kill is SIGKILL to the launcher and all its processes at a random moment: while starting, within a micro-step,
+within a save.
+The runs pass when the final weights, both Adam moments and all metrics but times are bit-identical (dropout is on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import safetensors.torch
+import torch
+
+from ds_roberta.errors import ArgumentParser, UserError, run_command
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STEPS = 40
+SETTINGS = f"--model tiny --max_seq_length 32 --train_batch_size 24 --learning_rate 1e-3 --max_steps {STEPS}"
+SETTINGS += " --warmup_steps 4 --save_interval 3 --eval_interval 10 --eval_sequences 64"
+TIMES = ("tokens_per_second", "step_seconds")
+
+
+def prepare(folder: Path) -> None:
+    source = str(REPOSITORY / "examples/corpus/ethan-frome.txt")
+    for command in (
+        ["train-tokenizer", "--input", source, "--vocab_size", "1000", "--output", "tokenizer"],
+        ["shard", "--input", source, "--tokenizer", "tokenizer", "--output", "data", "--validation_fraction", "0.05"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "preprocessing.cli", *command], cwd=folder, check=True, capture_output=True
+        )
+
+
+def start(folder: Path, output: str, processes: int, deepspeed_config: Path) -> subprocess.Popen[str]:
+    """Start the run; what it prints is kept in OUTPUT.log."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(REPOSITORY / "launch/pretrain.py"), *SETTINGS.split()]
+    command += ["--deepspeed_config", str(deepspeed_config), "--data_dir", "data", "--output_dir", output]
+    with (folder / f"{output}.log").open("a") as log:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all below it: the launcher gives its workers process groups of their own."""
+    launcher = psutil.Process(pid)
+    processes = [launcher, *launcher.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def finish(folder: Path, output: str, process: subprocess.Popen[str]) -> float:
+    """Wait for the end of the run; its seconds."""
+    began = time.monotonic()
+    if process.wait() != 0:
+        last_lines = " ".join((folder / f"{output}.log").read_text(encoding="utf-8").split()[-60:])
+        raise UserError(f"the run ended with exit code {process.returncode}: … {last_lines}")
+    return time.monotonic() - began
+
+
+def result(folder: Path, output: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """The metrics without times, and the final weights and moments."""
+    lines = (folder / output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    tensors: dict[str, torch.Tensor] = {}
+    for path in (folder / output / f"checkpoints/global_step{STEPS}").glob("state-*.safetensors"):
+        tensors |= safetensors.torch.load_file(path)
+    return rows, tensors
+
+
+def ended_alike(folder: Path) -> bool:
+    """Whether the broken run's end equals the unbroken one's; the broken run's folder is then cleared."""
+    (rows, tensors), (broken_rows, broken_tensors) = result(folder, "unbroken"), result(folder, "broken")
+    shutil.rmtree(folder / "broken")
+    same_tensors = tensors.keys() == broken_tensors.keys() and all(
+        torch.equal(tensors[name], broken_tensors[name]) for name in tensors
+    )
+    print(f"    at its end: metrics identical: {rows == broken_rows}, tensors identical: {same_tensors}", flush=True)
+    return rows == broken_rows and same_tensors
+
+
+def inject(arguments: argparse.Namespace, folder: Path) -> int:
+    prepare(folder)
+    seconds = finish(folder, "unbroken", start(folder, "unbroken", arguments.processes, arguments.deepspeed_config))
+    print(f"unbroken run: {STEPS} steps, {seconds:.0f} s, {arguments.processes} processes", flush=True)
+    moments, alike = random.Random(arguments.seed), True
+    for kill in range(1, arguments.kills + 1):
+        process = start(folder, "broken", arguments.processes, arguments.deepspeed_config)
+        # The run makes progress whatever the moments: from a kill in its starting up to one behind several saves.
+        delay = moments.uniform(0.25, 0.6) * seconds
+        try:
+            process.wait(timeout=delay)
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+        saved = sorted((folder / "broken").glob("checkpoints/global_step*"), key=lambda path: int(path.name[11:]))
+        newest = saved[-1].name if saved else "none"
+        print(f"kill {kill:>2} after {delay:5.1f} s, newest checkpoint: {newest}", flush=True)
+        if newest == f"global_step{STEPS}":
+            alike = ended_alike(folder) and alike
+    finish(folder, "broken", start(folder, "broken", arguments.processes, arguments.deepspeed_config))
+    alike = ended_alike(folder) and alike
+    print(f"{arguments.kills} kills: {'every run ended as the unbroken one' if alike else 'A RUN DIFFERED'}")
+    return 0 if alike else 1
+
+
+def main() -> int:
+    parser = ArgumentParser(description="Kill a run at random moments and compare its end with an unbroken run's.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--deepspeed_config", type=Path, default=REPOSITORY / "ds_configs/zero2.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fault_injection-") as folder:
+        return inject(arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,170 @@
+"""What became of every document: read = kept + rejected by reason, per input file, with the first places of bad ones.
+
+A document is *bad* where the input is broken (its bytes, its syntax, a missing column); rejects by the user's own
+options are not. Bad documents are passed over until they are more than a fraction of all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_roberta.data.shards import InputInfo
+from ds_roberta.errors import UserError
+from preprocessing.formats import TABLES, known_format
+from preprocessing.pieces import Reject, unit_of_offset
+from preprocessing.streams import Damaged, file_size, open_binary, read_blocks, readable
+
+KEPT = "kept"
+MAX_BAD_FRACTION = 0.01
+PLACES_AT_MOST = 5
+MIN_DOCUMENTS_TO_STOP = 10_000
+"""Documents read before a job stops early: fewer say little of the whole, and a small job is soon at its end."""
+
+REMEDIES = {
+    "not_utf8": "convert the file, for example with iconv -t UTF-8",
+    "bad_json": "mend or remove the line",
+    "bad_csv": "mend or remove the row",
+    "missing_column": "name the column that holds the text with --text_column",
+    "truncated": "fetch the file again",
+    "corrupt": "fetch the file again",
+}
+"""What a user can do about each kind of bad document."""
+
+_LINES_COUNTED_UP_TO = 1 << 30
+
+
+@dataclass
+class Account:
+    """Documents of one input file, or of a part of it, and the first places of bad ones, ready for JSON."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, path: str, reject: Reject) -> None:
+        self.counts[reject.reason] += reject.documents
+        if reject.reason in REMEDIES and len(self.places) < PLACES_AT_MOST:
+            place = {"reason": reject.reason, unit_of_offset(path): reject.offset, "detail": reject.detail}
+            self.places.append(place)
+
+    def add(self, other: Account) -> None:
+        """Add what stands behind this in the file."""
+        self.counts += other.counts
+        self.places = [*self.places, *other.places][:PLACES_AT_MOST]
+
+    @property
+    def bad(self) -> int:
+        return sum(count for reason, count in self.counts.items() if reason in REMEDIES)
+
+
+def total_accounts(files: Iterable[str], parts: Iterable[dict[str, Account]]) -> dict[str, Account]:
+    """The account of every file; the parts come in the plan's order."""
+    totals = {path: Account() for path in files}
+    for part in parts:
+        for path, account in part.items():
+            totals[path].add(account)
+    return totals
+
+
+def input_infos(accounts: dict[str, Account], sources: Mapping[str, str]) -> tuple[InputInfo, ...]:
+    """The accounts as the manifest holds them."""
+    return tuple(
+        InputInfo(
+            path,
+            account.counts.total(),
+            account.counts[KEPT],
+            {reason: count for reason, count in sorted(account.counts.items()) if reason != KEPT},
+            sources.get(path, ""),
+            tuple(account.places),
+        )
+        for path, account in accounts.items()
+    )
+
+
+class BadDocuments:
+    """Stops a job that has too many bad documents.
+
+    It looks after every unit, in the plan's order, so that the answer does not depend on who worked on what: from
+    `MIN_DOCUMENTS_TO_STOP` documents on, and at the end.
+    """
+
+    def __init__(self, max_fraction: float):
+        self._max_fraction, self._accounts = max_fraction, dict[str, Account]()
+        self._read = self._bad = 0
+
+    def add(self, part: dict[str, Account]) -> None:
+        """Add the next unit of the plan. Raises `UserError` where too many documents are bad already."""
+        for path, account in part.items():
+            self._read, self._bad = self._read + account.counts.total(), self._bad + account.bad
+            if account.bad:
+                self._accounts.setdefault(path, Account()).add(account)
+        if self._read >= MIN_DOCUMENTS_TO_STOP:
+            self.check()
+
+    def check(self) -> None:
+        """Raise a `UserError` that names the file with most bad documents and the first of them."""
+        if self._bad > self._max_fraction * self._read:
+            worst = max(self._accounts, key=lambda path: self._accounts[path].bad)  # the first of several
+            account = self._accounts[worst]
+            place = account.places[0]
+            raise UserError(
+                f"{self._bad} of {self._read} documents are bad, more than --max_bad_fraction {self._max_fraction}; "
+                f"most ({account.bad}) in {located(worst, place)}; {REMEDIES[place['reason']]}"
+            )
+
+
+def located(path: str, place: dict[str, Any]) -> str:
+    """File, place and what is wrong there, in one line."""
+    unit = unit_of_offset(path)
+    where = f"{unit} {place[unit]}"
+    line = _line_number(path, place[unit]) if unit == "byte" else None
+    return f"{path!r}, {where if line is None else f'line {line} ({where})'}: {place['detail']}"
+
+
+def _line_number(path: str, offset: int) -> int | None:
+    """The line of a byte, counted from 1; None where it lies so far back that counting takes long."""
+    file_format = known_format(path)
+    if offset > _LINES_COUNTED_UP_TO or file_format.kind in TABLES:
+        return None
+    lines, left = 1, offset
+    try:
+        # Of a compressed file all bytes are given, of a plain one those in question.
+        end = offset if file_format.compression is None else _size(path)
+        for block in read_blocks(path, 0, end, file_format.compression):
+            lines += block[:left].count(b"\n")
+            left -= min(left, len(block))
+            if not left:
+                break
+    except (Damaged, UserError):
+        return None
+    return lines
+
+
+def _size(path: str) -> int:
+    with readable(path), open_binary(path) as file:
+        return file_size(file)
+
+
+def summary_lines(infos: Sequence[InputInfo], files_at_most: int = 20) -> list[str]:
+    """The closing table: totals, then files (those with rejects first where there are many), then bad places."""
+    read, kept = (sum(getattr(info, f"documents_{what}") for info in infos) for what in ("read", "kept"))
+    rejected: Counter[str] = sum((Counter(info.rejected) for info in infos), Counter())
+    lines = [f"documents   {_equation(read, kept, rejected)}, from {len(infos)} files"]
+    shown = infos if len(infos) <= files_at_most else [info for info in infos if info.rejected][:files_at_most]
+    for info in shown:
+        source = f" [{info.source}]" if info.source else ""
+        lines.append(f"  {info.path}{source}: {_equation(info.documents_read, info.documents_kept, info.rejected)}")
+    if len(shown) < len(infos):
+        lines.append(f"  … and {len(infos) - len(shown)} more files, all of them in the manifest")
+    places = [(info.path, place) for info in infos for place in info.places]
+    lines += [f"bad         {located(path, place)}" for path, place in places[:PLACES_AT_MOST]]
+    if len(places) > PLACES_AT_MOST:
+        lines.append(f"            … the first {PLACES_AT_MOST} of each file are in the manifest")
+    return lines
+
+
+def _equation(read: int, kept: int, rejected: dict[str, int]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "0"
+    return f"{read} read = {kept} kept + {reasons} rejected"

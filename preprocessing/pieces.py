@@ -1,0 +1,84 @@
+"""What passes between the plan, the readers and the accounts: pieces of files, documents, and rejects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from preprocessing.formats import TABLES, known_format
+
+DOCUMENT_KINDS = ("blank-line", "file", "line")
+NORMALIZATIONS = ("none", "NFC", "NFKC")
+NEWLINES = ("universal", "unicode")
+MAX_CHARACTERS = 5_000_000
+"""The longest document by default: one document lies in a worker's memory, with its tokens, as a whole."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files become documents; the output's bytes depend on these."""
+
+    documents: str = "blank-line"
+    text_column: str = "text"
+    id_column: str | None = None
+    source_column: str | None = None
+    normalization: str = "none"
+    newlines: str = "universal"
+    min_characters: int = 1
+    max_characters: int = MAX_CHARACTERS
+    sentences: str = "lines"
+    filter: str | None = None
+
+    @property
+    def longest_raw(self) -> int:
+        """Bytes of a document in its file above which it is too long without being decoded.
+
+        A character has at most 6 bytes in JSON (12 outside the basic plane); the rest is for the other columns.
+        """
+        return 8 * self.max_characters + (1 << 20)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that begins and ends between documents, and the name of the source that it belongs to.
+
+    `start … end` are bytes of a plain text file, all bytes of a compressed one, row groups of a Parquet file and
+    record batches of an Arrow file. `weight` is what a table's piece has of the plan's bytes.
+    """
+
+    path: str
+    start: int
+    end: int
+    source: str = ""
+    weight: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.weight or self.end - self.start
+
+
+class Document(NamedTuple):
+    """A text, where it begins (as in `Reject`), and its id and source where the input has them."""
+
+    text: str
+    offset: int
+    id: str | None = None
+    source: str | None = None
+
+
+class Reject(NamedTuple):
+    """A document that is not kept: why, and where it begins.
+
+    `offset` is a byte of the (decompressed) file, or a row of a table, both counted from 0. `documents` is above 1
+    where a known number of rows cannot be read.
+    """
+
+    reason: str
+    offset: int
+    detail: str = ""
+    documents: int = 1
+
+
+def unit_of_offset(path: str) -> str:
+    """What an `offset` in a file counts."""
+    return "row" if known_format(path).kind in TABLES else "byte"

@@ -1,0 +1,71 @@
+"""`preprocess show`: documents of prepared data as text, a line a sentence, as packing sees them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ds_roberta.data.shards import SPLITS, TRAIN_SPLIT, Corpus
+from ds_roberta.errors import UserError
+from preprocessing.formats import TABLES, format_of
+from preprocessing.lookup import Decoder, Document, Documents
+
+
+def show(documents: Documents, decoder: Decoder, document: Document, with_ids: bool = False) -> Iterator[str]:
+    """The lines that show one document: where it lies, where it came from, and its numbered sentences."""
+    sentences = documents.sentences(document)
+    yield (
+        f"document {document.number} of {documents.split.name}: {document.end - document.start - 1} tokens, "
+        f"{len(sentences)} sentences"
+    )
+    yield f"  shard  {document.file}, row {document.row}, values {document.start}-{document.end - 1}"
+    if document.source is not None:
+        source = document.source
+        file_format = format_of(source.path)
+        unit = "row groups" if file_format is not None and file_format.kind in TABLES else "bytes"
+        yield f"  input  {source.path}, in {unit} {source.start}-{source.end - 1}"
+    for number, (ids, text) in enumerate(zip(sentences, decoder.lines(sentences), strict=True), start=1):
+        yield f"{number:>5}  " + text.replace("\n", "\n       ")
+        if with_ids:
+            yield f"       {' '.join(map(str, ids.tolist()))}"
+
+
+def document_numbers(text: str, count: int) -> range:
+    """`N` or `FIRST:LAST` (without the last) as numbers; either may be negative, counted from the end.
+
+    Raises:
+        UserError: it is neither, or a range that holds no document.
+    """
+    try:
+        if ":" not in text:
+            return range(int(text), int(text) + 1)
+        first, last = (int(bound) if bound else None for bound in text.split(":"))
+    except ValueError:
+        raise UserError(
+            f"--doc {text!r} is no document: give a number (-1 is the last) or a range such as 10:20"
+        ) from None
+    numbers = range(*slice(first, last).indices(count))
+    if not numbers:
+        raise UserError(f"--doc {text!r} holds no document: there are {count}, numbered from 0")
+    return numbers
+
+
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `show` to the command line."""
+    parser = commands.add_parser("show", help="show documents of prepared data as text")
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
+    parser.add_argument(
+        "--doc", required=True, metavar="N", help="its number, -1 for the last, or a range (10:20, --doc=-5:)"
+    )
+    parser.add_argument("--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"default: {TRAIN_SPLIT}")
+    parser.add_argument("--ids", action="store_true", help="show the token ids under each sentence")
+    parser.set_defaults(run=_show)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    corpus = Corpus.open(arguments.data_dir)
+    documents, decoder = Documents(corpus, arguments.split), Decoder(corpus)
+    for number in document_numbers(arguments.doc, len(documents)):
+        print("\n".join(show(documents, decoder, documents.document(number), arguments.ids)))

@@ -1,0 +1,280 @@
+"""`preprocess stats`: what is in prepared data, from the shards alone.
+
+Byte-level BPE loses nothing, so the bytes of text are the sum of the bytes that the ids stand for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders
+
+from ds_roberta.config import PACKING_FORMATS, PackingConfig
+from ds_roberta.data.packing import pack_shard
+from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, ShardInfo, Split
+from ds_roberta.errors import UserError
+from preprocessing.progress import byte_bar
+
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+_BLOCK_TOKENS = 1 << 20
+_NAMED_IDS = 10
+_NAMED_INPUTS = 20
+
+
+@dataclass
+class Amount:
+    """Of a split or of an input. `tokens` counts each document's separator, as the manifest does."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.text_bytes / max(self.tokens, 1)
+
+
+@dataclass
+class Packed:
+    """How well the sequences of one length are filled."""
+
+    max_seq_length: int
+    sequences: int = 0
+    tokens: int = 0
+
+    @property
+    def efficiency(self) -> float:
+        """The share of tokens that are not padding."""
+        return self.tokens / max(self.sequences * self.max_seq_length, 1)
+
+
+@dataclass
+class SplitStats:
+    """Of one split.
+
+    Attributes:
+        document_lengths: how many documents have how many tokens, without their separator.
+    """
+
+    amount: Amount
+    sentences: int
+    document_lengths: Counter[int]
+    packed: list[Packed]
+
+    def percentiles(self) -> dict[int, int]:
+        """The length of document that so many per cent of the documents do not exceed."""
+        lengths, counts = np.array(sorted(self.document_lengths.items())).T
+        behind = np.cumsum(counts)
+        ranks = np.ceil(np.array(PERCENTILES) / 100 * behind[-1]).clip(min=1)
+        return dict(zip(PERCENTILES, lengths[np.searchsorted(behind, ranks)].tolist(), strict=True))
+
+
+@dataclass
+class Stats:
+    """Of a whole data folder.
+
+    Attributes:
+        inputs: by path, of the inputs that the manifest knows the documents to be from.
+        id_counts: how often each id occurs, special ids among them: (vocab_size,) int64.
+    """
+
+    splits: dict[str, SplitStats] = field(default_factory=dict)
+    inputs: dict[str, Amount] = field(default_factory=dict)
+    id_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def corpus_stats(corpus: Corpus, packings: Sequence[PackingConfig]) -> Stats:
+    """Read all shards of a data folder, one after the other."""
+    manifest = corpus.manifest
+    stats = Stats(id_counts=np.zeros(manifest.tokenizer.vocab_size, np.int64))
+    bytes_of = token_bytes(corpus)
+    with byte_bar(sum(info.bytes for infos in manifest.splits.values() for info in infos), "reading") as bar:
+        for name in filter(manifest.documents, manifest.splits):
+            split = corpus.split(name)
+            found = SplitStats(Amount(), 0, Counter(), [Packed(packing.max_seq_length) for packing in packings])
+            for shard, info in enumerate(split.shards):
+                _add_shard(stats, found, split, shard, packings, bytes_of)
+                bar.update(info.bytes)
+            stats.splits[name] = found
+    return stats
+
+
+def token_bytes(corpus: Corpus) -> np.ndarray:
+    """How many bytes of text each id stands for, 0 for special ids: (vocab_size,) int64."""
+    info, tokenizer = corpus.manifest.tokenizer, _tokenizer(corpus)
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    sizes = np.zeros(info.vocab_size, np.int64)
+    for token, id_ in tokenizer.get_vocab().items():
+        # A token of the BPE has a letter for each byte, an added one is the text itself.
+        sizes[id_] = len(token.encode()) if token in added else len(token)
+    sizes[list(info.special_ids)] = 0
+    return sizes
+
+
+def _tokenizer(corpus: Corpus) -> Tokenizer:
+    return Tokenizer.from_file(str(corpus.folder / TOKENIZER_FOLDER / "tokenizer.json"))
+
+
+def _add_shard(
+    stats: Stats, found: SplitStats, split: Split, shard: int, packings: Sequence[PackingConfig], bytes_of: np.ndarray
+) -> None:
+    info, values, offsets = split.shards[shard], split.values(shard), split.document_offsets(shard)
+    for block in range(0, len(values), _BLOCK_TOKENS):
+        stats.id_counts += np.bincount(values[block : block + _BLOCK_TOKENS], minlength=len(stats.id_counts))
+    amounts = [found.amount]
+    for path, first, last in _origins(info):
+        start, end = offsets[[first, last]].tolist()
+        blocks = range(start, end, _BLOCK_TOKENS)
+        text_bytes = sum(int(bytes_of[values[at : min(at + _BLOCK_TOKENS, end)]].sum()) for at in blocks)
+        amounts = [found.amount] if path is None else [found.amount, stats.inputs.setdefault(path, Amount())]
+        for amount in amounts:
+            amount.documents += last - first
+            amount.tokens += end - start
+            amount.text_bytes += text_bytes
+    lengths, counts = np.unique(np.diff(offsets) - 1, return_counts=True)
+    found.document_lengths.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    found.sentences += len(split.sentence_bounds(shard)[0])
+    for packing, packed in zip(packings, found.packed, strict=True):
+        slices = pack_shard(split, shard, packing)
+        packed.sequences += len(slices)
+        packed.tokens += int((slices[:, 1] - slices[:, 0] + packing.max_seq_length - packing.capacity).sum())
+
+
+def _origins(info: ShardInfo) -> Iterator[tuple[str | None, int, int]]:
+    """The inputs of a shard's documents in their order: path, first row, row behind the last."""
+    row = 0
+    for piece in info.pieces:
+        yield piece.path, row, row + piece.documents
+        row += piece.documents
+    if not info.pieces:
+        yield None, 0, info.documents
+
+
+def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
+    """All of it as JSON values."""
+
+    def amount(value: Amount) -> dict[str, Any]:
+        return {**asdict(value), "bytes_per_token": value.bytes_per_token}
+
+    splits = {
+        name: {
+            **amount(split.amount),
+            "sentences": split.sentences,
+            "document_length_percentiles": split.percentiles(),
+            "packing": [{**asdict(packed), "efficiency": packed.efficiency} for packed in split.packed],
+        }
+        for name, split in stats.splits.items()
+    }
+    return {
+        "splits": splits,
+        "inputs": {path: amount(value) for path, value in stats.inputs.items()},
+        "vocabulary": vocabulary(stats, corpus),
+    }
+
+
+def vocabulary(stats: Stats, corpus: Corpus) -> dict[str, Any]:
+    """How many of the ordinary (not special) ids occur, and which occur most and least."""
+    decoder = decoders.ByteLevel()
+    tokens = {id_: token for token, id_ in _tokenizer(corpus).get_vocab().items()}
+    ordinary = np.setdiff1d(list(tokens), corpus.manifest.tokenizer.special_ids)
+    used = ordinary[stats.id_counts[ordinary] > 0]
+    by_count = used[np.argsort(-stats.id_counts[used], kind="stable")].tolist()
+
+    def named(ids: list[int]) -> list[dict[str, Any]]:
+        return [{"id": id_, "text": decoder.decode([tokens[id_]]), "count": int(stats.id_counts[id_])} for id_ in ids]
+
+    return {
+        "ids": len(ordinary),
+        "used": len(used),
+        "coverage": len(used) / len(ordinary),
+        "most_used": named(by_count[:_NAMED_IDS]),
+        "least_used": named(by_count[: -_NAMED_IDS - 1 : -1]),
+    }
+
+
+def as_text(content: dict[str, Any]) -> Iterator[str]:
+    """The lines of a report on `content`, which `as_json` made."""
+    for name, split in content["splits"].items():
+        yield (
+            f"{name:<12}{split['documents']:,} documents, {split['sentences']:,} sentences, {split['tokens']:,} "
+            f"tokens, {split['text_bytes']:,} bytes of text, {split['bytes_per_token']:.2f} bytes/token"
+        )
+        lengths = ", ".join(f"{share}%: {length:,}" for share, length in split["document_length_percentiles"].items())
+        yield f"  tokens a document, at most  {lengths}"
+        for packed in split["packing"]:
+            yield (
+                f"  --max_seq_length {packed['max_seq_length']:<6}{packed['sequences']:,} sequences, "
+                f"{packed['efficiency']:.2%} filled"
+            )
+    inputs = sorted(content["inputs"].items(), key=lambda entry: -entry[1]["tokens"])
+    if inputs:
+        yield f"inputs      {len(inputs)} with documents" + (", the largest" if len(inputs) > _NAMED_INPUTS else "")
+    for path, amount in inputs[:_NAMED_INPUTS]:
+        yield (
+            f"  {path}: {amount['documents']:,} documents, {amount['tokens']:,} tokens, "
+            f"{amount['bytes_per_token']:.2f} bytes/token"
+        )
+    words = content["vocabulary"]
+    yield f"vocabulary  {words['used']:,} of {words['ids']:,} ordinary ids used ({words['coverage']:.2%})"
+    for kind in ("most_used", "least_used"):
+        named = ", ".join(f"{entry['text']!r} {entry['count']:,}" for entry in words[kind])
+        yield f"  {kind.replace('_', ' '):<12}{named}"
+
+
+def plot(stats: Stats, path: Path) -> None:
+    """Write an image of the documents' lengths and the ids' frequencies.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install 'ds_roberta[plot]'") from error
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    documents, ids = figure.subplots(1, 2)
+    for name, split in stats.splits.items():
+        lengths, counts = np.array(sorted(split.document_lengths.items())).T
+        bins = np.geomspace(1, max(lengths[-1], 2) + 1, 60)
+        documents.hist(lengths.clip(min=1), bins, weights=counts / counts.sum(), histtype="step", label=name)
+    documents.set(xscale="log", xlabel="tokens a document", ylabel="share of documents", title="Lengths")
+    documents.legend()
+    frequencies = np.sort(stats.id_counts[stats.id_counts > 0])[::-1]
+    ids.plot(np.arange(1, len(frequencies) + 1), frequencies)
+    ids.set(xscale="log", yscale="log", xlabel="rank of the id", ylabel="occurrences", title="Vocabulary")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot write the plot {str(path)!r} ({error}): give another path, such as stats.png"
+        ) from error
+
+
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `stats` to the command line."""
+    parser = commands.add_parser("stats", help="what is in prepared data: tokens, lengths, inputs, vocabulary, packing")
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
+    parser.add_argument(
+        "--max_seq_length", type=int, nargs="+", default=[128, 512], help="lengths to pack for (default: 128 512)"
+    )
+    parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0])
+    parser.add_argument("--json", action="store_true", help="print JSON, with all inputs")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write an image, too (needs matplotlib)")
+    parser.set_defaults(run=_stats)
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    corpus = Corpus.open(arguments.data_dir)
+    packings = [PackingConfig(length, arguments.packing) for length in arguments.max_seq_length]
+    stats = corpus_stats(corpus, packings)
+    if arguments.plot:
+        plot(stats, arguments.plot)
+    content = as_json(stats, corpus)
+    print(json.dumps(content, indent=2, ensure_ascii=False) if arguments.json else "\n".join(as_text(content)))

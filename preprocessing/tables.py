@@ -1,0 +1,214 @@
+"""Documents from Parquet row groups and Arrow record batches, a slice of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.formats import PARQUET, is_url, known_format
+from preprocessing.pieces import Document, Piece, ReadOptions, Reject
+from preprocessing.streams import Damaged, open_binary, readable
+
+_ROWS = 128
+"""Rows taken at a time: of web pages a megabyte or two."""
+_READ_BYTES = 1 << 20
+_ARROW_FILE_MAGIC = b"ARROW1"
+
+
+def measure_table(path: str, options: ReadOptions) -> list[int]:
+    """The bytes of every row group or record batch, by which the plan cuts; none where the file cannot be read.
+
+    An Arrow stream behind a URL is one part: finding a place in it means reading all before it.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        if known_format(path).kind == PARQUET:
+            with _parquet(path) as file:
+                groups = map(file.metadata.row_group, range(file.num_row_groups))
+                return [_group_bytes(group, options.text_column) for group in groups]
+        with _arrow_source(path) as (source, is_file):
+            if is_file:
+                batches = pa.ipc.open_file(source).num_record_batches
+                return [source.size() // batches] * batches if batches else []
+            return [source.size()] if is_url(path) else _stream_batches(source)
+    except Damaged:
+        return []
+
+
+def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+    """The rows of a piece; what cannot be read is one reject, of as many documents as are known to be lost."""
+    batches = _parquet_batches if known_format(piece.path).kind == PARQUET else _arrow_batches
+    for row, batch in batches(piece, options):
+        if isinstance(batch, Reject):
+            yield batch
+        else:
+            yield from _rows(batch, row, options)
+
+
+@contextmanager
+def _errors_of_the_content() -> Iterator[None]:
+    """Turn pyarrow's errors about bytes into `Damaged`; those of the disk, which carry a number, pass."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise Damaged("corrupt", " ".join(str(error).split())[:200]) from error
+
+
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    with readable(path), open_binary(path) as file:
+        with _errors_of_the_content():
+            # Without these a whole row group is fetched at once.
+            opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
+        yield opened
+
+
+def _group_bytes(group: Any, column: str) -> int:
+    columns = (group.column(i) for i in range(group.num_columns))
+    sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema == column]
+    return sizes[0] if sizes else group.total_byte_size
+
+
+def _parquet_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Reject]]:
+    try:
+        with _parquet(piece.path) as file:
+            names = file.schema_arrow.names
+            wanted = [c for c in (options.text_column, options.id_column, options.source_column) if c in names]
+            rows = [file.metadata.row_group(g).num_rows for g in range(min(piece.end, file.num_row_groups))]
+            for group in range(piece.start, piece.end):
+                first, done = sum(rows[:group]), 0
+                if options.text_column not in wanted:
+                    detail = f"column {options.text_column!r} is missing (the file has {', '.join(names)})"
+                    yield first, Reject("missing_column", first, detail, rows[group])
+                    continue
+                try:
+                    batches = file.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False)
+                    while True:
+                        with _errors_of_the_content():
+                            batch = next(batches, None)
+                        if batch is None:
+                            break
+                        yield first + done, batch
+                        done += batch.num_rows
+                except Damaged as damage:
+                    place, lost = first + done, rows[group] - done
+                    detail = f"row group {group}: {damage.detail}"
+                    yield place, Reject(damage.reason, place, detail, lost)
+    except Damaged as damage:
+        yield 0, Reject(damage.reason, 0, damage.detail)
+
+
+@contextmanager
+def _arrow_source(path: str) -> Iterator[tuple[Any, bool]]:
+    """An Arrow file opened for reading, without a copy where it is local, and whether it is of the file format."""
+    with readable(path), ExitStack() as stack:
+        if is_url(path):
+            source = pa.PythonFile(stack.enter_context(open_binary(path)), "r")
+        else:
+            with open_binary(path) as file:
+                if not file.read(1):  # an empty file cannot be mapped
+                    raise Damaged("truncated", "the file is empty")
+            source = stack.enter_context(pa.memory_map(path))
+        magic = source.read(len(_ARROW_FILE_MAGIC))
+        source.seek(0)
+        with _errors_of_the_content():
+            yield source, magic == _ARROW_FILE_MAGIC
+
+
+def _stream_batches(source: Any) -> list[int]:
+    sizes: list[int] = []
+    try:
+        for message in pa.ipc.MessageReader.open_stream(source):
+            if message.type == "record batch":
+                sizes.append(message.body.size if message.body is not None else 0)
+    except (pa.ArrowException, OSError, EOFError):
+        sizes.append(0)  # what follows is read as a damaged batch
+    return sizes
+
+
+def _arrow_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Reject]]:
+    row = 0
+    try:
+        with _arrow_source(piece.path) as (source, is_file):
+            if is_file:
+                file = pa.ipc.open_file(source)
+                for index in range(piece.end):
+                    try:
+                        with _errors_of_the_content():
+                            batch = file.get_batch(index)
+                    except Damaged as damage:
+                        if index >= piece.start:
+                            yield row, Reject(damage.reason, row, f"record batch {index}: {damage.detail}")
+                        continue
+                    if index >= piece.start:
+                        yield from _slices(batch, row)
+                    row += batch.num_rows
+                return
+            whole = is_url(piece.path)
+            stream = pa.ipc.open_stream(source)
+            for index, batch in enumerate(stream):
+                if index >= piece.end and not whole:
+                    return
+                if index >= piece.start:
+                    yield from _slices(batch, row)
+                row += batch.num_rows
+    except Damaged as damage:
+        yield row, Reject(damage.reason, row, damage.detail)
+
+
+def _slices(batch: pa.RecordBatch, row: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    for begin in range(0, batch.num_rows, _ROWS):
+        yield row + begin, batch.slice(begin, _ROWS)
+
+
+def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Document | Reject]:
+    name = options.text_column
+    if name not in batch.schema.names:
+        detail = f"column {name!r} is missing (the file has {', '.join(batch.schema.names)})"
+        yield Reject("missing_column", row, detail, batch.num_rows)
+        return
+    try:
+        texts = _bytes_of(batch.column(name))
+    except pa.ArrowException as error:
+        yield Reject("corrupt", row, " ".join(str(error).split())[:200], batch.num_rows)
+        return
+    if texts is None:
+        detail = f"column {name!r} is not of strings but of {batch.column(name).type}"
+        yield Reject("missing_column", row, detail, batch.num_rows)
+        return
+    ids, sources = (_names(batch, column) for column in (options.id_column, options.source_column))
+    for number, (text, identity, source) in enumerate(zip(texts, ids, sources, strict=True), row):
+        if text is None:
+            yield Reject("missing_column", number, f"column {name!r} is null")
+            continue
+        try:
+            yield Document(text.decode("utf-8"), number, identity, source)
+        except UnicodeDecodeError as error:
+            yield Reject("not_utf8", number, f"byte 0x{text[error.start]:02x} is not UTF-8")
+
+
+def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
+    """The values of a column of strings as bytes, which are checked one by one; None for another type."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (
+        pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type)
+    ):
+        return None
+    values = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+    values.validate(full=True)  # offsets outside the values would be read as memory
+    return values.to_pylist()
+
+
+def _names(batch: pa.RecordBatch, column: str | None) -> list[str | None]:
+    if column is None or column not in batch.schema.names:
+        return [None] * batch.num_rows
+    return [None if value is None else str(value) for value in batch.column(column).to_pylist()]

@@ -1,0 +1,146 @@
+"""`preprocess trace`: which documents are in a global batch, of a step that was or will be.
+
+The order is a pure function of (number of sequences, seed, place), so nothing of a run is needed and a late step costs
+no more than an early one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_roberta.config import PACKING_FORMATS, PackingConfig, require_positive
+from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+from ds_roberta.errors import UserError
+from preprocessing.lookup import Document, Documents
+
+
+@dataclass(frozen=True)
+class TracedSequence:
+    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of."""
+
+    place: int
+    epoch: int
+    sequence: int
+    file: str
+    start: int
+    end: int
+    documents: tuple[Document, ...]
+
+
+class BatchTracer:
+    """Names the documents of any global batch of a run.
+
+    Args:
+        train_batch_size, seed: the run's.
+
+    Raises:
+        UserError: a value is out of its range, or the packing index cannot be written.
+    """
+
+    def __init__(self, corpus: Corpus, packing: PackingConfig, train_batch_size: int, seed: int):
+        require_positive("--train_batch_size", train_batch_size)
+        if seed < 0:
+            raise UserError(f"--seed must not be negative, got {seed}")
+        self._documents = Documents(corpus, TRAIN_SPLIT)
+        build_index(corpus, TRAIN_SPLIT, packing)
+        self._packed = open_index(corpus, TRAIN_SPLIT, packing)
+        self._order, self._batch_size = SampleOrder(len(self._packed), seed), train_batch_size
+
+    def places(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """The places of a step's batch, of one process's part of it in its own order: int64.
+
+        Args:
+            step: as in `metrics.jsonl`: step 1 is the first, on global batch 0.
+        """
+        require_positive("--step", step)
+        places = self._order.lane_order(np.arange((step - 1) * self._batch_size, step * self._batch_size))
+        if world_size == 1:
+            return places
+        # Imported here because it brings torch, which takes seconds to load.
+        from ds_roberta.data.loader import EMPTY_PLACE, split_places
+
+        own = np.concatenate(split_places(places, rank, world_size, self._batch_size))
+        return own[own != EMPTY_PLACE]
+
+    def trace(self, places: np.ndarray) -> Iterator[TracedSequence]:
+        """What stands at each of `places`."""
+        sequences = self._order.sequences(places)
+        rows = zip(places, sequences, *self._packed.slices(sequences), strict=True)
+        for place, sequence, shard, start, end in (map(int, row) for row in rows):
+            documents = tuple(self._documents.overlapping(shard, start, end))
+            epoch = place // self._order.size
+            yield TracedSequence(place, epoch, sequence, documents[0].file, start, end, documents)
+
+
+def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
+    """For each document of a sequence what the command prints of it, by column.
+
+    `tokens_start … tokens_end` are the document's tokens that stand in the sequence; `input_start … input_end` is the
+    part of the input that holds the document.
+    """
+    for document in traced.documents:
+        source = document.source
+        yield {
+            "step": step,
+            "place": traced.place,
+            "epoch": traced.epoch,
+            "sequence": traced.sequence,
+            "document": document.number,
+            "tokens_start": max(traced.start, document.start) - document.start,
+            "tokens_end": min(traced.end, document.end) - document.start,
+            "shard": document.file,
+            "row": document.row,
+            "input": None if source is None else source.path,
+            "input_start": None if source is None else source.start,
+            "input_end": None if source is None else source.end,
+        }
+
+
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `trace` to the command line."""
+    parser = commands.add_parser("trace", help="name the documents in any global batch of a run")
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
+    parser.add_argument(
+        "--step", type=int, nargs="+", required=True, metavar="N", help="steps as in metrics.jsonl: 1 is the first"
+    )
+    parser.add_argument("--train_batch_size", type=int, required=True, help="the run's")
+    parser.add_argument("--max_seq_length", type=int, required=True, help="the run's")
+    parser.add_argument("--seed", type=int, default=0, help="the run's (default: 0, as in training)")
+    parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")
+    parser.add_argument("--rank", default="0/1", metavar="R/W", help="only process R (from 0) of W, in its order")
+    parser.add_argument("--json", action="store_true", help="an object a line instead of columns")
+    parser.set_defaults(run=_trace)
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    rank, world_size = _rank(arguments.rank)
+    packing = PackingConfig(arguments.max_seq_length, arguments.packing)
+    tracer = BatchTracer(Corpus.open(arguments.data_dir), packing, arguments.train_batch_size, arguments.seed)
+    header = not arguments.json
+    for step in arguments.step:
+        for traced in tracer.trace(tracer.places(step, rank, world_size)):
+            for row in rows(step, traced):
+                if header:
+                    print("\t".join(row))
+                    header = False
+                values = ("-" if value is None else str(value) for value in row.values())
+                print(json.dumps(row, ensure_ascii=False) if arguments.json else "\t".join(values))
+
+
+def _rank(text: str) -> tuple[int, int]:
+    try:
+        rank, world_size = map(int, text.split("/"))
+    except ValueError:
+        rank, world_size = -1, 0
+    if not 0 <= rank < world_size:
+        raise UserError(f"--rank {text!r} is no process of a run: give R/W with 0 ≤ R < W, such as 0/8")
+    return rank, world_size

@@ -1,0 +1,226 @@
+"""The work of one unit: from a part of the input to shards, and from these to shards without what occurs again."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from ds_roberta.data.shards import (
+    SPLITS,
+    TOKENIZER_FOLDER,
+    TRAIN_SPLIT,
+    VALIDATION_SPLIT,
+    InputPiece,
+    ShardInfo,
+    TokenizerInfo,
+    write_shard,
+)
+from preprocessing import dedup
+from preprocessing.accept import accepted_documents
+from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account
+from preprocessing.job import Record
+from preprocessing.pieces import ReadOptions
+from preprocessing.plan import UNIT_BYTES, Unit
+from preprocessing.sentences import sentences, tokenizer_lines
+from preprocessing.tokenizer import Encoder
+
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1_000, 1_000_000
+_PART_UNITS = 2
+"""A unit that turns out larger, such as a compressed file, is written in parts of so many times `unit_bytes`."""
+
+
+Prepared = tuple[list[str], str | None, int]
+"""The sentences of a document, and its source."""
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """All that the output's bytes depend on beside the input and the tokenizer; and how much of it may be bad."""
+
+    read: ReadOptions = field(default_factory=ReadOptions)
+    validation_fraction: float = 0.01
+    unit_bytes: int = UNIT_BYTES
+    max_bad_fraction: float = MAX_BAD_FRACTION
+    dedup: str = "none"
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What a unit became: its shards in each split, an account by input file, and the sources that its table names."""
+
+    shards: dict[str, tuple[ShardInfo, ...]]
+    accounts: dict[str, Account]
+    text_bytes: int
+    sources: tuple[str, ...] = ()
+
+    @property
+    def documents(self) -> int:
+        return sum(account.counts[KEPT] for account in self.accounts.values())
+
+    def record(self) -> Record:
+        """As JSON can hold it."""
+        return {
+            "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
+            "accounts": {path: [account.counts, account.places] for path, account in self.accounts.items()},
+            "text_bytes": self.text_bytes,
+            "sources": self.sources,
+        }
+
+    @classmethod
+    def from_record(cls, record: Record) -> UnitResult:
+        """The inverse of `record`, behind a way through JSON."""
+        shards = {split: tuple(map(ShardInfo.from_json, shards)) for split, shards in record["shards"].items()}
+        accounts = {path: Account(Counter(counts), places) for path, (counts, places) in record["accounts"].items()}
+        return cls(shards, accounts, record["text_bytes"], tuple(record["sources"]))
+
+
+def split_of(text: str, validation_fraction: float) -> str:
+    """The split of a document, by its text alone: it does not move when the corpus grows."""
+    place = xxhash.xxh3_64_intdigest(text.encode("utf-8")) / 2**64
+    return VALIDATION_SPLIT if place < validation_fraction else TRAIN_SPLIT
+
+
+def shard_unit(data: Path, info: TokenizerInfo, options: ShardOptions, unit: Unit, scratch: Path) -> Record:
+    """Tokenize a unit with the tokenizer in `data`, into `scratch`: to `data`, or before deduplication to `staged`."""
+    encoder = _encoder(data / TOKENIZER_FOLDER, info)
+    folder = scratch / ("data" if options.dedup == "none" else "staged")
+    table = dedup.DocumentTable(options.dedup)
+    accounts = {piece.path: Account() for piece in unit.pieces}
+    documents = (
+        (number, document)
+        for number, piece in enumerate(unit.pieces)
+        for document in accepted_documents(piece, options.read, accounts[piece.path])
+    )
+    writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
+    text_bytes = part_bytes = 0
+    split_documents = ((sentences(d.text, options.read.sentences), d.source, number) for number, d in documents)
+    for batch in _batches(split_documents):
+        rows = encoder.encode([tokenizer_lines(lines) for lines, _, _ in batch])
+        for (lines, source, piece), row in zip(batch, rows, strict=True):
+            text = "\n".join(lines)
+            raw = text.encode("utf-8")
+            part_bytes += len(raw)
+            split = split_of(text, options.validation_fraction)
+            if options.dedup != "none":
+                table.add(raw, SPLITS.index(split), len(writers[split].shards), piece, source or "")
+            writers[split].add(row, source, piece)
+        if part_bytes >= _PART_UNITS * options.unit_bytes:
+            for writer in writers.values():
+                writer.flush()
+            text_bytes, part_bytes = text_bytes + part_bytes, 0
+    for writer in writers.values():
+        writer.flush()
+    shards = {split: tuple(writer.shards) for split, writer in writers.items()}
+    if options.dedup != "none":
+        table.write(scratch, unit.index)
+    return UnitResult(shards, accounts, text_bytes + part_bytes, table.sources).record()
+
+
+def thin_unit(
+    job: Path, info: TokenizerInfo, kind: str, documents: int, unit: Unit, result: UnitResult, scratch: Path
+) -> Record:
+    """Write the staged shards of a unit again, without the documents that occur again. `documents` are in all units."""
+    rows = dedup.load_rows(job, unit.index)
+    keep, text_bytes = np.ones(len(rows), bool), result.text_bytes
+    accounts = {path: Account(Counter(a.counts), a.places) for path, a in result.accounts.items()}
+    for reason, dropped in dedup.dropped_rows(job, kind, documents, unit.index).items():
+        keep[dropped] = False
+        text_bytes -= int(rows["bytes"][dropped].sum(dtype=np.int64))
+        for piece, number in Counter(rows["piece"][dropped].tolist()).items():
+            counts = accounts[unit.pieces[piece].path].counts
+            counts[KEPT] -= number
+            counts[reason] += number
+    shards = {}
+    for split, infos in result.shards.items():
+        thinned = []
+        for part, shard in enumerate(infos):
+            here = (rows["split"] == SPLITS.index(split)) & (rows["part"] == part)
+            staged, target = job / "staged" / shard.file, scratch / "data"
+            if keep[here].all():
+                _link(staged, target / shard.file)
+                thinned.append(shard)
+            elif keep[here].any():
+                batch = pa.ipc.open_stream(pa.memory_map(str(staged))).read_next_batch()
+                ids, ends = (_lists(batch.column(name), keep[here]) for name in ("input_ids", "sentence_ends"))
+                new = write_shard(target, split, unit.index, ids, ends, info.vocab_size, part=part)
+                kept = rows[here & keep]
+                sources = Counter(result.sources[source] for source in kept["source"] if result.sources[source])
+                pieces = _input_pieces(unit, Counter(kept["piece"].tolist()))
+                thinned.append(replace(new, sources=dict(sorted(sources.items())), pieces=pieces))
+        shards[split] = tuple(thinned)
+    return UnitResult(shards, accounts, text_bytes).record()
+
+
+class _Writer:
+    """Gathers the documents of a unit for one split and writes them as shards, part by part."""
+
+    def __init__(self, folder: Path, split: str, unit: Unit, vocab_size: int):
+        self.shards: list[ShardInfo] = []
+        self._unit, self._place, self._vocab_size = unit, (folder, split, unit.index), vocab_size
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._sources: Counter[str] = Counter()
+        self._pieces: Counter[int] = Counter()
+
+    def add(self, row: tuple[np.ndarray, np.ndarray], source: str | None, piece: int) -> None:
+        """Add a document, from the unit's piece of that number."""
+        self._rows.append(row)
+        self._pieces[piece] += 1
+        if source:
+            self._sources[source] += 1
+
+    def flush(self) -> None:
+        if self._rows:
+            ids, ends = zip(*self._rows, strict=True)
+            shard = write_shard(*self._place, ids, ends, self._vocab_size, part=len(self.shards))
+            sources = dict(sorted(self._sources.items()))
+            self.shards.append(replace(shard, sources=sources, pieces=_input_pieces(self._unit, self._pieces)))
+        self._rows, self._sources, self._pieces = [], Counter(), Counter()
+
+
+def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:
+    """The unit's pieces that gave a shard documents, with their numbers."""
+    pieces = ((unit.pieces[number], count) for number, count in sorted(documents.items()))
+    return tuple(InputPiece(piece.path, piece.start, piece.end, count) for piece, count in pieces)
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: Path, info: TokenizerInfo) -> Encoder:
+    """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
+    return Encoder(folder, info)
+
+
+def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:
+    batch: list[Prepared] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += sum(map(len, document[0]))
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _lists(column: pa.ListArray, keep: np.ndarray) -> list[np.ndarray]:
+    """The rows of a column that are in `keep`, (rows,) bool."""
+    values = column.values.to_numpy(zero_copy_only=True)
+    bounds = pairwise(column.offsets.to_numpy(zero_copy_only=True))
+    return [values[begin:end] for (begin, end), kept in zip(bounds, keep, strict=True) if kept]
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

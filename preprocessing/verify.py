@@ -1,0 +1,125 @@
+"""`preprocess verify`: is a data folder what it was when it was made?
+
+Arrow does not notice a flipped bit, so every byte is read and compared with the manifest: the shards chunk by chunk,
+so that damage is located, the small files as wholes, the manifest by its own checksum. The packing index in `index/`
+is a cache of training that the manifest does not know; deleting it costs one computation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ds_roberta.config import require_positive
+from ds_roberta.data import shards
+from ds_roberta.data.packing import INDEX_FOLDER
+from ds_roberta.data.shards import MANIFEST_NAME, Manifest, ShardInfo, checksums
+from ds_roberta.errors import UserError
+from ds_roberta.files import file_checksum, json_fingerprint
+from preprocessing.progress import byte_bar
+
+DAMAGED_EXIT_CODE = 1
+
+
+def verify(folder: Path, workers: int = 1) -> list[str]:
+    """Everything that is wrong with a data folder, one line each; nothing where it is whole.
+
+    Args:
+        workers: shards that are read at once. Reading lets go of the interpreter, so these are threads.
+
+    Raises:
+        UserError: there is no manifest, so nothing to compare with.
+    """
+    try:
+        manifest = Manifest.parse(folder)
+    except UserError as error:
+        if not (folder / MANIFEST_NAME).is_file():
+            raise
+        return [f"{MANIFEST_NAME}: {error}; without it nothing else can be checked"]
+    content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    problems = list(_manifest_problems(content))
+    try:
+        manifest.check_tokenizer(folder)
+    except UserError as error:
+        problems.append(f"tokenizer: {error}")
+    files = content.get("files", {})
+    problems += [problem for name, checksum in files.items() for problem in file_problems(folder, name, checksum)]
+    infos = [info for split in manifest.splits.values() for info in split]
+    with byte_bar(sum(info.bytes for info in infos), "verifying") as bar, ThreadPoolExecutor(workers) as pool:
+        for info, found in zip(infos, pool.map(partial(shard_problems, folder), infos), strict=True):
+            problems += found
+            bar.update(info.bytes)
+    return problems + [
+        f"{name}: superfluous, the manifest does not name it"
+        for name in _all_files(folder)
+        if name not in {MANIFEST_NAME, *files, *(info.file for info in infos)}
+    ]
+
+
+def shard_problems(folder: Path, info: ShardInfo) -> list[str]:
+    """What is wrong with one shard: a line for every damaged chunk, naming its bytes (the last one included)."""
+    try:
+        size, checksum, chunks = checksums(folder / info.file)
+    except OSError as error:
+        return [_unreadable(info.file, error)]
+    problems = []
+    if size != info.bytes:
+        problems.append(f"{info.file}: has {size} bytes, the manifest says {info.bytes}")
+    for number, (found, expected) in enumerate(zip(chunks, info.chunk_checksums, strict=False)):
+        if found != expected:
+            first = number * shards.CHUNK_BYTES
+            last = min(first + shards.CHUNK_BYTES, size, info.bytes) - 1
+            problems.append(f"{info.file}: bytes {first}-{last} are damaged (chunk {number})")
+    if not problems and checksum != info.checksum:
+        problems.append(f"{info.file}: its chunks are as the manifest says, the whole is not")
+    return problems
+
+
+def file_problems(folder: Path, name: str, checksum: str) -> Iterator[str]:
+    """What is wrong with one small file, which is checked as a whole."""
+    try:
+        if file_checksum(folder / name) != checksum:
+            yield f"{name}: damaged or edited somewhere in its {(folder / name).stat().st_size} bytes"
+    except OSError as error:
+        yield _unreadable(name, error)
+
+
+def _manifest_problems(content: dict[str, Any]) -> Iterator[str]:
+    # That the fingerprint belongs to the shards' checksums was checked in parsing; this covers the rest.
+    checksum = content.pop("checksum", None)
+    if checksum != json_fingerprint(content):
+        yield f"{MANIFEST_NAME}: does not match its own checksum: it was damaged or edited"
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    return f"{name}: missing" if isinstance(error, FileNotFoundError) else f"{name}: unreadable ({error.strerror})"
+
+
+def _all_files(folder: Path) -> Sequence[str]:
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path.as_posix() for path in paths if path.parts[0] != INDEX_FOLDER)
+
+
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `verify` to the command line."""
+    parser = commands.add_parser("verify", help="compare every byte of prepared data with its checksums")
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
+    parser.add_argument("--workers", type=int, default=1, help="shards read at once (default: 1)")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    require_positive("--workers", arguments.workers)
+    problems = verify(arguments.data_dir, arguments.workers)
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{len(problems)} problem(s) in {arguments.data_dir}: put back a good copy or prepare the data again")
+        return DAMAGED_EXIT_CODE
+    print(f"{arguments.data_dir} is whole")
+    return 0

@@ -1,0 +1,151 @@
+"""What `preprocess show` and `preprocess stats` say of prepared data."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from ds_roberta.config import PackingConfig
+from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.data.shards import Corpus
+from ds_roberta.errors import UserError
+from preprocessing.cli import main
+from preprocessing.lookup import Decoder, Documents
+from preprocessing.sharding import shard_corpus
+from preprocessing.show import document_numbers
+from preprocessing.stats import corpus_stats
+from preprocessing.units import ShardOptions
+
+TEXTS = [
+    f"Number {i}: ka tomi </s> renGrüße 日本語.\n{'vor li shen ' * (i * 7 % 23)}.\n  indented 🙂" for i in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tokenizer_folder):
+    """The data folder of TEXTS, in several shards, and the bytes of its text."""
+    folder = tmp_path_factory.mktemp("looks")
+    (folder / "a.txt").write_text("\n\n".join(TEXTS[:50]), encoding="utf-8")
+    (folder / "b.txt").write_text("\n\n".join(TEXTS[50:]), encoding="utf-8")
+    files = [str(folder / name) for name in ("a.txt", "b.txt")]
+    options = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
+    _, text_bytes = shard_corpus(files, tokenizer_folder, folder / "data", options, workers=1)
+    return folder / "data", text_bytes
+
+
+def run(line):
+    with pytest.raises(SystemExit) as exit_:
+        main(line.split())
+    return exit_.value.code
+
+
+def test_documents_are_decoded_as_they_were(prepared):
+    corpus = Corpus.open(prepared[0])
+    decoder, found = Decoder(corpus), Counter()
+    for split in ("train", "validation"):
+        documents = Documents(corpus, split)
+        assert len(documents) == corpus.manifest.documents(split) > 5
+        for number in range(len(documents)):
+            document = documents.document(number)
+            assert document.number == number
+            found["\n".join(decoder.lines(documents.sentences(document)))] += 1
+    assert found == Counter(TEXTS)
+
+
+def test_show_prints_place_source_and_numbered_sentences(prepared, capsys):
+    assert run(f"show {prepared[0]} --doc -1 --ids") == 0
+    head, shard, source, *lines = capsys.readouterr().out.splitlines()
+    last = Corpus.open(prepared[0]).manifest.documents("train") - 1
+    assert head.startswith(f"document {last} of train: ")
+    assert "shard-" in shard
+    assert source.split()[1].rstrip(",").endswith("b.txt")
+    assert [line[:7] for line in lines[::2]] == ["    1  ", "    2  ", "    3  "]
+    assert lines[4].endswith("  indented 🙂")
+    ids = [list(map(int, line.split())) for line in lines[1::2]]
+    expected = Tokenizer.from_file(str(prepared[0] / "tokenizer/tokenizer.json"))
+    assert "".join(expected.decode(line) for line in ids).endswith(" indented 🙂")
+    assert head.endswith(f": {sum(map(len, ids))} tokens, 3 sentences")
+
+
+def test_show_takes_ranges_and_splits(prepared, capsys):
+    assert run(f"show {prepared[0]} --doc 2:5 --split validation") == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("document")]
+    assert [head.split(":")[0] for head in heads] == [f"document {number} of validation" for number in (2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("3", [3]), ("-1", [-1]), ("2:4", [2, 3]), ("-2:", [8, 9]), (":2", [0, 1]), ("8:99", [8, 9])]
+)
+def test_numbers_and_ranges(text, numbers):
+    assert list(document_numbers(text, 10)) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2:3", "5:2", "10:", "1.5"])
+def test_what_is_no_number_is_a_user_error(text):
+    with pytest.raises(UserError, match=r"--doc '.*' (is no|holds no) document"):
+        document_numbers(text, 10)
+
+
+def test_a_document_or_split_that_is_not_there_is_a_user_error(prepared, capsys):
+    assert run(f"show {prepared[0]} --doc 1000") == 2
+    assert "no document 1000 in split 'train'" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no split 'test' in .* it has train, validation"):
+        Documents(Corpus.open(prepared[0]), "test")
+
+
+def test_stats_count_what_is_there(prepared, capsys):
+    folder, text_bytes = prepared
+    assert run(f"stats {folder} --json --max_seq_length 16 64") == 0
+    found = json.loads(capsys.readouterr().out)
+    corpus = Corpus.open(folder)
+    assert sum(split["text_bytes"] for split in found["splits"].values()) == text_bytes
+    ids = []
+    for name, split in found["splits"].items():
+        shards = corpus.split(name)
+        ids += [id_ for shard in range(len(shards.shards)) for id_ in shards.values(shard).tolist()]
+        lengths = np.concatenate([np.diff(shards.document_offsets(shard)) - 1 for shard in range(len(shards.shards))])
+        assert (split["documents"], split["tokens"]) == (len(lengths), lengths.sum() + len(lengths))
+        assert split["sentences"] == 3 * len(lengths)
+        for share, length in split["document_length_percentiles"].items():
+            assert length == np.percentile(lengths, float(share), method="inverted_cdf")
+        for packed in split["packing"]:
+            packing = PackingConfig(packed["max_seq_length"])
+            build_index(corpus, name, packing)
+            index = open_index(corpus, name, packing)
+            out = np.zeros((len(index), packing.max_seq_length), np.int64)
+            tokens = index.gather(np.arange(len(index)), out).sum() + 2 * len(index)
+            assert packed["sequences"] == len(index)
+            assert packed["efficiency"] == pytest.approx(tokens / out.size)
+    assert [amount["documents"] for amount in found["inputs"].values()] == [50, 10]
+    for (path, amount), texts in zip(found["inputs"].items(), (TEXTS[:50], TEXTS[50:]), strict=True):
+        assert path.endswith(".txt")
+        assert amount["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert sum(amount["tokens"] for amount in found["inputs"].values()) == len(ids)
+    counts = Counter(ids)
+    del counts[2]
+    words = found["vocabulary"]
+    assert (words["ids"], words["used"]) == (395, len(counts))
+    assert [entry["count"] for entry in words["most_used"]] == [count for _, count in counts.most_common(10)]
+    assert [entry["count"] for entry in words["least_used"]] == sorted(counts.values())[:10]
+    assert all(counts[entry["id"]] == entry["count"] for entry in words["most_used"] + words["least_used"])
+
+
+def test_stats_of_a_folder_whose_inputs_are_unknown(corpus, capsys):
+    stats = corpus_stats(corpus, [])
+    assert stats.inputs == {}
+    assert stats.splits["train"].amount.documents == corpus.manifest.documents("train")
+    assert stats.id_counts.sum() == corpus.manifest.tokens("train") + corpus.manifest.tokens("validation")
+
+
+def test_stats_are_read_by_people_and_drawn(prepared, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert run(f"stats {prepared[0]} --plot {tmp_path / 'p.png'}") == 0
+    output = capsys.readouterr().out
+    for word in ("train ", "validation ", "bytes/token", "--max_seq_length 512", "a.txt", "ordinary ids used"):
+        assert word in output
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert run(f"stats {prepared[0]} --plot {tmp_path / 'missing/p.png'}") == 2
+    assert run(f"stats {prepared[0]} --plot {tmp_path / 'p.txt.xyz'}") == 2
+    assert capsys.readouterr().err.count("cannot write the plot") == 2
