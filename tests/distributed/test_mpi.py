@@ -25,16 +25,16 @@ def mpirun():
 
 @pytest.fixture
 def work(tmp_path, tokenizer_folder):
-    """A working folder with 4 units of text."""
-    for name in "abcd":
-        documents = (f"{name} document {i}\n" + "ka to mi ren sul " * 40 for i in range(7_000))
+    """A working folder with 6 units of text."""
+    for name in "abcdef":
+        documents = (f"{name} document {i}\n" + "ka to mi ren sul " * 40 for i in range(6_600))
         (tmp_path / f"{name}.txt").write_text("\n\n".join(documents))
     shutil.copytree(tokenizer_folder, tmp_path / "tok")
     return tmp_path
 
 
 def start(work, output, launcher=()):
-    arguments = ["shard", "--input", *(f"{n}.txt" for n in "abcd"), "--tokenizer", "tok", "--output", output]
+    arguments = ["shard", "--input", *(f"{n}.txt" for n in "abcdef"), "--tokenizer", "tok", "--output", output]
     return subprocess.Popen(
         [*launcher, sys.executable, "-m", "preprocessing.cli", *arguments, "--dedup", "exact"],
         cwd=work,
