@@ -14,11 +14,12 @@ from typing import NoReturn
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError, run_command
 from ds_roberta.files import replaced_folder
+from preprocessing.encoders import AUTO, BACKENDS
 from preprocessing.inputs import find_inputs
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
 from preprocessing.readers import DOCUMENT_KINDS, KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines
-from preprocessing.sharding import ShardOptions, shard_corpus
+from preprocessing.sharding import ShardOptions, Totals, shard_corpus
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
 
 
@@ -67,8 +68,10 @@ def _shard(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     options = ShardOptions(_read_options(arguments), arguments.validation_fraction)
     files = _find_inputs(arguments)
-    manifest, text_bytes = shard_corpus(files, arguments.tokenizer, arguments.output, options, arguments.workers)
-    _summarise(manifest, text_bytes, time.monotonic() - began)
+    manifest, totals = shard_corpus(
+        files, arguments.tokenizer, arguments.output, options, arguments.workers, arguments.tokenizer_backend
+    )
+    _summarise(manifest, totals, time.monotonic() - began)
     print(f"prepared data: {arguments.output}")
     documents = sum(map(manifest.documents, SPLITS))
     if options.validation_fraction and not manifest.documents(VALIDATION_SPLIT):
@@ -79,7 +82,7 @@ def _shard(arguments: argparse.Namespace) -> None:
         )
 
 
-def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
+def _summarise(manifest: Manifest, totals: Totals, seconds: float) -> None:
     rejected: Counter[str] = sum((Counter(entry.rejected) for entry in manifest.inputs), Counter())
     read, kept = (sum(getattr(e, f"documents_{what}") for e in manifest.inputs) for what in ("read", "kept"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "0"
@@ -88,7 +91,9 @@ def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
         shards = len(manifest.splits[split])
         print(f"{split:<11} {manifest.documents(split)} documents, {manifest.tokens(split)} tokens, {shards} shards")
     tokens = sum(map(manifest.tokens, SPLITS))
-    print(f"text        {text_bytes / 1e6:.2f} MB, {text_bytes / tokens:.2f} bytes/token, {seconds:.1f} s")
+    size = totals.text_bytes
+    print(f"text        {size / 1e6:.2f} MB, {size / tokens:.2f} bytes/token, {seconds:.1f} s")
+    print(f"special     {totals.special_documents} documents with special-token letters, kept as text")
 
 
 def _find_inputs(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -135,6 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("--workers", type=_positive, default=_cores(), help="worker processes (default: all cores)")
     shard.add_argument(
         "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
+    )
+    shard.add_argument(
+        "--tokenizer_backend",
+        choices=BACKENDS,
+        default=AUTO,
+        help="what makes the ids, which are the same: gigatoken is faster, auto takes it where it is installed",
     )
     shard.set_defaults(run=_shard)
     return parser

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -22,17 +25,27 @@ from ds_roberta.data.shards import (
     Manifest,
     ShardInfo,
     TokenizerInfo,
-    write_shard,
+    write_flat_shard,
 )
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
+from preprocessing.encoders import (
+    AUTO,
+    HUGGINGFACE,
+    BackendDifference,
+    Encoded,
+    Encoder,
+    choose_backend,
+    make_encoder,
+)
 from preprocessing.plan import UNIT_BYTES, Unit, plan_units
 from preprocessing.progress import byte_bar
-from preprocessing.readers import KEPT, ReadOptions, accepted_documents, sentences, tokenizer_lines
-from preprocessing.tokenizer import Encoder, copy_tokenizer
+from preprocessing.readers import KEPT, ReadOptions, accepted_documents, sentences
+from preprocessing.tokenizer import copy_tokenizer
 from preprocessing.workers import run_units
 
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1_000, 1_000_000
+_BATCH_BYTES = 1 << 20
+_SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # it opens with a letter, not the look-behind, to be found fast
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,15 @@ class UnitResult:
     shards: dict[str, ShardInfo]
     counts: dict[str, Counter[str]]
     text_bytes: int
+    special_documents: int
+    """Documents with the letters of a special token, which stayed text."""
+
+
+class Totals(NamedTuple):
+    """Sums over all units."""
+
+    text_bytes: int
+    special_documents: int
 
 
 def is_data_folder(folder: Path) -> bool:
@@ -64,12 +86,12 @@ def is_data_folder(folder: Path) -> bool:
 
 
 def shard_corpus(
-    files: Sequence[str], tokenizer: Path, output: Path, options: ShardOptions, workers: int
-) -> tuple[Manifest, int]:
+    files: Sequence[str], tokenizer: Path, output: Path, options: ShardOptions, workers: int, backend: str = AUTO
+) -> tuple[Manifest, Totals]:
     """Tokenize `files` into the data folder `output`, which appears whole or not at all.
 
     Returns:
-        The manifest, and the bytes of text that were kept.
+        The manifest, and what the units counted beside it.
 
     Raises:
         UserError: bad input, a tokenizer of another kind, an output that cannot be written, no training document.
@@ -80,7 +102,9 @@ def shard_corpus(
         raise UserError(f"the input {inside[0]!r} lies in the output {str(output)!r}: give another --output")
     with replaced_folder(output, is_data_folder, "a folder of prepared data") as folder:
         info = copy_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
-        work = partial(_shard_unit, folder, info, options)
+        backend, choice = choose_backend(backend, folder / TOKENIZER_FOLDER, info)
+        print(f"tokenizer backend: {choice}")
+        work = partial(_shard_unit, folder, info, options, backend)
         results = []
         with byte_bar(sum(unit.bytes for unit in units), "tokenizing") as bar:
             for result in run_units(units, work, workers):
@@ -99,49 +123,75 @@ def shard_corpus(
         )
         _check_train_split(manifest, options)
         manifest.write(folder)
-    return manifest, sum(result.text_bytes for result in results)
+    return manifest, Totals(*(sum(getattr(result, name) for result in results) for name in Totals._fields))
 
 
-def split_of(text: str, validation_fraction: float) -> str:
-    """The split of a document, by its text alone: it does not move when the corpus grows."""
-    place = xxhash.xxh3_64_intdigest(text.encode("utf-8")) / 2**64
+def split_of(document: bytes | str, validation_fraction: float) -> str:
+    """The split of a document, by its sentences alone: it does not move when the corpus grows."""
+    place = xxhash.xxh3_64_intdigest(document.encode() if isinstance(document, str) else document) / 2**64
     return VALIDATION_SPLIT if place < validation_fraction else TRAIN_SPLIT
 
 
-def _shard_unit(folder: Path, info: TokenizerInfo, options: ShardOptions, unit: Unit) -> UnitResult:
-    encoder = _encoder(folder / TOKENIZER_FOLDER, info)
+def _shard_unit(folder: Path, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit) -> UnitResult:
+    """Tokenize a unit; where a fast backend differs from the reference, the whole unit goes by the reference."""
+    try:
+        return _tokenize_unit(folder, info, options, backend, unit)
+    except BackendDifference as difference:
+        places = ", ".join(f"{piece.path!r} bytes {piece.start}-{piece.end}" for piece in unit.pieces)
+        print(
+            f"warning: {backend} gave other ids than {HUGGINGFACE} {difference}; unit {unit.index} ({places}) is "
+            f"encoded again by {HUGGINGFACE}. The other units agreed on their samples only: for certainty use "
+            f"--tokenizer_backend {HUGGINGFACE}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return _tokenize_unit(folder, info, options, HUGGINGFACE, unit)
+
+
+def _tokenize_unit(folder: Path, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit) -> UnitResult:
+    encoder, special = _encoder(folder / TOKENIZER_FOLDER, info, backend)
     counts = {piece.path: Counter[str]() for piece in unit.pieces}
     texts = (text for piece in unit.pieces for text in accepted_documents(piece, options.read, counts[piece.path]))
-    rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
-    text_bytes = 0
-    for batch in _batches(sentences(text) for text in texts):
-        for document, row in zip(batch, encoder.encode([tokenizer_lines(lines) for lines in batch]), strict=True):
-            text = "\n".join(document)
-            text_bytes += len(text.encode("utf-8"))
-            rows[split_of(text, options.validation_fraction)].append(row)
+    parts: list[Encoded] = []
+    held_out: list[bool] = []
+    text_bytes = special_documents = 0
+    for batch in _batches(map(_sentence_bytes, texts)):
+        parts.append(encoder.encode(batch))
+        held_out += [split_of(document, options.validation_fraction) == VALIDATION_SPLIT for document in batch]
+        text_bytes += sum(map(len, batch))
+        special_documents += sum(special.search(document) is not None for document in batch)
     shards = {}
-    for split, split_rows in rows.items():
-        if split_rows:
-            ids, ends = zip(*split_rows, strict=True)
-            shards[split] = write_shard(folder, split, unit.index, ids, ends, info.vocab_size)
-    return UnitResult(unit, shards, counts, text_bytes)
+    if parts:
+        encoded, validation = Encoded.concatenate(parts), np.array(held_out)
+        for split, chosen in ((TRAIN_SPLIT, ~validation), (VALIDATION_SPLIT, validation)):
+            if chosen.any():
+                rows = encoded.select(chosen)
+                shards[split] = write_flat_shard(folder, split, unit.index, *rows, info.vocab_size)
+    return UnitResult(unit, shards, counts, text_bytes, special_documents)
 
 
-@lru_cache(maxsize=1)
-def _encoder(folder: Path, info: TokenizerInfo) -> Encoder:
+@lru_cache(maxsize=2)
+def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, re.Pattern[bytes]]:
     """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
-    return Encoder(folder, info)
+    return make_encoder(backend, folder, info)
 
 
-def _batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    batch: list[list[str]] = []
-    characters = 0
+def _sentence_bytes(text: str) -> bytes:
+    """The sentences of a document, apart by `\\n`; most texts are so already."""
+    if text[0] == "\n" or text[-1].isspace() or _SPACE_BEFORE_NEWLINE.search(text):
+        text = "\n".join(sentences(text))
+    return text.encode("utf-8")
+
+
+def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    size = 0
     for document in documents:
         batch.append(document)
-        characters += sum(map(len, document))
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+        size += len(document)
+        if size >= _BATCH_BYTES:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 

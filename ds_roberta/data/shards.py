@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import xxhash
 
@@ -65,7 +66,7 @@ class TokenizerInfo:
                 "make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = orjson.loads(path.read_bytes())
             model, added = content["model"], content.get("added_tokens") or []
             vocabulary = dict(model["vocab"])
         except (ValueError, KeyError, TypeError) as error:
@@ -213,26 +214,51 @@ def write_shard(
     sentence_ends: Sequence[np.ndarray],
     vocab_size: int,
 ) -> ShardInfo:
-    """Write one shard, atomically.
+    """Write one shard, as `write_flat_shard`, from arrays of each document.
 
     Args:
         documents: token ids of each document, closed by the separator.
         sentence_ends: per document, rising offsets behind each sentence; the last is `len(document) - 1`.
+    """
+    (ids, lengths), (ends, counts) = _flatten(documents), _flatten(sentence_ends)
+    return write_flat_shard(folder, split, index, ids, lengths, ends, counts, vocab_size)
+
+
+def write_flat_shard(
+    folder: Path,
+    split: str,
+    index: int,
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    sentence_ends: np.ndarray,
+    sentence_counts: np.ndarray,
+    vocab_size: int,
+) -> ShardInfo:
+    """Write one shard, atomically; everything of a document lies behind everything of the one before.
+
+    Args:
+        ids: token ids, (tokens,), each document closed by the separator.
+        lengths: tokens of each document, separator included, (documents,).
+        sentence_ends: offsets in the document behind each sentence, rising, (sentences,); the last of a document is
+            its length without the separator.
+        sentence_counts: sentences of each document, (documents,).
 
     Returns:
         The shard's entry for the manifest.
     """
     name = f"{split}/shard-{index:05d}.arrow"
-    ids = _list_array(documents, token_type(vocab_size))
-    ends = _list_array(sentence_ends, np.dtype(np.uint32))
-    batch = pa.record_batch([ids, ends], names=["input_ids", "sentence_ends"])
+    columns = [
+        _list_array(ids, lengths, token_type(vocab_size)),
+        _list_array(sentence_ends, sentence_counts, np.dtype(np.uint32)),
+    ]
+    batch = pa.record_batch(columns, names=["input_ids", "sentence_ends"])
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         size, checksum, chunks = checksums(temporary)
-    return ShardInfo(name, len(documents), len(ids.values), size, checksum, chunks)
+    return ShardInfo(name, len(lengths), len(ids), size, checksum, chunks)
 
 
 def checksums(path: Path) -> tuple[int, str, tuple[str, ...]]:
@@ -304,14 +330,20 @@ class Corpus:
         return Split(self.folder, name, self.manifest.splits.get(name, ()))
 
 
-def _list_array(rows: Sequence[np.ndarray], dtype: np.dtype[Any]) -> pa.ListArray:
+def _flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All values of the rows, and the length of each."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    if lengths.sum() > _MAX_BATCH_TOKENS:
-        raise ValueError(f"a shard holds at most {_MAX_BATCH_TOKENS} tokens, got {lengths.sum()}")
+    return np.concatenate(rows) if len(rows) else np.empty(0, np.int64), lengths
+
+
+def _list_array(values: np.ndarray, lengths: np.ndarray, dtype: np.dtype[Any]) -> pa.ListArray:
+    if len(values) > _MAX_BATCH_TOKENS:
+        raise ValueError(f"a shard holds at most {_MAX_BATCH_TOKENS} tokens, got {len(values)}")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    values = np.concatenate(rows).astype(dtype, copy=False) if len(rows) else np.empty(0, dtype)
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=pa.list_(item))
+    # From buffers: pa.array() would import pandas, which takes longer than a small corpus.
+    flat = pa.Array.from_buffers(item.type, len(values), [None, pa.py_buffer(values.astype(dtype, copy=False))])
+    return pa.Array.from_buffers(pa.list_(item), len(lengths), [None, pa.py_buffer(offsets)], children=[flat])
 
 
 def _write_datasets_files(folder: Path, split: str, shards: Sequence[ShardInfo], fingerprint: str) -> None:
