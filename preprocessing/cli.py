@@ -17,13 +17,14 @@ from ds_roberta.files import replaced_folder
 from preprocessing import megatron, show, stats, trace, verify
 from preprocessing.accept import accepted_documents, load_filter
 from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, summary_lines
+from preprocessing.encoders import AUTO, BACKENDS
 from preprocessing.formats import READABLE
 from preprocessing.inputs import Inputs, find_inputs
 from preprocessing.pieces import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMALIZATIONS, ReadOptions
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
 from preprocessing.sentences import SENTENCE_KINDS, sentences, tokenizer_lines
-from preprocessing.sharding import ShardOptions, shard_corpus
+from preprocessing.sharding import ShardOptions, Totals, shard_corpus
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
 
 _PIPE_CLOSED_EXIT_CODE = 141
@@ -90,10 +91,16 @@ def _shard(arguments: argparse.Namespace) -> None:
         _read_options(arguments), arguments.validation_fraction, max_bad_fraction=arguments.max_bad_fraction
     )
     inputs = _find_inputs(arguments)
-    manifest, text_bytes = shard_corpus(
-        inputs.files, arguments.tokenizer, arguments.output, options, arguments.workers, inputs.sources
+    manifest, totals = shard_corpus(
+        inputs.files,
+        arguments.tokenizer,
+        arguments.output,
+        options,
+        arguments.workers,
+        inputs.sources,
+        arguments.tokenizer_backend,
     )
-    _summarise(manifest, text_bytes, time.monotonic() - began)
+    _summarise(manifest, totals, time.monotonic() - began)
     print(f"prepared data: {arguments.output}")
     documents = sum(map(manifest.documents, SPLITS))
     if options.validation_fraction and not manifest.documents(VALIDATION_SPLIT):
@@ -104,14 +111,16 @@ def _shard(arguments: argparse.Namespace) -> None:
         )
 
 
-def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
+def _summarise(manifest: Manifest, totals: Totals, seconds: float) -> None:
     for line in summary_lines(manifest.inputs):
         print(line)
     for split in SPLITS:
         shards = len(manifest.splits[split])
         print(f"{split:<11} {manifest.documents(split)} documents, {manifest.tokens(split)} tokens, {shards} shards")
     tokens = sum(map(manifest.tokens, SPLITS))
-    print(f"text        {text_bytes / 1e6:.2f} MB, {text_bytes / tokens:.2f} bytes/token, {seconds:.1f} s")
+    size = totals.text_bytes
+    print(f"text        {size / 1e6:.2f} MB, {size / tokens:.2f} bytes/token, {seconds:.1f} s")
+    print(f"special     {totals.special_documents} documents with special-token letters, kept as text")
 
 
 def _find_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -156,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("--workers", type=_positive, default=_cores(), help="worker processes (default: all cores)")
     shard.add_argument(
         "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
+    )
+    shard.add_argument(
+        "--tokenizer_backend",
+        choices=BACKENDS,
+        default=AUTO,
+        help="what makes the ids, which are the same: gigatoken is faster, auto takes it where it is installed",
     )
     shard.set_defaults(run=_shard)
     for module in (verify, stats, show, trace, megatron):

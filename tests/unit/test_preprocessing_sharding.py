@@ -63,7 +63,7 @@ def folder_hash(folder):
 
 
 def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer, tmp_path):
-    manifest, text_bytes = shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    manifest, totals = shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     found = texts(tmp_path / "out", tokenizer)
     expected = {"train": [], "validation": []}
     for text in DOCUMENTS:
@@ -71,7 +71,7 @@ def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer
     assert found == expected
     assert len(expected["train"]) > 100
     assert len(expected["validation"]) > 10
-    assert text_bytes == sum(len(text.encode()) for text in DOCUMENTS)
+    assert totals.text_bytes == sum(len(text.encode()) for text in DOCUMENTS)
     assert [shard.file for shard in manifest.splits["train"]] == [f"train/shard-{i:05d}.arrow" for i in range(7)]
 
 
