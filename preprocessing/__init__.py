@@ -1,8 +1,10 @@
 """The offline stage: raw text in, memory-mapped token shards out.
 
-    inputs → plan → readers → tokenizer → sharding → output
+    inputs → plan → readers → accept → sentences → tokenizer → sharding → output
 
-`inputs` names the files, `plan` cuts them into work units, `readers` turn a unit into documents, `tokenizer` trains,
+`inputs` names the files, whose `formats` are told by their names; `plan` cuts them into work units at the `borders` of
+documents; `readers` and `tables` turn a unit, by `streams` of bytes, into documents (`pieces`); `accept` keeps or
+rejects them and `accounts` says what became of each; `sentences` divides their text; `tokenizer` trains,
 copies and applies byte-level BPE, `sharding` makes a unit's shards in the format of `ds_roberta.data.shards` and the
 manifest of all, `workers` runs the units on processes, `cli` is the `preprocess` command.
 
