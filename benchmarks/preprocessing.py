@@ -109,8 +109,7 @@ def table(runs: dict[str, list[Run]], starts: dict[str, list[float]], text_bytes
     lines = [
         "# Preparing a corpus: text to token ids on disk",
         "",
-        "| | MB/CPU-s | × the usual recipe | start, CPU-s | MB/CPU-s after it | disk, B/token | "
-        "peak memory, MB | runs |",
+        "| | MB/CPU-s | × the recipe | start, CPU-s | MB/CPU-s after it | disk, B/token | peak memory, MB | runs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, done in runs.items():

@@ -67,7 +67,7 @@ class Encoded(NamedTuple):
 
 
 class BackendDifference(Exception):
-    """The fast backend gave other ids than the reference: what it made of this unit must not be used."""
+    """The fast backend failed or gave other ids than the reference: what it made of this unit must not be used."""
 
 
 class Encoder(Protocol):
@@ -166,12 +166,15 @@ class GigatokenEncoder:
         text = _tokenizer_text(documents)
         if not self._characters.cover(text):
             return self._reference.encode(documents)
-        rows = self._tokenizer.encode_batch(gigatoken.BytesSource(text, b"\n"), parallel=False).layout
+        try:
+            rows = self._tokenizer.encode_batch(gigatoken.BytesSource(text, b"\n"), parallel=False).layout
+        except Exception as error:  # whatever it is, the reference may do it
+            raise BackendDifference(f"failed ({error!r})") from error
         offsets = rows.offsets.data
         ids = rows.content.data[offsets[0] : offsets[-1]].astype(token_type(self._info.vocab_size))
         counts, sentences = np.diff(offsets), _sentence_counts(documents)
         if len(counts) != sentences.sum():
-            raise BackendDifference(f"{len(counts)} rows of ids for {sentences.sum()} sentences")
+            raise BackendDifference(f"gave {len(counts)} rows of ids for {sentences.sum()} sentences")
         self._compare(text, ids, counts)
         self._bound_memory()
         return _close_documents(ids, counts, sentences, self._info)
@@ -188,12 +191,15 @@ class GigatokenEncoder:
         expected, _ = self._reference.encode_lines(sample.split("\n"))
         begin = counts[: text.count(b"\n", 0, start)].sum()
         if not np.array_equal(ids[begin : begin + len(expected)], expected):
-            raise BackendDifference(f"near {sample[:60]!r}")
+            raise BackendDifference(f"gave other ids than {HUGGINGFACE} near {sample[:60]!r}")
 
     def _load(self) -> None:
         import gigatoken
 
-        self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
+        try:
+            self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
+        except Exception as error:  # whatever it is, the reference was loaded
+            raise BackendDifference(f"cannot load this tokenizer ({error!r})") from error
         self._resident = self._process.memory_info().rss
 
     def _bound_memory(self) -> None:

@@ -172,9 +172,8 @@ def _shard_unit(folder: Path, info: TokenizerInfo, options: ShardOptions, backen
     except BackendDifference as difference:
         places = ", ".join(f"{piece.path!r} from {piece.start} to {piece.end}" for piece in unit.pieces)
         print(
-            f"warning: {backend} gave other ids than {HUGGINGFACE} {difference}; unit {unit.index} ({places}) is "
-            f"encoded again by {HUGGINGFACE}. The other units agreed on their samples only: for certainty use "
-            f"--tokenizer_backend {HUGGINGFACE}",
+            f"warning: {backend} {difference}; unit {unit.index} ({places}) is encoded again by {HUGGINGFACE}. "
+            f"The other units agreed on their samples only: for certainty use --tokenizer_backend {HUGGINGFACE}",
             file=sys.stderr,
             flush=True,
         )

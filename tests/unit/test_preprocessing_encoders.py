@@ -149,7 +149,7 @@ def test_a_long_line_is_cut_where_no_id_changes(reference, monkeypatch):
 def test_a_sample_is_compared(gigatoken, reference, monkeypatch, documents):
     assert equal(gigatoken.encode(documents), reference.encode(documents))
     monkeypatch.setattr(gigatoken._reference, "encode_lines", lambda lines: (np.array([7]), np.array([1])))
-    with pytest.raises(BackendDifference, match="near '"):
+    with pytest.raises(BackendDifference, match="other ids than huggingface near '"):
         gigatoken.encode(documents)
 
 
@@ -202,6 +202,19 @@ def test_a_unit_on_which_the_backends_differ_is_done_again_loudly(folder, file, 
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning: gigatoken" in line]
     assert all(part in warning for part in ("near 'here'", "a.txt", "unit 0", "--tokenizer_backend huggingface"))
     assert len(calls) > 10  # the units behind it are tried again
+
+
+def test_gigatoken_that_fails_is_not_used(folder, file, tmp_path, capsys, monkeypatch):
+    gigatoken = pytest.importorskip("gigatoken")
+    shard_corpus([file], folder, tmp_path / "reference", OPTIONS, 1, HUGGINGFACE)
+
+    def fail(data):
+        raise ValueError("odd merges")
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", fail)
+    shard_corpus([file], folder, tmp_path / "fast", OPTIONS, 1, GIGATOKEN)
+    assert content(tmp_path / "fast") == content(tmp_path / "reference")
+    assert "cannot load this tokenizer (ValueError('odd merges'))" in capsys.readouterr().err
 
 
 def test_gigatoken_that_is_not_installed(folder, info, monkeypatch):
