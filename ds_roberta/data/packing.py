@@ -117,9 +117,9 @@ class PackedSplit:
         slices = self._slices[sequences]
         starts, lengths = slices["start"].astype(np.int64), slices["length"].astype(np.int64)
         values = {shard: self._split.values(shard) for shard in np.unique(shards).tolist()}
-        rows = zip(out, shards.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
-        for row, shard, start, end in rows:
-            row[1 : 1 + end - start] = values[shard][start:end]
+        rows = zip(out, shards.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        for row, shard, start, length in rows:
+            row[1 : 1 + length] = values[shard][start : start + length]
         return lengths
 
 
