@@ -193,7 +193,7 @@ def test_the_kind_of_documents_is_part_of_the_options(files, tokenizer, tmp_path
 
 
 def test_a_large_compressed_file_becomes_several_shards(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocessing.sharding._BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr("preprocessing.sharding._BATCH_BYTES", 1000)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     files = [str(tmp_path / "a.jsonl.gz")]
