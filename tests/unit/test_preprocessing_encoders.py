@@ -26,7 +26,12 @@ from preprocessing.sharding import ShardOptions, shard_corpus
 from preprocessing.tokenizer import train_tokenizer
 
 SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"
-TEXT = [["Hello world, hello there.", " The world is round."], [SPECIAL_LETTERS] * 5, ["Grüße, 世界 🙂"]] * 20
+TEXT = [
+    ["Hello world, hello there.", " The world is round."],
+    [SPECIAL_LETTERS] * 5,
+    ["Grüße, 世界 🙂"],
+    ["a" + " " * 9 + "b"],
+] * 20
 CONTROL_IDS = {0, 1, 2, 3, 299}
 OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
 
@@ -35,6 +40,8 @@ OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     assert train_tokenizer(iter(TEXT), 300, folder) == 300
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "ĠĠ" in vocabulary  # so that the ids tell where a run of spaces was cut
     return folder
 
 
