@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,8 @@ BACKENDS = (AUTO, HUGGINGFACE, GIGATOKEN)
 _INSTALL = "pip install 'ds_roberta[fast]'"
 _CALL_CHARACTERS = 1 << 18
 """Text given to the reference in one call: it needs some 100 bytes of memory for each."""
+_KNOWN_PIECES, _KNOWN_CHARACTERS = 500_000, 32
+"""How many pieces of text the reference remembers, and how long they are: less than 100 MB."""
 _SAMPLE_BYTES = 1024
 """How much of a batch is encoded by both backends: of 1 MB it costs a twentieth of the faster one's time."""
 _CACHE_BYTES = 128 << 20
@@ -119,7 +122,12 @@ def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encod
 
 
 class HuggingFaceEncoder:
-    """The reference: `tokenizers`."""
+    """The reference: `tokenizers`, asked once for every word that keeps coming back.
+
+    The pattern of plain byte-level BPE that splits a text into words never lets one reach over a place between another
+    character and a space, and looks ahead from white space only. So a line cut there has the ids of its pieces in a
+    row, and those of a piece that was seen before are known.
+    """
 
     def __init__(self, content: dict[str, Any], info: TokenizerInfo):
         # Work is spread over processes: threads inside each would only compete with them.
@@ -127,7 +135,10 @@ class HuggingFaceEncoder:
         self._tokenizer = Tokenizer.from_buffer(orjson.dumps(content))
         # By default the letters "</s>" or "<mask>" in a text would become the control id.
         self._tokenizer.encode_special_tokens = True
+        self._cuts = _obstacle(content) is None
         self._info = info
+        self._dtype = token_type(info.vocab_size)
+        self._known: dict[str, bytes] = {}
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
@@ -135,16 +146,36 @@ class HuggingFaceEncoder:
         return _close_documents(ids, counts, _sentence_counts(documents), self._info)
 
     def encode_lines(self, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all lines, (tokens,), and how many each line has, (lines,) int64."""
-        dtype = token_type(self._info.vocab_size)
-        ids, counts = [np.empty(0, dtype)], np.zeros(len(lines), np.int64)
-        for call in _calls(lines):
-            encodings = self._tokenizer.encode_batch_fast([part for _, part in call], add_special_tokens=False)
-            for (line, _), encoding in zip(call, encodings, strict=True):
-                part = encoding.ids
-                counts[line] += len(part)
-                ids.append(np.array(part, dtype))
-        return np.concatenate(ids), counts
+        """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline."""
+        encoded = self._by_pieces(lines) if self._cuts else self._whole(lines)
+        counts = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self._dtype.itemsize
+        return np.frombuffer(b"".join(encoded), self._dtype), counts
+
+    def _by_pieces(self, lines: Sequence[str]) -> list[bytes]:
+        pieces = [line.replace(" ", "\n ").removeprefix("\n").split("\n") for line in lines]
+        if len(self._known) > _KNOWN_PIECES:
+            self._known.clear()
+        # After white space is no such place: a line with a piece that ends so is encoded whole.
+        new = [piece for piece in set(chain.from_iterable(pieces)) - self._known.keys() if not piece[-1:].isspace()]
+        ids = dict(zip(new, self._whole(new), strict=True))
+        self._known.update((piece, row) for piece, row in ids.items() if len(piece) <= _KNOWN_CHARACTERS)
+        encoded = []
+        for line, own in zip(lines, pieces, strict=True):
+            try:
+                encoded.append(b"".join(map(self._known.__getitem__, own)))
+            except KeyError:
+                if any(piece[-1:].isspace() for piece in own):
+                    encoded += self._whole([line])
+                else:
+                    encoded.append(b"".join(ids[piece] if piece in ids else self._known[piece] for piece in own))
+        return encoded
+
+    def _whole(self, texts: Sequence[str]) -> list[bytes]:
+        encoded: list[bytes] = []
+        for call in _calls(texts):
+            for encoding in self._tokenizer.encode_batch_fast(call, add_special_tokens=False):
+                encoded.append(np.array(encoding.ids, self._dtype).tobytes())
+        return encoded
 
 
 class GigatokenEncoder:
@@ -271,33 +302,20 @@ def _sentence_counts(documents: Sequence[bytes]) -> np.ndarray:
     return np.fromiter((document.count(b"\n") + 1 for document in documents), np.int64, len(documents))
 
 
-def _calls(lines: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """Lines with their numbers, in calls of a bounded size; a longer line is cut where no id can change."""
-    call: list[tuple[int, str]] = []
-    characters = 0
-    for number, line in enumerate(lines):
-        begin = 0
-        while begin < len(line):
-            cut = len(line) - begin
-            if cut > _CALL_CHARACTERS:  # a single word that is longer is not cut
-                cut = _safe_cut(line[begin : begin + _CALL_CHARACTERS]) or cut
-            end = begin + cut
-            if call and characters + end - begin > _CALL_CHARACTERS:
-                yield call
-                call, characters = [], 0
-            call.append((number, line[begin:end]))
-            characters += end - begin
-            begin = end
-    if call:
-        yield call
+def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in calls of about a bounded size."""
+    begin = characters = 0
+    for end, text in enumerate(texts):
+        if characters + len(text) > _CALL_CHARACTERS and end > begin:
+            yield texts[begin:end]
+            begin, characters = end, 0
+        characters += len(text)
+    if begin < len(texts):
+        yield texts[begin:]
 
 
 def _safe_cut(text: str) -> int:
-    """The last place inside a text at which cutting it changes no id, or 0.
-
-    The pattern that splits text into words never lets one reach over a place between another character and a space,
-    and looks ahead from white space only.
-    """
+    """The last place inside a text at which cutting it changes no id (see `HuggingFaceEncoder`), or 0."""
     for place in range(len(text) - 1, 0, -1):
         if text[place] == " " and not text[place - 1].isspace():
             return place

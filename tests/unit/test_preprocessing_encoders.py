@@ -3,9 +3,11 @@
 import json
 import random
 import unicodedata
+from itertools import chain
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
@@ -24,7 +26,12 @@ from preprocessing.sharding import ShardOptions, shard_corpus
 from preprocessing.tokenizer import train_tokenizer
 
 SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"
-TEXT = [["Hello world, hello there.", " The world is round."], [SPECIAL_LETTERS] * 5, ["Grüße, 世界 🙂"]] * 20
+TEXT = [
+    ["Hello world, hello there.", " The world is round."],
+    [SPECIAL_LETTERS] * 5,
+    ["Grüße, 世界 🙂"],
+    ["a" + " " * 9 + "b"],
+] * 20
 CONTROL_IDS = {0, 1, 2, 3, 299}
 OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
 
@@ -33,6 +40,8 @@ OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     assert train_tokenizer(iter(TEXT), 300, folder) == 300
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "ĠĠ" in vocabulary  # so that the ids tell where a run of spaces was cut
     return folder
 
 
@@ -134,11 +143,29 @@ def test_a_character_that_is_not_assigned_goes_by_the_reference(gigatoken, refer
             assert equal(gigatoken.encode([document]), reference.encode([document]))
 
 
-def test_a_long_line_is_cut_where_no_id_changes(reference, monkeypatch):
-    documents = random_documents(30, seed=8)
-    whole = reference.encode(documents)
-    monkeypatch.setattr(encoders, "_CALL_CHARACTERS", 7)
-    assert equal(reference.encode(documents), whole)
+def test_the_reference_gives_the_ids_of_whole_lines(folder, info, monkeypatch):
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    monkeypatch.setattr(encoders, "_KNOWN_PIECES", 50)
+    monkeypatch.setattr(encoders, "_KNOWN_CHARACTERS", 5)
+    monkeypatch.setattr(encoders, "_CALL_CHARACTERS", 100)
+    encoder = make_encoder(HUGGINGFACE, folder, info)[0]
+    for seed in range(10):
+        lines = [line for text in random_documents(100, seed) for line in text.decode().split("\n")]
+        lines += [" " + line for line in lines[:50]]
+        ids, counts = encoder.encode_lines(lines)
+        expected = [plain.encode(line, add_special_tokens=False).ids for line in lines]
+        assert counts.tolist() == list(map(len, expected))
+        assert ids.tolist() == list(chain.from_iterable(expected))
+
+
+def test_a_tokenizer_that_joins_words_over_spaces_sees_whole_lines(folder, tmp_path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    joined = {"id": 300, "content": "Hello world", "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append({**joined, "normalized": False, "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    encoder = make_encoder(HUGGINGFACE, tmp_path, TokenizerInfo.read(tmp_path))[0]
+    assert encoder.encode([b"Hello world"]).ids.tolist() == [300, 2]
 
 
 @pytest.mark.parametrize(
