@@ -36,8 +36,6 @@ def last_border(data: bytes, kind: str, complete: bool) -> int | None:
         return data.rfind(b"\n") + 1 or None
     while True:
         begin = max(0, end - window)
-        if data[begin : begin + 1] == b"\n" and begin:
-            begin -= 1  # never between \r and \n
         last = None
         for match in pattern.finditer(data, begin, end):
             last = match.end()

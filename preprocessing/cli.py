@@ -19,6 +19,7 @@ from preprocessing import megatron, show, stats, trace, verify
 from preprocessing.accept import accepted_documents, load_filter
 from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, summary_lines
 from preprocessing.dedup import DEDUP_KINDS
+from preprocessing.encoders import AUTO, BACKENDS
 from preprocessing.formats import READABLE
 from preprocessing.inputs import Inputs, find_inputs
 from preprocessing.job import Task
@@ -26,7 +27,7 @@ from preprocessing.pieces import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMA
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
 from preprocessing.sentences import SENTENCE_KINDS, sentences, tokenizer_lines
-from preprocessing.sharding import run_job
+from preprocessing.sharding import Totals, run_job
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
 from preprocessing.units import ShardOptions
 from preprocessing.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
@@ -104,11 +105,20 @@ def _shard(arguments: argparse.Namespace) -> None:
         if workers is None:  # a rank that served another
             return
         inputs = _find_inputs(arguments)
-        result = run_job(inputs.files, arguments.tokenizer, arguments.output, options, workers, inputs.sources, task)
+        result = run_job(
+            inputs.files,
+            arguments.tokenizer,
+            arguments.output,
+            options,
+            workers,
+            inputs.sources,
+            arguments.tokenizer_backend,
+            task,
+        )
     if result is None:
         return
-    manifest, text_bytes = result
-    _summarise(manifest, text_bytes, time.monotonic() - began)
+    manifest, totals = result
+    _summarise(manifest, totals, time.monotonic() - began)
     print(f"prepared data: {arguments.output}")
     documents = sum(map(manifest.documents, SPLITS))
     if options.validation_fraction and not manifest.documents(VALIDATION_SPLIT):
@@ -129,14 +139,16 @@ def _workers(arguments: argparse.Namespace) -> AbstractContextManager[Workers | 
     return mpi_workers()
 
 
-def _summarise(manifest: Manifest, text_bytes: int, seconds: float) -> None:
+def _summarise(manifest: Manifest, totals: Totals, seconds: float) -> None:
     for line in summary_lines(manifest.inputs):
         print(line)
     for split in SPLITS:
         shards = len(manifest.splits[split])
         print(f"{split:<11} {manifest.documents(split)} documents, {manifest.tokens(split)} tokens, {shards} shards")
     tokens = sum(map(manifest.tokens, SPLITS))
-    print(f"text        {text_bytes / 1e6:.2f} MB, {text_bytes / tokens:.2f} bytes/token, {seconds:.1f} s")
+    size = totals.text_bytes
+    print(f"text        {size / 1e6:.2f} MB, {size / tokens:.2f} bytes/token, {seconds:.1f} s")
+    print(f"special     {totals.special_documents} documents with special-token letters, kept as text")
 
 
 def _find_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -193,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     shard.add_argument(
         "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
+    )
+    shard.add_argument(
+        "--tokenizer_backend",
+        choices=BACKENDS,
+        default=AUTO,
+        help="what makes the ids, which are the same: gigatoken is faster, auto takes it where it is installed",
     )
     shard.set_defaults(run=_shard)
     for module in (verify, stats, show, trace, megatron):

@@ -32,7 +32,9 @@ RANGE_ROWS = 1 << 21
 
 _SEED = 1
 _WORD = re.compile(r"\w+")
-_ROW = np.dtype([("split", "u1"), ("part", "<u4"), ("piece", "<u4"), ("source", "<u4"), ("bytes", "<u4")])
+_ROW = np.dtype(
+    [("split", "u1"), ("part", "<u4"), ("piece", "<u4"), ("source", "<u4"), ("bytes", "<u4"), ("special", "u1")]
+)
 _DROP = np.dtype([("unit", "<u4"), ("row", "<u4")])
 _PAIRS_AT_ONCE = 1 << 15
 
@@ -71,10 +73,12 @@ class DocumentTable:
         """The names of the sources, in the order of their numbers."""
         return tuple(self._sources)
 
-    def add(self, document: bytes, split: int, part: int, piece: int, source: str) -> None:
-        """Add a document: its text, where it went (split, and which shard of it), and where it came from."""
+    def add(self, document: bytes, split: int, part: int, piece: int, source: str, special: bool) -> None:
+        """Add a document: its text, where it went (split, and which shard of it), where it came from, and whether it
+        has the letters of a special token.
+        """
         number = self._sources.setdefault(source, len(self._sources))
-        self._rows.append((split, part, piece, number, len(document)))
+        self._rows.append((split, part, piece, number, len(document), special))
         self._hashes.append(xxhash.xxh3_128_intdigest(document))
         if self.kind == "near":
             self._signatures.append(_signature(document.decode("utf-8")))
@@ -82,7 +86,7 @@ class DocumentTable:
     def write(self, folder: Path, unit: int) -> None:
         """Write the unit's tables.
 
-        rows: (documents,) of split, part, piece, source and bytes. keys: (tables, 3, documents) uint64, of each table
+        rows: (documents,), as `load_rows` says. keys: (tables, 3, documents) uint64, of each table
         key, check and row, sorted by key; two documents are the same if key and check are. signatures: (documents,
         places) uint32.
         """
@@ -155,7 +159,7 @@ def dropped_rows(folder: Path, kind: str, documents: int, unit: int) -> dict[str
 
 
 def load_rows(folder: Path, unit: int) -> np.ndarray:
-    """The unit's documents, (documents,) of split, part, piece, source and bytes."""
+    """The unit's documents, (documents,) of split, part, piece, source, bytes and special."""
     return _load(folder / "rows", unit)
 
 

@@ -10,7 +10,7 @@ from preprocessing.formats import TABLES, known_format
 DOCUMENT_KINDS = ("blank-line", "file", "line")
 NORMALIZATIONS = ("none", "NFC", "NFKC")
 NEWLINES = ("universal", "unicode")
-MAX_CHARACTERS = 5_000_000
+MAX_CHARACTERS = 2_000_000
 """The longest document by default: one document lies in a worker's memory, with its tokens, as a whole."""
 
 

@@ -27,6 +27,7 @@ _NEWLINE = rb"(?:\r\n|\r(?!\n)|\n)"
 _LINE = re.compile(_NEWLINE)
 _BLANK_LINES = re.compile(_NEWLINE + rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _BLANK_LINES_WITHOUT_RETURNS = re.compile(rb"\n[ \t\v\f]*\n(?:[ \t\v\f]*\n)*")
+_LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _JSON_LINE = re.compile(rb"\n")
 
 
@@ -68,6 +69,9 @@ def _read_text(piece: Piece, options: ReadOptions, jsonl: bool) -> Iterator[Docu
             if jsonl:
                 yield _json_document(raw, offset + place, options)
                 continue
+            if kind == "blank-line" and (leading := _LEADING_BLANK_LINES.match(raw)):
+                # They belong to the border before, which may be cut behind any of its blank lines.
+                place, raw = place + leading.end(), raw[leading.end() :]
             try:
                 yield Document(raw.decode("utf-8"), offset + place)
             except UnicodeDecodeError as error:

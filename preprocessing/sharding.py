@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import ds_roberta
 from ds_roberta.data.shards import (
@@ -27,6 +28,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from preprocessing import dedup
 from preprocessing.accounts import BadDocuments, input_infos, total_accounts
+from preprocessing.encoders import AUTO, choose_backend
 from preprocessing.formats import is_url
 from preprocessing.job import FIRST_STAGE, UNITS, Job, Record, Task, clear, opened_job, publish
 from preprocessing.lease import LeaseHeld, held_lease
@@ -36,6 +38,13 @@ from preprocessing.streams import file_size, open_binary, readable
 from preprocessing.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from preprocessing.units import ShardOptions, UnitResult, shard_unit, thin_unit
 from preprocessing.workers import Workers, local_workers
+
+
+class Totals(NamedTuple):
+    """Sums over all units."""
+
+    text_bytes: int
+    special_documents: int
 
 
 def is_data_folder(folder: Path) -> bool:
@@ -54,10 +63,11 @@ def shard_corpus(
     options: ShardOptions,
     workers: int,
     sources: Mapping[str, str] | None = None,
-) -> tuple[Manifest, int]:
+    backend: str = AUTO,
+) -> tuple[Manifest, Totals]:
     """As `run_job`, on so many processes of this machine."""
     with local_workers(workers) as local:
-        result = run_job(files, tokenizer, output, options, local, sources)
+        result = run_job(files, tokenizer, output, options, local, sources, backend)
     assert result is not None
     return result
 
@@ -69,19 +79,21 @@ def run_job(
     options: ShardOptions,
     workers: Workers,
     sources: Mapping[str, str] | None = None,
+    backend: str = AUTO,
     task: Task | None = None,
-) -> tuple[Manifest, int] | None:
+) -> tuple[Manifest, Totals] | None:
     """Tokenize `files` into the data folder `output`, which appears whole or not at all.
 
     Units that an earlier run of the same plan finished are not done again.
 
     Args:
         sources: the source's name of every file that has one.
+        backend: one of `encoders.BACKENDS`; the ids are the same with each.
         task: the process is this one of several that share the job without knowing of each other; each does its part
             of the units, and the one that finishes the last of them puts the output into place.
 
     Returns:
-        The manifest, and the bytes of text that were kept; None where other tasks still have work, or did the rest.
+        The manifest, and what the units counted beside it; None where other tasks still have work, or did the rest.
 
     Raises:
         UserError: too much bad input, a tokenizer of another kind, an output that cannot be written or is being
@@ -106,10 +118,10 @@ def run_job(
     ):
         if job.record(FIRST_STAGE, 0) is None:
             job.do(FIRST_STAGE, 0, partial(_copy_tokenizer, tokenizer))
-        finish = partial(_finish, job, files, sources or {}, units, options, workers, output)
+        finish = partial(_finish, job, files, sources or {}, units, options, backend, workers, output)
         if task is None:
             return finish()
-        _run_units(job, share, options, workers, None)
+        _run_units(job, share, options, backend, workers, None)
         left = len(units) - job.finished(UNITS)
         if left and job.folder.exists():
             print(f"task {task[0] + 1}/{task[1]} is done; {left} of {len(units)} units are left to others, the last")
@@ -170,7 +182,7 @@ def _copy_tokenizer(tokenizer: Path, scratch: Path) -> Record:
 
 
 def _run_units(
-    job: Job, units: Sequence[Unit], options: ShardOptions, workers: Workers, bad: BadDocuments | None
+    job: Job, units: Sequence[Unit], options: ShardOptions, backend: str, workers: Workers, bad: BadDocuments | None
 ) -> dict[int, UnitResult]:
     """Do what is not finished of `units`; the results of all, by the units' numbers.
 
@@ -194,18 +206,20 @@ def _run_units(
     judge()
     if missing:
         info = TokenizerInfo.read(job.data / TOKENIZER_FOLDER)
+        backend, choice = choose_backend(backend, job.data / TOKENIZER_FOLDER, info)
+        print(f"tokenizer backend: {choice}", flush=True)
         sizes = {unit.index: unit.bytes for unit in units}
         done = sum(sizes[index] for index in results)
         with document_bar(sum(sizes.values()), "tokenizing", done) as update:
-            for index, record in workers.run(partial(_unit_step, job, info, options), missing):
+            for index, record in workers.run(partial(_unit_step, job, info, options, backend), missing):
                 results[index] = UnitResult.from_record(record)
                 update(sizes[index], results[index].documents)
                 judge()
     return results
 
 
-def _unit_step(job: Job, info: TokenizerInfo, options: ShardOptions, unit: Unit) -> tuple[int, Record]:
-    work = partial(shard_unit, job.data, info, options, unit)
+def _unit_step(job: Job, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit) -> tuple[int, Record]:
+    work = partial(shard_unit, job.data, info, options, backend, unit)
     return unit.index, job.do(UNITS, unit.index, work)
 
 
@@ -215,20 +229,21 @@ def _finish(
     sources: Mapping[str, str],
     units: Sequence[Unit],
     options: ShardOptions,
+    backend: str,
     workers: Workers,
     output: Path,
-) -> tuple[Manifest, int]:
+) -> tuple[Manifest, Totals]:
     """All units, and from these the output in its place."""
     bad = BadDocuments(options.max_bad_fraction)
-    results = _run_units(job, units, options, workers, bad)
+    results = _run_units(job, units, options, backend, workers, bad)
     bad.check()
     if options.dedup != "none":
         results = _deduplicate(job, units, results, options.dedup, workers)
     in_order = [results[unit.index] for unit in units]
-    text_bytes = sum(result.text_bytes for result in in_order)
+    totals = Totals(*(sum(getattr(result, name) for result in in_order) for name in Totals._fields))
     if job.is_published:
         clear(job)
-        return Manifest.read(output), text_bytes
+        return Manifest.read(output), totals
     manifest = Manifest(
         tokenizer=TokenizerInfo.read(job.data / TOKENIZER_FOLDER),
         options={
@@ -247,7 +262,7 @@ def _finish(
         raise
     manifest.write(job.data)
     publish(job, output)
-    return manifest, text_bytes
+    return manifest, totals
 
 
 def _deduplicate(

@@ -18,7 +18,7 @@ from preprocessing.formats import is_url
 
 BLOCK_BYTES = 1 << 20
 _COMPRESSED_BLOCK_BYTES = 1 << 16
-_ZSTD_BLOCK_BYTES = 1 << 12
+_ZSTD_BLOCK_BYTES = 1 << 11
 """zstandard has no bound for what one call returns; a run of one byte grows 32,000-fold."""
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {

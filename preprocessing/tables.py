@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -152,11 +153,9 @@ def _arrow_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa
                         yield from _slices(batch, row)
                     row += batch.num_rows
                 return
-            whole = is_url(piece.path)
-            stream = pa.ipc.open_stream(source)
+            # The batch behind the piece, which may be a damaged one, is not asked for.
+            stream = islice(pa.ipc.open_stream(source), None if is_url(piece.path) else piece.end)
             for index, batch in enumerate(stream):
-                if index >= piece.end and not whole:
-                    return
                 if index >= piece.start:
                     yield from _slices(batch, row)
                 row += batch.num_rows

@@ -1,18 +1,15 @@
-"""Byte-level BPE of RoBERTa's kind: training it, copying it, and encoding documents with it."""
+"""Byte-level BPE of RoBERTa's kind: training it and copying it."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ds_roberta.data.shards import TokenizerInfo, token_type
+from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 
@@ -86,8 +83,7 @@ def copy_tokenizer(source: Path, target: Path) -> TokenizerInfo:
     """
     vocabulary, merges = source / "vocab.json", source / "merges.txt"
     convert = not (source / "tokenizer.json").is_file() and vocabulary.is_file() and merges.is_file()
-    if not convert:
-        TokenizerInfo.read(source)
+    info = None if convert else TokenizerInfo.read(source)
     target.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -105,7 +101,7 @@ def copy_tokenizer(source: Path, target: Path) -> TokenizerInfo:
         )
     if not (target / "tokenizer_config.json").exists():
         write_json(target / "tokenizer_config.json", _CONFIG)
-    return TokenizerInfo.read(target)
+    return info or TokenizerInfo.read(target)
 
 
 def _save(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> None:
@@ -118,35 +114,3 @@ def _save(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Pat
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in FIRST_SPECIAL_TOKENS])
     tokenizer.add_special_tokens([AddedToken(MASK_TOKEN, lstrip=True, normalized=False)])  # as RoBERTa's own
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-class Encoder:
-    """Turns documents into ids; made once in every worker process."""
-
-    def __init__(self, folder: Path, info: TokenizerInfo):
-        # Work is spread over processes: threads inside each would only compete with them.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        # A folder saved after other uses may cut texts, pad them, or drop merges at random: never here.
-        content["truncation"] = content["padding"] = content["model"]["dropout"] = None
-        for token in content.get("added_tokens") or []:
-            token["special"] = token["id"] in info.special_ids or token["content"] in FIRST_SPECIAL_TOKENS
-        self._tokenizer = Tokenizer.from_str(json.dumps(content))
-        # By default the letters "</s>" or "<mask>" in a text would become the control id.
-        self._tokenizer.encode_special_tokens = True
-        self._eos = info.eos_token_id
-        self._dtype = token_type(info.vocab_size)
-
-    def encode(self, documents: Sequence[list[str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Encode documents, each given as its lines, in one call to the tokenizer.
-
-        Yields:
-            For each document its ids closed by `</s>`, (tokens,) uint16 or uint32, and the offset behind the last
-            token of every line, (lines,) int64.
-        """
-        lines = list(chain.from_iterable(documents))
-        encoded = iter(self._tokenizer.encode_batch_fast(lines, add_special_tokens=False))
-        for document in documents:
-            ids = [encoding.ids for encoding in islice(encoded, len(document))]
-            ends = np.cumsum([len(line) for line in ids])
-            yield np.fromiter(chain(*ids, (self._eos,)), self._dtype, int(ends[-1]) + 1), ends

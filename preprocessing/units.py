@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,24 +25,32 @@ from ds_roberta.data.shards import (
     InputPiece,
     ShardInfo,
     TokenizerInfo,
+    write_flat_shard,
     write_shard,
 )
 from preprocessing import dedup
 from preprocessing.accept import accepted_documents
 from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account
+from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, make_encoder
 from preprocessing.job import Record
 from preprocessing.pieces import ReadOptions
 from preprocessing.plan import UNIT_BYTES, Unit
-from preprocessing.sentences import sentences, tokenizer_lines
-from preprocessing.tokenizer import Encoder
+from preprocessing.sentences import sentences
 
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1_000, 1_000_000
+_BATCH_BYTES = 1 << 20
+_SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # it opens with a letter, not the look-behind, to be found fast
 _PART_UNITS = 2
 """A unit that turns out larger, such as a compressed file, is written in parts of so many times `unit_bytes`."""
 
 
-Prepared = tuple[list[str], str | None, int]
-"""The sentences of a document, and its source."""
+class Prepared(NamedTuple):
+    """A document ready to be encoded."""
+
+    sentences: bytes
+    """UTF-8, apart by `\\n`."""
+    source: str | None
+    piece: int
+    """Number of the unit's piece that holds it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class UnitResult:
     shards: dict[str, tuple[ShardInfo, ...]]
     accounts: dict[str, Account]
     text_bytes: int
+    special_documents: int
+    """Documents with the letters of a special token, which stayed text."""
     sources: tuple[str, ...] = ()
 
     @property
@@ -72,6 +85,7 @@ class UnitResult:
             "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
             "accounts": {path: [account.counts, account.places] for path, account in self.accounts.items()},
             "text_bytes": self.text_bytes,
+            "special_documents": self.special_documents,
             "sources": self.sources,
         }
 
@@ -80,39 +94,61 @@ class UnitResult:
         """The inverse of `record`, behind a way through JSON."""
         shards = {split: tuple(map(ShardInfo.from_json, shards)) for split, shards in record["shards"].items()}
         accounts = {path: Account(Counter(counts), places) for path, (counts, places) in record["accounts"].items()}
-        return cls(shards, accounts, record["text_bytes"], tuple(record["sources"]))
+        return cls(shards, accounts, record["text_bytes"], record["special_documents"], tuple(record["sources"]))
 
 
-def split_of(text: str, validation_fraction: float) -> str:
-    """The split of a document, by its text alone: it does not move when the corpus grows."""
-    place = xxhash.xxh3_64_intdigest(text.encode("utf-8")) / 2**64
+def split_of(document: bytes | str, validation_fraction: float) -> str:
+    """The split of a document, by its sentences alone: it does not move when the corpus grows."""
+    place = xxhash.xxh3_64_intdigest(document.encode() if isinstance(document, str) else document) / 2**64
     return VALIDATION_SPLIT if place < validation_fraction else TRAIN_SPLIT
 
 
-def shard_unit(data: Path, info: TokenizerInfo, options: ShardOptions, unit: Unit, scratch: Path) -> Record:
-    """Tokenize a unit with the tokenizer in `data`, into `scratch`: to `data`, or before deduplication to `staged`."""
-    encoder = _encoder(data / TOKENIZER_FOLDER, info)
+def shard_unit(
+    data: Path, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit, scratch: Path
+) -> Record:
+    """Tokenize a unit with the tokenizer in `data`, into `scratch`: to `data`, or before deduplication to `staged`.
+
+    Where a fast backend differs from the reference, the whole unit goes by the reference.
+    """
+    try:
+        return _tokenize_unit(data, info, options, backend, unit, scratch)
+    except BackendDifference as difference:
+        places = ", ".join(f"{piece.path!r} from {piece.start} to {piece.end}" for piece in unit.pieces)
+        print(
+            f"warning: {backend} {difference}; unit {unit.index} ({places}) is encoded again by {HUGGINGFACE}. "
+            f"The other units agreed on their samples only: for certainty use --tokenizer_backend {HUGGINGFACE}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return _tokenize_unit(data, info, options, HUGGINGFACE, unit, scratch)
+
+
+def _tokenize_unit(
+    data: Path, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit, scratch: Path
+) -> Record:
+    encoder, special = _encoder(data / TOKENIZER_FOLDER, info, backend)
     folder = scratch / ("data" if options.dedup == "none" else "staged")
     table = dedup.DocumentTable(options.dedup)
     accounts = {piece.path: Account() for piece in unit.pieces}
     documents = (
-        (number, document)
+        Prepared(_sentence_bytes(document.text, options.read.sentences), document.source, number)
         for number, piece in enumerate(unit.pieces)
         for document in accepted_documents(piece, options.read, accounts[piece.path])
     )
     writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
-    text_bytes = part_bytes = 0
-    split_documents = ((sentences(d.text, options.read.sentences), d.source, number) for number, d in documents)
-    for batch in _batches(split_documents):
-        rows = encoder.encode([tokenizer_lines(lines) for lines, _, _ in batch])
-        for (lines, source, piece), row in zip(batch, rows, strict=True):
-            text = "\n".join(lines)
-            raw = text.encode("utf-8")
-            part_bytes += len(raw)
-            split = split_of(text, options.validation_fraction)
-            if options.dedup != "none":
-                table.add(raw, SPLITS.index(split), len(writers[split].shards), piece, source or "")
-            writers[split].add(row, source, piece)
+    text_bytes = part_bytes = special_documents = 0
+    for batch in _batches(documents):
+        encoded = encoder.encode([document.sentences for document in batch])
+        splits = np.array([split_of(document.sentences, options.validation_fraction) for document in batch])
+        has_special = [special.search(document.sentences) is not None for document in batch]
+        if options.dedup != "none":
+            for document, split, letters in zip(batch, splits, has_special, strict=True):
+                place = SPLITS.index(split), len(writers[split].shards), document.piece
+                table.add(document.sentences, *place, document.source or "", letters)
+        for split, writer in writers.items():
+            writer.add(encoded, batch, splits == split)
+        part_bytes += sum(len(document.sentences) for document in batch)
+        special_documents += sum(has_special)
         if part_bytes >= _PART_UNITS * options.unit_bytes:
             for writer in writers.values():
                 writer.flush()
@@ -122,7 +158,7 @@ def shard_unit(data: Path, info: TokenizerInfo, options: ShardOptions, unit: Uni
     shards = {split: tuple(writer.shards) for split, writer in writers.items()}
     if options.dedup != "none":
         table.write(scratch, unit.index)
-    return UnitResult(shards, accounts, text_bytes + part_bytes, table.sources).record()
+    return UnitResult(shards, accounts, text_bytes + part_bytes, special_documents, table.sources).record()
 
 
 def thin_unit(
@@ -130,11 +166,12 @@ def thin_unit(
 ) -> Record:
     """Write the staged shards of a unit again, without the documents that occur again. `documents` are in all units."""
     rows = dedup.load_rows(job, unit.index)
-    keep, text_bytes = np.ones(len(rows), bool), result.text_bytes
+    keep, text_bytes, special_documents = np.ones(len(rows), bool), result.text_bytes, result.special_documents
     accounts = {path: Account(Counter(a.counts), a.places) for path, a in result.accounts.items()}
     for reason, dropped in dedup.dropped_rows(job, kind, documents, unit.index).items():
         keep[dropped] = False
         text_bytes -= int(rows["bytes"][dropped].sum(dtype=np.int64))
+        special_documents -= int(rows["special"][dropped].sum(dtype=np.int64))
         for piece, number in Counter(rows["piece"][dropped].tolist()).items():
             counts = accounts[unit.pieces[piece].path].counts
             counts[KEPT] -= number
@@ -157,7 +194,7 @@ def thin_unit(
                 pieces = _input_pieces(unit, Counter(kept["piece"].tolist()))
                 thinned.append(replace(new, sources=dict(sorted(sources.items())), pieces=pieces))
         shards[split] = tuple(thinned)
-    return UnitResult(shards, accounts, text_bytes).record()
+    return UnitResult(shards, accounts, text_bytes, special_documents).record()
 
 
 class _Writer:
@@ -166,24 +203,28 @@ class _Writer:
     def __init__(self, folder: Path, split: str, unit: Unit, vocab_size: int):
         self.shards: list[ShardInfo] = []
         self._unit, self._place, self._vocab_size = unit, (folder, split, unit.index), vocab_size
-        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._parts: list[Encoded] = []
         self._sources: Counter[str] = Counter()
         self._pieces: Counter[int] = Counter()
 
-    def add(self, row: tuple[np.ndarray, np.ndarray], source: str | None, piece: int) -> None:
-        """Add a document, from the unit's piece of that number."""
-        self._rows.append(row)
-        self._pieces[piece] += 1
-        if source:
-            self._sources[source] += 1
+    def add(self, encoded: Encoded, documents: Sequence[Prepared], chosen: np.ndarray) -> None:
+        """Add those of a batch of documents where `chosen`, (documents,) bool, is true."""
+        if not chosen.any():
+            return
+        self._parts.append(encoded.select(chosen))
+        for number in np.flatnonzero(chosen).tolist():
+            document = documents[number]
+            self._pieces[document.piece] += 1
+            if document.source:
+                self._sources[document.source] += 1
 
     def flush(self) -> None:
-        if self._rows:
-            ids, ends = zip(*self._rows, strict=True)
-            shard = write_shard(*self._place, ids, ends, self._vocab_size, part=len(self.shards))
+        if self._parts:
+            rows = Encoded.concatenate(self._parts)
+            shard = write_flat_shard(*self._place, *rows, self._vocab_size, part=len(self.shards))
             sources = dict(sorted(self._sources.items()))
             self.shards.append(replace(shard, sources=sources, pieces=_input_pieces(self._unit, self._pieces)))
-        self._rows, self._sources, self._pieces = [], Counter(), Counter()
+        self._parts, self._sources, self._pieces = [], Counter(), Counter()
 
 
 def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:
@@ -192,21 +233,28 @@ def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]
     return tuple(InputPiece(piece.path, piece.start, piece.end, count) for piece, count in pieces)
 
 
-@lru_cache(maxsize=1)
-def _encoder(folder: Path, info: TokenizerInfo) -> Encoder:
+@lru_cache(maxsize=2)
+def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, re.Pattern[bytes]]:
     """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
-    return Encoder(folder, info)
+    return make_encoder(backend, folder, info)
+
+
+def _sentence_bytes(text: str, kind: str) -> bytes:
+    """The sentences of a document, apart by `\\n`; most texts are so already where sentences are lines."""
+    if kind != "lines" or text[0] == "\n" or text[-1].isspace() or _SPACE_BEFORE_NEWLINE.search(text):
+        text = "\n".join(sentences(text, kind))
+    return text.encode("utf-8")
 
 
 def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:
     batch: list[Prepared] = []
-    characters = 0
+    size = 0
     for document in documents:
         batch.append(document)
-        characters += sum(map(len, document[0]))
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+        size += len(document.sentences)
+        if size >= _BATCH_BYTES:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 

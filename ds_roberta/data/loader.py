@@ -98,23 +98,25 @@ class Collator:
         input_ids = torch.from_numpy(compact.astype(np.int64))
         columns = np.arange(self.max_seq_length, dtype=np.int32)
         is_token = torch.from_numpy(columns < lengths.astype(np.int32)[:, None])
+        by_micro_batch = lengths.reshape(-1, micro_batch_size)
+        has_padding = (by_micro_batch.min(axis=1) < self.max_seq_length).tolist()
+        filled_rows = (filled - np.arange(0, len(places), micro_batch_size)).clip(0, micro_batch_size)
+        tokens = np.where(np.arange(micro_batch_size) < filled_rows[:, None], by_micro_batch, 0).sum(axis=1)
         size = micro_batch_size * self.max_seq_length
         bounds = np.searchsorted(positions, np.arange(0, compact.size + 1, size)).tolist()
-        micro_batches = []
-        for number, first in enumerate(range(0, len(places), micro_batch_size)):
-            part, masked = slice(first, first + micro_batch_size), slice(bounds[number], bounds[number + 1])
-            sequences_here = min(max(filled - first, 0), micro_batch_size)
-            micro_batches.append(
-                MicroBatch(
-                    input_ids[part],
-                    is_token[part] if lengths[part].min() < self.max_seq_length else None,
-                    torch.from_numpy(positions[masked] - number * size),
-                    torch.from_numpy(labels[masked]),
-                    int(lengths[first : first + sequences_here].sum()),
-                    sequences_here,
-                )
+        return [
+            MicroBatch(
+                ids,
+                mask if has_padding[number] else None,
+                torch.from_numpy(positions[bounds[number] : bounds[number + 1]] - number * size),
+                torch.from_numpy(labels[bounds[number] : bounds[number + 1]]),
+                int(tokens[number]),
+                int(filled_rows[number]),
             )
-        return micro_batches
+            for number, (ids, mask) in enumerate(
+                zip(input_ids.split(micro_batch_size), is_token.split(micro_batch_size), strict=True)
+            )
+        ]
 
 
 def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, write_json
 
@@ -35,67 +36,8 @@ TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
 SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT)
 CHUNK_BYTES = 1 << 20
 """Bytes covered by one chunk checksum."""
-MAX_UINT16_VOCABULARY = 1 << 16
 _DATASETS_FILES = ("state.json", "dataset_info.json")
 _MAX_BATCH_TOKENS = 2**31 - 1  # offsets of an Arrow list are int32
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """What training must know of a tokenizer: the size of its vocabulary, its special ids, its identity."""
-
-    vocab_size: int
-    bos_token_id: int
-    pad_token_id: int
-    eos_token_id: int
-    mask_token_id: int
-    special_ids: tuple[int, ...]
-    fingerprint: str
-
-    @classmethod
-    def read(cls, folder: Path) -> TokenizerInfo:
-        """Read `tokenizer.json` of a Hugging Face tokenizer folder.
-
-        Raises:
-            UserError: there is no such file, it is not a tokenizer, or one of RoBERTa's special tokens is missing.
-        """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(
-                f"no tokenizer in {str(folder)!r} (tokenizer.json is missing): "
-                "make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            model, added = content["model"], content.get("added_tokens") or []
-            vocabulary = dict(model["vocab"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json: {error!r}") from error
-        vocabulary.update({token["content"]: token["id"] for token in added})
-        ids = {}
-        for name in ("<s>", "<pad>", "</s>", "<mask>"):
-            if name not in vocabulary:
-                raise UserError(
-                    f"the tokenizer in {str(folder)!r} has no {name} token: use a tokenizer of the RoBERTa kind, "
-                    "for example one made with 'preprocess train-tokenizer'"
-                )
-            ids[name] = vocabulary[name]
-        specials = {token["id"] for token in added if token.get("special")} | set(ids.values())
-        identity = {
-            "vocab": vocabulary,
-            "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])],
-            "normalizer": content.get("normalizer"),
-            "pre_tokenizer": content.get("pre_tokenizer"),
-        }
-        return cls(
-            vocab_size=max(vocabulary.values()) + 1,
-            bos_token_id=ids["<s>"],
-            pad_token_id=ids["<pad>"],
-            eos_token_id=ids["</s>"],
-            mask_token_id=ids["<mask>"],
-            special_ids=tuple(sorted(specials)),
-            fingerprint=json_fingerprint(identity),
-        )
 
 
 @dataclass(frozen=True)
@@ -244,11 +186,6 @@ class Manifest:
             )
 
 
-def token_type(vocab_size: int) -> np.dtype[Any]:
-    """The integer type of ids on disk: uint16 where the vocabulary fits, else uint32."""
-    return np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCABULARY else np.uint32)
-
-
 def write_shard(
     folder: Path,
     split: str,
@@ -258,27 +195,54 @@ def write_shard(
     vocab_size: int,
     part: int = 0,
 ) -> ShardInfo:
-    """Write one shard, atomically.
+    """Write one shard, as `write_flat_shard`, from arrays of each document.
 
     Args:
         documents: token ids of each document, closed by the separator.
         sentence_ends: per document, rising offsets behind each sentence; the last is `len(document) - 1`.
+        part: which of the shards of work unit `index` this is, where it makes more than one.
+    """
+    (ids, lengths), (ends, counts) = _flatten(documents), _flatten(sentence_ends)
+    return write_flat_shard(folder, split, index, ids, lengths, ends, counts, vocab_size, part)
+
+
+def write_flat_shard(
+    folder: Path,
+    split: str,
+    index: int,
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    sentence_ends: np.ndarray,
+    sentence_counts: np.ndarray,
+    vocab_size: int,
+    part: int = 0,
+) -> ShardInfo:
+    """Write one shard, atomically; everything of a document lies behind everything of the one before.
+
+    Args:
+        ids: token ids, (tokens,), each document closed by the separator.
+        lengths: tokens of each document, separator included, (documents,).
+        sentence_ends: offsets in the document behind each sentence, rising, (sentences,); the last of a document is
+            its length without the separator.
+        sentence_counts: sentences of each document, (documents,).
         part: which of the shards of work unit `index` this is, where it makes more than one.
 
     Returns:
         The shard's entry for the manifest.
     """
     name = f"{split}/shard-{index:05d}{f'-{part:05d}' if part else ''}.arrow"
-    ids = _list_array(documents, token_type(vocab_size))
-    ends = _list_array(sentence_ends, np.dtype(np.uint32))
-    batch = pa.record_batch([ids, ends], names=["input_ids", "sentence_ends"])
+    columns = [
+        _list_array(ids, lengths, token_type(vocab_size)),
+        _list_array(sentence_ends, sentence_counts, np.dtype(np.uint32)),
+    ]
+    batch = pa.record_batch(columns, names=["input_ids", "sentence_ends"])
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         size, checksum, chunks = checksums(temporary)
-    return ShardInfo(name, len(documents), len(ids.values), size, checksum, chunks)
+    return ShardInfo(name, len(lengths), len(ids), size, checksum, chunks)
 
 
 def checksums(path: Path) -> tuple[int, str, tuple[str, ...]]:
@@ -354,14 +318,20 @@ class Corpus:
         return Split(self.folder, name, self.manifest.splits.get(name, ()))
 
 
-def _list_array(rows: Sequence[np.ndarray], dtype: np.dtype[Any]) -> pa.ListArray:
+def _flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All values of the rows, and the length of each."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    if lengths.sum() > _MAX_BATCH_TOKENS:
-        raise ValueError(f"a shard holds at most {_MAX_BATCH_TOKENS} tokens, got {lengths.sum()}")
+    return np.concatenate(rows) if len(rows) else np.empty(0, np.int64), lengths
+
+
+def _list_array(values: np.ndarray, lengths: np.ndarray, dtype: np.dtype[Any]) -> pa.ListArray:
+    if len(values) > _MAX_BATCH_TOKENS:
+        raise ValueError(f"a shard holds at most {_MAX_BATCH_TOKENS} tokens, got {len(values)}")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    values = np.concatenate(rows).astype(dtype, copy=False) if len(rows) else np.empty(0, dtype)
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=pa.list_(item))
+    # From buffers: pa.array() would import pandas, which takes longer than a small corpus.
+    flat = pa.Array.from_buffers(item.type, len(values), [None, pa.py_buffer(values.astype(dtype, copy=False))])
+    return pa.Array.from_buffers(pa.list_(item), len(lengths), [None, pa.py_buffer(offsets)], children=[flat])
 
 
 def _write_datasets_files(folder: Path, split: str, shards: Sequence[ShardInfo], fingerprint: str) -> None:

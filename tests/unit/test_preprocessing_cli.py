@@ -75,6 +75,10 @@ SHARD = "shard --workers 1 --tokenizer tok --output out"
     [
         (f"{SHARD} --input missing.txt", "'missing.txt'"),
         (f"{SHARD} --input blank.txt", "empty"),
+        (f"{SHARD} --input text --max_characters 5", "50 too_long"),
+        (f"{SHARD} --input text --min_characters 9 --max_characters 5", "9 is above --max_characters 5"),
+        (f"{SHARD} --input text --filter nosuch:f", "'nosuch:f'"),
+        (f"{SHARD} --input text --max_bad_fraction 2", "'2'"),
         (f"{SHARD} --input other", "'other'"),
         (f"{SHARD} --input text --validation_fraction 1", "'1'"),
         (f"{SHARD} --input text --validation_fraction nan", "'nan'"),
@@ -128,14 +132,21 @@ def test_workers_and_mpirun_exclude_each_other(folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("file", "named"), [("latin.txt", "'latin.txt', line 3 (byte 8)"), ("bad.jsonl", "'bad.jsonl', line 2 (byte 14)")]
+    ("file", "named", "remedy"),
+    [
+        ("latin.txt", "'latin.txt', line 3 (byte 8)", "iconv"),
+        ("bad.jsonl", "'bad.jsonl', line 2 (byte 14)", "mend or remove the line"),
+        ("other.jsonl", "'other.jsonl', line 1 (byte 0)", "--text_column"),
+    ],
 )
-def test_too_many_bad_documents_end_the_job_and_a_higher_bound_goes_on_from_it(folder, capsys, file, named):
+def test_too_many_bad_documents_end_the_job_and_a_higher_bound_goes_on_from_it(folder, capsys, file, named, remedy):
+    (folder / "other.jsonl").write_text('{"body": "text"}\n')
     capsys.readouterr()
     assert run(f"{SHARD} --input text {file}") == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert named in error
+    assert remedy in error
     assert "1 of 1 units are kept" in error
     assert not (folder / "out").exists()
     with pytest.MonkeyPatch.context() as patch:

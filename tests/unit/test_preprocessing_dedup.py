@@ -39,7 +39,7 @@ def prepare(folder, files, tokenizer, dedup, workers=1, name="out"):
     from tokenizers import Tokenizer
 
     options = ShardOptions(validation_fraction=0.3, unit_bytes=3000, dedup=dedup)
-    manifest, text_bytes = shard_corpus(files, tokenizer, folder / name, options, workers)
+    manifest, totals = shard_corpus(files, tokenizer, folder / name, options, workers)
     corpus, decoder = Corpus.open(folder / name), Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     found = []
     for split_name in ("train", "validation"):
@@ -55,7 +55,7 @@ def prepare(folder, files, tokenizer, dedup, workers=1, name="out"):
     for entry in manifest.inputs:
         assert entry.documents_read == entry.documents_kept + sum(entry.rejected.values())
     assert len(found) == sum(entry.documents_kept for entry in manifest.inputs)
-    return found, [entry.rejected for entry in manifest.inputs], text_bytes, manifest
+    return found, [entry.rejected for entry in manifest.inputs], totals, manifest
 
 
 def flat(texts):
@@ -64,10 +64,10 @@ def flat(texts):
 
 def test_the_first_of_equal_documents_stays(tokenizer_folder, tmp_path):
     files = write(tmp_path, TEXTS[:40], [*TEXTS[30:50], *NEAR], [*TEXTS, TEXTS[0], TEXTS[59]])
-    found, rejected, text_bytes, manifest = prepare(tmp_path, files, tokenizer_folder, "exact")
+    found, rejected, totals, manifest = prepare(tmp_path, files, tokenizer_folder, "exact")
     assert sorted(found) == flat([*TEXTS, *NEAR])
     assert rejected == [{}, {"duplicate": 10}, {"duplicate": 52}]
-    assert text_bytes == sum(len(text) for text in [*TEXTS, *NEAR])
+    assert totals.text_bytes == sum(len(text) for text in [*TEXTS, *NEAR])
     assert manifest.options["dedup"] == "exact"
     assert prepare(tmp_path, files, tokenizer_folder, "none", name="all")[1] == [{}, {}, {}]
 
@@ -102,7 +102,7 @@ def test_a_unit_of_copies_alone_leaves_no_shard(tokenizer_folder, tmp_path):
 
 
 def test_parts_and_sources_of_a_large_unit_are_counted_again(tokenizer_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "_BATCH_DOCUMENTS", 10)  # a part ends with a batch
+    monkeypatch.setattr(units, "_BATCH_BYTES", 6000)  # a part ends with a batch
     lines = "".join(
         json.dumps({"text": t, "from": f"site {i % 3}"}) + "\n" for i, t in enumerate([*TEXTS, *TEXTS[:40]])
     )
@@ -111,7 +111,7 @@ def test_parts_and_sources_of_a_large_unit_are_counted_again(tokenizer_folder, t
     # The first of a text is from site i % 3; its copy, 60 lines on, is from the same.
     manifest, _ = shard_corpus([str(tmp_path / "a.jsonl.gz")], tokenizer_folder, tmp_path / "out", options, 1)
     shards = manifest.splits["train"]
-    assert len(shards) == 3  # of five: the last two held copies alone
+    assert len(shards) == 5  # of eight: the last three held copies alone
     assert sum((Counter(shard.sources) for shard in shards), Counter()) == {f"site {i}": 20 for i in range(3)}
     assert sum(piece.documents for shard in shards for piece in shard.pieces) == 60
     assert sorted(shard.file for shard in shards) == sorted(

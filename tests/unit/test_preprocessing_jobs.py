@@ -262,7 +262,7 @@ def test_tasks_share_a_job_and_the_last_puts_the_output_into_place(files, tokeni
     with local_workers(1) as workers:
         for task in order:
             assert not (tmp_path / "out").exists() or task >= 7
-            results.append(run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, None, (task, count)))
+            results.append(run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(task, count)))
     assert sum(result is not None for result in results) == 1
     assert folder_hash(tmp_path / "out") == expected
     assert names(tmp_path) == ["out"]
@@ -270,7 +270,7 @@ def test_tasks_share_a_job_and_the_last_puts_the_output_into_place(files, tokeni
 
 def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected, tmp_path):
     with local_workers(1) as workers:
-        assert run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, None, (1, 3)) is None
+        assert run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(1, 3)) is None
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".out.partial/*/units/*.json")}
     assert len(before) == 2
     shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
@@ -280,7 +280,7 @@ def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected
 def test_tasks_at_the_same_time_publish_once(files, tokenizer, expected, tmp_path):
     def body(task):
         with local_workers(1) as workers:
-            run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, None, (task, 3))
+            run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(task, 3))
         os._exit(0)
 
     children = [FORK.Process(target=body, args=(task,)) for task in range(3)]

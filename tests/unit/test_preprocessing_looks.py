@@ -31,8 +31,8 @@ def prepared(tmp_path_factory, tokenizer_folder):
     (folder / "b.txt").write_text("\n\n".join(TEXTS[50:]), encoding="utf-8")
     files = [str(folder / name) for name in ("a.txt", "b.txt")]
     options = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
-    _, text_bytes = shard_corpus(files, tokenizer_folder, folder / "data", options, workers=1)
-    return folder / "data", text_bytes
+    _, totals = shard_corpus(files, tokenizer_folder, folder / "data", options, workers=1)
+    return folder / "data", totals.text_bytes
 
 
 def run(line):

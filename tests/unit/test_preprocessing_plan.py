@@ -1,12 +1,15 @@
 """Which files are read, and how they are cut into units."""
 
 import random
+from pathlib import Path
 
+import datasets
+import fsspec
 import pytest
 
 from ds_roberta.errors import UserError
 from preprocessing.formats import READABLE
-from preprocessing.inputs import find_inputs
+from preprocessing.inputs import dataset_files, find_inputs
 from preprocessing.pieces import Document, ReadOptions
 from preprocessing.plan import plan_units
 from preprocessing.readers import read_documents
@@ -124,3 +127,57 @@ def test_a_file_given_twice_is_read_once(folder):
 def test_an_argument_that_names_no_text_is_an_error(folder, argument, message):
     with pytest.raises(UserError, match=message.replace("*", r"\*")):
         find_inputs(["text/a.txt", argument])
+
+
+def test_a_name_before_a_path_is_its_source(folder):
+    (folder / "year=2024").mkdir()
+    (folder / "year=2024/c.txt").touch()
+    inputs = find_inputs(["books=text/*.txt", "web=text/a/z.jsonl", "year=2024", "year=*/c.txt"])
+    assert inputs.files == ("text/a.txt", "text/b.txt", "text/a/z.jsonl", "year=2024/c.txt")
+    assert inputs.sources == {"text/a.txt": "books", "text/b.txt": "books", "text/a/z.jsonl": "web"}
+
+
+def test_a_unit_has_one_source(tmp_path):
+    paths = [str(tmp_path / f"{name}.txt") for name in "abcd"]
+    for path in paths:
+        Path(path).write_text("text")
+    units = plan_units(paths, ReadOptions(), sources={paths[1]: "books", paths[2]: "books"})
+    assert [[piece.source for piece in unit.pieces] for unit in units] == [[""], ["books", "books"], [""]]
+
+
+def test_urls_are_files_folders_and_globs(tmp_path):
+    system = fsspec.filesystem("memory")
+    for name in ("b.txt", "a/c.jsonl.gz", "a/README.md"):
+        system.pipe_file(f"/inputs/{name}", b"x")
+    inputs = find_inputs(["s=memory://inputs"])
+    assert inputs.files == ("memory:///inputs/a/c.jsonl.gz", "memory:///inputs/b.txt")
+    assert inputs.ignored == ("memory:///inputs/a/README.md",)
+    assert set(inputs.sources.values()) == {"s"}
+    assert find_inputs(["memory://inputs/*.txt"]).files == ("memory:///inputs/b.txt",)
+    assert find_inputs(["memory://inputs/b.txt"]).files == ("memory://inputs/b.txt",)
+    (tmp_path / "a.txt").touch()
+    assert find_inputs([f"file://{tmp_path}/a.txt"]).files == (f"{tmp_path}/a.txt",)
+    for url in ("memory://inputs/none.txt", "nosuch://x/a.txt"):
+        with pytest.raises(UserError, match=url):
+            find_inputs([url])
+
+
+def test_data_sets_are_the_files_that_the_library_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": [name] * 9}) for name in ("train", "test")})
+    saved.save_to_disk("saved", num_shards={"train": 2, "test": 1})
+    Path("saved/train/cache-1.arrow").touch()
+    names = ("train/data-00000-of-00002", "train/data-00001-of-00002", "test/data-00000-of-00001")
+    inputs = find_inputs(["saved"])
+    assert inputs.files == tuple(f"saved/{name}.arrow" for name in names)
+    assert found_in(plan_units(inputs.files, ReadOptions()), ReadOptions()) == [["train"]] * 9 + [["test"]] * 9
+
+    for split in ("train", "validation"):
+        saved["train"].to_parquet(f"hub/data/{split}-00000.parquet")
+    assert [Path(file).name for file in dataset_files("./hub", None, "")] == ["train-00000.parquet"]
+    assert [Path(file).name for file in dataset_files("./hub", None, "split=validation")] == [
+        "validation-00000.parquet"
+    ]
+    for query, message in [("split=test", "no split 'test' but train, validation"), ("spilt=x", "only config")]:
+        with pytest.raises(UserError, match=message):
+            dataset_files("./hub", None, query)

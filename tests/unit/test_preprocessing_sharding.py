@@ -1,5 +1,6 @@
 """From text files to a data folder."""
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -64,7 +65,7 @@ def folder_hash(folder):
 
 
 def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer, tmp_path):
-    manifest, text_bytes = shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    manifest, totals = shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     found = texts(tmp_path / "out", tokenizer)
     expected = {"train": [], "validation": []}
     for text in DOCUMENTS:
@@ -72,7 +73,7 @@ def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer
     assert found == expected
     assert len(expected["train"]) > 100
     assert len(expected["validation"]) > 10
-    assert text_bytes == sum(len(text.encode()) for text in DOCUMENTS)
+    assert totals.text_bytes == sum(len(text.encode()) for text in DOCUMENTS)
     assert [shard.file for shard in manifest.splits["train"]] == [f"train/shard-{i:05d}.arrow" for i in range(7)]
 
 
@@ -195,3 +196,31 @@ def test_the_kind_of_documents_is_part_of_the_options(files, tokenizer, tmp_path
     manifest, _ = shard_corpus(files[:1], tokenizer, tmp_path / "out", options, workers=1)
     assert manifest.documents("train") == 300
     assert Corpus.open(tmp_path / "out").manifest.options["documents"] == "line"
+
+
+def test_a_large_compressed_file_becomes_several_shards(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocessing.units._BATCH_BYTES", 1000)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    files = [str(tmp_path / "a.jsonl.gz")]
+    options = replace(OPTIONS, unit_bytes=2000)
+    manifest, _ = shard_corpus(files, tokenizer, tmp_path / "out", options, 1, sources={files[0]: "books"})
+    names = [shard.file for shard in manifest.splits["train"]]
+    assert names[:2] == ["train/shard-00000.arrow", "train/shard-00000-00001.arrow"]
+    assert len(names) > 3
+    found = texts(tmp_path / "out", tokenizer)
+    assert found["train"] == [text for text in DOCUMENTS if split_of(text, 0.2) == "train"]
+    assert all(shard.sources == {"books": shard.documents} for shard in manifest.splits["train"])
+    assert Corpus.open(tmp_path / "out").manifest == manifest
+
+
+def test_bad_documents_are_passed_over_and_stand_in_the_manifest(files, tokenizer, tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"good\n\nbad \xff\n\nlast")
+    folders = [tmp_path / f"out {workers}" for workers in (1, 2)]
+    for workers, folder in enumerate(folders, 1):
+        shard_corpus([*files, str(bad)], tokenizer, folder, OPTIONS, workers)
+    entry = Corpus.open(folders[0]).manifest.inputs[-1]
+    assert (entry.documents_read, entry.documents_kept, entry.rejected) == (3, 2, {"not_utf8": 1})
+    assert entry.places == ({"reason": "not_utf8", "byte": 10, "detail": "byte 0xff is not UTF-8"},)
+    assert folder_hash(folders[0]) == folder_hash(folders[1])

@@ -1,0 +1,170 @@
+"""`preprocess shard`, with both tokenizer backends and one worker, beside the usual recipe on the same text.
+
+    python benchmarks/preprocessing.py [--corpus FILE.jsonl|FILE.txt] [--tokenizer DIR] [--description TEXT]
+
+CPU-seconds are those of whole processes, start and children included; medians over the repetitions. Every run's
+output is new. Writes a Markdown table with the hardware, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from ds_roberta.data.shards import SPLITS, Manifest
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLE_COPIES = 10
+USUAL = "datasets.map + group_texts"
+GIGATOKEN, REFERENCE = "preprocess shard, gigatoken", "preprocess shard, huggingface"
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(REPOSITORY),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Run(NamedTuple):
+    cpu_seconds: float
+    peak_bytes: int
+    disk_bytes: int
+    tokens: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="one file (default: examples/corpus, repeated)")
+    parser.add_argument("--tokenizer", type=Path, help="a folder (default: 8,192 ids trained on examples/corpus)")
+    parser.add_argument("--description", default="examples/corpus, repeated; a tokenizer of 8,192 ids trained on it")
+    parser.add_argument("--repetitions", type=int, default=3, help="of the fast backend")
+    parser.add_argument("--slow_repetitions", type=int, default=3, help="of the others, which take minutes")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/preprocessing.md")
+    arguments = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        corpus = (arguments.corpus or example_corpus(folder)).resolve()
+        tokenizer = (arguments.tokenizer or example_tokenizer(folder)).resolve()
+        text_bytes = corpus.stat().st_size
+        little = folder / f"little{corpus.suffix}"
+        little.write_bytes(first_documents(corpus))
+        runs: dict[str, list[Run]] = {GIGATOKEN: [], REFERENCE: [], USUAL: []}
+        starts: dict[str, list[float]] = {name: [] for name in runs}
+        for repetition in range(max(arguments.repetitions, arguments.slow_repetitions)):
+            for name, done in runs.items():
+                if repetition < (arguments.repetitions if name == GIGATOKEN else arguments.slow_repetitions):
+                    done.append(run(name, corpus, tokenizer, folder))
+                    starts[name].append(run(name, little, tokenizer, folder).cpu_seconds)
+                    print(f"{name}: {done[-1]}", file=sys.stderr, flush=True)
+    lines = [*table(runs, starts, text_bytes), "", *conditions(arguments.description, text_bytes, commit)]
+    report = "\n".join(lines) + "\n"
+    print(report)
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(report, encoding="utf-8")
+
+
+def run(name: str, corpus: Path, tokenizer: Path, folder: Path) -> Run:
+    """One run in a new process, its output in a new folder."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        output = Path(temporary) / "output"
+        if name == USUAL:
+            command = [str(REPOSITORY / "benchmarks/usual_recipe.py"), str(corpus), str(tokenizer), str(output)]
+        else:
+            command = ["-m", "preprocessing.cli", "shard", "--input", str(corpus), "--tokenizer", str(tokenizer)]
+            command += ["--output", str(output), "--workers", "1", "--tokenizer_backend", name.split()[-1]]
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env=ENVIRONMENT,
+            cwd=temporary,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{name} failed: run it alone to see why: {' '.join(command)}")
+        disk = sum(
+            path.stat().st_size for path in output.rglob("*") if path.is_file() and path.parent.name != "tokenizer"
+        )
+        tokens = int(said.split()[-1]) if name == USUAL else sum(map(Manifest.read(output).tokens, SPLITS))
+    return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, disk, tokens)
+
+
+def table(runs: dict[str, list[Run]], starts: dict[str, list[float]], text_bytes: int) -> list[str]:
+    seconds = {name: statistics.median(run.cpu_seconds for run in done) for name, done in runs.items()}
+    lines = [
+        "# Preparing a corpus: text to token ids on disk",
+        "",
+        "| | MB/CPU-s | × the recipe | start, CPU-s | MB/CPU-s after it | disk, B/token | peak memory, MB | runs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, done in runs.items():
+        speed, times = text_bytes / seconds[name] / 1e6, seconds[USUAL] / seconds[name]
+        disk = max(run.disk_bytes / run.tokens for run in done)
+        peak = max(run.peak_bytes for run in done) / 1e6
+        start = statistics.median(starts[name])
+        later = text_bytes / (seconds[name] - start) / 1e6
+        cells = f"{speed:.2f} | {times:.2f} | {start:.2f} | {later:.2f} | {disk:.2f} | {peak:.0f} | {len(done)}"
+        lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+def conditions(description: str, text_bytes: int, commit: str) -> list[str]:
+    packages = ("tokenizers", "gigatoken", "datasets", "transformers", "pyarrow", "numpy")
+    return [
+        f"- Text: {description}, {text_bytes / 1e6:.0f} MB.",
+        "- One worker. CPU-seconds of whole processes, medians; the start is a run on the first 20 documents alone.",
+        "- The usual recipe is `benchmarks/usual_recipe.py`, as transformers' `run_mlm`.",
+        "- Disk: all that a run leaves, without the tokenizer: for the recipe its copy of the text and both caches.",
+        f"- {processor()}, {os.cpu_count()} cores; Python {platform.python_version()}; "
+        + ", ".join(f"{name} {version(name)}" for name in packages),
+        f"- Commit {commit}",
+    ]
+
+
+def first_documents(corpus: Path) -> bytes:
+    """So little that a run on it costs its start alone."""
+    border = b"\n" if corpus.suffix == ".jsonl" else b"\n\n"
+    with corpus.open("rb") as file:
+        return border.join(file.read(1 << 20).split(border)[:20]) + border
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def example_corpus(folder: Path) -> Path:
+    files = sorted((REPOSITORY / "examples/corpus").glob("*.txt"))
+    text = b"\n\n".join(path.read_bytes() for path in files) + b"\n\n"
+    (folder / "examples.txt").write_bytes(text * EXAMPLE_COPIES)
+    return folder / "examples.txt"
+
+
+def example_tokenizer(folder: Path) -> Path:
+    # As a process of its own: in this file's folder `preprocessing` is this file.
+    command = [sys.executable, "-m", "preprocessing.cli", "train-tokenizer", "--vocab_size", "8192"]
+    command += ["--input", str(REPOSITORY / "examples/corpus"), "--output", str(folder / "tokenizer")]
+    subprocess.run(command, env=ENVIRONMENT, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder / "tokenizer"
+
+
+if __name__ == "__main__":
+    main()

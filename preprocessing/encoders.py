@@ -1,0 +1,338 @@
+"""From documents to ids. `tokenizers` is the reference; `gigatoken`, where it is installed, gives its ids much faster.
+
+A document is its sentences, apart by `\\n`, as UTF-8. The tokenizer sees them one by one, all but the first opened by a
+space: byte-level BPE marks a word's start by the space before it, so the first word of a sentence has the form that
+it has anywhere else, and the ids of a whole document decode to readable text.
+
+The letters of a special token in a text are text: no encoder ever makes a control id of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import orjson
+import psutil
+import xxhash
+from tokenizers import Tokenizer
+
+from ds_roberta.data.shards import TokenizerInfo, token_type
+from ds_roberta.errors import UserError
+from preprocessing.tokenizer import FIRST_SPECIAL_TOKENS, MASK_TOKEN
+
+HUGGINGFACE, GIGATOKEN, AUTO = "huggingface", "gigatoken", "auto"
+BACKENDS = (AUTO, HUGGINGFACE, GIGATOKEN)
+
+_INSTALL = "pip install 'ds_roberta[fast]'"
+_CALL_CHARACTERS = 1 << 18
+"""Text given to the reference in one call: it needs some 100 bytes of memory for each."""
+_KNOWN_PIECES, _KNOWN_CHARACTERS = 500_000, 32
+"""How many pieces of text the reference remembers, and how long they are: less than 100 MB."""
+_SAMPLE_BYTES = 1024
+"""How much of a batch is encoded by both backends: of 1 MB it costs a twentieth of the faster one's time."""
+_CACHE_BYTES = 128 << 20
+"""gigatoken 0.10 remembers every word that it met; it is made anew once the process has grown by so much."""
+
+
+class Encoded(NamedTuple):
+    """Documents as ids, in flat arrays: what belongs to one document lies behind what belongs to the one before."""
+
+    ids: np.ndarray
+    """(tokens,) uint16 or uint32; every document is closed by `</s>`."""
+    lengths: np.ndarray
+    """(documents,) int64, tokens of each document with its `</s>`."""
+    sentence_ends: np.ndarray
+    """(sentences,) uint32, offset in its document behind the last token of every sentence."""
+    sentence_counts: np.ndarray
+    """(documents,) int64, sentences of each document."""
+
+    def select(self, chosen: np.ndarray) -> Encoded:
+        """The documents where `chosen`, (documents,) bool, is true."""
+        return Encoded(
+            self.ids[np.repeat(chosen, self.lengths)],
+            self.lengths[chosen],
+            self.sentence_ends[np.repeat(chosen, self.sentence_counts)],
+            self.sentence_counts[chosen],
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Encoded]) -> Encoded:
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+class BackendDifference(Exception):
+    """The fast backend failed or gave other ids than the reference: what it made of this unit must not be used."""
+
+
+class Encoder(Protocol):
+    """Turns documents into ids; made once in every worker process."""
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """Encode documents.
+
+        Args:
+            documents: each its sentences apart by `\\n`, none of them empty or closed by white space, as UTF-8.
+
+        Raises:
+            BackendDifference: a fast backend's ids are not the reference's.
+        """
+        ...
+
+
+def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[str, str]:
+    """The backend for the tokenizer in `folder`, and a line that says which and why.
+
+    Raises:
+        UserError: gigatoken was asked for and is not installed, or cannot stand in for this tokenizer.
+    """
+    if requested == HUGGINGFACE:
+        return HUGGINGFACE, f"{HUGGINGFACE} (tokenizers {version('tokenizers')})"
+    if find_spec("gigatoken") is None:
+        if requested == GIGATOKEN:
+            raise UserError(f"--tokenizer_backend gigatoken: gigatoken is not installed; install it with {_INSTALL}")
+        return HUGGINGFACE, f"{HUGGINGFACE} (gigatoken is not installed; {_INSTALL} makes this many times faster)"
+    obstacle = _obstacle(_content(folder, info))
+    if obstacle is None:
+        return GIGATOKEN, f"{GIGATOKEN} {version('gigatoken')}, compared with tokenizers {version('tokenizers')}"
+    if requested == GIGATOKEN:
+        raise UserError(
+            f"--tokenizer_backend gigatoken cannot stand in for this tokenizer, which has {obstacle}: "
+            f"use --tokenizer_backend {HUGGINGFACE}"
+        )
+    return HUGGINGFACE, f"{HUGGINGFACE} (this tokenizer has {obstacle}, which gigatoken is not trusted with)"
+
+
+def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, re.Pattern[bytes]]:
+    """An encoder, and the pattern that finds the letters of any special token in the bytes of a text."""
+    content = _content(folder, info)
+    special = [token["content"] for token in content["added_tokens"] if token["special"]]
+    letters = {*FIRST_SPECIAL_TOKENS, MASK_TOKEN, *special}
+    pattern = re.compile(b"|".join(re.escape(token.encode()) for token in sorted(letters)))
+    reference = HuggingFaceEncoder(content, info)
+    return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), pattern
+
+
+class HuggingFaceEncoder:
+    """The reference: `tokenizers`, asked once for every word that keeps coming back.
+
+    The pattern of plain byte-level BPE that splits a text into words never lets one reach over a place between another
+    character and a space, and looks ahead from white space only. So a line cut there has the ids of its pieces in a
+    row, and those of a piece that was seen before are known.
+    """
+
+    def __init__(self, content: dict[str, Any], info: TokenizerInfo):
+        # Work is spread over processes: threads inside each would only compete with them.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._tokenizer = Tokenizer.from_buffer(orjson.dumps(content))
+        # By default the letters "</s>" or "<mask>" in a text would become the control id.
+        self._tokenizer.encode_special_tokens = True
+        self._cuts = _obstacle(content) is None
+        self._info = info
+        self._dtype = token_type(info.vocab_size)
+        self._known: dict[str, bytes] = {}
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """See `Encoder`."""
+        ids, counts = self.encode_lines(_tokenizer_text(documents).decode().split("\n"))
+        return _close_documents(ids, counts, _sentence_counts(documents), self._info)
+
+    def encode_lines(self, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline."""
+        encoded = self._by_pieces(lines) if self._cuts else self._whole(lines)
+        counts = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self._dtype.itemsize
+        return np.frombuffer(b"".join(encoded), self._dtype), counts
+
+    def _by_pieces(self, lines: Sequence[str]) -> list[bytes]:
+        pieces = [line.replace(" ", "\n ").removeprefix("\n").split("\n") for line in lines]
+        if len(self._known) > _KNOWN_PIECES:
+            self._known.clear()
+        # After white space is no such place: a line with a piece that ends so is encoded whole.
+        new = [piece for piece in set(chain.from_iterable(pieces)) - self._known.keys() if not piece[-1:].isspace()]
+        ids = dict(zip(new, self._whole(new), strict=True))
+        self._known.update((piece, row) for piece, row in ids.items() if len(piece) <= _KNOWN_CHARACTERS)
+        encoded = []
+        for line, own in zip(lines, pieces, strict=True):
+            try:
+                encoded.append(b"".join(map(self._known.__getitem__, own)))
+            except KeyError:
+                if any(piece[-1:].isspace() for piece in own):
+                    encoded += self._whole([line])
+                else:
+                    encoded.append(b"".join(ids[piece] if piece in ids else self._known[piece] for piece in own))
+        return encoded
+
+    def _whole(self, texts: Sequence[str]) -> list[bytes]:
+        encoded: list[bytes] = []
+        for call in _calls(texts):
+            for encoding in self._tokenizer.encode_batch_fast(call, add_special_tokens=False):
+                encoded.append(np.array(encoding.ids, self._dtype).tobytes())
+        return encoded
+
+
+class GigatokenEncoder:
+    """`gigatoken`, compared with the reference on a sample of every batch."""
+
+    def __init__(self, content: dict[str, Any], info: TokenizerInfo, reference: HuggingFaceEncoder):
+        # It knows no special token, so it makes none of the text's letters.
+        self._json = orjson.dumps({**content, "added_tokens": [], "post_processor": None})
+        self._reference = reference
+        self._info = info
+        self._process = psutil.Process()
+        self._characters = _KnownCharacters()
+        self._load()
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """See `Encoder`."""
+        import gigatoken
+
+        text = _tokenizer_text(documents)
+        if not self._characters.cover(text):
+            return self._reference.encode(documents)
+        try:
+            rows = self._tokenizer.encode_batch(gigatoken.BytesSource(text, b"\n"), parallel=False).layout
+        except Exception as error:  # whatever it is, the reference may do it
+            raise BackendDifference(f"failed ({error!r})") from error
+        offsets = rows.offsets.data
+        ids = rows.content.data[offsets[0] : offsets[-1]].astype(token_type(self._info.vocab_size))
+        counts, sentences = np.diff(offsets), _sentence_counts(documents)
+        if len(counts) != sentences.sum():
+            raise BackendDifference(f"gave {len(counts)} rows of ids for {sentences.sum()} sentences")
+        self._compare(text, ids, counts)
+        self._bound_memory()
+        return _close_documents(ids, counts, sentences, self._info)
+
+    def _compare(self, text: bytes, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Raises `BackendDifference` unless a sample, from the line at a place given by the text's hash, agrees."""
+        place = xxhash.xxh3_64_intdigest(text) % len(text)
+        start = text.rfind(b"\n", 0, place) + 1
+        sample = text[start : start + _SAMPLE_BYTES].decode(errors="ignore")
+        if start + _SAMPLE_BYTES < len(text):
+            sample = sample[: max(_safe_cut(sample), sample.rfind("\n"), 0)]
+        if not sample:  # a long line without a space: all of it
+            sample = text[start:].split(b"\n", 1)[0].decode()
+        expected, _ = self._reference.encode_lines(sample.split("\n"))
+        begin = counts[: text.count(b"\n", 0, start)].sum()
+        if not np.array_equal(ids[begin : begin + len(expected)], expected):
+            raise BackendDifference(f"gave other ids than {HUGGINGFACE} near {sample[:60]!r}")
+
+    def _load(self) -> None:
+        import gigatoken
+
+        try:
+            self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
+        except Exception as error:  # whatever it is, the reference was loaded
+            raise BackendDifference(f"cannot load this tokenizer ({error!r})") from error
+        self._resident = self._process.memory_info().rss
+
+    def _bound_memory(self) -> None:
+        resident = self._process.memory_info().rss
+        self._resident = min(self._resident, resident)
+        if resident - self._resident > _CACHE_BYTES:
+            self._load()
+
+
+class _KnownCharacters:
+    """Whether a text has only characters that are assigned in this Python's Unicode.
+
+    A newer one may be a letter to one backend and unassigned to the other, which carry tables of different versions.
+    """
+
+    def __init__(self) -> None:
+        self._verdicts = np.zeros(0x110000, np.int8)  # 0 not asked yet, 1 assigned, -1 unassigned
+
+    def cover(self, text: bytes) -> bool:
+        units = np.frombuffer(text, np.uint8)
+        # Below U+0800, where UTF-8 has one or two bytes, all versions since 3.2 mean the same or differ in no letter.
+        leads = np.flatnonzero(units >= 0xE0)
+        if not len(leads):
+            return True
+        first, second, third = (units[leads + place].astype(np.uint32) for place in range(3))
+        points = (first & 0x0F) << 12 | (second & 0x3F) << 6 | third & 0x3F
+        four = first >= 0xF0
+        fourth = units[leads[four] + 3]
+        points[four] = (points[four] & 0x7FFF) << 6 | fourth & 0x3F
+        verdicts = self._verdicts[points]
+        if not verdicts.all():
+            for point in np.unique(points[verdicts == 0]).tolist():
+                self._verdicts[point] = -1 if unicodedata.category(chr(point)) == "Cn" else 1
+            verdicts = self._verdicts[points]
+        return bool(verdicts.min() > 0)
+
+
+def _content(folder: Path, info: TokenizerInfo) -> dict[str, Any]:
+    """`tokenizer.json` without what must not be done to a corpus."""
+    content = orjson.loads((folder / "tokenizer.json").read_bytes())
+    # A folder saved after other uses may cut texts, pad them, or drop merges at random: never here.
+    content["truncation"] = content["padding"] = content["model"]["dropout"] = None
+    content["added_tokens"] = content.get("added_tokens") or []
+    for token in content["added_tokens"]:
+        token["special"] = token["id"] in info.special_ids or token["content"] in FIRST_SPECIAL_TOKENS
+    return content
+
+
+def _obstacle(content: dict[str, Any]) -> str | None:
+    """What a tokenizer has beyond plain byte-level BPE, for which alone the backends were compared."""
+    model, splitter = content["model"], content.get("pre_tokenizer") or {}
+    if any(not token["special"] for token in content["added_tokens"]):
+        return "added tokens that are not special"
+    if content.get("normalizer") is not None:
+        return "a normalizer"
+    if splitter.get("type") != "ByteLevel" or splitter.get("add_prefix_space") or not splitter.get("use_regex", True):
+        return "another pre-tokenizer than GPT-2's"
+    if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
+        return "subword marks or ignore_merges"
+    return None
+
+
+def _tokenizer_text(documents: Sequence[bytes]) -> bytes:
+    """A line for every sentence, as the tokenizer sees it: no sentence holds a newline."""
+    return b"\n".join([document.replace(b"\n", b"\n ") for document in documents])
+
+
+def _sentence_counts(documents: Sequence[bytes]) -> np.ndarray:
+    return np.fromiter((document.count(b"\n") + 1 for document in documents), np.int64, len(documents))
+
+
+def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in calls of about a bounded size."""
+    begin = characters = 0
+    for end, text in enumerate(texts):
+        if characters + len(text) > _CALL_CHARACTERS and end > begin:
+            yield texts[begin:end]
+            begin, characters = end, 0
+        characters += len(text)
+    if begin < len(texts):
+        yield texts[begin:]
+
+
+def _safe_cut(text: str) -> int:
+    """The last place inside a text at which cutting it changes no id (see `HuggingFaceEncoder`), or 0."""
+    for place in range(len(text) - 1, 0, -1):
+        if text[place] == " " and not text[place - 1].isspace():
+            return place
+    return 0
+
+
+def _close_documents(
+    ids: np.ndarray, line_lengths: np.ndarray, sentence_counts: np.ndarray, info: TokenizerInfo
+) -> Encoded:
+    """Put `</s>` behind every document, and count its sentences' ends from its beginning."""
+    last_lines = np.cumsum(sentence_counts) - 1
+    line_ends = np.cumsum(line_lengths)
+    document_ends = line_ends[last_lines]
+    lengths = np.diff(document_ends, prepend=0)
+    closed = np.full(len(ids) + len(lengths), info.eos_token_id, ids.dtype)
+    places = np.ones(len(closed), bool)
+    places[document_ends + np.arange(len(lengths))] = False
+    closed[places] = ids
+    sentence_ends = line_ends - np.repeat(document_ends - lengths, sentence_counts)
+    return Encoded(closed, lengths + 1, sentence_ends.astype(np.uint32), sentence_counts)
