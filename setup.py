@@ -44,6 +44,7 @@ setup(
             "matplotlib>=3.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "rensa>=0.5",
             "ruff>=0.9",
             "mypy>=1.13",
             "pre-commit>=4",
