@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
-from ds_roberta.errors import UserError, run_command
+from ds_roberta.errors import ArgumentParser, UserError, run_command
 from ds_roberta.files import replaced_folder
 from preprocessing import megatron, show, stats, trace, verify
 from preprocessing.accept import accepted_documents, load_filter
@@ -169,17 +168,10 @@ def _read_options(arguments: argparse.Namespace) -> ReadOptions:
     return ReadOptions(**{field.name: getattr(arguments, field.name) for field in fields(ReadOptions)})
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see '{self.prog} --help'")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="preprocess", description=__doc__)
+    parser = ArgumentParser(prog="preprocess", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    reading = _Parser(add_help=False)
+    reading = ArgumentParser(add_help=False)
     _add_reading_arguments(reading)
 
     train = commands.add_parser("train-tokenizer", parents=[reading], help="train a byte-level BPE of RoBERTa's kind")
