@@ -5,11 +5,13 @@ Control messages (stop requests, counts, choices) travel over gloo and CPU tenso
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -111,3 +113,18 @@ def set_up_logging() -> None:
     """Messages of this project at INFO; DeepSpeed's and others' only from WARNING on."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that has communicated: run the exit handlers, flush, and skip the interpreter's shutdown.
+
+    A thread of gloo may still hold the last collective's tensor and needs the interpreter to drop it; before Python
+    3.14 a thread that asks for a finalizing interpreter aborts the process, so that a finished run would fail.
+    """
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -30,8 +30,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(USER_ERROR_EXIT_CODE, f"error: {message}; {self.prog} --help lists the options\n")
 
 
-def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command's body and exit: with its own code, or with 2 and one line on stderr for a `UserError`.
+def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Run a command's body and `leave`: with its own code, or with 2 and one line on stderr for a `UserError`.
 
     Under a launcher every process meets the same error; the first of each host reports it.
     """
@@ -44,4 +44,4 @@ def run_command(command: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
-    sys.exit(code)
+    leave(code)

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ds_roberta.config import DEFAULT_DATA_DIR, MASKING_UNITS, PACKING_FORMATS, PRESETS
+from ds_roberta.distributed import leave
 from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.training.run import PretrainOptions, pretrain
 
@@ -55,4 +56,4 @@ def parse_arguments() -> PretrainOptions:
 
 if __name__ == "__main__":
     options = parse_arguments()
-    run_command(lambda: pretrain(options))
+    run_command(lambda: pretrain(options), leave)

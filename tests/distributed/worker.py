@@ -10,7 +10,6 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.comm import coalesced_collectives
 
 from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, model_config
@@ -20,7 +19,7 @@ from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, set_up_logging
+from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint
 from ds_roberta.training.batch import BatchPlan
@@ -225,4 +224,4 @@ if __name__ == "__main__":
         get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
     for case in cases.split(","):
         CASES[case](all_ranks, Corpus.open(corpus_folder), Path(output))
-    dist.destroy_process_group()
+    leave(0)

@@ -1,5 +1,7 @@
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -79,3 +81,15 @@ def test_others_are_heard_from_warnings_on():
         root.handlers[:], _, _ = before
         root.setLevel(before[1])
         ours.setLevel(before[2])
+
+
+def test_leaving_runs_exit_handlers_flushes_and_keeps_the_code():
+    script = """
+import atexit
+from ds_roberta.distributed import leave
+atexit.register(print, "handler")
+print("last words")
+leave(85)
+"""
+    result = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stdout) == (85, "last words\nhandler\n")
