@@ -50,7 +50,7 @@ def test_the_run_records_how_it_was_made(unbroken):
     record = json.loads((unbroken / "config.json").read_text())
     assert record["run"]["packing"]["max_seq_length"] == 64
     assert record["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert record["batch"]["train_batch_size"] == 24
+    assert record["batches"][0]["train_batch_size"] == 24
     assert record["versions"]["torch"] == torch.__version__
 
 

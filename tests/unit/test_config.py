@@ -13,6 +13,7 @@ from ds_roberta.config import (
     model_config,
     require_positive,
 )
+from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
 
 
@@ -25,6 +26,7 @@ def run_config(**changes):
             "model": model_config("tiny", 400, 128),
             "packing": PackingConfig(128),
             "schedule": ScheduleConfig(10, 1),
+            "stages": make_stages(128, 8),
             **changes,
         }
     )
@@ -135,4 +137,5 @@ def test_all_settings_are_written_as_json():
     assert content["data_dir"] == "d"
     assert content["model"]["hidden_size"] == 256
     assert content["masking"]["mlm_probability"] == 0.15
-    assert content["schedule"] == {"max_steps": 10, "warmup_steps": 1}
+    assert content["schedule"]["max_steps"] == 10
+    assert content["stages"] == [{"first_step": 0, "max_seq_length": 128, "train_batch_size": 8}]

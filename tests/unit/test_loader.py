@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig
-from ds_roberta.data.loader import EMPTY_PLACE, Collator, MicroBatch, TrainLoader, prefetch, split_places
+from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
+from ds_roberta.data.loader import EMPTY_PLACE, Collator, LoaderStage, MicroBatch, TrainLoader, prefetch, split_places
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
@@ -31,7 +31,8 @@ def collator(corpus, packed):
 @pytest.fixture(scope="module")
 def loader(collator, packed):
     def make(batch, micro_batch, rank=0, world_size=1):
-        return TrainLoader(collator, SampleOrder(len(packed), 5), batch, micro_batch, rank, world_size)
+        stage = LoaderStage(Stage(0, LENGTH, batch), collator, SampleOrder(len(packed), 5), micro_batch)
+        return TrainLoader([stage], rank, world_size)
 
     return make
 
@@ -70,8 +71,8 @@ def test_a_global_batch_is_the_same_on_any_number_of_processes(corpus, packed, b
     collator, order = Collator(packed, masker, tokenizer, LENGTH), SampleOrder(len(packed), 5)
 
     def loader(batch, micro_batch, rank=0, world_size=1):
-        share = {"mlm_probability": lambda step: 0.04 * step}
-        return TrainLoader(collator, order, batch, micro_batch, rank, world_size, **share)
+        stage = LoaderStage(Stage(0, LENGTH, batch), collator, order, micro_batch)
+        return TrainLoader([stage], rank, world_size, mlm_probability=lambda step: 0.04 * step)
 
     expected = Counter(row for part in loader(batch, batch).micro_batches(step) for row in rows(part))
     assert expected.total() == batch
@@ -109,7 +110,7 @@ def test_an_epoch_shows_every_sequence_once_and_the_next_goes_on(loader, packed)
     stream = loader(batch, batch)
     batches = [Counter(true_ids(stream.micro_batches(step)[0])) for step in range(-(-total // batch))]
     sequences = np.arange(len(packed))
-    corpus = Counter(true_ids(stream.collator.collate(sequences, sequences)))
+    corpus = Counter(true_ids(stream.stage(0).collator.collate(sequences, sequences)))
     assert len(corpus) > 0.99 * len(packed)
 
     assert sum(batches[: len(packed) // batch], Counter()) <= corpus
@@ -123,7 +124,8 @@ def test_an_epoch_shows_every_sequence_once_and_the_next_goes_on(loader, packed)
 
 def test_the_share_to_mask_is_that_of_the_step(collator, packed):
     order = SampleOrder(len(packed), 5)
-    loader = TrainLoader(collator, order, 1000, 100, mlm_probability=lambda step: 0.1 * step)
+    stage = LoaderStage(Stage(0, LENGTH, 1000), collator, order, 100)
+    loader = TrainLoader([stage], mlm_probability=lambda step: 0.1 * step)
     masked, tokens = [], []
     for step in (1, 4):
         micro_batches = loader.micro_batches(step)
