@@ -217,7 +217,7 @@ class Trainer:
         self.state.loss_spikes = spiked.loss_spikes + 1
         self.last_checkpoint = path
         self._progress.restart(step)
-        self._progress.say(f"step {spiked.global_step + 1} rolled back to {path}, the data since then are left out")
+        self._progress.say(f"{spike}: rolled back to {path}; the data since then are left out")
         if self._metrics is not None:
             self._metrics = MetricsLog(self.config.output_dir, step)
         self.save()
