@@ -169,7 +169,7 @@ class ScheduleConfig:
         decay_steps: the last steps, in which "warmup_stable_decay" decays; a tenth of the run by default, which
             Hu et al. (2024, MiniCPM, arXiv:2404.06395, section 4) found enough.
         decay_type: shape of that decay; "1-sqrt" by default, the best of those that Hägele et al. (2024,
-            arXiv:2405.18392, section 4) compared.
+            arXiv:2405.18392) compared.
     """
 
     max_steps: int

@@ -204,7 +204,7 @@ class Trainer:
             UserError: there is no checkpoint; or the run has been rolled back to it before.
         """
         folder = self.config.output_dir / checkpoint.CHECKPOINTS_FOLDER
-        path = self.ranks.on_main(lambda: checkpoint.choose("auto", folder))
+        path = self.ranks.on_main(lambda: checkpoint.choose("auto", folder) or self.last_checkpoint)
         if path is None:
             raise UserError(f"{spike}; there is no checkpoint to go back to")
         spiked, skipped = self.state, self._skipped
