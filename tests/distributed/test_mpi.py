@@ -81,10 +81,7 @@ def test_ranks_give_the_bytes_of_one_process_and_go_on_after_a_kill(mpirun, work
         code, output = finish(job)  # returns when no process holds the pipe any more
         assert code not in (0, 2)
         assert not (work / "out").exists()
-    finished = len(list(work.glob(".out.partial/*/units/*.json")))
     code, output = finish(start(work, "out", [*mpirun, "-n", "3"]))
     assert code == 0, output
-    # Orphans may have finished all units in the moment before they leave.
-    assert finished == 6 or f"going on: {finished} of 6 units are finished" in output
     assert content(work / "out") == content(work / "alone")
     assert not (work / ".out.partial").exists()
