@@ -164,7 +164,7 @@ class Trainer:
             "step_seconds": seconds,
             "loss_scale": result.loss_scale,
             "skipped_steps": state.skipped_steps,
-            "skipped_samples": sum(skip.end_place - skip.first_place for skip in self._skipped),
+            "skipped_samples": sum(entry.end_place - entry.first_place for entry in self._skipped),
             "loss_spikes": state.loss_spikes,
         }
         self._progress.step(state.global_step, loss, row["tokens_per_second"], seconds)
@@ -174,11 +174,13 @@ class Trainer:
         """Judge the step just taken; raise as `train_step` says, or count and report a spike."""
         state, guard = self.state, self.config.guard
         if not (result.skipped or (math.isfinite(loss) and math.isfinite(result.grad_norm))):
-            problem = (
-                f"the loss ({loss}) or the gradient norm ({result.grad_norm}) of step {state.global_step + 1} is not "
-                "finite: lower the learning rate or warm up longer, and resume from the last checkpoint"
+            numbers = f"the loss ({loss}) or the gradient norm ({result.grad_norm})"
+            problem = f"{numbers} of step {state.global_step + 1} is not finite"
+            if guard.loss_spike == "rollback":
+                raise LossSpike(problem)
+            raise UserError(
+                f"{problem}: lower the learning rate or warm up longer, and resume from the last checkpoint"
             )
-            raise LossSpike(problem) if guard.loss_spike == "rollback" else UserError(problem)
         if guard.loss_spike_threshold is None:
             return
         limit = spike_limit(state.recent_losses, guard.loss_spike_threshold)
