@@ -1,7 +1,7 @@
 """`preprocess trace`: which documents are in a global batch, of a step that was or will be.
 
-The order is a pure function of (number of sequences, seed, place), so nothing of a run is needed and a late step costs
-no more than an early one.
+The order is a pure function of (numbers of sequences, seed, weights of sources, place), so nothing of a run is needed
+and a late step costs no more than an early one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig, require_positive
-from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.mixture import parse_source_weights, sample_order
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.errors import UserError
@@ -25,12 +25,16 @@ from preprocessing.lookup import Document, Documents
 
 @dataclass(frozen=True)
 class TracedSequence:
-    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of."""
+    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of.
+
+    `epoch` is that of its source where sources have weights.
+    """
 
     place: int
     epoch: int
     sequence: int
     file: str
+    source: str
     start: int
     end: int
     documents: tuple[Document, ...]
@@ -40,20 +44,27 @@ class BatchTracer:
     """Names the documents of any global batch of a run.
 
     Args:
-        train_batch_size, seed: the run's.
+        train_batch_size, seed, source_weights: the run's.
 
     Raises:
         UserError: a value is out of its range, or the packing index cannot be written.
     """
 
-    def __init__(self, corpus: Corpus, packing: PackingConfig, train_batch_size: int, seed: int):
+    def __init__(
+        self,
+        corpus: Corpus,
+        packing: PackingConfig,
+        train_batch_size: int,
+        seed: int,
+        source_weights: dict[str, int] | None = None,
+    ):
         require_positive("--train_batch_size", train_batch_size)
         if seed < 0:
             raise UserError(f"--seed must not be negative, got {seed}")
         self._documents = Documents(corpus, TRAIN_SPLIT)
         build_index(corpus, TRAIN_SPLIT, packing)
         self._packed = open_index(corpus, TRAIN_SPLIT, packing)
-        self._order, self._batch_size = SampleOrder(len(self._packed), seed), train_batch_size
+        self._order, self._batch_size = sample_order(self._packed, source_weights, seed), train_batch_size
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """The places of a step's batch, of one process's part of it in its own order: int64.
@@ -74,11 +85,11 @@ class BatchTracer:
     def trace(self, places: np.ndarray) -> Iterator[TracedSequence]:
         """What stands at each of `places`."""
         sequences = self._order.sequences(places)
-        rows = zip(places, sequences, *self._packed.slices(sequences), strict=True)
-        for place, sequence, shard, start, end in (map(int, row) for row in rows):
+        rows = zip(places, self._order.epochs(places), sequences, *self._packed.slices(sequences), strict=True)
+        for place, epoch, sequence, shard, start, end in (map(int, row) for row in rows):
             documents = tuple(self._documents.overlapping(shard, start, end))
-            epoch = place // self._order.size
-            yield TracedSequence(place, epoch, sequence, documents[0].file, start, end, documents)
+            info = self._documents.split.shards[shard]
+            yield TracedSequence(place, epoch, sequence, info.file, info.source, start, end, documents)
 
 
 def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
@@ -88,20 +99,21 @@ def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
     part of the input that holds the document.
     """
     for document in traced.documents:
-        source = document.source
+        piece = document.source
         yield {
             "step": step,
             "place": traced.place,
             "epoch": traced.epoch,
             "sequence": traced.sequence,
+            "source": traced.source or None,
             "document": document.number,
             "tokens_start": max(traced.start, document.start) - document.start,
             "tokens_end": min(traced.end, document.end) - document.start,
             "shard": document.file,
             "row": document.row,
-            "input": None if source is None else source.path,
-            "input_start": None if source is None else source.start,
-            "input_end": None if source is None else source.end,
+            "input": None if piece is None else piece.path,
+            "input_start": None if piece is None else piece.start,
+            "input_end": None if piece is None else piece.end,
         }
 
 
@@ -116,6 +128,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--max_seq_length", type=int, required=True, help="the run's")
     parser.add_argument("--seed", type=int, default=0, help="the run's (default: 0, as in training)")
     parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")
+    parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="the run's (default: none)")
     parser.add_argument("--rank", default="0/1", metavar="R/W", help="only process R (from 0) of W, in its order")
     parser.add_argument("--json", action="store_true", help="an object a line instead of columns")
     parser.set_defaults(run=_trace)
@@ -124,7 +137,9 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 def _trace(arguments: argparse.Namespace) -> None:
     rank, world_size = _rank(arguments.rank)
     packing = PackingConfig(arguments.max_seq_length, arguments.packing)
-    tracer = BatchTracer(Corpus.open(arguments.data_dir), packing, arguments.train_batch_size, arguments.seed)
+    corpus = Corpus.open(arguments.data_dir)
+    weights = parse_source_weights(arguments.source_weights, corpus.manifest)
+    tracer = BatchTracer(corpus, packing, arguments.train_batch_size, arguments.seed, weights)
     header = not arguments.json
     for step in arguments.step:
         for traced in tracer.trace(tracer.places(step, rank, world_size)):
