@@ -195,6 +195,8 @@ class RunConfig:
     schedule: ScheduleConfig
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
+    source_weights: dict[str, int] | None = None
+    """Of each source's sequences, by its name; where None, every sequence is trained on equally often."""
     seed: int = 0
     eval_sequences: int = 2_048
     resume: str = "auto"

@@ -25,7 +25,7 @@ from ds_roberta.config import (
 )
 from ds_roberta.data.loader import Collator, TrainLoader
 from ds_roberta.data.masking import evaluation_masker, training_masker
-from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.mixture import MixedOrder, parse_source_weights, sample_order
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
 from ds_roberta.data.words import word_starts
@@ -60,6 +60,7 @@ class PretrainOptions:
     model: str | None = None
     max_seq_length: int | None = None
     packing: str = PackingConfig.format
+    source_weights: str | None = None
     masking: str = MaskingConfig.unit
     mlm_probability: float = MaskingConfig.mlm_probability
     mlm_probability_end: float | None = None
@@ -101,7 +102,11 @@ def pretrain(options: PretrainOptions) -> int:
     state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, ranks)
     ranks.on_main(lambda: _make_output_dir(config.output_dir))
     train_data, held_out_data = _open_data(corpus, config.packing, ranks)
-    ranks.log(f"{config.packing.max_seq_length} tokens a sequence, {len(train_data):,} sequences an epoch")
+    order = sample_order(train_data, config.source_weights, config.seed)
+    ranks.log(f"{config.packing.max_seq_length} tokens a sequence, {len(train_data):,} sequences")
+    if isinstance(order, MixedOrder):
+        places = config.schedule.max_steps * deepspeed_config.train_batch_size
+        ranks.log(f"sources over the run: {order.summary(places)}")
 
     torch.manual_seed(config.seed)
     engine = Engine(MaskedLM(config.model), deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
@@ -124,7 +129,7 @@ def pretrain(options: PretrainOptions) -> int:
     masker = training_masker(config.masking, tokenizer, config.seed, words)
     loader = TrainLoader(
         Collator(train_data, masker, tokenizer, config.packing.max_seq_length),
-        SampleOrder(len(train_data), config.seed),
+        order,
         plan.train_batch_size,
         plan.micro_batch_size,
         ranks.rank,
@@ -181,6 +186,7 @@ def run_config(options: PretrainOptions, corpus: Corpus, has_gpu: bool) -> RunCo
             options.mlm_probability, mlm_probability_end=options.mlm_probability_end, unit=options.masking
         ),
         intervals=IntervalConfig(options.save_interval, options.eval_interval, options.log_interval, options.keep_last),
+        source_weights=parse_source_weights(options.source_weights, corpus.manifest),
         seed=options.seed,
         eval_sequences=options.eval_sequences,
         resume=options.resume,
@@ -216,6 +222,7 @@ def _initial_state(
         "tokenizer": corpus.manifest.tokenizer.fingerprint,
         "model": asdict(config.model),
         "packing": asdict(config.packing),
+        "source_weights": config.source_weights,
         "masking": asdict(config.masking),
         "seed": config.seed,
         "train_batch_size": deepspeed_config.train_batch_size,
