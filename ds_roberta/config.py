@@ -281,6 +281,8 @@ class RunConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    source_weights: dict[str, int] | None = None
+    """Of each source's sequences, by its name; where None, every sequence is trained on equally often."""
     seed: int = 0
     eval_sequences: int = 2_048
     resume: str = "auto"

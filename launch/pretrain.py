@@ -41,6 +41,7 @@ def parse_arguments() -> PretrainOptions:
     add("max_seq_length", int, "tokens a sequence (default: the model's: 512, tiny 128)")
     add("max_seq_length_schedule", str, "STEP:LENGTH pairs, the last of --max_seq_length, such as 0:128,9000:512")
     add("packing", str, "how documents become sequences", choices=PACKING_FORMATS)
+    add("source_weights", str, "each source's share of the sequences: NAME=WEIGHT,… (default: all equally often)")
     add("masking", str, "what is masked as a whole", choices=MASKING_UNITS)
     add("mlm_probability", float, "share of the tokens to mask")
     add("mlm_probability_end", float, "share at the last step, reached in a straight line (default: no change)")

@@ -1,7 +1,7 @@
 """`preprocess trace`: which documents are in a global batch, of a step that was or will be.
 
-The order is a pure function of (number of sequences, seed, place) and a step's places follow from the run's stages, so
-nothing of a run is needed but its options, and a late step costs no more than an early one.
+The order is a pure function of (numbers of sequences, seed, weights of sources, place) and a step's places follow from
+the run's stages, so nothing of a run is needed but its options, and a late step costs no more than an early one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig, Stage, require_positive
+from ds_roberta.data.mixture import parse_source_weights, sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
@@ -27,13 +28,17 @@ from preprocessing.lookup import Document, Documents
 
 @dataclass(frozen=True)
 class TracedSequence:
-    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of."""
+    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of.
+
+    `epoch` is that of its source where sources have weights.
+    """
 
     max_seq_length: int
     place: int
     epoch: int
     sequence: int
     file: str
+    source: str
     start: int
     end: int
     documents: tuple[Document, ...]
@@ -44,7 +49,7 @@ class BatchTracer:
 
     Args:
         packing: of the run's last stage; the others differ from it in length.
-        stages, seed, skipped: the run's.
+        stages, seed, source_weights, skipped: the run's.
 
     Raises:
         UserError: a value is out of its range, or the packing index cannot be written.
@@ -56,12 +61,13 @@ class BatchTracer:
         packing: PackingConfig,
         stages: Sequence[Stage],
         seed: int,
+        source_weights: dict[str, int] | None = None,
         skipped: Sequence[SkippedPlaces] = (),
     ):
         if seed < 0:
             raise UserError(f"--seed must not be negative, got {seed}")
         self._corpus, self._packing, self._stages, self._seed = corpus, packing, stages, seed
-        self._skipped = skipped
+        self._source_weights, self._skipped = source_weights, skipped
         self._documents = Documents(corpus, TRAIN_SPLIT)
         self._data = cache(self._open)
 
@@ -69,7 +75,7 @@ class BatchTracer:
         packing = replace(self._packing, max_seq_length=max_seq_length)
         build_index(self._corpus, TRAIN_SPLIT, packing)
         packed = open_index(self._corpus, TRAIN_SPLIT, packing)
-        return packed, SampleOrder(len(packed), self._seed)
+        return packed, sample_order(packed, self._source_weights, self._seed)
 
     def _stage(self, step: int) -> Stage:
         require_positive("--step", step)
@@ -98,11 +104,11 @@ class BatchTracer:
         length = self._stage(step).max_seq_length
         packed, order = self._data(length)
         sequences = order.sequences(places)
-        rows = zip(places, sequences, *packed.slices(sequences), strict=True)
-        for place, sequence, shard, start, end in (map(int, row) for row in rows):
+        rows = zip(places, order.epochs(places), sequences, *packed.slices(sequences), strict=True)
+        for place, epoch, sequence, shard, start, end in (map(int, row) for row in rows):
             documents = tuple(self._documents.overlapping(shard, start, end))
-            epoch = place // order.size
-            yield TracedSequence(length, place, epoch, sequence, documents[0].file, start, end, documents)
+            info = self._documents.split.shards[shard]
+            yield TracedSequence(length, place, epoch, sequence, info.file, info.source, start, end, documents)
 
 
 def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
@@ -112,21 +118,22 @@ def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
     part of the input that holds the document.
     """
     for document in traced.documents:
-        source = document.source
+        piece = document.source
         yield {
             "step": step,
             "max_seq_length": traced.max_seq_length,
             "place": traced.place,
             "epoch": traced.epoch,
             "sequence": traced.sequence,
+            "source": traced.source or None,
             "document": document.number,
             "tokens_start": max(traced.start, document.start) - document.start,
             "tokens_end": min(traced.end, document.end) - document.start,
             "shard": document.file,
             "row": document.row,
-            "input": None if source is None else source.path,
-            "input_start": None if source is None else source.start,
-            "input_end": None if source is None else source.end,
+            "input": None if piece is None else piece.path,
+            "input_start": None if piece is None else piece.start,
+            "input_end": None if piece is None else piece.end,
         }
 
 
@@ -146,6 +153,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="the run's (default: 0, as in training)")
     parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")
+    parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="the run's (default: none)")
     parser.add_argument("--rank", default="0/1", metavar="R/W", help="only process R (from 0) of W, in its order")
     parser.add_argument("--json", action="store_true", help="an object a line instead of columns")
     parser.set_defaults(run=_trace)
@@ -161,7 +169,9 @@ def _trace(arguments: argparse.Namespace) -> None:
         arguments.train_batch_size_schedule,
     )
     skipped = [] if arguments.checkpoint is None else read_skipped(arguments.checkpoint)
-    tracer = BatchTracer(Corpus.open(arguments.data_dir), packing, stages, arguments.seed, skipped)
+    corpus = Corpus.open(arguments.data_dir)
+    weights = parse_source_weights(arguments.source_weights, corpus.manifest)
+    tracer = BatchTracer(corpus, packing, stages, arguments.seed, weights, skipped)
     header = not arguments.json
     for step in arguments.step:
         for traced in tracer.trace(step, tracer.places(step, rank, world_size)):

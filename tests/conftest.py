@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,24 @@ def corpus_folder(tmp_path_factory, write_corpus):
 @pytest.fixture(scope="session")
 def corpus(corpus_folder):
     return Corpus.open(corpus_folder)
+
+
+@pytest.fixture(scope="session")
+def with_sources():
+    """A function that gives the same data with its training shards of these sources."""
+
+    def name_sources(corpus, names):
+        shards = corpus.manifest.splits["train"]
+        named = tuple(replace(shard, source=name) for shard, name in zip(shards, names, strict=True))
+        return Corpus(corpus.folder, replace(corpus.manifest, splits={**corpus.manifest.splits, "train": named}))
+
+    return name_sources
+
+
+@pytest.fixture(scope="session")
+def sourced(corpus, with_sources):
+    """The corpus of `corpus_folder`, its training shards of three sources."""
+    return with_sources(corpus, ["wiki", "books", "web", "books", "wiki"])
 
 
 class ThreadRanks:

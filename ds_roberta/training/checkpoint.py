@@ -45,8 +45,8 @@ class TrainState:
     """All of a run's state besides weights and moments.
 
     Attributes:
-        identity: what a resumed run must share, by name: model, data, tokenizer, packing, masking, seed, stages, shape
-            of the learning rate.
+        identity: what a resumed run must share, by name: model, data, tokenizer, packing, source weights, masking,
+            seed, stages, shape of the learning rate.
         global_step: optimizer steps taken, those that fp16 skipped included.
         skipped_steps: steps that fp16 skipped.
         consumed_tokens: tokens trained on, padding not counted.

@@ -26,10 +26,10 @@ from ds_roberta.config import (
 )
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import evaluation_masker, training_masker
-from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.mixture import MixedOrder, parse_source_weights, sample_order
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
-from ds_roberta.data.stages import make_stages, schedule_text
+from ds_roberta.data.stages import make_stages, places_behind, schedule_text
 from ds_roberta.data.words import word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_up_logging
@@ -62,6 +62,7 @@ class PretrainOptions:
     model: str | None = None
     max_seq_length: int | None = None
     packing: str = PackingConfig.format
+    source_weights: str | None = None
     masking: str = MaskingConfig.unit
     mlm_probability: float = MaskingConfig.mlm_probability
     mlm_probability_end: float | None = None
@@ -112,6 +113,11 @@ def pretrain(options: PretrainOptions) -> int:
     state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, ranks)
     ranks.on_main(lambda: _make_output_dir(config.output_dir))
     train_data, held_out_data = _open_data(corpus, config, ranks)
+    orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train_data.items()}
+    for length, order in orders.items():
+        if isinstance(order, MixedOrder):
+            places = places_behind(config.stages, length, config.schedule.max_steps)
+            ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
     torch.manual_seed(config.seed)
     engine = Engine(MaskedLM(config.model), deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
@@ -130,13 +136,10 @@ def pretrain(options: PretrainOptions) -> int:
     if config.masking.unit != "token":
         words = word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     masker = training_masker(config.masking, tokenizer, config.seed, words)
-    data = {
-        length: (Collator(packed, masker, tokenizer, length), SampleOrder(len(packed), config.seed))
-        for length, packed in train_data.items()
-    }
+    collators = {length: Collator(packed, masker, tokenizer, length) for length, packed in train_data.items()}
     loader = TrainLoader(
         [
-            LoaderStage(stage, *data[stage.max_seq_length], plan.micro_batch_size)
+            LoaderStage(stage, collators[stage.max_seq_length], orders[stage.max_seq_length], plan.micro_batch_size)
             for stage, plan in zip(config.stages, plans, strict=True)
         ],
         ranks.rank,
@@ -205,6 +208,7 @@ def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, 
         ),
         intervals=IntervalConfig(options.save_interval, options.eval_interval, options.log_interval, options.keep_last),
         guard=GuardConfig(options.loss_spike, options.loss_spike_threshold),
+        source_weights=parse_source_weights(options.source_weights, corpus.manifest),
         seed=options.seed,
         eval_sequences=options.eval_sequences,
         resume=options.resume,
@@ -262,6 +266,7 @@ def _initial_state(
         "tokenizer": corpus.manifest.tokenizer.fingerprint,
         "model": asdict(config.model),
         "packing": asdict(config.packing),
+        "source_weights": config.source_weights,
         "masking": asdict(config.masking),
         "seed": config.seed,
         "train_batch_size": deepspeed_config.train_batch_size,

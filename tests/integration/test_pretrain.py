@@ -142,6 +142,11 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
         (["--max_seq_length", "2"], ["max_seq_length", "2"]),
         (["--mask_steps", "2"], ["--mask_steps"]),
         (["--output_dir", "runs/unbroken", *SETTINGS, "--seed", "7"], ["seed", "7", "--output_dir"]),
+        (
+            ["--output_dir", "runs/unbroken", *SETTINGS, "--source_weights", "books=1"],
+            ["source_weights is None, this run's is {'books': 1}", "--output_dir"],
+        ),
+        (["--source_weights", "wiki=2,books=1"], ["unknown source 'wiki'", "sources are books"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workspace, unbroken, arguments, words):

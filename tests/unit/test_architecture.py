@@ -19,7 +19,17 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
 GROUND = ROOMS[-2] | ROOMS[-1]  # single modules, which may import each other without a cycle
 PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
     f"ds_roberta.{name}"
-    for name in ("data.shards", "data.packing", "data.order", "data.loader", "data.stages", "errors", "files", "config")
+    for name in (
+        "data.shards",
+        "data.packing",
+        "data.order",
+        "data.mixture",
+        "data.loader",
+        "data.stages",
+        "errors",
+        "files",
+        "config",
+    )
 }
 MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine"}
 

@@ -9,6 +9,7 @@ import torch
 from ds_roberta.config import MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
+from ds_roberta.data.mixture import sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
@@ -26,18 +27,23 @@ from preprocessing.units import ShardOptions
 LENGTH, SEED = 16, 9  # short, so that there are sequences for several lanes
 
 
+@pytest.fixture(scope="module", params=[None, {"books": 2, "web": 0, "wiki": 1}], ids=["as it is", "weighted"])
+def source_weights(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def make_loader(corpus):
-    build_index(corpus, "train", PackingConfig(LENGTH))
-    packed = open_index(corpus, "train", PackingConfig(LENGTH))
-    tokenizer = corpus.manifest.tokenizer
+def make_loader(sourced, source_weights):
+    build_index(sourced, "train", PackingConfig(LENGTH))
+    packed = open_index(sourced, "train", PackingConfig(LENGTH))
+    tokenizer = sourced.manifest.tokenizer
     collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
 
     assert SampleOrder(len(packed), SEED).lanes > 1
 
     def make(batch, micro_batch, rank, world_size):
-        stage = LoaderStage(Stage(0, LENGTH, batch), collator, SampleOrder(len(packed), SEED), micro_batch)
-        return TrainLoader([stage], rank, world_size)
+        order = sample_order(packed, source_weights, SEED)
+        return TrainLoader([LoaderStage(Stage(0, LENGTH, batch), collator, order, micro_batch)], rank, world_size)
 
     return make
 
@@ -72,13 +78,14 @@ def tokens_of_trace(corpus, traced):
 
 @pytest.mark.parametrize(("batch", "micro_batch", "world_size"), [(7, 3, 1), (64, 8, 2), (50, 7, 4), (3, 2, 5)])
 @pytest.mark.parametrize("step", [1, 2, 5000])
-def test_a_trace_is_what_the_loader_yields(corpus, make_loader, batch, micro_batch, world_size, step):
-    tracer = BatchTracer(corpus, PackingConfig(LENGTH), make_stages(LENGTH, batch), SEED)
+def test_a_trace_is_what_the_loader_yields(sourced, source_weights, make_loader, batch, micro_batch, world_size, step):
+    tracer = BatchTracer(sourced, PackingConfig(LENGTH), make_stages(LENGTH, batch), SEED, source_weights)
     for rank in range(world_size):
         expected = tokens_of_loader(make_loader(batch, micro_batch, rank, world_size).micro_batches(step - 1))
         traced = list(tracer.trace(step, tracer.places(step, rank, world_size)))
-        assert tokens_of_trace(corpus, traced) == expected
+        assert tokens_of_trace(sourced, traced) == expected
         assert all(entry.documents for entry in traced)
+        assert not source_weights or all(source_weights[entry.source] for entry in traced)
     whole = tracer.places(step)
     assert sorted(whole.tolist()) == list(range((step - 1) * batch, step * batch))
 
@@ -92,7 +99,7 @@ def test_a_trace_of_stages_is_what_the_loader_yields(corpus, skipped):
         packed = open_index(corpus, "train", PackingConfig(length))
         masker = training_masker(MaskingConfig(), tokenizer, SEED)
         data[length] = Collator(packed, masker, tokenizer, length), SampleOrder(len(packed), SEED)
-    tracer = BatchTracer(corpus, PackingConfig(24), stages, SEED, skipped)
+    tracer = BatchTracer(corpus, PackingConfig(24), stages, SEED, skipped=skipped)
     for rank in range(3):
         loader = TrainLoader([LoaderStage(stage, *data[stage.max_seq_length], 4) for stage in stages], rank, 3)
         for step in (1, 3, 4, 5, 6, 1000):
@@ -170,7 +177,7 @@ def test_columns_and_objects_say_the_same(prepared, capsys):
     header, *table = [line.split("\t") for line in lines if not line.startswith("{")]
     objects = [json.loads(line) for line in lines if line.startswith("{")]
     assert [dict(zip(header, map(str, row), strict=True)) for row in table] == [
-        {key: str(value) for key, value in entry.items()} for entry in objects
+        {key: "-" if value is None else str(value) for key, value in entry.items()} for entry in objects
     ]
     assert {entry["step"] for entry in objects} == {2, 3}
     assert len({(entry["step"], entry["place"]) for entry in objects}) == 6  # 5 of 2 processes, the second has 3
