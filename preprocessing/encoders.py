@@ -39,6 +39,9 @@ _KNOWN_PIECES, _KNOWN_CHARACTERS = 500_000, 32
 """How many pieces of text the reference remembers, and how long they are: less than 100 MB."""
 _SAMPLE_BYTES = 1024
 """How much of a batch is encoded by both backends: of 1 MB it costs a twentieth of the faster one's time."""
+_NEWLINES = ("Ċ", "č")
+"""The letters by which byte-level BPE names `\\n` and `\\r`."""
+_LINE_END = re.compile(rb"[\n\r]")
 _CACHE_BYTES = 128 << 20
 """gigatoken 0.10 remembers every word that it met; it is made anew once the process has grown by so much."""
 
@@ -142,12 +145,17 @@ class HuggingFaceEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
-        ids, counts = self.encode_lines(_tokenizer_text(documents).decode().split("\n"))
-        return _close_documents(ids, counts, _sentence_counts(documents), self._info)
+        lines = b"\n".join([document.replace(b"\n", b"\n ") for document in documents]).decode().split("\n")
+        sentence_counts = np.fromiter((document.count(b"\n") + 1 for document in documents), np.int64, len(documents))
+        return _close_documents(*self.encode_lines(lines), sentence_counts, self._info)
 
-    def encode_lines(self, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline."""
-        encoded = self._by_pieces(lines) if self._cuts else self._whole(lines)
+    def encode_lines(self, lines: Sequence[str], known: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline.
+
+        Args:
+            known: whether to use and to fill the memory of words, which pays where there are many lines.
+        """
+        encoded = self._by_pieces(lines) if known and self._cuts else self._whole(lines)
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self._dtype.itemsize
         return np.frombuffer(b"".join(encoded), self._dtype), counts
 
@@ -179,11 +187,21 @@ class HuggingFaceEncoder:
 
 
 class GigatokenEncoder:
-    """`gigatoken`, compared with the reference on a sample of every batch."""
+    """`gigatoken`, compared with the reference on a sample of every batch.
+
+    It gets a batch as one text, in which a `\\r` closes each document. The pattern of plain byte-level BPE makes a
+    `\\n` or `\\r` between lines a word of its own, or puts it at the head of a run of white space; without the merges
+    that join it to what follows it is one id, and the ids around it are those of the lines alone.
+    """
 
     def __init__(self, content: dict[str, Any], info: TokenizerInfo, reference: HuggingFaceEncoder):
+        model = content["model"]
+        merges = [pair for pair in model["merges"] if not any(letter in "".join(pair) for letter in _NEWLINES)]
         # It knows no special token, so it makes none of the text's letters.
-        self._json = orjson.dumps({**content, "added_tokens": [], "post_processor": None})
+        self._json = orjson.dumps(
+            {**content, "model": {**model, "merges": merges}, "added_tokens": [], "post_processor": None}
+        )
+        self._line_end, self._document_end = (model["vocab"][letter] for letter in _NEWLINES)
         self._reference = reference
         self._info = info
         self._process = psutil.Process()
@@ -192,43 +210,59 @@ class GigatokenEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
-        import gigatoken
-
-        text = _tokenizer_text(documents)
+        text = b"\r".join([*documents, b""]).replace(b"\n", b"\n ")
         if not self._characters.cover(text):
             return self._reference.encode(documents)
         try:
-            rows = self._tokenizer.encode_batch(gigatoken.BytesSource(text, b"\n"), parallel=False).layout
+            ids = self._tokenizer.encode(text).astype(token_type(self._info.vocab_size))
         except Exception as error:  # whatever it is, the reference may do it
             raise BackendDifference(f"failed ({error!r})") from error
-        offsets = rows.offsets.data
-        ids = rows.content.data[offsets[0] : offsets[-1]].astype(token_type(self._info.vocab_size))
-        counts, sentences = np.diff(offsets), _sentence_counts(documents)
-        if len(counts) != sentences.sum():
-            raise BackendDifference(f"gave {len(counts)} rows of ids for {sentences.sum()} sentences")
-        self._compare(text, ids, counts)
+        is_line_end = ids == self._line_end
+        ends = np.flatnonzero(is_line_end | (ids == self._document_end))
+        closes = ~is_line_end[ends]
+        found, expected = (len(ends), closes.sum()), (len(documents) + text.count(b"\n"), len(documents))
+        if found != expected:
+            raise BackendDifference("gave {} rows of ids in {} documents for {} in {}".format(*found, *expected))
+        self._compare(text, ids, ends)
         self._bound_memory()
-        return _close_documents(ids, counts, sentences, self._info)
+        return self._without_line_ends(ids, is_line_end, ends, closes)
 
-    def _compare(self, text: bytes, ids: np.ndarray, counts: np.ndarray) -> None:
+    def _without_line_ends(
+        self, ids: np.ndarray, is_line_end: np.ndarray, ends: np.ndarray, closes: np.ndarray
+    ) -> Encoded:
+        """Documents closed by `</s>`, of ids in which the places `ends` close lines, and documents where `closes`."""
+        ids = ids[~is_line_end]
+        ends = ends - (np.cumsum(~closes) - ~closes)
+        last_lines = np.flatnonzero(closes)
+        document_ends, sentence_counts = ends[last_lines], np.diff(last_lines, prepend=-1)
+        ids[document_ends] = self._info.eos_token_id
+        lengths = np.diff(document_ends, prepend=-1)
+        sentence_ends = ends - np.repeat(document_ends + 1 - lengths, sentence_counts)
+        return Encoded(ids, lengths, sentence_ends.astype(np.uint32), sentence_counts)
+
+    def _compare(self, text: bytes, ids: np.ndarray, ends: np.ndarray) -> None:
         """Raises `BackendDifference` unless a sample, from the line at a place given by the text's hash, agrees."""
         place = xxhash.xxh3_64_intdigest(text) % len(text)
-        start = text.rfind(b"\n", 0, place) + 1
-        sample = text[start : start + _SAMPLE_BYTES].decode(errors="ignore")
+        start = max(text.rfind(end, 0, place) for end in (b"\n", b"\r")) + 1
+        sample = text[start : start + _SAMPLE_BYTES].decode(errors="ignore").replace("\r", "\n")
         if start + _SAMPLE_BYTES < len(text):
             sample = sample[: max(_safe_cut(sample), sample.rfind("\n"), 0)]
         if not sample:  # a long line without a space: all of it
-            sample = text[start:].split(b"\n", 1)[0].decode()
-        expected, _ = self._reference.encode_lines(sample.split("\n"))
-        begin = counts[: text.count(b"\n", 0, start)].sum()
-        if not np.array_equal(ids[begin : begin + len(expected)], expected):
+            sample = _LINE_END.split(text[start:], 1)[0].decode()
+        lines = sample.removesuffix("\n").split("\n")
+        expected, _ = self._reference.encode_lines(lines, known=False)
+        line = text.count(b"\n", 0, start) + text.count(b"\r", 0, start)
+        begin = ends[line - 1] + 1 if line else 0
+        own = ids[begin : begin + len(expected) + len(lines) - 1]
+        if not np.array_equal(own[(own != self._line_end) & (own != self._document_end)], expected):
             raise BackendDifference(f"gave other ids than {HUGGINGFACE} near {sample[:60]!r}")
 
     def _load(self) -> None:
-        import gigatoken
+        # Of the package itself only this is needed, and what its batches come in takes a quarter of a second to import.
+        from gigatoken.gigatoken_rs import load_hf_json
 
         try:
-            self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
+            self._tokenizer = load_hf_json(self._json)
         except Exception as error:  # whatever it is, the reference was loaded
             raise BackendDifference(f"cannot load this tokenizer ({error!r})") from error
         self._resident = self._process.memory_info().rss
@@ -291,15 +325,6 @@ def _obstacle(content: dict[str, Any]) -> str | None:
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
         return "subword marks or ignore_merges"
     return None
-
-
-def _tokenizer_text(documents: Sequence[bytes]) -> bytes:
-    """A line for every sentence, as the tokenizer sees it: no sentence holds a newline."""
-    return b"\n".join([document.replace(b"\n", b"\n ") for document in documents])
-
-
-def _sentence_counts(documents: Sequence[bytes]) -> np.ndarray:
-    return np.fromiter((document.count(b"\n") + 1 for document in documents), np.int64, len(documents))
 
 
 def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:

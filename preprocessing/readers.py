@@ -46,13 +46,10 @@ def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Re
         found = _read_text(piece, options, kind == JSON_LINES)
     for item in found:
         if isinstance(item, Document):
-            text = item.text
-            if "\r" in text:
-                text = text.replace("\r\n", "\n").replace("\r", "\n")
-            if not text or text.isspace():
-                yield Reject("empty", item.offset)
-                continue
-            item = item._replace(text=text)
+            if "\r" in item.text:
+                item = item._replace(text=item.text.replace("\r\n", "\n").replace("\r", "\n"))
+            if not item.text or item.text.isspace():
+                item = Reject("empty", item.offset)
         yield item
 
 
@@ -107,6 +104,12 @@ def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iter
     if separator is None:
         yield begin, data[begin:]
         return
+    if separator is _JSON_LINE:  # the same, but faster
+        for line in data[begin:].split(b"\n"):
+            if line:
+                yield begin, line
+            begin += len(line) + 1
+        return
     for match in separator.finditer(data, begin):
         yield begin, data[begin : match.start()]
         begin = match.end()
@@ -115,9 +118,11 @@ def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iter
 
 
 def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | Reject:
+    strict = True
     try:
         row = orjson.loads(raw)
     except ValueError:  # stricter than the field's other parsers: NaN, deep nesting, half surrogates elsewhere
+        strict = False
         try:
             row = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -131,10 +136,11 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
         has = f"the line has {', '.join(map(repr, row)) or 'none'}"
         what = "is not a string" if options.text_column in row else f"is missing ({has})"
         return Reject("missing_column", offset, f"column {options.text_column!r} {what}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Reject("bad_json", offset, "half of a surrogate pair stands alone in a \\u escape")
+    if not strict:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return Reject("bad_json", offset, "half of a surrogate pair stands alone in a \\u escape")
     return Document(text, offset, _name(row, options.id_column), _name(row, options.source_column))
 
 

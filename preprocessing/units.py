@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,16 +138,17 @@ def _tokenize_unit(
     writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
     text_bytes = part_bytes = special_documents = 0
     for batch in _batches(documents):
-        encoded = encoder.encode([document.sentences for document in batch])
-        splits = np.array([split_of(document.sentences, options.validation_fraction) for document in batch])
-        has_special = [special.search(document.sentences) is not None for document in batch]
+        texts = [document.sentences for document in batch]
+        encoded = encoder.encode(texts)
+        splits = np.array([split_of(text, options.validation_fraction) for text in texts])
+        has_special = [special.search(text) is not None for text in texts]
         if options.dedup != "none":
             for document, split, letters in zip(batch, splits, has_special, strict=True):
                 place = SPLITS.index(split), len(writers[split].shards), document.piece
                 table.add(document.sentences, *place, document.source or "", letters)
         for split, writer in writers.items():
             writer.add(encoded, batch, splits == split)
-        part_bytes += sum(len(document.sentences) for document in batch)
+        part_bytes += sum(map(len, texts))
         special_documents += sum(has_special)
         if part_bytes >= _PART_UNITS * options.unit_bytes:
             for writer in writers.values():
@@ -212,11 +213,9 @@ class _Writer:
         if not chosen.any():
             return
         self._parts.append(encoded.select(chosen))
-        for number in np.flatnonzero(chosen).tolist():
-            document = documents[number]
-            self._pieces[document.piece] += 1
-            if document.source:
-                self._sources[document.source] += 1
+        added = list(compress(documents, chosen))
+        self._pieces.update([document.piece for document in added])
+        self._sources.update([document.source for document in added if document.source])
 
     def flush(self) -> None:
         if self._parts:
