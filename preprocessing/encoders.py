@@ -23,11 +23,10 @@ import numpy as np
 import orjson
 import psutil
 import xxhash
-from tokenizers import Tokenizer
 
 from ds_roberta.data.shards import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
-from preprocessing.tokenizer import FIRST_SPECIAL_TOKENS, MASK_TOKEN
+from preprocessing.tokenizer import FIRST_SPECIAL_TOKENS, MASK_TOKEN, CorpusTokenizer, corpus_tokenizer
 
 HUGGINGFACE, GIGATOKEN, AUTO = "huggingface", "gigatoken", "auto"
 BACKENDS = (AUTO, HUGGINGFACE, GIGATOKEN)
@@ -41,7 +40,6 @@ _SAMPLE_BYTES = 1024
 """How much of a batch is encoded by both backends: of 1 MB it costs a twentieth of the faster one's time."""
 _NEWLINES = ("Ċ", "č")
 """The letters by which byte-level BPE names `\\n` and `\\r`."""
-_LINE_END = re.compile(rb"[\n\r]")
 _CACHE_BYTES = 128 << 20
 """gigatoken 0.10 remembers every word that it met; it is made anew once the process has grown by so much."""
 
@@ -103,7 +101,7 @@ def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[s
         if requested == GIGATOKEN:
             raise UserError(f"--tokenizer_backend gigatoken: gigatoken is not installed; install it with {_INSTALL}")
         return HUGGINGFACE, f"{HUGGINGFACE} (gigatoken is not installed; {_INSTALL} makes this many times faster)"
-    obstacle = _obstacle(_content(folder, info))
+    obstacle = _obstacle(corpus_tokenizer(folder, info).content)
     if obstacle is None:
         return GIGATOKEN, f"{GIGATOKEN} {version('gigatoken')}, compared with tokenizers {version('tokenizers')}"
     if requested == GIGATOKEN:
@@ -116,11 +114,12 @@ def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[s
 
 def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, re.Pattern[bytes]]:
     """An encoder, and the pattern that finds the letters of any special token in the bytes of a text."""
-    content = _content(folder, info)
+    tokenizer = corpus_tokenizer(folder, info)
+    content = tokenizer.content
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
     letters = {*FIRST_SPECIAL_TOKENS, MASK_TOKEN, *special}
     pattern = re.compile(b"|".join(re.escape(token.encode()) for token in sorted(letters)))
-    reference = HuggingFaceEncoder(content, info)
+    reference = HuggingFaceEncoder(tokenizer, info)
     return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), pattern
 
 
@@ -132,13 +131,11 @@ class HuggingFaceEncoder:
     row, and those of a piece that was seen before are known.
     """
 
-    def __init__(self, content: dict[str, Any], info: TokenizerInfo):
+    def __init__(self, tokenizer: CorpusTokenizer, info: TokenizerInfo):
         # Work is spread over processes: threads inside each would only compete with them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._tokenizer = Tokenizer.from_buffer(orjson.dumps(content))
-        # By default the letters "</s>" or "<mask>" in a text would become the control id.
-        self._tokenizer.encode_special_tokens = True
-        self._cuts = _obstacle(content) is None
+        self._tokenizer = tokenizer.library
+        self._cuts = _obstacle(tokenizer.content) is None
         self._info = info
         self._dtype = token_type(info.vocab_size)
         self._known: dict[str, bytes] = {}
@@ -217,21 +214,24 @@ class GigatokenEncoder:
             ids = self._tokenizer.encode(text).astype(token_type(self._info.vocab_size))
         except Exception as error:  # whatever it is, the reference may do it
             raise BackendDifference(f"failed ({error!r})") from error
-        is_line_end = ids == self._line_end
-        ends = np.flatnonzero(is_line_end | (ids == self._document_end))
-        closes = ~is_line_end[ends]
-        found, expected = (len(ends), closes.sum()), (len(documents) + text.count(b"\n"), len(documents))
-        if found != expected:
-            raise BackendDifference("gave {} rows of ids in {} documents for {} in {}".format(*found, *expected))
-        self._compare(text, ids, ends)
+        letters = np.frombuffer(text, np.uint8)
+        text_ends = np.flatnonzero((letters == ord("\n")) | (letters == ord("\r")))
+        inside = ids == self._line_end
+        ends = np.flatnonzero(inside | (ids == self._document_end))
+        if not np.array_equal(inside[ends], letters[text_ends] == ord("\n")):
+            raise BackendDifference(f"gave {len(ends)} rows of ids for {len(text_ends)} sentences")
+        self._compare(text, text_ends, ids, ends)
         self._bound_memory()
-        return self._without_line_ends(ids, is_line_end, ends, closes)
+        return self._close_documents(ids, inside, ends)
 
-    def _without_line_ends(
-        self, ids: np.ndarray, is_line_end: np.ndarray, ends: np.ndarray, closes: np.ndarray
-    ) -> Encoded:
-        """Documents closed by `</s>`, of ids in which the places `ends` close lines, and documents where `closes`."""
-        ids = ids[~is_line_end]
+    def _close_documents(self, ids: np.ndarray, inside: np.ndarray, ends: np.ndarray) -> Encoded:
+        """Make documents closed by `</s>` of ids in which `ends` are the places that close lines.
+
+        Args:
+            inside: where `ids` are the ends of lines that close no document, (tokens,) bool.
+        """
+        closes = ~inside[ends]
+        ids = ids[~inside]
         ends = ends - (np.cumsum(~closes) - ~closes)
         last_lines = np.flatnonzero(closes)
         document_ends, sentence_counts = ends[last_lines], np.diff(last_lines, prepend=-1)
@@ -240,19 +240,21 @@ class GigatokenEncoder:
         sentence_ends = ends - np.repeat(document_ends + 1 - lengths, sentence_counts)
         return Encoded(ids, lengths, sentence_ends.astype(np.uint32), sentence_counts)
 
-    def _compare(self, text: bytes, ids: np.ndarray, ends: np.ndarray) -> None:
-        """Raises `BackendDifference` unless a sample, from the line at a place given by the text's hash, agrees."""
-        place = xxhash.xxh3_64_intdigest(text) % len(text)
-        start = max(text.rfind(end, 0, place) for end in (b"\n", b"\r")) + 1
+    def _compare(self, text: bytes, text_ends: np.ndarray, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Raises `BackendDifference` unless a sample, from the line at a place given by the text's hash, agrees.
+
+        Args:
+            text_ends: the places in `text` that close lines, (lines,); `ends`: those in `ids`.
+        """
+        line = np.searchsorted(text_ends, xxhash.xxh3_64_intdigest(text) % len(text))
+        start, begin = (places[line - 1] + 1 if line else 0 for places in (text_ends, ends))
         sample = text[start : start + _SAMPLE_BYTES].decode(errors="ignore").replace("\r", "\n")
         if start + _SAMPLE_BYTES < len(text):
             sample = sample[: max(_safe_cut(sample), sample.rfind("\n"), 0)]
         if not sample:  # a long line without a space: all of it
-            sample = _LINE_END.split(text[start:], 1)[0].decode()
+            sample = text[start : text_ends[line]].decode()
         lines = sample.removesuffix("\n").split("\n")
         expected, _ = self._reference.encode_lines(lines, known=False)
-        line = text.count(b"\n", 0, start) + text.count(b"\r", 0, start)
-        begin = ends[line - 1] + 1 if line else 0
         own = ids[begin : begin + len(expected) + len(lines) - 1]
         if not np.array_equal(own[(own != self._line_end) & (own != self._document_end)], expected):
             raise BackendDifference(f"gave other ids than {HUGGINGFACE} near {sample[:60]!r}")
@@ -300,17 +302,6 @@ class _KnownCharacters:
                 self._verdicts[point] = -1 if unicodedata.category(chr(point)) == "Cn" else 1
             verdicts = self._verdicts[points]
         return bool(verdicts.min() > 0)
-
-
-def _content(folder: Path, info: TokenizerInfo) -> dict[str, Any]:
-    """`tokenizer.json` without what must not be done to a corpus."""
-    content = orjson.loads((folder / "tokenizer.json").read_bytes())
-    # A folder saved after other uses may cut texts, pad them, or drop merges at random: never here.
-    content["truncation"] = content["padding"] = content["model"]["dropout"] = None
-    content["added_tokens"] = content.get("added_tokens") or []
-    for token in content["added_tokens"]:
-        token["special"] = token["id"] in info.special_ids or token["content"] in FIRST_SPECIAL_TOKENS
-    return content
 
 
 def _obstacle(content: dict[str, Any]) -> str | None:

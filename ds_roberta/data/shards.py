@@ -160,9 +160,7 @@ class Manifest:
                     "prepare the data again with 'preprocess shard'"
                 )
             manifest = cls(
-                tokenizer=TokenizerInfo(
-                    **{**content["tokenizer"], "special_ids": tuple(content["tokenizer"]["special_ids"])}
-                ),
+                tokenizer=TokenizerInfo.from_json(content["tokenizer"]),
                 options=content["options"],
                 inputs=tuple(InputInfo(**{**entry, "places": tuple(entry["places"])}) for entry in content["inputs"]),
                 splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
