@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
@@ -38,7 +38,7 @@ _KNOWN_PIECES, _KNOWN_CHARACTERS = 500_000, 32
 """How many pieces of text the reference remembers, and how long they are: less than 100 MB."""
 _SAMPLE_BYTES = 1024
 """How much of a batch is encoded by both backends: of 1 MB it costs a twentieth of the faster one's time."""
-_NEWLINES = ("Ċ", "č")
+_LINE_FEED, _RETURN = "Ċ", "č"
 """The letters by which byte-level BPE names `\\n` and `\\r`."""
 _CACHE_BYTES = 128 << 20
 """gigatoken 0.10 remembers every word that it met; it is made anew once the process has grown by so much."""
@@ -59,15 +59,23 @@ class Encoded(NamedTuple):
     def select(self, chosen: np.ndarray) -> Encoded:
         """The documents where `chosen`, (documents,) bool, is true."""
         return Encoded(
-            self.ids[np.repeat(chosen, self.lengths)],
+            _rows(self.ids, self.lengths, chosen),
             self.lengths[chosen],
-            self.sentence_ends[np.repeat(chosen, self.sentence_counts)],
+            _rows(self.sentence_ends, self.sentence_counts, chosen),
             self.sentence_counts[chosen],
         )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Encoded]) -> Encoded:
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _rows(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The values of the rows where `chosen` is true, taken in runs of rows: most are in a few long ones."""
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+    bounds = np.concatenate([[0], np.cumsum(lengths)])[edges].tolist()
+    runs = zip(bounds[::2], bounds[1::2], strict=True)
+    return np.concatenate([values[:0], *(values[begin:end] for begin, end in runs)])
 
 
 class BackendDifference(Exception):
@@ -112,15 +120,27 @@ def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[s
     return HUGGINGFACE, f"{HUGGINGFACE} (this tokenizer has {obstacle}, which gigatoken is not trusted with)"
 
 
-def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, re.Pattern[bytes]]:
-    """An encoder, and the pattern that finds the letters of any special token in the bytes of a text."""
+class SpecialLetters:
+    """Finds the letters of any special token in the bytes of a text."""
+
+    def __init__(self, tokens: Iterable[str]):
+        letters = sorted(token.encode() for token in tokens)
+        self._pattern = re.compile(b"|".join(map(re.escape, letters)))
+        openings = {token[:1] for token in letters}
+        self._opening = openings.pop() if len(openings) == 1 else b""  # "<" as a rule, found much faster than a pattern
+
+    def occur_in(self, text: bytes) -> bool:
+        return self._opening in text and self._pattern.search(text) is not None
+
+
+def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, SpecialLetters]:
+    """An encoder, and what finds the letters of special tokens."""
     tokenizer = corpus_tokenizer(folder, info)
     content = tokenizer.content
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
-    letters = {*FIRST_SPECIAL_TOKENS, MASK_TOKEN, *special}
-    pattern = re.compile(b"|".join(re.escape(token.encode()) for token in sorted(letters)))
+    letters = SpecialLetters({*FIRST_SPECIAL_TOKENS, MASK_TOKEN, *special})
     reference = HuggingFaceEncoder(tokenizer, info)
-    return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), pattern
+    return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), letters
 
 
 class HuggingFaceEncoder:
@@ -192,13 +212,13 @@ class GigatokenEncoder:
     """
 
     def __init__(self, content: dict[str, Any], info: TokenizerInfo, reference: HuggingFaceEncoder):
-        model = content["model"]
-        merges = [pair for pair in model["merges"] if not any(letter in "".join(pair) for letter in _NEWLINES)]
+        model, newlines = content["model"], {_LINE_FEED, _RETURN}
+        merges = [pair for pair in model["merges"] if newlines.isdisjoint("".join(pair))]
         # It knows no special token, so it makes none of the text's letters.
         self._json = orjson.dumps(
             {**content, "model": {**model, "merges": merges}, "added_tokens": [], "post_processor": None}
         )
-        self._line_end, self._document_end = (model["vocab"][letter] for letter in _NEWLINES)
+        self._line_end, self._document_end = (model["vocab"][letter] for letter in (_LINE_FEED, _RETURN))
         self._reference = reference
         self._info = info
         self._process = psutil.Process()
@@ -208,13 +228,13 @@ class GigatokenEncoder:
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
         text = b"\r".join([*documents, b""]).replace(b"\n", b"\n ")
-        if not self._characters.cover(text):
+        letters = np.frombuffer(text, np.uint8)
+        if not self._characters.cover(letters):
             return self._reference.encode(documents)
         try:
             ids = self._tokenizer.encode(text).astype(token_type(self._info.vocab_size))
         except Exception as error:  # whatever it is, the reference may do it
             raise BackendDifference(f"failed ({error!r})") from error
-        letters = np.frombuffer(text, np.uint8)
         text_ends = np.flatnonzero((letters == ord("\n")) | (letters == ord("\r")))
         inside = ids == self._line_end
         ends = np.flatnonzero(inside | (ids == self._document_end))
@@ -285,8 +305,8 @@ class _KnownCharacters:
     def __init__(self) -> None:
         self._verdicts = np.zeros(0x110000, np.int8)  # 0 not asked yet, 1 assigned, -1 unassigned
 
-    def cover(self, text: bytes) -> bool:
-        units = np.frombuffer(text, np.uint8)
+    def cover(self, units: np.ndarray) -> bool:
+        """Whether this is so of a text given as UTF-8, (bytes,) uint8."""
         # Below U+0800, where UTF-8 has one or two bytes, all versions since 3.2 mean the same or differ in no letter.
         leads = np.flatnonzero(units >= 0xE0)
         if not len(leads):

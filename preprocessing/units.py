@@ -31,7 +31,7 @@ from ds_roberta.data.shards import (
 from preprocessing import dedup
 from preprocessing.accept import accepted_documents
 from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account
-from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, make_encoder
+from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, SpecialLetters, make_encoder
 from preprocessing.job import Record
 from preprocessing.pieces import ReadOptions
 from preprocessing.plan import UNIT_BYTES, Unit
@@ -141,7 +141,7 @@ def _tokenize_unit(
         texts = [document.sentences for document in batch]
         encoded = encoder.encode(texts)
         splits = np.array([split_of(text, options.validation_fraction) for text in texts])
-        has_special = [special.search(text) is not None for text in texts]
+        has_special = list(map(special.occur_in, texts))
         if options.dedup != "none":
             for document, split, letters in zip(batch, splits, has_special, strict=True):
                 place = SPLITS.index(split), len(writers[split].shards), document.piece
@@ -233,7 +233,7 @@ def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]
 
 
 @lru_cache(maxsize=2)
-def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, re.Pattern[bytes]]:
+def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, SpecialLetters]:
     """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
     return make_encoder(backend, folder, info)
 
