@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -47,16 +48,24 @@ _CONFIG = {
 """`tokenizer_config.json`: by it transformers' AutoTokenizer opens the folder as a RoBERTa tokenizer."""
 
 
-class CorpusTokenizer(NamedTuple):
-    """A tokenizer without what must not be done to a corpus; both are shared, so they must not be changed."""
+@dataclass(frozen=True)
+class CorpusTokenizer:
+    """A tokenizer without what must not be done to a corpus. It is shared, so it must not be changed."""
 
     content: dict[str, Any]
     """Of `tokenizer.json`."""
-    library: Tokenizer
+
+    @cached_property
+    def library(self) -> Tokenizer:
+        """As the library loads it. Raises what the library raises."""
+        tokenizer = Tokenizer.from_buffer(orjson.dumps(self.content))
+        # By default the letters "</s>" or "<mask>" in a text would become the control id.
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
 
 def corpus_tokenizer(folder: Path, info: TokenizerInfo) -> CorpusTokenizer:
-    """Load the tokenizer in `folder`, or take the last one where it is the same. Raises what the library raises."""
+    """The tokenizer in `folder`; the last one again where it is the same, as loading takes long."""
     return _load((folder / "tokenizer.json").read_bytes(), info.special_ids)
 
 
@@ -68,10 +77,7 @@ def _load(file: bytes, special_ids: tuple[int, ...]) -> CorpusTokenizer:
     content["added_tokens"] = content.get("added_tokens") or []
     for token in content["added_tokens"]:
         token["special"] = token["id"] in special_ids or token["content"] in FIRST_SPECIAL_TOKENS
-    library = Tokenizer.from_buffer(orjson.dumps(content))
-    # By default the letters "</s>" or "<mask>" in a text would become the control id.
-    library.encode_special_tokens = True
-    return CorpusTokenizer(content, library)
+    return CorpusTokenizer(content)
 
 
 def is_tokenizer_folder(folder: Path) -> bool:

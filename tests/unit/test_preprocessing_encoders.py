@@ -126,6 +126,20 @@ def test_both_backends_give_the_same_ids(gigatoken, reference):
         assert equal(gigatoken.encode(documents), reference.encode(documents))
 
 
+def test_merges_over_a_line_end_are_never_used(folder, tmp_path):
+    pytest.importorskip("gigatoken")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    tokens = [end + next_letter for end in "Ċč" for next_letter in ("Ġ", "ĠĠ", "h", "Ċ", "Âł")]
+    content["model"]["vocab"].update({token: 300 + number for number, token in enumerate(["Âł", *tokens])})
+    content["model"]["merges"][:0] = [["Â", "ł"], ["Ġ", "Ġ"], *([token[0], token[1:]] for token in tokens)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    info = TokenizerInfo.read(tmp_path)
+    one, other = (make_encoder(name, tmp_path, info)[0] for name in (GIGATOKEN, HUGGINGFACE))
+    documents = [b"hello\n  hello\n \t h\n   h", "  h\nhello\n\u00a0h".encode(), "\u00a0 h\n\th".encode()]
+    assert equal(one.encode(documents), other.encode(documents))
+    assert equal(one.encode(random_documents(100)), other.encode(random_documents(100)))
+
+
 def test_both_backends_agree_on_every_assigned_character(gigatoken, reference):
     # Every character of the small planes' scripts; of the thousands of Han and Hangul that are all letters, some.
     points = [p for p in range(0x80, 0x20000) if not 0x3400 <= p < 0xD800 or p % 64 == 0]
