@@ -206,8 +206,8 @@ class HuggingFaceEncoder:
 class GigatokenEncoder:
     """`gigatoken`, compared with the reference on a sample of every batch.
 
-    It gets a batch as one text, in which a `\\r` closes each document. The pattern of plain byte-level BPE makes a
-    `\\n` or `\\r` between lines a word of its own, or puts it at the head of a run of white space; without the merges
+    It gets a batch as one text, since its own batches cost more and come in a library that is slow to import. A
+    `\\r` closes each document. The pattern of plain byte-level BPE makes a `\\n` or `\\r` between lines a word of its own, or puts it at the head of a run of white space; without the merges
     that join it to what follows it is one id, and the ids around it are those of the lines alone.
     """
 
@@ -280,11 +280,10 @@ class GigatokenEncoder:
             raise BackendDifference(f"gave other ids than {HUGGINGFACE} near {sample[:60]!r}")
 
     def _load(self) -> None:
-        # Of the package itself only this is needed, and what its batches come in takes a quarter of a second to import.
-        from gigatoken.gigatoken_rs import load_hf_json
+        import gigatoken
 
         try:
-            self._tokenizer = load_hf_json(self._json)
+            self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
         except Exception as error:  # whatever it is, the reference was loaded
             raise BackendDifference(f"cannot load this tokenizer ({error!r})") from error
         self._resident = self._process.memory_info().rss

@@ -247,13 +247,13 @@ def test_a_unit_on_which_the_backends_differ_is_done_again_loudly(folder, file, 
 
 
 def test_gigatoken_that_fails_is_not_used(folder, file, tmp_path, capsys, monkeypatch):
-    gigatoken = pytest.importorskip("gigatoken.gigatoken_rs")
+    gigatoken = pytest.importorskip("gigatoken")
     shard_corpus([file], folder, tmp_path / "reference", OPTIONS, 1, backend=HUGGINGFACE)
 
     def fail(data):
         raise ValueError("odd merges")
 
-    monkeypatch.setattr(gigatoken, "load_hf_json", fail)
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", fail)
     shard_corpus([file], folder, tmp_path / "fast", OPTIONS, 1, backend=GIGATOKEN)
     assert content(tmp_path / "fast") == content(tmp_path / "reference")
     assert "cannot load this tokenizer (ValueError('odd merges'))" in capsys.readouterr().err
