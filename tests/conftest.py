@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
+from ds_roberta.errors import UserError
 from preprocessing.tokenizer import train_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -108,6 +109,18 @@ class ThreadRanks:
 
     def min(self, value):
         return min(self.gather(value))
+
+    def on_main(self, function):
+        value, problem = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except UserError as error:
+                problem = error
+        value, problem = self.broadcast((value, problem))
+        if problem is not None:
+            raise problem
+        return value
 
     def log(self, message):
         self.messages.append(message)
