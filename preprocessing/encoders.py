@@ -207,8 +207,9 @@ class GigatokenEncoder:
     """`gigatoken`, compared with the reference on a sample of every batch.
 
     It gets a batch as one text, since its own batches cost more and come in a library that is slow to import. A
-    `\\r` closes each document. The pattern of plain byte-level BPE makes a `\\n` or `\\r` between lines a word of its own, or puts it at the head of a run of white space; without the merges
-    that join it to what follows it is one id, and the ids around it are those of the lines alone.
+    `\\r` closes each document. The pattern of plain byte-level BPE makes a `\\n` or `\\r` between lines a word of its
+    own, or puts it at the head of a run of white space; without the merges that join it to what follows it is one id,
+    and the ids around it are those of the lines alone.
     """
 
     def __init__(self, content: dict[str, Any], info: TokenizerInfo, reference: HuggingFaceEncoder):
