@@ -47,7 +47,9 @@ def _judge(document: Document, piece: Piece, options: ReadOptions) -> Document |
         return Reject("too_short", document.offset)
     if length > options.max_characters:
         return Reject("too_long", document.offset)
-    document = document._replace(text=text, source=document.source or piece.source or None)
+    source = document.source or piece.source or None
+    if text is not document.text or source != document.source:
+        document = Document(text, document.offset, document.id, source)
     if options.filter is not None:
         reason = _rejected_by(options.filter, document, piece.path)
         if reason is not None:

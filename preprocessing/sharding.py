@@ -181,6 +181,13 @@ def _copy_tokenizer(tokenizer: Path, scratch: Path) -> Record:
     return asdict(copy_tokenizer(tokenizer, scratch / "data" / TOKENIZER_FOLDER))
 
 
+def _tokenizer_info(job: Job) -> TokenizerInfo:
+    """What the first stage found out of the tokenizer: to read it again takes long beside a small corpus."""
+    record = job.record(FIRST_STAGE, 0)
+    assert record is not None
+    return TokenizerInfo.from_json(record)
+
+
 def _run_units(
     job: Job, units: Sequence[Unit], options: ShardOptions, backend: str, workers: Workers, bad: BadDocuments | None
 ) -> dict[int, UnitResult]:
@@ -205,7 +212,7 @@ def _run_units(
 
     judge()
     if missing:
-        info = TokenizerInfo.read(job.data / TOKENIZER_FOLDER)
+        info = _tokenizer_info(job)
         backend, choice = choose_backend(backend, job.data / TOKENIZER_FOLDER, info)
         print(f"tokenizer backend: {choice}", flush=True)
         sizes = {unit.index: unit.bytes for unit in units}
@@ -245,7 +252,7 @@ def _finish(
         clear(job)
         return Manifest.read(output), totals
     manifest = Manifest(
-        tokenizer=TokenizerInfo.read(job.data / TOKENIZER_FOLDER),
+        tokenizer=_tokenizer_info(job),
         options={
             **asdict(options.read),
             "validation_fraction": options.validation_fraction,
@@ -277,7 +284,7 @@ def _deduplicate(
     final = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
     left = [(unit, results[unit.index]) for unit in units if unit.index not in final]
     if left:
-        info = TokenizerInfo.read(job.data / TOKENIZER_FOLDER)
+        info = _tokenizer_info(job)
         for index, record in workers.run(partial(_final_step, job, info, kind, documents), left):
             final[index] = UnitResult.from_record(record)
     return final

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from ds_roberta.errors import UserError
 from preprocessing import dedup
 from preprocessing.accept import accepted_documents
 from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account
-from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, make_encoder
+from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, SpecialLetters, make_encoder
 from preprocessing.job import Record
 from preprocessing.pieces import ReadOptions
 from preprocessing.plan import UNIT_BYTES, Unit
@@ -141,16 +141,17 @@ def _tokenize_unit(
     writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
     text_bytes = part_bytes = special_documents = part = 0
     for batch in _batches(documents):
-        encoded = encoder.encode([document.sentences for document in batch])
-        splits = np.array([split_of(document.sentences, options.validation_fraction) for document in batch])
-        has_special = [special.search(document.sentences) is not None for document in batch]
+        texts = [document.sentences for document in batch]
+        encoded = encoder.encode(texts)
+        splits = np.array([split_of(text, options.validation_fraction) for text in texts])
+        has_special = list(map(special.occur_in, texts))
         if options.dedup != "none":
             for document, split, letters in zip(batch, splits, has_special, strict=True):
                 place = SPLITS.index(split), part, document.piece
                 table.add(document.sentences, *place, document.source or "", letters)
         for split, writer in writers.items():
             writer.add(encoded, batch, splits == split)
-        part_bytes += sum(len(document.sentences) for document in batch)
+        part_bytes += sum(map(len, texts))
         special_documents += sum(has_special)
         if part_bytes >= _PART_UNITS * options.unit_bytes:
             for writer in writers.values():
@@ -213,15 +214,11 @@ class _Writer:
 
     def add(self, encoded: Encoded, documents: Sequence[Prepared], chosen: np.ndarray) -> None:
         """Add those of a batch of documents where `chosen`, (documents,) bool, is true."""
-        by_source: dict[str, list[int]] = {}
-        for number in np.flatnonzero(chosen).tolist():
-            by_source.setdefault(documents[number].source or "", []).append(number)
-        for source, numbers in by_source.items():
-            parts, pieces = self._gathered.setdefault(source, ([], Counter()))
-            of_source = np.zeros(len(documents), bool)
-            of_source[numbers] = True
+        for source in {document.source for document in compress(documents, chosen)}:
+            of_source = chosen & np.fromiter((document.source == source for document in documents), bool)
+            parts, pieces = self._gathered.setdefault(source or "", ([], Counter()))
             parts.append(encoded.select(of_source))
-            pieces.update(documents[number].piece for number in numbers)
+            pieces.update([document.piece for document in compress(documents, of_source)])
         if len(self._gathered) > _SOURCES_AT_MOST:
             raise UserError(
                 f"--source_column gives more than {_SOURCES_AT_MOST} sources in one part of "
@@ -244,7 +241,7 @@ def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]
 
 
 @lru_cache(maxsize=2)
-def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, re.Pattern[bytes]]:
+def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, SpecialLetters]:
     """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
     return make_encoder(backend, folder, info)
 

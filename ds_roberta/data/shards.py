@@ -15,7 +15,7 @@ slice of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -167,9 +167,7 @@ class Manifest:
                     "prepare the data again with 'preprocess shard'"
                 )
             manifest = cls(
-                tokenizer=TokenizerInfo(
-                    **{**content["tokenizer"], "special_ids": tuple(content["tokenizer"]["special_ids"])}
-                ),
+                tokenizer=TokenizerInfo.from_json(content["tokenizer"]),
                 options=content["options"],
                 inputs=tuple(InputInfo(**{**entry, "places": tuple(entry["places"])}) for entry in content["inputs"]),
                 splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
@@ -245,22 +243,29 @@ def write_flat_shard(
     batch = pa.record_batch(columns, names=["input_ids", "sentence_ends"])
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    content = memoryview(sink.getvalue())
     with atomic_path(path) as temporary:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        size, checksum, chunks = checksums(temporary)
-    return ShardInfo(name, len(lengths), len(ids), size, checksum, chunks)
+        temporary.write_bytes(content)
+    checksum, chunks = _checksums(content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES))
+    return ShardInfo(name, len(lengths), len(ids), len(content), checksum, chunks)
 
 
 def checksums(path: Path) -> tuple[int, str, tuple[str, ...]]:
     """Size, XXH3-128 and the XXH3-64 of every `CHUNK_BYTES` of a file."""
-    whole, chunks, size = xxhash.xxh3_128(), [], 0
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            whole.update(chunk)
-            chunks.append(xxhash.xxh3_64_hexdigest(chunk))
-            size += len(chunk)
-    return size, whole.hexdigest(), tuple(chunks)
+        return (path.stat().st_size, *_checksums(iter(lambda: file.read(CHUNK_BYTES), b"")))
+
+
+def _checksums(chunks: Iterable[bytes | memoryview]) -> tuple[str, tuple[str, ...]]:
+    """XXH3-128 of all, and XXH3-64 of each."""
+    whole, digests = xxhash.xxh3_128(), []
+    for chunk in chunks:
+        whole.update(chunk)
+        digests.append(xxhash.xxh3_64_hexdigest(chunk))
+    return whole.hexdigest(), tuple(digests)
 
 
 class Split:

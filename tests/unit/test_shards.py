@@ -11,6 +11,7 @@ import xxhash
 from ds_roberta.data import shards
 from ds_roberta.data.shards import Corpus, InputInfo, Manifest, Split, TokenizerInfo, checksums, token_type, write_shard
 from ds_roberta.errors import UserError
+from ds_roberta.files import json_fingerprint
 
 DOCUMENTS = [np.array([10, 11, 12, 13, 2]), np.array([20, 2]), np.array([30, 31, 2])]
 ENDS = [np.array([1, 4]), np.array([1]), np.array([1, 2])]
@@ -233,6 +234,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
 
 def test_merges_and_normalization_are_part_of_a_tokenizers_identity(tmp_path, tokenizer_folder):
     original = TokenizerInfo.read(tokenizer_folder).fingerprint
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    identity = {
+        "vocab": {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}},
+        "merges": [" ".join(merge) for merge in content["model"]["merges"]],
+        "normalizer": content["normalizer"],
+        "pre_tokenizer": content["pre_tokenizer"],
+    }
+    assert original == json_fingerprint(identity)
     changes = [
         lambda content: content["model"]["merges"].reverse(),
         lambda content: content.update(normalizer={"type": "Lowercase"}),
