@@ -40,6 +40,7 @@ from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.engine import Engine, choose_precision, init_distributed, on_gpu
 from ds_roberta.training.export import export_checkpoint
+from ds_roberta.training.identity import check_identity
 from ds_roberta.training.micro_batch import largest_micro_batch_size
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
@@ -72,6 +73,7 @@ class PretrainOptions:
     keep_last: int = IntervalConfig.keep_last
     eval_sequences: int = RunConfig.eval_sequences
     resume: str = "auto"
+    allow_change: str | None = None
     train_batch_size: int | None = None
     learning_rate: float | None = None
     hidden_dropout_prob: float = 0.1
@@ -98,7 +100,7 @@ def pretrain(options: PretrainOptions) -> int:
     ranks = init_distributed()
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {deepspeed_config.zero_stage}")
-    state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, ranks)
+    state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, options.allow_change, ranks)
     ranks.on_main(lambda: _make_output_dir(config.output_dir))
     train_data, held_out_data = _open_data(corpus, config.packing, ranks)
     ranks.log(f"{config.packing.max_seq_length} tokens a sequence, {len(train_data):,} sequences an epoch")
@@ -208,7 +210,7 @@ def _open_data(corpus: Corpus, packing: PackingConfig, ranks: Ranks) -> tuple[Pa
 
 
 def _initial_state(
-    config: RunConfig, corpus: Corpus, deepspeed_config: DeepSpeedConfig, ranks: Ranks
+    config: RunConfig, corpus: Corpus, deepspeed_config: DeepSpeedConfig, allow_change: str | None, ranks: Ranks
 ) -> tuple[TrainState, Path | None]:
     """The state to begin with, and the checkpoint that it and the weights are of; None for a fresh run."""
     identity = {
@@ -220,12 +222,16 @@ def _initial_state(
         "seed": config.seed,
         "train_batch_size": deepspeed_config.train_batch_size,
     }
+    allowed = [] if allow_change is None else allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
     path = ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
+        check_identity(folder, identity, identity, allowed)
         return TrainState(identity), None
     state = checkpoint.read_state(path)
-    checkpoint.check_identity(path, state.identity, identity)
+    for change in check_identity(path, state.identity, identity, allowed):
+        ranks.log(f"allowed change: {path}: {change}")
+    state.identity = identity
     newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
     if newer and config.resume != "auto":
         raise UserError(
