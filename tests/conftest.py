@@ -100,6 +100,9 @@ class ThreadRanks:
     def broadcast(self, value):
         return self.gather(value)[0]
 
+    def on_main(self, function):
+        return self.broadcast(function() if self.is_main else None)
+
     def any(self, flag):
         return any(self.gather(flag))
 

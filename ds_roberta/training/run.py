@@ -41,7 +41,7 @@ from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.engine import Engine, choose_precision, init_distributed, on_gpu
 from ds_roberta.training.export import export_checkpoint
 from ds_roberta.training.identity import check_identity
-from ds_roberta.training.micro_batch import largest_micro_batch_size
+from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
@@ -107,11 +107,10 @@ def pretrain(options: PretrainOptions) -> int:
 
     torch.manual_seed(config.seed)
     engine = Engine(MaskedLM(config.model), deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
-    share = -(-deepspeed_config.train_batch_size // ranks.world_size)
-    micro_batch_size = deepspeed_config.micro_batch_size or largest_micro_batch_size(
-        engine, config.packing.max_seq_length, config.masking, share
+    micro_batch_size = deepspeed_config.micro_batch_size or _auto_micro_batch_size(
+        engine, config, precision, -(-deepspeed_config.train_batch_size // ranks.world_size), checkpoint_path
     )
-    plan = BatchPlan.fit(deepspeed_config.train_batch_size, min(micro_batch_size, share), ranks.world_size)
+    plan = BatchPlan.fit(deepspeed_config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
     ranks.log(str(plan))
 
@@ -244,6 +243,22 @@ def _initial_state(
         )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
     return state, path
+
+
+def _auto_micro_batch_size(
+    engine: Engine, config: RunConfig, precision: str, limit: int, checkpoint_path: Path | None
+) -> int:
+    folders = [config.output_dir]
+    if checkpoint_path is not None:  # it may be another run's
+        folders.append(checkpoint_path.resolve().parents[1])
+    length = config.packing.max_seq_length
+    return find_micro_batch_size(
+        engine,
+        Trial(engine, lambda: MaskedLM(config.model), length, config.masking),
+        finding_conditions(engine, config.model, length, config.masking, precision, limit),
+        limit,
+        folders,
+    )
 
 
 def _record(config: RunConfig, engine: Engine, plan: BatchPlan, precision: str) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def test_a_named_change_is_allowed_and_becomes_the_runs_own(unbroken, workspace)
         workspace, *SETTINGS, "--max_steps", "7", "--output_dir", output, "--seed", "5", "--allow_change", "seed"
     )
     assert "its seed is 0, this run's is 5" in printed
+    assert f"as found before ({output}/micro_batch.json)" in printed
     state = json.loads((output / "checkpoints/global_step7/train_state.json").read_text())
     assert state["identity"]["seed"] == 5
 
