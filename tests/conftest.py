@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
+from ds_roberta.errors import UserError
 from preprocessing.tokenizer import train_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -100,9 +101,6 @@ class ThreadRanks:
     def broadcast(self, value):
         return self.gather(value)[0]
 
-    def on_main(self, function):
-        return self.broadcast(function() if self.is_main else None)
-
     def any(self, flag):
         return any(self.gather(flag))
 
@@ -111,6 +109,18 @@ class ThreadRanks:
 
     def min(self, value):
         return min(self.gather(value))
+
+    def on_main(self, function):
+        value, problem = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except UserError as error:
+                problem = error
+        value, problem = self.broadcast((value, problem))
+        if problem is not None:
+            raise problem
+        return value
 
     def log(self, message):
         self.messages.append(message)

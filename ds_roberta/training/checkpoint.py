@@ -23,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, file_checksum, sync_directory, sync_file, write_json
@@ -36,7 +37,7 @@ LATEST_NAME = "latest"
 TRAINED_TENSORS = ("weight", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter, as `KEY.NAME`."""
 _NAME_PATTERN = re.compile(r"global_step(\d+)")
-_MANIFEST_NAME, _TRAIN_STATE_NAME, TOKENIZER_FOLDER = "manifest.json", "train_state.json", "tokenizer"
+_MANIFEST_NAME, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 
 
 @dataclass
@@ -44,11 +45,15 @@ class TrainState:
     """All of a run's state besides weights and moments.
 
     Attributes:
-        identity: what a resumed run must share, by name: model, data, tokenizer, packing, masking, seed, batch.
+        identity: what a resumed run must share, by name: model, data, tokenizer, packing, masking, seed, stages, shape
+            of the learning rate.
         global_step: optimizer steps taken, those that fp16 skipped included.
         skipped_steps: steps that fp16 skipped.
         consumed_tokens: tokens trained on, padding not counted.
         loss_scaler: the numbers of fp16's dynamic loss scaler.
+        recent_losses: of the last steps, by which a spike of the loss is told.
+        loss_spikes: steps whose loss was one, those that were rolled back included.
+        skipped_places: what the run passes over after such a step, each with the fields of `data.stages.SkippedPlaces`.
     """
 
     identity: dict[str, Any]
@@ -57,6 +62,9 @@ class TrainState:
     consumed_tokens: int = 0
     skipped_steps: int = 0
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    recent_losses: list[float] = field(default_factory=list)
+    loss_spikes: int = 0
+    skipped_places: list[dict[str, int]] = field(default_factory=list)
 
 
 def save(engine: Engine, state: TrainState, tokenizer_folder: Path, folder: Path, keep_last: int) -> Path:
@@ -106,9 +114,9 @@ def save(engine: Engine, state: TrainState, tokenizer_folder: Path, folder: Path
 def _complete(
     temporary: Path, target: Path, state: TrainState, tokenizer_folder: Path, entries: dict[str, dict[str, Any]]
 ) -> None:
-    write_json(temporary / _TRAIN_STATE_NAME, {"format_version": FORMAT_VERSION, **asdict(state)})
+    write_json(temporary / TRAIN_STATE_NAME, {"format_version": FORMAT_VERSION, **asdict(state)})
     shutil.copytree(tokenizer_folder, temporary / TOKENIZER_FOLDER)
-    for path in (temporary / _TRAIN_STATE_NAME, *sorted((temporary / TOKENIZER_FOLDER).iterdir())):
+    for path in (temporary / TRAIN_STATE_NAME, *sorted((temporary / TOKENIZER_FOLDER).iterdir())):
         sync_file(path)
         entries[str(path.relative_to(temporary))] = _file_entry(path)
     write_json(temporary / _MANIFEST_NAME, {"format_version": FORMAT_VERSION, "files": entries})
@@ -204,8 +212,8 @@ def newest(folder: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    content = json.loads((checkpoint / _TRAIN_STATE_NAME).read_text(encoding="utf-8"))
-    return TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState)})
+    content = json.loads((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
+    return TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState) if entry.name in content})
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """What a resumed run must share with the one that it goes on from, and what of it may be allowed to change.
 
-A step's places in the stream of sequences follow from its number and `train_batch_size`. So where the data, the packing
-or the seed changes, the run goes on at the same place of another stream: sequences may come again before all have come.
+A step's places in the stream of sequences follow from its number and the schedules. So where the data, the packing, a
+length or the seed changes, the run goes on at the same place of another stream: sequences may come again before all
+have come.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 
 from ds_roberta.errors import UserError, unknown_key_message
 
+_COUNTED = "the sequences of a step are found by counting batches: some would be repeated or left out"
 _FIXED = {
     "model": "the weights are of that architecture",
-    "train_batch_size": "the sequences of a step are found by counting batches: some would be repeated or left out",
+    "train_batch_size": _COUNTED,
+    "train_batch_size_schedule": _COUNTED,
 }
 """Parts of the identity that no resumed run may change, and why; `_CHANGEABLE` ones in them excepted."""
 _CHANGEABLE = ("model.hidden_dropout_prob", "model.attention_probs_dropout_prob")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from deepspeed.runtime.comm import coalesced_collectives
 
-from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, model_config
-from ds_roberta.data.loader import Collator, TrainLoader
+from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
@@ -50,7 +50,7 @@ def make(
 ):
     """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them.
 
-    `changes` are sections of the DeepSpeed JSON.
+    `changes` are entries of the DeepSpeed JSON.
     """
     path = REPOSITORY / "ds_configs" / f"zero{max(stage, 1)}.json"
     config = DeepSpeedConfig.read(path, train_batch_size=BATCH, learning_rate=1e-3)
@@ -60,13 +60,13 @@ def make(
     torch.manual_seed(SEED)
     model = MaskedLM(small_model(corpus, dropout))
     engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED)
-    plan = BatchPlan(BATCH, micro_batch_size, ranks.world_size)
+    plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
     packed = open_index(corpus, "train", PackingConfig(LENGTH))
     collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
-    loader = TrainLoader(
-        collator, SampleOrder(len(packed), SEED), BATCH, micro_batch_size, ranks.rank, ranks.world_size
-    )
+    only = Stage(0, LENGTH, config.train_batch_size)
+    order = SampleOrder(len(packed), SEED)
+    loader = TrainLoader([LoaderStage(only, collator, order, micro_batch_size)], ranks.rank, ranks.world_size)
     return engine, loader
 
 
@@ -284,8 +284,7 @@ def accumulation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     gradients = {}
     cases = (("fp32", 128, 1), ("bf16", 128, 1), ("bf16", 1, 1), ("fp16", 128, 1), ("fp16", 128, 2**20))
     for precision, micro_batch_size, more_masked in cases:
-        engine, loader = make(ranks, corpus, 2, precision, micro_batch_size)
-        loader.train_batch_size = 1_024
+        engine, loader = make(ranks, corpus, 2, precision, micro_batch_size, train_batch_size=1_024)
         train(engine, loader, 0, 1, more_masked)
         moments = [engine.full_tensors(parameter)["exp_avg"].flatten() for parameter in engine.module.parameters()]
         name = f"{precision}-{micro_batch_size}" + ("" if more_masked == 1 else "-large")
