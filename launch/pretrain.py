@@ -61,6 +61,7 @@ def parse_arguments() -> PretrainOptions:
     add("keep_last", int, "checkpoints to keep")
     add("eval_sequences", int, "held-out sequences to evaluate on, at most")
     add("resume", str, "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder")
+    add("allow_change", str, "what may differ from the checkpoint's run, such as seed,masking.unit")
     add("train_batch_size", int, "overrides the JSON's")
     add("train_batch_size_schedule", str, "STEP:SIZE pairs, the last of the batch size, such as 0:1024,5000:8192")
     add("learning_rate", float, "overrides the JSON's peak")

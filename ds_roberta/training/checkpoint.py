@@ -216,19 +216,6 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState) if entry.name in content})
 
 
-def check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> None:
-    """Raise `UserError` naming the first thing in which the checkpoint's run and this one differ."""
-    for name, value in current.items():
-        before = saved.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            check_identity(checkpoint, before, value, f"{prefix}{name}.")
-        elif before != value:
-            raise UserError(
-                f"cannot resume from {str(checkpoint)!r}: its {prefix}{name} is {before!r}, this run's is {value!r}; "
-                "use the same, or another --output_dir to start anew"
-            )
-
-
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights by parameter name."""
     return {name: file.get_tensor(key) for key, name, file in _stored(checkpoint) if key == f"weight.{name}"}

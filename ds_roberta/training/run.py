@@ -42,7 +42,8 @@ from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.engine import Engine, choose_precision, init_distributed, on_gpu
 from ds_roberta.training.export import export_checkpoint
-from ds_roberta.training.micro_batch import largest_micro_batch_size
+from ds_roberta.training.identity import check_identity
+from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
@@ -84,6 +85,7 @@ class PretrainOptions:
     keep_last: int = IntervalConfig.keep_last
     eval_sequences: int = RunConfig.eval_sequences
     resume: str = "auto"
+    allow_change: str | None = None
     train_batch_size: int | None = None
     learning_rate: float | None = None
     hidden_dropout_prob: float = 0.1
@@ -110,7 +112,7 @@ def pretrain(options: PretrainOptions) -> int:
     ranks = init_distributed()
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {deepspeed_config.zero_stage}")
-    state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, ranks)
+    state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, options.allow_change, ranks)
     ranks.on_main(lambda: _make_output_dir(config.output_dir))
     train_data, held_out_data = _open_data(corpus, config, ranks)
     orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train_data.items()}
@@ -121,7 +123,7 @@ def pretrain(options: PretrainOptions) -> int:
 
     torch.manual_seed(config.seed)
     engine = Engine(MaskedLM(config.model), deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
-    plans = _batch_plans(config, deepspeed_config, engine)
+    plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
     for stage, plan in zip(config.stages, plans, strict=True):
         begin = f"from step {stage.first_step}: " if stage.first_step else ""
         sequences = len(train_data[stage.max_seq_length])
@@ -239,17 +241,26 @@ def _open_data(corpus: Corpus, config: RunConfig, ranks: Ranks) -> tuple[dict[in
     return train, packed(VALIDATION_SPLIT, config.packing)
 
 
-def _batch_plans(config: RunConfig, deepspeed_config: DeepSpeedConfig, engine: Engine) -> list[BatchPlan]:
+def _batch_plans(
+    config: RunConfig, deepspeed_config: DeepSpeedConfig, engine: Engine, precision: str, checkpoint_path: Path | None
+) -> list[BatchPlan]:
     """How each stage's batch is divided.
 
     The JSON's micro-batch holds for every length, which fits if it does for the longest; "auto" is found for each.
     """
+    folders = [config.output_dir]
+    if checkpoint_path is not None:  # it may be another run's
+        folders.append(checkpoint_path.resolve().parents[1])
     sizes = {}
     for length in {stage.max_seq_length: None for stage in config.stages}:
         largest = max(stage.train_batch_size for stage in config.stages if stage.max_seq_length == length)
         share = -(-largest // engine.ranks.world_size)
-        sizes[length] = deepspeed_config.micro_batch_size or largest_micro_batch_size(
-            engine, length, config.masking, share
+        sizes[length] = deepspeed_config.micro_batch_size or find_micro_batch_size(
+            engine,
+            Trial(engine, lambda: MaskedLM(config.model), length, config.masking),
+            finding_conditions(engine, config.model, length, config.masking, precision, share),
+            share,
+            folders,
         )
     return [
         BatchPlan.fit(stage.train_batch_size, sizes[stage.max_seq_length], engine.ranks.world_size)
@@ -258,7 +269,7 @@ def _batch_plans(config: RunConfig, deepspeed_config: DeepSpeedConfig, engine: E
 
 
 def _initial_state(
-    config: RunConfig, corpus: Corpus, deepspeed_config: DeepSpeedConfig, ranks: Ranks
+    config: RunConfig, corpus: Corpus, deepspeed_config: DeepSpeedConfig, allow_change: str | None, ranks: Ranks
 ) -> tuple[TrainState, Path | None]:
     """The state to begin with, and the checkpoint that it and the weights are of; None for a fresh run."""
     identity = {
@@ -276,12 +287,16 @@ def _initial_state(
         **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
         "decay_type": config.schedule.decay_type,
     }
+    allowed = [] if allow_change is None else allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
     path = ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
+        check_identity(folder, identity, identity, allowed)
         return TrainState(identity), None
     state = checkpoint.read_state(path)
-    checkpoint.check_identity(path, state.identity, identity)
+    for change in check_identity(path, state.identity, identity, allowed):
+        ranks.log(f"allowed change: {path}: {change}")
+    state.identity = identity
     newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
     if newer and config.resume != "auto":
         raise UserError(

@@ -1,6 +1,7 @@
 """The whole way by the real commands, and what happens when it is broken off."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -119,6 +120,18 @@ def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, nu
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_named_change_is_allowed_and_becomes_the_runs_own(unbroken, workspace):
+    output = workspace / "runs/changed"
+    shutil.copytree(unbroken, output)
+    printed = pretrain(
+        workspace, *SETTINGS, "--max_steps", "7", "--output_dir", output, "--seed", "5", "--allow_change", "seed"
+    )
+    assert "its seed is 0, this run's is 5" in printed
+    assert f"as found before ({output}/micro_batch.json)" in printed
+    state = json.loads((output / "checkpoints/global_step7/train_state.json").read_text())
+    assert state["identity"]["seed"] == 5
+
+
 def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace, unbroken):
     command = ("deepspeed", "--num_accelerators", "2", PRETRAIN, "--deepspeed_config", CONFIG)
     printed = run(
@@ -141,6 +154,7 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
         (["--resume", "nowhere"], ["'nowhere'", "auto"]),
         (["--max_seq_length", "2"], ["max_seq_length", "2"]),
         (["--mask_steps", "2"], ["--mask_steps"]),
+        (["--allow_change", "sed"], ["--allow_change", "did you mean 'seed'"]),
         (["--output_dir", "runs/unbroken", *SETTINGS, "--seed", "7"], ["seed", "7", "--output_dir"]),
         (
             ["--output_dir", "runs/unbroken", *SETTINGS, "--source_weights", "books=1"],

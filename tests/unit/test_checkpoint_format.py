@@ -316,31 +316,6 @@ def test_the_newest_of_a_run_is_found_from_its_folder(tmp_path, save):
         checkpoint.newest(tmp_path / "empty")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"data": "xyz"}, "its data is 'abc', this run's is 'xyz'"),
-        ({"seed": 4}, "its seed is 3, this run's is 4"),
-        ({"train_batch_size": 16}, "its train_batch_size is 8, this run's is 16"),
-        (
-            {"model": {"hidden_size": 4, "hidden_dropout_prob": 0.0}},
-            "its model.hidden_dropout_prob is 0.1, this run's is 0.0",
-        ),
-        ({"model": {**IDENTITY["model"], "layers": 2}}, "its model.layers is None, this run's is 2"),
-        ({"source_weights": {"wiki": 1}}, "its source_weights is None, this run's is {'wiki': 1}"),
-        ({"masking": {"mlm_probability": 0.4}}, "its masking is None, this run's is {'mlm_probability': 0.4}"),
-    ],
-)
-def test_a_run_that_differs_is_told_in_what(tmp_path, save, change, message):
-    path = save(tmp_path, 1)
-    saved = checkpoint.read_state(path).identity
-    checkpoint.check_identity(path, saved, IDENTITY)
-    with pytest.raises(UserError) as caught:
-        checkpoint.check_identity(path, saved, {**IDENTITY, **change})
-    assert message in str(caught.value)
-    assert "another --output_dir to start anew" in str(caught.value)
-
-
 def test_a_checkpoint_exports_by_itself(tmp_path, tokenizer_folder, solo_ranks):
     config = model_config("tiny", 400, 64)
     engine = FakeEngine(solo_ranks, module=MaskedLM(config))
