@@ -27,6 +27,7 @@ from ds_roberta.data.shards import (
 from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from preprocessing import dedup
+from preprocessing.accept import filter_checksum
 from preprocessing.accounts import BadDocuments, input_infos, total_accounts
 from preprocessing.encoders import AUTO, choose_backend
 from preprocessing.formats import is_url
@@ -147,7 +148,7 @@ def _plan_fingerprint(files: Sequence[str], units: Sequence[Unit], tokenizer: Pa
         "tokenizer": {
             name: file_checksum(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).is_file()
         },
-        "options": [asdict(decisive), dedup.dedup_options(options.dedup)],
+        "options": [asdict(decisive), dedup.dedup_options(options.dedup), filter_checksum(options.read.filter)],
     }
     return json_fingerprint(content)
 

@@ -23,7 +23,8 @@ from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages, places_behind, read_skipped, stage_number
 from ds_roberta.errors import UserError
-from preprocessing.lookup import Document, Documents
+from preprocessing.lookup import Decoder, Document, Documents
+from preprocessing.origins import OFFSETS_HELP, Origins
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class BatchTracer:
             raise UserError(f"--seed must not be negative, got {seed}")
         self._corpus, self._packing, self._stages, self._seed = corpus, packing, stages, seed
         self._source_weights, self._skipped = source_weights, skipped
-        self._documents = Documents(corpus, TRAIN_SPLIT)
+        self.documents = Documents(corpus, TRAIN_SPLIT)
         self._data = cache(self._open)
 
     def _open(self, max_seq_length: int) -> tuple[PackedSplit, SampleOrder]:
@@ -106,19 +107,21 @@ class BatchTracer:
         sequences = order.sequences(places)
         rows = zip(places, order.epochs(places), sequences, *packed.slices(sequences), strict=True)
         for place, epoch, sequence, shard, start, end in (map(int, row) for row in rows):
-            documents = tuple(self._documents.overlapping(shard, start, end))
-            info = self._documents.split.shards[shard]
+            documents = tuple(self.documents.overlapping(shard, start, end))
+            info = self.documents.split.shards[shard]
             yield TracedSequence(length, place, epoch, sequence, info.file, info.source, start, end, documents)
 
 
-def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
+def rows(step: int, traced: TracedSequence, origins: Origins | None = None) -> Iterator[dict[str, Any]]:
     """For each document of a sequence what the command prints of it, by column.
 
     `tokens_start … tokens_end` are the document's tokens that stand in the sequence; `input_start … input_end` is the
-    part of the input that holds the document.
+    part of the input that holds the document, or with `origins` the document's own bytes (in tables: rows) there.
     """
     for document in traced.documents:
         piece = document.source
+        place = None if piece is None else (piece.start, piece.end) if origins is None else origins.span(document)
+        start, end = (None, None) if place is None else place
         yield {
             "step": step,
             "max_seq_length": traced.max_seq_length,
@@ -132,8 +135,8 @@ def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
             "shard": document.file,
             "row": document.row,
             "input": None if piece is None else piece.path,
-            "input_start": None if piece is None else piece.start,
-            "input_end": None if piece is None else piece.end,
+            "input_start": start,
+            "input_end": end,
         }
 
 
@@ -155,6 +158,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")
     parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="the run's (default: none)")
     parser.add_argument("--rank", default="0/1", metavar="R/W", help="only process R (from 0) of W, in its order")
+    parser.add_argument("--offsets", action="store_true", help=OFFSETS_HELP)
     parser.add_argument("--json", action="store_true", help="an object a line instead of columns")
     parser.set_defaults(run=_trace)
 
@@ -172,10 +176,11 @@ def _trace(arguments: argparse.Namespace) -> None:
     corpus = Corpus.open(arguments.data_dir)
     weights = parse_source_weights(arguments.source_weights, corpus.manifest)
     tracer = BatchTracer(corpus, packing, stages, arguments.seed, weights, skipped)
+    origins = Origins(corpus, tracer.documents, Decoder(corpus)) if arguments.offsets else None
     header = not arguments.json
     for step in arguments.step:
         for traced in tracer.trace(step, tracer.places(step, rank, world_size)):
-            for row in rows(step, traced):
+            for row in rows(step, traced, origins):
                 if header:
                     print("\t".join(row))
                     header = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections import Counter
@@ -36,10 +35,9 @@ from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Enco
 from preprocessing.job import Record
 from preprocessing.pieces import ReadOptions
 from preprocessing.plan import UNIT_BYTES, Unit
-from preprocessing.sentences import sentences
+from preprocessing.sentences import sentence_bytes
 
 _BATCH_BYTES = 1 << 20
-_SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # it opens with a letter, not the look-behind, to be found fast
 _SOURCES_AT_MOST = 256
 """Of one part of a unit: each has shards of its own, which would become too many and too small."""
 _PART_UNITS = 2
@@ -134,7 +132,7 @@ def _tokenize_unit(
     table = dedup.DocumentTable(options.dedup)
     accounts = {piece.path: Account() for piece in unit.pieces}
     documents = (
-        Prepared(_sentence_bytes(document.text, options.read.sentences), document.source, number)
+        Prepared(sentence_bytes(document.text, options.read.sentences), document.source, number)
         for number, piece in enumerate(unit.pieces)
         for document in accepted_documents(piece, options.read, accounts[piece.path])
     )
@@ -244,13 +242,6 @@ def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]
 def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, SpecialLetters]:
     """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
     return make_encoder(backend, folder, info)
-
-
-def _sentence_bytes(text: str, kind: str) -> bytes:
-    """The sentences of a document, apart by `\\n`; most texts are so already where sentences are lines."""
-    if kind != "lines" or text[0] == "\n" or text[-1].isspace() or _SPACE_BEFORE_NEWLINE.search(text):
-        text = "\n".join(sentences(text, kind))
-    return text.encode("utf-8")
 
 
 def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:
