@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
+from ds_roberta.distributed import Ranks
 from preprocessing.tokenizer import train_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -97,6 +98,9 @@ class ThreadRanks:
     def barrier(self):
         self._barrier.wait(timeout=20)
 
+    def abort(self):
+        self._barrier.abort()
+
     def broadcast(self, value):
         return self.gather(value)[0]
 
@@ -108,6 +112,9 @@ class ThreadRanks:
 
     def min(self, value):
         return min(self.gather(value))
+
+    def on_main(self, function):
+        return Ranks.on_main(self, function)
 
     def log(self, message):
         self.messages.append(message)

@@ -19,8 +19,9 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ds_roberta.data.loader import MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_single_process_defaults
 from ds_roberta.errors import UserError
+from ds_roberta.files import sync_file
 from ds_roberta.training.batch import BatchPlan
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -204,6 +206,47 @@ class Engine:
     def _dynamic_loss_scaler(self) -> Any:
         scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
         return scaler if self.deepspeed.fp16_enabled() and getattr(scaler, "dynamic", False) else None
+
+    def save_deepspeed_checkpoint(self, folder: Path, tag: str, client_state: dict[str, Any]) -> str | None:
+        """Write a checkpoint in DeepSpeed's layout, durable, into `folder/tag`; a collective call.
+
+        Returns:
+            What this rank could not write. It is told, not raised: DeepSpeed's barriers behind it have to be met.
+        """
+        problems: list[str] = []
+
+        def guarded(write: Callable[..., object]) -> Callable[..., None]:
+            def call(*arguments: Any, **keywords: Any) -> None:
+                try:
+                    write(*arguments, **keywords)
+                except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter on a full disk
+                    problems.append(str(error))
+
+            return call
+
+        def save(state_dict: dict[str, Any], path: str) -> None:
+            write_file(state_dict, path)
+            sync_file(Path(path))
+
+        write_file, copy_scripts = self.deepspeed.checkpoint_engine.save, self.deepspeed._copy_recovery_script
+        self.deepspeed.checkpoint_engine.save = guarded(save)
+        self.deepspeed._copy_recovery_script = guarded(copy_scripts)
+        try:
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+        finally:
+            self.deepspeed.checkpoint_engine.save = write_file
+            self.deepspeed._copy_recovery_script = copy_scripts
+        return problems[0] if problems else None
+
+    def load_deepspeed_checkpoint(self, folder: Path, tag: str) -> None:
+        """The reverse, into an engine of the same ZeRO stage, precision and world size; raises `UserError`."""
+        try:
+            self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        except Exception as error:  # whatever pickle makes of a damaged file
+            raise UserError(f"DeepSpeed cannot load the checkpoint {str(folder / tag)!r}: {error!r}") from error
+        if self.zero_stage in (1, 2):  # DeepSpeed forgets to link the moments that it loaded with their parameters
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def rehearse(self, micro_batch: MicroBatch) -> None:
         """Take a step with a loss of weight zero at learning rate 0 and forget it: nothing of the training changes."""

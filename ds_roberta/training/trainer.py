@@ -6,6 +6,7 @@ A step is one optimizer step on exactly `train_batch_size` sequences; the micro-
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from pathlib import Path
@@ -19,8 +20,9 @@ from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
-from ds_roberta.training import checkpoint
-from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training import deepspeed_checkpoint
+from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.metrics import MetricsLog, Progress
 from ds_roberta.training.preemption import StopRequest
@@ -33,7 +35,7 @@ class Trainer:
     Args:
         peak_learning_rate: the JSON's `optimizer.params.lr`.
         held_out: None where there is no validation split.
-        last_checkpoint: the one that `state` is of; None for a fresh run.
+        last_checkpoint: the portable one that `state` is of; None for a fresh run.
     """
 
     def __init__(
@@ -51,9 +53,17 @@ class Trainer:
         self._peak_learning_rate = peak_learning_rate
         self._held_out = held_out
         self.last_checkpoint = last_checkpoint
+        self._saved_state = copy.deepcopy(state) if last_checkpoint else None
         self._stop = StopRequest(self.ranks)
         self._metrics = MetricsLog(config.output_dir, state.global_step) if self.ranks.is_main else None
         self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
+        self._writer = CheckpointWriter(
+            engine,
+            config.data_dir / TOKENIZER_FOLDER,
+            config.output_dir / CHECKPOINTS_FOLDER,
+            Retention(config.intervals.keep_last, config.intervals.keep_every),
+            self._progress.say,
+        )
 
     def train(self) -> bool:
         """Train until `max_steps` or until asked to stop, saving as configured.
@@ -63,21 +73,22 @@ class Trainer:
         """
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
         steps = self.loader.steps(state.global_step, schedule.max_steps)
-        with self._stop, contextlib.closing(steps), contextlib.closing(self._progress):
+        with self._stop, contextlib.closing(steps), contextlib.closing(self._progress), self._writer:
+            complete = self.evaluate_and_save()
             for micro_batches in steps:
-                if state.global_step % intervals.eval_interval == 0:
-                    self.evaluate()
-                row = self.train_step(micro_batches)
+                try:
+                    row = self.train_step(micro_batches)
+                except UserError:  # a step's numbers are the same on all ranks, so all are here
+                    self._writer.finish()
+                    raise
                 if row is None:
-                    self.save()
-                    return False
+                    complete = False
+                    break
                 if state.global_step % intervals.log_interval == 0 or state.global_step == schedule.max_steps:
                     self.log(row)
-                if state.global_step % intervals.save_interval == 0:
-                    self.save()
-            evaluated = self.evaluate()
+                complete = self.evaluate_and_save()
             self.save()
-        return evaluated
+        return complete
 
     def train_step(self, micro_batches: list[MicroBatch]) -> dict[str, Any] | None:
         """One optimizer step on this process's micro-batches of the next global batch.
@@ -132,8 +143,23 @@ class Trainer:
         self._progress.step(state.global_step, loss, row["tokens_per_second"], seconds)
         return row
 
+    def evaluate_and_save(self) -> bool:
+        """Between two steps: do what is due, and let the save in flight go on.
+
+        Returns:
+            False where an evaluation was due and was broken off by a request to stop.
+        """
+        state, intervals = self.state, self.config.intervals
+        self._writer.poll()
+        due = state.global_step % intervals.eval_interval == 0 or state.global_step == self.config.schedule.max_steps
+        evaluated = self.evaluate() if due else True
+        is_best = state.best_step == state.global_step
+        if state.global_step and (is_best or state.global_step % intervals.save_interval == 0):
+            self.save()
+        return evaluated
+
     def evaluate(self) -> bool:
-        """Compute and log the held-out loss, if there is a held-out split.
+        """Compute and log the held-out loss, if there is a held-out split, and remember the lowest after a step.
 
         A run that goes on at a step where this is due does it again, so it may be broken off without a trace.
 
@@ -146,8 +172,12 @@ class Trainer:
         if result is None:
             return False
         loss, perplexity = result
-        self.log({"global_step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
-        self._progress.say(f"step {self.state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        state = self.state
+        lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
+        if state.global_step and loss < lowest:
+            state.best_eval_loss, state.best_step = loss, state.global_step
+        self.log({"global_step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
+        self._progress.say(f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
         return True
 
     def log(self, row: dict[str, Any]) -> None:
@@ -160,17 +190,14 @@ class Trainer:
         self.engine.write_monitor(values, self.state.consumed_samples)
 
     def save(self) -> None:
-        """Write a checkpoint unless this step's is there; then it is `last_checkpoint`."""
+        """Begin to write a checkpoint unless this state has one; it is `last_checkpoint` when the writer is done."""
         state = self.state
-        if self.last_checkpoint is not None and checkpoint.read_state(self.last_checkpoint) == state:
+        if self._saved_state == state:
             return
         state.loss_scaler = self.engine.loss_scaler_state
-        path = checkpoint.save(
-            self.engine,
-            state,
-            self.config.data_dir / TOKENIZER_FOLDER,
-            self.config.output_dir / checkpoint.CHECKPOINTS_FOLDER,
-            self.config.intervals.keep_last,
-        )
-        self.last_checkpoint = path
-        self._progress.say(f"saved {path}")
+        self._writer.finish()
+        if self.config.save_deepspeed_checkpoint:
+            folder = self.config.output_dir / deepspeed_checkpoint.FOLDER
+            deepspeed_checkpoint.save(self.engine, state, folder, self.config.intervals.keep_last)
+        self.last_checkpoint = self._writer.save(state)
+        self._saved_state = copy.deepcopy(state)
