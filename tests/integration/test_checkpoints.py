@@ -41,7 +41,9 @@ def test_deepspeeds_tools_take_its_layout(saved, workspace):
     folder = saved / "deepspeed_checkpoints"
     run("python", folder / "zero_to_fp32.py", folder, workspace / "fp32", cwd=workspace)
     theirs = torch.load(workspace / "fp32/pytorch_model.bin", weights_only=True)
-    ours = {name.removeprefix("weight."): value for name, value in tensors(saved, 4).items() if name.startswith("weight.")}
+    ours = {
+        name.removeprefix("weight."): value for name, value in tensors(saved, 4).items() if name.startswith("weight.")
+    }
     assert identical(theirs, ours)
     universal = ("--input_folder", folder / "global_step4", "--output_folder", workspace / "universal")
     workers = ("--num_extract_workers", "1", "--num_merge_workers", "1")
