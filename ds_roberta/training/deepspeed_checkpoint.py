@@ -89,7 +89,7 @@ def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: st
         raise UserError(f"{str(checkpoint)!r} was written by another program than this: it has no {_STATE_KEY!r}")
     config = content["ds_config"]
     kinds = {
-        "processes": (content["dp_world_size"], world_size),
+        "number of processes": (content["dp_world_size"], world_size),
         "ZeRO stage": (config["zero_optimization"]["stage"], zero_stage),
         "precision": (_precision(config), precision),
     }

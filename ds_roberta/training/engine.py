@@ -219,8 +219,10 @@ class Engine:
             def call(*arguments: Any, **keywords: Any) -> None:
                 try:
                     write(*arguments, **keywords)
-                except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter on a full disk
+                except OSError as error:
                     problems.append(str(error))
+                except RuntimeError as error:  # torch's words for a full disk are "unexpected pos"
+                    problems.append(f"{error} (is the disk full?)")
 
             return call
 
