@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the second c
 
 import argparse
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -82,7 +83,7 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
         )
         step = step_of(engine, length)
         seconds = statistics.median(timed(step) for _ in range(3))
-        costs = [measure(engine, step, tokenizer, folder / name) for _ in range(repetitions)]
+        costs = [measure(engine, step, seconds, tokenizer, folder / "run") for _ in range(repetitions)]
         waited, stalled, slower, written = (
             statistics.median(getattr(cost, field) for cost in costs)
             for field in ("waited", "stalled", "slower", "written")
@@ -109,7 +110,7 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{cpu_model()}, {torch.get_num_threads()} threads, one process, {precision}, ZeRO stage {engine_stage()}. "
+        f"{cpu_model()}, {torch.get_num_threads()} thread, one process, {precision}, ZeRO stage {engine_stage()}. "
         f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "safetensors"))
         + f", commit {commit()}."
@@ -140,18 +141,19 @@ def step_of(engine: Engine, length: int) -> Callable[[], None]:
     return step
 
 
-def measure(engine: Engine, step: Callable[[], None], tokenizer: Path, folder: Path) -> Costs:
+def measure(engine: Engine, step: Callable[[], None], step_seconds: float, tokenizer: Path, folder: Path) -> Costs:
     """One save waited for, then one beside steps."""
     with CheckpointWriter(engine, tokenizer, folder, Retention(1), lambda _: None) as writer:
         copied = timed(lambda: writer.save(TrainState({}, 1)))
         written = timed(writer.finish)
-        undisturbed = timed(step)
         stalled = timed(lambda: writer.save(TrainState({}, 2)))
         slower = 0.0
         while not (folder / "global_step2").exists():
-            slower += timed(step) - undisturbed
+            slower += timed(step) - step_seconds
             stalled += timed(writer.poll)
-    size = sum(path.stat().st_size for path in (folder / "global_step2").rglob("*") if path.is_file())
+    (path,) = folder.glob("global_step*")  # the first was removed
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    shutil.rmtree(folder)
     return Costs(copied + written, stalled, slower, written, size)
 
 
