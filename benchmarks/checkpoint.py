@@ -82,7 +82,8 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
             MaskedLM(model_config(name, VOCABULARY, length)), config.resolved(precision, on_gpu()), ranks, 0
         )
         step = step_of(engine, length)
-        seconds = statistics.median(timed(step) for _ in range(3))
+        steps = [timed(step) for _ in range(5)]
+        seconds = statistics.median(steps)
         costs = [measure(engine, step, seconds, tokenizer, folder / "run") for _ in range(repetitions)]
         waited, stalled, slower, written = (
             statistics.median(getattr(cost, field) for cost in costs)
@@ -90,7 +91,7 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
         )
         yield (
             f"| {name} | {costs[0].bytes / 1e6:,.0f} MB | {waited:.2f} s | {stalled:.2f} s | {slower:+.2f} s | "
-            f"{written:.2f} s | {seconds:.2f} s |"
+            f"{written:.2f} s | {seconds:.2f} s ({min(steps):.2f} to {max(steps):.2f}) |"
         )
         shares.append(
             f"{name} {waited / (interval * seconds):.3%} waited for, {stalled / (interval * seconds):.3%} beside"
@@ -110,7 +111,7 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{cpu_model()}, {torch.get_num_threads()} thread, one process, {precision}, ZeRO stage {engine_stage()}. "
+        f"{cpu_model()}, {torch.get_num_threads()} thread, load average {os.getloadavg()[0]:.1f}, one process, {precision}, ZeRO stage {engine_stage()}. "
         f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "safetensors"))
         + f", commit {commit()}."
