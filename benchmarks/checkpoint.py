@@ -96,7 +96,6 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
         shares.append(
             f"{name} {waited / (interval * seconds):.3%} waited for, {stalled / (interval * seconds):.3%} beside"
         )
-        del engine
     yield ""
     yield (
         f"Medians of {repetitions} saves of each kind, in turn in one process. *Waited for*: from the save's begin "
@@ -111,15 +110,12 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{cpu_model()}, {torch.get_num_threads()} thread, load average {os.getloadavg()[0]:.1f}, one process, {precision}, ZeRO stage {engine_stage()}. "
+        f"{cpu_model()}, {torch.get_num_threads()} thread, load average {os.getloadavg()[0]:.1f}, one process, {precision}, "
+        f"ZeRO stage {engine.zero_stage}. "
         f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "safetensors"))
         + f", commit {commit()}."
     )
-
-
-def engine_stage() -> int:
-    return DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero2.json").zero_stage
 
 
 def step_of(engine: Engine, length: int) -> Callable[[], None]:
