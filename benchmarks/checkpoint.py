@@ -110,8 +110,8 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{cpu_model()}, {torch.get_num_threads()} thread, load average {os.getloadavg()[0]:.1f}, one process, {precision}, "
-        f"ZeRO stage {engine.zero_stage}. "
+        f"{cpu_model()}, {torch.get_num_threads()} thread, load average {os.getloadavg()[0]:.1f}, one process, "
+        f"{precision}, ZeRO stage {engine.zero_stage}. "
         f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "safetensors"))
         + f", commit {commit()}."
