@@ -28,6 +28,7 @@ from ds_roberta.data.shards import (
     write_flat_shard,
     write_shard,
 )
+from ds_roberta.errors import UserError
 from preprocessing import dedup
 from preprocessing.accept import accepted_documents
 from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account
@@ -39,6 +40,8 @@ from preprocessing.sentences import sentences
 
 _BATCH_BYTES = 1 << 20
 _SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # it opens with a letter, not the look-behind, to be found fast
+_SOURCES_AT_MOST = 256
+"""Of one part of a unit: each has shards of its own, which would become too many and too small."""
 _PART_UNITS = 2
 """A unit that turns out larger, such as a compressed file, is written in parts of so many times `unit_bytes`."""
 
@@ -136,14 +139,14 @@ def _tokenize_unit(
         for document in accepted_documents(piece, options.read, accounts[piece.path])
     )
     writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
-    text_bytes = part_bytes = special_documents = 0
+    text_bytes = part_bytes = special_documents = part = 0
     for batch in _batches(documents):
         encoded = encoder.encode([document.sentences for document in batch])
         splits = np.array([split_of(document.sentences, options.validation_fraction) for document in batch])
         has_special = [special.search(document.sentences) is not None for document in batch]
         if options.dedup != "none":
             for document, split, letters in zip(batch, splits, has_special, strict=True):
-                place = SPLITS.index(split), len(writers[split].shards), document.piece
+                place = SPLITS.index(split), part, document.piece
                 table.add(document.sentences, *place, document.source or "", letters)
         for split, writer in writers.items():
             writer.add(encoded, batch, splits == split)
@@ -152,7 +155,7 @@ def _tokenize_unit(
         if part_bytes >= _PART_UNITS * options.unit_bytes:
             for writer in writers.values():
                 writer.flush()
-            text_bytes, part_bytes = text_bytes + part_bytes, 0
+            text_bytes, part_bytes, part = text_bytes + part_bytes, 0, part + 1
     for writer in writers.values():
         writer.flush()
     shards = {split: tuple(writer.shards) for split, writer in writers.items()}
@@ -179,8 +182,12 @@ def thin_unit(
     shards = {}
     for split, infos in result.shards.items():
         thinned = []
-        for part, shard in enumerate(infos):
-            here = (rows["split"] == SPLITS.index(split)) & (rows["part"] == part)
+        in_split, source = rows["split"] == SPLITS.index(split), rows["source"]
+        origins = sorted(
+            (part, result.sources[number]) for part, number in np.unique(rows[["part", "source"]][in_split]).tolist()
+        )
+        for number, (shard, (part, name)) in enumerate(zip(infos, origins, strict=True)):
+            here = in_split & (rows["part"] == part) & (source == result.sources.index(name))
             staged, target = job / "staged" / shard.file, scratch / "data"
             if keep[here].all():
                 _link(staged, target / shard.file)
@@ -188,43 +195,46 @@ def thin_unit(
             elif keep[here].any():
                 batch = pa.ipc.open_stream(pa.memory_map(str(staged))).read_next_batch()
                 ids, ends = (_lists(batch.column(name), keep[here]) for name in ("input_ids", "sentence_ends"))
-                new = write_shard(target, split, unit.index, ids, ends, info.vocab_size, part=part)
-                kept = rows[here & keep]
-                sources = Counter(result.sources[source] for source in kept["source"] if result.sources[source])
-                pieces = _input_pieces(unit, Counter(kept["piece"].tolist()))
-                thinned.append(replace(new, sources=dict(sorted(sources.items())), pieces=pieces))
+                new = write_shard(target, split, unit.index, ids, ends, info.vocab_size, part=number)
+                pieces = _input_pieces(unit, Counter(rows["piece"][here & keep].tolist()))
+                thinned.append(replace(new, source=shard.source, pieces=pieces))
         shards[split] = tuple(thinned)
     return UnitResult(shards, accounts, text_bytes, special_documents).record()
 
 
 class _Writer:
-    """Gathers the documents of a unit for one split and writes them as shards, part by part."""
+    """Gathers the documents of a unit for one split and writes them as shards, part by part and source by source."""
 
     def __init__(self, folder: Path, split: str, unit: Unit, vocab_size: int):
         self.shards: list[ShardInfo] = []
         self._unit, self._place, self._vocab_size = unit, (folder, split, unit.index), vocab_size
-        self._parts: list[Encoded] = []
-        self._sources: Counter[str] = Counter()
-        self._pieces: Counter[int] = Counter()
+        self._gathered: dict[str, tuple[list[Encoded], Counter[int]]] = {}
+        """By source, the documents and how many of them came from each of the unit's pieces."""
 
     def add(self, encoded: Encoded, documents: Sequence[Prepared], chosen: np.ndarray) -> None:
         """Add those of a batch of documents where `chosen`, (documents,) bool, is true."""
-        if not chosen.any():
-            return
-        self._parts.append(encoded.select(chosen))
+        by_source: dict[str, list[int]] = {}
         for number in np.flatnonzero(chosen).tolist():
-            document = documents[number]
-            self._pieces[document.piece] += 1
-            if document.source:
-                self._sources[document.source] += 1
+            by_source.setdefault(documents[number].source or "", []).append(number)
+        for source, numbers in by_source.items():
+            parts, pieces = self._gathered.setdefault(source, ([], Counter()))
+            of_source = np.zeros(len(documents), bool)
+            of_source[numbers] = True
+            parts.append(encoded.select(of_source))
+            pieces.update(documents[number].piece for number in numbers)
+        if len(self._gathered) > _SOURCES_AT_MOST:
+            raise UserError(
+                f"--source_column gives more than {_SOURCES_AT_MOST} sources in one part of "
+                f"{self._unit.pieces[0].path!r}, each of which gets shards of its own: name fewer and larger sources "
+                "(a --filter can look at --id_column instead)"
+            )
 
     def flush(self) -> None:
-        if self._parts:
-            rows = Encoded.concatenate(self._parts)
+        for source, (parts, pieces) in sorted(self._gathered.items()):
+            rows = Encoded.concatenate(parts)
             shard = write_flat_shard(*self._place, *rows, self._vocab_size, part=len(self.shards))
-            sources = dict(sorted(self._sources.items()))
-            self.shards.append(replace(shard, sources=sources, pieces=_input_pieces(self._unit, self._pieces)))
-        self._parts, self._sources, self._pieces = [], Counter(), Counter()
+            self.shards.append(replace(shard, source=source, pieces=_input_pieces(self._unit, pieces)))
+        self._gathered = {}
 
 
 def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:

@@ -3,7 +3,7 @@
     DIR/manifest.json            what is in the folder, and its fingerprint
     DIR/tokenizer/               the tokenizer that made the ids
     DIR/dataset_dict.json        so that datasets.load_from_disk(DIR) opens the folder
-    DIR/<split>/shard-NNNNN.arrow, and shard-NNNNN-PPPPP.arrow for further parts of one large work unit
+    DIR/<split>/shard-NNNNN.arrow, and shard-NNNNN-PPPPP.arrow for further parts or sources of one work unit
 
 A shard is an uncompressed Arrow IPC stream of one record batch, a row a document. `input_ids` holds the document's
 token ids and closes with the separator `</s>`; `sentence_ends` holds, for every sentence, the offset in the document
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
@@ -54,7 +54,8 @@ class InputPiece:
 class ShardInfo:
     """One shard as the manifest describes it; `file` is relative to the data folder.
 
-    `pieces` are in the order of the documents, so their counts say which document is of which piece.
+    `pieces` are in the order of the documents, so their counts say which document is of which piece. All documents are
+    of `source`, which is empty where they have none.
     """
 
     file: str
@@ -64,8 +65,7 @@ class ShardInfo:
     checksum: str
     chunk_checksums: tuple[str, ...]
     pieces: tuple[InputPiece, ...] = ()
-    sources: dict[str, int] = field(default_factory=dict)
-    """Documents by the name of their source, where it has one."""
+    source: str = ""
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> ShardInfo:
@@ -101,15 +101,22 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokens: what a checkpoint is bound to, whatever the input's paths were."""
+        """Identity of the tokens and their sources: what a checkpoint is bound to, whatever the input's paths were."""
         shards = {split: [shard.checksum for shard in shards] for split, shards in self.splits.items()}
-        return json_fingerprint({"tokenizer": self.tokenizer.fingerprint, "splits": shards})
+        content: dict[str, Any] = {"tokenizer": self.tokenizer.fingerprint, "splits": shards}
+        if any(map(self.sources, self.splits)):
+            content["sources"] = {split: [shard.source for shard in shards] for split, shards in self.splits.items()}
+        return json_fingerprint(content)
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
     def documents(self, split: str) -> int:
         return sum(shard.documents for shard in self.splits.get(split, ()))
+
+    def sources(self, split: str) -> list[str]:
+        """The names of a split's sources, sorted."""
+        return sorted({shard.source for shard in self.splits.get(split, ())} - {""})
 
     def write(self, folder: Path) -> None:
         """Write the manifest and the small files by which `datasets` opens the folder; the manifest comes last."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 
+from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum
@@ -34,7 +35,7 @@ LATEST_NAME, BEST_NAME = "latest", "best"
 TRAINED_TENSORS = ("weight", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter, as `KEY.NAME`."""
 _NAME_PATTERN = re.compile(r"global_step(\d+)")
-MANIFEST_NAME, TRAIN_STATE_NAME, TOKENIZER_FOLDER = "manifest.json", "train_state.json", "tokenizer"
+MANIFEST_NAME, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 
 
 @dataclass
@@ -42,13 +43,17 @@ class TrainState:
     """All of a run's state besides weights and moments.
 
     Attributes:
-        identity: what a resumed run must share, by name: model, data, tokenizer, packing, masking, seed, batch.
+        identity: what a resumed run must share, by name: model, data, tokenizer, packing, source weights, masking,
+            seed, stages, shape of the learning rate.
         global_step: optimizer steps taken, those that fp16 skipped included.
         skipped_steps: steps that fp16 skipped.
         consumed_tokens: tokens trained on, padding not counted.
         loss_scaler: the numbers of fp16's dynamic loss scaler.
         best_eval_loss: the lowest held-out loss after a step, in nats; None before the first evaluation.
         best_step: the step that it was measured at.
+        recent_losses: of the last steps, by which a spike of the loss is told.
+        loss_spikes: steps whose loss was one, those that were rolled back included.
+        skipped_places: what the run passes over after such a step, each with the fields of `data.stages.SkippedPlaces`.
     """
 
     identity: dict[str, Any]
@@ -59,6 +64,9 @@ class TrainState:
     loss_scaler: dict[str, float] = field(default_factory=dict)
     best_eval_loss: float | None = None
     best_step: int | None = None
+    recent_losses: list[float] = field(default_factory=list)
+    loss_spikes: int = 0
+    skipped_places: list[dict[str, int]] = field(default_factory=list)
 
 
 def step_folder(folder: Path, step: int) -> Path:

@@ -24,6 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, sync_directory, sync_file, write_json
@@ -33,7 +34,6 @@ from ds_roberta.training.checkpoint import (
     LATEST_NAME,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
-    TRAIN_STATE_NAME,
     TrainState,
     file_entry,
     saved_steps,

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from deepspeed.runtime.comm import coalesced_collectives
 
-from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, model_config
-from ds_roberta.data.loader import Collator, TrainLoader
+from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
@@ -55,9 +55,8 @@ def make(ranks: Ranks, corpus: Corpus, stage: int, precision: str, micro_batch_s
     engine.set_batch(plan)
     packed = open_index(corpus, "train", PackingConfig(LENGTH))
     collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
-    loader = TrainLoader(
-        collator, SampleOrder(len(packed), SEED), BATCH, micro_batch_size, ranks.rank, ranks.world_size
-    )
+    stage = LoaderStage(Stage(0, LENGTH, BATCH), collator, SampleOrder(len(packed), SEED), micro_batch_size)
+    loader = TrainLoader([stage], ranks.rank, ranks.world_size)
     return engine, loader
 
 

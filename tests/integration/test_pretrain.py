@@ -64,8 +64,23 @@ def test_the_run_records_how_it_was_made(unbroken):
     record = json.loads((unbroken / "config.json").read_text())
     assert record["run"]["packing"]["max_seq_length"] == 64
     assert record["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert record["batch"]["train_batch_size"] == 24
+    assert record["batches"][0]["train_batch_size"] == 24
     assert record["versions"]["torch"] == torch.__version__
+
+
+def test_length_and_batch_follow_their_schedules(workspace):
+    arguments = (*SETTINGS, "--output_dir", "runs/staged", "--train_batch_size_schedule", "0:8,2:24")
+    printed = pretrain(workspace, *arguments, "--max_seq_length_schedule", "0:32,3:64")
+    assert "from step 3: 64 tokens a sequence" in printed
+    steps = [row for row in rows(workspace / "runs/staged") if "loss" in row]
+    assert [row["consumed_samples"] for row in steps] == [8, 16, 40, 64, 88, 112]
+    tokens = [row["consumed_tokens"] for row in steps]
+    assert 1.5 < (tokens[3] - tokens[2]) / (tokens[2] - tokens[1]) < 2.5
+    record = json.loads((workspace / "runs/staged/config.json").read_text())
+    assert [stage["max_seq_length"] for stage in record["run"]["stages"]] == [32, 32, 64]
+    assert [plan["train_batch_size"] for plan in record["batches"]] == [8, 24, 24]
+    refused = pretrain(workspace, *arguments, "--max_seq_length_schedule", "0:32,4:64", code=2)
+    assert "max_seq_length_schedule is '0:32,3:64', this run's is '0:32,4:64'" in refused
 
 
 def test_checkpoints_are_named_and_the_last_ones_kept(unbroken):
@@ -154,6 +169,11 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
         (["--max_seq_length", "2"], ["max_seq_length", "2"]),
         (["--mask_steps", "2"], ["--mask_steps"]),
         (["--output_dir", "runs/unbroken", *SETTINGS, "--seed", "7"], ["seed", "7", "--output_dir"]),
+        (
+            ["--output_dir", "runs/unbroken", *SETTINGS, "--source_weights", "books=1"],
+            ["source_weights is None, this run's is {'books': 1}", "--output_dir"],
+        ),
+        (["--source_weights", "wiki=2,books=1"], ["unknown source 'wiki'", "sources are books"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workspace, unbroken, arguments, words):

@@ -230,6 +230,7 @@ def test_the_newest_of_a_run_is_found_from_its_folder(tmp_path, save):
             "its model.hidden_dropout_prob is 0.1, this run's is 0.0",
         ),
         ({"model": {**IDENTITY["model"], "layers": 2}}, "its model.layers is None, this run's is 2"),
+        ({"source_weights": {"wiki": 1}}, "its source_weights is None, this run's is {'wiki': 1}"),
         ({"masking": {"mlm_probability": 0.4}}, "its masking is None, this run's is {'mlm_probability': 0.4}"),
     ],
 )

@@ -152,7 +152,7 @@ def test_no_folder_no_data_names_the_command_that_makes_it(tmp_path):
             Corpus.open(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 1}', "null", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 2}', "null", "\x00"])
 def test_a_damaged_manifest_is_a_user_error(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest.json' is damaged .*prepare the data again"):
@@ -171,10 +171,11 @@ def test_a_truncated_manifest_is_a_user_error(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format_version=2), "format version 2, this program reads 1: prepare the data"),
+        (lambda content: content.update(format_version=1), "format version 1, this program reads 2: prepare the data"),
         (lambda content: content.update(splits=[]), "is damaged"),
         (lambda content: content["splits"]["train"][0].update(extra=1), "is damaged"),
         (lambda content: content["splits"]["train"].pop(), "does not match its own fingerprint"),
+        (lambda content: content["splits"]["train"][0].update(source="wiki"), "does not match its own fingerprint"),
         (lambda content: content["splits"]["train"].reverse(), "does not match its own fingerprint"),
         (lambda content: content["tokenizer"].update(fingerprint="0"), "does not match its own fingerprint"),
         (lambda content: content["tokenizer"].update(mask_token_id=5), "made with another tokenizer"),
