@@ -261,10 +261,12 @@ class IntervalConfig:
     eval_interval: int = 1_000
     log_interval: int = 1
     keep_last: int = 3
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            require_positive(f"--{name}", value)
+            if value is not None:
+                require_positive(f"--{name}", value)
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,7 @@ class RunConfig:
     seed: int = 0
     eval_sequences: int = 2_048
     resume: str = "auto"
+    save_deepspeed_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         require_positive("--eval_sequences", self.eval_sequences)

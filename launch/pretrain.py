@@ -58,9 +58,20 @@ def parse_arguments() -> PretrainOptions:
     add("save_interval", int, "steps between checkpoints")
     add("eval_interval", int, "steps between evaluations on the held-out split")
     add("log_interval", int, "steps between rows of metrics.jsonl")
-    add("keep_last", int, "checkpoints to keep")
+    add("keep_last", int, "newest checkpoints to keep; the one of the lowest held-out loss stays too")
+    add("keep_every", int, "keep checkpoints of every multiple of so many steps, too (default: none)")
+    parser.add_argument(
+        "--save_deepspeed_checkpoint",
+        action="store_true",
+        help="at each save, also write one in DeepSpeed's own layout (deepspeed_checkpoints/); training waits for it",
+    )
     add("eval_sequences", int, "held-out sequences to evaluate on, at most")
-    add("resume", str, "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder")
+    add(
+        "resume",
+        str,
+        "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder; one in DeepSpeed's own "
+        "layout holds pickles, which can run code: name only one that you trust",
+    )
     add("allow_change", str, "what may differ from the checkpoint's run, such as seed,masking.unit")
     add("train_batch_size", int, "overrides the JSON's")
     add("train_batch_size_schedule", str, "STEP:SIZE pairs, the last of the batch size, such as 0:1024,5000:8192")

@@ -117,6 +117,9 @@ class ThreadRanks:
     def barrier(self):
         self._barrier.wait(timeout=20)
 
+    def abort(self):
+        self._barrier.abort()
+
     def broadcast(self, value):
         return self.gather(value)[0]
 

@@ -1,4 +1,4 @@
-"""DeepSpeed: the only place that initialises it, and what the trainer needs of it.
+"""DeepSpeed's engine: the only place that makes one, and what the trainer needs of it.
 
 Accumulation. Gradients of all micro-steps are summed in fp32 on every process and reduced once a step, at every ZeRO
 stage and precision:
@@ -24,26 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from ds_roberta.data.hashing import derive_key
-from ds_roberta.data.loader import MicroBatch
-from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, set_single_process_defaults
-from ds_roberta.errors import UserError
-from ds_roberta.training.batch import BatchPlan
-
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
-import deepspeed.ops
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -54,45 +41,20 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from torch import nn
+
+from ds_roberta.data.hashing import derive_key
+from ds_roberta.data.loader import MicroBatch
+from ds_roberta.distributed import Ranks
+from ds_roberta.errors import UserError
+from ds_roberta.files import sync_file
+from ds_roberta.training.batch import BatchPlan
 
 FP16_LOSS_UNIT = 4_096
 """Masked tokens by which the loss is divided within fp16's backward pass: about those of a micro-batch."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAMES_SHOWN = 3
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def init_distributed() -> Ranks:
-    """Join the other processes of the launcher (deepspeed, torchrun, mpirun), or be alone where there is none."""
-    set_single_process_defaults()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # gloo serves on a CPU; DeepSpeed would compile a shared-memory operator for a minute first.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
-    if not on_gpu() and "OMP_NUM_THREADS" not in os.environ:
-        local_processes = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_processes))
-    return Ranks.current()
-
-
-def on_gpu() -> bool:
-    return get_accelerator().device_name() != "cpu"
-
-
-def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The low precisions that "auto" prefers here, the best first, and all precisions that the device has."""
-    accelerator = get_accelerator()
-    low = [
-        name
-        for name, supported in (("bf16", accelerator.is_bf16_supported()), ("fp16", accelerator.is_fp16_supported()))
-        if supported
-    ]
-    if on_gpu():
-        return tuple(low), ("fp32", *low)
-    # Without instructions of its own for it, a processor is slower in bf16 than in fp32.
-    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return ("bf16",) if fast_bf16 else (), ("fp32", *low)
 
 
 @dataclass(frozen=True)
@@ -216,6 +178,49 @@ class Engine:
     def _dynamic_loss_scaler(self) -> Any:
         scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
         return scaler if self.deepspeed.fp16_enabled() and getattr(scaler, "dynamic", False) else None
+
+    def save_deepspeed_checkpoint(self, folder: Path, tag: str, client_state: dict[str, Any]) -> str | None:
+        """Write a checkpoint in DeepSpeed's layout, durable, into `folder/tag`; a collective call.
+
+        Returns:
+            What this rank could not write. It is told, not raised: DeepSpeed's barriers behind it have to be met.
+        """
+        problems: list[str] = []
+
+        def guarded(write: Callable[..., object]) -> Callable[..., None]:
+            def call(*arguments: Any, **keywords: Any) -> None:
+                try:
+                    write(*arguments, **keywords)
+                except OSError as error:
+                    problems.append(str(error))
+                except RuntimeError as error:  # torch's words for a full disk are "unexpected pos"
+                    problems.append(f"{error} (is the disk full?)")
+
+            return call
+
+        def save(state_dict: dict[str, Any], path: str) -> None:
+            write_file(state_dict, path)
+            sync_file(Path(path))
+
+        write_file, copy_scripts = self.deepspeed.checkpoint_engine.save, self.deepspeed._copy_recovery_script
+        self.deepspeed.checkpoint_engine.save = guarded(save)
+        self.deepspeed._copy_recovery_script = guarded(copy_scripts)
+        try:
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+        finally:
+            self.deepspeed.checkpoint_engine.save = write_file
+            self.deepspeed._copy_recovery_script = copy_scripts
+        return problems[0] if problems else None
+
+    def load_deepspeed_checkpoint(self, folder: Path, tag: str) -> None:
+        """The reverse, into an engine of the same ZeRO stage, precision and world size; raises `UserError`."""
+        try:
+            self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        except Exception as error:  # whatever pickle makes of a damaged file
+            raise UserError(f"DeepSpeed cannot load the checkpoint {str(folder / tag)!r}: {error!r}") from error
+        if self.zero_stage in (1, 2):  # DeepSpeed forgets to link the moments that it loaded with their parameters
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def rehearse(self, micro_batch: MicroBatch) -> None:
         """Take a step with a loss of weight zero at learning rate 0 and forget it: nothing of the training changes."""
@@ -372,8 +377,3 @@ class Engine:
         # A CPU's fp32 norm of a large matrix is off by up to a thousandth.
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in self.module.parameters()]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
-
-
-def choose_precision(config: DeepSpeedConfig) -> str:
-    """The precision of the JSON, "auto" settled by the device."""
-    return config.precision(*device_precisions())

@@ -37,10 +37,12 @@ from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.files import write_json
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training import checkpoint
+from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.engine import Engine, choose_precision, init_distributed, on_gpu
+from ds_roberta.training.checkpoint_writer import mend
+from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
+from ds_roberta.training.engine import Engine
 from ds_roberta.training.export import export_checkpoint
 from ds_roberta.training.identity import check_identity
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
@@ -83,6 +85,8 @@ class PretrainOptions:
     eval_interval: int = IntervalConfig.eval_interval
     log_interval: int = IntervalConfig.log_interval
     keep_last: int = IntervalConfig.keep_last
+    keep_every: int | None = None
+    save_deepspeed_checkpoint: bool = False
     eval_sequences: int = RunConfig.eval_sequences
     resume: str = "auto"
     allow_change: str | None = None
@@ -112,8 +116,10 @@ def pretrain(options: PretrainOptions) -> int:
     ranks = init_distributed()
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {deepspeed_config.zero_stage}")
-    state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, options.allow_change, ranks)
-    ranks.on_main(lambda: _make_output_dir(config.output_dir))
+    state, checkpoint_path, deepspeed_path = _initial_state(
+        config, corpus, deepspeed_config, precision, options.allow_change, ranks
+    )
+    ranks.on_main(lambda: _make_output_dir(config.output_dir, state.best_step))
     train_data, held_out_data = _open_data(corpus, config, ranks)
     orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train_data.items()}
     for length, order in orders.items():
@@ -131,6 +137,8 @@ def pretrain(options: PretrainOptions) -> int:
 
     if checkpoint_path is not None:
         checkpoint.load(engine, checkpoint_path)
+    elif deepspeed_path is not None:
+        deepspeed_checkpoint.load(engine, deepspeed_path, state)
     if ranks.is_main:
         write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision))
     tokenizer = corpus.manifest.tokenizer
@@ -208,20 +216,25 @@ def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, 
         masking=MaskingConfig(
             options.mlm_probability, mlm_probability_end=options.mlm_probability_end, unit=options.masking
         ),
-        intervals=IntervalConfig(options.save_interval, options.eval_interval, options.log_interval, options.keep_last),
+        intervals=IntervalConfig(
+            options.save_interval, options.eval_interval, options.log_interval, options.keep_last, options.keep_every
+        ),
         guard=GuardConfig(options.loss_spike, options.loss_spike_threshold),
         source_weights=parse_source_weights(options.source_weights, corpus.manifest),
         seed=options.seed,
         eval_sequences=options.eval_sequences,
         resume=options.resume,
+        save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
     )
 
 
-def _make_output_dir(output_dir: Path) -> None:
+def _make_output_dir(output_dir: Path, best_step: int | None) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass
+        mend(output_dir / checkpoint.CHECKPOINTS_FOLDER, best_step)
+        mend(output_dir / deepspeed_checkpoint.FOLDER, None)
     except OSError as error:
         raise UserError(f"cannot write --output_dir {str(output_dir)!r} ({error.strerror}): choose another") from error
 
@@ -269,9 +282,14 @@ def _batch_plans(
 
 
 def _initial_state(
-    config: RunConfig, corpus: Corpus, deepspeed_config: DeepSpeedConfig, allow_change: str | None, ranks: Ranks
-) -> tuple[TrainState, Path | None]:
-    """The state to begin with, and the checkpoint that it and the weights are of; None for a fresh run."""
+    config: RunConfig,
+    corpus: Corpus,
+    deepspeed_config: DeepSpeedConfig,
+    precision: str,
+    allow_change: str | None,
+    ranks: Ranks,
+) -> tuple[TrainState, Path | None, Path | None]:
+    """The state to begin with, and the checkpoint that it is of: a portable one, or one of DeepSpeed's, or neither."""
     identity = {
         "data": corpus.manifest.fingerprint,
         "tokenizer": corpus.manifest.tokenizer.fingerprint,
@@ -289,11 +307,16 @@ def _initial_state(
     }
     allowed = [] if allow_change is None else allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
-    path = ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
+    of_deepspeed = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
+    path = of_deepspeed or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
         check_identity(folder, identity, identity, allowed)
-        return TrainState(identity), None
-    state = checkpoint.read_state(path)
+        return TrainState(identity), None, None
+    if of_deepspeed:
+        zero_stage = deepspeed_config.zero_stage
+        state = deepspeed_checkpoint.read_state(path, ranks.world_size, zero_stage, precision)
+    else:
+        state = checkpoint.read_state(path)
     for change in check_identity(path, state.identity, identity, allowed):
         ranks.log(f"allowed change: {path}: {change}")
     state.identity = identity
@@ -308,7 +331,7 @@ def _initial_state(
             f"{str(path)!r} is of step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
         )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
-    return state, path
+    return (state, None, path) if of_deepspeed else (state, path, None)
 
 
 def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str) -> dict[str, Any]:

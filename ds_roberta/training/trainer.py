@@ -6,6 +6,7 @@ A step is one optimizer step on exactly `train_batch_size` sequences; the micro-
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from dataclasses import asdict
@@ -21,9 +22,10 @@ from ds_roberta.data.stages import SkippedPlaces, skip
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
-from ds_roberta.training import checkpoint
+from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
-from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.guard import LossSpike, remember, spike_limit
 from ds_roberta.training.metrics import MetricsLog, Progress
 from ds_roberta.training.preemption import StopRequest
@@ -39,7 +41,7 @@ class Trainer:
     Args:
         peak_learning_rate: the JSON's `optimizer.params.lr`.
         held_out: None where there is no validation split.
-        last_checkpoint: the one that `state` is of; None for a fresh run.
+        last_checkpoint: the portable one that `state` is of; None for a fresh run.
     """
 
     def __init__(
@@ -57,9 +59,17 @@ class Trainer:
         self._peak_learning_rate = peak_learning_rate
         self._held_out = held_out
         self.last_checkpoint = last_checkpoint
+        self._saved_state = copy.deepcopy(state) if last_checkpoint else None
         self._stop = StopRequest(self.ranks)
         self._metrics = MetricsLog(config.output_dir, state.global_step) if self.ranks.is_main else None
         self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
+        self._writer = CheckpointWriter(
+            engine,
+            config.data_dir / TOKENIZER_FOLDER,
+            config.output_dir / CHECKPOINTS_FOLDER,
+            Retention(config.intervals.keep_last, config.intervals.keep_every),
+            self._progress.say,
+        )
         self._stage: LoaderStage | None = None
 
     def train(self) -> bool:
@@ -68,35 +78,35 @@ class Trainer:
         Returns:
             Whether the run is complete.
         """
-        with self._stop, contextlib.closing(self._progress):
-            while self.state.global_step < self.config.schedule.max_steps:
+        with self._stop, contextlib.closing(self._progress), self._writer:
+            while True:
                 try:
-                    if not self._take_steps():
-                        self.save()
-                        return False
+                    complete = self._take_steps()
+                    break
                 except LossSpike as spike:
                     if self.config.guard.loss_spike != "rollback":
                         raise
                     self._roll_back(spike)
-            evaluated = self.evaluate()
             self.save()
-        return evaluated
+        return complete
 
     def _take_steps(self) -> bool:
-        """Go on from the state's step to `max_steps`; whether this was not broken off by a request to stop."""
+        """Go on from the state's step to `max_steps` and its evaluation; whether no request to stop broke this off."""
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
         with contextlib.closing(self.loader.steps(state.global_step, schedule.max_steps, self._skipped)) as steps:
+            complete = self.evaluate_and_save()
             for micro_batches in steps:
-                if state.global_step % intervals.eval_interval == 0:
-                    self.evaluate()
-                row = self.train_step(micro_batches)
+                try:
+                    row = self.train_step(micro_batches)
+                except UserError:  # a step's numbers are the same on all ranks, so all are here
+                    self._writer.finish()
+                    raise
                 if row is None:
                     return False
                 if state.global_step % intervals.log_interval == 0 or state.global_step == schedule.max_steps:
                     self.log(row)
-                if state.global_step % intervals.save_interval == 0:
-                    self.save()
-        return True
+                complete = self.evaluate_and_save()
+        return complete
 
     @property
     def _skipped(self) -> list[SkippedPlaces]:
@@ -170,6 +180,21 @@ class Trainer:
         self._progress.step(state.global_step, loss, row["tokens_per_second"], seconds)
         return row
 
+    def evaluate_and_save(self) -> bool:
+        """Between two steps: do what is due, and let the save in flight go on.
+
+        Returns:
+            False where an evaluation was due and was broken off by a request to stop.
+        """
+        state, intervals = self.state, self.config.intervals
+        self._writer.poll()
+        due = state.global_step % intervals.eval_interval == 0 or state.global_step == self.config.schedule.max_steps
+        evaluated = self.evaluate() if due else True
+        is_best = state.best_step == state.global_step
+        if state.global_step and (is_best or state.global_step % intervals.save_interval == 0):
+            self.save()
+        return evaluated
+
     def _check_loss(self, loss: float, result: StepResult) -> None:
         """Judge the step just taken; raise as `train_step` says, or count and report a spike."""
         state, guard = self.state, self.config.guard
@@ -205,12 +230,13 @@ class Trainer:
         Raises:
             UserError: there is no checkpoint; or the run has been rolled back to it before.
         """
-        folder = self.config.output_dir / checkpoint.CHECKPOINTS_FOLDER
+        folder = self.config.output_dir / CHECKPOINTS_FOLDER
         path = self.ranks.on_main(lambda: checkpoint.choose("auto", folder) or self.last_checkpoint)
         if path is None:
             raise UserError(f"{spike}; there is no checkpoint to go back to")
         spiked, skipped = self.state, self._skipped
         self.state = checkpoint.load(self.engine, path)
+        self.state.identity = spiked.identity
         step = self.state.global_step
         if any(entry.global_step == step for entry in self._skipped):
             raise UserError(f"{spike}; it is the second one since step {step}: leaving out data does not help")
@@ -225,7 +251,7 @@ class Trainer:
         self.save()
 
     def evaluate(self) -> bool:
-        """Compute and log the held-out loss, if there is a held-out split.
+        """Compute and log the held-out loss, if there is a held-out split, and remember the lowest after a step.
 
         A run that goes on at a step where this is due does it again, so it may be broken off without a trace.
 
@@ -238,8 +264,12 @@ class Trainer:
         if result is None:
             return False
         loss, perplexity = result
-        self.log({"global_step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
-        self._progress.say(f"step {self.state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        state = self.state
+        lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
+        if state.global_step and loss < lowest:
+            state.best_eval_loss, state.best_step = loss, state.global_step
+        self.log({"global_step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
+        self._progress.say(f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
         return True
 
     def log(self, row: dict[str, Any]) -> None:
@@ -252,17 +282,14 @@ class Trainer:
         self.engine.write_monitor(values, self.state.consumed_samples)
 
     def save(self) -> None:
-        """Write a checkpoint unless this step's is there; then it is `last_checkpoint`."""
+        """Begin to write a checkpoint unless this state has one; it is `last_checkpoint` when the writer is done."""
         state = self.state
-        if self.last_checkpoint is not None and checkpoint.read_state(self.last_checkpoint) == state:
+        if self._saved_state == state:
             return
         state.loss_scaler = self.engine.loss_scaler_state
-        path = checkpoint.save(
-            self.engine,
-            state,
-            self.config.data_dir / TOKENIZER_FOLDER,
-            self.config.output_dir / checkpoint.CHECKPOINTS_FOLDER,
-            self.config.intervals.keep_last,
-        )
-        self.last_checkpoint = path
-        self._progress.say(f"saved {path}")
+        self._writer.finish()
+        if self.config.save_deepspeed_checkpoint:
+            folder = self.config.output_dir / deepspeed_checkpoint.FOLDER
+            deepspeed_checkpoint.save(self.engine, state, folder, self.config.intervals.keep_last)
+        self.last_checkpoint = self._writer.save(state)
+        self._saved_state = copy.deepcopy(state)

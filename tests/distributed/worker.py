@@ -23,10 +23,12 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training import checkpoint
+from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.engine import Engine, get_accelerator, init_distributed, on_gpu
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
+from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
+from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_size
 
 SEED, LENGTH, BATCH = 3, 32, 22  # 22 sequences: neither 3 nor 4 processes divide them
@@ -152,33 +154,47 @@ def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         (folder / f"partition-{ranks.world_size}.json").write_text(json.dumps(findings))
 
 
+def save(engine: Engine, corpus: Corpus, folder: Path, state: TrainState) -> Path:
+    """A portable checkpoint, when it is complete."""
+    with CheckpointWriter(engine, corpus.folder / "tokenizer", folder, Retention(2)) as writer:
+        return writer.save(state)
+
+
 def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Each stage and precision, dropout on: four steps without a break against two, a checkpoint and two more."""
+    """Each stage and precision, dropout on: four steps without a break against two, a checkpoint and two more.
+
+    The portable checkpoint is still being written while the unbroken run goes on.
+    """
     findings = {}
-    tokenizer_folder = corpus.folder / "tokenizer"
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16")):
         name = f"{stage}-{precision}"
         unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
         rows = train(unbroken, loader, 0, 2)
         state = TrainState({"case": name}, global_step=2, loss_scaler=unbroken.loss_scaler_state)
-        path = checkpoint.save(unbroken, state, tokenizer_folder, folder / name, keep_last=2)
-        ranks.barrier()
-        rows += train(unbroken, loader, 2, 4)
-        resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
-        checkpoint.verify(path)
-        assert checkpoint.load(resumed, path) == state
-        again = train(resumed, loader, 2, 4)
-        difference = max(
-            float((a - b).abs().max())
-            for p, q in zip(unbroken.module.parameters(), resumed.module.parameters(), strict=True)
-            for a, b in zip(unbroken.full_tensors(p).values(), resumed.full_tensors(q).values(), strict=True)
-        )
-        findings[name] = {
-            "unbroken": [row["loss"] for row in rows[2:]],
-            "resumed": [row["loss"] for row in again],
-            "largest_difference": difference,
-            "loss_scaler": [unbroken.loss_scaler_state, resumed.loss_scaler_state],
-        }
+        theirs = deepspeed_checkpoint.save(unbroken, state, folder / f"{name}-deepspeed", keep_last=2)
+        with CheckpointWriter(unbroken, corpus.folder / "tokenizer", folder / name, Retention(2)) as writer:
+            path = writer.save(state)
+            rows += train(unbroken, loader, 2, 4)
+        findings[name] = {"unbroken": [row["loss"] for row in rows[2:]]}
+        for layout in ("portable", "deepspeed"):
+            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+            if layout == "portable":
+                checkpoint.verify(path)
+                assert checkpoint.load(resumed, path) == state
+            else:
+                assert deepspeed_checkpoint.read_state(theirs, ranks.world_size, stage, precision) == state
+                deepspeed_checkpoint.load(resumed, theirs, state)
+            again = train(resumed, loader, 2, 4)
+            difference = max(
+                float((a - b).abs().max())
+                for p, q in zip(unbroken.module.parameters(), resumed.module.parameters(), strict=True)
+                for a, b in zip(unbroken.full_tensors(p).values(), resumed.full_tensors(q).values(), strict=True)
+            )
+            findings[name][layout] = {
+                "losses": [row["loss"] for row in again],
+                "largest_difference": difference,
+                "loss_scaler": [unbroken.loss_scaler_state, resumed.loss_scaler_state],
+            }
     if ranks.is_main:
         (folder / f"resume-{ranks.world_size}.json").write_text(json.dumps(findings))
 
@@ -193,8 +209,7 @@ def elastic(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     if not path.exists():
         engine, loader = make(ranks, corpus, 2, "fp32", 4)
         train(engine, loader, 0, 2)
-        state = TrainState({}, global_step=2)
-        checkpoint.save(engine, state, corpus.folder / "tokenizer", path.parent, keep_last=2)
+        save(engine, corpus, path.parent, TrainState({}, global_step=2))
         findings["unbroken"] = [row["loss"] for row in train(engine, loader, 2, 5)]
     for stage in (0, 1, 2, 3):
         engine, loader = make(ranks, corpus, stage, "fp32", 3)

@@ -31,7 +31,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "config",
     )
 }
-MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine"}
+MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine", "ds_roberta.training.device"}
 
 FILES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path

@@ -18,7 +18,7 @@ TEXTS = [f"document {number}\n  of   three lines, {'é' * (number % 5)}\nand no 
 
 def write_inputs(folder):
     plain, rows = folder / "a.txt", [{"text": text} for text in TEXTS]
-    plain.write_bytes("\n\n\n".join(TEXTS[:10] + ["  "]).replace("\n", "\r\n").encode() + b"\n\n\xff\n")
+    plain.write_bytes("\n\n\n".join([*TEXTS[:10], "  "]).replace("\n", "\r\n").encode() + b"\n\n\xff\n")
     lines = [json.dumps({"text": text}) for text in TEXTS]
     (folder / "b.jsonl").write_text("\n".join([lines[0], "{broken", "", *lines[11:20]]) + "\n")
     (folder / "c.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[20:25]).encode()))
