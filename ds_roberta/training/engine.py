@@ -320,10 +320,11 @@ class Engine:
     def _stop_where_skipping_is_no_help(self) -> None:
         """Raise from DeepSpeed's own overflow handling, which would skip steps for ever or end with a traceback.
 
-        It updates the scaler on all ranks alike, and before it forgets the gradient.
+        It updates the scaler on all ranks alike, and before it forgets the gradient. (The scaler itself is pickled with
+        DeepSpeed's checkpoints, so it stays as it is.)
         """
-        scaler = self.deepspeed.optimizer.loss_scaler
-        update_scale = scaler.update_scale
+        optimizer = self.deepspeed.optimizer
+        scaler, update_scale = optimizer.loss_scaler, optimizer._update_scale
 
         def update_or_stop(overflow: bool) -> None:
             if overflow and not self._loss_scale_can_fall:
@@ -338,7 +339,7 @@ class Engine:
                 )
             update_scale(overflow)
 
-        scaler.update_scale = update_or_stop
+        optimizer._update_scale = update_or_stop
 
     @property
     def _loss_scale_can_fall(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from groups import run_group
 
-WORLD_SIZES = (1, 2, 3)
+WORLD_SIZES = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def findings(corpus_folder: Path, output: Path) -> dict:
         (2, "partition,resume,elastic,overflow,overflow_at_the_floor,trials"),
         (1, "partition,elastic,accumulation"),
         (3, "partition,elastic"),
+        (4, "partition,elastic"),
     ):
         found = run_group(processes, cases, corpus_folder, output)
     return found
@@ -42,23 +43,37 @@ def cases(findings: dict, precision: str) -> dict[tuple[str, int], list[dict]]:
     }
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 1e-3), ("fp16", 1e-4)])
-def test_loss_and_gradient_norm_do_not_depend_on_the_partition(findings, precision, tolerance):
+def test_every_partition_trains_on_the_same_inputs_and_labels(findings):
+    reference = [row["data"] for row in findings["partition-1"]["0-fp32-4"]]
+    assert all(len(data) == 22 for data in reference)
+    for precision in ("fp32", "bf16", "fp16"):
+        for case, rows in cases(findings, precision).items():
+            assert [row["data"] for row in rows] == reference, case
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "parameter_tolerance"),
+    [("fp32", 1e-6, 1e-5), ("bf16", 1e-3, None), ("fp16", 1e-4, None)],
+)
+def test_a_step_does_not_depend_on_the_partition(findings, output, capsys, precision, tolerance, parameter_tolerance):
+    """Prints how far the losses, gradient norms and, after five steps, the parameters are from one process's."""
     reference = findings["partition-1"]["0-fp32-4"]
-    for case, rows in cases(findings, precision).items():
-        np.testing.assert_allclose(losses(rows), losses(reference), rtol=tolerance, err_msg=str(case))
-        norms = [row["grad_norm"] for row in rows]
-        np.testing.assert_allclose(
-            norms, [row["grad_norm"] for row in reference], rtol=10 * tolerance, err_msg=str(case)
+    lines = ["ZeRO-precision-micro_batch  processes  loss     gradient  parameters"]
+    with np.load(output / "0-fp32-4-1.npz") as expected:
+        expected = dict(expected)
+    for (name, world_size), rows in sorted(cases(findings, precision).items()):
+        loss, norm = (
+            max(abs(row[key] / right[key] - 1) for row, right in zip(rows, reference, strict=True))
+            for key in ("loss", "grad_norm")
         )
-
-
-def test_parameters_after_three_steps_do_not_depend_on_the_partition(findings, output):
-    with np.load(output / "0-fp32-4-1.npz") as reference:
-        for name, world_size in cases(findings, "fp32"):
-            with np.load(output / f"{name}-{world_size}.npz") as final:
-                for parameter in reference:
-                    np.testing.assert_allclose(final[parameter], reference[parameter], atol=2e-5)
+        with np.load(output / f"{name}-{world_size}.npz") as final:
+            moved = max(float(np.abs(final[key] - expected[key]).max()) for key in expected)
+        lines.append(f"{name:<27} {world_size:>9}  {loss:.1e}  {norm:.1e}   {moved:.1e}")
+        assert loss <= tolerance, (name, world_size)
+        assert norm <= 10 * tolerance, (name, world_size)
+        assert parameter_tolerance is None or moved <= parameter_tolerance, (name, world_size)
+    with capsys.disabled():
+        print("", *lines, sep="\n")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

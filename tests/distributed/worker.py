@@ -3,6 +3,7 @@
 Starting a process group costs seconds, so one group runs many configurations and writes its findings as JSON.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 from deepspeed.runtime.comm import coalesced_collectives
 
 from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
-from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+from ds_roberta.data.loader import Collator, LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
@@ -92,9 +93,26 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_maske
             result = engine.step(1e-3)
         loss = engine.ranks.sum(loss_sum)[0] / masked
         rows.append(
-            {"loss": loss, "grad_norm": result.grad_norm, "reduced": reductions.elements, "skipped": result.skipped}
+            {
+                "loss": loss,
+                "grad_norm": result.grad_norm,
+                "reduced": reductions.elements,
+                "skipped": result.skipped,
+                "data": sorted(digest for own in engine.ranks.gather(digests(micro_batches)) for digest in own),
+            }
         )
     return rows
+
+
+def digests(micro_batches: list[MicroBatch]) -> list[str]:
+    """Of every sequence its inputs and labels, hashed."""
+    found = []
+    for batch in micro_batches:
+        labels = torch.full(batch.input_ids.shape, -100)
+        labels.view(-1)[batch.masked_positions] = batch.labels
+        rows = torch.cat([batch.input_ids, labels], dim=1)[: batch.sequences]
+        found += [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in rows]
+    return found
 
 
 class Reductions:
@@ -139,14 +157,15 @@ def parameters(engine: Engine) -> dict[str, np.ndarray]:
 
 
 def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Three steps of every ZeRO stage and precision; findings and final parameters go to files."""
+    """Five steps of every ZeRO stage and precision; findings and final parameters go to files."""
     findings = {}
-    cases = [(stage, "fp32", 4) for stage in (0, 1, 2, 3)] + [(2, "fp32", 3), (1, "bf16", 4), (2, "bf16", 4)]
-    cases += [(3, "bf16", 4), (2, "bf16", 1), (1, "fp16", 4), (2, "fp16", 4), (3, "fp16", 4)]
+    cases = [(stage, "fp32", size) for stage in (0, 1, 2, 3) for size in (3, 4)]
+    cases += [(1, "bf16", 4), (2, "bf16", 4), (3, "bf16", 4), (2, "bf16", 1)]
+    cases += [(1, "fp16", 4), (2, "fp16", 4), (3, "fp16", 4)]
     for stage, precision, micro_batch_size in cases:
         engine, loader = make(ranks, corpus, stage, precision, micro_batch_size)
         name = f"{stage}-{precision}-{micro_batch_size}"
-        findings[name] = train(engine, loader, 0, 3)
+        findings[name] = train(engine, loader, 0, 5)
         final = parameters(engine)
         if ranks.is_main:
             np.savez(folder / f"{name}-{ranks.world_size}.npz", **final)
