@@ -3,8 +3,8 @@
     python -m benchmarks.fault_injection --kills 20
 
 Every kill is SIGKILL to the launcher and all its processes at a random moment: while starting, within a micro-step,
-within a save.
-The runs pass when the final weights, both Adam moments and all metrics but times are bit-identical (dropout is on).
+within a save, between an evaluation and the save of the best. The runs pass when the final state, weights, both Adam
+moments and all metrics but times are bit-identical (dropout is on).
 """
 
 from __future__ import annotations
@@ -82,11 +82,14 @@ def finish(folder: Path, output: str, process: subprocess.Popen[str]) -> float:
 
 
 def result(folder: Path, output: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """The metrics without times, and the final weights and moments."""
+    """The metrics without times and the final state, and the final weights and moments."""
     lines = (folder / output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    checkpoint = folder / output / f"checkpoints/global_step{STEPS}"
+    rows.append(json.loads((checkpoint / "train_state.json").read_text(encoding="utf-8")))
+    rows.append({"best": (checkpoint.parent / "best").read_text(encoding="utf-8")})
     tensors: dict[str, torch.Tensor] = {}
-    for path in (folder / output / f"checkpoints/global_step{STEPS}").glob("state-*.safetensors"):
+    for path in checkpoint.glob("state-*.safetensors"):
         tensors |= safetensors.torch.load_file(path)
     return rows, tensors
 
@@ -98,7 +101,10 @@ def ended_alike(folder: Path) -> bool:
     same_tensors = tensors.keys() == broken_tensors.keys() and all(
         torch.equal(tensors[name], broken_tensors[name]) for name in tensors
     )
-    print(f"    at its end: metrics identical: {rows == broken_rows}, tensors identical: {same_tensors}", flush=True)
+    print(
+        f"    at its end: metrics and state identical: {rows == broken_rows}, tensors identical: {same_tensors}",
+        flush=True,
+    )
     return rows == broken_rows and same_tensors
 
 

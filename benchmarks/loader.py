@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig
-from ds_roberta.data.loader import Collator, TrainLoader
+from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
@@ -131,7 +131,8 @@ def our_loader(corpus: Corpus, unit: str = "token") -> Callable[[int], int]:
     table = None if unit == "token" else word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     masker = training_masker(MaskingConfig(unit=unit), tokenizer, 0, table)
     order = SampleOrder(len(packed), 0)
-    loader = TrainLoader(Collator(packed, masker, tokenizer, LENGTH), order, BATCH, MICRO_BATCH)
+    collator = Collator(packed, masker, tokenizer, LENGTH)
+    loader = TrainLoader([LoaderStage(Stage(0, LENGTH, BATCH), collator, order, MICRO_BATCH)])
     return lambda step: sum(micro_batch.tokens for micro_batch in loader.micro_batches(step))
 
 

@@ -6,12 +6,16 @@ JSON's; model, data, masking, sequence length, schedule, intervals, seed and pat
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
 
+LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
+LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
+LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous")
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE = 2
@@ -110,8 +114,7 @@ class PackingConfig:
     def __post_init__(self) -> None:
         if self.max_seq_length <= SPECIAL_TOKENS_PER_SEQUENCE:
             raise UserError(f"--max_seq_length must be at least 3, got {self.max_seq_length}")
-        if self.format not in PACKING_FORMATS:
-            raise UserError(f"--packing must be one of {', '.join(PACKING_FORMATS)}, got {self.format!r}")
+        require_one_of("--packing", self.format, PACKING_FORMATS)
 
     @property
     def capacity(self) -> int:
@@ -136,8 +139,7 @@ class MaskingConfig:
     unit: str = "token"
 
     def __post_init__(self) -> None:
-        if self.unit not in MASKING_UNITS:
-            raise UserError(f"--masking must be one of {', '.join(MASKING_UNITS)}, got {self.unit!r}")
+        require_one_of("--masking", self.unit, MASKING_UNITS)
         for name, share in (("mlm_probability", self.mlm_probability), ("mlm_probability_end", self.final_probability)):
             if not 0 < share < 1:
                 raise UserError(f"--{name} must be between 0 and 1, got {share}")
@@ -156,10 +158,27 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Length of the run and shape of its learning rate, in optimizer steps."""
+    """Length of the run and shape of its learning rate, in optimizer steps; see `training.schedule.learning_rate`.
+
+    The options of a shape are None where the type has no use for them; where it has, None becomes the default.
+
+    Attributes:
+        lr_scheduler_type: named as in transformers' `SchedulerType`.
+        lr_power: exponent of "polynomial"; 1 by default, a straight line.
+        min_lr_ratio: where the decay ends, as a share of the peak; 0 by default. Not for "linear".
+        decay_steps: the last steps, in which "warmup_stable_decay" decays; a tenth of the run by default, which
+            Hu et al. (2024, MiniCPM, arXiv:2404.06395, section 4) found enough.
+        decay_type: shape of that decay; "1-sqrt" by default, the best of those that Hägele et al. (2024,
+            arXiv:2405.18392) compared.
+    """
 
     max_steps: int
     warmup_steps: int
+    lr_scheduler_type: str = "linear"
+    lr_power: float | None = None
+    min_lr_ratio: float | None = None
+    decay_steps: int | None = None
+    decay_type: str | None = None
 
     def __post_init__(self) -> None:
         require_positive("--max_steps", self.max_steps)
@@ -167,6 +186,71 @@ class ScheduleConfig:
             raise UserError(
                 f"--warmup_steps must be from 0 to max_steps ({self.max_steps}), got {self.warmup_steps}: give both"
             )
+        require_one_of("--lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULER_TYPES)
+        longest_decay = self.max_steps - self.warmup_steps
+        used: dict[str, dict[str, Any]] = {
+            "linear": {},
+            "polynomial": {"lr_power": 1.0, "min_lr_ratio": 0.0},
+            "cosine": {"min_lr_ratio": 0.0},
+            "warmup_stable_decay": {
+                "min_lr_ratio": 0.0,
+                "decay_steps": min(-(-self.max_steps // 10), longest_decay),
+                "decay_type": "1-sqrt",
+            },
+        }
+        for name in ("lr_power", "min_lr_ratio", "decay_steps", "decay_type"):
+            value, defaults = getattr(self, name), used[self.lr_scheduler_type]
+            if value is None:
+                object.__setattr__(self, name, defaults.get(name))
+            elif name not in defaults:
+                raise UserError(f"--{name} does nothing with --lr_scheduler_type {self.lr_scheduler_type}: remove it")
+        if self.lr_power is not None and not 0 < self.lr_power < math.inf:
+            raise UserError(f"--lr_power must be a positive number, got {self.lr_power}")
+        if self.min_lr_ratio is not None and not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"--min_lr_ratio must be from 0 to 1, got {self.min_lr_ratio}")
+        if self.decay_steps is not None and not 0 <= self.decay_steps <= longest_decay:
+            raise UserError(
+                f"--decay_steps must be from 0 to max_steps - warmup_steps ({longest_decay}), got {self.decay_steps}"
+            )
+        if self.decay_type is not None:
+            require_one_of("--decay_type", self.decay_type, LR_DECAY_TYPES)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that share the length of their sequences and their number.
+
+    Attributes:
+        first_step: counted from 0; the stage lasts until the next one begins.
+    """
+
+    first_step: int
+    max_seq_length: int
+    train_batch_size: int
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is done about a spike of the loss; see `ds_roberta.training.guard`.
+
+    Attributes:
+        loss_spike_threshold: how far a loss may lie above the median of the steps before, in robust standard
+            deviations; 10 by default, None where nothing is watched.
+    """
+
+    loss_spike: str = "warn"
+    loss_spike_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("--loss_spike", self.loss_spike, LOSS_SPIKE_POLICIES)
+        if self.loss_spike == "off":
+            if self.loss_spike_threshold is not None:
+                raise UserError("--loss_spike_threshold does nothing with --loss_spike off: remove it")
+            return
+        if self.loss_spike_threshold is None:
+            object.__setattr__(self, "loss_spike_threshold", 10.0)
+        elif not 0 < self.loss_spike_threshold < math.inf:
+            raise UserError(f"--loss_spike_threshold must be a positive number, got {self.loss_spike_threshold}")
 
 
 @dataclass(frozen=True)
@@ -177,10 +261,12 @@ class IntervalConfig:
     eval_interval: int = 1_000
     log_interval: int = 1
     keep_last: int = 3
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            require_positive(f"--{name}", value)
+            if value is not None:
+                require_positive(f"--{name}", value)
 
 
 @dataclass(frozen=True)
@@ -193,16 +279,26 @@ class RunConfig:
     model: ModelConfig
     packing: PackingConfig
     schedule: ScheduleConfig
+    stages: tuple[Stage, ...]
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    source_weights: dict[str, int] | None = None
+    """Of each source's sequences, by its name; where None, every sequence is trained on equally often."""
     seed: int = 0
     eval_sequences: int = 2_048
     resume: str = "auto"
+    save_deepspeed_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         require_positive("--eval_sequences", self.eval_sequences)
         if self.seed < 0:
             raise UserError(f"--seed must not be negative, got {self.seed}")
+        if self.stages[-1].first_step >= self.schedule.max_steps:
+            raise UserError(
+                f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "
+                "does not reach: shorten the schedule or raise it"
+            )
 
     def as_json(self) -> dict[str, Any]:
         tree = asdict(self)
@@ -214,3 +310,9 @@ def require_positive(name: str, value: object) -> None:
     """Raise `UserError` unless `value` is a positive whole number."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} must be a positive whole number, got {value!r}")
+
+
+def require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise `UserError` unless `value` is known."""
+    if value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -48,7 +48,7 @@ _KNOWN_KEYS = {
     "flops_profiler",
 }
 _OWNED_ELSEWHERE = {
-    "scheduler": "the learning rate's schedule is set by --max_steps and --warmup_steps",
+    "scheduler": "the learning rate's schedule is set by --lr_scheduler_type, --max_steps and --warmup_steps",
     "data_types": "gradients are always summed and reduced in fp32",
     "communication_data_type": "gradients are always summed and reduced in fp32",
     "torch_autocast": "precision is set by fp16.enabled and bf16.enabled",

@@ -13,6 +13,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run's folder (its newest good checkpoint), or one checkpoint"
     )
+    parser.add_argument("--best", action="store_true", help="of a run's folder, the one of the lowest held-out loss")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     return parser.parse_args()
 
@@ -20,4 +21,4 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments = parse_arguments()
     set_up_logging()
-    run_command(lambda: export_checkpoint(arguments.checkpoint, arguments.output))
+    run_command(lambda: export_checkpoint(arguments.checkpoint, arguments.output, arguments.best))

@@ -8,9 +8,11 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
+from ds_roberta.files import file_checksum
 from preprocessing.accounts import KEPT, Account
 from preprocessing.pieces import Document, Piece, ReadOptions, Reject
 from preprocessing.readers import read_documents
@@ -26,7 +28,7 @@ def accepted_documents(piece: Piece, options: ReadOptions, account: Account) -> 
     """
     for item in read_documents(piece, options):
         if isinstance(item, Document):
-            item = _judge(item, piece, options)
+            item = judge(item, piece, options)
         if isinstance(item, Reject):
             account.reject(piece.path, item)
         else:
@@ -34,7 +36,12 @@ def accepted_documents(piece: Piece, options: ReadOptions, account: Account) -> 
             yield item
 
 
-def _judge(document: Document, piece: Piece, options: ReadOptions) -> Document | Reject:
+def judge(document: Document, piece: Piece, options: ReadOptions) -> Document | Reject:
+    """The document as it is kept, normalised, or why it is not.
+
+    Raises:
+        UserError: the filter fails.
+    """
     text = document.text
     if options.newlines == "unicode":
         text = "\n".join(text.splitlines())
@@ -47,7 +54,9 @@ def _judge(document: Document, piece: Piece, options: ReadOptions) -> Document |
         return Reject("too_short", document.offset)
     if length > options.max_characters:
         return Reject("too_long", document.offset)
-    document = document._replace(text=text, source=document.source or piece.source or None)
+    source = document.source or piece.source or None
+    if text is not document.text or source != document.source:
+        document = Document(text, document.offset, document.id, source)
     if options.filter is not None:
         reason = _rejected_by(options.filter, document, piece.path)
         if reason is not None:
@@ -68,6 +77,14 @@ def _rejected_by(name: str, document: Document, path: str) -> str | None:
     if answer in (True, False) and not isinstance(answer, str):
         return None if answer else "filter"
     raise UserError(f"--filter {name} returned {answer!r}: return True to keep a document, False or a reason to reject")
+
+
+def filter_checksum(name: str | None) -> str | None:
+    """Of the file that holds the user's filter, so that a job notices when the function may have changed."""
+    if name is None:
+        return None
+    file = sys.modules[load_filter(name).__module__].__file__
+    return None if file is None else file_checksum(Path(file))
 
 
 @lru_cache

@@ -229,7 +229,9 @@ def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
     )
     reading.add_argument("--text_column", default="text", help="the key or column of the text (default: text)")
     reading.add_argument("--id_column", help="the column of a document's id, for --filter")
-    reading.add_argument("--source_column", help="the column of a document's source, for --filter and the manifest")
+    reading.add_argument(
+        "--source_column", help="the column of a document's source, for --filter and training's --source_weights"
+    )
     reading.add_argument(
         "--normalization", choices=NORMALIZATIONS, default="none", help="Unicode normalization (default: none)"
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
@@ -23,11 +23,10 @@ import numpy as np
 import orjson
 import psutil
 import xxhash
-from tokenizers import Tokenizer
 
 from ds_roberta.data.shards import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
-from preprocessing.tokenizer import FIRST_SPECIAL_TOKENS, MASK_TOKEN
+from preprocessing.tokenizer import FIRST_SPECIAL_TOKENS, MASK_TOKEN, CorpusTokenizer, corpus_tokenizer
 
 HUGGINGFACE, GIGATOKEN, AUTO = "huggingface", "gigatoken", "auto"
 BACKENDS = (AUTO, HUGGINGFACE, GIGATOKEN)
@@ -37,8 +36,10 @@ _CALL_CHARACTERS = 1 << 18
 """Text given to the reference in one call: it needs some 100 bytes of memory for each."""
 _KNOWN_PIECES, _KNOWN_CHARACTERS = 500_000, 32
 """How many pieces of text the reference remembers, and how long they are: less than 100 MB."""
-_SAMPLE_BYTES = 1024
-"""How much of a batch is encoded by both backends: of 1 MB it costs a twentieth of the faster one's time."""
+_SAMPLE_BYTES = 512
+"""How much of a batch is encoded by both backends: of 1 MB it costs a thirtieth of the faster one's time."""
+_LINE_FEED, _RETURN = "Ċ", "č"
+"""The letters by which byte-level BPE names `\\n` and `\\r`."""
 _CACHE_BYTES = 128 << 20
 """gigatoken 0.10 remembers every word that it met; it is made anew once the process has grown by so much."""
 
@@ -58,15 +59,23 @@ class Encoded(NamedTuple):
     def select(self, chosen: np.ndarray) -> Encoded:
         """The documents where `chosen`, (documents,) bool, is true."""
         return Encoded(
-            self.ids[np.repeat(chosen, self.lengths)],
+            _rows(self.ids, self.lengths, chosen),
             self.lengths[chosen],
-            self.sentence_ends[np.repeat(chosen, self.sentence_counts)],
+            _rows(self.sentence_ends, self.sentence_counts, chosen),
             self.sentence_counts[chosen],
         )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Encoded]) -> Encoded:
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _rows(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The values of the rows where `chosen` is true, taken in runs of rows: most are in a few long ones."""
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+    bounds = np.concatenate([[0], np.cumsum(lengths)])[edges].tolist()
+    runs = zip(bounds[::2], bounds[1::2], strict=True)
+    return np.concatenate([values[:0], *(values[begin:end] for begin, end in runs)])
 
 
 class BackendDifference(Exception):
@@ -100,7 +109,7 @@ def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[s
         if requested == GIGATOKEN:
             raise UserError(f"--tokenizer_backend gigatoken: gigatoken is not installed; install it with {_INSTALL}")
         return HUGGINGFACE, f"{HUGGINGFACE} (gigatoken is not installed; {_INSTALL} makes this many times faster)"
-    obstacle = _obstacle(_content(folder, info))
+    obstacle = _obstacle(corpus_tokenizer(folder, info).content)
     if obstacle is None:
         return GIGATOKEN, f"{GIGATOKEN} {version('gigatoken')}, compared with tokenizers {version('tokenizers')}"
     if requested == GIGATOKEN:
@@ -111,14 +120,27 @@ def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[s
     return HUGGINGFACE, f"{HUGGINGFACE} (this tokenizer has {obstacle}, which gigatoken is not trusted with)"
 
 
-def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, re.Pattern[bytes]]:
-    """An encoder, and the pattern that finds the letters of any special token in the bytes of a text."""
-    content = _content(folder, info)
+class SpecialLetters:
+    """Finds the letters of any special token in the bytes of a text."""
+
+    def __init__(self, tokens: Iterable[str]):
+        letters = sorted(token.encode() for token in tokens)
+        self._pattern = re.compile(b"|".join(map(re.escape, letters)))
+        openings = {token[:1] for token in letters}
+        self._opening = openings.pop() if len(openings) == 1 else b""  # "<" as a rule, found much faster than a pattern
+
+    def occur_in(self, text: bytes) -> bool:
+        return self._opening in text and self._pattern.search(text) is not None
+
+
+def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, SpecialLetters]:
+    """An encoder, and what finds the letters of special tokens."""
+    tokenizer = corpus_tokenizer(folder, info)
+    content = tokenizer.content
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
-    letters = {*FIRST_SPECIAL_TOKENS, MASK_TOKEN, *special}
-    pattern = re.compile(b"|".join(re.escape(token.encode()) for token in sorted(letters)))
-    reference = HuggingFaceEncoder(content, info)
-    return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), pattern
+    letters = SpecialLetters({*FIRST_SPECIAL_TOKENS, MASK_TOKEN, *special})
+    reference = HuggingFaceEncoder(tokenizer, info)
+    return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), letters
 
 
 class HuggingFaceEncoder:
@@ -129,25 +151,28 @@ class HuggingFaceEncoder:
     row, and those of a piece that was seen before are known.
     """
 
-    def __init__(self, content: dict[str, Any], info: TokenizerInfo):
+    def __init__(self, tokenizer: CorpusTokenizer, info: TokenizerInfo):
         # Work is spread over processes: threads inside each would only compete with them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._tokenizer = Tokenizer.from_buffer(orjson.dumps(content))
-        # By default the letters "</s>" or "<mask>" in a text would become the control id.
-        self._tokenizer.encode_special_tokens = True
-        self._cuts = _obstacle(content) is None
+        self._tokenizer = tokenizer.library
+        self._cuts = _obstacle(tokenizer.content) is None
         self._info = info
         self._dtype = token_type(info.vocab_size)
         self._known: dict[str, bytes] = {}
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
-        ids, counts = self.encode_lines(_tokenizer_text(documents).decode().split("\n"))
-        return _close_documents(ids, counts, _sentence_counts(documents), self._info)
+        lines = b"\n".join([document.replace(b"\n", b"\n ") for document in documents]).decode().split("\n")
+        sentence_counts = np.fromiter((document.count(b"\n") + 1 for document in documents), np.int64, len(documents))
+        return _close_documents(*self.encode_lines(lines), sentence_counts, self._info)
 
-    def encode_lines(self, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline."""
-        encoded = self._by_pieces(lines) if self._cuts else self._whole(lines)
+    def encode_lines(self, lines: Sequence[str], known: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline.
+
+        Args:
+            known: whether to use and to fill the memory of words, which pays where there are many lines.
+        """
+        encoded = self._by_pieces(lines) if known and self._cuts else self._whole(lines)
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self._dtype.itemsize
         return np.frombuffer(b"".join(encoded), self._dtype), counts
 
@@ -179,11 +204,22 @@ class HuggingFaceEncoder:
 
 
 class GigatokenEncoder:
-    """`gigatoken`, compared with the reference on a sample of every batch."""
+    """`gigatoken`, compared with the reference on a sample of every batch.
+
+    It gets a batch as one text, since its own batches cost more and come in a library that is slow to import. A
+    `\\r` closes each document. The pattern of plain byte-level BPE makes a `\\n` or `\\r` between lines a word of its
+    own, or puts it at the head of a run of white space; without the merges that join it to what follows it is one id,
+    and the ids around it are those of the lines alone.
+    """
 
     def __init__(self, content: dict[str, Any], info: TokenizerInfo, reference: HuggingFaceEncoder):
+        model, newlines = content["model"], {_LINE_FEED, _RETURN}
+        merges = [pair for pair in model["merges"] if newlines.isdisjoint("".join(pair))]
         # It knows no special token, so it makes none of the text's letters.
-        self._json = orjson.dumps({**content, "added_tokens": [], "post_processor": None})
+        self._json = orjson.dumps(
+            {**content, "model": {**model, "merges": merges}, "added_tokens": [], "post_processor": None}
+        )
+        self._line_end, self._document_end = (model["vocab"][letter] for letter in (_LINE_FEED, _RETURN))
         self._reference = reference
         self._info = info
         self._process = psutil.Process()
@@ -192,36 +228,56 @@ class GigatokenEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
-        import gigatoken
-
-        text = _tokenizer_text(documents)
-        if not self._characters.cover(text):
+        text = b"\r".join([*documents, b""]).replace(b"\n", b"\n ")
+        letters = np.frombuffer(text, np.uint8)
+        if not self._characters.cover(letters):
             return self._reference.encode(documents)
         try:
-            rows = self._tokenizer.encode_batch(gigatoken.BytesSource(text, b"\n"), parallel=False).layout
+            ids = self._tokenizer.encode(text).astype(token_type(self._info.vocab_size))
         except Exception as error:  # whatever it is, the reference may do it
             raise BackendDifference(f"failed ({error!r})") from error
-        offsets = rows.offsets.data
-        ids = rows.content.data[offsets[0] : offsets[-1]].astype(token_type(self._info.vocab_size))
-        counts, sentences = np.diff(offsets), _sentence_counts(documents)
-        if len(counts) != sentences.sum():
-            raise BackendDifference(f"gave {len(counts)} rows of ids for {sentences.sum()} sentences")
-        self._compare(text, ids, counts)
+        text_ends = np.flatnonzero((letters == ord("\n")) | (letters == ord("\r")))
+        inside = ids == self._line_end
+        ends = np.flatnonzero(inside | (ids == self._document_end))
+        if not np.array_equal(inside[ends], letters[text_ends] == ord("\n")):
+            raise BackendDifference(f"gave {len(ends)} rows of ids for {len(text_ends)} sentences")
+        self._compare(text, text_ends, ids, ends)
         self._bound_memory()
-        return _close_documents(ids, counts, sentences, self._info)
+        return self._close_documents(ids, inside, ends)
 
-    def _compare(self, text: bytes, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Raises `BackendDifference` unless a sample, from the line at a place given by the text's hash, agrees."""
-        place = xxhash.xxh3_64_intdigest(text) % len(text)
-        start = text.rfind(b"\n", 0, place) + 1
-        sample = text[start : start + _SAMPLE_BYTES].decode(errors="ignore")
+    def _close_documents(self, ids: np.ndarray, inside: np.ndarray, ends: np.ndarray) -> Encoded:
+        """Make documents closed by `</s>` of ids in which `ends` are the places that close lines.
+
+        Args:
+            inside: where `ids` are the ends of lines that close no document, (tokens,) bool.
+        """
+        closes = ~inside[ends]
+        ids = ids[~inside]
+        ends = ends - (np.cumsum(~closes) - ~closes)
+        last_lines = np.flatnonzero(closes)
+        document_ends, sentence_counts = ends[last_lines], np.diff(last_lines, prepend=-1)
+        ids[document_ends] = self._info.eos_token_id
+        lengths = np.diff(document_ends, prepend=-1)
+        sentence_ends = ends - np.repeat(document_ends + 1 - lengths, sentence_counts)
+        return Encoded(ids, lengths, sentence_ends.astype(np.uint32), sentence_counts)
+
+    def _compare(self, text: bytes, text_ends: np.ndarray, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Raises `BackendDifference` unless a sample, from the line at a place given by the text's hash, agrees.
+
+        Args:
+            text_ends: the places in `text` that close lines, (lines,); `ends`: those in `ids`.
+        """
+        line = np.searchsorted(text_ends, xxhash.xxh3_64_intdigest(text) % len(text))
+        start, begin = (places[line - 1] + 1 if line else 0 for places in (text_ends, ends))
+        sample = text[start : start + _SAMPLE_BYTES].decode(errors="ignore").replace("\r", "\n")
         if start + _SAMPLE_BYTES < len(text):
             sample = sample[: max(_safe_cut(sample), sample.rfind("\n"), 0)]
         if not sample:  # a long line without a space: all of it
-            sample = text[start:].split(b"\n", 1)[0].decode()
-        expected, _ = self._reference.encode_lines(sample.split("\n"))
-        begin = counts[: text.count(b"\n", 0, start)].sum()
-        if not np.array_equal(ids[begin : begin + len(expected)], expected):
+            sample = text[start : text_ends[line]].decode()
+        lines = sample.removesuffix("\n").split("\n")
+        expected, _ = self._reference.encode_lines(lines, known=False)
+        own = ids[begin : begin + len(expected) + len(lines) - 1]
+        if not np.array_equal(own[(own != self._line_end) & (own != self._document_end)], expected):
             raise BackendDifference(f"gave other ids than {HUGGINGFACE} near {sample[:60]!r}")
 
     def _load(self) -> None:
@@ -249,8 +305,8 @@ class _KnownCharacters:
     def __init__(self) -> None:
         self._verdicts = np.zeros(0x110000, np.int8)  # 0 not asked yet, 1 assigned, -1 unassigned
 
-    def cover(self, text: bytes) -> bool:
-        units = np.frombuffer(text, np.uint8)
+    def cover(self, units: np.ndarray) -> bool:
+        """Whether this is so of a text given as UTF-8, (bytes,) uint8."""
         # Below U+0800, where UTF-8 has one or two bytes, all versions since 3.2 mean the same or differ in no letter.
         leads = np.flatnonzero(units >= 0xE0)
         if not len(leads):
@@ -268,17 +324,6 @@ class _KnownCharacters:
         return bool(verdicts.min() > 0)
 
 
-def _content(folder: Path, info: TokenizerInfo) -> dict[str, Any]:
-    """`tokenizer.json` without what must not be done to a corpus."""
-    content = orjson.loads((folder / "tokenizer.json").read_bytes())
-    # A folder saved after other uses may cut texts, pad them, or drop merges at random: never here.
-    content["truncation"] = content["padding"] = content["model"]["dropout"] = None
-    content["added_tokens"] = content.get("added_tokens") or []
-    for token in content["added_tokens"]:
-        token["special"] = token["id"] in info.special_ids or token["content"] in FIRST_SPECIAL_TOKENS
-    return content
-
-
 def _obstacle(content: dict[str, Any]) -> str | None:
     """What a tokenizer has beyond plain byte-level BPE, for which alone the backends were compared."""
     model, splitter = content["model"], content.get("pre_tokenizer") or {}
@@ -291,15 +336,6 @@ def _obstacle(content: dict[str, Any]) -> str | None:
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
         return "subword marks or ignore_merges"
     return None
-
-
-def _tokenizer_text(documents: Sequence[bytes]) -> bytes:
-    """A line for every sentence, as the tokenizer sees it: no sentence holds a newline."""
-    return b"\n".join([document.replace(b"\n", b"\n ") for document in documents])
-
-
-def _sentence_counts(documents: Sequence[bytes]) -> np.ndarray:
-    return np.fromiter((document.count(b"\n") + 1 for document in documents), np.int64, len(documents))
 
 
 def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:

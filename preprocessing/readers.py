@@ -28,7 +28,6 @@ _LINE = re.compile(_NEWLINE)
 _BLANK_LINES = re.compile(_NEWLINE + rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _BLANK_LINES_WITHOUT_RETURNS = re.compile(rb"\n[ \t\v\f]*\n(?:[ \t\v\f]*\n)*")
 _LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
-_JSON_LINE = re.compile(rb"\n")
 
 
 def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
@@ -42,32 +41,41 @@ def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Re
         found = read_table(piece, options)
     elif kind == CSV:
         found = _read_csv(piece, options)
+    elif kind == JSON_LINES:
+        found = _read_json_lines(piece, options)
     else:
-        found = _read_text(piece, options, kind == JSON_LINES)
+        found = _read_text(piece, options)
     for item in found:
         if isinstance(item, Document):
-            text = item.text
-            if "\r" in text:
-                text = text.replace("\r\n", "\n").replace("\r", "\n")
-            if not text or text.isspace():
-                yield Reject("empty", item.offset)
-                continue
-            item = item._replace(text=text)
+            if "\r" in item.text:
+                item = item._replace(text=item.text.replace("\r\n", "\n").replace("\r", "\n"))
+            if not item.text or item.text.isspace():
+                item = Reject("empty", item.offset)
         yield item
 
 
-def _read_text(piece: Piece, options: ReadOptions, jsonl: bool) -> Iterator[Document | Reject]:
-    kind = "json-line" if jsonl else options.documents
+def _read_json_lines(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+    for offset, chunk in _chunks(piece, "json-line", options):
+        if isinstance(chunk, Reject):
+            yield chunk
+            continue
+        if offset == 0 and chunk.startswith(_BOM):
+            offset, chunk = len(_BOM), chunk[len(_BOM) :]
+        for line in chunk.split(b"\n"):
+            if line and not line.isspace():
+                yield _json_document(line, offset, options)
+            offset += len(line) + 1
+
+
+def _read_text(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+    kind = options.documents
     for offset, chunk in _chunks(piece, kind, options):
         if isinstance(chunk, Reject):
             yield chunk
             continue
         begin = len(_BOM) if offset == 0 and chunk.startswith(_BOM) else 0
         for place, raw in _spans(chunk, begin, _separator(kind, chunk)):
-            if kind in ("json-line", "blank-line") and not raw.strip():
-                continue
-            if jsonl:
-                yield _json_document(raw, offset + place, options)
+            if kind == "blank-line" and not raw.strip():
                 continue
             if kind == "blank-line" and (leading := _LEADING_BLANK_LINES.match(raw)):
                 # They belong to the border before, which may be cut behind any of its blank lines.
@@ -99,7 +107,7 @@ def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int
 def _separator(kind: str, chunk: bytes) -> re.Pattern[bytes] | None:
     if kind == "blank-line":
         return _BLANK_LINES if b"\r" in chunk else _BLANK_LINES_WITHOUT_RETURNS
-    return {"json-line": _JSON_LINE, "line": _LINE, "file": None}[kind]
+    return _LINE if kind == "line" else None
 
 
 def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iterator[tuple[int, bytes]]:
@@ -115,9 +123,11 @@ def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iter
 
 
 def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | Reject:
+    strict = True
     try:
         row = orjson.loads(raw)
     except ValueError:  # stricter than the field's other parsers: NaN, deep nesting, half surrogates elsewhere
+        strict = False
         try:
             row = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -131,10 +141,13 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
         has = f"the line has {', '.join(map(repr, row)) or 'none'}"
         what = "is not a string" if options.text_column in row else f"is missing ({has})"
         return Reject("missing_column", offset, f"column {options.text_column!r} {what}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Reject("bad_json", offset, "half of a surrogate pair stands alone in a \\u escape")
+    if not strict:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return Reject("bad_json", offset, "half of a surrogate pair stands alone in a \\u escape")
+    if options.id_column is None is options.source_column:  # most often so, and there are many documents
+        return Document(text, offset)
     return Document(text, offset, _name(row, options.id_column), _name(row, options.source_column))
 
 

@@ -18,6 +18,7 @@ _END = re.compile(rf"[.!?…。！？।؟]{{1,8}}[{_CLOSING}]{{0,8}}(?=\s)")  #
 _NEXT = re.compile(rf"\s+([{_OPENING}]{{0,8}})")
 _WORD_BEFORE_POINT = re.compile(r"(?:^|[\s(\[\"'“‘«„/—–-])([^\W_](?:[^\W_]|\.(?=[^\W_])){0,7})\Z")
 _LONGEST_WORD = 12
+_SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # it opens with a letter, not the look-behind, to be found fast
 _ABBREVIATIONS = frozenset(
     re.findall(
         r"\w+",
@@ -68,3 +69,10 @@ def tokenizer_lines(document: list[str]) -> list[str]:
     has anywhere else, and the ids of the whole document decode to readable text.
     """
     return document[:1] + [f" {sentence}" for sentence in document[1:]]
+
+
+def sentence_bytes(text: str, kind: str) -> bytes:
+    """The sentences of a document, apart by `\\n`; most texts are so already where sentences are lines."""
+    if kind != "lines" or text[0] == "\n" or text[-1].isspace() or _SPACE_BEFORE_NEWLINE.search(text):
+        text = "\n".join(sentences(text, kind))
+    return text.encode("utf-8")

@@ -27,6 +27,7 @@ from ds_roberta.data.shards import (
 from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from preprocessing import dedup
+from preprocessing.accept import filter_checksum
 from preprocessing.accounts import BadDocuments, input_infos, total_accounts
 from preprocessing.encoders import AUTO, choose_backend
 from preprocessing.formats import is_url
@@ -147,7 +148,7 @@ def _plan_fingerprint(files: Sequence[str], units: Sequence[Unit], tokenizer: Pa
         "tokenizer": {
             name: file_checksum(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).is_file()
         },
-        "options": [asdict(decisive), dedup.dedup_options(options.dedup)],
+        "options": [asdict(decisive), dedup.dedup_options(options.dedup), filter_checksum(options.read.filter)],
     }
     return json_fingerprint(content)
 
@@ -181,6 +182,13 @@ def _copy_tokenizer(tokenizer: Path, scratch: Path) -> Record:
     return asdict(copy_tokenizer(tokenizer, scratch / "data" / TOKENIZER_FOLDER))
 
 
+def _tokenizer_info(job: Job) -> TokenizerInfo:
+    """What the first stage found out of the tokenizer: to read it again takes long beside a small corpus."""
+    record = job.record(FIRST_STAGE, 0)
+    assert record is not None
+    return TokenizerInfo.from_json(record)
+
+
 def _run_units(
     job: Job, units: Sequence[Unit], options: ShardOptions, backend: str, workers: Workers, bad: BadDocuments | None
 ) -> dict[int, UnitResult]:
@@ -205,7 +213,7 @@ def _run_units(
 
     judge()
     if missing:
-        info = TokenizerInfo.read(job.data / TOKENIZER_FOLDER)
+        info = _tokenizer_info(job)
         backend, choice = choose_backend(backend, job.data / TOKENIZER_FOLDER, info)
         print(f"tokenizer backend: {choice}", flush=True)
         sizes = {unit.index: unit.bytes for unit in units}
@@ -245,7 +253,7 @@ def _finish(
         clear(job)
         return Manifest.read(output), totals
     manifest = Manifest(
-        tokenizer=TokenizerInfo.read(job.data / TOKENIZER_FOLDER),
+        tokenizer=_tokenizer_info(job),
         options={
             **asdict(options.read),
             "validation_fraction": options.validation_fraction,
@@ -277,7 +285,7 @@ def _deduplicate(
     final = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
     left = [(unit, results[unit.index]) for unit in units if unit.index not in final]
     if left:
-        info = TokenizerInfo.read(job.data / TOKENIZER_FOLDER)
+        info = _tokenizer_info(job)
         for index, record in workers.run(partial(_final_step, job, info, kind, documents), left):
             final[index] = UnitResult.from_record(record)
     return final

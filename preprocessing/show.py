@@ -11,9 +11,16 @@ from ds_roberta.data.shards import SPLITS, TRAIN_SPLIT, Corpus
 from ds_roberta.errors import UserError
 from preprocessing.formats import TABLES, format_of
 from preprocessing.lookup import Decoder, Document, Documents
+from preprocessing.origins import OFFSETS_HELP, Origins
 
 
-def show(documents: Documents, decoder: Decoder, document: Document, with_ids: bool = False) -> Iterator[str]:
+def show(
+    documents: Documents,
+    decoder: Decoder,
+    document: Document,
+    with_ids: bool = False,
+    origins: Origins | None = None,
+) -> Iterator[str]:
     """The lines that show one document: where it lies, where it came from, and its numbered sentences."""
     sentences = documents.sentences(document)
     yield (
@@ -24,8 +31,13 @@ def show(documents: Documents, decoder: Decoder, document: Document, with_ids: b
     if document.source is not None:
         source = document.source
         file_format = format_of(source.path)
-        unit = "row groups" if file_format is not None and file_format.kind in TABLES else "bytes"
-        yield f"  input  {source.path}, in {unit} {source.start}-{source.end - 1}"
+        is_table = file_format is not None and file_format.kind in TABLES
+        yield f"  input  {source.path}, in {'row groups' if is_table else 'bytes'} {source.start}-{source.end - 1}"
+        if origins is not None:
+            place = origins.span(document)
+            found = "it is not there any more" if place is None else f"{'row' if is_table else 'byte'} {place[0]}"
+            behind = f" to {place[1] - 1}" if place and place[1] and not is_table else ""
+            yield f"  place  {found}{behind}"
     for number, (ids, text) in enumerate(zip(sentences, decoder.lines(sentences), strict=True), start=1):
         yield f"{number:>5}  " + text.replace("\n", "\n       ")
         if with_ids:
@@ -61,11 +73,13 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"default: {TRAIN_SPLIT}")
     parser.add_argument("--ids", action="store_true", help="show the token ids under each sentence")
+    parser.add_argument("--offsets", action="store_true", help=OFFSETS_HELP)
     parser.set_defaults(run=_show)
 
 
 def _show(arguments: argparse.Namespace) -> None:
     corpus = Corpus.open(arguments.data_dir)
     documents, decoder = Documents(corpus, arguments.split), Decoder(corpus)
+    origins = Origins(corpus, documents, decoder) if arguments.offsets else None
     for number in document_numbers(arguments.doc, len(documents)):
-        print("\n".join(show(documents, decoder, documents.document(number), arguments.ids)))
+        print("\n".join(show(documents, decoder, documents.document(number), arguments.ids, origins)))

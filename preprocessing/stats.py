@@ -56,17 +56,27 @@ class Packed:
 
 
 @dataclass
+class SourceStats:
+    """Of one source in a split."""
+
+    amount: Amount
+    packed: list[Packed]
+
+
+@dataclass
 class SplitStats:
     """Of one split.
 
     Attributes:
         document_lengths: how many documents have how many tokens, without their separator.
+        sources: by name, of the documents that have a source.
     """
 
     amount: Amount
     sentences: int
     document_lengths: Counter[int]
     packed: list[Packed]
+    sources: dict[str, SourceStats] = field(default_factory=dict)
 
     def percentiles(self) -> dict[int, int]:
         """The length of document that so many per cent of the documents do not exceed."""
@@ -98,7 +108,7 @@ def corpus_stats(corpus: Corpus, packings: Sequence[PackingConfig]) -> Stats:
     with byte_bar(sum(info.bytes for infos in manifest.splits.values() for info in infos), "reading") as bar:
         for name in filter(manifest.documents, manifest.splits):
             split = corpus.split(name)
-            found = SplitStats(Amount(), 0, Counter(), [Packed(packing.max_seq_length) for packing in packings])
+            found = SplitStats(Amount(), 0, Counter(), _packed(packings))
             for shard, info in enumerate(split.shards):
                 _add_shard(stats, found, split, shard, packings, bytes_of)
                 bar.update(info.bytes)
@@ -122,18 +132,26 @@ def _tokenizer(corpus: Corpus) -> Tokenizer:
     return Tokenizer.from_file(str(corpus.folder / TOKENIZER_FOLDER / "tokenizer.json"))
 
 
+def _packed(packings: Sequence[PackingConfig]) -> list[Packed]:
+    return [Packed(packing.max_seq_length) for packing in packings]
+
+
 def _add_shard(
     stats: Stats, found: SplitStats, split: Split, shard: int, packings: Sequence[PackingConfig], bytes_of: np.ndarray
 ) -> None:
     info, values, offsets = split.shards[shard], split.values(shard), split.document_offsets(shard)
     for block in range(0, len(values), _BLOCK_TOKENS):
         stats.id_counts += np.bincount(values[block : block + _BLOCK_TOKENS], minlength=len(stats.id_counts))
-    amounts = [found.amount]
+    of_shard = [SourceStats(found.amount, found.packed)]
+    if info.source:
+        of_shard.append(found.sources.setdefault(info.source, SourceStats(Amount(), _packed(packings))))
     for path, first, last in _origins(info):
         start, end = offsets[[first, last]].tolist()
         blocks = range(start, end, _BLOCK_TOKENS)
         text_bytes = sum(int(bytes_of[values[at : min(at + _BLOCK_TOKENS, end)]].sum()) for at in blocks)
-        amounts = [found.amount] if path is None else [found.amount, stats.inputs.setdefault(path, Amount())]
+        amounts = [part.amount for part in of_shard]
+        if path is not None:
+            amounts.append(stats.inputs.setdefault(path, Amount()))
         for amount in amounts:
             amount.documents += last - first
             amount.tokens += end - start
@@ -141,10 +159,12 @@ def _add_shard(
     lengths, counts = np.unique(np.diff(offsets) - 1, return_counts=True)
     found.document_lengths.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
     found.sentences += len(split.sentence_bounds(shard)[0])
-    for packing, packed in zip(packings, found.packed, strict=True):
+    for number, packing in enumerate(packings):
         slices = pack_shard(split, shard, packing)
-        packed.sequences += len(slices)
-        packed.tokens += int((slices[:, 1] - slices[:, 0] + packing.max_seq_length - packing.capacity).sum())
+        tokens = int((slices[:, 1] - slices[:, 0] + packing.max_seq_length - packing.capacity).sum())
+        for part in of_shard:
+            part.packed[number].sequences += len(slices)
+            part.packed[number].tokens += tokens
 
 
 def _origins(info: ShardInfo) -> Iterator[tuple[str | None, int, int]]:
@@ -163,12 +183,19 @@ def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
     def amount(value: Amount) -> dict[str, Any]:
         return {**asdict(value), "bytes_per_token": value.bytes_per_token}
 
+    def packing(packed: Sequence[Packed]) -> list[dict[str, Any]]:
+        return [{**asdict(each), "efficiency": each.efficiency} for each in packed]
+
     splits = {
         name: {
             **amount(split.amount),
             "sentences": split.sentences,
             "document_length_percentiles": split.percentiles(),
-            "packing": [{**asdict(packed), "efficiency": packed.efficiency} for packed in split.packed],
+            "packing": packing(split.packed),
+            "sources": {
+                source: {**amount(found.amount), "packing": packing(found.packed)}
+                for source, found in sorted(split.sources.items())
+            },
         }
         for name, split in stats.splits.items()
     }
@@ -212,6 +239,12 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"  --max_seq_length {packed['max_seq_length']:<6}{packed['sequences']:,} sequences, "
                 f"{packed['efficiency']:.2%} filled"
+            )
+        for source, amount in split["sources"].items():
+            sequences = ", ".join(f"{each['sequences']:,} of {each['max_seq_length']}" for each in amount["packing"])
+            yield (
+                f"  source {source}: {amount['documents']:,} documents, {amount['tokens']:,} tokens"
+                + (f", sequences {sequences}" if sequences else "")
             )
     inputs = sorted(content["inputs"].items(), key=lambda entry: -entry[1]["tokens"])
     if inputs:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-import fsspec
 import zstandard
 
 from ds_roberta.errors import UserError
@@ -53,6 +52,8 @@ def file_system(url: str) -> tuple[Any, str]:
     Raises:
         UserError: the protocol is unknown or its package is not installed.
     """
+    import fsspec  # slow to import, and local files need it not
+
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:

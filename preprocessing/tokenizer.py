@@ -1,12 +1,16 @@
-"""Byte-level BPE of RoBERTa's kind: training it and copying it."""
+"""Byte-level BPE of RoBERTa's kind: training it, copying it, and loading it for a corpus."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
+import orjson
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ds_roberta.data.shards import TokenizerInfo
@@ -42,6 +46,38 @@ _CONFIG = {
     "unk_token": "<unk>",
 }
 """`tokenizer_config.json`: by it transformers' AutoTokenizer opens the folder as a RoBERTa tokenizer."""
+
+
+@dataclass(frozen=True)
+class CorpusTokenizer:
+    """A tokenizer without what must not be done to a corpus. It is shared, so it must not be changed."""
+
+    content: dict[str, Any]
+    """Of `tokenizer.json`."""
+
+    @cached_property
+    def library(self) -> Tokenizer:
+        """As the library loads it. Raises what the library raises."""
+        tokenizer = Tokenizer.from_buffer(orjson.dumps(self.content))
+        # By default the letters "</s>" or "<mask>" in a text would become the control id.
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+
+def corpus_tokenizer(folder: Path, info: TokenizerInfo) -> CorpusTokenizer:
+    """The tokenizer in `folder`; the last one again where it is the same, as loading takes long."""
+    return _load((folder / "tokenizer.json").read_bytes(), info.special_ids)
+
+
+@lru_cache(maxsize=1)
+def _load(file: bytes, special_ids: tuple[int, ...]) -> CorpusTokenizer:
+    content = orjson.loads(file)
+    # A folder saved after other uses may cut texts, pad them, or drop merges at random: never here.
+    content["truncation"] = content["padding"] = content["model"]["dropout"] = None
+    content["added_tokens"] = content.get("added_tokens") or []
+    for token in content["added_tokens"]:
+        token["special"] = token["id"] in special_ids or token["content"] in FIRST_SPECIAL_TOKENS
+    return CorpusTokenizer(content)
 
 
 def is_tokenizer_folder(folder: Path) -> bool:
@@ -91,17 +127,18 @@ def copy_tokenizer(source: Path, target: Path) -> TokenizerInfo:
     try:
         if convert:
             _save(*models.BPE.read_file(str(vocabulary), str(merges)), target)
-        known = Tokenizer.from_file(str(target / "tokenizer.json")).get_vocab().keys()
+        info = info or TokenizerInfo.read(target)
+        tokenizer = corpus_tokenizer(target, info).library
     except Exception as error:  # the library raises no narrower type
         raise UserError(f"cannot use the tokenizer in {str(source)!r} ({error!r}): {_REMEDY}") from error
-    missing = set(pre_tokenizers.ByteLevel.alphabet()) - known
+    missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if tokenizer.token_to_id(letter) is None]
     if missing:
         raise UserError(
             f"the tokenizer in {str(source)!r} lacks {len(missing)} of the 256 bytes, so it would lose text: {_REMEDY}"
         )
     if not (target / "tokenizer_config.json").exists():
         write_json(target / "tokenizer_config.json", _CONFIG)
-    return info or TokenizerInfo.read(target)
+    return info
 
 
 def _save(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> None:

@@ -1,36 +1,45 @@
 """`preprocess trace`: which documents are in a global batch, of a step that was or will be.
 
-The order is a pure function of (number of sequences, seed, place), so nothing of a run is needed and a late step costs
-no more than an early one.
+The order is a pure function of (numbers of sequences, seed, weights of sources, place) and a step's places follow from
+the run's stages, so nothing of a run is needed but its options, and a late step costs no more than an early one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ds_roberta.config import PACKING_FORMATS, PackingConfig, require_positive
+from ds_roberta.config import PACKING_FORMATS, PackingConfig, Stage, require_positive
+from ds_roberta.data.mixture import parse_source_weights, sample_order
 from ds_roberta.data.order import SampleOrder
-from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+from ds_roberta.data.stages import SkippedPlaces, make_stages, places_behind, read_skipped, stage_number
 from ds_roberta.errors import UserError
-from preprocessing.lookup import Document, Documents
+from preprocessing.lookup import Decoder, Document, Documents
+from preprocessing.origins import OFFSETS_HELP, Origins
 
 
 @dataclass(frozen=True)
 class TracedSequence:
-    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of."""
+    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of.
 
+    `epoch` is that of its source where sources have weights.
+    """
+
+    max_seq_length: int
     place: int
     epoch: int
     sequence: int
     file: str
+    source: str
     start: int
     end: int
     documents: tuple[Document, ...]
@@ -40,20 +49,38 @@ class BatchTracer:
     """Names the documents of any global batch of a run.
 
     Args:
-        train_batch_size, seed: the run's.
+        packing: of the run's last stage; the others differ from it in length.
+        stages, seed, source_weights, skipped: the run's.
 
     Raises:
         UserError: a value is out of its range, or the packing index cannot be written.
     """
 
-    def __init__(self, corpus: Corpus, packing: PackingConfig, train_batch_size: int, seed: int):
-        require_positive("--train_batch_size", train_batch_size)
+    def __init__(
+        self,
+        corpus: Corpus,
+        packing: PackingConfig,
+        stages: Sequence[Stage],
+        seed: int,
+        source_weights: dict[str, int] | None = None,
+        skipped: Sequence[SkippedPlaces] = (),
+    ):
         if seed < 0:
             raise UserError(f"--seed must not be negative, got {seed}")
-        self._documents = Documents(corpus, TRAIN_SPLIT)
-        build_index(corpus, TRAIN_SPLIT, packing)
-        self._packed = open_index(corpus, TRAIN_SPLIT, packing)
-        self._order, self._batch_size = SampleOrder(len(self._packed), seed), train_batch_size
+        self._corpus, self._packing, self._stages, self._seed = corpus, packing, stages, seed
+        self._source_weights, self._skipped = source_weights, skipped
+        self.documents = Documents(corpus, TRAIN_SPLIT)
+        self._data = cache(self._open)
+
+    def _open(self, max_seq_length: int) -> tuple[PackedSplit, SampleOrder]:
+        packing = replace(self._packing, max_seq_length=max_seq_length)
+        build_index(self._corpus, TRAIN_SPLIT, packing)
+        packed = open_index(self._corpus, TRAIN_SPLIT, packing)
+        return packed, sample_order(packed, self._source_weights, self._seed)
+
+    def _stage(self, step: int) -> Stage:
+        require_positive("--step", step)
+        return self._stages[stage_number(self._stages, step - 1)]
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """The places of a step's batch, of one process's part of it in its own order: int64.
@@ -61,47 +88,55 @@ class BatchTracer:
         Args:
             step: as in `metrics.jsonl`: step 1 is the first, on global batch 0.
         """
-        require_positive("--step", step)
-        places = self._order.lane_order(np.arange((step - 1) * self._batch_size, step * self._batch_size))
+        stage = self._stage(step)
+        _, order = self._data(stage.max_seq_length)
+        first = places_behind(self._stages, stage.max_seq_length, step - 1, self._skipped)
+        places = order.lane_order(np.arange(first, first + stage.train_batch_size))
         if world_size == 1:
             return places
         # Imported here because it brings torch, which takes seconds to load.
         from ds_roberta.data.loader import EMPTY_PLACE, split_places
 
-        own = np.concatenate(split_places(places, rank, world_size, self._batch_size))
+        own = np.concatenate(split_places(places, rank, world_size, stage.train_batch_size))
         return own[own != EMPTY_PLACE]
 
-    def trace(self, places: np.ndarray) -> Iterator[TracedSequence]:
-        """What stands at each of `places`."""
-        sequences = self._order.sequences(places)
-        rows = zip(places, sequences, *self._packed.slices(sequences), strict=True)
-        for place, sequence, shard, start, end in (map(int, row) for row in rows):
-            documents = tuple(self._documents.overlapping(shard, start, end))
-            epoch = place // self._order.size
-            yield TracedSequence(place, epoch, sequence, documents[0].file, start, end, documents)
+    def trace(self, step: int, places: np.ndarray) -> Iterator[TracedSequence]:
+        """What stands at each of `places` of the step's order."""
+        length = self._stage(step).max_seq_length
+        packed, order = self._data(length)
+        sequences = order.sequences(places)
+        rows = zip(places, order.epochs(places), sequences, *packed.slices(sequences), strict=True)
+        for place, epoch, sequence, shard, start, end in (map(int, row) for row in rows):
+            documents = tuple(self.documents.overlapping(shard, start, end))
+            info = self.documents.split.shards[shard]
+            yield TracedSequence(length, place, epoch, sequence, info.file, info.source, start, end, documents)
 
 
-def rows(step: int, traced: TracedSequence) -> Iterator[dict[str, Any]]:
+def rows(step: int, traced: TracedSequence, origins: Origins | None = None) -> Iterator[dict[str, Any]]:
     """For each document of a sequence what the command prints of it, by column.
 
     `tokens_start … tokens_end` are the document's tokens that stand in the sequence; `input_start … input_end` is the
-    part of the input that holds the document.
+    part of the input that holds the document, or with `origins` the document's own bytes (in tables: rows) there.
     """
     for document in traced.documents:
-        source = document.source
+        piece = document.source
+        place = None if piece is None else (piece.start, piece.end) if origins is None else origins.span(document)
+        start, end = (None, None) if place is None else place
         yield {
             "step": step,
+            "max_seq_length": traced.max_seq_length,
             "place": traced.place,
             "epoch": traced.epoch,
             "sequence": traced.sequence,
+            "source": traced.source or None,
             "document": document.number,
             "tokens_start": max(traced.start, document.start) - document.start,
             "tokens_end": min(traced.end, document.end) - document.start,
             "shard": document.file,
             "row": document.row,
-            "input": None if source is None else source.path,
-            "input_start": None if source is None else source.start,
-            "input_end": None if source is None else source.end,
+            "input": None if piece is None else piece.path,
+            "input_start": start,
+            "input_end": end,
         }
 
 
@@ -114,9 +149,16 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--train_batch_size", type=int, required=True, help="the run's")
     parser.add_argument("--max_seq_length", type=int, required=True, help="the run's")
+    parser.add_argument("--train_batch_size_schedule", help="the run's, if any")
+    parser.add_argument("--max_seq_length_schedule", help="the run's, if any")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="of a run that rolled back: names the places it left out"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the run's (default: 0, as in training)")
     parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")
+    parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="the run's (default: none)")
     parser.add_argument("--rank", default="0/1", metavar="R/W", help="only process R (from 0) of W, in its order")
+    parser.add_argument("--offsets", action="store_true", help=OFFSETS_HELP)
     parser.add_argument("--json", action="store_true", help="an object a line instead of columns")
     parser.set_defaults(run=_trace)
 
@@ -124,11 +166,21 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 def _trace(arguments: argparse.Namespace) -> None:
     rank, world_size = _rank(arguments.rank)
     packing = PackingConfig(arguments.max_seq_length, arguments.packing)
-    tracer = BatchTracer(Corpus.open(arguments.data_dir), packing, arguments.train_batch_size, arguments.seed)
+    stages = make_stages(
+        arguments.max_seq_length,
+        arguments.train_batch_size,
+        arguments.max_seq_length_schedule,
+        arguments.train_batch_size_schedule,
+    )
+    skipped = [] if arguments.checkpoint is None else read_skipped(arguments.checkpoint)
+    corpus = Corpus.open(arguments.data_dir)
+    weights = parse_source_weights(arguments.source_weights, corpus.manifest)
+    tracer = BatchTracer(corpus, packing, stages, arguments.seed, weights, skipped)
+    origins = Origins(corpus, tracer.documents, Decoder(corpus)) if arguments.offsets else None
     header = not arguments.json
     for step in arguments.step:
-        for traced in tracer.trace(tracer.places(step, rank, world_size)):
-            for row in rows(step, traced):
+        for traced in tracer.trace(step, tracer.places(step, rank, world_size)):
+            for row in rows(step, traced, origins):
                 if header:
                     print("\t".join(row))
                     header = False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +27,19 @@ from ds_roberta.data.shards import (
     write_flat_shard,
     write_shard,
 )
+from ds_roberta.errors import UserError
 from preprocessing import dedup
 from preprocessing.accept import accepted_documents
 from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account
-from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, make_encoder
+from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, SpecialLetters, make_encoder
 from preprocessing.job import Record
 from preprocessing.pieces import ReadOptions
 from preprocessing.plan import UNIT_BYTES, Unit
-from preprocessing.sentences import sentences
+from preprocessing.sentences import sentence_bytes
 
 _BATCH_BYTES = 1 << 20
-_SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # it opens with a letter, not the look-behind, to be found fast
+_SOURCES_AT_MOST = 256
+"""Of one part of a unit: each has shards of its own, which would become too many and too small."""
 _PART_UNITS = 2
 """A unit that turns out larger, such as a compressed file, is written in parts of so many times `unit_bytes`."""
 
@@ -131,28 +132,29 @@ def _tokenize_unit(
     table = dedup.DocumentTable(options.dedup)
     accounts = {piece.path: Account() for piece in unit.pieces}
     documents = (
-        Prepared(_sentence_bytes(document.text, options.read.sentences), document.source, number)
+        Prepared(sentence_bytes(document.text, options.read.sentences), document.source, number)
         for number, piece in enumerate(unit.pieces)
         for document in accepted_documents(piece, options.read, accounts[piece.path])
     )
     writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
-    text_bytes = part_bytes = special_documents = 0
+    text_bytes = part_bytes = special_documents = part = 0
     for batch in _batches(documents):
-        encoded = encoder.encode([document.sentences for document in batch])
-        splits = np.array([split_of(document.sentences, options.validation_fraction) for document in batch])
-        has_special = [special.search(document.sentences) is not None for document in batch]
+        texts = [document.sentences for document in batch]
+        encoded = encoder.encode(texts)
+        splits = np.array([split_of(text, options.validation_fraction) for text in texts])
+        has_special = list(map(special.occur_in, texts))
         if options.dedup != "none":
             for document, split, letters in zip(batch, splits, has_special, strict=True):
-                place = SPLITS.index(split), len(writers[split].shards), document.piece
+                place = SPLITS.index(split), part, document.piece
                 table.add(document.sentences, *place, document.source or "", letters)
         for split, writer in writers.items():
             writer.add(encoded, batch, splits == split)
-        part_bytes += sum(len(document.sentences) for document in batch)
+        part_bytes += sum(map(len, texts))
         special_documents += sum(has_special)
         if part_bytes >= _PART_UNITS * options.unit_bytes:
             for writer in writers.values():
                 writer.flush()
-            text_bytes, part_bytes = text_bytes + part_bytes, 0
+            text_bytes, part_bytes, part = text_bytes + part_bytes, 0, part + 1
     for writer in writers.values():
         writer.flush()
     shards = {split: tuple(writer.shards) for split, writer in writers.items()}
@@ -179,8 +181,12 @@ def thin_unit(
     shards = {}
     for split, infos in result.shards.items():
         thinned = []
-        for part, shard in enumerate(infos):
-            here = (rows["split"] == SPLITS.index(split)) & (rows["part"] == part)
+        in_split, source = rows["split"] == SPLITS.index(split), rows["source"]
+        origins = sorted(
+            (part, result.sources[number]) for part, number in np.unique(rows[["part", "source"]][in_split]).tolist()
+        )
+        for number, (shard, (part, name)) in enumerate(zip(infos, origins, strict=True)):
+            here = in_split & (rows["part"] == part) & (source == result.sources.index(name))
             staged, target = job / "staged" / shard.file, scratch / "data"
             if keep[here].all():
                 _link(staged, target / shard.file)
@@ -188,43 +194,42 @@ def thin_unit(
             elif keep[here].any():
                 batch = pa.ipc.open_stream(pa.memory_map(str(staged))).read_next_batch()
                 ids, ends = (_lists(batch.column(name), keep[here]) for name in ("input_ids", "sentence_ends"))
-                new = write_shard(target, split, unit.index, ids, ends, info.vocab_size, part=part)
-                kept = rows[here & keep]
-                sources = Counter(result.sources[source] for source in kept["source"] if result.sources[source])
-                pieces = _input_pieces(unit, Counter(kept["piece"].tolist()))
-                thinned.append(replace(new, sources=dict(sorted(sources.items())), pieces=pieces))
+                new = write_shard(target, split, unit.index, ids, ends, info.vocab_size, part=number)
+                pieces = _input_pieces(unit, Counter(rows["piece"][here & keep].tolist()))
+                thinned.append(replace(new, source=shard.source, pieces=pieces))
         shards[split] = tuple(thinned)
     return UnitResult(shards, accounts, text_bytes, special_documents).record()
 
 
 class _Writer:
-    """Gathers the documents of a unit for one split and writes them as shards, part by part."""
+    """Gathers the documents of a unit for one split and writes them as shards, part by part and source by source."""
 
     def __init__(self, folder: Path, split: str, unit: Unit, vocab_size: int):
         self.shards: list[ShardInfo] = []
         self._unit, self._place, self._vocab_size = unit, (folder, split, unit.index), vocab_size
-        self._parts: list[Encoded] = []
-        self._sources: Counter[str] = Counter()
-        self._pieces: Counter[int] = Counter()
+        self._gathered: dict[str, tuple[list[Encoded], Counter[int]]] = {}
+        """By source, the documents and how many of them came from each of the unit's pieces."""
 
     def add(self, encoded: Encoded, documents: Sequence[Prepared], chosen: np.ndarray) -> None:
         """Add those of a batch of documents where `chosen`, (documents,) bool, is true."""
-        if not chosen.any():
-            return
-        self._parts.append(encoded.select(chosen))
-        for number in np.flatnonzero(chosen).tolist():
-            document = documents[number]
-            self._pieces[document.piece] += 1
-            if document.source:
-                self._sources[document.source] += 1
+        for source in {document.source for document in compress(documents, chosen)}:
+            of_source = chosen & np.fromiter((document.source == source for document in documents), bool)
+            parts, pieces = self._gathered.setdefault(source or "", ([], Counter()))
+            parts.append(encoded.select(of_source))
+            pieces.update([document.piece for document in compress(documents, of_source)])
+        if len(self._gathered) > _SOURCES_AT_MOST:
+            raise UserError(
+                f"--source_column gives more than {_SOURCES_AT_MOST} sources in one part of "
+                f"{self._unit.pieces[0].path!r}, each of which gets shards of its own: name fewer and larger sources "
+                "(a --filter can look at --id_column instead)"
+            )
 
     def flush(self) -> None:
-        if self._parts:
-            rows = Encoded.concatenate(self._parts)
+        for source, (parts, pieces) in sorted(self._gathered.items()):
+            rows = Encoded.concatenate(parts)
             shard = write_flat_shard(*self._place, *rows, self._vocab_size, part=len(self.shards))
-            sources = dict(sorted(self._sources.items()))
-            self.shards.append(replace(shard, sources=sources, pieces=_input_pieces(self._unit, self._pieces)))
-        self._parts, self._sources, self._pieces = [], Counter(), Counter()
+            self.shards.append(replace(shard, source=source, pieces=_input_pieces(self._unit, pieces)))
+        self._gathered = {}
 
 
 def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:
@@ -234,16 +239,9 @@ def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]
 
 
 @lru_cache(maxsize=2)
-def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, re.Pattern[bytes]]:
+def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, SpecialLetters]:
     """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
     return make_encoder(backend, folder, info)
-
-
-def _sentence_bytes(text: str, kind: str) -> bytes:
-    """The sentences of a document, apart by `\\n`; most texts are so already where sentences are lines."""
-    if kind != "lines" or text[0] == "\n" or text[-1].isspace() or _SPACE_BEFORE_NEWLINE.search(text):
-        text = "\n".join(sentences(text, kind))
-    return text.encode("utf-8")
 
 
 def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:

@@ -4,12 +4,14 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
+from ds_roberta.errors import UserError
 from preprocessing.tokenizer import train_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -80,6 +82,24 @@ def corpus(corpus_folder):
     return Corpus.open(corpus_folder)
 
 
+@pytest.fixture(scope="session")
+def with_sources():
+    """A function that gives the same data with its training shards of these sources."""
+
+    def name_sources(corpus, names):
+        shards = corpus.manifest.splits["train"]
+        named = tuple(replace(shard, source=name) for shard, name in zip(shards, names, strict=True))
+        return Corpus(corpus.folder, replace(corpus.manifest, splits={**corpus.manifest.splits, "train": named}))
+
+    return name_sources
+
+
+@pytest.fixture(scope="session")
+def sourced(corpus, with_sources):
+    """The corpus of `corpus_folder`, its training shards of three sources."""
+    return with_sources(corpus, ["wiki", "books", "web", "books", "wiki"])
+
+
 class ThreadRanks:
     """Stands in for `ds_roberta.distributed.Ranks`: the processes are threads that meet at a barrier."""
 
@@ -97,6 +117,9 @@ class ThreadRanks:
     def barrier(self):
         self._barrier.wait(timeout=20)
 
+    def abort(self):
+        self._barrier.abort()
+
     def broadcast(self, value):
         return self.gather(value)[0]
 
@@ -108,6 +131,18 @@ class ThreadRanks:
 
     def min(self, value):
         return min(self.gather(value))
+
+    def on_main(self, function):
+        value, problem = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except UserError as error:
+                problem = error
+        value, problem = self.broadcast((value, problem))
+        if problem is not None:
+            raise problem
+        return value
 
     def log(self, message):
         self.messages.append(message)

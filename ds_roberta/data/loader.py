@@ -5,17 +5,19 @@ Shapes: B sequences of a micro-batch, T tokens a sequence, M masked tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ds_roberta.config import Stage
 from ds_roberta.data.masking import Masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
 from ds_roberta.data.shards import TokenizerInfo, token_type
+from ds_roberta.data.stages import SkippedPlaces, places_behind, stage_number
 
 EMPTY_PLACE = -1
 """Fills up a micro-batch where the batch does not divide: a row without labels, so without weight."""
@@ -137,6 +139,21 @@ def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_siz
     return list(padded.reshape(micro_steps, micro_batch_size))
 
 
+@dataclass(frozen=True)
+class LoaderStage:
+    """What the loader needs of a stage.
+
+    Attributes:
+        collator: of the split as packed to the stage's length.
+        order: of those sequences.
+    """
+
+    stage: Stage
+    collator: Collator
+    order: SampleOrder
+    micro_batch_size: int
+
+
 class TrainLoader:
     """A process's micro-batches of any step, each step prepared by a thread while the one before it trains.
 
@@ -148,31 +165,36 @@ class TrainLoader:
 
     def __init__(
         self,
-        collator: Collator,
-        order: SampleOrder,
-        train_batch_size: int,
-        micro_batch_size: int,
+        stages: Sequence[LoaderStage],
         rank: int = 0,
         world_size: int = 1,
         mlm_probability: Callable[[int], float] | None = None,
     ):
-        self.collator, self.order = collator, order
-        self.train_batch_size, self.micro_batch_size = train_batch_size, micro_batch_size
+        self.stages = tuple(each.stage for each in stages)
+        self._stages = tuple(stages)
         self.rank, self.world_size = rank, world_size
         self.mlm_probability = mlm_probability
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of global batch `step`, counted from 0."""
-        first = step * self.train_batch_size
-        places = self.order.lane_order(np.arange(first, first + self.train_batch_size))
-        own = np.concatenate(split_places(places, self.rank, self.world_size, self.micro_batch_size))
-        sequences = self.order.sequences(own.clip(min=0))
-        share = None if self.mlm_probability is None else self.mlm_probability(step)
-        return self.collator.collate_all(sequences, own, self.micro_batch_size, share)
+    def stage(self, step: int) -> LoaderStage:
+        """The stage of global batch `step`, counted from 0."""
+        return self._stages[stage_number(self.stages, step)]
 
-    def steps(self, first_step: int, last_step: int) -> Generator[list[MicroBatch], None, None]:
+    def micro_batches(self, step: int, skipped: Sequence[SkippedPlaces] = ()) -> list[MicroBatch]:
+        """The micro-batches of global batch `step`, counted from 0, in a run that passed over `skipped`."""
+        current = self.stage(step)
+        stage, order = current.stage, current.order
+        first = places_behind(self.stages, stage.max_seq_length, step, skipped)
+        places = order.lane_order(np.arange(first, first + stage.train_batch_size))
+        own = np.concatenate(split_places(places, self.rank, self.world_size, current.micro_batch_size))
+        sequences = order.sequences(own.clip(min=0))
+        share = None if self.mlm_probability is None else self.mlm_probability(step)
+        return current.collator.collate_all(sequences, own, current.micro_batch_size, share)
+
+    def steps(
+        self, first_step: int, last_step: int, skipped: Sequence[SkippedPlaces] = ()
+    ) -> Generator[list[MicroBatch], None, None]:
         """The micro-batches of steps `first_step` … `last_step - 1`, one step prepared ahead."""
-        return prefetch(self.micro_batches, first_step, last_step)
+        return prefetch(lambda step: self.micro_batches(step, skipped), first_step, last_step)
 
 
 def prefetch(make: Callable[[int], list[MicroBatch]], first: int, last: int) -> Generator[list[MicroBatch], None, None]:

@@ -53,6 +53,10 @@ class SampleOrder:
             result[chosen] = self._within_epoch((places[chosen] % self.size).astype(np.uint64), int(epoch))
         return result
 
+    def epochs(self, places: np.ndarray) -> np.ndarray:
+        """How often the sequence at each place came before: int64, of the same shape."""
+        return np.asarray(places, dtype=np.int64) // self.size
+
     def lane_order(self, places: np.ndarray) -> np.ndarray:
         """The places of one batch, sorted by lane: consecutive parts of the result touch different blocks."""
         return places[np.argsort(places % self.size % self.lanes, kind="stable")]

@@ -104,6 +104,12 @@ class PackedSplit:
     def __len__(self) -> int:
         return len(self._slices)
 
+    def source_ranges(self) -> dict[str, np.ndarray]:
+        """By source, the first sequence of each of its shards and the one behind the last: (shards, 2) int64."""
+        sources = np.array([shard.source for shard in self._split.shards], dtype=object)
+        ranges = np.stack([self._first_sequence[:-1], self._first_sequence[1:]], axis=1)
+        return {source: ranges[sources == source] for source in dict.fromkeys(sources.tolist())}
+
     def slices(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where sequences lie: their shards, and the beginning and end of each in its shard's values.
 

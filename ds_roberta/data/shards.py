@@ -3,7 +3,7 @@
     DIR/manifest.json            what is in the folder, and its fingerprint
     DIR/tokenizer/               the tokenizer that made the ids
     DIR/dataset_dict.json        so that datasets.load_from_disk(DIR) opens the folder
-    DIR/<split>/shard-NNNNN.arrow, and shard-NNNNN-PPPPP.arrow for further parts of one large work unit
+    DIR/<split>/shard-NNNNN.arrow, and shard-NNNNN-PPPPP.arrow for further parts or sources of one work unit
 
 A shard is an uncompressed Arrow IPC stream of one record batch, a row a document. `input_ids` holds the document's
 token ids and closes with the separator `</s>`; `sentence_ends` holds, for every sentence, the offset in the document
@@ -15,8 +15,8 @@ slice of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
@@ -54,7 +54,8 @@ class InputPiece:
 class ShardInfo:
     """One shard as the manifest describes it; `file` is relative to the data folder.
 
-    `pieces` are in the order of the documents, so their counts say which document is of which piece.
+    `pieces` are in the order of the documents, so their counts say which document is of which piece. All documents are
+    of `source`, which is empty where they have none.
     """
 
     file: str
@@ -64,8 +65,7 @@ class ShardInfo:
     checksum: str
     chunk_checksums: tuple[str, ...]
     pieces: tuple[InputPiece, ...] = ()
-    sources: dict[str, int] = field(default_factory=dict)
-    """Documents by the name of their source, where it has one."""
+    source: str = ""
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> ShardInfo:
@@ -101,15 +101,22 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokens: what a checkpoint is bound to, whatever the input's paths were."""
+        """Identity of the tokens and their sources: what a checkpoint is bound to, whatever the input's paths were."""
         shards = {split: [shard.checksum for shard in shards] for split, shards in self.splits.items()}
-        return json_fingerprint({"tokenizer": self.tokenizer.fingerprint, "splits": shards})
+        content: dict[str, Any] = {"tokenizer": self.tokenizer.fingerprint, "splits": shards}
+        if any(map(self.sources, self.splits)):
+            content["sources"] = {split: [shard.source for shard in shards] for split, shards in self.splits.items()}
+        return json_fingerprint(content)
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
     def documents(self, split: str) -> int:
         return sum(shard.documents for shard in self.splits.get(split, ()))
+
+    def sources(self, split: str) -> list[str]:
+        """The names of a split's sources, sorted."""
+        return sorted({shard.source for shard in self.splits.get(split, ())} - {""})
 
     def write(self, folder: Path) -> None:
         """Write the manifest and the small files by which `datasets` opens the folder; the manifest comes last."""
@@ -160,9 +167,7 @@ class Manifest:
                     "prepare the data again with 'preprocess shard'"
                 )
             manifest = cls(
-                tokenizer=TokenizerInfo(
-                    **{**content["tokenizer"], "special_ids": tuple(content["tokenizer"]["special_ids"])}
-                ),
+                tokenizer=TokenizerInfo.from_json(content["tokenizer"]),
                 options=content["options"],
                 inputs=tuple(InputInfo(**{**entry, "places": tuple(entry["places"])}) for entry in content["inputs"]),
                 splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
@@ -238,22 +243,29 @@ def write_flat_shard(
     batch = pa.record_batch(columns, names=["input_ids", "sentence_ends"])
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    content = memoryview(sink.getvalue())
     with atomic_path(path) as temporary:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        size, checksum, chunks = checksums(temporary)
-    return ShardInfo(name, len(lengths), len(ids), size, checksum, chunks)
+        temporary.write_bytes(content)
+    checksum, chunks = _checksums(content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES))
+    return ShardInfo(name, len(lengths), len(ids), len(content), checksum, chunks)
 
 
 def checksums(path: Path) -> tuple[int, str, tuple[str, ...]]:
     """Size, XXH3-128 and the XXH3-64 of every `CHUNK_BYTES` of a file."""
-    whole, chunks, size = xxhash.xxh3_128(), [], 0
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            whole.update(chunk)
-            chunks.append(xxhash.xxh3_64_hexdigest(chunk))
-            size += len(chunk)
-    return size, whole.hexdigest(), tuple(chunks)
+        return (path.stat().st_size, *_checksums(iter(lambda: file.read(CHUNK_BYTES), b"")))
+
+
+def _checksums(chunks: Iterable[bytes | memoryview]) -> tuple[str, tuple[str, ...]]:
+    """XXH3-128 of all, and XXH3-64 of each."""
+    whole, digests = xxhash.xxh3_128(), []
+    for chunk in chunks:
+        whole.update(chunk)
+        digests.append(xxhash.xxh3_64_hexdigest(chunk))
+    return whole.hexdigest(), tuple(digests)
 
 
 class Split:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import orjson
+import xxhash
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import json_fingerprint
 
 MAX_UINT16_VOCABULARY = 1 << 16
 
@@ -31,6 +31,11 @@ class TokenizerInfo:
     mask_token_id: int
     special_ids: tuple[int, ...]
     fingerprint: str
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> TokenizerInfo:
+        """The inverse of `dataclasses.asdict`, behind a way through JSON."""
+        return cls(**{**entry, "special_ids": tuple(entry["special_ids"])})
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerInfo:
@@ -74,5 +79,6 @@ class TokenizerInfo:
             eos_token_id=ids["</s>"],
             mask_token_id=ids["<mask>"],
             special_ids=tuple(sorted(specials)),
-            fingerprint=json_fingerprint(identity),
+            # As `json_fingerprint`, whose canonical form this is too where there are no fractions, but much faster.
+            fingerprint=xxhash.xxh3_128_hexdigest(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)),
         )

@@ -5,38 +5,37 @@
     global_stepN/tokenizer/                         so that a checkpoint exports by itself
     global_stepN/manifest.json                      size and checksum of every other file
 
-A checkpoint is written beside its place, synced, and renamed as a whole: it is complete or it does not exist under
-its name. `latest` then names it. There is no pickle, so nothing in a folder can run code.
+A checkpoint is complete or it does not exist under its name (`checkpoint_writer`). `latest` names the newest, `best`
+the one of the lowest held-out loss. There is no pickle, so nothing in a folder can run code.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
 import torch
 
+from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, file_checksum, sync_directory, sync_file, write_json
+from ds_roberta.files import file_checksum
 
 if TYPE_CHECKING:  # the format is read without DeepSpeed
     from ds_roberta.training.engine import Engine
 
 FORMAT_VERSION = 1
 CHECKPOINTS_FOLDER = "checkpoints"
-LATEST_NAME = "latest"
+LATEST_NAME, BEST_NAME = "latest", "best"
 TRAINED_TENSORS = ("weight", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter, as `KEY.NAME`."""
 _NAME_PATTERN = re.compile(r"global_step(\d+)")
-_MANIFEST_NAME, _TRAIN_STATE_NAME, TOKENIZER_FOLDER = "manifest.json", "train_state.json", "tokenizer"
+MANIFEST_NAME, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 
 
 @dataclass
@@ -44,11 +43,17 @@ class TrainState:
     """All of a run's state besides weights and moments.
 
     Attributes:
-        identity: what a resumed run must share, by name: model, data, tokenizer, packing, masking, seed, batch.
+        identity: what a resumed run must share, by name: model, data, tokenizer, packing, source weights, masking,
+            seed, stages, shape of the learning rate.
         global_step: optimizer steps taken, those that fp16 skipped included.
         skipped_steps: steps that fp16 skipped.
         consumed_tokens: tokens trained on, padding not counted.
         loss_scaler: the numbers of fp16's dynamic loss scaler.
+        best_eval_loss: the lowest held-out loss after a step, in nats; None before the first evaluation.
+        best_step: the step that it was measured at.
+        recent_losses: of the last steps, by which a spike of the loss is told.
+        loss_spikes: steps whose loss was one, those that were rolled back included.
+        skipped_places: what the run passes over after such a step, each with the fields of `data.stages.SkippedPlaces`.
     """
 
     identity: dict[str, Any]
@@ -57,76 +62,20 @@ class TrainState:
     consumed_tokens: int = 0
     skipped_steps: int = 0
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    recent_losses: list[float] = field(default_factory=list)
+    loss_spikes: int = 0
+    skipped_places: list[dict[str, int]] = field(default_factory=list)
 
 
-def save(engine: Engine, state: TrainState, tokenizer_folder: Path, folder: Path, keep_last: int) -> Path:
-    """Write the checkpoint of `state.global_step` into `folder`; all ranks call it and share the writing.
-
-    Raises:
-        UserError: it could not be written (a full disk, for example); earlier checkpoints are untouched.
-    """
-    ranks = engine.ranks
-    target = folder / f"global_step{state.global_step}"
-    temporary = folder / f".{target.name}.tmp"
-    tensors = _own_tensors(engine)
-    problem: OSError | safetensors.SafetensorError | None = None
-    if ranks.is_main:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            problem = error
-    ranks.barrier()
-    written: dict[str, dict[str, Any]] = {}
-    if tensors and problem is None:
-        name = f"state-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
-        try:
-            safetensors.torch.save_file(tensors, temporary / name)
-            sync_file(temporary / name)
-            written[name] = _file_entry(temporary / name)
-        except (OSError, safetensors.SafetensorError) as error:
-            problem = error
-    entries = ranks.gather(written)
-    # Only when every rank has written its part may the whole appear under its name.
-    if not ranks.any(problem is not None) and ranks.is_main:
-        try:
-            _complete(temporary, target, state, tokenizer_folder, {k: v for entry in entries for k, v in entry.items()})
-        except OSError as error:
-            problem = error
-    if ranks.any(problem is not None):
-        if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        problems = [text for text in ranks.gather(str(problem) if problem else None) if text]
-        raise UserError(f"cannot write the checkpoint {str(target)!r}: {problems[0]}; earlier checkpoints are intact")
-    if ranks.is_main:
-        _remove_old(folder, keep_last, state.global_step)
-    return target
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"global_step{step}"
 
 
-def _complete(
-    temporary: Path, target: Path, state: TrainState, tokenizer_folder: Path, entries: dict[str, dict[str, Any]]
-) -> None:
-    write_json(temporary / _TRAIN_STATE_NAME, {"format_version": FORMAT_VERSION, **asdict(state)})
-    shutil.copytree(tokenizer_folder, temporary / TOKENIZER_FOLDER)
-    for path in (temporary / _TRAIN_STATE_NAME, *sorted((temporary / TOKENIZER_FOLDER).iterdir())):
-        sync_file(path)
-        entries[str(path.relative_to(temporary))] = _file_entry(path)
-    write_json(temporary / _MANIFEST_NAME, {"format_version": FORMAT_VERSION, "files": entries})
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    sync_directory(target.parent)
-    with atomic_path(target.parent / LATEST_NAME) as latest:
-        latest.write_text(target.name + "\n", encoding="utf-8")
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
     return {"bytes": path.stat().st_size, "checksum": file_checksum(path)}
-
-
-def _remove_old(folder: Path, keep_last: int, saved_step: int) -> None:
-    for step in saved_steps(folder)[keep_last:]:
-        if step != saved_step:  # it is not the newest in a run that went on from an older checkpoint
-            shutil.rmtree(folder / f"global_step{step}", ignore_errors=True)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -138,11 +87,12 @@ def saved_steps(folder: Path) -> list[int]:
 def verify(checkpoint: Path) -> None:
     """Raise `UserError` unless every file of a checkpoint has the size and checksum that its manifest names."""
     try:
-        manifest = json.loads((checkpoint / _MANIFEST_NAME).read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], dict(manifest["files"])
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        files = dict(manifest["files"]) if version == FORMAT_VERSION else {}
     except FileNotFoundError as error:
         raise UserError(
-            f"{str(checkpoint)!r} is no checkpoint of this program ({_MANIFEST_NAME} is missing): name a folder "
+            f"{str(checkpoint)!r} is no checkpoint of this program ({MANIFEST_NAME} is missing): name a folder "
             f"{CHECKPOINTS_FOLDER}/global_stepN of a run"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,7 +106,7 @@ def verify(checkpoint: Path) -> None:
         if not path.is_file():
             raise UserError(f"the checkpoint file {str(path)!r} is missing")
         try:
-            is_whole = _file_entry(path) == entry
+            is_whole = file_entry(path) == entry
         except OSError as error:
             raise UserError(f"cannot read the checkpoint file {str(path)!r}: {error.strerror}") from error
         if not is_whole:
@@ -176,7 +126,7 @@ def choose(resume: str, folder: Path) -> Path | None:
         return Path(resume)
     steps = saved_steps(folder)
     for step in steps:
-        candidate = folder / f"global_step{step}"
+        candidate = step_folder(folder, step)
         try:
             verify(candidate)
         except UserError as error:
@@ -203,22 +153,31 @@ def newest(folder: Path) -> Path:
     return folder
 
 
+def best(folder: Path) -> Path:
+    """The checkpoint of a run's folder that had the lowest held-out loss, verified.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    name = folder / CHECKPOINTS_FOLDER / BEST_NAME
+    try:
+        path = name.with_name(name.read_text(encoding="utf-8").strip())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {str(name)!r} ({error.strerror}): a run writes it after its first evaluation; give its folder"
+        ) from error
+    verify(path)
+    return path
+
+
 def read_state(checkpoint: Path) -> TrainState:
-    content = json.loads((checkpoint / _TRAIN_STATE_NAME).read_text(encoding="utf-8"))
-    return TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState)})
+    content = json.loads((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
+    return state_from(content)
 
 
-def check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> None:
-    """Raise `UserError` naming the first thing in which the checkpoint's run and this one differ."""
-    for name, value in current.items():
-        before = saved.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            check_identity(checkpoint, before, value, f"{prefix}{name}.")
-        elif before != value:
-            raise UserError(
-                f"cannot resume from {str(checkpoint)!r}: its {prefix}{name} is {before!r}, this run's is {value!r}; "
-                "use the same, or another --output_dir to start anew"
-            )
+def state_from(content: dict[str, Any]) -> TrainState:
+    """The reverse of `asdict`; numbers that an earlier version did not store have their defaults."""
+    return TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState) if entry.name in content})
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -245,16 +204,3 @@ def _stored(checkpoint: Path) -> Iterator[tuple[str, str, Any]]:
         file = safetensors.safe_open(path, framework="pt")
         for key in file.keys():  # noqa: SIM118 - not a dict
             yield key, key.split(".", 1)[1], file
-
-
-def _own_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """This rank's share of weights and moments, full and fp32 on the CPU; a collective call at ZeRO stages 1 to 3."""
-    loads = [0] * engine.ranks.world_size
-    tensors = {}
-    for name, parameter in engine.module.named_parameters():
-        owner = loads.index(min(loads))
-        loads[owner] += getattr(parameter, "ds_numel", parameter.numel())
-        for key, value in engine.full_tensors(parameter).items():
-            if owner == engine.ranks.rank:
-                tensors[f"{key}.{name}"] = value.detach().float().cpu().clone()
-    return tensors

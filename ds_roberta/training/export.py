@@ -10,13 +10,13 @@ from ds_roberta.model.export import export
 from ds_roberta.training import checkpoint
 
 
-def export_checkpoint(folder: Path, output: Path) -> None:
-    """Export a checkpoint, or a run's newest good one, whatever ZeRO stage and number of processes wrote it.
+def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
+    """Export a checkpoint, or a run's newest good one or best one, whatever ZeRO stage and world size wrote it.
 
     Raises:
         UserError: there is no good checkpoint, the exported model's logits differ, or `output` cannot be written.
     """
-    path = checkpoint.newest(folder)
+    path = checkpoint.best(folder) if best else checkpoint.newest(folder)
     identity = checkpoint.read_state(path).identity
     difference = export(
         ModelConfig(**identity["model"]),

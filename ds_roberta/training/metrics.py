@@ -62,12 +62,18 @@ class Progress:
             dynamic_ncols=True,
         )
 
+    def restart(self, global_step: int) -> None:
+        """Stand at `global_step`, from where a step may take another time: the expected one is said again."""
+        self._global_step = self._bar.n = global_step
+        self._first_micro_step_end = None
+        self._expected_time_said = not self._visible
+
     def micro_step(self, micro_step: int, micro_steps: int, wait: Callable[[], object]) -> None:
         """Move on by one micro-step of `micro_steps`.
 
         Args:
-            wait: returns when the device has finished the micro-step; called for the run's first two alone, whose
-                distance gives the expected time of a step.
+            wait: returns when the device has finished the micro-step; called for the first two since the run
+                began or `restart` alone, whose distance gives the expected time of a step.
         """
         if not self._expected_time_said:
             wait()

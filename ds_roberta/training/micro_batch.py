@@ -1,56 +1,256 @@
-"""`"train_micro_batch_size_per_gpu": "auto"`: the largest micro-batch that fits this device.
+"""`"train_micro_batch_size_per_gpu": "auto"`: the size of a micro-batch, found in the running process.
 
-On a GPU, memory is measured in the running process at two small sizes, with gradients and optimizer state there, and
-grows in a straight line between and beyond them. All ranks take the smallest answer.
+On a GPU it is the largest that fits: forward and backward passes of full sequences are tried beside all that training
+keeps there. On a CPU, where memory is no bound, it is the fastest of a few. What was found is kept in the run's folder
+and in the user's cache, under all that it depends on: a run that goes on under the same conditions takes the same
+micro-batch, without which it could not be bit-identical to an unbroken one.
+
+A trial works on a twin of the model that DeepSpeed does not know. So it holds no collective operation, a process that
+runs out of memory alone leaves none waiting, and there is nothing in DeepSpeed to repair.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ds_roberta.config import MaskingConfig
+from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.data.loader import MicroBatch
+from ds_roberta.errors import UserError
+from ds_roberta.files import json_fingerprint, write_json
 
 if TYPE_CHECKING:  # sizes are computed without DeepSpeed
     from ds_roberta.training.engine import Engine
 
-CPU_TOKENS = 4_096
-"""Tokens of a micro-batch on a CPU: measured on 2 cores, fewer or more are slower there."""
+FINDINGS_NAME = "micro_batch.json"
 MEMORY_SHARE = 0.9
-"""Share of a GPU's memory that a micro-batch may fill; the rest is for fragments and collectives."""
-_PROBE_SIZES = (4, 8)
+"""Share of a GPU's free memory that a micro-batch may fill; the rest is for fragments and uneven micro-batches."""
+CPU_TOKENS = 4_096
+"""Tokens of a micro-batch on a CPU where no other size is faster."""
+_CPU_CANDIDATES = (1_024, 2_048, CPU_TOKENS, 8_192, 16_384)
+_CPU_SECONDS = 3.0
+_CPU_ROUNDS = 3
+_CPU_TIE = 0.95
+"""Another size must take less than this share of the default's time, so that noise does not choose."""
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
-def largest_micro_batch_size(engine: Engine, max_seq_length: int, masking: MaskingConfig, limit: int) -> int:
-    """The micro-batch size to train with, at most `limit`, the same on all ranks."""
-    if engine.device.type == "cpu":
-        return min(limit, max(1, CPU_TOKENS // max_seq_length))
-    small, large = (peak_bytes(engine, size, max_seq_length, masking) for size in _PROBE_SIZES)
-    capacity = torch.cuda.get_device_properties(engine.device).total_memory * MEMORY_SHARE
-    return engine.ranks.min(min(limit, fitting_size(small, large, capacity)))
+def find_micro_batch_size(
+    engine: Engine, trial: Trial, conditions: dict[str, Any], limit: int, run_folders: Sequence[Path]
+) -> int:
+    """The micro-batch size to train with, the same on all ranks; all call it.
+
+    Args:
+        conditions: from `finding_conditions`.
+        limit: the largest size that is of use.
+        run_folders: the run's, into which the finding is written, and others that may know it.
+
+    Raises:
+        UserError: not even one sequence fits into the memory.
+    """
+    ranks = engine.ranks
+    key = json_fingerprint(conditions)
+    paths = [folder / FINDINGS_NAME for folder in (*run_folders, user_cache())]
+    on_gpu = engine.device.type != "cpu"
+    size, path = ranks.on_main(lambda: _known_size(paths, key, limit))
+    # Another process may have taken memory of the GPU since.
+    if size is not None and not (on_gpu and ranks.any(not trial.fits(size))):
+        ranks.log(f"micro-batches of up to {size} sequences, as found before ({path})")
+    else:
+        started = time.perf_counter()
+        size = largest_size(engine, trial, limit) if on_gpu else fastest_size(engine, trial, limit)
+        kind = f"the most that fit into {MEMORY_SHARE:.0%} of the free memory" if on_gpu else "the fastest here"
+        ranks.log(f"micro-batches of up to {size} sequences: {kind}, found in {time.perf_counter() - started:.1f} s")
+    if ranks.is_main:
+        finding = {"micro_batch_size": size, "conditions": conditions}
+        _remember(paths[0], key, finding)
+        with suppress(OSError):  # a home that cannot be written costs the next run a few seconds
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
+            _remember(paths[-1], key, finding)
+    return size
 
 
-def fitting_size(small_bytes: float, large_bytes: float, capacity_bytes: float) -> int:
-    """The largest size whose peak, on the line through the two probes, stays within the capacity; at least 1."""
-    per_sequence = (large_bytes - small_bytes) / (_PROBE_SIZES[1] - _PROBE_SIZES[0])
-    fixed = small_bytes - per_sequence * _PROBE_SIZES[0]
-    return max(1, int((capacity_bytes - fixed) // max(per_sequence, 1)))
+def finding_conditions(
+    engine: Engine, model: ModelConfig, max_seq_length: int, masking: MaskingConfig, precision: str, limit: int
+) -> dict[str, Any]:
+    """All that a finding depends on, as JSON; a collective call."""
+    return {
+        "model": asdict(model),
+        "max_seq_length": max_seq_length,
+        "mlm_probability": max(masking.mlm_probability, masking.final_probability),
+        "precision": precision,
+        "zero_optimization": engine.config.get("zero_optimization", {}),
+        "limit": limit,
+        "devices": sorted(set(engine.ranks.gather(_describe(engine.device)))),
+        "world_size": engine.ranks.world_size,
+        "torch": torch.__version__,
+        "deepspeed": engine.deepspeed_version,
+    }
 
 
-def peak_bytes(engine: Engine, size: int, max_seq_length: int, masking: MaskingConfig) -> int:
-    """Peak memory of one micro-step of full sequences."""
-    masked = max(1, round(max(masking.mlm_probability, masking.final_probability) * max_seq_length))
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory} bytes"
+
+
+def largest_size(engine: Engine, trial: Trial, limit: int) -> int:
+    """The largest size of 1 … `limit` that fits on every rank."""
+    size = engine.ranks.min(largest_fitting(trial.fits, limit))
+    if size == 0:
+        raise UserError(
+            f"not even one sequence of {trial.max_seq_length} tokens fits into {MEMORY_SHARE:.0%} of the GPU's free "
+            "memory: choose a smaller --model or --max_seq_length, or free the GPU"
+        )
+    return size
+
+
+def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest of 1 … `limit` that fits, 0 for none, by doubling and then halving the interval."""
+    fitting, too_large = 0, limit + 1
+    while too_large - fitting > 1:
+        doubling = too_large > limit
+        size = min(max(1, 2 * fitting), limit) if doubling else (fitting + too_large) // 2
+        if fits(size):
+            fitting = size
+        else:
+            too_large = size
+    return fitting
+
+
+def fastest_size(engine: Engine, trial: Trial, limit: int) -> int:
+    """The fastest of a few sizes on a CPU: `CPU_TOKENS` unless another is clearly faster, on all ranks together."""
+    default, *others = [min(limit, max(1, tokens // trial.max_seq_length)) for tokens in (CPU_TOKENS, *_CPU_CANDIDATES)]
+    sizes = sorted({default, *others})
+    if len(sizes) == 1:
+        return default
+    engine.ranks.barrier()  # they share the processor when they train, too
+    seconds = dict(zip(sizes, engine.ranks.sum(*seconds_per_sequence(trial.run, sizes)), strict=True))
+    fastest = min(sizes, key=seconds.__getitem__)
+    return fastest if seconds[fastest] < _CPU_TIE * seconds[default] < math.inf else default
+
+
+def seconds_per_sequence(
+    run: Callable[[int], object], sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """The shortest measured time of each size, infinite for one that would take longer than the few seconds there are.
+
+    Args:
+        run: computes one micro-batch of a size.
+        sizes: ascending.
+    """
+    started = clock()
+    run(sizes[0])
+    expected = (clock() - started) / sizes[0]
+    seconds = [math.inf] * len(sizes)
+    for _ in range(_CPU_ROUNDS):
+        for index, size in enumerate(sizes):
+            before = clock()
+            if before - started + expected * size > _CPU_SECONDS:
+                continue
+            run(size)
+            seconds[index] = min(seconds[index], (clock() - before) / size)
+    return seconds
+
+
+class Trial:
+    """Forward and backward passes of full sequences, apart from DeepSpeed, with nothing of the training changed.
+
+    Args:
+        make_model: makes the engine's model anew.
+    """
+
+    def __init__(
+        self, engine: Engine, make_model: Callable[[], nn.Module], max_seq_length: int, masking: MaskingConfig
+    ):
+        self.max_seq_length = max_seq_length
+        self._masking, self._device, self._model = masking, engine.device, engine.twin(make_model)
+        self._capacity = math.inf
+        if self._device.type != "cpu":
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self._device)
+            self._capacity = MEMORY_SHARE * (free + torch.cuda.memory_reserved(self._device))
+
+    def run(self, size: int) -> None:
+        """One micro-step of `size` sequences."""
+        batch = full_micro_batch(size, self.max_seq_length, self._masking).to(self._device)
+        self._model(batch.input_ids, batch.attention_mask, batch.masked_positions, batch.labels).backward()
+
+    def fits(self, size: int) -> bool:
+        """Whether a micro-step of `size` sequences stays within the memory it may fill."""
+        on_gpu = self._device.type != "cpu"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            self.run(size)
+            fitting = not on_gpu or torch.cuda.max_memory_allocated(self._device) <= self._capacity
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fitting = False
+        if on_gpu:  # only here, with the exception's frames gone, is their memory free
+            torch.cuda.empty_cache()
+        return fitting
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, as PyTorch, cuBLAS or the CPU's allocator say it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def full_micro_batch(size: int, max_seq_length: int, masking: MaskingConfig) -> MicroBatch:
+    """Sequences without padding, but with its mask, and with the most masked tokens of the run."""
+    share = max(masking.mlm_probability, masking.final_probability)
+    masked = math.ceil(share * max_seq_length)
     positions = torch.arange(size)[:, None] * max_seq_length + torch.arange(masked)
-    micro_batch = MicroBatch(
+    return MicroBatch(
         input_ids=torch.zeros(size, max_seq_length, dtype=torch.int64),
         attention_mask=torch.ones(size, max_seq_length, dtype=torch.bool),
         masked_positions=positions.flatten(),
         labels=torch.zeros(size * masked, dtype=torch.int64),
-        tokens=0,
-        sequences=0,
+        tokens=size * max_seq_length,
+        sequences=size,
     )
-    torch.cuda.reset_peak_memory_stats(engine.device)
-    engine.rehearse(micro_batch)
-    return torch.cuda.max_memory_allocated(engine.device)
+
+
+def user_cache() -> Path:
+    """Where findings are kept for the user's other runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ds_roberta"
+
+
+def _known_size(paths: Sequence[Path], key: str, limit: int) -> tuple[int | None, str]:
+    """The size kept under `key` in the first file that has it, and the file."""
+    for path in paths:
+        finding = _findings(path).get(key)
+        size = finding.get("micro_batch_size") if isinstance(finding, dict) else None
+        if isinstance(size, int) and 1 <= size <= limit:
+            return size, str(path)
+    return None, ""
+
+
+def _remember(path: Path, key: str, finding: dict[str, Any]) -> None:
+    findings = _findings(path)
+    if findings.get(key) != finding:
+        write_json(path, {**findings, key: finding})
+
+
+def _findings(path: Path) -> dict[str, Any]:
+    """The content of a file of findings; nothing where it is missing or damaged: they are found again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import ds_roberta
 from ds_roberta.config import (
     DEFAULT_OUTPUT_ROOT,
     PRESETS,
+    GuardConfig,
     IntervalConfig,
     MaskingConfig,
     PackingConfig,
@@ -23,11 +24,12 @@ from ds_roberta.config import (
     ScheduleConfig,
     model_config,
 )
-from ds_roberta.data.loader import Collator, TrainLoader
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import evaluation_masker, training_masker
-from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.mixture import MixedOrder, parse_source_weights, sample_order
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.stages import make_stages, places_behind, schedule_text
 from ds_roberta.data.words import word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_up_logging
@@ -35,12 +37,15 @@ from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.files import write_json
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training import checkpoint
+from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.engine import Engine, choose_precision, init_distributed, on_gpu
+from ds_roberta.training.checkpoint_writer import mend
+from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
+from ds_roberta.training.engine import Engine
 from ds_roberta.training.export import export_checkpoint
-from ds_roberta.training.micro_batch import largest_micro_batch_size
+from ds_roberta.training.identity import check_identity
+from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
@@ -60,18 +65,31 @@ class PretrainOptions:
     model: str | None = None
     max_seq_length: int | None = None
     packing: str = PackingConfig.format
+    source_weights: str | None = None
     masking: str = MaskingConfig.unit
     mlm_probability: float = MaskingConfig.mlm_probability
     mlm_probability_end: float | None = None
     max_steps: int | None = None
     warmup_steps: int | None = None
+    lr_scheduler_type: str = ScheduleConfig.lr_scheduler_type
+    lr_power: float | None = None
+    min_lr_ratio: float | None = None
+    decay_steps: int | None = None
+    decay_type: str | None = None
+    max_seq_length_schedule: str | None = None
+    train_batch_size_schedule: str | None = None
+    loss_spike: str = GuardConfig.loss_spike
+    loss_spike_threshold: float | None = None
     seed: int = 0
     save_interval: int = IntervalConfig.save_interval
     eval_interval: int = IntervalConfig.eval_interval
     log_interval: int = IntervalConfig.log_interval
     keep_last: int = IntervalConfig.keep_last
+    keep_every: int | None = None
+    save_deepspeed_checkpoint: bool = False
     eval_sequences: int = RunConfig.eval_sequences
     resume: str = "auto"
+    allow_change: str | None = None
     train_batch_size: int | None = None
     learning_rate: float | None = None
     hidden_dropout_prob: float = 0.1
@@ -90,7 +108,7 @@ def pretrain(options: PretrainOptions) -> int:
     set_up_logging()
     deepspeed_config = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)
     corpus = Corpus.open(options.data_dir)
-    config = run_config(options, corpus, on_gpu())
+    config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu())
     precision = choose_precision(deepspeed_config)
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
@@ -98,35 +116,42 @@ def pretrain(options: PretrainOptions) -> int:
     ranks = init_distributed()
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {deepspeed_config.zero_stage}")
-    state, checkpoint_path = _initial_state(config, corpus, deepspeed_config, ranks)
-    ranks.on_main(lambda: _make_output_dir(config.output_dir))
-    train_data, held_out_data = _open_data(corpus, config.packing, ranks)
-    ranks.log(f"{config.packing.max_seq_length} tokens a sequence, {len(train_data):,} sequences an epoch")
+    state, checkpoint_path, deepspeed_path = _initial_state(
+        config, corpus, deepspeed_config, precision, options.allow_change, ranks
+    )
+    ranks.on_main(lambda: _make_output_dir(config.output_dir, state.best_step))
+    train_data, held_out_data = _open_data(corpus, config, ranks)
+    orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train_data.items()}
+    for length, order in orders.items():
+        if isinstance(order, MixedOrder):
+            places = places_behind(config.stages, length, config.schedule.max_steps)
+            ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
     torch.manual_seed(config.seed)
     engine = Engine(MaskedLM(config.model), deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
-    share = -(-deepspeed_config.train_batch_size // ranks.world_size)
-    micro_batch_size = deepspeed_config.micro_batch_size or largest_micro_batch_size(
-        engine, config.packing.max_seq_length, config.masking, share
-    )
-    plan = BatchPlan.fit(deepspeed_config.train_batch_size, min(micro_batch_size, share), ranks.world_size)
-    engine.set_batch(plan)
-    ranks.log(str(plan))
+    plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
+    for stage, plan in zip(config.stages, plans, strict=True):
+        begin = f"from step {stage.first_step}: " if stage.first_step else ""
+        sequences = len(train_data[stage.max_seq_length])
+        ranks.log(f"{begin}{stage.max_seq_length} tokens a sequence, {sequences:,} sequences an epoch; {plan}")
 
     if checkpoint_path is not None:
         checkpoint.load(engine, checkpoint_path)
+    elif deepspeed_path is not None:
+        deepspeed_checkpoint.load(engine, deepspeed_path, state)
     if ranks.is_main:
-        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plan, precision))
+        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision))
     tokenizer = corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":
         words = word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     masker = training_masker(config.masking, tokenizer, config.seed, words)
+    collators = {length: Collator(packed, masker, tokenizer, length) for length, packed in train_data.items()}
     loader = TrainLoader(
-        Collator(train_data, masker, tokenizer, config.packing.max_seq_length),
-        SampleOrder(len(train_data), config.seed),
-        plan.train_batch_size,
-        plan.micro_batch_size,
+        [
+            LoaderStage(stage, collators[stage.max_seq_length], orders[stage.max_seq_length], plan.micro_batch_size)
+            for stage, plan in zip(config.stages, plans, strict=True)
+        ],
         ranks.rank,
         ranks.world_size,
         lambda step: mlm_probability(config.schedule, config.masking, step),
@@ -135,7 +160,7 @@ def pretrain(options: PretrainOptions) -> int:
     if held_out_data is not None:
         masker = evaluation_masker(config.masking, tokenizer, words)
         collator = Collator(held_out_data, masker, tokenizer, config.packing.max_seq_length)
-        held_out = HeldOutLoss(collator, config.eval_sequences, plan.micro_batch_size, ranks)
+        held_out = HeldOutLoss(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
     trainer = Trainer(config, deepspeed_config.learning_rate, engine, loader, held_out, state, checkpoint_path)
     if not trainer.train():
         ranks.log("stopped on request; the same command goes on from here")
@@ -146,8 +171,8 @@ def pretrain(options: PretrainOptions) -> int:
     return 0
 
 
-def run_config(options: PretrainOptions, corpus: Corpus, has_gpu: bool) -> RunConfig:
-    """The run's settings, completed from the model's preset.
+def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, has_gpu: bool) -> RunConfig:
+    """The run's settings, completed from the model's preset and the JSON's batch size.
 
     Raises:
         UserError: a value is out of its range.
@@ -176,56 +201,125 @@ def run_config(options: PretrainOptions, corpus: Corpus, has_gpu: bool) -> RunCo
             attention_probs_dropout_prob=options.attention_probs_dropout_prob,
         ),
         packing=packing,
-        schedule=ScheduleConfig(max_steps, warmup_steps),
+        schedule=ScheduleConfig(
+            max_steps,
+            warmup_steps,
+            options.lr_scheduler_type,
+            options.lr_power,
+            options.min_lr_ratio,
+            options.decay_steps,
+            options.decay_type,
+        ),
+        stages=make_stages(
+            max_seq_length, train_batch_size, options.max_seq_length_schedule, options.train_batch_size_schedule
+        ),
         masking=MaskingConfig(
             options.mlm_probability, mlm_probability_end=options.mlm_probability_end, unit=options.masking
         ),
-        intervals=IntervalConfig(options.save_interval, options.eval_interval, options.log_interval, options.keep_last),
+        intervals=IntervalConfig(
+            options.save_interval, options.eval_interval, options.log_interval, options.keep_last, options.keep_every
+        ),
+        guard=GuardConfig(options.loss_spike, options.loss_spike_threshold),
+        source_weights=parse_source_weights(options.source_weights, corpus.manifest),
         seed=options.seed,
         eval_sequences=options.eval_sequences,
         resume=options.resume,
+        save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
     )
 
 
-def _make_output_dir(output_dir: Path) -> None:
+def _make_output_dir(output_dir: Path, best_step: int | None) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass
+        mend(output_dir / checkpoint.CHECKPOINTS_FOLDER, best_step)
+        mend(output_dir / deepspeed_checkpoint.FOLDER, None)
     except OSError as error:
         raise UserError(f"cannot write --output_dir {str(output_dir)!r} ({error.strerror}): choose another") from error
 
 
-def _open_data(corpus: Corpus, packing: PackingConfig, ranks: Ranks) -> tuple[PackedSplit, PackedSplit | None]:
-    """The training and the held-out sequences; rank 0 makes their indices where there are none."""
-    splits = [split for split in (TRAIN_SPLIT, VALIDATION_SPLIT) if corpus.manifest.splits.get(split)]
-    for split in splits:
-        ranks.on_main(lambda split=split: build_index(corpus, split, packing))  # type: ignore[misc]
-    if VALIDATION_SPLIT not in splits:
+def _open_data(corpus: Corpus, config: RunConfig, ranks: Ranks) -> tuple[dict[int, PackedSplit], PackedSplit | None]:
+    """The training sequences of each length and the held-out ones; rank 0 makes their indices where there are none."""
+
+    def packed(split: str, packing: PackingConfig) -> PackedSplit:
+        ranks.on_main(lambda: build_index(corpus, split, packing))
+        return open_index(corpus, split, packing)
+
+    lengths = sorted({stage.max_seq_length for stage in config.stages})
+    train = {length: packed(TRAIN_SPLIT, replace(config.packing, max_seq_length=length)) for length in lengths}
+    if not corpus.manifest.splits.get(VALIDATION_SPLIT):
         ranks.log("no held-out documents: no evaluation (preprocess shard --validation_fraction makes some)")
-        return open_index(corpus, TRAIN_SPLIT, packing), None
-    return open_index(corpus, TRAIN_SPLIT, packing), open_index(corpus, VALIDATION_SPLIT, packing)
+        return train, None
+    return train, packed(VALIDATION_SPLIT, config.packing)
+
+
+def _batch_plans(
+    config: RunConfig, deepspeed_config: DeepSpeedConfig, engine: Engine, precision: str, checkpoint_path: Path | None
+) -> list[BatchPlan]:
+    """How each stage's batch is divided.
+
+    The JSON's micro-batch holds for every length, which fits if it does for the longest; "auto" is found for each.
+    """
+    folders = [config.output_dir]
+    if checkpoint_path is not None:  # it may be another run's
+        folders.append(checkpoint_path.resolve().parents[1])
+    sizes = {}
+    for length in {stage.max_seq_length: None for stage in config.stages}:
+        largest = max(stage.train_batch_size for stage in config.stages if stage.max_seq_length == length)
+        share = -(-largest // engine.ranks.world_size)
+        sizes[length] = deepspeed_config.micro_batch_size or find_micro_batch_size(
+            engine,
+            Trial(engine, lambda: MaskedLM(config.model), length, config.masking),
+            finding_conditions(engine, config.model, length, config.masking, precision, share),
+            share,
+            folders,
+        )
+    return [
+        BatchPlan.fit(stage.train_batch_size, sizes[stage.max_seq_length], engine.ranks.world_size)
+        for stage in config.stages
+    ]
 
 
 def _initial_state(
-    config: RunConfig, corpus: Corpus, deepspeed_config: DeepSpeedConfig, ranks: Ranks
-) -> tuple[TrainState, Path | None]:
-    """The state to begin with, and the checkpoint that it and the weights are of; None for a fresh run."""
+    config: RunConfig,
+    corpus: Corpus,
+    deepspeed_config: DeepSpeedConfig,
+    precision: str,
+    allow_change: str | None,
+    ranks: Ranks,
+) -> tuple[TrainState, Path | None, Path | None]:
+    """The state to begin with, and the checkpoint that it is of: a portable one, or one of DeepSpeed's, or neither."""
     identity = {
         "data": corpus.manifest.fingerprint,
         "tokenizer": corpus.manifest.tokenizer.fingerprint,
         "model": asdict(config.model),
         "packing": asdict(config.packing),
+        "source_weights": config.source_weights,
         "masking": asdict(config.masking),
         "seed": config.seed,
         "train_batch_size": deepspeed_config.train_batch_size,
+        "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
+        "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
+        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
+        **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
+        "decay_type": config.schedule.decay_type,
     }
+    allowed = [] if allow_change is None else allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
-    path = ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
+    of_deepspeed = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
+    path = of_deepspeed or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
-        return TrainState(identity), None
-    state = checkpoint.read_state(path)
-    checkpoint.check_identity(path, state.identity, identity)
+        check_identity(folder, identity, identity, allowed)
+        return TrainState(identity), None, None
+    if of_deepspeed:
+        zero_stage = deepspeed_config.zero_stage
+        state = deepspeed_checkpoint.read_state(path, ranks.world_size, zero_stage, precision)
+    else:
+        state = checkpoint.read_state(path)
+    for change in check_identity(path, state.identity, identity, allowed):
+        ranks.log(f"allowed change: {path}: {change}")
+    state.identity = identity
     newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
     if newer and config.resume != "auto":
         raise UserError(
@@ -237,15 +331,15 @@ def _initial_state(
             f"{str(path)!r} is of step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
         )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
-    return state, path
+    return (state, None, path) if of_deepspeed else (state, path, None)
 
 
-def _record(config: RunConfig, engine: Engine, plan: BatchPlan, precision: str) -> dict[str, Any]:
+def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str) -> dict[str, Any]:
     """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
     return {
         "run": config.as_json(),
         "deepspeed": engine.config,
-        "batch": asdict(plan),
+        "batches": [asdict(plan) for plan in plans],
         "precision": precision,
         "device": str(engine.device),
         "versions": {

@@ -6,25 +6,33 @@ A step is one optimizer step on exactly `train_batch_size` sequences; the micro-
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ds_roberta.config import RunConfig
-from ds_roberta.data.loader import MicroBatch, TrainLoader
+from ds_roberta.data.loader import LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.stages import SkippedPlaces, skip
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
-from ds_roberta.training import checkpoint
-from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.engine import Engine
+from ds_roberta.training import checkpoint, deepspeed_checkpoint
+from ds_roberta.training.batch import BatchPlan
+from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
+from ds_roberta.training.guard import LossSpike, remember, spike_limit
 from ds_roberta.training.metrics import MetricsLog, Progress
 from ds_roberta.training.preemption import StopRequest
 from ds_roberta.training.schedule import learning_rate
+
+if TYPE_CHECKING:  # the loop is tested without DeepSpeed
+    from ds_roberta.training.engine import Engine, StepResult
 
 
 class Trainer:
@@ -33,7 +41,7 @@ class Trainer:
     Args:
         peak_learning_rate: the JSON's `optimizer.params.lr`.
         held_out: None where there is no validation split.
-        last_checkpoint: the one that `state` is of; None for a fresh run.
+        last_checkpoint: the portable one that `state` is of; None for a fresh run.
     """
 
     def __init__(
@@ -51,9 +59,18 @@ class Trainer:
         self._peak_learning_rate = peak_learning_rate
         self._held_out = held_out
         self.last_checkpoint = last_checkpoint
+        self._saved_state = copy.deepcopy(state) if last_checkpoint else None
         self._stop = StopRequest(self.ranks)
         self._metrics = MetricsLog(config.output_dir, state.global_step) if self.ranks.is_main else None
         self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
+        self._writer = CheckpointWriter(
+            engine,
+            config.data_dir / TOKENIZER_FOLDER,
+            config.output_dir / CHECKPOINTS_FOLDER,
+            Retention(config.intervals.keep_last, config.intervals.keep_every),
+            self._progress.say,
+        )
+        self._stage: LoaderStage | None = None
 
     def train(self) -> bool:
         """Train until `max_steps` or until asked to stop, saving as configured.
@@ -61,23 +78,52 @@ class Trainer:
         Returns:
             Whether the run is complete.
         """
+        with self._stop, contextlib.closing(self._progress), self._writer:
+            while True:
+                try:
+                    complete = self._take_steps()
+                    break
+                except LossSpike as spike:
+                    if self.config.guard.loss_spike != "rollback":
+                        raise
+                    self._roll_back(spike)
+            self.save()
+        return complete
+
+    def _take_steps(self) -> bool:
+        """Go on from the state's step to `max_steps` and its evaluation; whether no request to stop broke this off."""
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
-        steps = self.loader.steps(state.global_step, schedule.max_steps)
-        with self._stop, contextlib.closing(steps), contextlib.closing(self._progress):
+        with contextlib.closing(self.loader.steps(state.global_step, schedule.max_steps, self._skipped)) as steps:
+            complete = self.evaluate_and_save()
             for micro_batches in steps:
-                if state.global_step % intervals.eval_interval == 0:
-                    self.evaluate()
-                row = self.train_step(micro_batches)
+                try:
+                    row = self.train_step(micro_batches)
+                except UserError:  # a step's numbers are the same on all ranks, so all are here
+                    self._writer.finish()
+                    raise
                 if row is None:
-                    self.save()
                     return False
                 if state.global_step % intervals.log_interval == 0 or state.global_step == schedule.max_steps:
                     self.log(row)
-                if state.global_step % intervals.save_interval == 0:
-                    self.save()
-            evaluated = self.evaluate()
-            self.save()
-        return evaluated
+                complete = self.evaluate_and_save()
+        return complete
+
+    @property
+    def _skipped(self) -> list[SkippedPlaces]:
+        return [SkippedPlaces(**entry) for entry in self.state.skipped_places]
+
+    def _enter_stage(self) -> None:
+        """Tell engine and progress bar when the next step is of another stage than the one before."""
+        current = self.loader.stage(self.state.global_step)
+        if self.state.global_step == current.stage.first_step:
+            self.state.recent_losses = []  # another length has another loss
+        if current is self._stage:
+            return
+        if self._stage is not None:
+            self._progress.restart(self.state.global_step)
+        self._stage = current
+        plan = BatchPlan(current.stage.train_batch_size, current.micro_batch_size, self.ranks.world_size)
+        self.engine.set_batch(plan)
 
     def train_step(self, micro_batches: list[MicroBatch]) -> dict[str, Any] | None:
         """One optimizer step on this process's micro-batches of the next global batch.
@@ -87,7 +133,10 @@ class Trainer:
 
         Raises:
             UserError: the loss or the gradient is not finite (in fp16, such a gradient skips the step instead).
+            LossSpike: the loss is a spike, or with "rollback" one of these is not finite; the state is as before, the
+                engine is not.
         """
+        self._enter_stage()
         state, started = self.state, time.perf_counter()
         masked, tokens, sequences = self.ranks.sum(
             sum(len(micro_batch.labels) for micro_batch in micro_batches),
@@ -107,11 +156,8 @@ class Trainer:
         rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
         result = self.engine.step(rate)
         loss = self.ranks.sum(loss_sum.item())[0] / masked
-        if not (result.skipped or (math.isfinite(loss) and math.isfinite(result.grad_norm))):
-            raise UserError(
-                f"the loss ({loss}) or the gradient norm ({result.grad_norm}) of step {state.global_step + 1} is not "
-                "finite: lower the learning rate or warm up longer, and resume from the last checkpoint"
-            )
+        self._check_loss(loss, result)
+        state.recent_losses = remember(state.recent_losses, loss)
         state.global_step += 1
         state.skipped_steps += result.skipped
         state.consumed_samples += int(sequences)
@@ -128,12 +174,84 @@ class Trainer:
             "step_seconds": seconds,
             "loss_scale": result.loss_scale,
             "skipped_steps": state.skipped_steps,
+            "skipped_samples": sum(entry.end_place - entry.first_place for entry in self._skipped),
+            "loss_spikes": state.loss_spikes,
         }
         self._progress.step(state.global_step, loss, row["tokens_per_second"], seconds)
         return row
 
+    def evaluate_and_save(self) -> bool:
+        """Between two steps: do what is due, and let the save in flight go on.
+
+        Returns:
+            False where an evaluation was due and was broken off by a request to stop.
+        """
+        state, intervals = self.state, self.config.intervals
+        self._writer.poll()
+        due = state.global_step % intervals.eval_interval == 0 or state.global_step == self.config.schedule.max_steps
+        evaluated = self.evaluate() if due else True
+        is_best = state.best_step == state.global_step
+        if state.global_step and (is_best or state.global_step % intervals.save_interval == 0):
+            self.save()
+        return evaluated
+
+    def _check_loss(self, loss: float, result: StepResult) -> None:
+        """Judge the step just taken; raise as `train_step` says, or count and report a spike."""
+        state, guard = self.state, self.config.guard
+        if not (result.skipped or (math.isfinite(loss) and math.isfinite(result.grad_norm))):
+            numbers = f"the loss ({loss}) or the gradient norm ({result.grad_norm})"
+            problem = f"{numbers} of step {state.global_step + 1} is not finite"
+            if guard.loss_spike == "rollback":
+                raise LossSpike(problem)
+            raise UserError(
+                f"{problem}: lower the learning rate or warm up longer, and resume from the last checkpoint"
+            )
+        if guard.loss_spike_threshold is None:
+            return
+        limit = spike_limit(state.recent_losses, guard.loss_spike_threshold)
+        if not (math.isfinite(loss) and loss > limit):
+            return
+        problem = f"the loss of step {state.global_step + 1} is a spike: {loss:.4f}, above {limit:.4f}"
+        if guard.loss_spike == "rollback":
+            raise LossSpike(problem)
+        if guard.loss_spike == "stop":
+            raise LossSpike(
+                f"{problem}; nothing of it is saved: go on from the last checkpoint with --loss_spike rollback, which "
+                "leaves these data out, or with a lower learning rate"
+            )
+        state.loss_spikes += 1
+        self._progress.say(problem)
+
+    def _roll_back(self, spike: LossSpike) -> None:
+        """Go back to the newest good checkpoint and leave out the data since then, the spiked step's included.
+
+        This is saved at once, so that a run which is broken off leaves out the same.
+
+        Raises:
+            UserError: there is no checkpoint; or the run has been rolled back to it before.
+        """
+        folder = self.config.output_dir / CHECKPOINTS_FOLDER
+        path = self.ranks.on_main(lambda: checkpoint.choose("auto", folder) or self.last_checkpoint)
+        if path is None:
+            raise UserError(f"{spike}; there is no checkpoint to go back to")
+        spiked, skipped = self.state, self._skipped
+        self.state = checkpoint.load(self.engine, path)
+        self.state.identity = spiked.identity
+        step = self.state.global_step
+        if any(entry.global_step == step for entry in self._skipped):
+            raise UserError(f"{spike}; it is the second one since step {step}: leaving out data does not help")
+        skipped = skip(self.loader.stages, step, self._skipped, spiked.global_step + 1, skipped)
+        self.state.skipped_places = [asdict(entry) for entry in skipped]
+        self.state.loss_spikes = spiked.loss_spikes + 1
+        self.last_checkpoint = path
+        self._progress.restart(step)
+        self._progress.say(f"{spike}: rolled back to {path}; the data since then are left out")
+        if self._metrics is not None:
+            self._metrics = MetricsLog(self.config.output_dir, step)
+        self.save()
+
     def evaluate(self) -> bool:
-        """Compute and log the held-out loss, if there is a held-out split.
+        """Compute and log the held-out loss, if there is a held-out split, and remember the lowest after a step.
 
         A run that goes on at a step where this is due does it again, so it may be broken off without a trace.
 
@@ -146,8 +264,12 @@ class Trainer:
         if result is None:
             return False
         loss, perplexity = result
-        self.log({"global_step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
-        self._progress.say(f"step {self.state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        state = self.state
+        lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
+        if state.global_step and loss < lowest:
+            state.best_eval_loss, state.best_step = loss, state.global_step
+        self.log({"global_step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
+        self._progress.say(f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
         return True
 
     def log(self, row: dict[str, Any]) -> None:
@@ -160,17 +282,14 @@ class Trainer:
         self.engine.write_monitor(values, self.state.consumed_samples)
 
     def save(self) -> None:
-        """Write a checkpoint unless this step's is there; then it is `last_checkpoint`."""
+        """Begin to write a checkpoint unless this state has one; it is `last_checkpoint` when the writer is done."""
         state = self.state
-        if self.last_checkpoint is not None and checkpoint.read_state(self.last_checkpoint) == state:
+        if self._saved_state == state:
             return
         state.loss_scaler = self.engine.loss_scaler_state
-        path = checkpoint.save(
-            self.engine,
-            state,
-            self.config.data_dir / TOKENIZER_FOLDER,
-            self.config.output_dir / checkpoint.CHECKPOINTS_FOLDER,
-            self.config.intervals.keep_last,
-        )
-        self.last_checkpoint = path
-        self._progress.say(f"saved {path}")
+        self._writer.finish()
+        if self.config.save_deepspeed_checkpoint:
+            folder = self.config.output_dir / deepspeed_checkpoint.FOLDER
+            deepspeed_checkpoint.save(self.engine, state, folder, self.config.intervals.keep_last)
+        self.last_checkpoint = self._writer.save(state)
+        self._saved_state = copy.deepcopy(state)

@@ -15,7 +15,11 @@ def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return {
         "cpu": run_group(1, "partition", corpus_folder, tmp_path_factory.mktemp("cpu")),
         "cuda": run_group(
-            1, "partition,resume,overflow,micro_batch", corpus_folder, tmp_path_factory.mktemp("cuda"), "cuda"
+            1,
+            "partition,resume,overflow,overflow_at_the_floor,trials,micro_batch",
+            corpus_folder,
+            tmp_path_factory.mktemp("cuda"),
+            "cuda",
         ),
     }
 
@@ -36,6 +40,17 @@ def test_an_fp16_overflow_skips_the_step(findings):
     assert findings["cuda"]["overflow"] == {"skipped": True, "unchanged": True, "scales": [2.0**39]}
 
 
+def test_an_overflow_that_no_loss_scale_cures_names_the_tensor(findings):
+    found = findings["cuda"]["overflow_at_the_floor"]
+    assert len(found) == 6
+    assert all("that of lm_head.bias:" in message for _, message in found.values())
+
+
 def test_the_automatic_micro_batch_fits_and_fills_the_memory(findings):
     found = findings["cuda"]["micro_batch"]
-    assert 0.6 * found["total"] < found["peak"] < 0.95 * found["total"]
+    assert 0.6 * found["free"] < found["peak"] < 0.95 * found["free"]
+
+
+def test_trials_that_run_out_of_memory_leave_no_trace(findings):
+    for name, found in findings["cuda"]["trials"].items():
+        assert found["size"] == 3, name

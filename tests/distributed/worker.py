@@ -5,6 +5,7 @@ Starting a process group costs seconds, so one group runs many configurations an
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import deepspeed
@@ -12,60 +13,76 @@ import numpy as np
 import torch
 from deepspeed.runtime.comm import coalesced_collectives
 
-from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, model_config
-from ds_roberta.data.loader import Collator, TrainLoader
+from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave, set_up_logging
+from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training import checkpoint
+from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.engine import Engine, get_accelerator, init_distributed, on_gpu
-from ds_roberta.training.micro_batch import largest_micro_batch_size, peak_bytes
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
+from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
+from ds_roberta.training.engine import Engine
+from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_size
 
 SEED, LENGTH, BATCH = 3, 32, 22  # 22 sequences: neither 3 nor 4 processes divide them
 REPOSITORY = Path(__file__).parents[2]
 
 
-def make(ranks: Ranks, corpus: Corpus, stage: int, precision: str, micro_batch_size: int, dropout: float = 0.0):
-    """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them."""
+def small_model(corpus: Corpus, dropout: float) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=corpus.manifest.tokenizer.vocab_size,
+        num_hidden_layers=2,
+        hidden_size=48,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH + 2,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+
+
+def make(
+    ranks: Ranks, corpus: Corpus, stage: int, precision: str, micro_batch_size: int, dropout: float = 0.0, **changes
+):
+    """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them.
+
+    `changes` are entries of the DeepSpeed JSON.
+    """
     path = REPOSITORY / "ds_configs" / f"zero{max(stage, 1)}.json"
     config = DeepSpeedConfig.read(path, train_batch_size=BATCH, learning_rate=1e-3)
     config.content["zero_optimization"]["stage"] = stage
+    config.content.update(changes)
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
-    model = MaskedLM(
-        ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            num_hidden_layers=2,
-            hidden_size=48,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH + 2,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        )
-    )
+    model = MaskedLM(small_model(corpus, dropout))
     engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED)
-    plan = BatchPlan(BATCH, micro_batch_size, ranks.world_size)
+    plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
     packed = open_index(corpus, "train", PackingConfig(LENGTH))
     collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
-    loader = TrainLoader(
-        collator, SampleOrder(len(packed), SEED), BATCH, micro_batch_size, ranks.rank, ranks.world_size
-    )
+    only = Stage(0, LENGTH, config.train_batch_size)
+    order = SampleOrder(len(packed), SEED)
+    loader = TrainLoader([LoaderStage(only, collator, order, micro_batch_size)], ranks.rank, ranks.world_size)
     return engine, loader
 
 
-def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[dict[str, float]]:
-    """Steps `first` … `last - 1` as the trainer takes them: loss, gradient norm and collective reductions of each."""
+def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_masked: int = 1) -> list[dict[str, float]]:
+    """Steps `first` … `last - 1` as the trainer takes them: loss, gradient norm and collective reductions of each.
+
+    Args:
+        more_masked: divides the loss as if there were so many times the masked tokens in the batch.
+    """
     rows = []
     for step in range(first, last):
         micro_batches = loader.micro_batches(step)
         (masked,) = engine.ranks.sum(sum(len(batch.labels) for batch in micro_batches))
+        masked *= more_masked
         loss_sum = 0.0
         with Reductions() as reductions:
             with engine.accumulation():
@@ -137,33 +154,47 @@ def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         (folder / f"partition-{ranks.world_size}.json").write_text(json.dumps(findings))
 
 
+def save(engine: Engine, corpus: Corpus, folder: Path, state: TrainState) -> Path:
+    """A portable checkpoint, when it is complete."""
+    with CheckpointWriter(engine, corpus.folder / "tokenizer", folder, Retention(2)) as writer:
+        return writer.save(state)
+
+
 def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Each stage and precision, dropout on: four steps without a break against two, a checkpoint and two more."""
+    """Each stage and precision, dropout on: four steps without a break against two, a checkpoint and two more.
+
+    The portable checkpoint is still being written while the unbroken run goes on.
+    """
     findings = {}
-    tokenizer_folder = corpus.folder / "tokenizer"
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16")):
         name = f"{stage}-{precision}"
         unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
         rows = train(unbroken, loader, 0, 2)
         state = TrainState({"case": name}, global_step=2, loss_scaler=unbroken.loss_scaler_state)
-        path = checkpoint.save(unbroken, state, tokenizer_folder, folder / name, keep_last=2)
-        ranks.barrier()
-        rows += train(unbroken, loader, 2, 4)
-        resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
-        checkpoint.verify(path)
-        assert checkpoint.load(resumed, path) == state
-        again = train(resumed, loader, 2, 4)
-        difference = max(
-            float((a - b).abs().max())
-            for p, q in zip(unbroken.module.parameters(), resumed.module.parameters(), strict=True)
-            for a, b in zip(unbroken.full_tensors(p).values(), resumed.full_tensors(q).values(), strict=True)
-        )
-        findings[name] = {
-            "unbroken": [row["loss"] for row in rows[2:]],
-            "resumed": [row["loss"] for row in again],
-            "largest_difference": difference,
-            "loss_scaler": [unbroken.loss_scaler_state, resumed.loss_scaler_state],
-        }
+        theirs = deepspeed_checkpoint.save(unbroken, state, folder / f"{name}-deepspeed", keep_last=2)
+        with CheckpointWriter(unbroken, corpus.folder / "tokenizer", folder / name, Retention(2)) as writer:
+            path = writer.save(state)
+            rows += train(unbroken, loader, 2, 4)
+        findings[name] = {"unbroken": [row["loss"] for row in rows[2:]]}
+        for layout in ("portable", "deepspeed"):
+            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+            if layout == "portable":
+                checkpoint.verify(path)
+                assert checkpoint.load(resumed, path) == state
+            else:
+                assert deepspeed_checkpoint.read_state(theirs, ranks.world_size, stage, precision) == state
+                deepspeed_checkpoint.load(resumed, theirs, state)
+            again = train(resumed, loader, 2, 4)
+            difference = max(
+                float((a - b).abs().max())
+                for p, q in zip(unbroken.module.parameters(), resumed.module.parameters(), strict=True)
+                for a, b in zip(unbroken.full_tensors(p).values(), resumed.full_tensors(q).values(), strict=True)
+            )
+            findings[name][layout] = {
+                "losses": [row["loss"] for row in again],
+                "largest_difference": difference,
+                "loss_scaler": [unbroken.loss_scaler_state, resumed.loss_scaler_state],
+            }
     if ranks.is_main:
         (folder / f"resume-{ranks.world_size}.json").write_text(json.dumps(findings))
 
@@ -178,8 +209,7 @@ def elastic(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     if not path.exists():
         engine, loader = make(ranks, corpus, 2, "fp32", 4)
         train(engine, loader, 0, 2)
-        state = TrainState({}, global_step=2)
-        checkpoint.save(engine, state, corpus.folder / "tokenizer", path.parent, keep_last=2)
+        save(engine, corpus, path.parent, TrainState({}, global_step=2))
         findings["unbroken"] = [row["loss"] for row in train(engine, loader, 2, 5)]
     for stage in (0, 1, 2, 3):
         engine, loader = make(ranks, corpus, stage, "fp32", 3)
@@ -203,18 +233,115 @@ def overflow(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         (folder / "overflow.json").write_text(json.dumps(content))
 
 
+def overflow_at_the_floor(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """One weight makes fp16 overflow at any loss scale: what the steps say at each stage, with a scale to lose or not.
+
+    The bias of the vocabulary is no input of a product, so that its gradient alone is infinite.
+    """
+    messages = {}
+    for stage in (1, 2, 3):
+        for name, section in (("dynamic", {"initial_scale_power": 1, "hysteresis": 1}), ("fixed", {"loss_scale": 2})):
+            engine, loader = make(ranks, corpus, stage, "fp16", 4, fp16={"enabled": True, **section})
+            bias = dict(engine.module.named_parameters())["lm_head.bias"]
+            if ranks.rank == ranks.world_size - 1:
+                bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+            skipped = []
+            try:
+                for step in range(3):
+                    skipped += [row["skipped"] for row in train(engine, loader, step, step + 1)]
+            except UserError as error:
+                messages[f"{stage}-{name}"] = [skipped, str(error)]
+    everyones = ranks.gather(messages)
+    if ranks.is_main:
+        assert all(found == messages for found in everyones)
+        (folder / "overflow_at_the_floor.json").write_text(json.dumps(messages))
+
+
+class OutOfMemoryInBackward(MaskedLM):
+    """Runs out of memory in the backward pass of more than `largest` sequences."""
+
+    largest = 0
+
+    def forward(self, input_ids, *arguments):
+        loss = super().forward(input_ids, *arguments)
+        if len(input_ids) > self.largest:
+            loss.register_hook(self._fail)
+        return loss
+
+    @staticmethod
+    def _fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def trials(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Three steps after trials that ran out of memory, at another size on each rank, against three steps without."""
+    OutOfMemoryInBackward.largest = 3 + 2 * ranks.rank
+    findings = {}
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "fp16"), (3, "bf16")):
+        finals = []
+        for tried in (False, True):
+            engine, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+            rows = train(engine, loader, 0, 1)
+            if tried:
+                trial = Trial(engine, lambda: OutOfMemoryInBackward(small_model(corpus, 0.1)), LENGTH, MaskingConfig())
+                size = largest_size(engine, trial, limit=8)
+            rows += train(engine, loader, 1, 3)
+            finals.append((rows, {name: value.tobytes() for name, value in parameters(engine).items()}))
+        findings[f"{stage}-{precision}"] = {"size": size, "equal": finals[0] == finals[1]}
+    if ranks.is_main:
+        (folder / "trials.json").write_text(json.dumps(findings))
+
+
+def accumulation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Errors against fp32 of the gradient of 1,024 sequences: in bf16 as 1,024 micro-steps and as 8; in fp16 as 8, also
+    as if they were part of a batch a million times as large.
+    """
+    gradients = {}
+    cases = (("fp32", 128, 1), ("bf16", 128, 1), ("bf16", 1, 1), ("fp16", 128, 1), ("fp16", 128, 2**20))
+    for precision, micro_batch_size, more_masked in cases:
+        engine, loader = make(ranks, corpus, 2, precision, micro_batch_size, train_batch_size=1_024)
+        train(engine, loader, 0, 1, more_masked)
+        moments = [engine.full_tensors(parameter)["exp_avg"].flatten() for parameter in engine.module.parameters()]
+        name = f"{precision}-{micro_batch_size}" + ("" if more_masked == 1 else "-large")
+        gradients[name] = torch.cat(moments) * more_masked
+    exact = gradients.pop("fp32-128")
+    errors = {name: float((gradient - exact).norm() / exact.norm()) for name, gradient in gradients.items()}
+    (folder / "accumulation.json").write_text(json.dumps(errors))
+
+
 def micro_batch(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """The "auto" micro-batch of base at 512 tokens: its size, and the peak memory of a step of that size."""
     config = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero2.json")
-    model = MaskedLM(model_config("base", corpus.manifest.tokenizer.vocab_size, 512))
-    engine = Engine(model, config.resolved("bf16", on_gpu()), ranks, SEED)
-    size = largest_micro_batch_size(engine, 512, MaskingConfig(), limit=8192)
-    content = {"size": size, "peak": peak_bytes(engine, size, 512, MaskingConfig())}
-    content["total"] = torch.cuda.get_device_properties(engine.device).total_memory
+    base = model_config("base", corpus.manifest.tokenizer.vocab_size, 512)
+    engine = Engine(MaskedLM(base), config.resolved("bf16", on_gpu()), ranks, SEED)
+    free, _ = torch.cuda.mem_get_info(engine.device)
+    free += torch.cuda.memory_reserved(engine.device)
+    trial = Trial(engine, lambda: MaskedLM(base), 512, MaskingConfig())
+    started = time.perf_counter()
+    size = largest_size(engine, trial, limit=8192)
+    seconds = time.perf_counter() - started
+    del trial
+    torch.cuda.reset_peak_memory_stats(engine.device)
+    for _ in range(2):
+        engine.rehearse(full_micro_batch(size, 512, MaskingConfig()))
+    peak = torch.cuda.max_memory_allocated(engine.device)
+    content = {"size": size, "peak": peak, "free": free, "seconds": seconds}
     (folder / "micro_batch.json").write_text(json.dumps(content))
 
 
-CASES = {"micro_batch": micro_batch, "partition": partition, "resume": resume, "elastic": elastic, "overflow": overflow}
+CASES = {
+    function.__name__: function
+    for function in (
+        partition,
+        resume,
+        elastic,
+        overflow,
+        overflow_at_the_floor,
+        trials,
+        accumulation,
+        micro_batch,
+    )
+}
 
 if __name__ == "__main__":
     set_up_logging()

@@ -14,12 +14,17 @@ PRETRAIN = REPOSITORY / "launch/pretrain.py"
 CONFIG = REPOSITORY / "ds_configs/zero2.json"
 
 
+def environment(cwd: Path) -> dict[str, str]:
+    """With a user's cache of its own for each workspace, so that its runs take the same micro-batch."""
+    return {**ENVIRONMENT, "XDG_CACHE_HOME": str(cwd / "cache")}
+
+
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
     """Run a command to its end and check its exit code; what it printed on both streams."""
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=ENVIRONMENT,
+        env=environment(cwd),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -39,7 +44,7 @@ def pretrain_until(cwd: Path, condition, number: signal.Signals, *arguments: str
     with subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
-        env=ENVIRONMENT,
+        env=environment(cwd),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,12 +10,13 @@ from commands import REPOSITORY, run
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which data/corpus was prepared by the commands, from two works of the example corpus."""
     folder = tmp_path_factory.mktemp("workspace")
-    sources = [REPOSITORY / "examples/corpus" / name for name in ("ethan-frome.txt", "the-railway-children.txt")]
+    names = ("ethan-frome.txt", "the-railway-children.txt")
+    works = [f"books={REPOSITORY / 'examples/corpus' / name}" for name in names]
     run(
         "preprocess",
         "train-tokenizer",
         "--input",
-        *sources,
+        *works,
         "--vocab_size",
         "2000",
         "--output",
@@ -23,7 +24,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder,
     )
     run(
-        *("preprocess", "shard", "--input", *sources, "--tokenizer", "data/tokenizer", "--output", "data/corpus"),
+        *("preprocess", "shard", "--input", *works, "--tokenizer", "data/tokenizer", "--output", "data/corpus"),
         *("--validation_fraction", "0.05", "--workers", "2"),
         cwd=folder,
     )

@@ -1,6 +1,7 @@
 """The whole way by the real commands, and what happens when it is broken off."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -21,9 +22,23 @@ def without_times(entries: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "step_seconds")} for row in entries]
 
 
+def final_state(output: Path) -> dict:
+    return json.loads((output / "checkpoints/global_step6/train_state.json").read_text(encoding="utf-8"))
+
+
 def final_tensors(output: Path) -> dict[str, torch.Tensor]:
     (path,) = (output / "checkpoints/global_step6").glob("state-*.safetensors")
     return safetensors.torch.load_file(path)
+
+
+def assert_same_end(output: Path, unbroken: Path) -> None:
+    """Two runs have the same metrics but times, the same state and bit-identical weights and moments."""
+    assert without_times(rows(output)) == without_times(rows(unbroken))
+    assert final_state(output) == final_state(unbroken)
+    assert (output / "checkpoints/best").read_text() == (unbroken / "checkpoints/best").read_text()
+    expected, found = final_tensors(unbroken), final_tensors(output)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +65,43 @@ def test_the_run_records_how_it_was_made(unbroken):
     record = json.loads((unbroken / "config.json").read_text())
     assert record["run"]["packing"]["max_seq_length"] == 64
     assert record["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert record["batch"]["train_batch_size"] == 24
+    assert record["batches"][0]["train_batch_size"] == 24
     assert record["versions"]["torch"] == torch.__version__
+
+
+def test_length_and_batch_follow_their_schedules(workspace):
+    arguments = (*SETTINGS, "--output_dir", "runs/staged", "--train_batch_size_schedule", "0:8,2:24")
+    printed = pretrain(workspace, *arguments, "--max_seq_length_schedule", "0:32,3:64")
+    assert "from step 3: 64 tokens a sequence" in printed
+    steps = [row for row in rows(workspace / "runs/staged") if "loss" in row]
+    assert [row["consumed_samples"] for row in steps] == [8, 16, 40, 64, 88, 112]
+    tokens = [row["consumed_tokens"] for row in steps]
+    assert 1.5 < (tokens[3] - tokens[2]) / (tokens[2] - tokens[1]) < 2.5
+    record = json.loads((workspace / "runs/staged/config.json").read_text())
+    assert [stage["max_seq_length"] for stage in record["run"]["stages"]] == [32, 32, 64]
+    assert [plan["train_batch_size"] for plan in record["batches"]] == [8, 24, 24]
+    refused = pretrain(workspace, *arguments, "--max_seq_length_schedule", "0:32,4:64", code=2)
+    assert "max_seq_length_schedule is '0:32,3:64', this run's is '0:32,4:64'" in refused
 
 
 def test_checkpoints_are_named_and_the_last_ones_kept(unbroken):
     checkpoints = unbroken / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "global_step2",
+        "best",
+        "global_step3",
         "global_step4",
         "global_step6",
         "latest",
     ]
     assert (checkpoints / "latest").read_text().strip() == "global_step6"
+
+
+def test_the_best_checkpoint_is_the_one_of_the_lowest_held_out_loss(unbroken):
+    evaluations = [row for row in rows(unbroken) if row.get("eval_loss") and row["global_step"]]
+    lowest = min(evaluations, key=lambda row: row["eval_loss"])
+    state = final_state(unbroken)
+    assert (state["best_eval_loss"], state["best_step"]) == (lowest["eval_loss"], lowest["global_step"])
+    assert (unbroken / "checkpoints/best").read_text().strip() == f"global_step{lowest['global_step']}"
 
 
 def test_the_exported_model_fills_masks_and_loads_for_classification(unbroken):
@@ -81,27 +120,43 @@ def test_export_hf_writes_the_same_model_from_the_checkpoint(unbroken, workspace
         assert torch.equal(ours[name], value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, number):
-    output = workspace / f"runs/{number.name}"
+@pytest.mark.parametrize(
+    ("number", "row"),
+    [
+        (signal.SIGKILL, "loss"),
+        (signal.SIGKILL, "eval_loss"),  # between the evaluation and the checkpoint that it is in
+        (signal.SIGTERM, "loss"),
+        (signal.SIGINT, "loss"),
+    ],
+)
+def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, number, row):
+    output = workspace / f"runs/{number.name}-{row}"
     arguments = (*SETTINGS, "--output_dir", output)
 
-    def third_step_taken() -> bool:
-        return (output / "metrics.jsonl").exists() and '"global_step": 3, "loss"' in (
-            output / "metrics.jsonl"
-        ).read_text()
+    def third_step_has_its_row() -> bool:
+        metrics = output / "metrics.jsonl"
+        return metrics.exists() and f'"global_step": 3, "{row}"' in metrics.read_text()
 
-    code, printed = pretrain_until(workspace, third_step_taken, number, *arguments)
+    code, printed = pretrain_until(workspace, third_step_has_its_row, number, *arguments)
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:
         assert code == 85, printed
         assert "stopped on request" in printed
     assert "resuming from" in pretrain(workspace, *arguments)
-    assert without_times(rows(output)) == without_times(rows(unbroken))
-    expected, found = final_tensors(unbroken), final_tensors(output)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert_same_end(output, unbroken)
+
+
+def test_a_named_change_is_allowed_and_becomes_the_runs_own(unbroken, workspace):
+    output = workspace / "runs/changed"
+    shutil.copytree(unbroken, output)
+    printed = pretrain(
+        workspace, *SETTINGS, "--max_steps", "7", "--output_dir", output, "--seed", "5", "--allow_change", "seed"
+    )
+    assert "its seed is 0, this run's is 5" in printed
+    assert f"as found before ({output}/micro_batch.json)" in printed
+    state = json.loads((output / "checkpoints/global_step7/train_state.json").read_text())
+    assert state["identity"]["seed"] == 5
 
 
 def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace, unbroken):
@@ -126,7 +181,13 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
         (["--resume", "nowhere"], ["'nowhere'", "auto"]),
         (["--max_seq_length", "2"], ["max_seq_length", "2"]),
         (["--mask_steps", "2"], ["--mask_steps"]),
+        (["--allow_change", "sed"], ["--allow_change", "did you mean 'seed'"]),
         (["--output_dir", "runs/unbroken", *SETTINGS, "--seed", "7"], ["seed", "7", "--output_dir"]),
+        (
+            ["--output_dir", "runs/unbroken", *SETTINGS, "--source_weights", "books=1"],
+            ["source_weights is None, this run's is {'books': 1}", "--output_dir"],
+        ),
+        (["--source_weights", "wiki=2,books=1"], ["unknown source 'wiki'", "sources are books"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workspace, unbroken, arguments, words):

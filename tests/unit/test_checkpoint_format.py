@@ -5,53 +5,16 @@ import shutil
 
 import pytest
 import torch
+from fake_engine import IDENTITY, FakeEngine, equal
 from safetensors import safe_open
-from torch import nn
 
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.export import export_checkpoint
-
-IDENTITY = {"data": "abc", "seed": 3, "model": {"hidden_size": 4, "hidden_dropout_prob": 0.1}, "train_batch_size": 8}
-
-
-class FakeEngine:
-    """What `checkpoint` needs of an engine; every rank holds the whole state."""
-
-    def __init__(self, ranks, seed=0, module=None):
-        self.ranks = ranks
-        self.module = module or nn.Sequential(nn.Linear(4, 9), nn.LayerNorm(9), nn.Linear(9, 2))
-        generator = torch.Generator().manual_seed(seed)  # torch's own is shared by the threads
-
-        def random(parameter):
-            return torch.rand(parameter.shape, generator=generator)
-
-        self.moments = {}
-        for parameter in self.module.parameters():
-            parameter.data = random(parameter)
-            self.moments[parameter] = {key: random(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        self.applied_steps, self.loss_scaler_state = 0, {}
-
-    def full_tensors(self, parameter):
-        return {"weight": parameter.data, **self.moments[parameter]}
-
-    def set_tensors(self, parameter, values):
-        parameter.data.copy_(values["weight"])
-        self.moments[parameter] = {key: values[key].clone() for key in ("exp_avg", "exp_avg_sq")}
-
-    def content(self):
-        return {
-            f"{key}.{name}": tensor.clone()
-            for name, parameter in self.module.named_parameters()
-            for key, tensor in self.full_tensors(parameter).items()
-        }
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture
@@ -60,8 +23,10 @@ def save(tokenizer_folder, on_ranks):
 
     def save_step(folder, step, world_size=2, keep_last=10, **state):
         def body(ranks):
-            engine = FakeEngine(ranks, seed=step)
-            return checkpoint.save(engine, TrainState(IDENTITY, step, **state), tokenizer_folder, folder, keep_last)
+            with CheckpointWriter(
+                FakeEngine(ranks, seed=step), tokenizer_folder, folder, Retention(keep_last)
+            ) as writer:
+                return writer.save(TrainState(IDENTITY, step, **state))
 
         results = on_ranks(world_size, body)
         for result in results:
@@ -77,10 +42,6 @@ def flip(path, offset=None):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if offset is None else offset] ^= 1
     path.write_bytes(content)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("saved_by", [1, 2, 3])
@@ -129,76 +90,8 @@ def test_processes_share_the_writing(tmp_path, save):
     assert abs(sizes[0] - sizes[1]) <= 3 * 36
 
 
-def test_latest_names_the_newest_and_nothing_temporary_stays(tmp_path, save):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    assert (tmp_path / "latest").read_text() == "global_step2\n"
-    assert names(tmp_path) == ["global_step1", "global_step2", "latest"]
-
-
-def test_saving_a_step_again_replaces_it(tmp_path, save):
-    path = save(tmp_path, 1, world_size=3)
-    flip(path / "train_state.json")
-    save(tmp_path, 1, world_size=2)
-    checkpoint.verify(path)
-    assert len(list(path.glob("state-*.safetensors"))) == 2
-
-
-def test_the_newest_are_kept(tmp_path, save):
-    for step in (5, 10, 100, 200):
-        save(tmp_path, step, keep_last=2)
-    assert names(tmp_path) == ["global_step100", "global_step200", "latest"]
-
-
-def test_the_checkpoint_just_written_is_never_removed(tmp_path, save):
-    for step in (100, 200, 300):
-        save(tmp_path, step)
-    # A run that goes on from step 100 by its explicit path comes by 150 while 200 and 300 are still there.
-    path = save(tmp_path, 150, keep_last=2)
-    checkpoint.verify(path)
-    assert names(tmp_path) == ["global_step150", "global_step200", "global_step300", "latest"]
-    assert (tmp_path / "latest").read_text() == "global_step150\n"
-
-
-@pytest.mark.parametrize("failing_rank", [0, 1])
-def test_no_checkpoint_appears_when_a_process_could_not_write(tmp_path, tokenizer_folder, on_ranks, failing_rank, save):
-    earlier = save(tmp_path, 1)
-
-    def body(ranks):
-        engine = FakeEngine(ranks)
-        if ranks.rank == failing_rank:
-            # Its file's name is taken by a folder: the write fails as on a full disk.
-            barrier, calls = ranks.barrier, []
-
-            def block_after_first_barrier():
-                barrier()
-                if not calls:
-                    (tmp_path / f".global_step2.tmp/state-{ranks.rank:05d}-of-00002.safetensors").mkdir()
-                calls.append(1)
-
-            ranks.barrier = block_after_first_barrier
-        return checkpoint.save(engine, TrainState(IDENTITY, 2), tokenizer_folder, tmp_path, 3)
-
-    for result in on_ranks(2, body):
-        assert isinstance(result, UserError)
-        assert "cannot write the checkpoint" in str(result)
-        assert "earlier checkpoints are intact" in str(result)
-    assert names(tmp_path) == ["global_step1", "latest"]
-    checkpoint.verify(earlier)
-
-
-def test_a_place_that_cannot_be_written_is_a_user_error_on_all_ranks(tmp_path, tokenizer_folder, on_ranks):
-    (tmp_path / "file").write_text("")
-
-    def body(ranks):
-        return checkpoint.save(
-            FakeEngine(ranks), TrainState(IDENTITY, 2), tokenizer_folder, tmp_path / "file/checkpoints", 3
-        )
-
-    assert all(isinstance(result, UserError) for result in on_ranks(2, body))
-
-
-def test_any_damage_to_any_file_is_noticed(tmp_path, save):
+def test_any_damage_to_any_file_is_noticed_and_auto_falls_back_to_the_earlier_one(tmp_path, save):
+    earlier = save(tmp_path / "run", 2)
     original = save(tmp_path / "c", 3)
     files = sorted(str(path.relative_to(original)) for path in original.rglob("*") if path.is_file())
     assert {"manifest.json", "train_state.json", "tokenizer/tokenizer.json"} < set(files)
@@ -214,12 +107,13 @@ def test_any_damage_to_any_file_is_noticed(tmp_path, save):
     ]
     for name in files:
         for damage in damages:
-            copy = tmp_path / "copy"
+            copy = tmp_path / "run/global_step3"
             shutil.copytree(original, copy)
-            checkpoint.verify(copy)
+            assert checkpoint.choose("auto", tmp_path / "run") == copy
             damage(copy / name)
             with pytest.raises(UserError, match="checkpoint"):
-                checkpoint.verify(copy)
+                checkpoint.choose(str(copy), tmp_path / "run")
+            assert checkpoint.choose("auto", tmp_path / "run") == earlier
             shutil.rmtree(copy)
 
 
@@ -250,16 +144,25 @@ def test_a_manifest_of_another_kind_is_a_user_error(tmp_path, save, content):
 
 def test_another_format_version_is_refused_by_name(tmp_path, save):
     path = save(tmp_path, 3)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 9}))
+    (path / "manifest.json").write_text(json.dumps({"format_version": 9, "parts": []}))
     with pytest.raises(UserError, match="format version 9, this program reads 1"):
         checkpoint.verify(path)
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_to_name(tmp_path):
-    for path in (tmp_path, tmp_path / "missing"):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "photos"):
         with pytest.raises(UserError, match=r"is no checkpoint .* name a folder checkpoints/global_stepN of a run"):
-            checkpoint.verify(path)
+            checkpoint.choose(str(path), tmp_path / "none")
+
+
+def test_a_checkpoint_from_before_the_best_was_remembered_loads(tmp_path, save):
+    path = save(tmp_path, 3, best_eval_loss=2.5, best_step=3)
+    content = json.loads((path / "train_state.json").read_text())
+    del content["best_eval_loss"], content["best_step"]
+    (path / "train_state.json").write_text(json.dumps(content))
+    assert checkpoint.read_state(path) == TrainState(IDENTITY, 3)
 
 
 def test_auto_takes_the_newest_by_number(tmp_path, save):
@@ -316,40 +219,22 @@ def test_the_newest_of_a_run_is_found_from_its_folder(tmp_path, save):
         checkpoint.newest(tmp_path / "empty")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"data": "xyz"}, "its data is 'abc', this run's is 'xyz'"),
-        ({"seed": 4}, "its seed is 3, this run's is 4"),
-        ({"train_batch_size": 16}, "its train_batch_size is 8, this run's is 16"),
-        (
-            {"model": {"hidden_size": 4, "hidden_dropout_prob": 0.0}},
-            "its model.hidden_dropout_prob is 0.1, this run's is 0.0",
-        ),
-        ({"model": {**IDENTITY["model"], "layers": 2}}, "its model.layers is None, this run's is 2"),
-        ({"masking": {"mlm_probability": 0.4}}, "its masking is None, this run's is {'mlm_probability': 0.4}"),
-    ],
-)
-def test_a_run_that_differs_is_told_in_what(tmp_path, save, change, message):
-    path = save(tmp_path, 1)
-    saved = checkpoint.read_state(path).identity
-    checkpoint.check_identity(path, saved, IDENTITY)
-    with pytest.raises(UserError) as caught:
-        checkpoint.check_identity(path, saved, {**IDENTITY, **change})
-    assert message in str(caught.value)
-    assert "another --output_dir to start anew" in str(caught.value)
-
-
 def test_a_checkpoint_exports_by_itself(tmp_path, tokenizer_folder, solo_ranks):
     config = model_config("tiny", 400, 64)
     engine = FakeEngine(solo_ranks, module=MaskedLM(config))
     identity = {"model": vars(config), "packing": {"max_seq_length": 64}}
     folder = tmp_path / "run" / checkpoint.CHECKPOINTS_FOLDER
-    path = checkpoint.save(engine, TrainState(identity, 7), tokenizer_folder, folder, 3)
-    for source in (path, tmp_path / "run"):
-        export_checkpoint(source, tmp_path / "exported")
+    with CheckpointWriter(engine, tokenizer_folder, folder, Retention(3)) as writer:
+        path = writer.save(TrainState(identity, 7, best_step=7))
+        writer.save(TrainState(identity, 8, best_step=7))
+    assert checkpoint.newest(tmp_path / "run") != path
+    for source, best in ((path, False), (tmp_path / "run", False), (tmp_path / "run", True)):
+        export_checkpoint(source, tmp_path / "exported", best)
         assert json.loads((tmp_path / "exported/tokenizer_config.json").read_text())["model_max_length"] == 64
     flip(path / "tokenizer/tokenizer.json")
-    with pytest.raises(UserError, match=r"tokenizer.json' is damaged"):
-        export_checkpoint(path, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    for source, best in ((path, False), (tmp_path / "run", True)):
+        with pytest.raises(UserError, match=r"tokenizer.json' is damaged"):
+            export_checkpoint(source, tmp_path / "other", best)
+        assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match=r"cannot read .*checkpoints/best'"):
+        export_checkpoint(path, tmp_path / "other", best=True)

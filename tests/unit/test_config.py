@@ -5,6 +5,7 @@ import pytest
 
 from ds_roberta.config import (
     PRESETS,
+    GuardConfig,
     IntervalConfig,
     MaskingConfig,
     PackingConfig,
@@ -13,6 +14,7 @@ from ds_roberta.config import (
     model_config,
     require_positive,
 )
+from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
 
 
@@ -25,6 +27,7 @@ def run_config(**changes):
             "model": model_config("tiny", 400, 128),
             "packing": PackingConfig(128),
             "schedule": ScheduleConfig(10, 1),
+            "stages": make_stages(128, 8),
             **changes,
         }
     )
@@ -116,6 +119,49 @@ def test_a_schedule_has_steps_and_warms_up_within_them(max_steps, warmup_steps):
     assert ScheduleConfig(10, 10).warmup_steps == 10
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr_scheduler_type": "inverse_sqrt"}, "--lr_scheduler_type must be one of linear, .*got 'inverse_sqrt'"),
+        ({"min_lr_ratio": 0.1}, "--min_lr_ratio does nothing with --lr_scheduler_type linear"),
+        ({"lr_scheduler_type": "cosine", "lr_power": 2.0}, "--lr_power does nothing with --lr_scheduler_type cosine"),
+        ({"lr_scheduler_type": "polynomial", "decay_steps": 2}, "--decay_steps does nothing"),
+        ({"lr_scheduler_type": "polynomial", "lr_power": 0.0}, "--lr_power must be a positive number, got 0.0"),
+        ({"lr_scheduler_type": "cosine", "min_lr_ratio": 1.5}, "--min_lr_ratio must be from 0 to 1, got 1.5"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "decay_steps": 10},
+            r"--decay_steps must be .*\(9\), got 10",
+        ),
+        ({"lr_scheduler_type": "warmup_stable_decay", "decay_type": "sqrt"}, "--decay_type must be one of"),
+    ],
+)
+def test_a_shape_takes_the_options_that_it_uses(options, words):
+    with pytest.raises(UserError, match=words):
+        ScheduleConfig(10, 1, **options)
+
+
+def test_options_of_a_shape_are_resolved():
+    schedule = ScheduleConfig(95, 5, "warmup_stable_decay")
+    assert (schedule.decay_steps, schedule.decay_type, schedule.min_lr_ratio) == (10, "1-sqrt", 0.0)
+    assert schedule.lr_power is None
+    assert ScheduleConfig(95, 90, "warmup_stable_decay").decay_steps == 5
+
+
+def test_a_schedule_that_the_run_does_not_reach_is_refused():
+    stages = make_stages(128, 8, "0:64,10:128")
+    with pytest.raises(UserError, match="changes at step 10, which --max_steps 10 does not reach"):
+        run_config(stages=stages)
+    run_config(stages=stages, schedule=ScheduleConfig(11, 0))
+
+
+def test_a_guard_that_is_off_has_no_threshold():
+    assert GuardConfig().loss_spike_threshold == 10.0
+    assert GuardConfig("off").loss_spike_threshold is None
+    for guard in (("off", 5.0), ("warn", 0.0), ("stop", float("nan")), ("ignore", None)):
+        with pytest.raises(UserError, match="--loss_spike"):
+            GuardConfig(*guard)
+
+
 @pytest.mark.parametrize("name", ["save_interval", "eval_interval", "log_interval", "keep_last"])
 def test_intervals_are_positive(name):
     with pytest.raises(UserError, match=f"--{name} must be a positive whole number, got 0"):
@@ -135,4 +181,5 @@ def test_all_settings_are_written_as_json():
     assert content["data_dir"] == "d"
     assert content["model"]["hidden_size"] == 256
     assert content["masking"]["mlm_probability"] == 0.15
-    assert content["schedule"] == {"max_steps": 10, "warmup_steps": 1}
+    assert content["schedule"]["max_steps"] == 10
+    assert content["stages"] == [{"first_step": 0, "max_seq_length": 128, "train_batch_size": 8}]

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig
-from ds_roberta.data.loader import EMPTY_PLACE, Collator, MicroBatch, TrainLoader, prefetch, split_places
+from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
+from ds_roberta.data.loader import EMPTY_PLACE, Collator, LoaderStage, MicroBatch, TrainLoader, prefetch, split_places
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.data.words import word_starts
 from ds_roberta.training.batch import BatchPlan
 
@@ -31,7 +32,8 @@ def collator(corpus, packed):
 @pytest.fixture(scope="module")
 def loader(collator, packed):
     def make(batch, micro_batch, rank=0, world_size=1):
-        return TrainLoader(collator, SampleOrder(len(packed), 5), batch, micro_batch, rank, world_size)
+        stage = LoaderStage(Stage(0, LENGTH, batch), collator, SampleOrder(len(packed), 5), micro_batch)
+        return TrainLoader([stage], rank, world_size)
 
     return make
 
@@ -70,8 +72,8 @@ def test_a_global_batch_is_the_same_on_any_number_of_processes(corpus, packed, b
     collator, order = Collator(packed, masker, tokenizer, LENGTH), SampleOrder(len(packed), 5)
 
     def loader(batch, micro_batch, rank=0, world_size=1):
-        share = {"mlm_probability": lambda step: 0.04 * step}
-        return TrainLoader(collator, order, batch, micro_batch, rank, world_size, **share)
+        stage = LoaderStage(Stage(0, LENGTH, batch), collator, order, micro_batch)
+        return TrainLoader([stage], rank, world_size, mlm_probability=lambda step: 0.04 * step)
 
     expected = Counter(row for part in loader(batch, batch).micro_batches(step) for row in rows(part))
     assert expected.total() == batch
@@ -109,7 +111,7 @@ def test_an_epoch_shows_every_sequence_once_and_the_next_goes_on(loader, packed)
     stream = loader(batch, batch)
     batches = [Counter(true_ids(stream.micro_batches(step)[0])) for step in range(-(-total // batch))]
     sequences = np.arange(len(packed))
-    corpus = Counter(true_ids(stream.collator.collate(sequences, sequences)))
+    corpus = Counter(true_ids(stream.stage(0).collator.collate(sequences, sequences)))
     assert len(corpus) > 0.99 * len(packed)
 
     assert sum(batches[: len(packed) // batch], Counter()) <= corpus
@@ -123,13 +125,64 @@ def test_an_epoch_shows_every_sequence_once_and_the_next_goes_on(loader, packed)
 
 def test_the_share_to_mask_is_that_of_the_step(collator, packed):
     order = SampleOrder(len(packed), 5)
-    loader = TrainLoader(collator, order, 1000, 100, mlm_probability=lambda step: 0.1 * step)
+    stage = LoaderStage(Stage(0, LENGTH, 1000), collator, order, 100)
+    loader = TrainLoader([stage], mlm_probability=lambda step: 0.1 * step)
     masked, tokens = [], []
     for step in (1, 4):
         micro_batches = loader.micro_batches(step)
         masked.append(sum(len(each.labels) for each in micro_batches))
         tokens.append(sum(each.tokens for each in micro_batches))
     assert masked[1] / tokens[1] == pytest.approx(4 * masked[0] / tokens[0], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def staged_loader(corpus):
+    """A loader of a run whose length and batch size change, each twice."""
+    tokenizer, data = corpus.manifest.tokenizer, {}
+    masker = training_masker(MaskingConfig(), tokenizer, 5)
+    for length in (16, LENGTH):
+        build_index(corpus, "train", PackingConfig(length))
+        packed = open_index(corpus, "train", PackingConfig(length))
+        data[length] = Collator(packed, masker, tokenizer, length), SampleOrder(len(packed), 5)
+
+    def make(micro_batch, rank=0, world_size=1):
+        stages = make_stages(LENGTH, 100, "0:16,3:32,5:16,6:32", "0:25,2:50,5:100")
+        loader_stages = [LoaderStage(stage, *data[stage.max_seq_length], micro_batch) for stage in stages]
+        return TrainLoader(loader_stages, rank, world_size)
+
+    return make
+
+
+@pytest.mark.parametrize("skipped", [[], [SkippedPlaces(2, 16, 50, 150), SkippedPlaces(4, 32, 0, 70)]])
+def test_the_batches_of_stages_are_the_same_on_any_number_of_processes(staged_loader, skipped):
+    for step, (length, batch) in enumerate([(16, 25), (16, 25), (16, 50), (32, 50), (32, 50), (16, 100), (32, 100)]):
+        (expected,) = (rows(each) for each in staged_loader(batch).micro_batches(step, skipped))
+        assert len(expected) == batch
+        for world_size, micro_batch in ((1, 7), (2, 64), (3, 4)):
+            parts = [staged_loader(micro_batch, rank, world_size) for rank in range(world_size)]
+            found = [each for part in parts for each in part.micro_batches(step, skipped)]
+            assert {each.input_ids.shape for each in found} == {(micro_batch, length)}
+            assert Counter(row for each in found for row in rows(each)) == Counter(expected)
+
+
+def test_a_length_goes_on_in_its_order_where_it_was_left(staged_loader):
+    for length, steps in ((16, [0, 1, 2, 5]), (LENGTH, [3, 4, 6, 7])):
+        stream = staged_loader(1000)
+        found = [row for step in steps for each in stream.micro_batches(step) for row in true_ids(each)]
+        current = stream.stage(steps[0])
+        sequences = current.order.sequences(np.arange(len(found)))
+        expected = current.collator.collate(sequences, np.arange(len(found)))
+        assert len(found) == 200 if length == 16 else 300
+        assert Counter(found) == Counter(true_ids(expected))
+
+
+def test_the_stream_of_stages_from_any_step_is_the_tail_of_the_whole(staged_loader):
+    skipped = [SkippedPlaces(4, 32, 50, 120)]
+    whole = list(staged_loader(16, 1, 2).steps(0, 8, skipped))
+    for first in (3, 5, 6):
+        tail = list(staged_loader(16, 1, 2).steps(first, 8, skipped))
+        for expected, found in zip(whole[first:], tail, strict=True):
+            assert all(same(one, other) for one, other in zip(expected, found, strict=True))
 
 
 def test_epochs_mask_the_same_sequence_differently(collator, packed):

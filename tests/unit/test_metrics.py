@@ -72,6 +72,22 @@ def test_a_run_of_single_micro_steps_says_its_first_steps_time(capsys):
     assert "expected time per step: 90 seconds" in capsys.readouterr().err
 
 
+def test_the_expected_time_is_said_anew_where_steps_take_another(capsys):
+    progress = Progress(10, 0, visible=True)
+    progress.micro_step(0, 1, lambda: None)
+    progress.step(1, 2.5, 1000.0, 90.0)
+    capsys.readouterr()
+    progress.restart(1)
+    progress.micro_step(0, 2, lambda: None)
+    assert "expected" not in capsys.readouterr().err
+    progress.micro_step(1, 2, lambda: None)
+    assert "expected time per step" in capsys.readouterr().err
+    progress.close()
+    silent = Progress(10, 0, visible=False)
+    silent.restart(5)
+    silent.micro_step(0, 2, lambda: pytest.fail("waited for the device"))
+
+
 def test_other_ranks_are_silent_and_never_wait(capsys):
     progress = Progress(10, 0, visible=False)
     for micro_step in range(2):

@@ -210,7 +210,7 @@ def test_a_large_compressed_file_becomes_several_shards(tokenizer, tmp_path, mon
     assert len(names) > 3
     found = texts(tmp_path / "out", tokenizer)
     assert found["train"] == [text for text in DOCUMENTS if split_of(text, 0.2) == "train"]
-    assert all(shard.sources == {"books": shard.documents} for shard in manifest.splits["train"])
+    assert all(shard.source == "books" for shard in manifest.splits["train"])
     assert Corpus.open(tmp_path / "out").manifest == manifest
 
 

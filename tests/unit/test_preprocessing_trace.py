@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ds_roberta.config import MaskingConfig, PackingConfig
-from ds_roberta.data.loader import Collator, TrainLoader
+from ds_roberta.config import MaskingConfig, PackingConfig, Stage
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
+from ds_roberta.data.mixture import sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
+from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.errors import UserError
 from preprocessing.cli import main
 from preprocessing.lookup import Decoder, Documents
@@ -25,17 +27,23 @@ from preprocessing.units import ShardOptions
 LENGTH, SEED = 16, 9  # short, so that there are sequences for several lanes
 
 
+@pytest.fixture(scope="module", params=[None, {"books": 2, "web": 0, "wiki": 1}], ids=["as it is", "weighted"])
+def source_weights(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def make_loader(corpus):
-    build_index(corpus, "train", PackingConfig(LENGTH))
-    packed = open_index(corpus, "train", PackingConfig(LENGTH))
-    tokenizer = corpus.manifest.tokenizer
+def make_loader(sourced, source_weights):
+    build_index(sourced, "train", PackingConfig(LENGTH))
+    packed = open_index(sourced, "train", PackingConfig(LENGTH))
+    tokenizer = sourced.manifest.tokenizer
     collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
 
     assert SampleOrder(len(packed), SEED).lanes > 1
 
     def make(batch, micro_batch, rank, world_size):
-        return TrainLoader(collator, SampleOrder(len(packed), SEED), batch, micro_batch, rank, world_size)
+        order = sample_order(packed, source_weights, SEED)
+        return TrainLoader([LoaderStage(Stage(0, LENGTH, batch), collator, order, micro_batch)], rank, world_size)
 
     return make
 
@@ -70,20 +78,51 @@ def tokens_of_trace(corpus, traced):
 
 @pytest.mark.parametrize(("batch", "micro_batch", "world_size"), [(7, 3, 1), (64, 8, 2), (50, 7, 4), (3, 2, 5)])
 @pytest.mark.parametrize("step", [1, 2, 5000])
-def test_a_trace_is_what_the_loader_yields(corpus, make_loader, batch, micro_batch, world_size, step):
-    tracer = BatchTracer(corpus, PackingConfig(LENGTH), batch, SEED)
+def test_a_trace_is_what_the_loader_yields(sourced, source_weights, make_loader, batch, micro_batch, world_size, step):
+    tracer = BatchTracer(sourced, PackingConfig(LENGTH), make_stages(LENGTH, batch), SEED, source_weights)
     for rank in range(world_size):
         expected = tokens_of_loader(make_loader(batch, micro_batch, rank, world_size).micro_batches(step - 1))
-        traced = list(tracer.trace(tracer.places(step, rank, world_size)))
-        assert tokens_of_trace(corpus, traced) == expected
+        traced = list(tracer.trace(step, tracer.places(step, rank, world_size)))
+        assert tokens_of_trace(sourced, traced) == expected
         assert all(entry.documents for entry in traced)
+        assert not source_weights or all(source_weights[entry.source] for entry in traced)
     whole = tracer.places(step)
     assert sorted(whole.tolist()) == list(range((step - 1) * batch, step * batch))
 
 
+@pytest.mark.parametrize("skipped", [[], [SkippedPlaces(3, 16, 40, 77), SkippedPlaces(3, 24, 0, 20)]])
+def test_a_trace_of_stages_is_what_the_loader_yields(corpus, skipped):
+    stages = make_stages(24, 20, "0:16,3:24", "0:10,4:20")
+    tokenizer, data = corpus.manifest.tokenizer, {}
+    for length in (16, 24):
+        build_index(corpus, "train", PackingConfig(length))
+        packed = open_index(corpus, "train", PackingConfig(length))
+        masker = training_masker(MaskingConfig(), tokenizer, SEED)
+        data[length] = Collator(packed, masker, tokenizer, length), SampleOrder(len(packed), SEED)
+    tracer = BatchTracer(corpus, PackingConfig(24), stages, SEED, skipped=skipped)
+    for rank in range(3):
+        loader = TrainLoader([LoaderStage(stage, *data[stage.max_seq_length], 4) for stage in stages], rank, 3)
+        for step in (1, 3, 4, 5, 6, 1000):
+            expected = tokens_of_loader(loader.micro_batches(step - 1, skipped))
+            assert tokens_of_trace(corpus, tracer.trace(step, tracer.places(step, rank, 3))) == expected
+
+
+def test_the_command_knows_schedules_and_what_a_run_left_out(prepared, tmp_path, capsys):
+    entry = {"global_step": 1, "max_seq_length": 64, "first_place": 0, "end_place": 7}
+    (tmp_path / "train_state.json").write_text(json.dumps({"skipped_places": [entry]}))
+    command = f"trace {prepared} --step 1 3 --train_batch_size 6 --max_seq_length 64 --json --checkpoint {tmp_path}"
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--max_seq_length_schedule", "0:32,1:64", "--train_batch_size_schedule", "0:2,2:6"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(row["step"], row["max_seq_length"], row["place"]) for row in rows} == {
+        *((1, 32, place) for place in (0, 1)),
+        *((3, 64, place) for place in range(2 + 7, 8 + 7)),
+    }
+
+
 def test_a_far_step_is_as_near_as_the_first(corpus):
-    tracer = BatchTracer(corpus, PackingConfig(LENGTH), 8, SEED)
-    (entry, *_) = tracer.trace(tracer.places(10**12))
+    tracer = BatchTracer(corpus, PackingConfig(LENGTH), make_stages(LENGTH, 8), SEED)
+    (entry, *_) = tracer.trace(10**12, tracer.places(10**12))
     assert entry.place // 8 == 10**12 - 1
     assert entry.epoch > 10**8
 
@@ -91,7 +130,7 @@ def test_a_far_step_is_as_near_as_the_first(corpus):
 @pytest.mark.parametrize(("step", "batch", "seed"), [(0, 4, 0), (-1, 4, 0), (1, 0, 0), (1, 4, -1)])
 def test_values_out_of_range_are_user_errors(corpus, step, batch, seed):
     with pytest.raises(UserError, match=r"--(step|train_batch_size|seed) must"):
-        BatchTracer(corpus, PackingConfig(LENGTH), batch, seed).places(step)
+        BatchTracer(corpus, PackingConfig(LENGTH), make_stages(LENGTH, batch), seed).places(step)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +177,7 @@ def test_columns_and_objects_say_the_same(prepared, capsys):
     header, *table = [line.split("\t") for line in lines if not line.startswith("{")]
     objects = [json.loads(line) for line in lines if line.startswith("{")]
     assert [dict(zip(header, map(str, row), strict=True)) for row in table] == [
-        {key: str(value) for key, value in entry.items()} for entry in objects
+        {key: "-" if value is None else str(value) for key, value in entry.items()} for entry in objects
     ]
     assert {entry["step"] for entry in objects} == {2, 3}
     assert len({(entry["step"], entry["place"]) for entry in objects}) == 6  # 5 of 2 processes, the second has 3

@@ -11,6 +11,7 @@ import xxhash
 from ds_roberta.data import shards
 from ds_roberta.data.shards import Corpus, InputInfo, Manifest, Split, TokenizerInfo, checksums, token_type, write_shard
 from ds_roberta.errors import UserError
+from ds_roberta.files import json_fingerprint
 
 DOCUMENTS = [np.array([10, 11, 12, 13, 2]), np.array([20, 2]), np.array([30, 31, 2])]
 ENDS = [np.array([1, 4]), np.array([1]), np.array([1, 2])]
@@ -152,7 +153,7 @@ def test_no_folder_no_data_names_the_command_that_makes_it(tmp_path):
             Corpus.open(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 1}', "null", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 2}', "null", "\x00"])
 def test_a_damaged_manifest_is_a_user_error(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest.json' is damaged .*prepare the data again"):
@@ -171,10 +172,11 @@ def test_a_truncated_manifest_is_a_user_error(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format_version=2), "format version 2, this program reads 1: prepare the data"),
+        (lambda content: content.update(format_version=1), "format version 1, this program reads 2: prepare the data"),
         (lambda content: content.update(splits=[]), "is damaged"),
         (lambda content: content["splits"]["train"][0].update(extra=1), "is damaged"),
         (lambda content: content["splits"]["train"].pop(), "does not match its own fingerprint"),
+        (lambda content: content["splits"]["train"][0].update(source="wiki"), "does not match its own fingerprint"),
         (lambda content: content["splits"]["train"].reverse(), "does not match its own fingerprint"),
         (lambda content: content["tokenizer"].update(fingerprint="0"), "does not match its own fingerprint"),
         (lambda content: content["tokenizer"].update(mask_token_id=5), "made with another tokenizer"),
@@ -232,6 +234,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
 
 def test_merges_and_normalization_are_part_of_a_tokenizers_identity(tmp_path, tokenizer_folder):
     original = TokenizerInfo.read(tokenizer_folder).fingerprint
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    identity = {
+        "vocab": {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}},
+        "merges": [" ".join(merge) for merge in content["model"]["merges"]],
+        "normalizer": content["normalizer"],
+        "pre_tokenizer": content["pre_tokenizer"],
+    }
+    assert original == json_fingerprint(identity)
     changes = [
         lambda content: content["model"]["merges"].reverse(),
         lambda content: content.update(normalizer={"type": "Lowercase"}),

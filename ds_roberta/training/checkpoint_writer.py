@@ -1,0 +1,246 @@
+"""Writing checkpoints while training goes on.
+
+In the loop stands what the processes do together: the copy of weights and moments into host memory, and, at the first
+step's end after every process has written its file, the renaming by which the checkpoint appears. Between the two a
+thread of each process serialises, syncs and sums up its share; it never communicates.
+
+What is written lies in `.global_stepN.tmp` beside its place and is renamed as a whole: a kill at any moment leaves the
+earlier checkpoints as they were, and at worst a hidden folder that the next start removes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from ds_roberta.data.stages import TRAIN_STATE_NAME
+from ds_roberta.distributed import Ranks
+from ds_roberta.errors import UserError
+from ds_roberta.files import atomic_path, sync_directory, sync_file, write_json
+from ds_roberta.training.checkpoint import (
+    BEST_NAME,
+    FORMAT_VERSION,
+    LATEST_NAME,
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    TrainState,
+    file_entry,
+    saved_steps,
+    step_folder,
+)
+
+if TYPE_CHECKING:  # the format is written without DeepSpeed
+    from ds_roberta.training.engine import Engine
+
+FileEntries = dict[str, dict[str, Any]]
+"""Size and checksum of files by their path within a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep_last`, every multiple of `keep_every` steps, and the best."""
+
+    keep_last: int
+    keep_every: int | None = None
+
+    def removable(self, steps: list[int], state: TrainState) -> list[int]:
+        """Those of the saved `steps`, the newest first, that may go now that `state` is saved."""
+        return [
+            step
+            for step in steps[self.keep_last :]
+            # The one just saved is not the newest in a run that went on from an older checkpoint.
+            if step not in (state.global_step, state.best_step)
+            and not (self.keep_every and step % self.keep_every == 0)
+        ]
+
+
+@dataclass(frozen=True)
+class _Save:
+    state: TrainState
+    target: Path
+    share: Future[FileEntries]
+    """This process's files, once they are on the disk."""
+
+
+class CheckpointWriter:
+    """Writes checkpoints into `folder`, one at a time; all ranks call its methods at the same places.
+
+    A context manager: a block that ends well waits for the save in flight. One that an exception ends waits for this
+    process's thread alone, since the other ranks may be elsewhere; the checkpoint in flight then does not count.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer_folder: Path,
+        folder: Path,
+        retention: Retention,
+        say: Callable[[str], object] | None = None,
+    ):
+        self._engine, self._tokenizer_folder, self._folder = engine, tokenizer_folder, folder
+        self._ranks: Ranks = engine.ranks
+        self._retention, self._say = retention, say or self._ranks.log
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._in_flight: _Save | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        failed = kind is not None and issubclass(kind, Exception)
+        try:
+            if kind is None or (failed and self._ranks.world_size == 1):
+                self.finish()
+        finally:
+            self._thread.shutdown(wait=kind is None or failed)  # a second Ctrl-C waits for nothing
+
+    def save(self, state: TrainState) -> Path:
+        """Copy weights, moments and `state`, and begin to write them; first waits for the save before.
+
+        Returns:
+            Where the checkpoint will be when it is complete.
+
+        Raises:
+            UserError: this or the save before could not be written (a full disk, for example).
+        """
+        self.finish()
+        target = step_folder(self._folder, state.global_step)
+        self._ranks.on_main(lambda: begin(target))
+        state, tensors = deepcopy(state), own_tensors(self._engine)
+        share = self._thread.submit(self._write_share, state, tensors, temporary_folder(target))
+        self._in_flight = _Save(state, target, share)
+        return target
+
+    def poll(self) -> None:
+        """Complete the save in flight if every rank has written its share; call between any two steps.
+
+        Raises:
+            UserError: a rank could not write it, or rank 0 not complete it; earlier checkpoints are untouched.
+        """
+        if self._in_flight is None or self._ranks.any(not self._in_flight.share.done()):
+            return
+        save, self._in_flight = self._in_flight, None
+        problem = save.share.exception()
+        if not isinstance(problem, OSError | safetensors.SafetensorError | None):
+            raise problem
+        entries = self._ranks.gather(save.share.result() if problem is None else {})
+        problems = [text for text in self._ranks.gather(problem and str(problem)) if text is not None]
+        self._ranks.on_main(lambda: self._complete(save, entries, problems))
+        self._say(f"saved {save.target}")
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if there is one, and complete it; raises as `poll`."""
+        if self._in_flight is not None:
+            wait([self._in_flight.share])
+            self.poll()
+
+    def _write_share(self, state: TrainState, tensors: dict[str, torch.Tensor], temporary: Path) -> FileEntries:
+        """In the thread: this rank's files, durable; rank 0 also writes what is there once."""
+        paths = []
+        if tensors:
+            name = f"state-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
+            safetensors.torch.save_file(tensors, temporary / name)
+            paths.append(temporary / name)
+        if self._ranks.is_main:
+            write_json(temporary / TRAIN_STATE_NAME, {"format_version": FORMAT_VERSION, **asdict(state)})
+            shutil.copytree(self._tokenizer_folder, temporary / TOKENIZER_FOLDER)
+            paths += [temporary / TRAIN_STATE_NAME, *sorted((temporary / TOKENIZER_FOLDER).iterdir())]
+            sync_directory(temporary / TOKENIZER_FOLDER)
+        for path in paths:
+            sync_file(path)
+        return {str(path.relative_to(temporary)): file_entry(path) for path in paths}
+
+    def _complete(self, save: _Save, entries: list[FileEntries], problems: list[str]) -> None:
+        """On rank 0: give the checkpoint its name, or remove what was written of it."""
+        temporary = temporary_folder(save.target)
+        with errors_of_saving(save.target):
+            if problems:
+                raise OSError(problems[0])
+            files = {name: entry for share in entries for name, entry in share.items()}
+            write_json(temporary / MANIFEST_NAME, {"format_version": FORMAT_VERSION, "files": files})
+            put_in_place(save.target)
+            if save.state.best_step == save.state.global_step:
+                name_in(self._folder, BEST_NAME, save.target)
+        removable = self._retention.removable(saved_steps(self._folder), save.state)
+        self._thread.submit(remove, self._folder, removable)
+
+
+@contextmanager
+def errors_of_saving(target: Path) -> Iterator[None]:
+    """Turn an `OSError` into a `UserError`, and remove what was written for `target`."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(temporary_folder(target), ignore_errors=True)
+        raise UserError(
+            f"cannot write the checkpoint {str(target)!r}: {error}; earlier checkpoints are intact"
+        ) from error
+
+
+def mend(folder: Path, best_step: int | None) -> None:
+    """Remove what killed runs left unfinished, and let `best` name what the state that a run begins with says."""
+    for path in folder.glob(".global_step*"):
+        shutil.rmtree(path)
+    if best_step is not None and best_step in saved_steps(folder):
+        name_in(folder, BEST_NAME, step_folder(folder, best_step))
+    else:
+        (folder / BEST_NAME).unlink(missing_ok=True)
+
+
+def temporary_folder(target: Path) -> Path:
+    """Where a checkpoint lies until it is complete."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def begin(target: Path) -> None:
+    """Make the empty temporary folder of `target`; raises `UserError` where it cannot."""
+    with errors_of_saving(target):
+        shutil.rmtree(temporary_folder(target), ignore_errors=True)
+        temporary_folder(target).mkdir(parents=True)
+
+
+def put_in_place(target: Path) -> None:
+    """Give a durable temporary folder its name, and let `latest` name it."""
+    before = target.with_name(f".{target.name}.old")
+    if target.exists():  # the same step, whose evaluation was broken off by a stop and done after the resume
+        target.rename(before)
+    temporary_folder(target).rename(target)
+    sync_directory(target.parent)
+    name_in(target.parent, LATEST_NAME, target)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def name_in(folder: Path, name: str, target: Path) -> None:
+    with atomic_path(folder / name) as path:
+        path.write_text(target.name + "\n", encoding="utf-8")
+
+
+def remove(folder: Path, steps: list[int]) -> None:
+    for step in steps:
+        target = step_folder(folder, step)
+        target.rename(temporary_folder(target))  # half removed, it would count as damaged
+        shutil.rmtree(temporary_folder(target), ignore_errors=True)
+
+
+def own_tensors(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of this rank's share of weights and moments, full, fp32, on the CPU; collective at ZeRO stages 1 to 3."""
+    loads = [0] * engine.ranks.world_size
+    tensors = {}
+    for name, parameter in engine.module.named_parameters():
+        owner = loads.index(min(loads))
+        loads[owner] += getattr(parameter, "ds_numel", parameter.numel())
+        for key, value in engine.full_tensors(parameter).items():
+            if owner == engine.ranks.rank:
+                tensors[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return tensors

@@ -1,0 +1,55 @@
+"""The machine as DeepSpeed sees it: joining a run's processes, and what their device can compute in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.distributed import Ranks, set_single_process_defaults
+
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+import deepspeed
+import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+
+
+def init_distributed() -> Ranks:
+    """Join the other processes of the launcher (deepspeed, torchrun, mpirun), or be alone where there is none."""
+    set_single_process_defaults()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # gloo serves on a CPU; DeepSpeed would compile a shared-memory operator for a minute first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    if not on_gpu() and "OMP_NUM_THREADS" not in os.environ:
+        local_processes = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_processes))
+    return Ranks.current()
+
+
+def on_gpu() -> bool:
+    return get_accelerator().device_name() != "cpu"
+
+
+def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The low precisions that "auto" prefers here, the best first, and all precisions that the device has."""
+    accelerator = get_accelerator()
+    low = [
+        name
+        for name, supported in (("bf16", accelerator.is_bf16_supported()), ("fp16", accelerator.is_fp16_supported()))
+        if supported
+    ]
+    if on_gpu():
+        return tuple(low), ("fp32", *low)
+    # Without instructions of its own for it, a processor is slower in bf16 than in fp32.
+    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return ("bf16",) if fast_bf16 else (), ("fp32", *low)
+
+
+def choose_precision(config: DeepSpeedConfig) -> str:
+    """The precision of the JSON, "auto" settled by the device."""
+    return config.precision(*device_precisions())

@@ -1,0 +1,37 @@
+"""What counts as a spike of the loss: a pure function of the step's loss and of the losses before it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from ds_roberta.errors import UserError
+
+WINDOW = 100
+"""Steps by which a loss is judged; the first ones of a stage, in which it falls fast, are not judged."""
+_DEVIATIONS_TO_SIGMA = 1.4826
+"""The standard deviation of a normal distribution over its median absolute deviation."""
+
+
+class LossSpike(UserError):
+    """A step's loss lies far above those before it; nothing of the step is saved."""
+
+
+def spike_limit(recent_losses: Sequence[float], threshold: float) -> float:
+    """The largest loss that is no spike: median + threshold * robust standard deviation of the recent losses.
+
+    Neither moves much by single outliers (Hampel 1974, "The influence curve and its role in robust estimation").
+    Infinite until there are `WINDOW` of them. A falling loss widens the deviation and lifts the limit, and no loss is
+    too low.
+    """
+    if len(recent_losses) < WINDOW:
+        return math.inf
+    median = statistics.median(recent_losses)
+    deviation = statistics.median(abs(loss - median) for loss in recent_losses)
+    return median + threshold * _DEVIATIONS_TO_SIGMA * deviation
+
+
+def remember(recent_losses: Sequence[float], loss: float) -> list[float]:
+    """The last `WINDOW` losses with this step's, a spike's too, so that a loss that stays high becomes the usual."""
+    return [*recent_losses, *([loss] if math.isfinite(loss) else [])][-WINDOW:]

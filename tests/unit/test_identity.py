@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from ds_roberta.errors import UserError
+from ds_roberta.training.identity import check_identity
+
+RUN = Path("run")
+IDENTITY = {
+    "data": "abc",
+    "seed": 3,
+    "model": {"hidden_size": 4, "hidden_dropout_prob": 0.1},
+    "train_batch_size": 8,
+    "source_weights": {"wiki": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "xyz"}, "its data is 'abc', this run's is 'xyz'"),
+        ({"seed": 4}, "its seed is 3, this run's is 4"),
+        ({"train_batch_size": 16}, "its train_batch_size is 8, this run's is 16"),
+        (
+            {"model": {"hidden_size": 4, "hidden_dropout_prob": 0.0}},
+            "its model.hidden_dropout_prob is 0.1, this run's is 0.0",
+        ),
+        ({"model": {**IDENTITY["model"], "layers": 2}}, "its model.layers is None, this run's is 2"),
+        ({"masking": {"mlm_probability": 0.4}}, "its masking.mlm_probability is None, this run's is 0.4"),
+        ({"source_weights": None}, "its source_weights.wiki is 2, this run's is None"),
+    ],
+)
+def test_a_run_that_differs_is_told_in_what(change, message):
+    assert check_identity(RUN, IDENTITY, dict(IDENTITY)) == []
+    with pytest.raises(UserError) as caught:
+        check_identity(RUN, IDENTITY, {**IDENTITY, **change})
+    assert message in str(caught.value)
+    assert "another --output_dir to start anew" in str(caught.value)
+
+
+def test_named_differences_are_allowed_and_described():
+    saved = {
+        "data": "abc",
+        "masking": {"unit": "token", "share": 0.1},
+        "model": {"hidden_dropout_prob": 0.1},
+        "seed": 3,
+    }
+    current = {
+        "data": "xyz",
+        "masking": {"unit": "span", "share": 0.2},
+        "model": {"hidden_dropout_prob": 0.0},
+        "seed": 4,
+    }
+    allowed = ["data", "masking", "model.hidden_dropout_prob", "seed"]
+    assert check_identity(RUN, saved, current, allowed) == [
+        "its data is 'abc', this run's is 'xyz'",
+        "its masking.unit is 'token', this run's is 'span'",
+        "its masking.share is 0.1, this run's is 0.2",
+        "its model.hidden_dropout_prob is 0.1, this run's is 0.0",
+        "its seed is 3, this run's is 4",
+    ]
+    with pytest.raises(UserError, match=r"masking\.share is 0\.1.*--allow_change masking\.share"):
+        check_identity(RUN, saved, current, ["data", "masking.unit", allowed[2], "seed"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sed", "unknown name in --allow_change 'sed'; did you mean 'seed'"),
+        ("masking.units", "did you mean 'masking.unit'"),
+        ("model", "weights are of that architecture"),
+        ("model.hidden_size", "weights are of that architecture"),
+        ("train_batch_size", "counting batches"),
+    ],
+)
+def test_a_change_that_is_unknown_or_cannot_be_is_refused_even_where_nothing_differs(name, words):
+    identity = {"seed": 3, "train_batch_size": 8, "masking": {"unit": "token"}}
+    identity["model"] = {"hidden_size": 4, "hidden_dropout_prob": 0.1}
+    with pytest.raises(UserError, match=words):
+        check_identity(RUN, identity, identity, ["seed", name])
+
+
+def test_another_architecture_is_refused_with_its_reason():
+    with pytest.raises(UserError, match=r"model\.hidden_size is 4, this run's is 8.*weights are of that architecture"):
+        check_identity(RUN, {"model": {"hidden_size": 4}}, {"model": {"hidden_size": 8}})

@@ -1,0 +1,81 @@
+"""The places of documents in their inputs: what stands there is the document."""
+
+import csv
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ds_roberta.data.shards import Corpus
+from preprocessing.cli import main
+from preprocessing.lookup import Decoder, Documents
+from preprocessing.origins import Origins
+
+TEXTS = [f"document {number}\n  of   three lines, {'é' * (number % 5)}\nand no more" for number in range(30)]
+
+
+def write_inputs(folder):
+    plain, rows = folder / "a.txt", [{"text": text} for text in TEXTS]
+    plain.write_bytes("\n\n\n".join([*TEXTS[:10], "  "]).replace("\n", "\r\n").encode() + b"\n\n\xff\n")
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    (folder / "b.jsonl").write_text("\n".join([lines[0], "{broken", "", *lines[11:20]]) + "\n")
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[20:25]).encode()))
+    with (folder / "d.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["text"], *([text] for text in TEXTS[25:28])])
+    pq.write_table(pa.Table.from_pylist([{"text": " "}, *rows[28:]]), folder / "e.parquet", row_group_size=2)
+
+
+def text_at(path, begin, end):
+    if path.suffix == ".parquet":
+        return pq.read_table(path)["text"][begin].as_py()
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    found = data[begin:end].decode()
+    if path.suffix == ".csv":
+        return next(csv.reader([found]))[0]
+    return json.loads(found)["text"] if "json" in path.name else found.replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tokenizer_folder):
+    folder = tmp_path_factory.mktemp("origins")
+    (folder / "input").mkdir()
+    write_inputs(folder / "input")
+    command = f"shard --input {folder}/input --tokenizer {tokenizer_folder} --output {folder}/data"
+    with pytest.raises(SystemExit) as ended:
+        main(f"{command} --workers 1 --validation_fraction 0 --max_bad_fraction 0.5".split())
+    assert ended.value.code == 0
+    return folder
+
+
+def test_every_document_is_found_where_it_stands(prepared):
+    corpus = Corpus.open(prepared / "data")
+    documents = Documents(corpus, "train")
+    origins, found = Origins(corpus, documents, Decoder(corpus)), []
+    for number in range(len(documents)):
+        document = documents.document(number)
+        begin, end = origins.span(document)
+        found.append(text_at(prepared / "input" / document.source.path.rpartition("/")[2], begin, end).strip())
+    assert sorted(found) == sorted([TEXTS[0], *TEXTS[:10], *TEXTS[11:]])
+
+
+def test_show_and_trace_name_the_place(prepared, capsys):
+    with pytest.raises(SystemExit):
+        main(f"show {prepared}/data --doc 1 --offsets".split())
+    assert f"  place  byte {len(TEXTS[0].encode()) + 2 + 6} to " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(f"trace {prepared}/data --step 1 --train_batch_size 4 --max_seq_length 32 --json --offsets".split())
+    for line in capsys.readouterr().out.splitlines():
+        row = json.loads(line)
+        begin, end, path = row["input_start"], row["input_end"], prepared / "input" / row["input"].rpartition("/")[2]
+        assert text_at(path, begin, end).strip() in TEXTS
+
+
+def test_an_input_that_is_gone_has_no_places(prepared, tmp_path):
+    corpus = Corpus.open(prepared / "data")
+    documents = Documents(corpus, "train")
+    origins = Origins(corpus, documents, Decoder(corpus))
+    (prepared / "input").rename(tmp_path / "elsewhere")
+    assert origins.span(documents.document(0)) is None

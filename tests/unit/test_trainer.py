@@ -1,0 +1,250 @@
+"""The training loop with a stand-in engine: stages, spikes of the loss, and going on after a break."""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ds_roberta.config import GuardConfig, IntervalConfig, PackingConfig, RunConfig, ScheduleConfig, model_config
+from ds_roberta.data.loader import LoaderStage, MicroBatch, TrainLoader
+from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.stages import make_stages
+from ds_roberta.errors import UserError
+from ds_roberta.training import checkpoint, guard
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.trainer import Trainer
+
+STEPS, SAVE_INTERVAL, WINDOW = 60, 25, 8
+STAGES = make_stages(8, 12, "0:4,30:8", "0:4,20:12")  # step 30 lies between a checkpoint and SPIKE
+SPIKE = (8, 12 * 15)
+"""A place of length 8, of step 46."""
+
+
+class PlacesCollator:
+    """Micro-batches whose inputs are their places, and whose length is told by the mask."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def collate_all(self, sequences, places, micro_batch_size, mlm_probability):
+        return [
+            MicroBatch(
+                input_ids=torch.from_numpy(part)[:, None],
+                attention_mask=torch.ones(len(part), self.length, dtype=torch.bool),
+                masked_positions=torch.arange(len(part)),
+                labels=torch.from_numpy(part),
+                tokens=len(part) * self.length,
+                sequences=len(part),
+            )
+            for part in places.reshape(-1, micro_batch_size)
+        ]
+
+
+@dataclass
+class Result:
+    grad_norm: float = 1.0
+    skipped: bool = False
+    loss_scale: float = 1.0
+
+
+class Interrupted(Exception):
+    """Stands in for a kill."""
+
+
+class FakeEngine:
+    """A model of one number, whose loss is that and some noise of each place, and much more at the spikes' places."""
+
+    def __init__(self, ranks, spikes, interrupted_at=None):
+        self.ranks, self.device, self.module = ranks, torch.device("cpu"), nn.Linear(1, 1, bias=False)
+        self.module.weight.data.fill_(1.0)
+        self.moments = {key: torch.zeros(1, 1) for key in ("exp_avg", "exp_avg_sq")}
+        self.applied_steps, self.loss_scaler_state, self.micro_batch_sizes = 0, {}, []
+        self._spikes, self._interrupted_at, self._calls = spikes, interrupted_at, 0
+        self.places = {}
+        self._gradient = 0.0
+
+    def set_batch(self, plan):
+        self.micro_batch_sizes.append((plan.train_batch_size, plan.micro_batch_size))
+
+    def accumulation(self):
+        return contextlib.nullcontext()
+
+    def forward_backward(self, micro_batch, denominator, global_step, micro_step, last):
+        if micro_step == 0:
+            self.places[global_step] = []
+            self._calls += 1
+            if self._calls == self._interrupted_at:
+                raise Interrupted
+        length = micro_batch.attention_mask.shape[1]
+        places = [(length, place) for place in micro_batch.input_ids.flatten().tolist()]
+        self.places[global_step] += places
+        noise = sum(math.sin(place * length) for _, place in places)
+        self._gradient += noise / denominator
+        spike = sum(self._spikes.get(place, 0.0) for place in places)
+        return self.module.weight.detach().sum() * len(places) + 0.01 * noise + spike
+
+    def step(self, rate):
+        self.module.weight.data -= rate * self._gradient
+        self._gradient = 0.0
+        self.applied_steps += 1
+        return Result()
+
+    def full_tensors(self, parameter):
+        return {"weight": parameter.data, **self.moments}
+
+    def set_tensors(self, parameter, values):
+        parameter.data.copy_(values["weight"])
+
+    def write_monitor(self, values, consumed_samples):
+        pass
+
+
+@pytest.fixture
+def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
+    """A function that makes a trainer as a run does, from the newest checkpoint where there is one."""
+    monkeypatch.setattr(guard, "WINDOW", WINDOW)
+
+    def make(policy, spikes=(SPIKE,), name="run", interrupted_at=None, height=100.0, **intervals):
+        config = RunConfig(
+            data_dir=corpus_folder,
+            output_dir=tmp_path / name,
+            model_name="tiny",
+            model=model_config("tiny", 400, 8),
+            packing=PackingConfig(8),
+            schedule=ScheduleConfig(STEPS, 5),
+            stages=STAGES,
+            intervals=IntervalConfig(**{"save_interval": SAVE_INTERVAL, **intervals}),
+            guard=GuardConfig(policy),
+        )
+        config.output_dir.mkdir(exist_ok=True)
+        loader = TrainLoader(
+            [
+                LoaderStage(stage, PlacesCollator(stage.max_seq_length), SampleOrder(10_000, 0), 4)
+                for stage in config.stages
+            ]
+        )
+        engine = FakeEngine(solo_ranks, dict.fromkeys(spikes, height), interrupted_at)
+        path = checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
+        state = TrainState({}) if path is None else checkpoint.load(engine, path)
+        return Trainer(config, 1e-3, engine, loader, None, state, path)
+
+    return make
+
+
+def rows(trainer):
+    lines = (trainer.config.output_dir / "metrics.jsonl").read_text().splitlines()
+    times = ("tokens_per_second", "step_seconds")
+    return [{key: value for key, value in json.loads(line).items() if key not in times} for line in lines]
+
+
+def places(trainer, length):
+    """The places that the steps of the run drew, each step as it was taken last."""
+    return [
+        place for step in sorted(trainer.engine.places) for place in trainer.engine.places[step] if place[0] == length
+    ]
+
+
+def whole(length, count, left_out=range(0)):
+    return sorted((length, place) for place in range(count + len(left_out)) if place not in left_out)
+
+
+def test_stages_draw_their_places_and_every_sample_is_counted(make):
+    trainer = make("warn", spikes=())
+    assert trainer.train()
+    assert sorted(places(trainer, 4)) == whole(4, 20 * 4 + 10 * 12)
+    assert sorted(places(trainer, 8)) == whole(8, 30 * 12)
+    assert [row["consumed_samples"] for row in rows(trainer)] == [
+        4 * step if step <= 20 else 80 + 12 * (step - 20) for step in range(1, STEPS + 1)
+    ]
+    assert trainer.state.consumed_tokens == 4 * 200 + 8 * 360
+    assert trainer.engine.micro_batch_sizes == [(4, 4), (12, 4), (12, 4)]
+    assert {row["loss_spikes"] for row in rows(trainer)} == {row["skipped_samples"] for row in rows(trainer)} == {0}
+
+
+@pytest.mark.parametrize(("policy", "counted"), [("off", 0), ("warn", 1)])
+def test_a_spike_is_passed_or_counted(make, capsys, policy, counted):
+    trainer = make(policy)
+    assert trainer.train()
+    assert [row["loss_spikes"] for row in rows(trainer)] == [0] * 45 + [counted] * 15
+    assert capsys.readouterr().err.count("the loss of step 46 is a spike") == counted
+    assert sorted(places(trainer, 8)) == whole(8, 360)
+
+
+def test_a_stage_is_judged_by_its_own_losses(make):
+    trainer = make("stop", spikes=[(8, 12 * (WINDOW - 1))])  # the eighth step at this length
+    assert trainer.train()
+
+
+def test_a_stop_saves_nothing_of_the_spiked_step(make):
+    trainer = make("stop")
+    with pytest.raises(UserError, match=r"loss of step 46 is a spike: 9\.\d+, above 1\.\d+; nothing of it is saved"):
+        trainer.train()
+    folder = trainer.config.output_dir / checkpoint.CHECKPOINTS_FOLDER
+    assert checkpoint.saved_steps(folder) == [25]
+    checkpoint.verify(folder / "global_step25")
+    assert rows(trainer)[-1]["global_step"] == 45
+
+
+def test_a_rollback_leaves_out_the_data_since_the_last_checkpoint(make):
+    trainer = make("rollback")
+    assert trainer.train()
+    assert sorted(places(trainer, 4)) == whole(4, 200, left_out=range(80 + 5 * 12, 200))
+    assert sorted(places(trainer, 8)) == whole(8, 360, left_out=range(16 * 12))
+    found = rows(trainer)
+    assert [row["global_step"] for row in found] == list(range(1, STEPS + 1))
+    assert [row["skipped_samples"] for row in found] == [0] * 25 + [21 * 12] * 35
+    assert [row["loss_spikes"] for row in found] == [0] * 25 + [1] * 35
+    assert trainer.state.consumed_samples == 80 + 40 * 12
+    assert trainer.state.skipped_places == [
+        {"global_step": 25, "max_seq_length": 4, "first_place": 140, "end_place": 200},
+        {"global_step": 25, "max_seq_length": 8, "first_place": 0, "end_place": 192},
+    ]
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 26, 46, 47, 48, 60, 75])
+def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(make, interrupted_at):
+    unbroken = make("rollback", name="unbroken")
+    assert unbroken.train()
+    with pytest.raises(Interrupted):
+        make("rollback", interrupted_at=interrupted_at).train()
+    resumed = make("rollback")
+    assert resumed.train()
+    assert rows(resumed) == rows(unbroken)
+    assert resumed.state == unbroken.state
+    assert torch.equal(resumed.engine.module.weight, unbroken.engine.module.weight)
+    for step, drawn in resumed.engine.places.items():
+        assert drawn == unbroken.engine.places[step]
+
+
+def test_a_second_spike_since_the_same_checkpoint_stops(make):
+    # Step 42 after the rollback, which draws 12 steps' places from 16 * 12 on.
+    trainer = make("rollback", spikes=[SPIKE, (8, 12 * (16 + 11))])
+    with pytest.raises(UserError, match=r"step 42 is a spike.*second one since step 25"):
+        trainer.train()
+
+
+def test_spikes_with_a_checkpoint_between_them_are_rolled_back_each(make):
+    trainer = make("rollback", spikes=[SPIKE, (8, 12 * (16 + 25))])  # the second in step 56
+    assert trainer.train()
+    assert trainer.state.loss_spikes == 2
+    assert [entry["global_step"] for entry in trainer.state.skipped_places] == [25, 25, 50]
+    left_out = [*range(16 * 12), *range(12 * (16 + 20), 12 * (16 + 26))]
+    assert sorted(places(trainer, 8)) == whole(8, 360, left_out)
+
+
+def test_without_a_checkpoint_there_is_no_way_back(make):
+    with pytest.raises(UserError, match=r"step 46 is a spike.*there is no checkpoint to go back to"):
+        make("rollback", save_interval=50).train()
+
+
+def test_a_loss_that_is_not_finite_stops_or_is_rolled_back(make):
+    with pytest.raises(UserError, match=r"the loss \(nan\).*step 46 is not finite"):
+        make("warn", height=math.nan, name="stopped").train()
+    trainer = make("rollback", height=math.nan)
+    assert trainer.train()
+    assert np.isfinite([row["loss"] for row in rows(trainer)]).all()
