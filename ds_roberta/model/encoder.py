@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.model.attention import attention
+from ds_roberta.model.dropout import Dropout
 
 
 class RobertaEmbeddings(nn.Module):
@@ -21,7 +23,7 @@ class RobertaEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, config.pad_token_id)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.first_position = config.pad_token_id + 1
 
     def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -48,12 +50,12 @@ class RobertaSelfAttention(nn.Module):
         def split_heads(projected_BTD: torch.Tensor) -> torch.Tensor:
             return projected_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        attended_BHTK = F.scaled_dot_product_attention(
+        attended_BHTK = attention(
             split_heads(self.query(hidden_BTD)),
             split_heads(self.key(hidden_BTD)),
             split_heads(self.value(hidden_BTD)),
-            attn_mask=mask_B11T,
-            dropout_p=self.dropout_prob if self.training else 0.0,
+            mask_B11T,
+            self.dropout_prob if self.training else 0.0,
         )
         return attended_BHTK.transpose(1, 2).flatten(2)
 
@@ -65,7 +67,7 @@ class ResidualOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, inner: torch.Tensor, residual_BTD: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(self.dense(inner)) + residual_BTD)

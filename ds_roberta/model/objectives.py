@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.model.cross_entropy import linear_cross_entropy
 from ds_roberta.model.encoder import RobertaModel, initialize_weights
 
 
@@ -22,9 +23,14 @@ class MaskedLMHead(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_MD: torch.Tensor, word_embeddings_VD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_MD: torch.Tensor, word_embeddings_VD: torch.Tensor, labels_M: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits, (M, V) in the parameters' dtype; with labels the sum of their cross-entropies, a float32 scalar."""
         transformed_MD = self.layer_norm(F.gelu(self.dense(hidden_MD)))
-        return F.linear(transformed_MD, word_embeddings_VD, self.bias)
+        if labels_M is None:
+            return F.linear(transformed_MD, word_embeddings_VD, self.bias)
+        return linear_cross_entropy(transformed_MD, word_embeddings_VD, self.bias, labels_M)
 
 
 class MaskedLM(nn.Module):
@@ -43,9 +49,7 @@ class MaskedLM(nn.Module):
         positions_M: torch.Tensor,
     ) -> torch.Tensor:
         """Vocabulary logits at flat positions b * T + t only: (M, V) in the parameters' dtype."""
-        hidden_BTD = self.roberta(input_ids_BT, attention_mask_BT)
-        hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
-        return self.lm_head(hidden_MD, self.roberta.embeddings.word_embeddings.weight)
+        return self._head_at(input_ids_BT, attention_mask_BT, positions_M)
 
     def forward(
         self,
@@ -65,5 +69,15 @@ class MaskedLM(nn.Module):
         Returns:
             A float32 scalar, in nats.
         """
-        logits_MV = self.logits(input_ids, attention_mask, masked_positions)
-        return F.cross_entropy(logits_MV.float(), labels, reduction="sum")
+        return self._head_at(input_ids, attention_mask, masked_positions, labels)
+
+    def _head_at(
+        self,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor | None,
+        positions_M: torch.Tensor,
+        labels_M: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        hidden_BTD = self.roberta(input_ids_BT, attention_mask_BT)
+        hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
+        return self.lm_head(hidden_MD, self.roberta.embeddings.word_embeddings.weight, labels_M)

@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, set_single_process_defaults
+from ds_roberta.distributed import Ranks, keep_freed_memory, set_single_process_defaults
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
@@ -25,7 +25,10 @@ def init_distributed() -> Ranks:
     # gloo serves on a CPU; DeepSpeed would compile a shared-memory operator for a minute first.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    if not on_gpu() and "OMP_NUM_THREADS" not in os.environ:
+    if on_gpu():
+        return Ranks.current()
+    keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ:
         local_processes = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_processes))
     return Ranks.current()
