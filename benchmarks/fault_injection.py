@@ -1,10 +1,12 @@
 """Kill a training run at random moments, start it again, and compare its end with an unbroken run's.
 
     python -m benchmarks.fault_injection --kills 20
+    python -m benchmarks.fault_injection --kills 20 --signal
 
 Every kill is SIGKILL to the launcher and all its processes at a random moment: while starting, within a micro-step,
-within a save, between an evaluation and the save of the best. The runs pass when the final state, weights, both Adam
-moments and all metrics but times are bit-identical (dropout is on).
+within a save, between an evaluation and the save of the best. With --signal it is SIGTERM or SIGUSR1 to one process, as
+schedulers send them; all must then save and leave within a minute. The runs pass when the final state, weights, both
+Adam moments and all metrics but times are bit-identical (dropout is on).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 40
 SETTINGS = f"--model tiny --max_seq_length 32 --train_batch_size 24 --learning_rate 1e-3 --max_steps {STEPS}"
 SETTINGS += " --warmup_steps 4 --save_interval 3 --eval_interval 10 --eval_sequences 64"
+SECONDS_TO_LEAVE = 60
 TIMES = ("tokens_per_second", "step_seconds")
 
 
@@ -70,6 +74,24 @@ def kill_tree(pid: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=30)
+
+
+def signal_one(pid: int, chosen: random.Random) -> str:
+    """A stop signal to one training process, which all have to follow; what was sent, and how they left."""
+    launcher = psutil.Process(pid)
+    workers = [child for child in launcher.children() if "launch/pretrain.py" in " ".join(child.cmdline())]
+    if not workers:  # the launcher is still starting
+        kill_tree(pid)
+        return "SIGKILL to the launcher"
+    number, worker = chosen.choice([signal.SIGTERM, signal.SIGUSR1]), chosen.choice(workers)
+    worker.send_signal(number)
+    _, alive = psutil.wait_procs(workers, timeout=SECONDS_TO_LEAVE)
+    if alive:
+        raise UserError(
+            f"{len(alive)} of {len(workers)} processes had not left {SECONDS_TO_LEAVE} s after {number.name}"
+        )
+    psutil.wait_procs([launcher], timeout=SECONDS_TO_LEAVE)
+    return f"{number.name} to rank {workers.index(worker)}"
 
 
 def finish(folder: Path, output: str, process: subprocess.Popen[str]) -> float:
@@ -116,25 +138,31 @@ def inject(arguments: argparse.Namespace, folder: Path) -> int:
     for kill in range(1, arguments.kills + 1):
         process = start(folder, "broken", arguments.processes, arguments.deepspeed_config)
         # The run makes progress whatever the moments: from a kill in its starting up to one behind several saves.
-        delay = moments.uniform(0.25, 0.6) * seconds
+        delay, sent = moments.uniform(0.25, 0.6) * seconds, "SIGKILL to all"
         try:
             process.wait(timeout=delay)
         except subprocess.TimeoutExpired:
-            kill_tree(process.pid)
+            if arguments.signal:
+                sent = signal_one(process.pid, moments)
+            else:
+                kill_tree(process.pid)
+            process.wait()
         saved = sorted((folder / "broken").glob("checkpoints/global_step*"), key=lambda path: int(path.name[11:]))
         newest = saved[-1].name if saved else "none"
-        print(f"kill {kill:>2} after {delay:5.1f} s, newest checkpoint: {newest}", flush=True)
+        print(f"{sent} after {delay:5.1f} s ({kill}), newest checkpoint: {newest}", flush=True)
         if newest == f"global_step{STEPS}":
             alike = ended_alike(folder) and alike
     finish(folder, "broken", start(folder, "broken", arguments.processes, arguments.deepspeed_config))
     alike = ended_alike(folder) and alike
-    print(f"{arguments.kills} kills: {'every run ended as the unbroken one' if alike else 'A RUN DIFFERED'}")
+    what = "signals" if arguments.signal else "kills"
+    print(f"{arguments.kills} {what}: {'every run ended as the unbroken one' if alike else 'A RUN DIFFERED'}")
     return 0 if alike else 1
 
 
 def main() -> int:
     parser = ArgumentParser(description="Kill a run at random moments and compare its end with an unbroken run's.")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--signal", action="store_true", help="a stop signal to one process instead of SIGKILL to all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--deepspeed_config", type=Path, default=REPOSITORY / "ds_configs/zero2.json")
