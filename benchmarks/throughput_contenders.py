@@ -1,0 +1,360 @@
+"""The trainers that `benchmarks/throughput.py` compares, each in a process of its own:
+
+    python -m benchmarks.throughput_contenders NAME CASE    # CASE is a `Case` as JSON
+
+The process reads numbers of steps from its standard input, trains as many, and answers each with a line of JSON on its
+standard output. Data, model, optimizer, threads and allocator are the same for all; imports are each contender's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
+from ds_roberta.distributed import keep_freed_memory
+
+VOCABULARY = 50_265
+SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": VOCABULARY - 1}  # RoBERTa's ids
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.01
+REPOSITORY = Path(__file__).parents[1]
+MATRIX_SIZES = (1024, 2048, 3072)
+GPU_MATRIX_SIZES = (4096, 8192, 16384)
+_MATRIX_SECONDS = 0.7
+_MANY = 1_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all contenders train.
+
+    Attributes:
+        folder: of the data, from `write_data`.
+        micro_batch_size: sequences.
+        micro_steps: of a step.
+    """
+
+    model: str
+    max_seq_length: int
+    micro_batch_size: int
+    micro_steps: int
+    folder: str
+
+    @property
+    def config(self) -> ModelConfig:
+        return model_config(self.model, VOCABULARY, self.max_seq_length)
+
+    @property
+    def train_batch_size(self) -> int:
+        return self.micro_batch_size * self.micro_steps
+
+
+class Unavailable(Exception):
+    """Why a contender cannot run here."""
+
+
+class Gate:
+    """Stands between steps: lets through as many as were ordered and answers what they took."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], None], tokens: int):
+        self._answer, self._tokens = answer, tokens
+        self._await_order()
+
+    def __call__(self) -> None:
+        """Call at the end of each step."""
+        self._left -= 1
+        if self._left:
+            return
+        seconds, wall = self._lap()
+        gpu = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._answer({"tokens": self._tokens * self._ordered, "seconds": seconds, "wall": wall, "peak_bytes": peak})
+        self._await_order()
+
+    def _await_order(self) -> None:
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)  # out of the middle of someone else's loop
+        self._ordered = self._left = int(line)
+        self._lap = stopwatch()
+
+
+def stopwatch() -> Callable[[], tuple[float, float]]:
+    """Starts; the function tells seconds of the device (a GPU's, or of all threads on CPUs) and of the clock."""
+    if not torch.cuda.is_available():
+        cpu, wall = time.process_time(), time.perf_counter()
+        return lambda: (time.process_time() - cpu, time.perf_counter() - wall)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    wall = time.perf_counter()
+    begin.record()
+
+    def lap() -> tuple[float, float]:
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3, time.perf_counter() - wall
+
+    return lap
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
+    """Full sequences of random ids, as a data folder of ours and as rows for `datasets`, and their tokenizer."""
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from ds_roberta.data.packing import build_index
+    from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, Corpus, Manifest, write_shard
+    from ds_roberta.data.tokenizer import TokenizerInfo
+
+    ordinary = {f"t{number}": number for number in range(VOCABULARY) if number not in SPECIAL_TOKENS.values()}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={**SPECIAL_TOKENS, **ordinary}, merges=[])),
+        **{f"{name}_token": f"<{name}>" for name in ("pad", "unk", "mask")},
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+    ).save_pretrained(folder / TOKENIZER_FOLDER)
+    tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
+    inner = np.random.default_rng(0).integers(4, VOCABULARY - 1, (sequences, max_seq_length - 2))
+    document = np.append(inner.flatten(), tokenizer.eos_token_id)
+    shard = write_shard(folder, TRAIN_SPLIT, 0, [document], [np.array([len(document) - 1])], VOCABULARY)
+    Manifest(tokenizer, {}, (), {TRAIN_SPLIT: (shard,)}).write(folder)
+    build_index(Corpus.open(folder), TRAIN_SPLIT, packing(max_seq_length))
+    rows = np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (tokenizer.bos_token_id, tokenizer.eos_token_id)))
+    special = np.zeros_like(rows)
+    special[:, [0, -1]] = 1
+    columns = {"input_ids": rows, "attention_mask": np.ones_like(rows), "special_tokens_mask": special}
+    datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()}).save_to_disk(folder / "rows")
+
+
+def packing(max_seq_length: int) -> PackingConfig:
+    return PackingConfig(max_seq_length, "contiguous")
+
+
+def hf_parts(case: Case, attention: str) -> tuple[Any, Any, Any]:
+    """transformers' model, the rows and the collator, as `run_mlm.py` makes them."""
+    import datasets
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling, RobertaForMaskedLM
+
+    from ds_roberta.model.export import hf_config
+
+    config = hf_config(case.config)
+    config._attn_implementation = attention
+    tokenizer = AutoTokenizer.from_pretrained(Path(case.folder) / "tokenizer")
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MaskingConfig.mlm_probability)
+    return RobertaForMaskedLM(config), datasets.load_from_disk(str(Path(case.folder) / "rows")), collator
+
+
+def run_mlm(case: Case, make_gate: Callable[[], Gate], precision: str, attention: str) -> None:
+    """transformers' `run_mlm.py`: its Trainer with its defaults, but for the optimizer's numbers and clipping."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise Unavailable("accelerate is not installed")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class GateCallback(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.gate = make_gate()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.gate()
+
+    model, rows, collator = hf_parts(case, attention)
+    arguments = TrainingArguments(
+        output_dir=str(Path(case.folder) / "trainer"),
+        per_device_train_batch_size=case.micro_batch_size,
+        gradient_accumulation_steps=case.micro_steps,
+        max_steps=_MANY,
+        bf16=precision == "bf16",
+        learning_rate=LEARNING_RATE,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_epsilon=EPS,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=0.0,  # as the others
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    Trainer(model, arguments, collator, rows, callbacks=[GateCallback()]).train()
+
+
+def micro_batches(case: Case, rows: Any, collator: Any) -> Iterator[dict[str, torch.Tensor]]:
+    loader = torch.utils.data.DataLoader(
+        rows, case.micro_batch_size, shuffle=True, drop_last=True, collate_fn=collator, pin_memory=device().type != "cpu"
+    )
+    for batch in chain.from_iterable(repeat(loader)):
+        yield {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
+
+
+def loop(case: Case, make_gate: Callable[[], Gate], attention: str, compiled: bool) -> None:
+    """A plain loop around transformers' model, in bf16 by autocast."""
+    if compiled and device().type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise Unavailable("no compiler")
+    model, rows, collator = hf_parts(case, attention)
+    model.to(device()).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    forward = torch.compile(model) if compiled else model
+    batches = micro_batches(case, rows, collator)
+    gate = make_gate()
+    while True:
+        for _ in range(case.micro_steps):
+            with torch.autocast(device().type, torch.bfloat16):
+                loss = forward(**next(batches)).loss
+            (loss / case.micro_steps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gate()
+
+
+def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) -> None:
+    """DeepSpeed around transformers' model as its tutorials show: ZeRO-1, bf16, `backward` and `step` a micro-step."""
+    from ds_roberta.training.device import init_distributed
+
+    init_distributed()
+    import deepspeed
+
+    model, rows, collator = hf_parts(case, attention)
+    parameters = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    if device().type == "cpu":
+        parameters["torch_adam"] = True  # DeepSpeed's own is compiled first
+    config = {
+        "train_micro_batch_size_per_gpu": case.micro_batch_size,
+        "gradient_accumulation_steps": case.micro_steps,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamW", "params": parameters},
+        "steps_per_print": None,
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    batches = micro_batches(case, rows, collator)
+    gate = make_gate()
+    while True:
+        for _ in range(case.micro_steps):
+            engine.backward(engine(**next(batches)).loss)
+            engine.step()
+        gate()
+
+
+def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
+    """The parts as `ds_roberta.training.run` makes them, stepped as the trainer does."""
+    from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+    from ds_roberta.data.masking import training_masker
+    from ds_roberta.data.order import SampleOrder
+    from ds_roberta.data.packing import open_index
+    from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+    from ds_roberta.deepspeed_config import DeepSpeedConfig
+    from ds_roberta.model.objectives import MaskedLM
+    from ds_roberta.training.batch import BatchPlan
+    from ds_roberta.training.device import init_distributed, on_gpu
+    from ds_roberta.training.engine import Engine
+
+    ranks = init_distributed()
+    settings = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero1.json", case.train_batch_size, LEARNING_RATE)
+    engine = Engine(MaskedLM(case.config), settings.resolved(precision, on_gpu()), ranks, 0)
+    engine.set_batch(BatchPlan(case.train_batch_size, case.micro_batch_size, ranks.world_size))
+    corpus = Corpus.open(case.folder)
+    packed = open_index(corpus, TRAIN_SPLIT, packing(case.max_seq_length))
+    tokenizer = corpus.manifest.tokenizer
+    collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, 0), tokenizer, case.max_seq_length)
+    stage = Stage(0, case.max_seq_length, case.train_batch_size)
+    loader = TrainLoader([LoaderStage(stage, collator, SampleOrder(len(packed), 0), case.micro_batch_size)])
+    gate = make_gate()
+    for step, batches in enumerate(loader.steps(0, _MANY)):
+        masked = sum(len(batch.labels) for batch in batches)
+        loss_sum = torch.zeros((), device=engine.device)
+        with engine.accumulation():
+            for micro_step, batch in enumerate(batches):
+                last = micro_step == len(batches) - 1
+                loss_sum += engine.forward_backward(batch, masked, step, micro_step, last)
+        engine.step(LEARNING_RATE)
+        loss_sum.item()
+        gate()
+
+
+def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
+    """The device's peak: the best rate of square bf16 matrix products of a few sizes, answered to each order."""
+    while sys.stdin.readline():
+        rates = []
+        for size in MATRIX_SIZES if device().type == "cpu" else GPU_MATRIX_SIZES:
+            left, right = (torch.randn(size, size, device=device()).bfloat16() for _ in range(2))
+            left @ right
+            begun, products, lap = time.perf_counter(), 0, stopwatch()
+            while time.perf_counter() - begun < _MATRIX_SECONDS:
+                left @ right
+                products += 1
+            rates.append(2 * size**3 * products / lap()[0])
+        answer({"peak_flops": max(rates)})
+
+
+CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]]] = {
+    "run_mlm-fp32": ("transformers Trainer (run_mlm), sdpa", "fp32", lambda c, g: run_mlm(c, g, "fp32", "sdpa")),
+    "run_mlm-bf16": ("transformers Trainer (run_mlm), sdpa", "bf16", lambda c, g: run_mlm(c, g, "bf16", "sdpa")),
+    "run_mlm-fp32-eager": ("transformers Trainer (run_mlm), eager", "fp32", lambda c, g: run_mlm(c, g, "fp32", "eager")),
+    "run_mlm-bf16-eager": ("transformers Trainer (run_mlm), eager", "bf16", lambda c, g: run_mlm(c, g, "bf16", "eager")),
+    "loop-bf16": ("plain loop, sdpa", "bf16", lambda c, g: loop(c, g, "sdpa", False)),
+    "loop-bf16-eager": ("plain loop, eager", "bf16", lambda c, g: loop(c, g, "eager", False)),
+    "compiled-bf16": ("plain loop, sdpa, torch.compile", "bf16", lambda c, g: loop(c, g, "sdpa", True)),
+    "compiled-bf16-eager": ("plain loop, eager, torch.compile", "bf16", lambda c, g: loop(c, g, "eager", True)),
+    "deepspeed-bf16": ("DeepSpeed ZeRO-1, transformers model, sdpa", "bf16", lambda c, g: deepspeed_loop(c, g, "sdpa")),
+    "deepspeed-bf16-eager": (
+        "DeepSpeed ZeRO-1, transformers model, eager",
+        "bf16",
+        lambda c, g: deepspeed_loop(c, g, "eager"),
+    ),
+    "ours-fp32": ("**ds_roberta**", "fp32", lambda c, g: ours(c, g, "fp32")),
+    "ours-bf16": ("**ds_roberta**", "bf16", lambda c, g: ours(c, g, "bf16")),
+}
+"""By name: what it is, its precision, and the function that trains until its gate ends the process."""
+PEAK = "peak"
+
+
+def main(name: str, case_json: str) -> NoReturn:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print there is no answer
+
+    def answer(content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    case = Case(**json.loads(case_json))
+    if device().type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(0)
+    try:
+        if name == PEAK:
+            matrix_product(answer)
+        else:
+            CONTENDERS[name][2](case, lambda: Gate(answer, case.train_batch_size * case.max_seq_length))
+    except Unavailable as reason:
+        sys.stdin.readline()
+        answer({"unavailable": str(reason)})
+    os._exit(0)
+
+
+def as_json(case: Case) -> str:
+    return json.dumps(asdict(case))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
