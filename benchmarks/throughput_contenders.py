@@ -183,6 +183,7 @@ def run_mlm(case: Case, make_gate: Callable[[], Gate], precision: str, attention
         per_device_train_batch_size=case.micro_batch_size,
         gradient_accumulation_steps=case.micro_steps,
         max_steps=_MANY,
+        use_cpu=device().type == "cpu",
         bf16=precision == "bf16",
         learning_rate=LEARNING_RATE,
         adam_beta1=BETAS[0],
@@ -199,7 +200,12 @@ def run_mlm(case: Case, make_gate: Callable[[], Gate], precision: str, attention
 
 def micro_batches(case: Case, rows: Any, collator: Any) -> Iterator[dict[str, torch.Tensor]]:
     loader = torch.utils.data.DataLoader(
-        rows, case.micro_batch_size, shuffle=True, drop_last=True, collate_fn=collator, pin_memory=device().type != "cpu"
+        rows,
+        case.micro_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator,
+        pin_memory=device().type != "cpu",
     )
     for batch in chain.from_iterable(repeat(loader)):
         yield {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
@@ -311,8 +317,16 @@ def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
 CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]]] = {
     "run_mlm-fp32": ("transformers Trainer (run_mlm), sdpa", "fp32", lambda c, g: run_mlm(c, g, "fp32", "sdpa")),
     "run_mlm-bf16": ("transformers Trainer (run_mlm), sdpa", "bf16", lambda c, g: run_mlm(c, g, "bf16", "sdpa")),
-    "run_mlm-fp32-eager": ("transformers Trainer (run_mlm), eager", "fp32", lambda c, g: run_mlm(c, g, "fp32", "eager")),
-    "run_mlm-bf16-eager": ("transformers Trainer (run_mlm), eager", "bf16", lambda c, g: run_mlm(c, g, "bf16", "eager")),
+    "run_mlm-fp32-eager": (
+        "transformers Trainer (run_mlm), eager",
+        "fp32",
+        lambda c, g: run_mlm(c, g, "fp32", "eager"),
+    ),
+    "run_mlm-bf16-eager": (
+        "transformers Trainer (run_mlm), eager",
+        "bf16",
+        lambda c, g: run_mlm(c, g, "bf16", "eager"),
+    ),
     "loop-bf16": ("plain loop, sdpa", "bf16", lambda c, g: loop(c, g, "sdpa", False)),
     "loop-bf16-eager": ("plain loop, eager", "bf16", lambda c, g: loop(c, g, "eager", False)),
     "compiled-bf16": ("plain loop, sdpa, torch.compile", "bf16", lambda c, g: loop(c, g, "sdpa", True)),

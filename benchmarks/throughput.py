@@ -1,0 +1,258 @@
+"""Our trainer beside its peers on the same model, data, batch, threads and allocator: tokens per second of one device.
+
+    python -m benchmarks.throughput
+
+Every contender is a process of its own (`benchmarks.throughput_contenders`), and they train in turn, a round after the
+other. Needs `accelerate` for transformers' Trainer and a C++ compiler for torch.compile; without one of them its row
+says so. Writes a Markdown table with the hardware, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.loader import commit, cpu_model
+from benchmarks.throughput_contenders import CONTENDERS, PEAK, VOCABULARY, Case, as_json, write_data
+from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig
+
+REPOSITORY = Path(__file__).parents[1]
+MICRO_BATCH_TOKENS = {"tiny": 2_048, "small": 1_024, "base": 1_024, "large": 1_024}
+"""On a CPU: so few that the slowest peer takes half a minute a step."""
+GPU_MICRO_BATCH_TOKENS = 16_384
+ALIVE = 4
+SEQUENCES = 512
+DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name] + ["run_mlm-bf16-eager"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What some steps took; `seconds` are the device's: of all threads on CPUs, between events on a GPU."""
+
+    tokens: int
+    seconds: float
+    wall: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A contender's rounds; or why it has none."""
+
+    name: str
+    rounds: tuple[Measured, ...] = ()
+    unavailable: str = ""
+
+
+class Contender:
+    """A process that trains as many steps as it is told."""
+
+    def __init__(self, name: str, case: Case, threads: int):
+        self.name, self.unavailable = name, ""
+        self._log = Path(case.folder) / f"{name}.log"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TORCHINDUCTOR_CACHE_DIR": f"{case.folder}/inductor",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+        }
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.throughput_contenders", name, as_json(case)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+            )
+
+    def take(self, steps: int) -> dict[str, Any]:
+        """Its answer to an order of steps."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended: {self._log.read_text(errors='replace')[-2000:]}")
+        return json.loads(line)
+
+    def warm_up(self) -> None:
+        """The first step: it makes optimizer states, and compiles."""
+        self.unavailable = self.take(1).get("unavailable", "")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["tiny", "small", "base"], choices=list(PRESETS))
+    parser.add_argument("--max_seq_length", nargs="+", type=int, help="of each model (default: the presets')")
+    parser.add_argument("--micro_batch_tokens", type=int, help="for all contenders (default: by the model)")
+    parser.add_argument("--micro_steps", type=int, default=2, help="of a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="timed in each round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each contender (default: %(default)s)")
+    parser.add_argument("--contenders", nargs="+", default=DEFAULT_CONTENDERS, choices=list(CONTENDERS))
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/throughput.md")
+    arguments = parser.parse_args()
+    lengths = arguments.max_seq_length or [PRESETS[model].max_seq_length for model in arguments.model]
+    if len(lengths) != len(arguments.model):
+        parser.error(f"--max_seq_length needs {len(arguments.model)} values, one for each --model")
+    report = "\n".join(lines(arguments, lengths)) + "\n"
+    print(report)
+    arguments.output.write_text(report, encoding="utf-8")
+
+
+def lines(arguments: argparse.Namespace, lengths: Sequence[int]) -> Iterator[str]:
+    """The report, line by line."""
+    loads, peaks, tables = [os.getloadavg()[0]], [], []
+    for model, length in zip(arguments.model, lengths, strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            tokens = arguments.micro_batch_tokens
+            if tokens is None:
+                tokens = GPU_MICRO_BATCH_TOKENS if torch.cuda.is_available() else MICRO_BATCH_TOKENS[model]
+            case = Case(model, length, max(1, tokens // length), arguments.micro_steps, folder)
+            write_data(Path(folder), length, max(SEQUENCES, 4 * case.train_batch_size))
+            outcomes, peak = measure(case, arguments)
+        loads.append(os.getloadavg()[0])
+        peaks.append(peak)
+        tables += [
+            f"## {model}, {length} tokens",
+            "",
+            f"A step is {case.micro_batch_size} sequences x {case.micro_steps} micro-steps; "
+            f"{flops_per_token(case.config, length) / 1e6:,.0f} MFLOP of useful work a token.",
+            "",
+            *table(outcomes, flops_per_token(case.config, length), peak),
+            "",
+        ]
+    on_gpu = torch.cuda.is_available()
+    second = "second of the GPU" if on_gpu else "CPU-second"
+    yield "# Throughput: ds_roberta beside its peers"
+    yield ""
+    yield from tables
+    yield (
+        f"Medians of {arguments.rounds} rounds of {arguments.steps} step(s) after one of warm-up, with the lowest and "
+        f"highest; in each round the processes train in turn, at most {ALIVE} of them alive. *Device*: tokens per "
+        f"{second}{'' if on_gpu else ', all threads'}. *Useful*: the work of the model as `flops_per_token` counts it, "
+        f"the vocabulary at masked tokens alone, whatever a contender computes beside it. *Utilisation*: its share of "
+        f"the largest rate of bf16 matrix products measured in the same run "
+        f"({' and '.join(f'{peak / 1e9:,.0f}' for peak in peaks)} GFLOP/s), for fp32 too. *Memory*: the highest "
+        f"{'allocated on the GPU' if on_gpu else 'resident set of the process'}."
+    )
+    yield ""
+    yield (
+        f"All: RobertaForMaskedLM's architecture, a vocabulary of {VOCABULARY:,}, dropout 0.1, 15% masked, full sequences of "
+        "random ids, the same micro-batches, AdamW, no clipping, glibc's malloc told to keep freed memory."
+    )
+    yield ""
+    device = f"{torch.cuda.get_device_name()}, " if on_gpu else ""
+    yield (
+        f"{device}{cpu_model()}, {arguments.threads} thread{'s' if arguments.threads > 1 else ''} each, load average "
+        f"{' to '.join(f'{load:.1f}' for load in (min(loads), max(loads)))}. Python {platform.python_version()}, "
+        + ", ".join(versions())
+        + f", commit {commit()}."
+    )
+
+
+def versions() -> Iterator[str]:
+    for name in ("torch", "transformers", "accelerate", "datasets", "deepspeed"):
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"no {name}"
+
+
+def measure(case: Case, arguments: argparse.Namespace) -> tuple[list[Outcome], float]:
+    """All contenders' rounds, and the device's peak in FLOP/s.
+
+    So many processes as memory allows stand side by side, and train in turn; ours, which all are compared with, come
+    between peers of either kind.
+    """
+    outcomes, peaks = [], []
+    for first in range(0, len(arguments.contenders), ALIVE):
+        names = [*arguments.contenders[first : first + ALIVE], PEAK]
+        processes = [Contender(name, case, arguments.threads) for name in names]
+        *trainers, peak = processes
+        try:
+            with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // arguments.threads)) as side_by_side:
+                list(side_by_side.map(Contender.warm_up, processes))
+            rounds: dict[str, list[Measured]] = {trainer.name: [] for trainer in trainers}
+            for _ in range(arguments.rounds):
+                peaks.append(peak.take(1)["peak_flops"])
+                for trainer in trainers:
+                    if not trainer.unavailable:
+                        rounds[trainer.name].append(Measured(**trainer.take(arguments.steps)))
+                        print(case.model, trainer.name, rounds[trainer.name][-1], file=sys.stderr, flush=True)
+        finally:
+            for process in processes:
+                process.close()
+        outcomes += [Outcome(each.name, tuple(rounds[each.name]), each.unavailable) for each in trainers]
+    return outcomes, max(peaks)
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Floating-point operations of training that a token of a full sequence needs, forward and backward.
+
+    A matrix of P parameters takes 2 P operations a token forward (a multiplication and an addition each) and twice that
+    backward (gradients of input and of weights): 6 P, as Kaplan et al. (2020, arXiv:2001.08361, section 2.1) count.
+    With hidden size D a layer has 4 D² in attention's projections and 2 · 4 D² in the MLP. The two products of
+    attention (QKᵀ and weights · V) are of D multiplications each for every of the T tokens seen: 2 · 2 · D · T forward,
+    12 D T in all. The head (D² and the vocabulary's D V) is needed at masked tokens alone: 15% of all but `<s>` and
+    `</s>`. Look-ups of embeddings, biases, normalisation, softmax, dropout and the optimizer are not counted.
+    """
+    hidden = config.hidden_size
+    layer = 6 * (4 * hidden**2 + 2 * hidden * config.intermediate_size) + 12 * hidden * length
+    head = 6 * (hidden**2 + hidden * config.vocab_size)
+    masked = MaskingConfig.mlm_probability * (length - SPECIAL_TOKENS_PER_SEQUENCE) / length
+    return config.num_hidden_layers * layer + masked * head
+
+
+def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Iterator[str]:
+    """A Markdown table: `flops` of a token, `peak_flops` of a second of the device.
+
+    The last column says how many times as many tokens ours processes in bf16 (in fp32 for the fp32 rows).
+    """
+    rates = {
+        outcome.name: [each.tokens / each.seconds for each in outcome.rounds] for outcome in outcomes if outcome.rounds
+    }
+    yield "| contender | precision | tokens/s, device | tokens/s, wall | useful GFLOP/s | utilisation | memory | ours is |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for outcome in outcomes:
+        description, precision, _ = CONTENDERS[outcome.name]
+        if outcome.name not in rates:
+            yield f"| {description} | {precision} | {outcome.unavailable} | | | | | |"
+            continue
+        rate = statistics.median(rates[outcome.name])
+        wall = statistics.median(each.tokens / each.wall for each in outcome.rounds)
+        memory = max(each.peak_bytes for each in outcome.rounds)
+        mine, compared = f"ours-{precision}", ""
+        if mine in rates and outcome.name != mine:
+            compared = f"{statistics.median(rates[mine]) / rate:.1f}x"
+        yield (
+            f"| {description} | {precision} | {rate:,.0f} ({min(rates[outcome.name]):,.0f} to "
+            f"{max(rates[outcome.name]):,.0f}) | {wall:,.0f} | {rate * flops / 1e9:,.1f} | "
+            f"{rate * flops / peak_flops:.1%} | {memory / 1e9:.1f} GB | {compared} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
