@@ -40,6 +40,7 @@ setup(
         "monitor": ["tensorboard>=2.16"],
         "plot": ["matplotlib>=3.9"],
         "dev": [
+            "accelerate>=1.1",  # transformers' Trainer, a peer in benchmarks/throughput.py
             "gigatoken>=0.10,<0.11",
             "matplotlib>=3.9",
             "mpi4py>=4.1",

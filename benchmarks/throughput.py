@@ -34,9 +34,9 @@ REPOSITORY = Path(__file__).parents[1]
 MICRO_BATCH_TOKENS = {"tiny": 2_048, "small": 1_024, "base": 1_024, "large": 1_024}
 """On a CPU: so few that the slowest peer takes half a minute a step."""
 GPU_MICRO_BATCH_TOKENS = 16_384
-ALIVE = 4
+ALIVE = 3
 SEQUENCES = 512
-DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name] + ["run_mlm-bf16-eager"]
+DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name]
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,6 @@ def main() -> None:
     lengths = arguments.max_seq_length or [PRESETS[model].max_seq_length for model in arguments.model]
     if len(lengths) != len(arguments.model):
         parser.error(f"--max_seq_length needs {len(arguments.model)} values, one for each --model")
-    report = "\n".join(lines(arguments, lengths)) + "\n"
-    print(report)
-    arguments.output.write_text(report, encoding="utf-8")
-
-
-def lines(arguments: argparse.Namespace, lengths: Sequence[int]) -> Iterator[str]:
-    """The report, line by line."""
     loads, peaks, tables = [os.getloadavg()[0]], [], []
     for model, length in zip(arguments.model, lengths, strict=True):
         with tempfile.TemporaryDirectory() as folder:
@@ -144,6 +137,21 @@ def lines(arguments: argparse.Namespace, lengths: Sequence[int]) -> Iterator[str
             *table(outcomes, flops_per_token(case.config, length), peak),
             "",
         ]
+        # After each model: a run takes minutes, and may be broken off.
+        report = "\n".join(lines(arguments, tables, peaks, loads)) + "\n"
+        arguments.output.write_text(report, encoding="utf-8")
+    print(report)
+
+
+def lines(
+    arguments: argparse.Namespace, tables: Sequence[str], peaks: Sequence[float], loads: Sequence[float]
+) -> Iterator[str]:
+    """The report, line by line.
+
+    Args:
+        peaks: FLOP/s of the device, measured beside each table.
+        loads: load averages before and after each table was measured.
+    """
     on_gpu = torch.cuda.is_available()
     second = "second of the GPU" if on_gpu else "CPU-second"
     yield "# Throughput: ds_roberta beside its peers"
@@ -160,8 +168,8 @@ def lines(arguments: argparse.Namespace, lengths: Sequence[int]) -> Iterator[str
     )
     yield ""
     yield (
-        f"All: RobertaForMaskedLM's architecture, a vocabulary of {VOCABULARY:,}, dropout 0.1, 15% masked, full sequences of "
-        "random ids, the same micro-batches, AdamW, no clipping, glibc's malloc told to keep freed memory."
+        f"All: RobertaForMaskedLM's architecture, a vocabulary of {VOCABULARY:,}, dropout 0.1, 15% masked, full "
+        "sequences of random ids, the same micro-batches, AdamW, no clipping, glibc's malloc told to keep freed memory."
     )
     yield ""
     device = f"{torch.cuda.get_device_name()}, " if on_gpu else ""
@@ -184,8 +192,7 @@ def versions() -> Iterator[str]:
 def measure(case: Case, arguments: argparse.Namespace) -> tuple[list[Outcome], float]:
     """All contenders' rounds, and the device's peak in FLOP/s.
 
-    So many processes as memory allows stand side by side, and train in turn; ours, which all are compared with, come
-    between peers of either kind.
+    All would not fit into memory at a time, so they come in groups, each with a process that measures the peak.
     """
     outcomes, peaks = [], []
     for first in range(0, len(arguments.contenders), ALIVE):
@@ -234,7 +241,8 @@ def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Itera
     rates = {
         outcome.name: [each.tokens / each.seconds for each in outcome.rounds] for outcome in outcomes if outcome.rounds
     }
-    yield "| contender | precision | tokens/s, device | tokens/s, wall | useful GFLOP/s | utilisation | memory | ours is |"
+    columns = "trainer, precision, tokens/s (device), tokens/s (wall), useful GFLOP/s, utilisation, memory, ours is"
+    yield f"| {columns.replace(', ', ' | ')} |"
     yield "|---|---|---|---|---|---|---|---|"
     for outcome in outcomes:
         description, precision, _ = CONTENDERS[outcome.name]
