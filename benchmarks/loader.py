@@ -1,6 +1,6 @@
 """The training loader beside `datasets` with transformers' collator, on one core, in CPU-seconds, medians.
 
-    python benchmarks/loader.py [--corpus DIR]
+    python -m benchmarks.loader [--corpus DIR]
 
 Writes a Markdown table with the hardware, the versions and the commit.
 """

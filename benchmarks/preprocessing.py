@@ -1,6 +1,6 @@
 """`preprocess shard`, with both tokenizer backends and one worker, beside the usual recipe on the same text.
 
-    python benchmarks/preprocessing.py [--corpus FILE.jsonl|FILE.txt] [--tokenizer DIR] [--description TEXT]
+    python -m benchmarks.preprocessing [--corpus FILE.jsonl|FILE.txt] [--tokenizer DIR] [--description TEXT]
 
 CPU-seconds are those of whole processes, start and children included; medians over the repetitions. Every run's
 output is new. The slow ones may get less of the text, its beginning. Writes a Markdown table with the hardware, the

@@ -95,9 +95,13 @@ class Trainer:
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
         with contextlib.closing(self.loader.steps(state.global_step, schedule.max_steps, self._skipped)) as steps:
             complete = self.evaluate_and_save()
-            for micro_batches in steps:
+            while True:
+                began = time.perf_counter()
+                micro_batches = next(steps, None)
+                if micro_batches is None:
+                    break
                 try:
-                    row = self.train_step(micro_batches)
+                    row = self.train_step(micro_batches, began)
                 except UserError:  # a step's numbers are the same on all ranks, so all are here
                     self._writer.finish()
                     raise
@@ -125,8 +129,11 @@ class Trainer:
         plan = BatchPlan(current.stage.train_batch_size, current.micro_batch_size, self.ranks.world_size)
         self.engine.set_batch(plan)
 
-    def train_step(self, micro_batches: list[MicroBatch]) -> dict[str, Any] | None:
+    def train_step(self, micro_batches: list[MicroBatch], began: float) -> dict[str, Any] | None:
         """One optimizer step on this process's micro-batches of the next global batch.
+
+        Args:
+            began: when the process began to wait for these micro-batches, by `time.perf_counter`.
 
         Returns:
             The step's row of metrics, or None where the processes agreed to stop: the step is then as if never begun.
@@ -137,7 +144,7 @@ class Trainer:
                 engine is not.
         """
         self._enter_stage()
-        state, started = self.state, time.perf_counter()
+        state, waited = self.state, time.perf_counter() - began
         masked, tokens, sequences = self.ranks.sum(
             sum(len(micro_batch.labels) for micro_batch in micro_batches),
             sum(micro_batch.tokens for micro_batch in micro_batches),
@@ -162,7 +169,7 @@ class Trainer:
         state.skipped_steps += result.skipped
         state.consumed_samples += int(sequences)
         state.consumed_tokens += int(tokens)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - began
         row = {
             "global_step": state.global_step,
             "loss": loss,
@@ -172,6 +179,7 @@ class Trainer:
             "consumed_tokens": state.consumed_tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
+            "data_wait_share": waited / seconds,
             "loss_scale": result.loss_scale,
             "skipped_steps": state.skipped_steps,
             "skipped_samples": sum(entry.end_place - entry.first_place for entry in self._skipped),

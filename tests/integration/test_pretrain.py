@@ -19,7 +19,10 @@ def rows(output: Path) -> list[dict]:
 
 
 def without_times(entries: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "step_seconds")} for row in entries]
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "step_seconds", "data_wait_share")}
+        for row in entries
+    ]
 
 
 def final_state(output: Path) -> dict:
