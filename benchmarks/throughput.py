@@ -241,8 +241,8 @@ def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Itera
     rates = {
         outcome.name: [each.tokens / each.seconds for each in outcome.rounds] for outcome in outcomes if outcome.rounds
     }
-    columns = "trainer, precision, tokens/s (device), tokens/s (wall), useful GFLOP/s, utilisation, memory, ours is"
-    yield f"| {columns.replace(', ', ' | ')} |"
+    columns = ("trainer", "precision", "tokens/s, device", "tokens/s, wall", "useful GFLOP/s", "utilisation", "memory")
+    yield f"| {' | '.join((*columns, 'ours is'))} |"
     yield "|---|---|---|---|---|---|---|---|"
     for outcome in outcomes:
         description, precision, _ = CONTENDERS[outcome.name]
