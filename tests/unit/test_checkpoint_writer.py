@@ -253,15 +253,24 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run, tmp_path, monkeypatc
     folder, save = run
     save(0, 1, retention=Retention(1))
     moments = []
-    removing, lock = shutil.rmtree, threading.Lock()
+    removing, lock = shutil.rmtree, threading.RLock()
+
+    def put_aside():
+        moment = tmp_path / f"moment{len(moments)}"
+        while True:
+            try:
+                moments.append(shutil.copytree(folder, moment))
+                return
+            except shutil.Error:  # another thread's writing gave a file its name meanwhile
+                removing(moment)
 
     def observe(owner, name):
         change = getattr(owner, name)
 
         def changed(*arguments, **keywords):
             with lock:
-                moments.append(shutil.copytree(folder, tmp_path / f"moment{len(moments)}"))
-            return change(*arguments, **keywords)
+                put_aside()
+                return change(*arguments, **keywords)
 
         monkeypatch.setattr(owner, name, changed)
 
