@@ -133,7 +133,7 @@ def pretrain(options: PretrainOptions) -> int:
     for stage, plan in zip(config.stages, plans, strict=True):
         begin = f"from step {stage.first_step}: " if stage.first_step else ""
         sequences = len(train_data[stage.max_seq_length])
-        ranks.log(f"{begin}{stage.max_seq_length} tokens a sequence, {sequences:,} sequences an epoch; {plan}")
+        ranks.log(f"{begin}{stage.max_seq_length} tokens a sequence, {sequences:,} sequences in the data; {plan}")
 
     if checkpoint_path is not None:
         checkpoint.load(engine, checkpoint_path)
