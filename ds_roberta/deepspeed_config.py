@@ -202,7 +202,7 @@ class DeepSpeedConfig:
             content["zero_optimization"]["contiguous_gradients"] = False
         if not on_gpu and not self._offloads_optimizer:
             # torch's Adam needs no compiler and is bit-reproducible; DeepSpeed's CPU build of FusedAdam is not.
-            content["optimizer"]["params"].update(torch_adam=True, foreach=True)
+            content["optimizer"]["params"].update(torch_adam=True, fused=True)
         content.setdefault("steps_per_print", None)
         return content
 
