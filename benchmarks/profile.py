@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 2 -m benchmarks.profile                                  # or: deepspeed --module …
 
 The run is the real one, `ds_roberta.training.run.pretrain`, in a temporary folder; its parts are wrapped from here.
-Some steps are timed by stage, and one more is taken under torch's profiler, which would disturb the timing: on a CPU its
-records make large copies meet fresh memory. Rank 0 writes a Markdown page with the hardware, the versions and the
+Some steps are timed by stage, and one more is taken under torch's profiler, which would disturb the timing: on a CPU
+its records make large copies meet fresh memory. Rank 0 writes a Markdown page with the hardware, the versions and the
 commit.
 """
 
