@@ -53,6 +53,12 @@ def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return ("bf16",) if fast_bf16 else (), ("fp32", *low)
 
 
+def fastest_precision() -> str:
+    """The precision of the device's highest rate of matrix products."""
+    low, _ = device_precisions()
+    return low[0] if low else "fp32"
+
+
 def choose_precision(config: DeepSpeedConfig) -> str:
     """The precision of the JSON, "auto" settled by the device."""
     return config.precision(*device_precisions())

@@ -41,11 +41,12 @@ from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import mend
-from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
+from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.export import export_checkpoint
 from ds_roberta.training.identity import check_identity
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
+from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
@@ -135,12 +136,15 @@ def pretrain(options: PretrainOptions) -> int:
         sequences = len(train_data[stage.max_seq_length])
         ranks.log(f"{begin}{stage.max_seq_length} tokens a sequence, {sequences:,} sequences in the data; {plan}")
 
+    peak = device_peak(engine.device, fastest_precision(), ranks)
+    if peak.source == MEASURED:
+        ranks.log(f"peak of a process: {peak.flops_per_second / 1e9:,.0f} GFLOP/s, measured ({fastest_precision()})")
     if checkpoint_path is not None:
         checkpoint.load(engine, checkpoint_path)
     elif deepspeed_path is not None:
         deepspeed_checkpoint.load(engine, deepspeed_path, state)
     if ranks.is_main:
-        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision))
+        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision, peak))
     tokenizer = corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":
@@ -161,7 +165,16 @@ def pretrain(options: PretrainOptions) -> int:
         masker = evaluation_masker(config.masking, tokenizer, words)
         collator = Collator(held_out_data, masker, tokenizer, config.packing.max_seq_length)
         held_out = HeldOutLoss(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
-    trainer = Trainer(config, deepspeed_config.learning_rate, engine, loader, held_out, state, checkpoint_path)
+    trainer = Trainer(
+        config,
+        deepspeed_config.learning_rate,
+        engine,
+        loader,
+        held_out,
+        state,
+        checkpoint_path,
+        peak.flops_per_second,
+    )
     if not trainer.train():
         ranks.log("stopped on request; the same command goes on from here")
         return STOPPED_EXIT_CODE
@@ -334,7 +347,7 @@ def _initial_state(
     return (state, None, path) if of_deepspeed else (state, path, None)
 
 
-def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str) -> dict[str, Any]:
+def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str, peak: Peak) -> dict[str, Any]:
     """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
     return {
         "run": config.as_json(),
@@ -342,6 +355,7 @@ def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision
         "batches": [asdict(plan) for plan in plans],
         "precision": precision,
         "device": str(engine.device),
+        "peak": asdict(peak),
         "versions": {
             "ds_roberta": ds_roberta.__version__,
             "deepspeed": engine.deepspeed_version,

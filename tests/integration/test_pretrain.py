@@ -20,7 +20,7 @@ def rows(output: Path) -> list[dict]:
 
 def without_times(entries: list[dict]) -> list[dict]:
     return [
-        {k: v for k, v in row.items() if k not in ("tokens_per_second", "step_seconds", "data_wait_share")}
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")}
         for row in entries
     ]
 
