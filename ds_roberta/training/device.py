@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -32,6 +34,25 @@ def init_distributed() -> Ranks:
         local_processes = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_processes))
     return Ranks.current()
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Let `torch.compile` leave functions as they are.
+
+    To ask whether an optimizer is its Muon, which is none of ours, DeepSpeed imports that and so wraps three functions
+    for compilation, for which torch imports its whole compiler: a second of every start.
+    """
+    name = "TORCHDYNAMO_DISABLE"  # read at each call of torch.compile
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def on_gpu() -> bool:

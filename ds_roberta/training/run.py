@@ -6,11 +6,11 @@ import platform
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import ds_roberta
 from ds_roberta.config import (
@@ -43,7 +43,6 @@ from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import mend
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
-from ds_roberta.training.export import export_checkpoint
 from ds_roberta.training.identity import check_identity
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
@@ -180,6 +179,8 @@ def pretrain(options: PretrainOptions) -> int:
         return STOPPED_EXIT_CODE
     last = trainer.last_checkpoint
     assert last is not None
+    from ds_roberta.training.export import export_checkpoint  # transformers is not needed, nor its memory, until here
+
     ranks.on_main(lambda: export_checkpoint(last, config.output_dir / EXPORT_FOLDER))
     return 0
 
@@ -361,7 +362,7 @@ def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision
             "deepspeed": engine.deepspeed_version,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
         },
         "commit": _commit(),
     }
