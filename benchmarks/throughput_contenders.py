@@ -164,8 +164,17 @@ def hf_parts(case: Case, attention: str) -> tuple[Any, Any, Any]:
     return RobertaForMaskedLM(config), datasets.load_from_disk(str(Path(case.folder) / "rows")), collator
 
 
-def run_mlm(case: Case, make_gate: Callable[[], Gate], precision: str, attention: str) -> None:
+def require_compiler() -> None:
+    if device().type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise Unavailable("no compiler")
+
+
+def run_mlm(
+    case: Case, make_gate: Callable[[], Gate], precision: str, attention: str, torch_compile: bool = False
+) -> None:
     """transformers' `run_mlm.py`: its Trainer with its defaults, but for the optimizer's numbers and clipping."""
+    if torch_compile:
+        require_compiler()
     if importlib.util.find_spec("accelerate") is None:
         raise Unavailable("accelerate is not installed")
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -185,6 +194,7 @@ def run_mlm(case: Case, make_gate: Callable[[], Gate], precision: str, attention
         max_steps=_MANY,
         use_cpu=device().type == "cpu",
         bf16=precision == "bf16",
+        torch_compile=torch_compile,
         learning_rate=LEARNING_RATE,
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -213,8 +223,8 @@ def micro_batches(case: Case, rows: Any, collator: Any) -> Iterator[dict[str, to
 
 def loop(case: Case, make_gate: Callable[[], Gate], attention: str, compiled: bool) -> None:
     """A plain loop around transformers' model, in bf16 by autocast."""
-    if compiled and device().type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise Unavailable("no compiler")
+    if compiled:
+        require_compiler()
     model, rows, collator = hf_parts(case, attention)
     model.to(device()).train()
     optimizer = torch.optim.AdamW(
@@ -329,6 +339,11 @@ CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]
         "transformers Trainer (run_mlm), eager",
         "bf16",
         lambda c, g: run_mlm(c, g, "bf16", "eager"),
+    ),
+    "run_mlm-bf16-compiled": (
+        "transformers Trainer (run_mlm), sdpa, torch_compile",
+        "bf16",
+        lambda c, g: run_mlm(c, g, "bf16", "sdpa", torch_compile=True),
     ),
     "loop-bf16": ("plain loop, sdpa", "bf16", lambda c, g: loop(c, g, "sdpa", False)),
     "loop-bf16-eager": ("plain loop, eager", "bf16", lambda c, g: loop(c, g, "eager", False)),
