@@ -283,12 +283,15 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     from ds_roberta.deepspeed_config import DeepSpeedConfig
     from ds_roberta.model.objectives import MaskedLM
     from ds_roberta.training.batch import BatchPlan
+    from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
     from ds_roberta.training.device import init_distributed, on_gpu
     from ds_roberta.training.engine import Engine
 
     ranks = init_distributed()
     settings = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero1.json", case.train_batch_size, LEARNING_RATE)
     engine = Engine(MaskedLM(case.config), settings.resolved(precision, on_gpu()), ranks, 0)
+    if resolve_torch_compile("auto", settings.zero_stage, on_gpu()):
+        compile_layers(engine.module.roberta.encoder)
     engine.set_batch(BatchPlan(case.train_batch_size, case.micro_batch_size, ranks.world_size))
     corpus = Corpus.open(case.folder)
     packed = open_index(corpus, TRAIN_SPLIT, packing(case.max_seq_length))

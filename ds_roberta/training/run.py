@@ -41,6 +41,7 @@ from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import mend
+from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.identity import check_identity
@@ -94,6 +95,7 @@ class PretrainOptions:
     learning_rate: float | None = None
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    torch_compile: str = RunConfig.torch_compile
 
 
 def pretrain(options: PretrainOptions) -> int:
@@ -110,6 +112,7 @@ def pretrain(options: PretrainOptions) -> int:
     corpus = Corpus.open(options.data_dir)
     config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu())
     precision = choose_precision(deepspeed_config)
+    compiled = resolve_torch_compile(config.torch_compile, deepspeed_config.zero_stage, on_gpu())
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
 
@@ -128,7 +131,8 @@ def pretrain(options: PretrainOptions) -> int:
             ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
     torch.manual_seed(config.seed)
-    engine = Engine(MaskedLM(config.model), deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
+    model = MaskedLM(config.model)
+    engine = Engine(model, deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
     plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
     for stage, plan in zip(config.stages, plans, strict=True):
         begin = f"from step {stage.first_step}: " if stage.first_step else ""
@@ -138,12 +142,15 @@ def pretrain(options: PretrainOptions) -> int:
     peak = device_peak(engine.device, fastest_precision(), ranks)
     if peak.source == MEASURED:
         ranks.log(f"peak of a process: {peak.flops_per_second / 1e9:,.0f} GFLOP/s, measured ({fastest_precision()})")
+    if compiled:  # only now: rehearsal and trials of micro-batches have sizes that do not come again
+        compile_layers(model.roberta.encoder)
+        ranks.log("the encoder is compiled (--torch_compile): the first steps of each length take longer")
     if checkpoint_path is not None:
         checkpoint.load(engine, checkpoint_path)
     elif deepspeed_path is not None:
         deepspeed_checkpoint.load(engine, deepspeed_path, state)
     if ranks.is_main:
-        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision, peak))
+        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision, compiled, peak))
     tokenizer = corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":
@@ -239,6 +246,7 @@ def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, 
         eval_sequences=options.eval_sequences,
         resume=options.resume,
         save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
+        torch_compile=options.torch_compile,
     )
 
 
@@ -348,13 +356,16 @@ def _initial_state(
     return (state, None, path) if of_deepspeed else (state, path, None)
 
 
-def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str, peak: Peak) -> dict[str, Any]:
+def _record(
+    config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str, compiled: bool, peak: Peak
+) -> dict[str, Any]:
     """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
     return {
         "run": config.as_json(),
         "deepspeed": engine.config,
         "batches": [asdict(plan) for plan in plans],
         "precision": precision,
+        "compiled": compiled,
         "device": str(engine.device),
         "peak": asdict(peak),
         "versions": {
