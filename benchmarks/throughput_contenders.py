@@ -314,17 +314,12 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
 
 def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
     """The device's peak: the best rate of square bf16 matrix products of a few sizes, answered to each order."""
+    from ds_roberta.training.peak import product_rate
+
+    on_cpu = device().type == "cpu"
+    sizes, clock = (MATRIX_SIZES, time.process_time) if on_cpu else (GPU_MATRIX_SIZES, time.perf_counter)
     while sys.stdin.readline():
-        rates = []
-        for size in MATRIX_SIZES if device().type == "cpu" else GPU_MATRIX_SIZES:
-            left, right = (torch.randn(size, size, device=device()).bfloat16() for _ in range(2))
-            left @ right
-            begun, products, lap = time.perf_counter(), 0, stopwatch()
-            while time.perf_counter() - begun < _MATRIX_SECONDS:
-                left @ right
-                products += 1
-            rates.append(2 * size**3 * products / lap()[0])
-        answer({"peak_flops": max(rates)})
+        answer({"peak_flops": max(product_rate(device(), "bf16", size, _MATRIX_SECONDS, clock) for size in sizes)})
 
 
 CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]]] = {
