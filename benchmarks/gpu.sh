@@ -43,15 +43,15 @@ part tokenizer 15 python -m preprocessing.cli train-tokenizer --input examples/c
   --output "$output/tokenizer"
 part data 15 python -m preprocessing.cli shard --input examples/corpus --tokenizer "$output/tokenizer" \
   --output "$output/data" --validation_fraction 0.05 --workers 2
-part base_killed 60 bash -c "$(declare -p base); killed"
-part base_resumed 50 python "${base[@]}"
+part base_killed 50 bash -c "$(declare -p base); killed"
+part base_resumed 40 python "${base[@]}"
 part base_went_on 5 grep -q "resuming from" "$output/base_resumed.log"
-part throughput_base 75 python -m benchmarks.throughput --model base --max_seq_length 512 \
-  --contenders run_mlm-bf16 compiled-bf16 ours-bf16 --output "$output/throughput_base.md"
-part throughput_large 80 python -m benchmarks.throughput --model large --max_seq_length 512 \
-  --contenders run_mlm-bf16 compiled-bf16 ours-bf16 --output "$output/throughput_large.md"
-part profile 40 python -m benchmarks.profile --model base --max_seq_length 512
-part pytest 120 python -m pytest -m gpu tests/distributed -p no:cacheprovider
+part throughput_base 65 python -m benchmarks.throughput --model base --max_seq_length 512 \
+  --contenders run_mlm-bf16 run_mlm-bf16-compiled ours-bf16 --output "$output/throughput_base.md"
+part throughput_large 70 python -m benchmarks.throughput --model large --max_seq_length 512 \
+  --contenders run_mlm-bf16 run_mlm-bf16-compiled ours-bf16 --output "$output/throughput_large.md"
+part profile 35 python -m benchmarks.profile --model base --max_seq_length 512
+part pytest 160 python -m pytest -m gpu tests/distributed -p no:cacheprovider
 part fault_injection 60 python -m benchmarks.fault_injection --kills 1 --processes 1
 
 tail -n 3 "$output/base/metrics.jsonl"

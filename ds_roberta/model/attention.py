@@ -32,12 +32,12 @@ def attention(
         (B, H, T, K) in the arguments' dtype.
     """
     if query_BHTK.device.type == "cpu":
-        return _plain_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
+        return plain_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
     return F.scaled_dot_product_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
 
 
-@torch.compiler.disable  # as dropout on a CPU
-def _plain_attention(*arguments: Any) -> torch.Tensor:
+def plain_attention(*arguments: Any) -> torch.Tensor:
+    """`attention` by plain products and masks of `keep_mask`."""
     return _PlainAttention.apply(*arguments)
 
 

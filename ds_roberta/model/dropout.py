@@ -47,8 +47,8 @@ class _CPUDropout(torch.autograd.Function):
         return apply_mask(gradients[0].contiguous(), keep).mul_(ctx.scale), None
 
 
-@torch.compiler.disable  # a seed is a Python number, which torch.compile would take for a constant
-def _cpu_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
+def cpu_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout by masks of `keep_mask`, at any time."""
     return _CPUDropout.apply(values, p)
 
 
@@ -58,4 +58,4 @@ class Dropout(nn.Dropout):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if values.device.type != "cpu":
             return F.dropout(values, self.p, self.training)
-        return _cpu_dropout(values, self.p) if self.training and self.p else values
+        return cpu_dropout(values, self.p) if self.training and self.p else values

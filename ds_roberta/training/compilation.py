@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ds_roberta.errors import UserError
+from ds_roberta.model import attention, dropout
 from ds_roberta.model.encoder import RobertaEncoder
 
 _GRAPHS_AT_MOST = 256
@@ -63,11 +64,16 @@ def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
     Args:
         backend: torch.compile's.
     """
+    import torch._dynamo
     import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = _GRAPHS_AT_MOST
     # Else kernels are chosen by their time on the device, and a resumed run might round otherwise.
     torch._inductor.config.deterministic = True
+    # Their seeds are Python numbers, for each of which there would be another graph. It is done only here because it
+    # takes torch's compiler, a second of every start.
+    for module, name in ((dropout, "cpu_dropout"), (attention, "plain_attention")):
+        setattr(module, name, torch.compiler.disable(getattr(module, name)))
     for layer in encoder.layer:
         layer.compile(backend=backend, dynamic=False)
     _hide_gradients_of_new_shapes(encoder)
