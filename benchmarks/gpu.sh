@@ -46,8 +46,8 @@ part data 15 python -m preprocessing.cli shard --input examples/corpus --tokeniz
 part base_killed 50 bash -c "$(declare -p base); killed"
 part base_resumed 40 python "${base[@]}"
 part base_went_on 5 grep -q "resuming from" "$output/base_resumed.log"
-part throughput_base 65 python -m benchmarks.throughput --model base --max_seq_length 512 \
-  --contenders run_mlm-bf16 run_mlm-bf16-compiled ours-bf16 --output "$output/throughput_base.md"
+part throughput_base 80 python -m benchmarks.throughput --model base --max_seq_length 512 \
+  --contenders run_mlm-bf16 run_mlm-bf16-compiled ours-fp16 ours-bf16 --output "$output/throughput_base.md"
 part throughput_large 70 python -m benchmarks.throughput --model large --max_seq_length 512 \
   --contenders run_mlm-bf16 run_mlm-bf16-compiled ours-bf16 --output "$output/throughput_large.md"
 part profile 35 python -m benchmarks.profile --model base --max_seq_length 512

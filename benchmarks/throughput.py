@@ -38,7 +38,7 @@ GPU_MICRO_BATCH_TOKENS = 16_384
 ALIVE = 2
 SEQUENCES = 512
 OURS = "ours-bf16"
-DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name]
+DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name and name != "ours-fp16"]
 
 
 @dataclass(frozen=True)

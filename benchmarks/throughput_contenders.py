@@ -287,6 +287,8 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     from ds_roberta.training.device import init_distributed, on_gpu
     from ds_roberta.training.engine import Engine
 
+    if precision == "fp16" and device().type == "cpu":
+        raise Unavailable("no fp16 on a CPU")
     ranks = init_distributed()
     settings = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero1.json", case.train_batch_size, LEARNING_RATE)
     engine = Engine(MaskedLM(case.config), settings.resolved(precision, on_gpu()), ranks, 0)
@@ -351,6 +353,7 @@ CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]
         lambda c, g: deepspeed_loop(c, g, "eager"),
     ),
     "ours-fp32": ("**ds_roberta**", "fp32", lambda c, g: ours(c, g, "fp32")),
+    "ours-fp16": ("**ds_roberta**", "fp16", lambda c, g: ours(c, g, "fp16")),
     "ours-bf16": ("**ds_roberta**", "bf16", lambda c, g: ours(c, g, "bf16")),
 }
 """By name: what it is, its precision, and the function that trains until its gate ends the process."""
