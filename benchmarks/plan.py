@@ -23,15 +23,16 @@ from unittest import mock
 
 import torch
 
-from benchmarks.throughput import flops_per_token
 from benchmarks.throughput_contenders import VOCABULARY
-from ds_roberta.config import PRESETS, MaskingConfig, ModelConfig, model_config
+from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig, model_config
 from ds_roberta.data.shards import CHUNK_BYTES, InputPiece, ShardInfo
 from ds_roberta.model.dropout import Dropout
+from ds_roberta.model.flops import flops_per_token
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint_writer import owners
 from ds_roberta.training.micro_batch import MEMORY_SHARE, full_micro_batch
+from ds_roberta.training.peak import data_sheet_rate
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENT = REPOSITORY / "docs/scaling.md"
@@ -53,27 +54,34 @@ SHARDS, SHARD_BYTES = 10_000, 200_000_000
 
 @dataclass(frozen=True)
 class Gpu:
-    """From NVIDIA's data sheets: dense 16-bit tensor-core rates, and links in one direction.
+    """From NVIDIA's data sheets.
 
     Attributes:
-        link: bytes/s of a GPU to the others of its node: NVLink, or PCIe where there is none.
+        name: torch's, by which `training.peak` knows the dense 16-bit rate.
+        link: bytes/s in one direction of a GPU to the others of its node: NVLink, or PCIe where there is none.
         network: Gbit/s of the network for each GPU in NVIDIA's own systems.
     """
 
+    name: str
     memory: float
-    flops: float
     link: float
     network: float
     bf16: bool = True
 
+    @property
+    def flops(self) -> float:
+        rate = data_sheet_rate(self.name)
+        assert rate is not None
+        return rate
+
 
 GPUS = {
-    "h100": Gpu(80e9, 989e12, 450e9, 400),  # H100 SXM data sheet; DGX H100 data sheet
-    "h200": Gpu(141e9, 989e12, 450e9, 400),  # H200 SXM data sheet; DGX H200 data sheet
-    "a100-40": Gpu(40e9, 312e12, 300e9, 200),  # A100 SXM data sheet; DGX A100 data sheet
-    "a100-80": Gpu(80e9, 312e12, 300e9, 200),
-    "v100-32": Gpu(32e9, 125e12, 150e9, 50, bf16=False),  # V100 SXM2 data sheet; DGX-1 data sheet
-    "l40s": Gpu(48e9, 362e12, 32e9, 100),  # L40S data sheet (PCIe 4.0 x16); the network is assumed
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 450e9, 400),  # H100 SXM data sheet; DGX H100 data sheet
+    "h200": Gpu("NVIDIA H200", 141e9, 450e9, 400),  # H200 SXM data sheet; DGX H200 data sheet
+    "a100-40": Gpu("NVIDIA A100-SXM4-40GB", 40e9, 300e9, 200),  # A100 SXM data sheet; DGX A100 data sheet
+    "a100-80": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 300e9, 200),
+    "v100-32": Gpu("Tesla V100-SXM2-32GB", 32e9, 150e9, 50, bf16=False),  # V100 SXM2 data sheet; DGX-1 data sheet
+    "l40s": Gpu("NVIDIA L40S", 48e9, 32e9, 100),  # L40S data sheet (PCIe 4.0 x16); the network is assumed
 }
 
 
@@ -246,7 +254,9 @@ def plan(case: Case) -> Plan:
     if world > case.gpus_per_node:  # rings leave a node by all its network cards
         links = min(links, (case.interconnect or gpu.network) * 1e9 / 8 * case.gpus_per_node)
     rows = batch.micro_batch_size * micro_steps if batch else 0
-    flops = rows * case.max_seq_length * flops_per_token(config, case.max_seq_length)
+    length = case.max_seq_length
+    masked_share = MaskingConfig.mlm_probability * (length - SPECIAL_TOKENS_PER_SEQUENCE) / length
+    flops = rows * length * flops_per_token(config, length, masked_share)
     shares = [0] * world
     for size, owner in zip(sizes, owners(sizes, world), strict=True):
         shares[owner] += 12 * size
@@ -386,7 +396,7 @@ def sources_table() -> str:
     opening = measured("loader.md", r"their manifest[^|]*\| ([\d.]+ ms)")
     rows = [
         ("parameters, saved activations", "counted on the model (meta device)"),
-        ("state of the engine, what it sends", "formulas; a test holds the state against a real engine on CPUs"),
+        ("state of the engine, what it sends", "formulas; a test holds both against a real engine on 1 and 2 CPU processes"),
         ("batches, ranks' checkpoint shares", "the program's own functions"),
         ("rate, memory and links of a GPU", "NVIDIA's data sheets"),
         (f"loader: {measured('loader.md', r'token . ([0-9.]+)')} million tokens a CPU-second", "measured"),
