@@ -396,7 +396,7 @@ def sources_table() -> str:
     opening = measured("loader.md", r"their manifest[^|]*\| ([\d.]+ ms)")
     rows = [
         ("parameters, saved activations", "counted on the model (meta device)"),
-        ("state of the engine, what it sends", "formulas; a test holds both against a real engine on 1 and 2 CPU processes"),
+        ("state of the engine, what it sends", "formulas, tested against a real engine on 1 and 2 CPU processes"),
         ("batches, ranks' checkpoint shares", "the program's own functions"),
         ("rate, memory and links of a GPU", "NVIDIA's data sheets"),
         (f"loader: {measured('loader.md', r'token . ([0-9.]+)')} million tokens a CPU-second", "measured"),
