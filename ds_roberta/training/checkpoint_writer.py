@@ -10,8 +10,9 @@ earlier checkpoints as they were, and at worst a hidden folder that the next sta
 
 from __future__ import annotations
 
+import heapq
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import deepcopy
@@ -233,13 +234,22 @@ def remove(folder: Path, steps: list[int]) -> None:
         shutil.rmtree(temporary_folder(target), ignore_errors=True)
 
 
+def owners(sizes: Sequence[int], world_size: int) -> list[int]:
+    """Which rank writes each parameter: the one that has the fewest elements so far."""
+    loads, ranks = [(0, rank) for rank in range(world_size)], []
+    for size in sizes:
+        load, rank = heapq.heappop(loads)
+        heapq.heappush(loads, (load + size, rank))
+        ranks.append(rank)
+    return ranks
+
+
 def own_tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """Copies of this rank's share of weights and moments, full, fp32, on the CPU; collective at ZeRO stages 1 to 3."""
-    loads = [0] * engine.ranks.world_size
+    parameters = dict(engine.module.named_parameters())
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters.values()]
     tensors = {}
-    for name, parameter in engine.module.named_parameters():
-        owner = loads.index(min(loads))
-        loads[owner] += getattr(parameter, "ds_numel", parameter.numel())
+    for (name, parameter), owner in zip(parameters.items(), owners(sizes, engine.ranks.world_size), strict=True):
         for key, value in engine.full_tensors(parameter).items():
             if owner == engine.ranks.rank:
                 tensors[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()

@@ -9,12 +9,14 @@ from pathlib import Path
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_group(processes: int, cases: str, corpus_folder: Path, output: Path, accelerator: str = "cpu") -> dict:
-    """Run cases of worker.py in one process group; their findings by file name."""
+def run_group(
+    processes: int, cases: str, corpus_folder: Path, output: Path, accelerator: str = "cpu", worker: Path = WORKER
+) -> dict:
+    """Run cases of worker.py, or another script, in one process group; their findings by file name."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator}
     result = subprocess.run(
-        [*command, str(WORKER), cases, str(corpus_folder), str(output)],
+        [*command, str(worker), cases, str(corpus_folder), str(output)],
         env=environment,
         capture_output=True,
         text=True,

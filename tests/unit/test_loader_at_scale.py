@@ -1,0 +1,75 @@
+"""4,096 ranks, computed rather than run: each rank's part is a pure function, so the union can be held against one."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ds_roberta.config import MaskingConfig, PackingConfig, Stage
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+from ds_roberta.data.masking import training_masker
+from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.training.batch import BatchPlan
+
+WORLD_SIZE, LENGTH, LATE_STEP = 4_096, 16, 450_000
+
+
+@pytest.fixture(scope="module")
+def collator(corpus):
+    build_index(corpus, "train", PackingConfig(LENGTH))
+    packed, tokenizer = open_index(corpus, "train", PackingConfig(LENGTH)), corpus.manifest.tokenizer
+    return Collator(packed, training_masker(MaskingConfig(), tokenizer, 5), tokenizer, LENGTH)
+
+
+def loader(collator, batch, micro_batch, rank=0, world_size=1):
+    order = SampleOrder(len(collator.packed), 5)
+    return TrainLoader([LoaderStage(Stage(0, LENGTH, batch), collator, order, micro_batch)], rank, world_size)
+
+
+def rows(micro_batches):
+    """Inputs, padding and labels of the rows that hold a sequence, in their order: (rows, 3 T) int64."""
+    found = []
+    for each in micro_batches:
+        labels = torch.full(each.input_ids.shape, -100)
+        labels.view(-1)[each.masked_positions] = each.labels
+        mask = torch.ones_like(labels) if each.attention_mask is None else each.attention_mask.long()
+        found.append(torch.cat([each.input_ids, mask, labels], dim=1)[: each.sequences])
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.parametrize("batch", [8_192, 5_000])
+def test_the_union_of_4096_ranks_is_the_batch_of_one_process(collator, batch):
+    plan = BatchPlan.fit(batch, 64, WORLD_SIZE)
+    (expected,) = loader(collator, batch, batch).micro_batches(LATE_STEP)
+    empty, parts = 0, []
+    for rank in range(WORLD_SIZE):
+        micro_batches = loader(collator, batch, plan.micro_batch_size, rank, WORLD_SIZE).micro_batches(LATE_STEP)
+        assert len(micro_batches) == plan.accumulation_steps
+        empty += sum(len(each.input_ids) - each.sequences for each in micro_batches)
+        parts.append(rows(micro_batches))
+    # Ranks take consecutive parts, so that not even the order differs.
+    assert np.array_equal(np.concatenate(parts), rows([expected]))
+    assert empty == plan.empty_places
+
+
+def test_a_rank_computes_its_own_rows_alone_at_any_step(collator, monkeypatch):
+    asked = []
+    sequences = SampleOrder.sequences
+    monkeypatch.setattr(
+        SampleOrder, "sequences", lambda order, places: asked.append(places) or sequences(order, places)
+    )
+    for step in (0, LATE_STEP):
+        loader(collator, 8_192, 2, 4_000, WORLD_SIZE).micro_batches(step)
+    assert [len(places) for places in asked] == [2, 2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
+def test_an_open_shard_keeps_no_file_descriptor(corpus):
+    before = len(os.listdir("/proc/self/fd"))
+    split = corpus.split("train")
+    values = [split.values(shard) for shard in range(len(split.shards))]
+    assert all(len(each) for each in values)
+    assert len(os.listdir("/proc/self/fd")) == before

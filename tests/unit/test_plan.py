@@ -1,0 +1,50 @@
+import pytest
+
+from benchmarks.plan import DOCUMENT, Case, meta_model, plan, saved_bytes, with_tables
+from ds_roberta.config import PRESETS, model_config
+from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.training.checkpoint_writer import owners
+
+
+@pytest.mark.parametrize("model", ["tiny", "small"])
+def test_the_plan_counts_the_models_parameters(model):
+    case = Case(model, 8)
+    expected = sum(parameter.numel() for parameter in MaskedLM(case.config).parameters())
+    assert plan(case).parameters == expected == sum(p.numel() for p in meta_model(case.config).parameters())
+
+
+@pytest.mark.parametrize("model", list(PRESETS))
+def test_saved_activations_of_a_layer_are_those_counted_by_hand(model):
+    """34 bytes a token and hidden unit as in Korthikanti et al. (2022, arXiv:2205.05198, section 4.1), without the
+    attention matrix; beside it only sums of rows."""
+    length = 64
+    config = model_config(model, 1_000, length)
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    masked = 10  # the ceiling of 15%
+    expected = layers * length * (34 * hidden + 4 * heads + 2 * 2 * 4)  # two normalisations: mean and deviation
+    expected += length * (3 * hidden + 2 * 4)  # embeddings: the sum before its normalisation, and dropout's mask
+    expected += masked * (4 * 2 * hidden + 2 * 1_000)  # head
+    found = saved_bytes(config, length, 2) - saved_bytes(config, length, 1)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found >= expected
+
+
+def test_a_batch_is_planned_as_the_run_would():
+    small, large = plan(Case("large", 8)), plan(Case("large", 4_096, train_batch_size=10_000))
+    assert small.batch.accumulation_steps * small.batch.micro_batch_size * 8 >= 8_192
+    assert small.batch.micro_batch_size <= small.largest_micro_batch
+    assert large.batch.empty_places == 3 * 4_096 - 10_000
+    assert "2,288 empty places" in large.verdict
+    assert plan(Case("large", 8, gpu="v100-32", precision="fp16")).largest_micro_batch < small.largest_micro_batch
+
+
+def test_ranks_share_a_checkpoint_evenly():
+    sizes = [9, 5, 4, 3, 3, 2, 1]
+    assert owners(sizes, 3) == [0, 1, 2, 2, 1, 2, 1]
+    assert owners(sizes, 1) == [0] * 7
+    assert owners(sizes, 100) == list(range(7))
+
+
+def test_the_documents_tables_are_what_the_plan_says_now():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "regenerate them: python -m benchmarks.plan --write"
