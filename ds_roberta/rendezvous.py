@@ -46,9 +46,7 @@ def set_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
         port = _FIRST_PORT + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % _PORTS
         environment.setdefault("MASTER_ADDR", first_host(nodes))
         environment.setdefault("MASTER_PORT", str(port))
-        environment.update(
-            RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"], WORLD_SIZE=tasks
-        )
+        environment.update(RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"], WORLD_SIZE=tasks)
     elif "PMI_RANK" not in environment and "PMIX_RANK" not in environment:
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 

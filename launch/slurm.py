@@ -127,7 +127,9 @@ def job_file(arguments: argparse.Namespace) -> str:
     values = job_values(arguments)
     for option in ("nodes", "gpus_per_node", "processes_per_node", "tasks", "mem"):
         if getattr(arguments, option) is not None and option not in names:
-            raise UserError(f"--{option} {getattr(arguments, option)}: {arguments.template} has no use for it; leave it out")
+            raise UserError(
+                f"--{option} {getattr(arguments, option)}: {arguments.template} has no use for it; leave it out"
+            )
     unset = [f"--{option}" for option, name in names.items() if name not in values and name not in OPTIONAL]
     if "gpus_per_node" in names and arguments.gpus_per_node is None:
         unset.append("--gpus_per_node (0 for CPUs)")

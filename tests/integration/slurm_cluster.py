@@ -88,6 +88,10 @@ class Cluster:
             assert time.monotonic() < deadline, self.run("squeue", "--all", check=False) + self.logs()
             time.sleep(0.2)
 
+    def is_idle(self) -> bool:
+        states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
+        return states == ["idle"] * len(NODES)
+
     def finish(self, number: str) -> str:
         """Wait for a job's end; its state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -120,7 +124,9 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
         for node in NODES:
             stack.enter_context(daemon(cluster, "slurmd", "-D", "-N", node))
         stack.callback(end_jobs, cluster)
-        cluster.wait(lambda: cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == ["idle"] * 2, 30)
+        cluster.wait(
+            lambda: cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == ["idle"] * 2, 30
+        )
         yield cluster
 
 
@@ -137,7 +143,9 @@ MUNGE_FILES = {
 def daemon(cluster: Cluster, *command: str) -> Iterator[None]:
     with (
         open(cluster.folder / f"{command[0]}-{command[-1].strip('-')}.out".replace("/", "_"), "w") as output,
-        subprocess.Popen(command, env=cluster.environment, stdout=output, stderr=output, start_new_session=True) as process,
+        subprocess.Popen(
+            command, env=cluster.environment, stdout=output, stderr=output, start_new_session=True
+        ) as process,
     ):
         try:
             yield

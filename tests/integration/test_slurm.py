@@ -1,4 +1,4 @@
-"""The job files on a real SLURM: two nodes train one run, and whatever ends a start, the job goes on and ends the same."""
+"""The job files on a real SLURM: two nodes train one run; whatever ends a start, the job goes on and ends the same."""
 
 import json
 import shutil
@@ -104,6 +104,7 @@ def test_a_job_that_is_told_to_stop_requeued_and_preempted_ends_as_if_unbroken(c
 
 
 def test_a_job_that_loses_a_node_goes_on_with_the_other_and_the_same_batch(cluster, workspace, unbroken):
+    cluster.wait(cluster.is_idle)
     number = start_pretraining(cluster, workspace, "elastic", "1-2")
     cluster.wait(lambda: len(losses(workspace / "elastic")) > 3)
     assert cluster.job(number)["NumNodes"] == "2"
@@ -155,7 +156,7 @@ def test_an_array_prepares_the_bytes_of_the_local_run(cluster, workspace):
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_templates_and_written_files_are_clean(cluster, workspace):
-    options = ("--gpus_per_node", "8", "--setup", "module load cuda")
+    options = ("--gpus_per_node", "0", "--setup", "module load cuda")
     write_job(cluster, workspace, "pretrain_single_node", "clean", *options, "--", "--deepspeed_config", "a b.json")
     folder = REPOSITORY / "launch/slurm"
     run("shellcheck", "-x", *folder.glob("*.s*"), workspace / "clean.sbatch", cwd=REPOSITORY)

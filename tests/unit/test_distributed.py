@@ -2,11 +2,11 @@ import logging
 import subprocess
 import sys
 
-import pytest
 import torch.distributed as dist
 
 from ds_roberta.distributed import Ranks, set_up_logging
 from ds_roberta.errors import UserError
+
 
 def test_one_process_agrees_with_itself(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
