@@ -1,4 +1,4 @@
-"""A start that cannot become one run ends on all ranks, in one line: real processes, each as if on a host of its own."""
+"""A start that cannot become one run ends on all ranks, in one line: real processes, as if on hosts of their own."""
 
 import shutil
 import subprocess
