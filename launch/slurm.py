@@ -77,12 +77,15 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
         borders = re.fullmatch(r"(\d+)(?:-(\d+))?", arguments.nodes)
         if not borders or int(borders[1]) < 1 or int(borders[2] or borders[1]) < int(borders[1]):
             raise UserError(f"--nodes {arguments.nodes!r} is no number of nodes: give one, or MIN-MAX such as 2-4")
+    processes = arguments.processes_per_node or arguments.gpus_per_node or 1
+    cpus = arguments.cpus_per_task or (16 if arguments.template == "preprocess" else 8)
     values: dict[str, str | int | Path | None] = {
         **{name: given[name] for name in ("time", "partition", "account", "nodes", "mem", "signal_seconds")},
         "job_name": arguments.job_name or arguments.template,
         "gpus_per_node": arguments.gpus_per_node or None,
-        "processes_per_node": arguments.processes_per_node or arguments.gpus_per_node or 1,
-        "cpus_per_task": arguments.cpus_per_task or (16 if arguments.template == "preprocess" else 8),
+        "processes_per_node": processes,
+        "cpus_per_task": cpus,
+        "cpus_per_node": processes * cpus,
         "array": f"0-{arguments.tasks - 1}" if arguments.tasks else None,
         "working_dir": Path.cwd(),
         "log_dir": arguments.log_dir.resolve(),

