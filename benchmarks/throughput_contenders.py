@@ -164,8 +164,17 @@ def hf_parts(case: Case, attention: str) -> tuple[Any, Any, Any]:
     return RobertaForMaskedLM(config), datasets.load_from_disk(str(Path(case.folder) / "rows")), collator
 
 
-def run_mlm(case: Case, make_gate: Callable[[], Gate], precision: str, attention: str) -> None:
+def require_compiler() -> None:
+    if device().type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise Unavailable("no compiler")
+
+
+def run_mlm(
+    case: Case, make_gate: Callable[[], Gate], precision: str, attention: str, torch_compile: bool = False
+) -> None:
     """transformers' `run_mlm.py`: its Trainer with its defaults, but for the optimizer's numbers and clipping."""
+    if torch_compile:
+        require_compiler()
     if importlib.util.find_spec("accelerate") is None:
         raise Unavailable("accelerate is not installed")
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -185,6 +194,7 @@ def run_mlm(case: Case, make_gate: Callable[[], Gate], precision: str, attention
         max_steps=_MANY,
         use_cpu=device().type == "cpu",
         bf16=precision == "bf16",
+        torch_compile=torch_compile,
         learning_rate=LEARNING_RATE,
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -213,8 +223,8 @@ def micro_batches(case: Case, rows: Any, collator: Any) -> Iterator[dict[str, to
 
 def loop(case: Case, make_gate: Callable[[], Gate], attention: str, compiled: bool) -> None:
     """A plain loop around transformers' model, in bf16 by autocast."""
-    if compiled and device().type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise Unavailable("no compiler")
+    if compiled:
+        require_compiler()
     model, rows, collator = hf_parts(case, attention)
     model.to(device()).train()
     optimizer = torch.optim.AdamW(
@@ -273,12 +283,15 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     from ds_roberta.deepspeed_config import DeepSpeedConfig
     from ds_roberta.model.objectives import MaskedLM
     from ds_roberta.training.batch import BatchPlan
+    from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
     from ds_roberta.training.device import init_distributed, on_gpu
     from ds_roberta.training.engine import Engine
 
     ranks = init_distributed()
     settings = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero1.json", case.train_batch_size, LEARNING_RATE)
     engine = Engine(MaskedLM(case.config), settings.resolved(precision, on_gpu()), ranks, 0)
+    if resolve_torch_compile("auto", settings.zero_stage, on_gpu()):
+        compile_layers(engine.module.roberta.encoder)
     engine.set_batch(BatchPlan(case.train_batch_size, case.micro_batch_size, ranks.world_size))
     corpus = Corpus.open(case.folder)
     packed = open_index(corpus, TRAIN_SPLIT, packing(case.max_seq_length))
@@ -301,17 +314,12 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
 
 def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
     """The device's peak: the best rate of square bf16 matrix products of a few sizes, answered to each order."""
+    from ds_roberta.training.peak import product_rate
+
+    on_cpu = device().type == "cpu"
+    sizes, clock = (MATRIX_SIZES, time.process_time) if on_cpu else (GPU_MATRIX_SIZES, time.perf_counter)
     while sys.stdin.readline():
-        rates = []
-        for size in MATRIX_SIZES if device().type == "cpu" else GPU_MATRIX_SIZES:
-            left, right = (torch.randn(size, size, device=device()).bfloat16() for _ in range(2))
-            left @ right
-            begun, products, lap = time.perf_counter(), 0, stopwatch()
-            while time.perf_counter() - begun < _MATRIX_SECONDS:
-                left @ right
-                products += 1
-            rates.append(2 * size**3 * products / lap()[0])
-        answer({"peak_flops": max(rates)})
+        answer({"peak_flops": max(product_rate(device(), "bf16", size, _MATRIX_SECONDS, clock) for size in sizes)})
 
 
 CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]]] = {
@@ -326,6 +334,11 @@ CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]
         "transformers Trainer (run_mlm), eager",
         "bf16",
         lambda c, g: run_mlm(c, g, "bf16", "eager"),
+    ),
+    "run_mlm-bf16-compiled": (
+        "transformers Trainer (run_mlm), sdpa, torch_compile",
+        "bf16",
+        lambda c, g: run_mlm(c, g, "bf16", "sdpa", torch_compile=True),
     ),
     "loop-bf16": ("plain loop, sdpa", "bf16", lambda c, g: loop(c, g, "sdpa", False)),
     "loop-bf16-eager": ("plain loop, eager", "bf16", lambda c, g: loop(c, g, "eager", False)),

@@ -17,6 +17,7 @@ LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
 LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
 LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous")
+TORCH_COMPILE = ("auto", "on", "off")
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE = 2
 DEFAULT_DATA_DIR = Path("data/corpus")
@@ -289,9 +290,11 @@ class RunConfig:
     eval_sequences: int = 2_048
     resume: str = "auto"
     save_deepspeed_checkpoint: bool = False
+    torch_compile: str = "auto"
 
     def __post_init__(self) -> None:
         require_positive("--eval_sequences", self.eval_sequences)
+        require_one_of("--torch_compile", self.torch_compile, TORCH_COMPILE)
         if self.seed < 0:
             raise UserError(f"--seed must not be negative, got {self.seed}")
         if self.stages[-1].first_step >= self.schedule.max_steps:

@@ -200,9 +200,11 @@ class DeepSpeedConfig:
             content["data_types"] = {"grad_accum_dtype": "fp32"}
             # Buckets of DeepSpeed's contiguous buffers have the weights' dtype and would round the fp32 sums.
             content["zero_optimization"]["contiguous_gradients"] = False
-        if not on_gpu and not self._offloads_optimizer:
-            # torch's Adam needs no compiler and is bit-reproducible; DeepSpeed's CPU build of FusedAdam is not.
-            content["optimizer"]["params"].update(torch_adam=True, fused=True)
+        params = content["optimizer"]["params"]
+        if not self._offloads_optimizer and (not on_gpu or params.get("torch_adam", True)):
+            # torch's fused Adam needs no compiler; DeepSpeed's FusedAdam is built by nvcc at the first start, and its
+            # CPU build is not bit-reproducible. So that is for a GPU and who says "torch_adam": false.
+            params.update(torch_adam=True, fused=True)
         content.setdefault("steps_per_print", None)
         return content
 

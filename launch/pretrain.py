@@ -19,6 +19,7 @@ from ds_roberta.config import (
     MASKING_UNITS,
     PACKING_FORMATS,
     PRESETS,
+    TORCH_COMPILE,
 )
 from ds_roberta.distributed import leave
 from ds_roberta.errors import ArgumentParser, run_command
@@ -79,6 +80,7 @@ def parse_arguments() -> PretrainOptions:
     add("hidden_dropout_prob", float, "dropout of hidden states")
     add("attention_probs_dropout_prob", float, "dropout of attention weights")
     add("rendezvous_timeout", float, "seconds for which processes wait for each other at the start")
+    add("torch_compile", str, "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", choices=TORCH_COMPILE)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = vars(parser.parse_args())
     del arguments["local_rank"]

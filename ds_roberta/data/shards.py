@@ -269,7 +269,10 @@ def _checksums(chunks: Iterable[bytes | memoryview]) -> tuple[str, tuple[str, ..
 
 
 class Split:
-    """Memory-mapped, zero-copy access to the shards of one split; a shard is opened when first asked for."""
+    """Memory-mapped, zero-copy access to the shards of one split; a shard is opened when first asked for.
+
+    Arrays come by DLPack, since pyarrow's own `to_numpy` imports pandas.
+    """
 
     def __init__(self, folder: Path, split: str, shards: Sequence[ShardInfo]):
         self.folder, self.name, self.shards = folder, split, tuple(shards)
@@ -292,22 +295,22 @@ class Split:
     @cache  # noqa: B019
     def values(self, shard: int) -> np.ndarray:
         """All token ids of a shard, one document behind the other: (tokens,) uint16 or uint32, a view of the file."""
-        return self._columns(shard)[0].values.to_numpy(zero_copy_only=True)
+        return np.from_dlpack(self._columns(shard)[0].values)
 
     def document_offsets(self, shard: int) -> np.ndarray:
         """Where each document begins in `values`, and the end of the last: (documents + 1,) int32."""
-        return self._columns(shard)[0].offsets.to_numpy(zero_copy_only=True)
+        return np.from_dlpack(self._columns(shard)[0].offsets)
 
     def sentence_ends(self, shard: int, row: int) -> np.ndarray:
         """The offset in a document behind the last token of each of its sentences: (sentences,) uint32."""
-        return self._columns(shard)[1][row].values.to_numpy(zero_copy_only=True)
+        return np.from_dlpack(self._columns(shard)[1][row].values)
 
     def sentence_bounds(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Beginning and end (without separator) of every sentence in `values`: two (sentences,) int64."""
         offsets = self.document_offsets(shard).astype(np.int64)
         column = self._columns(shard)[1]
-        counts = np.diff(column.offsets.to_numpy(zero_copy_only=True))
-        ends = np.repeat(offsets[:-1], counts) + column.values.to_numpy(zero_copy_only=True)
+        counts = np.diff(np.from_dlpack(column.offsets))
+        ends = np.repeat(offsets[:-1], counts) + np.from_dlpack(column.values)
         starts = np.empty_like(ends)
         starts[1:] = ends[:-1]
         starts[np.cumsum(counts) - counts] = offsets[:-1]

@@ -32,8 +32,13 @@ def attention(
         (B, H, T, K) in the arguments' dtype.
     """
     if query_BHTK.device.type == "cpu":
-        return _PlainAttention.apply(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
+        return plain_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
     return F.scaled_dot_product_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
+
+
+def plain_attention(*arguments: Any) -> torch.Tensor:
+    """`attention` by plain products and masks of `keep_mask`."""
+    return _PlainAttention.apply(*arguments)
 
 
 class _PlainAttention(torch.autograd.Function):

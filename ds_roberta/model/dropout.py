@@ -47,10 +47,15 @@ class _CPUDropout(torch.autograd.Function):
         return apply_mask(gradients[0].contiguous(), keep).mul_(ctx.scale), None
 
 
+def cpu_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout by masks of `keep_mask`, at any time."""
+    return _CPUDropout.apply(values, p)
+
+
 class Dropout(nn.Dropout):
     """`nn.Dropout`, by our own masks on a CPU."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if values.device.type != "cpu":
             return F.dropout(values, self.p, self.training)
-        return _CPUDropout.apply(values, self.p) if self.training and self.p else values
+        return cpu_dropout(values, self.p) if self.training and self.p else values

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import xxhash
 
 import ds_roberta
@@ -24,7 +24,7 @@ def shared_facts(
     return {
         "ds_roberta": f"{ds_roberta.__version__} of source {source_fingerprint()}",
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         **{f"--{name}": str(value) for name, value in options.items() if name not in _PATHS},
         "--deepspeed_config": f"of content {json_fingerprint(deepspeed_config.content)}",
         "--data_dir": f"of data {corpus.manifest.fingerprint}",

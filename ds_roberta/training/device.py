@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -44,6 +46,25 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     return Ranks.current()
 
 
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Let `torch.compile` leave functions as they are.
+
+    To ask whether an optimizer is its Muon, which is none of ours, DeepSpeed imports that and so wraps three functions
+    for compilation, for which torch imports its whole compiler: a second of every start.
+    """
+    name = "TORCHDYNAMO_DISABLE"  # read at each call of torch.compile
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def on_gpu() -> bool:
     return get_accelerator().device_name() != "cpu"
 
@@ -61,6 +82,12 @@ def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
     # Without instructions of its own for it, a processor is slower in bf16 than in fp32.
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return ("bf16",) if fast_bf16 else (), ("fp32", *low)
+
+
+def fastest_precision() -> str:
+    """The precision of the device's highest rate of matrix products."""
+    low, _ = device_precisions()
+    return low[0] if low else "fp32"
 
 
 def choose_precision(config: DeepSpeedConfig) -> str:

@@ -49,6 +49,7 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.files import sync_file
 from ds_roberta.training.batch import BatchPlan
+from ds_roberta.training.device import without_compiler
 
 FP16_LOSS_UNIT = 4_096
 """Masked tokens by which the loss is divided within fp16's backward pass: about those of a micro-batch."""
@@ -81,7 +82,8 @@ class Engine:
         self.ranks, self.config, self._seed = ranks, config, seed
         self.deepspeed_version = deepspeed.__version__
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures there
+            # DeepSpeed prints memory figures to stdout.
+            with contextlib.redirect_stdout(io.StringIO()), without_compiler():
                 self.deepspeed, *_ = deepspeed.initialize(model=model, config=config)
         except (ValueError, AssertionError) as error:
             raise UserError(f"DeepSpeed refuses the configuration: {error}") from error

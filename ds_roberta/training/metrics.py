@@ -88,13 +88,14 @@ class Progress:
             )
         self._bar.update(1 / micro_steps)
 
-    def step(self, global_step: int, loss: float, tokens_per_second: float, seconds: float) -> None:
+    def step(self, global_step: int, loss: float, tokens_per_second: float, mfu: float, seconds: float) -> None:
         self._global_step = global_step
         if not self._expected_time_said:
             self._say_expected_time(seconds, 1)
         self._bar.n = global_step  # the sum of fractions, without their rounding
         self._bar.set_description_str(f"step {global_step}/{self._max_steps}", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        rate = f"{tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate}", refresh=False)
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,12 +178,18 @@ class Trial:
         self, engine: Engine, make_model: Callable[[], nn.Module], max_seq_length: int, masking: MaskingConfig
     ):
         self.max_seq_length = max_seq_length
-        self._masking, self._device, self._model = masking, engine.device, engine.twin(make_model)
+        self._masking, self._device = masking, engine.device
+        self._make_twin = lambda: engine.twin(make_model)
         self._capacity = math.inf
         if self._device.type != "cpu":
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self._device)
             self._capacity = MEMORY_SHARE * (free + torch.cuda.memory_reserved(self._device))
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        """The twin, made at the first trial: where a finding is known on a CPU, there is none."""
+        return self._make_twin()
 
     def run(self, size: int) -> None:
         """One micro-step of `size` sequences."""

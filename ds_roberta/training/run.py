@@ -6,11 +6,11 @@ import platform
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import ds_roberta
 from ds_roberta.config import (
@@ -43,11 +43,12 @@ from ds_roberta.training.agreement import shared_facts
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import mend
-from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
+from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
+from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
-from ds_roberta.training.export import export_checkpoint
 from ds_roberta.training.identity import check_identity
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
+from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
@@ -97,6 +98,7 @@ class PretrainOptions:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     rendezvous_timeout: float = RENDEZVOUS_TIMEOUT
+    torch_compile: str = RunConfig.torch_compile
 
 
 def pretrain(options: PretrainOptions) -> int:
@@ -112,6 +114,8 @@ def pretrain(options: PretrainOptions) -> int:
     ranks = init_distributed(options.rendezvous_timeout)
     deepspeed_config, corpus, config, precision = ranks.together(lambda: _read_inputs(options))
     ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
+    stage = deepspeed_config.zero_stage
+    compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, stage, on_gpu()))
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {deepspeed_config.zero_stage}")
     state, checkpoint_path, deepspeed_path = _initial_state(
@@ -126,19 +130,26 @@ def pretrain(options: PretrainOptions) -> int:
             ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
     torch.manual_seed(config.seed)
-    engine = Engine(MaskedLM(config.model), deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
+    model = MaskedLM(config.model)
+    engine = Engine(model, deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
     plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
     for stage, plan in zip(config.stages, plans, strict=True):
         begin = f"from step {stage.first_step}: " if stage.first_step else ""
         sequences = len(train_data[stage.max_seq_length])
         ranks.log(f"{begin}{stage.max_seq_length} tokens a sequence, {sequences:,} sequences in the data; {plan}")
 
+    peak = device_peak(engine.device, fastest_precision(), ranks)
+    if peak.source == MEASURED:
+        ranks.log(f"peak of a process: {peak.flops_per_second / 1e9:,.0f} GFLOP/s, measured ({fastest_precision()})")
+    if compiled:  # only now: rehearsal and trials of micro-batches have sizes that do not come again
+        compile_layers(model.roberta.encoder)
+        ranks.log("the encoder is compiled (--torch_compile): the first steps of each length take longer")
     if checkpoint_path is not None:
         checkpoint.load(engine, checkpoint_path)
     elif deepspeed_path is not None:
         deepspeed_checkpoint.load(engine, deepspeed_path, state)
     if ranks.is_main:
-        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision))
+        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision, compiled, peak))
     tokenizer = corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":
@@ -159,12 +170,23 @@ def pretrain(options: PretrainOptions) -> int:
         masker = evaluation_masker(config.masking, tokenizer, words)
         collator = Collator(held_out_data, masker, tokenizer, config.packing.max_seq_length)
         held_out = HeldOutLoss(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
-    trainer = Trainer(config, deepspeed_config.learning_rate, engine, loader, held_out, state, checkpoint_path)
+    trainer = Trainer(
+        config,
+        deepspeed_config.learning_rate,
+        engine,
+        loader,
+        held_out,
+        state,
+        checkpoint_path,
+        peak.flops_per_second,
+    )
     if not trainer.train():
         ranks.log("stopped on request; the same command goes on from here")
         return STOPPED_EXIT_CODE
     last = trainer.last_checkpoint
     assert last is not None
+    from ds_roberta.training.export import export_checkpoint  # transformers is not needed, nor its memory, until here
+
     ranks.on_main(lambda: export_checkpoint(last, config.output_dir / EXPORT_FOLDER))
     return 0
 
@@ -233,6 +255,7 @@ def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, 
         eval_sequences=options.eval_sequences,
         resume=options.resume,
         save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
+        torch_compile=options.torch_compile,
     )
 
 
@@ -342,20 +365,24 @@ def _initial_state(
     return (state, None, path) if of_deepspeed else (state, path, None)
 
 
-def _record(config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str) -> dict[str, Any]:
+def _record(
+    config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str, compiled: bool, peak: Peak
+) -> dict[str, Any]:
     """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
     return {
         "run": config.as_json(),
         "deepspeed": engine.config,
         "batches": [asdict(plan) for plan in plans],
         "precision": precision,
+        "compiled": compiled,
         "device": str(engine.device),
+        "peak": asdict(peak),
         "versions": {
             "ds_roberta": ds_roberta.__version__,
             "deepspeed": engine.deepspeed_version,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
         },
         "commit": _commit(),
     }

@@ -22,6 +22,7 @@ from ds_roberta.data.stages import SkippedPlaces, skip
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.model.flops import flops_per_token
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
@@ -42,6 +43,7 @@ class Trainer:
         peak_learning_rate: the JSON's `optimizer.params.lr`.
         held_out: None where there is no validation split.
         last_checkpoint: the portable one that `state` is of; None for a fresh run.
+        peak_flops: FLOP/s of one device at most.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class Trainer:
         held_out: HeldOutLoss | None,
         state: TrainState,
         last_checkpoint: Path | None,
+        peak_flops: float,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.ranks: Ranks = engine.ranks
         self._peak_learning_rate = peak_learning_rate
+        self._peak_flops = peak_flops * self.ranks.world_size
         self._held_out = held_out
         self.last_checkpoint = last_checkpoint
         self._saved_state = copy.deepcopy(state) if last_checkpoint else None
@@ -178,6 +182,7 @@ class Trainer:
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             "tokens_per_second": tokens / seconds,
+            "mfu": self._useful_flops(tokens, masked) / seconds / self._peak_flops,
             "step_seconds": seconds,
             "data_wait_share": waited / seconds,
             "loss_scale": result.loss_scale,
@@ -185,8 +190,14 @@ class Trainer:
             "skipped_samples": sum(entry.end_place - entry.first_place for entry in self._skipped),
             "loss_spikes": state.loss_spikes,
         }
-        self._progress.step(state.global_step, loss, row["tokens_per_second"], seconds)
+        self._progress.step(state.global_step, loss, row["tokens_per_second"], row["mfu"], seconds)
         return row
+
+    def _useful_flops(self, tokens: float, masked: float) -> float:
+        """Of a step of the stage, for its tokens that are not padding."""
+        assert self._stage is not None
+        length = self._stage.stage.max_seq_length
+        return tokens * flops_per_token(self.config.model, length, masked / tokens)
 
     def evaluate_and_save(self) -> bool:
         """Between two steps: do what is due, and let the save in flight go on.

@@ -16,7 +16,7 @@ def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         "cpu": run_group(1, "partition", corpus_folder, tmp_path_factory.mktemp("cpu")),
         "cuda": run_group(
             1,
-            "partition,resume,overflow,overflow_at_the_floor,trials,micro_batch",
+            "partition,resume,overflow,overflow_at_the_floor,trials,compilation,micro_batch",
             corpus_folder,
             tmp_path_factory.mktemp("cuda"),
             "cuda",
@@ -33,7 +33,20 @@ def test_every_stage_and_precision_follows_the_cpu(findings):
 
 def test_a_resumed_run_follows_the_unbroken_one(findings):
     for name, case in findings["cuda"]["resume-1"].items():
-        np.testing.assert_allclose(case["resumed"], case["unbroken"], rtol=1e-5, err_msg=name)
+        for layout in ("portable", "deepspeed"):
+            np.testing.assert_allclose(case[layout]["losses"], case["unbroken"], rtol=1e-5, err_msg=f"{name} {layout}")
+
+
+def test_a_compiled_encoder_follows_the_one_that_is_not(findings):
+    for name, losses in findings["cuda"]["compilation"].items():
+        tolerance = 1e-5 if "fp32" in name else 1e-3
+        np.testing.assert_allclose(losses["compiled"], losses["eager"], rtol=tolerance, err_msg=name)
+
+
+def test_dropout_of_a_compiled_encoder_follows_the_seed(findings):
+    for name, losses in findings["cuda"]["compilation"].items():
+        np.testing.assert_allclose(losses["dropout_again"], losses["dropout"], rtol=1e-5, err_msg=name)
+        assert not np.allclose(losses["dropout"], losses["compiled"], rtol=1e-5), name
 
 
 def test_an_fp16_overflow_skips_the_step(findings):

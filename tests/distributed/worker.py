@@ -28,6 +28,7 @@ from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
+from ds_roberta.training.compilation import compile_layers
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_size
@@ -328,6 +329,20 @@ def accumulation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     (folder / "accumulation.json").write_text(json.dumps(errors))
 
 
+def compilation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Three steps with and without compilation, dropout off; then twice compiled, dropout on: their losses."""
+    findings = {}
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (1, "fp16"), (2, "fp16")):
+        name, rows = f"{stage}-{precision}", []
+        for compiled, dropout in ((False, 0.0), (True, 0.0), (True, 0.1), (True, 0.1)):
+            engine, loader = make(ranks, corpus, stage, precision, 4, dropout)
+            if compiled:
+                compile_layers(engine.module.roberta.encoder)
+            rows.append([row["loss"] for row in train(engine, loader, 0, 3)])
+        findings[name] = dict(zip(("eager", "compiled", "dropout", "dropout_again"), rows, strict=True))
+    (folder / "compilation.json").write_text(json.dumps(findings))
+
+
 def micro_batch(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """The "auto" micro-batch of base at 512 tokens: its size, and the peak memory of a step of that size."""
     config = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero2.json")
@@ -358,6 +373,7 @@ CASES = {
         overflow_at_the_floor,
         trials,
         accumulation,
+        compilation,
         micro_batch,
     )
 }

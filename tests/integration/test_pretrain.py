@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def rows(output: Path) -> list[dict]:
 
 def without_times(entries: list[dict]) -> list[dict]:
     return [
-        {k: v for k, v in row.items() if k not in ("tokens_per_second", "step_seconds", "data_wait_share")}
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")}
         for row in entries
     ]
 
@@ -138,7 +139,8 @@ def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, nu
 
     def third_step_has_its_row() -> bool:
         metrics = output / "metrics.jsonl"
-        return metrics.exists() and f'"global_step": 3, "{row}"' in metrics.read_text()
+        written = metrics.exists() and f'"global_step": 3, "{row}"' in metrics.read_text()
+        return written and (number != signal.SIGKILL or (output / "checkpoints/latest").exists())
 
     code, printed = pretrain_until(workspace, third_step_has_its_row, number, *arguments)
     if number == signal.SIGKILL:
@@ -208,3 +210,25 @@ def test_a_misspelt_key_of_the_json_ends_the_launched_run_with_code_2(workspace)
     printed = run("deepspeed", PRETRAIN, "--deepspeed_config", misspelt, cwd=workspace, code=2)
     assert "did you mean 'gradient_clipping'?" in printed
     assert "Traceback" not in printed
+
+
+NOT_NEEDED_TO_TRAIN = ("transformers", "datasets", "pandas", "torch._inductor.compile_fx")
+TELL_MODULES = f"""
+import runpy, sys
+from ds_roberta.training.trainer import Trainer
+save = Trainer.save
+def tell(trainer):
+    print("needlessly loaded:", [name for name in {NOT_NEEDED_TO_TRAIN} if name in sys.modules])
+    save(trainer)
+Trainer.save = tell
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_begins_without_packages_that_training_does_not_need(workspace):
+    """Each costs every start up to a second, and its memory."""
+    command = [sys.executable, "-c", TELL_MODULES, PRETRAIN, "--deepspeed_config", CONFIG, *SETTINGS]
+    output = run(*command, "--max_steps", "1", "--warmup_steps", "1", "--output_dir", "runs/modules", cwd=workspace)
+    assert "needlessly loaded: []" in output
+    assert (workspace / "runs/modules/hf/config.json").is_file()

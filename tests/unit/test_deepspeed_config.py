@@ -65,7 +65,13 @@ def test_no_auto_is_left_for_deepspeed(path, on_gpu):
     assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (True, False)
     assert resolved["communication_data_type"] == "fp32"
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert resolved["optimizer"]["params"].get("torch_adam", False) is not on_gpu
+    assert resolved["optimizer"]["params"]["fused"]
+
+
+def test_only_a_gpu_has_deepspeeds_adam_for_who_asks_for_it(read):
+    config = read({"optimizer.params.torch_adam": False})
+    assert not config.resolved("fp32", on_gpu=True)["optimizer"]["params"]["torch_adam"]
+    assert config.resolved("fp32", on_gpu=False)["optimizer"]["params"]["torch_adam"]
 
 
 def test_resolving_leaves_the_configuration_alone(read):

@@ -58,7 +58,7 @@ def test_the_expected_time_is_said_once_and_first_from_the_second_micro_step(cap
             progress.micro_step(micro_step, 3, lambda: waited.append(1))
             said = "expected time per step" in capsys.readouterr().err
             assert said == (step == 1 and micro_step == 1)
-        progress.step(step, 2.5, 1000.0, 0.1)
+        progress.step(step, 2.5, 1000.0, 0.4, 0.1)
         assert "expected" not in capsys.readouterr().err
     progress.close()
     assert len(waited) == 2
@@ -67,7 +67,7 @@ def test_the_expected_time_is_said_once_and_first_from_the_second_micro_step(cap
 def test_a_run_of_single_micro_steps_says_its_first_steps_time(capsys):
     progress = Progress(10, 0, visible=True)
     progress.micro_step(0, 1, lambda: None)
-    progress.step(1, 2.5, 1000.0, 90.0)
+    progress.step(1, 2.5, 1000.0, 0.4, 90.0)
     progress.close()
     assert "expected time per step: 90 seconds" in capsys.readouterr().err
 
@@ -75,7 +75,7 @@ def test_a_run_of_single_micro_steps_says_its_first_steps_time(capsys):
 def test_the_expected_time_is_said_anew_where_steps_take_another(capsys):
     progress = Progress(10, 0, visible=True)
     progress.micro_step(0, 1, lambda: None)
-    progress.step(1, 2.5, 1000.0, 90.0)
+    progress.step(1, 2.5, 1000.0, 0.4, 90.0)
     capsys.readouterr()
     progress.restart(1)
     progress.micro_step(0, 2, lambda: None)
@@ -92,7 +92,7 @@ def test_other_ranks_are_silent_and_never_wait(capsys):
     progress = Progress(10, 0, visible=False)
     for micro_step in range(2):
         progress.micro_step(micro_step, 2, lambda: pytest.fail("waited for the device"))
-    progress.step(1, 2.5, 1000.0, 1.0)
+    progress.step(1, 2.5, 1000.0, 0.4, 1.0)
     progress.say("nothing")
     progress.close()
     assert capsys.readouterr().err == ""

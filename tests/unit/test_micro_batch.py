@@ -82,6 +82,15 @@ def test_running_out_of_memory_is_an_answer_in_all_its_words(solo_ranks, error):
     assert max(model.sizes) == 8
 
 
+def test_no_twin_is_made_where_nothing_is_tried(find, solo_ranks):
+    def twin(make):
+        raise AssertionError("a size is known")
+
+    find.measured.append(7)
+    trial = Trial(SimpleNamespace(device=CPU, ranks=solo_ranks, twin=twin), lambda: None, LENGTH, MaskingConfig())
+    assert [find(solo_ranks, folder, trial=trial) for folder in "ab"] == [7, 7]
+
+
 def test_another_error_is_none(solo_ranks):
     engine, trial, _ = limited_trial(solo_ranks, 5, RuntimeError("CUDA error: device-side assert triggered"))
     with pytest.raises(RuntimeError, match="device-side assert"):
@@ -192,13 +201,13 @@ def find(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     measured = []
 
-    def run(ranks, *folders, conditions=("any",), limit=32):
+    def run(ranks, *folders, conditions=("any",), limit=32, trial=None):
         for folder in folders:
             (tmp_path / folder).mkdir(exist_ok=True)
         engine = SimpleNamespace(device=CPU, ranks=ranks)
         monkeypatch.setattr(micro_batch, "fastest_size", lambda *_: measured.pop(0))
         paths = [tmp_path / folder for folder in folders]
-        return find_micro_batch_size(engine, None, {"conditions": conditions}, limit, paths)
+        return find_micro_batch_size(engine, trial, {"conditions": conditions}, limit, paths)
 
     run.measured = measured
     return run

@@ -1,22 +1,7 @@
-import pytest
-
-from benchmarks.throughput import Measured, Outcome, flops_per_token, table
-from ds_roberta.config import ModelConfig
+from benchmarks.throughput import Measured, Outcome, table
 
 
-def test_useful_work_is_that_of_the_matrices_counted_by_hand():
-    config = ModelConfig(vocab_size=100, num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
-    length = 20
-    forward = 0
-    for _ in range(2):
-        forward += 4 * 2 * 8 * 8  # query, key, value, output
-        forward += 2 * 8 * 32 + 2 * 32 * 8  # MLP
-        forward += 2 * 8 * length + 2 * length * 8  # a token's scores over both heads, and its sum of values
-    forward += 0.15 * (18 / 20) * (2 * 8 * 8 + 2 * 8 * 100)  # the head; 18 of 20 tokens may be masked
-    assert flops_per_token(config, length) == pytest.approx(3 * forward)
-
-
-def test_the_table_tells_medians_and_compares_within_a_precision():
+def test_the_table_tells_medians_and_compares_with_ours_in_bf16():
     def outcome(name, *seconds):
         return Outcome(name, tuple(Measured(1_000, each, 2 * each, 3_000_000_000) for each in seconds))
 
@@ -31,5 +16,5 @@ def test_the_table_tells_medians_and_compares_within_a_precision():
     assert cells[0][1:] == ["bf16", "80 (50 to 100)", "40", "0.1", "8.0%", "3.0 GB", "6.2x"]
     assert cells[1][2] == "no compiler"
     assert cells[2][1:3] == ["fp32", "50 (50 to 50)"]
-    assert cells[2][-1] == cells[3][-1] == ""  # nothing of ours in fp32; ours itself
+    assert [row[-1] for row in cells[2:]] == ["10.0x", ""]
     assert len({len(row) for row in cells}) == 1

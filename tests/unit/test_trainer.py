@@ -15,11 +15,13 @@ from ds_roberta.data.loader import LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
+from ds_roberta.model.flops import flops_per_token
 from ds_roberta.training import checkpoint, guard
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.trainer import Trainer
 
 STEPS, SAVE_INTERVAL, WINDOW = 60, 25, 8
+PEAK_FLOPS = 1e9
 STAGES = make_stages(8, 12, "0:4,30:8", "0:4,20:12")  # step 30 lies between a checkpoint and SPIKE
 SPIKE = (8, 12 * 15)
 """A place of length 8, of step 46."""
@@ -131,14 +133,14 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         engine = FakeEngine(solo_ranks, dict.fromkeys(spikes, height), interrupted_at)
         path = checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
         state = TrainState({}) if path is None else checkpoint.load(engine, path)
-        return Trainer(config, 1e-3, engine, loader, None, state, path)
+        return Trainer(config, 1e-3, engine, loader, None, state, path, PEAK_FLOPS)
 
     return make
 
 
 def rows(trainer):
     lines = (trainer.config.output_dir / "metrics.jsonl").read_text().splitlines()
-    times = ("tokens_per_second", "step_seconds", "data_wait_share")
+    times = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")
     return [{key: value for key, value in json.loads(line).items() if key not in times} for line in lines]
 
 
@@ -164,6 +166,15 @@ def test_stages_draw_their_places_and_every_sample_is_counted(make):
     assert trainer.state.consumed_tokens == 4 * 200 + 8 * 360
     assert trainer.engine.micro_batch_sizes == [(4, 4), (12, 4), (12, 4)]
     assert {row["loss_spikes"] for row in rows(trainer)} == {row["skipped_samples"] for row in rows(trainer)} == {0}
+
+
+def test_utilisation_is_of_each_steps_own_tokens_masks_and_length(make):
+    trainer = make("warn", spikes=())
+    assert trainer.train()
+    lines = (trainer.config.output_dir / "metrics.jsonl").read_text().splitlines()
+    for row, batch, length in [(json.loads(lines[0]), 4, 4), (json.loads(lines[-1]), 12, 8)]:
+        useful = batch * length * flops_per_token(trainer.config.model, length, 1 / length)  # one masked a sequence
+        assert row["mfu"] * row["step_seconds"] * PEAK_FLOPS == pytest.approx(useful)
 
 
 @pytest.mark.parametrize(("policy", "counted"), [("off", 0), ("warn", 1)])

@@ -1,0 +1,211 @@
+"""What the engine costs a micro-step: a step of many, beside a plain loop over the same model and micro-batches.
+
+    python -m benchmarks.accumulation
+
+Processes joined by gloo hold both and take steps of each in turn. The plain loop is the least that the same numbers
+need: a backward pass a micro-step into fp32 sums, one all-reduce of them a step, torch's fused AdamW on fp32 weights.
+Writes a Markdown table with the hardware, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.loader import commit, cpu_model
+from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
+from ds_roberta.config import PRESETS, MaskingConfig, model_config
+from ds_roberta.data.loader import MicroBatch
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.distributed import leave
+from ds_roberta.model.objectives import MaskedLM
+
+REPOSITORY = Path(__file__).parents[1]
+STAGES = (1, 2, 3)
+Step = Callable[[], tuple[float, float]]
+"""Takes a step; returns CPU-seconds of its micro-steps, and of all of it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", choices=list(PRESETS))
+    parser.add_argument("--max_seq_length", type=int, help="default: the model's")
+    parser.add_argument("--micro_batch_tokens", type=int, default=2_048)
+    parser.add_argument("--micro_steps", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/accumulation.md")
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        measure(arguments)
+    arguments.output.write_text("\n".join(lines(arguments)) + "\n", encoding="utf-8")
+    print(arguments.output.read_text(encoding="utf-8"))
+
+
+def lines(arguments: argparse.Namespace) -> Iterator[str]:
+    load = os.getloadavg()[0]
+    yield "# Accumulation: what the engine costs a micro-step"
+    yield ""
+    yield "| ZeRO stage | plain loop, micro-step | engine, micro-step | overhead | the whole step |"
+    yield "|---|---|---|---|---|"
+    for stage in STAGES:
+        rounds = run_processes(stage, arguments)
+        plain, engine = ([each[name] for each in rounds] for name in ("plain", "engine"))
+        micro_steps = [mine[0] / theirs[0] - 1 for mine, theirs in zip(engine, plain, strict=True)]
+        whole = [mine[1] / theirs[1] - 1 for mine, theirs in zip(engine, plain, strict=True)]
+        yield (
+            f"| {stage} | {milliseconds(plain, arguments)} | {milliseconds(engine, arguments)} "
+            f"| {percent(micro_steps)} | {percent(whole)} |"
+        )
+    length = arguments.max_seq_length or PRESETS[arguments.model].max_seq_length
+    yield ""
+    yield (
+        f"{arguments.model} at {length} tokens, micro-batches of {arguments.micro_batch_tokens} tokens, bf16, "
+        f"{arguments.processes} processes of one thread, {arguments.micro_steps} micro-steps a step. CPU-seconds of "
+        f"all processes; medians of {arguments.rounds} rounds (lowest to highest), in each of which both take a step. "
+        "*In all*: with the reduction and the optimizer."
+    )
+    yield ""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
+    yield (
+        f"{cpu_model()}, load average {load:.1f} before. Python {platform.python_version()}, {versions}, "
+        f"commit {commit()}."
+    )
+
+
+def milliseconds(rounds: list[tuple[float, float]], arguments: argparse.Namespace) -> str:
+    return f"{statistics.median(each[0] for each in rounds) / arguments.micro_steps * 1e3:.1f} ms"
+
+
+def percent(shares: list[float]) -> str:
+    return f"{statistics.median(shares):+.1%} ({min(shares):+.1%} to {max(shares):+.1%})"
+
+
+def run_processes(stage: int, arguments: argparse.Namespace) -> list[dict[str, tuple[float, float]]]:
+    """The rounds of a ZeRO stage, measured by processes of their own."""
+    with tempfile.NamedTemporaryFile() as results:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", str(arguments.processes), "-m", "benchmarks.accumulation"),
+            *sys.argv[1:],
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ZERO_STAGE": str(stage),
+            "RESULTS": results.name,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+        }
+        subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, stderr=subprocess.DEVNULL)
+        return json.load(results)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """A process's part: warm up, take the rounds, leave."""
+    from ds_roberta.training.device import init_distributed, on_gpu
+    from ds_roberta.training.engine import Engine
+
+    ranks = init_distributed()
+    stage = int(os.environ["ZERO_STAGE"])
+    length = arguments.max_seq_length or PRESETS[arguments.model].max_seq_length
+    config = model_config(arguments.model, VOCABULARY, length)
+    torch.manual_seed(0)
+    model = MaskedLM(config)
+    plain_model = MaskedLM(config)
+    settings = DeepSpeedConfig.read(REPOSITORY / f"ds_configs/zero{stage}.json", 1, LEARNING_RATE)
+    engine = Engine(model, settings.resolved("bf16", on_gpu()), ranks, 0)
+    batches = [
+        random_micro_batch(config.vocab_size, length, arguments.micro_batch_tokens // length)
+        for _ in range(arguments.micro_steps)
+    ]
+    steps = {"plain": plain_loop(plain_model.bfloat16(), batches), "engine": engine_loop(engine, batches)}
+    for step in steps.values():
+        step()
+    rounds = []
+    for _ in range(arguments.rounds):
+        taken = {}
+        for name, step in steps.items():
+            ranks.barrier()
+            taken[name] = ranks.sum(*step())
+        rounds.append(taken)
+    if ranks.is_main:
+        Path(os.environ["RESULTS"]).write_text(json.dumps(rounds), encoding="utf-8")
+    leave(0)
+
+
+def random_micro_batch(vocab_size: int, length: int, sequences: int) -> MicroBatch:
+    tokens = sequences * length
+    masked = int(tokens * MaskingConfig.mlm_probability)
+    return MicroBatch(
+        torch.randint(4, vocab_size, (sequences, length)),
+        None,
+        torch.randperm(tokens)[:masked].sort().values,
+        torch.randint(4, vocab_size, (masked,)),
+        tokens,
+        sequences,
+    )
+
+
+def engine_loop(engine, batches: list[MicroBatch]) -> Step:  # type: ignore[no-untyped-def]  # DeepSpeed is not imported
+    masked = sum(len(batch.labels) for batch in batches) * engine.ranks.world_size
+
+    def step() -> tuple[float, float]:
+        began = time.process_time()
+        with engine.accumulation():
+            for number, batch in enumerate(batches):
+                engine.forward_backward(batch, masked, 0, number, number == len(batches) - 1)
+                if number == len(batches) - 2:
+                    # The last micro-step reduces, at stage 1.
+                    micro_steps = (time.process_time() - began) * len(batches) / (len(batches) - 1)
+        engine.step(LEARNING_RATE)
+        return micro_steps, time.process_time() - began
+
+    return step
+
+
+def plain_loop(model: nn.Module, batches: list[MicroBatch]) -> Step:
+    parameters = list(model.parameters())
+    weights = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
+    masked = sum(len(batch.labels) for batch in batches) * dist.get_world_size()
+
+    def step() -> tuple[float, float]:
+        began = time.process_time()
+        for number, batch in enumerate(batches):
+            loss = model(batch.input_ids, batch.attention_mask, batch.masked_positions, batch.labels)
+            (loss / masked).backward()
+            if number == len(batches) - 2:
+                micro_steps = (time.process_time() - began) * len(batches) / (len(batches) - 1)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(flat)
+        sizes = [parameter.numel() for parameter in parameters]
+        for weight, gradient in zip(weights, flat.split(sizes), strict=True):
+            weight.grad = gradient.view_as(weight)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, weights)
+        for parameter in parameters:
+            parameter.grad = None
+        return micro_steps, time.process_time() - began
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Compilation of the encoder by torch.compile: whether it is done, and how.
+
+Each layer is compiled, not the model: all layers share one graph per shape, and the number of masked tokens, another in
+every micro-batch, is never part of one. Embeddings stay as they are: inductor sums the gradient of a table by atomic
+additions, whose order and so whose rounding varies.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from ds_roberta.errors import UserError
+from ds_roberta.model import attention, dropout
+from ds_roberta.model.encoder import RobertaEncoder
+
+_GRAPHS_AT_MOST = 256
+"""torch gives up after 8 and goes on uncompiled: a length takes 4, with or without padding, trained or evaluated."""
+_TRITON_CAPABILITY = (7, 0)
+
+
+def resolve_torch_compile(torch_compile: str, zero_stage: int, on_gpu: bool) -> bool:
+    """Whether to compile: "auto" does on a GPU where it can.
+
+    Raises:
+        UserError: it is "on", and cannot be.
+    """
+    if torch_compile == "off" or (torch_compile == "auto" and not on_gpu):
+        return False
+    obstacle = _stage_obstacle(zero_stage) or (_gpu_obstacle() if on_gpu else _cpu_obstacle())
+    if obstacle is not None and torch_compile == "on":
+        raise UserError(f"--torch_compile on cannot work: {obstacle}, or give --torch_compile off")
+    return obstacle is None
+
+
+def _stage_obstacle(zero_stage: int) -> str | None:
+    if zero_stage < 3:
+        return None
+    return "at ZeRO stage 3 parameters are gathered by hooks of each module, which break its graph: choose stage 1 or 2"
+
+
+def _cpu_obstacle() -> str | None:
+    found = any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++")))
+    return None if found else "there is no C++ compiler: install g++"
+
+
+def _gpu_obstacle() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: install it"
+    capability = torch.cuda.get_device_capability()
+    if capability < _TRITON_CAPABILITY:
+        return "Triton needs a GPU of compute capability 7.0, this one has {}.{}: use another".format(*capability)
+    found = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))
+    return None if found else "there is no C compiler, which Triton needs: install gcc"
+
+
+def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
+    """Compile the layers in place, each shape when it first comes; names of parameters stay.
+
+    Args:
+        backend: torch.compile's.
+    """
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._dynamo.config.recompile_limit = _GRAPHS_AT_MOST
+    # Else kernels are chosen by their time on the device, and a resumed run might round otherwise.
+    torch._inductor.config.deterministic = True
+    # Their seeds are Python numbers, for each of which there would be another graph. It is done only here because it
+    # takes torch's compiler, a second of every start.
+    for module, name in ((dropout, "cpu_dropout"), (attention, "plain_attention")):
+        setattr(module, name, torch.compiler.disable(getattr(module, name)))
+    for layer in encoder.layer:
+        layer.compile(backend=backend, dynamic=False)
+    _hide_gradients_of_new_shapes(encoder)
+
+
+def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
+    """Set gradients aside while a graph may be made: torch 2.13 makes none where they are not of the weight's dtype."""
+    met: set[tuple[object, ...]] = set()
+    hidden: list[tuple[nn.Parameter, torch.Tensor | None]] = []
+
+    def hide(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        hidden_BTD, mask_B11T = inputs
+        case = (hidden_BTD.shape, mask_B11T is None, module.training, torch.is_grad_enabled())
+        if case in met:
+            return
+        met.add(case)
+        for parameter in module.parameters():
+            hidden.append((parameter, parameter.grad))
+            parameter.grad = None
+
+    def restore(*_: object) -> None:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
+        hidden.clear()
+
+    encoder.register_forward_pre_hook(hide)
+    encoder.register_forward_hook(restore, always_call=True)
