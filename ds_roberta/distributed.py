@@ -10,10 +10,11 @@ import contextlib
 import ctypes
 import logging
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,40 @@ class Ranks:
             raise UserError(problem)
         return value
 
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on every rank; its value here, or on all processes the first `UserError` that one raised.
+
+        The message then names the hosts which it is of, unless all met the same.
+        """
+        value, problem = None, None
+        try:
+            value = function()
+        except UserError as error:
+            problem = str(error)
+        problems = self.gather((socket.gethostname(), problem))
+        first = next((text for _, text in problems if text is not None), None)
+        if first is not None:
+            hosts = sorted({host for host, text in problems if text == first})
+            everywhere = all(text == first for _, text in problems)
+            raise UserError(first if everywhere else f"on {', '.join(hosts)}: {first}")
+        return cast(Result, value)
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Compare what all ranks must share with rank 0's.
+
+        Raises:
+            UserError: a rank's differs; the first is named, with its host.
+        """
+        everyones = self.gather((socket.gethostname(), dict(facts)))
+        main_host, expected = everyones[0]
+        for rank, (host, found) in enumerate(everyones):
+            for name in {**expected, **found}:
+                if found.get(name) != expected.get(name):
+                    raise UserError(
+                        f"rank {rank} on {host} has {name} {found.get(name)!r}, rank 0 on {main_host} has "
+                        f"{expected.get(name)!r}: give all hosts the same program, data and options"
+                    )
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on all processes."""
         values: list[Any] = [None] * self.world_size
@@ -94,22 +129,6 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=operation, group=self.control_group)
         return tensor.tolist()
-
-
-def set_single_process_defaults() -> None:
-    """Let a script started without any launcher be a run of one process.
-
-    Raises:
-        UserError: srun started several tasks without telling them their ranks.
-    """
-    launched = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-    if not any(name in os.environ for name in launched):
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            raise UserError(
-                f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, but RANK, LOCAL_RANK, WORLD_SIZE, "
-                "MASTER_ADDR and MASTER_PORT are not set: set them in each task, or each would train alone"
-            )
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def keep_freed_memory() -> None:

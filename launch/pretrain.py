@@ -1,6 +1,6 @@
 """Pretrain a RoBERTa encoder: `deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json`.
 
-Works under the deepspeed launcher, torchrun and mpirun, or alone as one process.
+Works under the deepspeed launcher, torchrun, srun and mpirun, or alone as one process.
 """
 
 import argparse
@@ -79,6 +79,7 @@ def parse_arguments() -> PretrainOptions:
     add("learning_rate", float, "overrides the JSON's peak")
     add("hidden_dropout_prob", float, "dropout of hidden states")
     add("attention_probs_dropout_prob", float, "dropout of attention weights")
+    add("rendezvous_timeout", float, "seconds for which processes wait for each other at the start")
     add("torch_compile", str, "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", choices=TORCH_COMPILE)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = vars(parser.parse_args())

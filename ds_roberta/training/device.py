@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, keep_freed_memory, set_single_process_defaults
+from ds_roberta.distributed import Ranks, keep_freed_memory
+from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, check_world_size, meet, set_ranks
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
@@ -19,14 +20,23 @@ import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
 
-def init_distributed() -> Ranks:
-    """Join the other processes of the launcher (deepspeed, torchrun, mpirun), or be alone where there is none."""
-    set_single_process_defaults()
+def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
+    """Join the other processes of the launcher (deepspeed, torchrun, srun, mpirun), or be alone where there is none.
+
+    Args:
+        rendezvous_timeout: seconds to wait for the others.
+
+    Raises:
+        UserError: not all came in time, or the launcher started more processes than are in this run.
+    """
+    set_ranks()
+    meet(rendezvous_timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # gloo serves on a CPU; DeepSpeed would compile a shared-memory operator for a minute first.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+    check_world_size(torch.distributed.get_world_size())
     if on_gpu():
         return Ranks.current()
     keep_freed_memory()

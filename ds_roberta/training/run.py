@@ -37,7 +37,9 @@ from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.files import write_json
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
+from ds_roberta.training.agreement import shared_facts
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import mend
@@ -95,6 +97,7 @@ class PretrainOptions:
     learning_rate: float | None = None
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    rendezvous_timeout: float = RENDEZVOUS_TIMEOUT
     torch_compile: str = RunConfig.torch_compile
 
 
@@ -108,15 +111,11 @@ def pretrain(options: PretrainOptions) -> int:
         UserError: an option, file or folder is wrong; nothing is half-written.
     """
     set_up_logging()
-    deepspeed_config = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)
-    corpus = Corpus.open(options.data_dir)
-    config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu())
-    precision = choose_precision(deepspeed_config)
-    compiled = resolve_torch_compile(config.torch_compile, deepspeed_config.zero_stage, on_gpu())
-    if config.resume != "auto" and not Path(config.resume).is_dir():
-        raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
-
-    ranks = init_distributed()
+    ranks = init_distributed(options.rendezvous_timeout)
+    deepspeed_config, corpus, config, precision = ranks.together(lambda: _read_inputs(options))
+    ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
+    stage = deepspeed_config.zero_stage
+    compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, stage, on_gpu()))
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {deepspeed_config.zero_stage}")
     state, checkpoint_path, deepspeed_path = _initial_state(
@@ -190,6 +189,16 @@ def pretrain(options: PretrainOptions) -> int:
 
     ranks.on_main(lambda: export_checkpoint(last, config.output_dir / EXPORT_FOLDER))
     return 0
+
+
+def _read_inputs(options: PretrainOptions) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str]:
+    """The JSON, the data, the run's settings and its precision, as this host has them."""
+    deepspeed_config = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)
+    corpus = Corpus.open(options.data_dir)
+    config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu())
+    if config.resume != "auto" and not Path(config.resume).is_dir():
+        raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
+    return deepspeed_config, corpus, config, choose_precision(deepspeed_config)
 
 
 def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, has_gpu: bool) -> RunConfig:

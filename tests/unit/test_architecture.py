@@ -13,7 +13,7 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
     {"preprocessing", "ds_roberta.training"},
     {"ds_roberta.evaluation"},
     {"ds_roberta.model", "ds_roberta.data"},
-    {"ds_roberta.config", "ds_roberta.deepspeed_config", "ds_roberta.distributed", "ds_roberta.files"},
+    {f"ds_roberta.{name}" for name in ("config", "deepspeed_config", "distributed", "files", "rendezvous")},
     {"ds_roberta.errors", "ds_roberta"},
 ]
 GROUND = ROOMS[-2] | ROOMS[-1]  # single modules, which may import each other without a cycle

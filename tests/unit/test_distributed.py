@@ -1,37 +1,11 @@
 import logging
-import os
 import subprocess
 import sys
 
-import pytest
 import torch.distributed as dist
 
-from ds_roberta.distributed import Ranks, set_single_process_defaults, set_up_logging
+from ds_roberta.distributed import Ranks, set_up_logging
 from ds_roberta.errors import UserError
-
-LAUNCHERS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    """The environment of a script that no launcher started; put back afterwards."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    for name in (*LAUNCHERS, "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    return os.environ
-
-
-def test_a_script_without_a_launcher_is_a_run_of_one_process(environment):
-    set_single_process_defaults()
-    assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == ("0", "0", "1")
-
-
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_a_launchers_environment_is_left_alone(environment, name):
-    environment[name] = "3"
-    set_single_process_defaults()
-    assert environment[name] == "3"
-    assert "WORLD_SIZE" not in environment
 
 
 def test_one_process_agrees_with_itself(tmp_path):
@@ -60,6 +34,29 @@ def test_what_the_first_process_does_alone_all_hear_of(on_ranks):
     assert done == [0]
     results = on_ranks(3, lambda ranks: Ranks.on_main(ranks, refuse))
     assert [(type(result), str(result)) for result in results] == [(UserError, "not this")] * 3
+
+
+def test_an_error_of_some_ranks_ends_all_and_names_their_hosts(on_ranks, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "node7")
+
+    def some(ranks):
+        def read():
+            if ranks.rank > 0:
+                raise UserError("no data")
+            return "data"
+
+        return Ranks.together(ranks, read)
+
+    assert [str(error) for error in on_ranks(3, some)] == ["on node7: no data"] * 3
+    assert on_ranks(3, lambda ranks: Ranks.together(ranks, lambda: ranks.rank)) == [0, 1, 2]
+
+
+def test_ranks_that_differ_are_named(on_ranks, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "node7")
+    assert on_ranks(2, lambda ranks: Ranks.check_same(ranks, {"torch": "2.13"})) == [None, None]
+    (message, other) = map(str, on_ranks(2, lambda ranks: Ranks.check_same(ranks, {"--seed": ranks.rank})))
+    assert message == other
+    assert message.startswith("rank 1 on node7 has --seed 1, rank 0 on node7 has 0: give all hosts the same")
 
 
 def test_the_first_process_alone_speaks(caplog):

@@ -1,0 +1,129 @@
+"""Before the process group: who am I by the launcher's environment, and have all the others come.
+
+A launcher that says nothing of ranks would leave every process a run of its own, each writing over the others' files:
+so srun's own variables are understood, and the number of processes that met is compared with the launcher's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import MutableMapping
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ds_roberta.errors import UserError
+
+RENDEZVOUS_TIMEOUT = 300.0
+"""Seconds for which processes wait for each other at the start; importing from a busy file system takes long."""
+_SECONDS_BETWEEN_LOOKS = 0.1
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the range from which Linux takes ports for outgoing connections
+
+
+def set_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    A task of a SLURM step of several takes srun's numbers, with the step's first host as master and a port made of the
+    job's and the step's number; values of MASTER_ADDR and MASTER_PORT that are set stay. MPI's processes are left to
+    DeepSpeed, which asks MPI. All else is a run of one process.
+
+    Raises:
+        UserError: srun's variables say of several tasks, but not which host is the first.
+    """
+    if "RANK" in environment or "OMPI_COMM_WORLD_RANK" in environment:
+        return
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if int(tasks) > 1 and environment.get("PMI_SIZE", tasks) == tasks:  # srun itself may speak PMI, too
+        nodes = environment.get("SLURM_STEP_NODELIST", "")
+        if not nodes:
+            raise UserError(
+                f"srun started {tasks} tasks, but SLURM_STEP_NODELIST is not set: set RANK, LOCAL_RANK, WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT in each task, or each would train alone"
+            )
+        port = _FIRST_PORT + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % _PORTS
+        environment.setdefault("MASTER_ADDR", first_host(nodes))
+        environment.setdefault("MASTER_PORT", str(port))
+        environment.update(RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"], WORLD_SIZE=tasks)
+    elif "PMI_RANK" not in environment and "PMIX_RANK" not in environment:
+        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: "node03" of "node[03-05,7],x1"."""
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def meet(limit: float) -> None:
+    """Wait until all ranks have come to MASTER_ADDR:MASTER_PORT; call before `torch.distributed` is initialised.
+
+    MPI's own start has seen to that already, and a process alone has nobody to wait for.
+
+    Args:
+        limit: seconds.
+
+    Raises:
+        UserError: they have not all come within `limit` seconds.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
+        return
+    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    place = f"{os.environ['MASTER_ADDR']}:{port}"
+    host, deadline, came = socket.gethostname(), time.monotonic() + limit, 0
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which holds the store itself
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            port,
+            is_master=rank == 0 and not has_agent,
+            timeout=timedelta(seconds=limit),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        # torch's own store for the process group shares rank 0's server as long as this one lives.
+        _stores.append(store)
+        key = f"ds_roberta/came/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        came = store.add(key, 1)
+        while came < world_size and time.monotonic() < deadline:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            came = store.add(key, 0)
+    except dist.DistError as error:
+        if came == 0:
+            what = "cannot serve" if rank == 0 else "did not reach rank 0"
+            raise UserError(
+                f"rank {rank} on {host} {what} at {place} (MASTER_ADDR:MASTER_PORT) within {limit:g} s: see whether "
+                "that host runs, its name is known here, and the port is free and not behind a firewall"
+            ) from error
+    if came < world_size:
+        raise UserError(
+            f"only {came} of {world_size} ranks came to {place} within {limit:g} s (told by rank {rank} on {host}): "
+            "see the logs of the others and whether their hosts answer, or give them longer by --rendezvous_timeout"
+        )
+
+
+_stores: list[dist.TCPStore] = []
+
+
+def check_world_size(world_size: int) -> None:
+    """Compare the processes that met with those that the launcher started.
+
+    Raises:
+        UserError: they are fewer, so that there are several runs at once.
+    """
+    told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
+    for name, value in told.items():
+        if value is not None and int(value) != world_size:
+            raise UserError(_separate(f"{name} is {value}", world_size))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world_size < tasks:  # a task may be a launcher of several processes
+        raise UserError(_separate(f"srun started {tasks} tasks", world_size))
+
+
+def _separate(told: str, world_size: int) -> str:
+    return (
+        f"{told}, but this run has {world_size} processes: they would be separate runs; unset RANK and WORLD_SIZE in "
+        "the job's environment, and use one launcher"
+    )

@@ -1,0 +1,184 @@
+"""Write a SLURM job file from a template of `launch/slurm/`, and check it.
+
+    python launch/slurm.py pretrain_multi_node --nodes 4 --gpus_per_node 8 --time 24:00:00 -- \
+        --deepspeed_config ds_configs/zero1.json --data_dir data/corpus --output_dir runs/base
+
+What stands behind `--` goes to the template's command as it is.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ds_roberta.errors import ArgumentParser, UserError, run_command, unknown_key_message
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEMPLATES = {path.stem: path for path in sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))}
+COUNTS = ("gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds", "tasks")
+_PLACEHOLDER = re.compile(r"@([a-z_]+)@")
+_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}|infinite", re.IGNORECASE)  # sbatch's forms: minutes, D-HH, HH:MM:SS, …
+_NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact slurm controller")  # sbatch's words
+_PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # what needs no quotes, neither for bash nor behind #SBATCH
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        description="Write a SLURM job file from a template and check it.",
+        epilog="What stands behind -- goes to launch/pretrain.py or preprocess shard.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("template", help=", ".join(TEMPLATES))
+    parser.add_argument("--output", type=Path, help="the job file to write (default: JOB_NAME.sbatch)")
+    parser.add_argument("--job_name", help="(default: the template's name)")
+    parser.add_argument("--time", help="limit of one start, such as 24:00:00 or 2-00:00:00; a run may need several")
+    parser.add_argument("--partition", help="(default: the site's)")
+    parser.add_argument("--account", help="(default: yours)")
+    parser.add_argument("--nodes", help="a number, or MIN-MAX: a requeued run goes on with what is free")
+    parser.add_argument("--gpus_per_node", type=int, help="0 trains on CPUs")
+    parser.add_argument("--processes_per_node", type=int, help="(default: one for each GPU; 1 on CPUs)")
+    parser.add_argument("--tasks", type=int, help="tasks of the array")
+    parser.add_argument("--cpus_per_task", type=int, help="CPU cores of each process (default: 8; preprocess: 16)")
+    parser.add_argument("--mem", help="memory of a node, such as 64G (default: the site's)")
+    parser.add_argument(
+        "--signal_seconds", type=int, default=120, help="before the limit, to save in (default: %(default)s)"
+    )
+    parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="(default: %(default)s)")
+    parser.add_argument("--setup", default="", help="a bash command before the job's, such as 'module load cuda'")
+    own, command = split_command(sys.argv[1:])
+    arguments = parser.parse_args(own)
+    arguments.arguments = command
+    return arguments
+
+
+def split_command(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind the first `--`."""
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
+
+
+def job_values(arguments: argparse.Namespace) -> dict[str, str]:
+    """The value of each placeholder, as it stands in the file; what has none is missing.
+
+    Raises:
+        UserError: a value cannot be right, or the template has no use for it.
+    """
+    given = vars(arguments)
+    for name in COUNTS:
+        smallest = 0 if name == "gpus_per_node" else 1
+        if given[name] is not None and given[name] < smallest:
+            raise UserError(f"--{name} {given[name]} is less than {smallest}: give more")
+    if arguments.time is not None and not _TIME.fullmatch(arguments.time):
+        raise UserError(f"--time {arguments.time!r} is no time limit: give minutes, HH:MM:SS or D-HH:MM:SS")
+    if arguments.nodes is not None:
+        borders = re.fullmatch(r"(\d+)(?:-(\d+))?", arguments.nodes)
+        if not borders or int(borders[1]) < 1 or int(borders[2] or borders[1]) < int(borders[1]):
+            raise UserError(f"--nodes {arguments.nodes!r} is no number of nodes: give one, or MIN-MAX such as 2-4")
+    processes = arguments.processes_per_node or arguments.gpus_per_node or 1
+    cpus = arguments.cpus_per_task or (16 if arguments.template == "preprocess" else 8)
+    values: dict[str, str | int | Path | None] = {
+        **{name: given[name] for name in ("time", "partition", "account", "nodes", "mem", "signal_seconds")},
+        "job_name": arguments.job_name or arguments.template,
+        "gpus_per_node": arguments.gpus_per_node or None,
+        "processes_per_node": processes,
+        "cpus_per_task": cpus,
+        "cpus_per_node": processes * cpus,
+        "array": f"0-{arguments.tasks - 1}" if arguments.tasks else None,
+        "working_dir": Path.cwd(),
+        "log_dir": arguments.log_dir.resolve(),
+        "path": Path(sys.executable).parent,
+        "repository": REPOSITORY,
+    }
+    for name, value in values.items():
+        if value is not None and not _PLAIN.fullmatch(str(value)):
+            raise UserError(f"{name} {str(value)!r} has characters that a job file cannot hold: use letters and digits")
+    plain = {name: str(value) for name, value in values.items() if value is not None}
+    return {**plain, "setup": arguments.setup, "arguments": shlex.join(arguments.arguments)}
+
+
+def fill(template: str, values: dict[str, str], optional: tuple[str, ...]) -> str:
+    """The template with its values; a line whose `optional` value is missing is left out."""
+    lines = []
+    for line in template.splitlines():
+        names = _PLACEHOLDER.findall(line)
+        if line == "@setup@" and not values["setup"]:
+            continue
+        if any(name in optional and name not in values for name in names):
+            continue
+        lines.append(_PLACEHOLDER.sub(lambda match: values[match[1]], line))
+    return "\n".join(lines) + "\n"
+
+
+OPTIONAL = ("partition", "account", "gpus_per_node", "mem")
+OPTION_OF = {"array": "tasks"}  # placeholders that are made of an option of another name
+
+
+def job_file(arguments: argparse.Namespace) -> str:
+    """The job file's text.
+
+    Raises:
+        UserError: the template is unknown, a value is missing, out of range or of no use to the template.
+    """
+    if arguments.template not in TEMPLATES:
+        message = unknown_key_message("template", arguments.template, TEMPLATES)
+        raise UserError(f"{message}; there are {', '.join(TEMPLATES)}")
+    template = TEMPLATES[arguments.template].read_text(encoding="utf-8")
+    names = {OPTION_OF.get(name, name): name for name in _PLACEHOLDER.findall(template)}
+    values = job_values(arguments)
+    for option in ("nodes", "gpus_per_node", "processes_per_node", "tasks", "mem"):
+        if getattr(arguments, option) is not None and option not in names:
+            raise UserError(
+                f"--{option} {getattr(arguments, option)}: {arguments.template} has no use for it; leave it out"
+            )
+    unset = [f"--{option}" for option, name in names.items() if name not in values and name not in OPTIONAL]
+    if "gpus_per_node" in names and arguments.gpus_per_node is None:
+        unset.append("--gpus_per_node (0 for CPUs)")
+    if not arguments.arguments:
+        unset.append("the command's options behind --")
+    if unset:
+        raise UserError(f"{arguments.template} needs {', '.join(unset)}")
+    return fill(template, values, OPTIONAL)
+
+
+def check(path: Path) -> None:
+    """Have bash read the file, and sbatch where there is one.
+
+    Raises:
+        UserError: one of them refuses it.
+    """
+    commands = [["bash", "-n", str(path)]]
+    if shutil.which("sbatch"):
+        commands.append(["sbatch", "--test-only", str(path)])
+    else:
+        print("there is no sbatch here: the file was not tested against a cluster")
+    for command in commands:
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            words = " ".join(result.stderr.split())
+            if any(sign in words for sign in _NO_CLUSTER):
+                print(f"not tested against a cluster: {words}")
+                continue
+            raise UserError(f"{' '.join(command)} refuses the file: {words}; mend the values and write it again")
+        if command[0] == "sbatch":
+            print(result.stderr.strip())
+
+
+def main(arguments: argparse.Namespace) -> None:
+    text = job_file(arguments)
+    output = arguments.output or Path(f"{arguments.job_name or arguments.template}.sbatch")
+    try:
+        arguments.log_dir.mkdir(parents=True, exist_ok=True)  # sbatch would lose the job's output without it
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename!r} ({error.strerror}): choose another place") from error
+    print(f"wrote {output}")
+    check(output)
+    print(f"next: sbatch {shlex.quote(str(output))}; squeue --me; the logs come to {arguments.log_dir}/")
+
+
+if __name__ == "__main__":
+    options = parse_arguments()
+    run_command(lambda: main(options))

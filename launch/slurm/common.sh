@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# What the job files share; each sources it by its absolute path, since SLURM runs a copy of the job file elsewhere.
+
+readonly STOPPED=85 # exit code of a run that was asked to stop and saved: started again, it goes on
+
+# record_start FOLDER: write down what started here and where; once more at every start of a requeued job.
+# Variables whose names look like secrets stay out.
+record_start() {
+    mkdir -p "$1"
+    cp "$0" "$1/job.sbatch"
+    {
+        echo "== start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID, $(date --iso-8601=seconds), on $(hostname)"
+        echo "nodes: $SLURM_JOB_NODELIST"
+        echo "commit: $(git -C "$REPOSITORY" describe --always --dirty 2>&1)"
+        python --version
+        python -m pip list --format=freeze 2>/dev/null | grep -iE '^(torch|deepspeed|transformers|numpy|pyarrow)='
+        nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null
+        scontrol show job "$SLURM_JOB_ID"
+        env --null | grep --null-data -viE '^[^=]*(key|token|secret|passw|credential)' | tr '\0' '\n'
+    } >>"$1/environment.txt" 2>&1
+}
+
+# run_step SRUN...: run a step to its end, and end the job with its exit code. When SLURM announces the end of the job's
+# time or its preemption (USR1 or TERM), the ranks are told by USR1, save, and leave with 85: the job is then queued again.
+run_step() {
+    local step code interrupted told=
+    trap 'interrupted=1 told=1; kill -USR1 "$step" 2>/dev/null' USR1 TERM # of a TERM, srun would end at once
+    "$@" &
+    step=$!
+    while true; do
+        interrupted=
+        wait "$step"
+        code=$?
+        [[ $interrupted ]] || break # a trap ends `wait` before the step has ended
+    done
+    trap '' USR1 TERM
+    # 138: ranks that had not begun to train died of the USR1 itself.
+    if [[ $code -eq $STOPPED || ($told && $code -eq 138) ]]; then
+        requeue
+        exit "$STOPPED"
+    fi
+    exit "$code"
+}
+
+# Queue this job again, unless SLURM has ended it by itself: cancelled, out of time, or requeued already.
+requeue() {
+    local state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    if [[ $state == RUNNING ]]; then
+        echo "stopped and saved: job $SLURM_JOB_ID is queued again"
+        scontrol requeue "$SLURM_JOB_ID" || echo "it could not be queued again: submit the same file by hand"
+    else
+        echo "stopped; SLURM says that job $SLURM_JOB_ID is ${state:-gone}: not queued again from here"
+    fi
+}

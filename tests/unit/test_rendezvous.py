@@ -1,0 +1,76 @@
+import pytest
+
+from ds_roberta import rendezvous
+from ds_roberta.errors import UserError
+from ds_roberta.rendezvous import check_world_size, first_host, set_ranks
+
+STEP = {
+    "SLURM_JOB_ID": "20017",
+    "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "node[03-05,7],x1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+MAPPED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03", "MASTER_PORT": "10018"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "added"),
+    [
+        ({}, ALONE),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, ALONE),  # srun -n 1
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, ALONE),  # a job file without srun
+        (STEP, MAPPED),
+        ({**STEP, "MASTER_ADDR": "ib0-node03", "MASTER_PORT": "7"}, {n: MAPPED[n] for n in list(MAPPED)[:3]}),
+        ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "4"}, MAPPED),  # srun --mpi=pmi2
+        ({**STEP, "PMIX_RANK": "3"}, MAPPED),  # srun --mpi=pmix
+        ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "16"}, {}),  # mpirun, whose own proxies srun started
+        ({**STEP, "OMPI_COMM_WORLD_RANK": "3"}, {}),
+        ({**STEP, "RANK": "9"}, {}),  # torchrun, once on each node
+        ({"PMI_RANK": "1"}, {}),
+    ],
+)
+def test_ranks_come_from_the_launcher(environment, added):
+    found = dict(environment)
+    set_ranks(found)
+    assert found == environment | added
+
+
+def test_tasks_of_srun_without_a_node_list_do_not_train_alone():
+    with pytest.raises(UserError, match="srun started 4 tasks, but SLURM_STEP_NODELIST is not set"):
+        set_ranks({**STEP, "SLURM_STEP_NODELIST": ""})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("a1,a2", "a1"),
+        ("node[03-05,7],x1", "node03"),
+        ("r[0-1]n[4,6]", "r0n4"),
+        ("10.0.0.[1-2]", "10.0.0.1"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("environment", "world_size"),
+    [
+        ({"WORLD_SIZE": "2"}, 1),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, 1),
+        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, 1),
+    ],
+)
+def test_a_run_of_fewer_processes_than_were_started_is_refused(monkeypatch, environment, world_size):
+    monkeypatch.setattr(rendezvous.os, "environ", environment)
+    with pytest.raises(UserError, match="separate runs"):
+        check_world_size(world_size)
+
+
+def test_a_task_of_srun_may_start_several_processes(monkeypatch):
+    monkeypatch.setattr(rendezvous.os, "environ", {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2"})
+    check_world_size(8)

