@@ -114,10 +114,10 @@ def pretrain(options: PretrainOptions) -> int:
     ranks = init_distributed(options.rendezvous_timeout)
     deepspeed_config, corpus, config, precision = ranks.together(lambda: _read_inputs(options))
     ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
-    stage = deepspeed_config.zero_stage
-    compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, stage, on_gpu()))
+    zero_stage = deepspeed_config.zero_stage
+    compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
-    ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {deepspeed_config.zero_stage}")
+    ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {zero_stage}")
     state, checkpoint_path, deepspeed_path = _initial_state(
         config, corpus, deepspeed_config, precision, options.allow_change, ranks
     )
