@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -106,8 +107,16 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["tiny", "small", "base"], choices=list(PRESETS))
-    parser.add_argument("--max_seq_length", nargs="+", type=int, help="of each model (default: the presets')")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        type=model_size,
+        default=["tiny", "small", "base"],
+        help=f"{', '.join(PRESETS)}, or LAYERSxHIDDENxHEADS such as 8x384x6",
+    )
+    parser.add_argument(
+        "--max_seq_length", nargs="+", type=int, help="of each model (default: the presets', else base's)"
+    )
     parser.add_argument("--micro_batch_tokens", type=int, help="for all contenders (default: by the model)")
     parser.add_argument("--micro_steps", type=int, default=2, help="of a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="timed in each round (default: %(default)s)")
@@ -116,7 +125,9 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=DEFAULT_CONTENDERS, choices=list(CONTENDERS))
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/throughput.md")
     arguments = parser.parse_args()
-    lengths = arguments.max_seq_length or [PRESETS[model].max_seq_length for model in arguments.model]
+    lengths = arguments.max_seq_length or [
+        PRESETS[model].max_seq_length for model in arguments.model if model in PRESETS
+    ]
     if len(lengths) != len(arguments.model):
         parser.error(f"--max_seq_length needs {len(arguments.model)} values, one for each --model")
     loads, peaks, tables = [os.getloadavg()[0]], [], []
@@ -124,7 +135,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tokens = arguments.micro_batch_tokens
             if tokens is None:
-                tokens = GPU_MICRO_BATCH_TOKENS if torch.cuda.is_available() else MICRO_BATCH_TOKENS[model]
+                tokens = GPU_MICRO_BATCH_TOKENS if torch.cuda.is_available() else MICRO_BATCH_TOKENS.get(model, 2_048)
             case = Case(model, length, max(1, tokens // length), arguments.micro_steps, folder)
             write_data(Path(folder), length, max(SEQUENCES, 4 * case.train_batch_size))
             outcomes, peak = measure(case, arguments)
@@ -145,6 +156,18 @@ def main() -> None:
         report = "\n".join(lines(arguments, tables, peaks, loads)) + "\n"
         arguments.output.write_text(report, encoding="utf-8")
     print(report)
+
+
+def model_size(text: str) -> str:
+    """A preset's name or a size, checked; for argparse."""
+    if text in PRESETS:
+        return text
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if size is None or int(size[2]) % int(size[3]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(PRESETS)}, and no LAYERSxHIDDENxHEADS of which the last divides the second"
+        )
+    return text
 
 
 def lines(

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
+from ds_roberta.config import PRESETS, MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
 from ds_roberta.distributed import keep_freed_memory
 
 VOCABULARY = 50_265
@@ -42,6 +42,7 @@ class Case:
     """What all contenders train.
 
     Attributes:
+        model: a preset's name, or LAYERSxHIDDENxHEADS such as 8x384x6.
         folder: of the data, from `write_data`.
         micro_batch_size: sequences.
         micro_steps: of a step.
@@ -55,7 +56,11 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        return model_config(self.model, VOCABULARY, self.max_seq_length)
+        if self.model in PRESETS:
+            return model_config(self.model, VOCABULARY, self.max_seq_length)
+        layers, hidden_size, heads = map(int, self.model.split("x"))
+        of_the_length = model_config("tiny", VOCABULARY, self.max_seq_length)
+        return replace(of_the_length, num_hidden_layers=layers, hidden_size=hidden_size, num_attention_heads=heads)
 
     @property
     def train_batch_size(self) -> int:

@@ -1,4 +1,9 @@
-from benchmarks.throughput import Measured, Outcome, table
+import argparse
+
+import pytest
+
+from benchmarks.throughput import Measured, Outcome, model_size, table
+from benchmarks.throughput_contenders import Case
 
 
 def test_the_table_tells_medians_and_compares_with_ours_in_bf16():
@@ -18,3 +23,12 @@ def test_the_table_tells_medians_and_compares_with_ours_in_bf16():
     assert cells[2][1:3] == ["fp32", "50 (50 to 50)"]
     assert [row[-1] for row in cells[2:]] == ["10.0x", ""]
     assert len({len(row) for row in cells}) == 1
+
+
+def test_a_size_that_is_no_preset():
+    config = Case(model_size("3x48x4"), 40, 1, 1, "").config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 48, 4)
+    assert config.intermediate_size == 4 * 48
+    for wrong in ("3x48x5", "3x48", "tinny", "0x48x4"):
+        with pytest.raises(argparse.ArgumentTypeError, match=wrong):
+            model_size(wrong)
