@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.loader import commit, cpu_model, example_corpus, spread
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPT = str(REPOSITORY / "benchmarks/startup_marks.py")
+MODULE = "benchmarks.startup_marks"  # not its path: modules here have names of the standard library's
 PHASES = ("python", "imports", "data", "engine", "micro-batch", "evaluation", "first step")
 BAR = 12
 """Seconds that a start by plain python may take to the end of the first step."""
@@ -84,15 +84,20 @@ def lines(repetitions: int, folder: Path) -> Iterator[str]:
 def start(launcher: str, corpus: Path, output: Path) -> dict[str, float]:
     """One run of one step: seconds of each phase, "total" to the end of the first step, its "CPU", and "command"."""
     commands = {
-        "python": [],
-        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"],
-        "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=1", f"--master_port={free_port()}"],
+        "python": ["-m"],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"],
+        "deepspeed": [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_gpus=1",
+            f"--master_port={free_port()}",
+            "--module",
+        ],
     }
     marks_path = output.with_suffix(".json")
     environment = {**os.environ, "STARTUP_MARKS": str(marks_path), "XDG_CACHE_HOME": str(corpus.parent / "cache")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment.pop("OMP_NUM_THREADS", None)  # benchmarks.loader sets it
-    command = [sys.executable, *commands[launcher], SCRIPT, "--model", "tiny", "--train_batch_size", "32"]
+    command = [sys.executable, *commands[launcher], MODULE, "--model", "tiny", "--train_batch_size", "32"]
     command += ["--deepspeed_config", str(REPOSITORY / "ds_configs/zero1.json"), "--data_dir", str(corpus)]
     command += ["--output_dir", str(output), "--max_steps", "1"]
     began = time.time()

@@ -64,7 +64,7 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
 
-    def run(self, *command: str | Path, cwd: Path | None = None, check: bool = True) -> str:
+    def run(self, *command: str | Path, cwd: Path | None = None, check: bool = True, seconds: float = 60) -> str:
         result = subprocess.run(
             [str(part) for part in command],
             cwd=cwd,
@@ -72,7 +72,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=seconds,
         )
         assert result.returncode == 0 or not check, f"{command}: {result.stdout}{self.logs()}"
         return result.stdout

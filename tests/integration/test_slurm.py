@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from commands import CONFIG, REPOSITORY, environment
+from commands import CONFIG, PRETRAIN, REPOSITORY, environment
 from slurm_cluster import NODES, Cluster, running_cluster
 
 REASON = slurm_cluster.missing()
@@ -83,6 +83,15 @@ def test_two_nodes_train_one_run(unbroken, workspace):
     assert (logs / "job.sbatch").read_text() == (workspace / "unbroken.sbatch").read_text()
     record = (logs / "environment.txt").read_text()
     assert all(word in record for word in ("torch==", "SLURM_JOB_NODELIST", "commit: ", "JobState=RUNNING"))
+
+
+def test_deepspeeds_slurm_launcher_trains_one_run(cluster, workspace, unbroken):
+    (workspace / "hostfile").write_text("".join(f"{node} slots=1\n" for node in NODES))
+    launcher = ("--hostfile", "hostfile", "--master_addr", NODES[0], "--launcher", "slurm")
+    steps = "--launcher_args=--nodes 2 --ntasks-per-node 1"
+    command = ("deepspeed", *launcher, steps, PRETRAIN, *SETTINGS, "--output_dir", "launched")
+    cluster.run(*command, cwd=workspace, seconds=120)
+    assert losses(workspace / "launched") == losses(unbroken)
 
 
 def test_a_job_that_is_told_to_stop_requeued_and_preempted_ends_as_if_unbroken(cluster, workspace, unbroken):
