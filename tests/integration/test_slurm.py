@@ -87,7 +87,7 @@ def test_two_nodes_train_one_run(unbroken, workspace):
 
 def test_deepspeeds_slurm_launcher_trains_one_run(cluster, workspace, unbroken):
     (workspace / "hostfile").write_text("".join(f"{node} slots=1\n" for node in NODES))
-    launcher = ("--hostfile", "hostfile", "--master_addr", NODES[0], "--launcher", "slurm")
+    launcher = ("--hostfile", "hostfile", "--no_ssh_check", "--master_addr", NODES[0], "--launcher", "slurm")
     steps = "--launcher_args=--nodes 2 --ntasks-per-node 1"
     command = ("deepspeed", *launcher, steps, PRETRAIN, *SETTINGS, "--output_dir", "launched")
     cluster.run(*command, cwd=workspace, seconds=120)
