@@ -1,4 +1,7 @@
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +124,18 @@ def test_the_report_is_printed_and_written(tmp_path, exported, capsys):
     assert {name: group["pairs"] for name, group in report["phenomena"].items()} == {"order": 2, "other": 1}
     assert report["fields"]["syntax_semantics"]["pairs"] == 3
     assert f"{report['mean_accuracy']:.1%}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
+    (tmp_path / "data.jsonl").write_text(line())
+    words = ["--model", exported, "--data", tmp_path / "data.jsonl", tmp_path, "--json", tmp_path / "out.json"]
+    words += ["--metric", "within_word_l2r", "--precision", "bf16"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "minimal-pairs", *map(str, words)])
+    script = runpy.run_path(str(Path(__file__).parents[2] / "launch/evaluate.py"))
+    script["evaluate"](script["parse_arguments"]())
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["metric"], report["precision"]) == ("within_word_l2r", "bf16")
+    assert report["phenomena"]["order"]["pairs"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +103,19 @@ def test_the_length_is_the_folders_own_and_the_report_is_written(tmp_path, corpu
     assert report["packing"]["max_seq_length"] == LENGTH
     assert len(report["by_position"]) == 2
     assert f"held-out loss {report['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_the_command_passes_its_options_on(tmp_path, corpus, exported, monkeypatch):
+    path = tmp_path / "out.json"
+    options = "--max_seq_length 40 --packing doc-sentences --masking span --mlm_probability 0.3 --eval_sequences 5"
+    words = ["--model", exported, "--data", corpus.folder, "--json", path, "--precision", "bf16", *options.split()]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "perplexity", *map(str, words)])
+    script = runpy.run_path(str(Path(__file__).parents[2] / "launch/evaluate.py"))
+    script["evaluate"](script["parse_arguments"]())
+    report = json.loads(path.read_text())
+    assert report["packing"] == {"max_seq_length": 40, "format": "doc-sentences"}
+    assert (report["masking"]["unit"], report["masking"]["mlm_probability"]) == ("span", 0.3)
+    assert (report["sequences"], report["precision"]) == (5, "bf16")
 
 
 def test_a_tokenizer_that_gives_other_ids_is_refused(tmp_path, corpus, exported):
