@@ -55,6 +55,9 @@ class RobertaFolder:
 
         Returns:
             (M,) float32 on the CPU.
+
+        Raises:
+            UserError: one is not finite.
         """
         device = self.device
         mask = None if attention_mask is None else attention_mask.to(device)
@@ -62,7 +65,13 @@ class RobertaFolder:
             hidden = self.model.roberta(input_ids=input_ids.to(device), attention_mask=mask).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1).index_select(0, positions.to(device))).float()
             chosen = logits.gather(1, labels.to(device)[:, None])[:, 0]
-            return (chosen - logits.logsumexp(1)).cpu()
+            log_likelihoods = (chosen - logits.logsumexp(1)).cpu()
+        if not bool(log_likelihoods.isfinite().all()):
+            raise UserError(
+                f"the log-probabilities of the model in {self.model.name_or_path!r} are not finite: its training has "
+                "diverged or its weights are damaged; export an earlier checkpoint"
+            )
+        return log_likelihoods
 
 
 def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:

@@ -172,6 +172,14 @@ def test_a_sentence_longer_than_the_model_is_refused(folder):
         score_pairs(folder, [pair("kato", "to " * 600)], "original")
 
 
+def test_a_model_whose_numbers_are_not_finite_is_refused(exported):
+    broken = open_roberta(exported)
+    with torch.no_grad():
+        broken.model.lm_head.bias[7] = float("nan")
+    with pytest.raises(UserError, match=r"of the model in '.*/model' are not finite"):
+        score_pairs(broken, [pair("kato to", "to")], "original")
+
+
 @pytest.fixture
 def copied(tmp_path, exported):
     """A copy of the model's folder, to break."""
