@@ -61,7 +61,8 @@ img { display: block; width: 100%; height: auto; background: #fff; border: 1px s
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; min-width: 6rem; max-width: 22rem; }
-tbody tr:nth-child(odd) { background: var(--row); } tbody th { font-weight: normal; color: var(--faint); }
+tbody tr:nth-child(odd) { background: var(--row); }
+tbody th { font-weight: normal; color: var(--faint); overflow-wrap: normal; }
 tr.differs td { font-weight: 600; }
 """
 
