@@ -47,13 +47,13 @@ from ds_roberta.training.compilation import compile_layers, resolve_torch_compil
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.identity import check_identity
+from ds_roberta.training.metrics import CONFIG_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
 EXPORT_FOLDER = "hf"
-CONFIG_NAME = "config.json"
 STOPPED_EXIT_CODE = 85
 """Exit code of a run that was asked to stop and saved: start the same command again to go on."""
 
