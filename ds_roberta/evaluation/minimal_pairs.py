@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, pseudo_log_likelihoods
 from ds_roberta.evaluation.json_report import check_report_path, write_report
+from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
 
 

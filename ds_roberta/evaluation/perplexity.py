@@ -15,8 +15,8 @@ from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
 from ds_roberta.data.words import word_starts
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.evaluation.json_report import check_report_path, write_report
+from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta, read_tokenizer
 
 POSITIONS_OF_A_BIN = 64
