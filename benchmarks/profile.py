@@ -45,8 +45,8 @@ from ds_roberta.training import run
 from ds_roberta.training.checkpoint_writer import CheckpointWriter
 from ds_roberta.training.device import init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
-from ds_roberta.training.metrics import METRICS_NAME
-from ds_roberta.training.run import CONFIG_NAME, PretrainOptions
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
+from ds_roberta.training.options import PretrainOptions
 from ds_roberta.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[1]

@@ -23,7 +23,8 @@ from ds_roberta.config import (
 )
 from ds_roberta.distributed import leave
 from ds_roberta.errors import ArgumentParser, run_command
-from ds_roberta.training.run import PretrainOptions, pretrain
+from ds_roberta.training.options import PretrainOptions
+from ds_roberta.training.run import pretrain
 
 
 def parse_arguments() -> PretrainOptions:

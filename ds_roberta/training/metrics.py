@@ -14,6 +14,8 @@ from tqdm import tqdm
 from ds_roberta.files import atomic_path
 
 METRICS_NAME = "metrics.jsonl"
+CONFIG_NAME = "config.json"
+"""Beside the metrics: all that reproduces the run, which `ds_roberta.training.run` writes."""
 
 
 class MetricsLog:

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import ds_roberta
-from ds_roberta.config import (
-    DEFAULT_OUTPUT_ROOT,
-    PRESETS,
-    GuardConfig,
-    IntervalConfig,
-    MaskingConfig,
-    PackingConfig,
-    RunConfig,
-    ScheduleConfig,
-    model_config,
-)
+from ds_roberta.config import PackingConfig, RunConfig
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import evaluation_masker, training_masker
-from ds_roberta.data.mixture import MixedOrder, parse_source_weights, sample_order
+from ds_roberta.data.mixture import MixedOrder, sample_order
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
-from ds_roberta.data.stages import make_stages, places_behind, schedule_text
+from ds_roberta.data.stages import places_behind
 from ds_roberta.data.words import word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_up_logging
@@ -37,68 +22,25 @@ from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.files import write_json
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.agreement import shared_facts
 from ds_roberta.training.batch import BatchPlan
-from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import mend
 from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
-from ds_roberta.training.identity import check_identity
+from ds_roberta.training.initial_state import initial_state
+from ds_roberta.training.metrics import CONFIG_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
-from ds_roberta.training.peak import MEASURED, Peak, device_peak
+from ds_roberta.training.options import PretrainOptions, run_config
+from ds_roberta.training.peak import MEASURED, device_peak
+from ds_roberta.training.record import run_record
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
 EXPORT_FOLDER = "hf"
-CONFIG_NAME = "config.json"
 STOPPED_EXIT_CODE = 85
 """Exit code of a run that was asked to stop and saved: start the same command again to go on."""
-
-
-@dataclass(frozen=True)
-class PretrainOptions:
-    """The options of `launch/pretrain.py`, by the same names; None means the model preset's or the JSON's value."""
-
-    deepspeed_config: Path
-    data_dir: Path
-    output_dir: Path | None = None
-    model: str | None = None
-    max_seq_length: int | None = None
-    packing: str = PackingConfig.format
-    source_weights: str | None = None
-    masking: str = MaskingConfig.unit
-    mlm_probability: float = MaskingConfig.mlm_probability
-    mlm_probability_end: float | None = None
-    max_steps: int | None = None
-    warmup_steps: int | None = None
-    lr_scheduler_type: str = ScheduleConfig.lr_scheduler_type
-    lr_power: float | None = None
-    min_lr_ratio: float | None = None
-    decay_steps: int | None = None
-    decay_type: str | None = None
-    max_seq_length_schedule: str | None = None
-    train_batch_size_schedule: str | None = None
-    loss_spike: str = GuardConfig.loss_spike
-    loss_spike_threshold: float | None = None
-    seed: int = 0
-    save_interval: int = IntervalConfig.save_interval
-    eval_interval: int = IntervalConfig.eval_interval
-    log_interval: int = IntervalConfig.log_interval
-    keep_last: int = IntervalConfig.keep_last
-    keep_every: int | None = None
-    save_deepspeed_checkpoint: bool = False
-    eval_sequences: int = RunConfig.eval_sequences
-    resume: str = "auto"
-    allow_change: str | None = None
-    train_batch_size: int | None = None
-    learning_rate: float | None = None
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    rendezvous_timeout: float = RENDEZVOUS_TIMEOUT
-    torch_compile: str = RunConfig.torch_compile
 
 
 def pretrain(options: PretrainOptions) -> int:
@@ -118,7 +60,7 @@ def pretrain(options: PretrainOptions) -> int:
     compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
     chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {zero_stage}")
-    state, checkpoint_path, deepspeed_path = _initial_state(
+    state, checkpoint_path, deepspeed_path = initial_state(
         config, corpus, deepspeed_config, precision, options.allow_change, ranks
     )
     ranks.on_main(lambda: _make_output_dir(config.output_dir, state.best_step))
@@ -149,7 +91,7 @@ def pretrain(options: PretrainOptions) -> int:
     elif deepspeed_path is not None:
         deepspeed_checkpoint.load(engine, deepspeed_path, state)
     if ranks.is_main:
-        write_json(config.output_dir / CONFIG_NAME, _record(config, engine, plans, precision, compiled, peak))
+        write_json(config.output_dir / CONFIG_NAME, run_record(config, engine, plans, precision, compiled, peak))
     tokenizer = corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":
@@ -199,64 +141,6 @@ def _read_inputs(options: PretrainOptions) -> tuple[DeepSpeedConfig, Corpus, Run
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
     return deepspeed_config, corpus, config, choose_precision(deepspeed_config)
-
-
-def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, has_gpu: bool) -> RunConfig:
-    """The run's settings, completed from the model's preset and the JSON's batch size.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
-    model = options.model or ("base" if has_gpu else "tiny")
-    preset = PRESETS[model]
-    max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
-    packing = PackingConfig(max_seq_length, options.packing)
-    max_steps = preset.max_steps if options.max_steps is None else options.max_steps
-    warmup_steps = options.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(preset.warmup_steps, max_steps * preset.warmup_steps // preset.max_steps)
-    tokenizer = corpus.manifest.tokenizer
-    return RunConfig(
-        data_dir=options.data_dir,
-        output_dir=options.output_dir or DEFAULT_OUTPUT_ROOT / model,
-        model_name=model,
-        model=model_config(
-            model,
-            tokenizer.vocab_size,
-            max_seq_length,
-            tokenizer.pad_token_id,
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            hidden_dropout_prob=options.hidden_dropout_prob,
-            attention_probs_dropout_prob=options.attention_probs_dropout_prob,
-        ),
-        packing=packing,
-        schedule=ScheduleConfig(
-            max_steps,
-            warmup_steps,
-            options.lr_scheduler_type,
-            options.lr_power,
-            options.min_lr_ratio,
-            options.decay_steps,
-            options.decay_type,
-        ),
-        stages=make_stages(
-            max_seq_length, train_batch_size, options.max_seq_length_schedule, options.train_batch_size_schedule
-        ),
-        masking=MaskingConfig(
-            options.mlm_probability, mlm_probability_end=options.mlm_probability_end, unit=options.masking
-        ),
-        intervals=IntervalConfig(
-            options.save_interval, options.eval_interval, options.log_interval, options.keep_last, options.keep_every
-        ),
-        guard=GuardConfig(options.loss_spike, options.loss_spike_threshold),
-        source_weights=parse_source_weights(options.source_weights, corpus.manifest),
-        seed=options.seed,
-        eval_sequences=options.eval_sequences,
-        resume=options.resume,
-        save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
-        torch_compile=options.torch_compile,
-    )
 
 
 def _make_output_dir(output_dir: Path, best_step: int | None) -> None:
@@ -310,88 +194,3 @@ def _batch_plans(
         BatchPlan.fit(stage.train_batch_size, sizes[stage.max_seq_length], engine.ranks.world_size)
         for stage in config.stages
     ]
-
-
-def _initial_state(
-    config: RunConfig,
-    corpus: Corpus,
-    deepspeed_config: DeepSpeedConfig,
-    precision: str,
-    allow_change: str | None,
-    ranks: Ranks,
-) -> tuple[TrainState, Path | None, Path | None]:
-    """The state to begin with, and the checkpoint that it is of: a portable one, or one of DeepSpeed's, or neither."""
-    identity = {
-        "data": corpus.manifest.fingerprint,
-        "tokenizer": corpus.manifest.tokenizer.fingerprint,
-        "model": asdict(config.model),
-        "packing": asdict(config.packing),
-        "source_weights": config.source_weights,
-        "masking": asdict(config.masking),
-        "seed": config.seed,
-        "train_batch_size": deepspeed_config.train_batch_size,
-        "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
-        "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
-        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
-        **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
-        "decay_type": config.schedule.decay_type,
-    }
-    allowed = [] if allow_change is None else allow_change.split(",")
-    folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
-    of_deepspeed = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
-    path = of_deepspeed or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
-    if path is None:
-        check_identity(folder, identity, identity, allowed)
-        return TrainState(identity), None, None
-    if of_deepspeed:
-        zero_stage = deepspeed_config.zero_stage
-        state = deepspeed_checkpoint.read_state(path, ranks.world_size, zero_stage, precision)
-    else:
-        state = checkpoint.read_state(path)
-    for change in check_identity(path, state.identity, identity, allowed):
-        ranks.log(f"allowed change: {path}: {change}")
-    state.identity = identity
-    newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
-    if newer and config.resume != "auto":
-        raise UserError(
-            f"{str(folder)!r} has checkpoints newer than --resume {config.resume!r} (step {newer[0]}): move them away, "
-            "give another --output_dir, or go on from the newest with --resume auto"
-        )
-    if state.global_step > config.schedule.max_steps:
-        raise UserError(
-            f"{str(path)!r} is of step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
-        )
-    ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
-    return (state, None, path) if of_deepspeed else (state, path, None)
-
-
-def _record(
-    config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str, compiled: bool, peak: Peak
-) -> dict[str, Any]:
-    """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
-    return {
-        "run": config.as_json(),
-        "deepspeed": engine.config,
-        "batches": [asdict(plan) for plan in plans],
-        "precision": precision,
-        "compiled": compiled,
-        "device": str(engine.device),
-        "peak": asdict(peak),
-        "versions": {
-            "ds_roberta": ds_roberta.__version__,
-            "deepspeed": engine.deepspeed_version,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this program, where it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

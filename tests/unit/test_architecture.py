@@ -10,6 +10,7 @@ REPOSITORY = Path(__file__).parents[2]
 LINES_AT_MOST = 400
 ROOMS = [  # from the top; a room imports from rooms below its own row, or from itself
     {"launch"},
+    {"ds_roberta.report"},
     {"preprocessing", "ds_roberta.training", "ds_roberta.finetuning"},
     {"ds_roberta.evaluation"},
     {"ds_roberta.model", "ds_roberta.data"},

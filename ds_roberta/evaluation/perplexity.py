@@ -1,0 +1,169 @@
+"""Held-out masked-LM loss of a transformers folder: the number that its training logged, comparable to another's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ds_roberta.config import MaskingConfig, PackingConfig, RunConfig
+from ds_roberta.data.loader import Collator, MicroBatch
+from ds_roberta.data.masking import evaluation_masker
+from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.words import word_starts
+from ds_roberta.distributed import Ranks
+from ds_roberta.errors import UserError
+from ds_roberta.evaluation.json_report import check_report_path, write_report
+from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta, read_tokenizer
+
+POSITIONS_OF_A_BIN = 64
+_MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class PositionBin:
+    """Masked tokens at positions `first … last` of their sequences, `<s>` at 0, and their mean loss, None for none."""
+
+    first: int
+    last: int
+    masked_tokens: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Loss in nats a masked token."""
+
+    loss: float
+    perplexity: float
+    masked_tokens: int
+    sequences: int
+    by_position: tuple[PositionBin, ...]
+
+
+def evaluate_perplexity(
+    model: Path,
+    data: Path,
+    max_seq_length: int | None = None,
+    packing: str = PackingConfig.format,
+    masking: MaskingConfig | None = None,
+    sequences: int = RunConfig.eval_sequences,
+    precision: str = "fp32",
+    json_path: Path | None = None,
+) -> None:
+    """Print a model's held-out loss and perplexity on a data folder; write them, with the loss by position, as JSON.
+
+    With the run's length, packing, masking and number of sequences they are what the run logged.
+
+    Args:
+        model: a transformers folder.
+        data: a folder made by `preprocess shard`, with held-out documents.
+        max_seq_length: of the packed sequences; the folder's own where None.
+        masking: the defaults where None.
+        sequences: size of the sample, at most.
+
+    Raises:
+        UserError: the model, the data, their tokenizers or the JSON's path is wrong, or the length too large.
+    """
+    check_report_path(json_path)
+    corpus = Corpus.open(data)
+    folder = open_roberta(model, precision)
+    config = PackingConfig(folder.max_seq_length if max_seq_length is None else max_seq_length, packing)
+    masking = masking or MaskingConfig()
+    result = held_out_perplexity(folder, corpus, config, masking, sequences)
+    for position_bin in result.by_position:
+        loss = "-" if position_bin.loss is None else f"{position_bin.loss:.4f}"
+        print(f"positions {position_bin.first:>5} to {position_bin.last:>5}: loss {loss}")
+    print(
+        f"held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f} ({result.masked_tokens:,} masked tokens "
+        f"of {result.sequences:,} sequences of {config.max_seq_length} tokens)"
+    )
+    settings = {
+        "model": str(model),
+        "data": str(data),
+        "data_fingerprint": corpus.manifest.fingerprint,
+        "packing": asdict(config),
+        "masking": asdict(masking),
+        "precision": precision,
+    }
+    write_report(json_path, {**settings, **asdict(result)})
+
+
+def held_out_perplexity(
+    folder: RobertaFolder, corpus: Corpus, packing: PackingConfig, masking: MaskingConfig, sequences: int
+) -> Perplexity:
+    """The loss on a fixed sample of the validation split; see `HeldOutLoss`.
+
+    Raises:
+        UserError: the corpus has no such split or another tokenizer, or the model has too few positions.
+    """
+    if not corpus.manifest.splits.get(VALIDATION_SPLIT):
+        raise UserError(
+            f"the data in {str(corpus.folder)!r} has no held-out documents: "
+            "prepare it with 'preprocess shard --validation_fraction'"
+        )
+    if packing.max_seq_length > folder.max_positions:
+        raise UserError(
+            f"--max_seq_length {packing.max_seq_length} is more than the model's {folder.max_positions} positions: "
+            "give less"
+        )
+    check_same_ids(folder, corpus)
+    tokenizer = corpus.manifest.tokenizer
+    words = None if masking.unit == "token" else word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+    build_index(corpus, VALIDATION_SPLIT, packing)
+    packed = open_index(corpus, VALIDATION_SPLIT, packing)
+    collator = Collator(packed, evaluation_masker(masking, tokenizer, words), tokenizer, packing.max_seq_length)
+    micro_batch_size = max(1, _MICRO_BATCH_TOKENS // packing.max_seq_length)
+    held_out = HeldOutLoss(collator, sequences, micro_batch_size, Ranks(0, 1, 0, None))
+    losses = _LossByPosition(folder, packing.max_seq_length)
+    result = held_out.compute(losses.add)
+    assert result is not None  # nobody stops it
+    return Perplexity(*result, int(losses.counts.sum()), min(sequences, len(packed)), losses.bins())
+
+
+def check_same_ids(folder: RobertaFolder, corpus: Corpus) -> None:
+    """Raise `UserError` unless the ids of the data mean the same to the model.
+
+    Vocabularies are compared, not fingerprints: the same ids may come from files that differ in settings that do not
+    concern them, as copies made by several versions of transformers do.
+    """
+    of_data = read_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
+    of_model = folder.tokenizer.get_vocab(with_added_tokens=True)
+    different = sorted(set(of_data.items()) ^ set(of_model.items()))
+    if different:
+        token = different[0][0]
+        raise UserError(
+            f"the data in {str(corpus.folder)!r} was made with another tokenizer than the model's (the token {token!r} "
+            f"has the id {of_data.get(token)} there, {of_model.get(token)} in the model): prepare the text again with "
+            "'preprocess shard --tokenizer MODEL'"
+        )
+
+
+class _LossByPosition:
+    """Sums of losses by position in the sequence, gathered while the whole is summed up."""
+
+    def __init__(self, folder: RobertaFolder, max_seq_length: int):
+        self._folder, self._length = folder, max_seq_length
+        self.sums, self.counts = np.zeros(max_seq_length), np.zeros(max_seq_length, dtype=np.int64)
+
+    def add(self, micro_batch: MicroBatch) -> float:
+        """The sum of a micro-batch's losses."""
+        losses = -self._folder.log_likelihoods(
+            micro_batch.input_ids, micro_batch.attention_mask, micro_batch.masked_positions, micro_batch.labels
+        ).double()
+        positions = micro_batch.masked_positions.numpy() % self._length
+        self.sums += np.bincount(positions, losses.numpy(), self._length)
+        self.counts += np.bincount(positions, minlength=self._length)
+        return float(losses.sum())
+
+    def bins(self) -> tuple[PositionBin, ...]:
+        found = []
+        for first in range(0, self._length, POSITIONS_OF_A_BIN):
+            end = min(first + POSITIONS_OF_A_BIN, self._length)
+            count = int(self.counts[first:end].sum())
+            loss = float(self.sums[first:end].sum()) / count if count else None
+            found.append(PositionBin(first, end - 1, count, loss))
+        return tuple(found)

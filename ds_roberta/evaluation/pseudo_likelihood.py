@@ -1,0 +1,113 @@
+"""Pseudo-log-likelihood of sentences under a masked language model.
+
+Each token is masked in turn and its log-probability taken; their sum is the sentence's score (Salazar et al. 2020,
+"Masked Language Model Scoring", section 2). `within_word_l2r` masks the later tokens of the token's word too, since a
+word's other pieces give it away (Kauf & Ivanova 2023, "A Better Way to Do Masked Language Model Scoring", section 2).
+
+A sentence of N tokens is N masked copies. Copies of many sentences, sorted by length, fill batches of about equally
+many tokens, hardly any of which is padding.
+
+Shapes: B masked copies, T tokens a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.evaluation.roberta_folder import RobertaFolder
+
+METRICS = ("original", "within_word_l2r")
+BATCH_TOKENS = 4096
+"""Tokens of a batch, padding included."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Token ids without `<s>` and `</s>`, and the number of the word that each is of."""
+
+    ids: tuple[int, ...]
+    words: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class MaskedCopies:
+    """A batch.
+
+    Attributes:
+        sentences: (B,) int64, which sentence each row is a copy of.
+        input_ids: (B, T) int64, padded on the right.
+        columns: (B,) int64, where the token to predict stands in its row.
+        labels: (B,) int64, its id.
+    """
+
+    sentences: np.ndarray
+    input_ids: np.ndarray
+    columns: np.ndarray
+    labels: np.ndarray
+
+
+def encode(folder: RobertaFolder, texts: Sequence[str]) -> list[Sentence]:
+    """Words are the tokenizer's: what its pre-tokenizer splits the text into."""
+    encodings = folder.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [Sentence(tuple(encoding.ids), tuple(encoding.word_ids)) for encoding in encodings]
+
+
+def pseudo_log_likelihoods(
+    folder: RobertaFolder, sentences: Sequence[Sentence], metric: str = "original", batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
+    """The score of each sentence, in nats: (sentences,) float64; equal sentences have the same.
+
+    Args:
+        sentences: none longer than `folder.max_positions` with its two special tokens.
+        metric: one of `METRICS`.
+        batch_tokens: tokens of a batch, at most, unless a single row has more.
+    """
+    different = list(dict.fromkeys(sentences))
+    scores = np.zeros(len(different))
+    total = sum(len(sentence.ids) for sentence in different)
+    with tqdm(total=total, unit="token", disable=None) as progress:
+        for batch in masked_copies(different, folder.special, metric, batch_tokens):
+            rows, length = batch.input_ids.shape
+            is_token = torch.from_numpy(batch.input_ids != folder.special.pad_token_id)
+            log_likelihoods = folder.log_likelihoods(
+                torch.from_numpy(batch.input_ids),
+                None if bool(is_token.all()) else is_token,
+                torch.from_numpy(np.arange(rows) * length + batch.columns),
+                torch.from_numpy(batch.labels),
+            )
+            np.add.at(scores, batch.sentences, log_likelihoods.double().numpy())
+            progress.update(rows)
+    number = {sentence: index for index, sentence in enumerate(different)}
+    return scores[[number[sentence] for sentence in sentences]]
+
+
+def masked_copies(
+    sentences: Sequence[Sentence], special: TokenizerInfo, metric: str, batch_tokens: int
+) -> Iterator[MaskedCopies]:
+    """Every token's copy of its sentence once, longest first, so that what does not fit in memory fails at once."""
+    by_length = sorted(range(len(sentences)), key=lambda index: -len(sentences[index].ids))
+    copies = [(index, token) for index in by_length for token in range(len(sentences[index].ids))]
+    first = 0
+    while first < len(copies):
+        length = len(sentences[copies[first][0]].ids) + 2
+        batch = copies[first : first + max(1, batch_tokens // length)]
+        first += len(batch)
+        input_ids = np.full((len(batch), length), special.pad_token_id, dtype=np.int64)
+        labels = np.empty(len(batch), dtype=np.int64)
+        for row, (index, token) in enumerate(batch):
+            sentence = sentences[index]
+            input_ids[row, : len(sentence.ids) + 2] = special.bos_token_id, *sentence.ids, special.eos_token_id
+            end = token + 1
+            if metric == "within_word_l2r":
+                while end < len(sentence.ids) and sentence.words[end] == sentence.words[token]:
+                    end += 1
+            input_ids[row, 1 + token : 1 + end] = special.mask_token_id
+            labels[row] = sentence.ids[token]
+        numbers = np.array(batch)
+        yield MaskedCopies(numbers[:, 0], input_ids, numbers[:, 1] + 1, labels)

@@ -1,0 +1,152 @@
+"""The plots of a report: a metric over the steps, the runs laid over each other."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ds_roberta.errors import UserError
+from ds_roberta.report.runs import Run, Series
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of `metrics.jsonl` to show.
+
+    Attributes:
+        best: takes the best of some values; None where none is better.
+        log: draw on a logarithmic axis where the values differ much.
+        precision: the only one in which the metric says something; None for all.
+    """
+
+    column: str
+    title: str
+    unit: str
+    best: Callable[[Sequence[float]], float] | None = None
+    log: bool = False
+    percent: bool = False
+    precision: str | None = None
+
+    def of(self, run: Run) -> Series | None:
+        """The run's values, or None where it has none."""
+        if not self.applies_to(run):
+            return None
+        return run.series(self.column)
+
+    def applies_to(self, run: Run) -> bool:
+        return self.precision is None or run.setting("precision") == self.precision
+
+
+METRICS = (
+    Metric("loss", "Loss", "nats a masked token", best=min),
+    Metric("eval_loss", "Held-out loss", "nats a masked token", best=min),
+    Metric("learning_rate", "Learning rate", "learning rate"),
+    Metric("grad_norm", "Gradient norm", "gradient norm", log=True),
+    Metric("loss_scale", "Loss scale", "loss scale", log=True, precision="fp16"),
+    Metric("tokens_per_second", "Tokens per second", "tokens/s", best=max),
+    Metric("mfu", "Model FLOPs utilisation", "share of the peak", best=max, percent=True),
+    Metric("data_wait_share", "Waiting for data", "share of the step", percent=True),
+)
+
+# Okabe and Ito's colours, told apart by colour-blind people too; https://jfly.uni-koeln.de/color/
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+LINE_STYLES = ("-", "--", ":", "-.")
+WIDTH_INCHES, HEIGHT_INCHES, LEGEND_ROW_INCHES = 5.2, 3.2, 0.22  # small, so that letters are legible on a phone
+DOTS_PER_INCH = 160
+MARKED_POINTS = 30
+LOG_FROM_RATIO = 100  # below, a logarithmic axis has hardly a number at it
+LONGEST_LABEL = 48
+
+
+def draw(runs: Sequence[Run], metric: Metric) -> Figure:
+    """A figure with a line for each run that has the metric; a run has the same colour in every figure.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+    except ImportError as error:
+        raise UserError("the report needs matplotlib: pip install 'ds_roberta[plot]'") from error
+    shown = [(index, run, series) for index, run in enumerate(runs) if (series := metric.of(run))]
+    height = HEIGHT_INCHES + LEGEND_ROW_INCHES * len(shown)
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
+    for index, _, series in shown:
+        axes.plot(
+            series.steps,
+            series.values,
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)],
+            linewidth=1.4,
+            marker="o" if len(series.steps) <= MARKED_POINTS else "",
+            markersize=3.5,
+            alpha=0.85,
+        )
+    axes.set(title=metric.title, xlabel="global_step", ylabel=metric.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    values = [value for _, _, series in shown for value in series.values if math.isfinite(value)]
+    if metric.log and 0 < LOG_FROM_RATIO * min(values) <= max(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    if metric.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    legend = figure.legend(
+        axes.lines, [_label(run.name) for _, run, _ in shown], loc="outside lower left", frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a run's name is a letter
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG image whose bytes depend on its content alone."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def describe(runs: Sequence[Run], metric: Metric) -> str:
+    """What the plot of `metric` shows, for those who do not see it."""
+    sentences = [f"{metric.title} by step."]
+    for run in runs:
+        if series := metric.of(run):
+            first, last = (f"{show(metric, series.values[i])} at step {series.steps[i]}" for i in (0, -1))
+            finite = [value for value in series.values if math.isfinite(value)]
+            limits = f"between {show(metric, min(finite))} and {show(metric, max(finite))}"
+            sentences.append(f"{run.name}: from {first} to {last}, {limits}.")
+    return " ".join(sentences)
+
+
+def best(metric: Metric, series: Series) -> tuple[int, float] | None:
+    """The step and value of the metric's best finite value, the first of equals; None where no value is better."""
+    if metric.best is None:
+        return None
+    value = metric.best([value for value in series.values if math.isfinite(value)])
+    return series.steps[series.values.index(value)], value
+
+
+def show(metric: Metric, value: float) -> str:
+    """A value in the metric's form, to four digits."""
+    if not math.isfinite(value):
+        return "not finite"
+    if metric.percent:
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _label(name: str) -> str:
+    """The name for a legend: with its middle left out where it is long."""
+    if len(name) <= LONGEST_LABEL:
+        return name
+    half = (LONGEST_LABEL - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"

@@ -1,0 +1,159 @@
+"""A run as its folder tells it: rows of metrics, settings, results."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_roberta.errors import UserError
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
+
+logger = logging.getLogger("ds_roberta")
+RESULTS_PATTERNS = ("results.json", "evaluation*.json")
+
+Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Series:
+    """A metric of a run over its steps; a value that was not finite is NaN."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds.
+
+    Attributes:
+        name: tells it from the other runs of the report.
+        rows: of `metrics.jsonl`, each with `global_step`; at least one.
+        config: `config.json`.
+        results: flat keys and values of each file of results, by its path in the folder.
+        warnings: what is wrong with the folder, but does not hinder.
+    """
+
+    name: str
+    rows: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    results: dict[str, dict[str, Value]]
+    warnings: tuple[str, ...]
+
+    def series(self, metric: str) -> Series | None:
+        """The metric at the steps that have it, or None where none has."""
+        found = [(row["global_step"], row[metric]) for row in self.rows if metric in row]
+        if all(value is None for _, value in found):
+            return None
+        return Series(
+            tuple(step for step, _ in found),
+            tuple(float("nan") if value is None else float(value) for _, value in found),
+        )
+
+    def setting(self, *path: str | int) -> Any:
+        """A value of `config.json` by its keys and indexes, or None where an older run does not have it."""
+        value: Any = self.config
+        for key in path:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read runs' folders; a run has its folder's name, or where several have the same, its path.
+
+    Raises:
+        UserError: a folder is given twice or is not a run's, or one of its files is broken.
+    """
+    for folder, count in Counter(folder.resolve() for folder in folders).items():
+        if count > 1:
+            raise UserError(f"the run {str(folder)!r} is given {count} times: give each once")
+    names = Counter(folder.resolve().name for folder in folders)
+    return [
+        _read_run(folder, folder.resolve().name if names[folder.resolve().name] == 1 else str(folder))
+        for folder in folders
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Value]:
+    """A JSON value's scalars by their keys and indexes, joined by dots."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = dict(enumerate(value)).items()
+    else:
+        return {prefix: value}
+    return {
+        name: scalar
+        for key, inner in items
+        for name, scalar in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    for file in (METRICS_NAME, CONFIG_NAME):
+        if not (folder / file).is_file():
+            raise UserError(f"{str(folder)!r} is not the folder of a run (it has no {file}): give a run's --output_dir")
+    rows, warnings = _read_metrics(folder / METRICS_NAME)
+    for warning in warnings:
+        logger.warning(f"{name}: {warning}")
+    config = _read_json(folder / CONFIG_NAME)
+    if not isinstance(config, dict):
+        raise UserError(f"{str(folder / CONFIG_NAME)!r} is not a JSON object: give the folder of a run")
+    files = sorted({path for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
+    results = {str(path.relative_to(folder)): flatten(_read_json(path)) for path in files}
+    return Run(name, rows, config, results, warnings)
+
+
+def _read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+    rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    lines = _read_bytes(path).splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_parse_row(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"line {number} of {str(path)!r} is broken ({error}): mend or remove it") from error
+            warnings.append(
+                f"the last line of {path.name} ({number}) is broken and left out, as a killed run leaves it"
+            )
+    if not rows:
+        raise UserError(f"{str(path)!r} has no whole row: the run has not taken a step yet")
+    return tuple(rows), tuple(warnings)
+
+
+def _parse_row(line: bytes) -> dict[str, Any]:
+    """A row of metrics.
+
+    Raises:
+        ValueError: it is not JSON, not an object, or its values are not numbers.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict) or type(row.get("global_step")) is not int:
+        raise ValueError("not an object with a global_step")
+    for name, value in row.items():
+        if not (value is None or isinstance(value, int | float)):
+            raise ValueError(f"{name} is {value!r}, not a number")
+    return row
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON ({error}): mend or remove it") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): mend this") from error

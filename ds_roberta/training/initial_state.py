@@ -1,0 +1,69 @@
+"""Where a run begins: at nothing, or at a checkpoint that fits it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ds_roberta.config import RunConfig
+from ds_roberta.data.shards import Corpus
+from ds_roberta.data.stages import schedule_text
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.distributed import Ranks
+from ds_roberta.errors import UserError
+from ds_roberta.training import checkpoint, deepspeed_checkpoint
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.identity import check_identity
+
+
+def initial_state(
+    config: RunConfig,
+    corpus: Corpus,
+    deepspeed_config: DeepSpeedConfig,
+    precision: str,
+    allow_change: str | None,
+    ranks: Ranks,
+) -> tuple[TrainState, Path | None, Path | None]:
+    """The state to begin with, and the checkpoint that it is of: a portable one, or one of DeepSpeed's, or neither."""
+    identity = {
+        "data": corpus.manifest.fingerprint,
+        "tokenizer": corpus.manifest.tokenizer.fingerprint,
+        "model": asdict(config.model),
+        "packing": asdict(config.packing),
+        "source_weights": config.source_weights,
+        "masking": asdict(config.masking),
+        "seed": config.seed,
+        "train_batch_size": deepspeed_config.train_batch_size,
+        "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
+        "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
+        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
+        **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
+        "decay_type": config.schedule.decay_type,
+    }
+    allowed = [] if allow_change is None else allow_change.split(",")
+    folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
+    of_deepspeed = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
+    path = of_deepspeed or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
+    if path is None:
+        check_identity(folder, identity, identity, allowed)
+        return TrainState(identity), None, None
+    if of_deepspeed:
+        zero_stage = deepspeed_config.zero_stage
+        state = deepspeed_checkpoint.read_state(path, ranks.world_size, zero_stage, precision)
+    else:
+        state = checkpoint.read_state(path)
+    for change in check_identity(path, state.identity, identity, allowed):
+        ranks.log(f"allowed change: {path}: {change}")
+    state.identity = identity
+    newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
+    if newer and config.resume != "auto":
+        raise UserError(
+            f"{str(folder)!r} has checkpoints newer than --resume {config.resume!r} (step {newer[0]}): move them away, "
+            "give another --output_dir, or go on from the newest with --resume auto"
+        )
+    if state.global_step > config.schedule.max_steps:
+        raise UserError(
+            f"{str(path)!r} is of step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
+        )
+    ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
+    return (state, None, path) if of_deepspeed else (state, path, None)

@@ -1,0 +1,62 @@
+"""Evaluate a transformers folder as it is: `python launch/evaluate.py minimal-pairs --model DIR --data FILES`."""
+
+import argparse
+from pathlib import Path
+
+from ds_roberta.config import MASKING_UNITS, PACKING_FORMATS, MaskingConfig, PackingConfig, RunConfig, require_positive
+from ds_roberta.distributed import keep_freed_memory, set_up_logging
+from ds_roberta.errors import ArgumentParser, run_command
+from ds_roberta.evaluation.minimal_pairs import evaluate_minimal_pairs
+from ds_roberta.evaluation.perplexity import evaluate_perplexity
+from ds_roberta.evaluation.pseudo_likelihood import METRICS
+from ds_roberta.evaluation.roberta_folder import PRECISIONS
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description="Evaluate a local RoBERTa folder, exported or downloaded, without training it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    pairs = commands.add_parser("minimal-pairs", help="is the acceptable sentence of a pair the likelier one (BLiMP)")
+    add_common(pairs)
+    pairs.add_argument("--data", type=Path, nargs="+", required=True, help="BLiMP's .jsonl files, or folders of them")
+    pairs.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is masked beside each token")
+
+    perplexity = commands.add_parser("perplexity", help="held-out masked-LM loss on a data folder")
+    add_common(perplexity)
+    perplexity.add_argument("--data", type=Path, required=True, help="folder made by 'preprocess shard'")
+    perplexity.add_argument("--max_seq_length", type=int, help="tokens a sequence (default: the model folder's)")
+    perplexity.add_argument("--packing", choices=PACKING_FORMATS, default=PackingConfig.format)
+    perplexity.add_argument("--masking", choices=MASKING_UNITS, default=MaskingConfig.unit)
+    perplexity.add_argument("--mlm_probability", type=float, default=MaskingConfig.mlm_probability)
+    perplexity.add_argument("--eval_sequences", type=int, default=RunConfig.eval_sequences, help="at most")
+    return parser.parse_args()
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="a transformers folder with its tokenizer")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of weights (default: fp32)")
+    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.command == "minimal-pairs":
+        evaluate_minimal_pairs(arguments.model, arguments.data, arguments.metric, arguments.precision, arguments.json)
+        return
+    require_positive("--eval_sequences", arguments.eval_sequences)
+    evaluate_perplexity(
+        arguments.model,
+        arguments.data,
+        arguments.max_seq_length,
+        arguments.packing,
+        MaskingConfig(arguments.mlm_probability, unit=arguments.masking),
+        arguments.eval_sequences,
+        arguments.precision,
+        arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    set_up_logging()
+    keep_freed_memory()
+    run_command(lambda: evaluate(arguments))

@@ -1,0 +1,225 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from ds_roberta.config import model_config
+from ds_roberta.errors import UserError
+from ds_roberta.evaluation.minimal_pairs import Pair, evaluate_minimal_pairs, read_pairs, score_pairs
+from ds_roberta.evaluation.pseudo_likelihood import encode, masked_copies, pseudo_log_likelihoods
+from ds_roberta.evaluation.roberta_folder import open_roberta
+from ds_roberta.model.export import export, hf_config
+from ds_roberta.model.objectives import MaskedLM
+
+LENGTH = 32
+TEXTS = ["kato miren sulpa.", "to", "kato miren", "shenli vor du, pakami renvor!", "kato miren sulpa."]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizer_folder):
+    torch.manual_seed(0)
+    config = model_config("tiny", 400, LENGTH)
+    weights = {name: parameter.detach() * 2 for name, parameter in MaskedLM(config).named_parameters()}
+    output = tmp_path_factory.mktemp("exported") / "model"
+    export(config, weights, tokenizer_folder, LENGTH, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(exported):
+    return open_roberta(exported)
+
+
+def plain_score(folder, exported, text, metric):
+    """One masked copy at a time, by transformers' own model and tokenizer."""
+    model = transformers.RobertaForMaskedLM.from_pretrained(exported).eval()
+    encoding = transformers.AutoTokenizer.from_pretrained(exported)(text)
+    true_ids, words = torch.tensor(encoding["input_ids"]), encoding.word_ids()
+    score = 0.0
+    for place in range(1, len(true_ids) - 1):
+        masked = true_ids.clone()
+        masked[place] = folder.special.mask_token_id
+        if metric == "within_word_l2r":
+            for later in range(place + 1, len(true_ids) - 1):
+                if words[later] == words[place]:
+                    masked[later] = folder.special.mask_token_id
+        with torch.no_grad():
+            logits = model(input_ids=masked[None]).logits[0, place]
+        score += logits.log_softmax(-1)[true_ids[place]].item()
+    return score
+
+
+@pytest.mark.parametrize("metric", ["original", "within_word_l2r"])
+def test_scores_equal_those_of_a_plain_loop(folder, exported, metric):
+    expected = [plain_score(folder, exported, text, metric) for text in TEXTS]
+    assert pseudo_log_likelihoods(folder, encode(folder, TEXTS), metric) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_metrics_differ_where_a_word_has_several_tokens(folder):
+    sentences = encode(folder, TEXTS)
+    assert any(len(set(sentence.words)) < len(sentence.words) for sentence in sentences)
+    original, left_to_right = (
+        pseudo_log_likelihoods(folder, sentences, metric) for metric in ("original", "within_word_l2r")
+    )
+    assert not np.allclose(original, left_to_right)
+
+
+def test_the_size_of_batches_changes_nothing(folder):
+    sentences = encode(folder, TEXTS)
+    expected = pseudo_log_likelihoods(folder, sentences)
+    for batch_tokens in (1, 23, 60):
+        assert pseudo_log_likelihoods(folder, sentences, batch_tokens=batch_tokens) == pytest.approx(expected, abs=1e-4)
+
+
+def test_batches_keep_to_their_tokens_and_hold_every_token_once(folder):
+    sentences = encode(folder, TEXTS[:4])
+    batches = list(masked_copies(sentences, folder.special, "original", 40))
+    assert all(batch.input_ids.size <= 40 for batch in batches)
+    seen = [place for batch in batches for place in zip(batch.sentences, batch.columns - 1, batch.labels, strict=True)]
+    expected = [(s, t, label) for s, sentence in enumerate(sentences) for t, label in enumerate(sentence.ids)]
+    assert sorted(seen) == expected
+
+
+def test_the_letters_of_a_special_token_are_text(folder):
+    (sentence,) = encode(folder, ["kato <mask> <pad>"])
+    assert not set(sentence.ids) & set(folder.special.special_ids)
+
+
+def pair(good, bad, phenomenon="p", field="f"):
+    return Pair(good, bad, phenomenon, field, "data.jsonl, line 3")
+
+
+def test_ties_are_counted_and_wrong(folder):
+    report = score_pairs(folder, [pair("kato to", "kato to"), pair("to", "to", "q", "")], "original")
+    assert (report.phenomena["p"].ties, report.phenomena["p"].correct, report.mean) == (1, 0, 0.0)
+    assert list(report.fields) == ["f"]
+
+
+def test_accuracies_are_of_their_groups_and_the_mean_is_over_phenomena(folder):
+    low, high = sorted(TEXTS[:3], key=lambda text: pseudo_log_likelihoods(folder, encode(folder, [text]))[0])[::2]
+    right, wrong = (high, low), (low, high)
+    pairs = [pair(*right), pair(*right), pair(*wrong), pair(*right, "q")]
+    report = score_pairs(folder, pairs, "original")
+    assert report.phenomena["p"].accuracy == pytest.approx(2 / 3)
+    assert report.phenomena["q"].accuracy == 1
+    assert report.fields["f"].accuracy == 3 / 4
+    assert report.mean == pytest.approx((2 / 3 + 1) / 2)
+
+
+def line(**changes):
+    entry = {"sentence_good": "kato to", "sentence_bad": "to kato", "UID": "order", "field": "syntax/semantics"}
+    return json.dumps({**entry, **changes})
+
+
+def test_the_report_is_printed_and_written(tmp_path, exported, capsys):
+    (tmp_path / "a.jsonl").write_text(line() + "\n\n" + line(UID="other") + "\n")
+    (tmp_path / "b.jsonl").write_text(line())
+    evaluate_minimal_pairs(exported, [tmp_path], json_path=tmp_path / "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {name: group["pairs"] for name, group in report["phenomena"].items()} == {"order": 2, "other": 1}
+    assert report["fields"]["syntax_semantics"]["pairs"] == 3
+    assert f"{report['mean_accuracy']:.1%}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
+    (tmp_path / "data.jsonl").write_text(line())
+    words = ["--model", exported, "--data", tmp_path / "data.jsonl", tmp_path, "--json", tmp_path / "out.json"]
+    words += ["--metric", "within_word_l2r", "--precision", "bf16"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "minimal-pairs", *map(str, words)])
+    script = runpy.run_path(str(Path(__file__).parents[2] / "launch/evaluate.py"))
+    script["evaluate"](script["parse_arguments"]())
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["metric"], report["precision"]) == ("within_word_l2r", "bf16")
+    assert report["phenomena"]["order"]["pairs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty: give"),
+        (line() + "\n{broken\n", "line 2: not JSON"),
+        ("[1]", "line 1: not a JSON object"),
+        (line() + "\n\n" + line(sentence_bad=None), "line 3: 'sentence_bad' is None"),
+        (line(UID=" "), "line 1: 'UID' is ' '"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, content, message):
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_pairs(tmp_path / "data.jsonl")
+
+
+def test_bytes_that_are_not_text_and_places_without_data_are_refused(tmp_path, exported):
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pairs(tmp_path / "data.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.jsonl file"):
+        evaluate_minimal_pairs(exported, [tmp_path / "empty"])
+    with pytest.raises(UserError, match="does not exist"):
+        evaluate_minimal_pairs(exported, [tmp_path / "nothing"])
+    with pytest.raises(UserError, match=r"--json .* lies in none"):
+        evaluate_minimal_pairs(exported, [tmp_path], json_path=tmp_path / "nothing/out.json")
+
+
+def test_a_sentence_longer_than_the_model_is_refused(folder):
+    with pytest.raises(UserError, match=r"data\.jsonl, line 3: a sentence has \d+ tokens .* has 512 positions"):
+        score_pairs(folder, [pair("kato", "to " * 600)], "original")
+
+
+def test_a_model_whose_numbers_are_not_finite_is_refused(exported):
+    broken = open_roberta(exported)
+    with torch.no_grad():
+        broken.model.lm_head.bias[7] = float("nan")
+    with pytest.raises(UserError, match=r"of the model in '.*/model' are not finite"):
+        score_pairs(broken, [pair("kato to", "to")], "original")
+
+
+@pytest.fixture
+def copied(tmp_path, exported):
+    """A copy of the model's folder, to break."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in exported.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def without_mask(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<mask>", "<musk>"))
+
+
+def without_head(folder):
+    config = transformers.RobertaConfig(**hf_config(model_config("tiny", 400, LENGTH)).to_dict())
+    transformers.RobertaModel(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no model in"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
+        (lambda folder: change_json(folder / "config.json", model_type="bert"), "of the type 'bert'"),
+        (lambda folder: change_json(folder / "config.json", pad_token_id=5), "<pad> is 1.* is not the model's.*is 5"),
+        (lambda folder: change_json(folder / "config.json", vocab_size=399), "400 ids.* is not the model's .399"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (without_mask, "has no <mask> token"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "weights in .* cannot be read"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"none"), "weights in .* cannot be read"),
+        (without_head, "lacks 'lm_head"),
+    ],
+)
+def test_a_folder_that_cannot_be_evaluated_is_refused(copied, damage, message):
+    damage(copied)
+    with pytest.raises(UserError, match=message):
+        open_roberta(copied)
