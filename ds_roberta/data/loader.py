@@ -34,6 +34,7 @@ class MicroBatch:
         labels: (M,) int64, their true ids.
         tokens: tokens that are not padding.
         sequences: rows that are not empty places.
+        next_sentence_labels: (sequences,) int64 of pairs, see `PackedSplit.next_sentence_labels`; else None.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,7 @@ class MicroBatch:
     labels: torch.Tensor
     tokens: int
     sequences: int
+    next_sentence_labels: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; the copies to a GPU do not wait for it."""
@@ -58,6 +60,7 @@ class MicroBatch:
             move(self.labels),
             self.tokens,
             self.sequences,
+            None if self.next_sentence_labels is None else move(self.next_sentence_labels),
         )
 
 
@@ -104,6 +107,10 @@ class Collator:
         has_padding = (by_micro_batch.min(axis=1) < self.max_seq_length).tolist()
         filled_rows = (filled - np.arange(0, len(places), micro_batch_size)).clip(0, micro_batch_size)
         tokens = np.where(np.arange(micro_batch_size) < filled_rows[:, None], by_micro_batch, 0).sum(axis=1)
+        next_sentence: list[torch.Tensor] | list[None] = [None] * len(filled_rows)
+        if self.packed.is_paired:
+            all_labels = torch.from_numpy(self.packed.next_sentence_labels(sequences[:filled]))
+            next_sentence = list(all_labels.split(filled_rows.tolist()))
         size = micro_batch_size * self.max_seq_length
         bounds = np.searchsorted(positions, np.arange(0, compact.size + 1, size)).tolist()
         return [
@@ -114,6 +121,7 @@ class Collator:
                 torch.from_numpy(labels[bounds[number] : bounds[number + 1]]),
                 int(tokens[number]),
                 int(filled_rows[number]),
+                next_sentence[number],
             )
             for number, (ids, mask) in enumerate(
                 zip(input_ids.split(micro_batch_size), is_token.split(micro_batch_size), strict=True)
