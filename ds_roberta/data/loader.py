@@ -45,6 +45,12 @@ class MicroBatch:
     sequences: int
     next_sentence_labels: torch.Tensor | None = None
 
+    @property
+    def model_inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """The arguments of the objective's `forward`."""
+        inputs = (self.input_ids, self.attention_mask, self.masked_positions, self.labels)
+        return inputs if self.next_sentence_labels is None else (*inputs, self.next_sentence_labels)
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; the copies to a GPU do not wait for it."""
         if device.type == "cpu":
@@ -169,6 +175,7 @@ class TrainLoader:
 
     Args:
         mlm_probability: the share of tokens to mask at a step, counted from 0; where None, the masker's.
+        masking_copies: fixed masks of each sequence; where None, its place decides the mask.
     """
 
     def __init__(
@@ -177,11 +184,12 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         mlm_probability: Callable[[int], float] | None = None,
+        masking_copies: int | None = None,
     ):
         self.stages = tuple(each.stage for each in stages)
         self._stages = tuple(stages)
         self.rank, self.world_size = rank, world_size
-        self.mlm_probability = mlm_probability
+        self.mlm_probability, self.masking_copies = mlm_probability, masking_copies
 
     def stage(self, step: int) -> LoaderStage:
         """The stage of global batch `step`, counted from 0."""
@@ -195,9 +203,9 @@ class TrainLoader:
         places = order.lane_order(np.arange(first, first + stage.train_batch_size))
         own = np.concatenate(split_places(places, self.rank, self.world_size, current.micro_batch_size))
         sequences = order.sequences(own.clip(min=0))
-        copies = current.collator.masker.config.copies
-        if copies is not None:
-            own = np.where(own == EMPTY_PLACE, EMPTY_PLACE, copy_numbers(sequences, order.epochs(own), copies))
+        if self.masking_copies is not None:
+            numbers = copy_numbers(sequences, order.epochs(own), self.masking_copies)
+            own = np.where(own == EMPTY_PLACE, EMPTY_PLACE, numbers)
         share = None if self.mlm_probability is None else self.mlm_probability(step)
         return current.collator.collate_all(sequences, own, current.micro_batch_size, share)
 
