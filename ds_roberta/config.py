@@ -131,6 +131,7 @@ class MaskingConfig:
         mlm_probability_end: where given, the share moves from `mlm_probability` at the run's first step in a straight
             line to this at its last.
         unit: what is chosen as a whole; see `ds_roberta.data.masking`.
+        copies: fixed masks of each sequence, one an epoch by turns; where None, each epoch has its own.
     """
 
     mlm_probability: float = 0.15
@@ -138,9 +139,16 @@ class MaskingConfig:
     random_replace_prob: float = 0.1
     mlm_probability_end: float | None = None
     unit: str = "token"
+    copies: int | None = None
 
     def __post_init__(self) -> None:
         require_one_of("--masking", self.unit, MASKING_UNITS)
+        if self.copies is not None:
+            require_positive("--masking_copies", self.copies)
+            if self.mlm_probability_end is not None:
+                raise UserError(
+                    "--masking_copies fixes the masks, --mlm_probability_end moves their share: remove one of them"
+                )
         for name, share in (("mlm_probability", self.mlm_probability), ("mlm_probability_end", self.final_probability)):
             if not 0 < share < 1:
                 raise UserError(f"--{name} must be between 0 and 1, got {share}")

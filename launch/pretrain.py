@@ -45,6 +45,7 @@ def parse_arguments() -> PretrainOptions:
     add("packing", str, "how documents become sequences", choices=PACKING_FORMATS)
     add("source_weights", str, "each source's share of the sequences: NAME=WEIGHT,… (default: all equally often)")
     add("masking", str, "what is masked as a whole", choices=MASKING_UNITS)
+    add("masking_copies", int, "static masking: fixed masks of a sequence, by turns; BERT had 10 (default: dynamic)")
     add("mlm_probability", float, "share of the tokens to mask")
     add("mlm_probability_end", float, "share at the last step, reached in a straight line (default: no change)")
     add("max_steps", int, "optimizer steps of the run (default: the model's)")

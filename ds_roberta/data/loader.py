@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ds_roberta.config import Stage
-from ds_roberta.data.masking import Masker
+from ds_roberta.data.masking import Masker, copy_numbers
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
 from ds_roberta.data.shards import TokenizerInfo, token_type
@@ -83,8 +83,8 @@ class Collator:
 
         Args:
             sequences: (rows,) int64, which sequence fills each row; ignored in empty places.
-            places: (rows,) int64, the rows' places, which decide their masks; `EMPTY_PLACE` in the last rows where
-                there are none. The micro-batch size divides their number.
+            places: (rows,) int64, the rows' places, or numbers of `copy_numbers`, which decide their masks;
+                `EMPTY_PLACE` in the last rows where there are none. The micro-batch size divides their number.
             mlm_probability: the share of tokens to mask, where it is not the masker's.
         """
         filled = int(np.count_nonzero(places != EMPTY_PLACE))
@@ -187,6 +187,9 @@ class TrainLoader:
         places = order.lane_order(np.arange(first, first + stage.train_batch_size))
         own = np.concatenate(split_places(places, self.rank, self.world_size, current.micro_batch_size))
         sequences = order.sequences(own.clip(min=0))
+        copies = current.collator.masker.config.copies
+        if copies is not None:
+            own = np.where(own == EMPTY_PLACE, EMPTY_PLACE, copy_numbers(sequences, order.epochs(own), copies))
         share = None if self.mlm_probability is None else self.mlm_probability(step)
         return current.collator.collate_all(sequences, own, current.micro_batch_size, share)
 
