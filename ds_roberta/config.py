@@ -16,10 +16,11 @@ from ds_roberta.errors import UserError
 LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
 LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
 LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
-PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous")
+PAIR_FORMATS = ("segment-pair", "sentence-pair")
+PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 TORCH_COMPILE = ("auto", "on", "off")
 MASKING_UNITS = ("token", "whole-word", "span")
-SPECIAL_TOKENS_PER_SEQUENCE = 2
+SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
 DEFAULT_DATA_DIR = Path("data/corpus")
 DEFAULT_OUTPUT_ROOT = Path("runs")
 
@@ -113,14 +114,20 @@ class PackingConfig:
     format: str = "full-sentences"
 
     def __post_init__(self) -> None:
-        if self.max_seq_length <= SPECIAL_TOKENS_PER_SEQUENCE:
-            raise UserError(f"--max_seq_length must be at least 3, got {self.max_seq_length}")
         require_one_of("--packing", self.format, PACKING_FORMATS)
+        shortest = SPECIAL_TOKENS_PER_PAIR + 2 if self.is_paired else SPECIAL_TOKENS_PER_SEQUENCE + 1
+        if self.max_seq_length < shortest:
+            raise UserError(f"--max_seq_length must be at least {shortest}, got {self.max_seq_length}")
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a sequence is two segments, `<s> A </s></s> B </s>`."""
+        return self.format in PAIR_FORMATS
 
     @property
     def capacity(self) -> int:
-        """Tokens of a sequence between its `<s>` and `</s>`."""
-        return self.max_seq_length - SPECIAL_TOKENS_PER_SEQUENCE
+        """Tokens of a sequence but for the special ones that frame it and divide a pair."""
+        return self.max_seq_length - (SPECIAL_TOKENS_PER_PAIR if self.is_paired else SPECIAL_TOKENS_PER_SEQUENCE)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ def make_loader(corpus, sourced):
         build_index(data, split, packing)
         packed = open_index(data, split, packing)
         words = word_starts(data.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
-        masker = training_masker(MaskingConfig(unit=unit, copies=copies), tokenizer, 5, words)
+        masker = training_masker(MaskingConfig(unit=unit), tokenizer, 5, words)
         order = sample_order(packed, weights, 5)
         stage = LoaderStage(Stage(0, LENGTH, BATCH), Collator(packed, masker, tokenizer, LENGTH), order, micro_batch)
-        return TrainLoader([stage], rank, world_size)
+        return TrainLoader([stage], rank, world_size, masking_copies=copies)
 
     return make
 
