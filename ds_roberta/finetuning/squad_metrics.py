@@ -1,7 +1,7 @@
-"""SQuAD's measures: exact match and token F1, as in the official evaluation script of version 2.0.
+"""SQuAD's measures, as its two official evaluation scripts take them: exact match and the F1 of words, in percent.
 
-Rajpurkar et al. 2016 and 2018, https://rajpurkar.github.io/SQuAD-explorer/. The script of version 1.1 gives the same values
-for answers that are more than articles and punctuation.
+Rajpurkar et al. 2016 and 2018, https://rajpurkar.github.io/SQuAD-explorer/ (evaluate-v1.1.py, evaluate-v2.0.py). The two
+differ where a text is nothing but articles and punctuation, so both are here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -25,55 +25,62 @@ def exact_match(gold: str, predicted: str) -> float:
 
 
 def f1(gold: str, predicted: str) -> float:
-    """F1 of the bags of words; of two texts without words 1, of one 0."""
+    """F1 of two bags of words; 0 where they have no word in common, as in version 1.1."""
     gold_words, predicted_words = normalize_answer(gold).split(), normalize_answer(predicted).split()
-    if not gold_words or not predicted_words:
-        return float(gold_words == predicted_words)
     common = (Counter(gold_words) & Counter(predicted_words)).total()
-    return 2 * common / (len(gold_words) + len(predicted_words))
+    if not common:
+        return 0.0
+    precision, recall = common / len(predicted_words), common / len(gold_words)
+    return 2 * precision * recall / (precision + recall)
 
 
-def squad_metrics(
-    golds: Sequence[Sequence[str]], answers: Sequence[str], null_probabilities: Sequence[float], threshold: float = 0.5
-) -> dict[str, float]:
-    """The official script's values, in percent.
+def f1_or_none(gold: str, predicted: str) -> float:
+    """As `f1`, but 1 where both are without words, as in version 2.0."""
+    return f1(gold, predicted) or float(not normalize_answer(gold) and not normalize_answer(predicted))
+
+
+def squad_v1_metrics(golds: Sequence[Sequence[str]], answers: Sequence[str]) -> dict[str, float]:
+    """`exact_match` and `f1` of version 1.1.
 
     Args:
-        golds: each question's gold answers; none stands for a question without an answer.
+        golds: each question's gold answers, one at least, of which the most favourable counts.
+        answers: each question's answer.
+    """
+    return {
+        "exact_match": _percent(_best_scores(exact_match, golds, answers)),
+        "f1": _percent(_best_scores(f1, golds, answers)),
+    }
+
+
+def squad_v2_metrics(
+    golds: Sequence[Sequence[str]], answers: Sequence[str], null_probabilities: Sequence[float], threshold: float
+) -> dict[str, float]:
+    """What the script of version 2.0 prints with `--na-prob-file` and `--na-prob-thresh`.
+
+    Args:
+        golds: each question's gold answers; none where the context does not answer it.
         answers: each question's best answer that is not the null answer.
-        null_probabilities: how likely each question has no answer, in [0, 1].
-        threshold: a question with a probability above it counts as answered by the null answer. Golds without any
-            unanswerable question (SQuAD 1.1) leave no choice: the answers stand as they are.
+        null_probabilities: how likely the context does not answer the question, in [0, 1].
+        threshold: a question with a probability above it counts as answered by the null answer.
 
     Returns:
-        `exact` and `f1`. Where questions without an answer are among them also both of these of the questions with an
-        answer (`HasAns_`) and of those without (`NoAns_`), and the best values that a threshold can give
-        (`best_exact`, `best_f1`) with the lowest of these thresholds (`best_exact_thresh`, `best_f1_thresh`).
+        `exact`, `f1` and `total`; of the questions with an answer `HasAns_exact`, `HasAns_f1`, `HasAns_total`, where
+        there are any, and of those without `NoAns_…`; the best that a threshold can give, `best_exact` and `best_f1`,
+        with these thresholds, `best_exact_thresh` and `best_f1_thresh`.
     """
-    golds = [[gold for gold in of_question if normalize_answer(gold)] for of_question in golds]
-    scores = {
-        name: [max(score(gold, answer) for gold in of_question or [""]) for of_question, answer in zip(golds, answers)]
-        for name, score in (("exact", exact_match), ("f1", f1))
-    }
+    with_words = [[gold for gold in of_question if normalize_answer(gold)] or [""] for of_question in golds]
     has_answer = [bool(of_question) for of_question in golds]
-    if all(has_answer):
-        return {name: _percent(of_questions) for name, of_questions in scores.items()}
     metrics: dict[str, float] = {}
     best: dict[str, float] = {}
-    for name, of_questions in scores.items():
+    for name, score in (("exact", exact_match), ("f1", f1_or_none)):
+        raw = _best_scores(score, with_words, answers)
         decided = [
             score if probability <= threshold else float(not has)
-            for score, probability, has in zip(of_questions, null_probabilities, has_answer)
+            for score, probability, has in zip(raw, null_probabilities, has_answer, strict=True)
         ]
-        metrics[name] = _percent(decided)
-        for prefix, kind in (("HasAns", True), ("NoAns", False)):
-            chosen = [score for score, has in zip(decided, has_answer) if has is kind]
-            if chosen:
-                metrics[f"{prefix}_{name}"] = _percent(chosen)
-        best[f"best_{name}"], best[f"best_{name}_thresh"] = best_threshold(
-            of_questions, answers, null_probabilities, has_answer
-        )
-    return metrics | best
+        metrics |= _by_kind(name, decided, has_answer)
+        best[f"best_{name}"], best[f"best_{name}_thresh"] = best_threshold(raw, answers, null_probabilities, has_answer)
+    return metrics | _totals(has_answer) | best
 
 
 def best_threshold(
@@ -81,7 +88,7 @@ def best_threshold(
 ) -> tuple[float, float]:
     """The best mean score in percent, and the lowest threshold of the null probability that gives it.
 
-    At first all questions count as unanswered; then the threshold rises over one question after the other.
+    At first all questions count as answered by the null answer; then the threshold rises over one after the other.
     """
     current = best = float(sum(not has for has in has_answer))
     threshold = 0.0
@@ -90,6 +97,24 @@ def best_threshold(
         if current > best:
             best, threshold = current, null_probabilities[index]
     return 100 * best / len(scores), threshold
+
+
+def _best_scores(score: Callable[[str, str], float], golds: Sequence[Sequence[str]], answers: Sequence[str]) -> list[float]:
+    return [max(score(gold, answer) for gold in of_question) for of_question, answer in zip(golds, answers, strict=True)]
+
+
+def _by_kind(name: str, scores: Sequence[float], has_answer: Sequence[bool]) -> dict[str, float]:
+    metrics = {name: _percent(scores)}
+    for prefix, kind in (("HasAns", True), ("NoAns", False)):
+        chosen = [score for score, has in zip(scores, has_answer, strict=True) if has is kind]
+        if chosen:
+            metrics[f"{prefix}_{name}"] = _percent(chosen)
+    return metrics
+
+
+def _totals(has_answer: Sequence[bool]) -> dict[str, float]:
+    totals = {"total": len(has_answer), "HasAns_total": sum(has_answer), "NoAns_total": len(has_answer) - sum(has_answer)}
+    return {name: total for name, total in totals.items() if total}
 
 
 def _percent(scores: Sequence[float]) -> float:
