@@ -65,9 +65,7 @@ def make_word_windows(
                 if first <= number < last:
                     positions.append(len(input_ids))
                 input_ids += ids[sentence.words[number]]
-            windows.append(
-                WordWindow(index, [*input_ids, tokenizer.eos_token_id], list(range(first, last)), positions)
-            )
+            windows.append(WordWindow(index, [*input_ids, tokenizer.eos_token_id], list(range(first, last)), positions))
     return windows
 
 
@@ -119,14 +117,19 @@ def word_logits(
 def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
     """seqeval's `precision`, `recall`, `f1` of whole entities, `accuracy` of tags, and `by_type`: the first three with
     the number of gold entities (`support`) for each type."""
-    from seqeval.metrics import accuracy_score, classification_report
+    from seqeval.metrics import accuracy_score, precision_recall_fscore_support
+    from seqeval.metrics.sequence_labeling import get_entities
 
-    report = classification_report(gold, predicted, output_dict=True, zero_division=0)
-    averages = {name: report.pop(f"{name} avg") for name in ("micro", "macro", "weighted")}
+    types = sorted({type_ for tags in (gold, predicted) for type_, _, _ in get_entities(tags)})
+    every = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+    by_type = zip(*precision_recall_fscore_support(gold, predicted, average=None, zero_division=0), strict=True)
     return {
-        **_measures(averages["micro"]),
+        **_measures(every),
         "accuracy": float(accuracy_score(gold, predicted)),
-        "by_type": {name: {**_measures(found), "support": int(found["support"])} for name, found in report.items()},
+        "by_type": {
+            name: {**_measures(measures), "support": int(measures[3])}
+            for name, measures in zip(types, by_type, strict=True)
+        },
     }
 
 
@@ -144,5 +147,5 @@ def find_entities(tags: list[str], probabilities: np.ndarray) -> list[Entity]:
     ]
 
 
-def _measures(report: dict[str, Any]) -> dict[str, float]:
-    return {name: float(report[key]) for name, key in (("precision",) * 2, ("recall",) * 2, ("f1", "f1-score"))}
+def _measures(measures: Sequence[Any]) -> dict[str, float]:
+    return dict(zip(("precision", "recall", "f1"), map(float, measures[:3]), strict=True))

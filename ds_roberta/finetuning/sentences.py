@@ -14,7 +14,7 @@ from ds_roberta.finetuning.tables import Table, read_text
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels")
 OUTSIDE = "O"
-TAG = re.compile(r"O|[BIES]-.+")  # IOB1, IOB2, IOBES: what seqeval's default mode reads
+TAG = re.compile(r"O|[BIES](-.+)?")  # IOB1, IOB2, IOBES: what seqeval's default mode reads
 WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
 
 

@@ -11,10 +11,25 @@ import transformers
 
 from ds_roberta.finetuning.squad import Question
 
-MAX_QUESTION_TOKENS = 64  # as BERT's run_squad.py (Devlin et al. 2019), whose windows and answers RoBERTa took over
-DOC_STRIDE = 128
-MAX_ANSWER_TOKENS = 30
-N_BEST = 20
+MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
+
+
+@dataclass(frozen=True)
+class SpanOptions:
+    """How windows are made and answers chosen. The defaults but the last are those of BERT's run_squad.py.
+
+    Attributes:
+        doc_stride: tokens from one window's beginning to the next one's; half a window's room where that is less, so
+            that windows overlap.
+        max_answer_length: in tokens.
+        n_best_size: answers to a question that are looked for.
+        no_answer_threshold: the null answer's probability, against the best span, above which it is the answer.
+    """
+
+    doc_stride: int = 128
+    max_answer_length: int = 30
+    n_best_size: int = 20
+    no_answer_threshold: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,13 +91,9 @@ def make_windows(
     tokenizer: transformers.PreTrainedTokenizerBase,
     questions: Sequence[Question],
     max_seq_length: int,
-    doc_stride: int = DOC_STRIDE,
+    doc_stride: int,
 ) -> list[Window]:
-    """Windows over each question's context, in order.
-
-    Args:
-        doc_stride: tokens from one window's beginning to the next one's, so far as the windows leave no gap.
-    """
+    """Windows over each question's context, in order."""
     asked = _encode(tokenizer, [question.question.strip() for question in questions])
     contexts = _encode(tokenizer, [question.context for question in questions])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -112,7 +123,7 @@ def cut_questions(
 
 def window_starts(tokens: int, room: int, doc_stride: int) -> list[int]:
     """Where windows of `room` tokens begin: at multiples of the stride, until one reaches the end."""
-    stride = min(doc_stride, room)
+    stride = min(doc_stride, max(room // 2, 1))
     return [0, *range(stride, tokens - room + stride, stride)] if tokens > room else [0]
 
 
@@ -134,8 +145,7 @@ def decode(
     windows: Sequence[Window],
     start_logits: Sequence[np.ndarray],
     end_logits: Sequence[np.ndarray],
-    max_answer_tokens: int = MAX_ANSWER_TOKENS,
-    n_best: int = N_BEST,
+    options: SpanOptions,
 ) -> Decoded:
     """The best spans of one question from its windows' logits, each of (T,), T at least the window's length."""
     null_score = math.inf
@@ -143,28 +153,27 @@ def decode(
     for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
         null_score = min(null_score, float(starts[0]) + float(ends[0]))
         piece = slice(window.first, window.first + len(window.offsets))
-        found += _best_of_window(window, starts[piece], ends[piece], max_answer_tokens, n_best)
+        found += _best_of_window(window, starts[piece], ends[piece], options)
     chosen: list[Span] = []
     for span in sorted(found, key=lambda span: (-span.score, span.start, span.end)):
-        if len(chosen) < n_best and all(span.end <= other.start or span.start >= other.end for other in chosen):
+        apart = all(span.end <= other.start or span.start >= other.end for other in chosen)
+        if apart and len(chosen) < options.n_best_size:
             chosen.append(span)
     return Decoded(tuple(chosen), null_score)
 
 
-def _best_of_window(
-    window: Window, starts: np.ndarray, ends: np.ndarray, max_answer_tokens: int, n_best: int
-) -> list[Span]:
+def _best_of_window(window: Window, starts: np.ndarray, ends: np.ndarray, options: SpanOptions) -> list[Span]:
     """The window's best spans, which do not overlap: the best, the best beside it, and so on."""
     tokens = len(window.offsets)
     places = np.arange(tokens)
     empty = np.array([begin == stop for begin, stop in window.offsets], dtype=bool)
     starts = np.where(empty, -np.inf, starts.astype(np.float64))
     ends = np.where(empty, -np.inf, ends.astype(np.float64))
-    longest = min(max_answer_tokens, tokens)
+    longest = min(options.max_answer_length, tokens)
     last = places[:, None] + np.arange(longest)  # (tokens, length - 1)
     scores = np.where(last < tokens, starts[:, None] + ends[np.minimum(last, tokens - 1)], -np.inf)
     spans: list[Span] = []
-    while len(spans) < n_best and scores.size:
+    while len(spans) < options.n_best_size and scores.size:
         first, more = np.unravel_index(scores.argmax(), scores.shape)
         score = float(scores[first, more])
         if score == -math.inf:
@@ -179,7 +188,12 @@ def _encode(
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Each text's ids and offsets, without special tokens and without a limit."""
     encoded = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        split_special_tokens=True,
+        verbose=False,
     )
     return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 

@@ -131,9 +131,7 @@ def _question(
     )
 
 
-def _answers(
-    place: str, context: str, entry: dict[str, Any], given: Any, may_be_none: bool
-) -> list[tuple[str, int]]:
+def _answers(place: str, context: str, entry: dict[str, Any], given: Any, may_be_none: bool) -> list[tuple[str, int]]:
     """Texts and starts; none where the context does not answer the question."""
     if not isinstance(given, list):
         raise UserError(f"{place}: 'answers' is {given!r}, not a list: give a file in SQuAD's format")

@@ -1,6 +1,6 @@
 """SQuAD's measures, as its two official evaluation scripts take them: exact match and the F1 of words, in percent.
 
-Rajpurkar et al. 2016 and 2018, https://rajpurkar.github.io/SQuAD-explorer/ (evaluate-v1.1.py, evaluate-v2.0.py). The two
+Rajpurkar et al. 2016 and 2018, https://rajpurkar.github.io/SQuAD-explorer/ (evaluate-v1.1.py and -v2.0.py). The two
 differ where a text is nothing but articles and punctuation, so both are here.
 """
 
@@ -99,8 +99,10 @@ def best_threshold(
     return 100 * best / len(scores), threshold
 
 
-def _best_scores(score: Callable[[str, str], float], golds: Sequence[Sequence[str]], answers: Sequence[str]) -> list[float]:
-    return [max(score(gold, answer) for gold in of_question) for of_question, answer in zip(golds, answers, strict=True)]
+def _best_scores(
+    score: Callable[[str, str], float], golds: Sequence[Sequence[str]], answers: Sequence[str]
+) -> list[float]:
+    return [max(score(gold, answer) for gold in texts) for texts, answer in zip(golds, answers, strict=True)]
 
 
 def _by_kind(name: str, scores: Sequence[float], has_answer: Sequence[bool]) -> dict[str, float]:
@@ -113,7 +115,8 @@ def _by_kind(name: str, scores: Sequence[float], has_answer: Sequence[bool]) -> 
 
 
 def _totals(has_answer: Sequence[bool]) -> dict[str, float]:
-    totals = {"total": len(has_answer), "HasAns_total": sum(has_answer), "NoAns_total": len(has_answer) - sum(has_answer)}
+    answered = sum(has_answer)
+    totals = {"total": len(has_answer), "HasAns_total": answered, "NoAns_total": len(has_answer) - answered}
     return {name: total for name, total in totals.items() if total}
 
 

@@ -74,13 +74,21 @@ def read_table(path: Path) -> Table:
         raise UserError(f"cannot read {str(path)!r} as a table: give a file that ends in {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    return parse_table(str(path), read_text(path), path.suffix)
+
+
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        UserError: the file cannot be read or is not UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r} ({error.strerror}): give another file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r} is not UTF-8 at byte {error.start}: convert it") from error
-    return parse_table(str(path), text, path.suffix)
+    return text
 
 
 def parse_table(name: str, text: str, suffix: str) -> Table:
