@@ -70,7 +70,7 @@ def make_word_windows(
 
 
 def word_spans(lengths: Sequence[int], room: int) -> Iterator[tuple[int, int, int, int]]:
-    """Windows of at most `room` tokens over words of these lengths, which overlap by up to half.
+    """Windows of at most `room` tokens over words of these lengths, each at most `room`; they overlap by up to half.
 
     Yields:
         start, end of the words in the window, and first, last (exclusive) of those that it labels: two windows share
@@ -86,7 +86,8 @@ def word_spans(lengths: Sequence[int], room: int) -> Iterator[tuple[int, int, in
             yield start, end, first, end
             return
         following, shared = end, 0
-        while following - 1 > start and shared + lengths[following - 1] <= room // 2:
+        most = min(room // 2, room - lengths[end])  # the next window holds one more word at least
+        while following - 1 > start and shared + lengths[following - 1] <= most:
             following -= 1
             shared += lengths[following]
         last = (following + end + 1) // 2
@@ -117,8 +118,7 @@ def word_logits(
 def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
     """seqeval's `precision`, `recall`, `f1` of whole entities, `accuracy` of tags, and `by_type`: the first three with
     the number of gold entities (`support`) for each type."""
-    from seqeval.metrics import accuracy_score, precision_recall_fscore_support
-    from seqeval.metrics.sequence_labeling import get_entities
+    from seqeval.metrics.sequence_labeling import accuracy_score, get_entities, precision_recall_fscore_support
 
     types = sorted({type_ for tags in (gold, predicted) for type_, _, _ in get_entities(tags)})
     every = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
