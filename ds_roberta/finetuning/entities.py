@@ -105,13 +105,11 @@ def token_labels(window: WordWindow, sentence: Sentence, names: Sequence[str]) -
     return labels
 
 
-def word_logits(
-    windows: Sequence[WordWindow], logits: Sequence[np.ndarray], sentences: int, names: Sequence[str]
-) -> list[np.ndarray]:
+def word_logits(windows: Sequence[WordWindow], logits: Sequence[np.ndarray], sentences: int) -> list[np.ndarray]:
     """Each sentence's logits, (words, tags), from its windows', each (T, tags)."""
     found: list[list[np.ndarray]] = [[] for _ in range(sentences)]
     for window, of_window in zip(windows, logits, strict=True):
-        found[window.sentence].append(of_window[window.positions, : len(names)])
+        found[window.sentence].append(of_window[window.positions])
     return [np.concatenate(pieces) for pieces in found]
 
 

@@ -141,6 +141,23 @@ def span_labels(window: Window, question: Question) -> tuple[int, int]:
     return window.first + inside[0], window.first + inside[-1]
 
 
+def decode_all(
+    windows: Sequence[Window],
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    questions: int,
+    options: SpanOptions,
+) -> list[Decoded]:
+    """Each question's `decode`."""
+    of_question: list[list[int]] = [[] for _ in range(questions)]
+    for index, window in enumerate(windows):
+        of_question[window.question].append(index)
+    return [
+        decode(*([values[index] for index in indices] for values in (windows, start_logits, end_logits)), options)
+        for indices in of_question
+    ]
+
+
 def decode(
     windows: Sequence[Window],
     start_logits: Sequence[np.ndarray],

@@ -65,7 +65,7 @@ def test_windows_come_together_again(tokenizer):
     assert len(windows) > 3
     assert all(len(window.input_ids) <= 32 for window in windows)
     logits = [np.array(window.input_ids + [9] * 7)[:, None] * np.ones(3) for window in windows]  # with padding
-    found = word_logits(windows, logits, 2, NAMES)
+    found = word_logits(windows, logits, 2)
     firsts = [tokenizer(f" {word}")["input_ids"][1] for word in sentences[0].words]
     assert found[0][:, 0].tolist() == firsts
     assert found[1].shape == (1, 3)
