@@ -5,9 +5,8 @@ from pathlib import Path
 
 from ds_roberta.distributed import set_up_logging
 from ds_roberta.errors import ArgumentParser, run_command
-from ds_roberta.finetuning.examples import TASKS, Columns
-from ds_roberta.finetuning.finetune import SWEEP, FinetuneConfig, finetune
-from ds_roberta.finetuning.metrics import METRICS
+from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.finetune import SWEEP, TASKS, FinetuneConfig, finetune
 from ds_roberta.finetuning.trainer import Recipe, Setting
 
 
@@ -27,8 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="DIR_or_FILE",
-        help="a folder with train, validation (or dev) and perhaps test as .tsv, .jsonl or .parquet, or saved by "
-        "datasets; or such files, also as validation=FILE",
+        help="a folder with train, validation (or dev) and perhaps test as .tsv, .jsonl or .parquet, CoNLL's columns "
+        "or SQuAD's .json, or saved by datasets; or such files, also as validation=FILE",
     )  # fmt: skip
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
     parser.add_argument("--text_column", help="default: sentence, text, or the first of a pair such as sentence1")
@@ -36,9 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--label_column", help="default: label, or GLUE's names for it")
     parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: the model's positions")
     parser.add_argument("--seeds", type=seeds, default=(0,), help="such as 0,1,2; default: 0")
-    parser.add_argument(
-        "--metric", choices=sum(METRICS.values(), ()), help="which chooses; default: accuracy or pearson"
-    )
+    parser.add_argument("--metric", help="which chooses; default: accuracy, pearson or f1")
     parser.add_argument("--sweep", action="store_true", help="batches of 16 and 32 by rates of 1e-5, 2e-5 and 3e-5")
     parser.add_argument("--learning_rate", type=float, help="the peak, behind a linear warm-up; default: 2e-5")
     parser.add_argument("--train_batch_size", type=positive, help="examples per step; default: 16")
@@ -53,6 +50,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--warmup_ratio", type=float, default=recipe.warmup_ratio, help="of all steps; default: %(default)s"
     )
+    spans = SpanOptions()
+    parser.add_argument(
+        "--doc_stride", type=positive, default=spans.doc_stride,
+        help="of question answering: tokens between the beginnings of a context's windows, at most half a window; "
+        "default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_answer_length", type=positive, default=spans.max_answer_length,
+        help="of question answering, in tokens; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no_answer_threshold", type=float, default=spans.no_answer_threshold,
+        help="of question answering where contexts need not have an answer: the probability of none above which there "
+        "is none; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay fp32")
     arguments = parser.parse_args()
     if arguments.sweep and (arguments.learning_rate or arguments.train_batch_size):
@@ -79,6 +91,7 @@ def config_of(arguments: argparse.Namespace) -> FinetuneConfig:
         ),
         metric=arguments.metric,
         max_seq_length=arguments.max_seq_length,
+        spans=SpanOptions(arguments.doc_stride, arguments.max_answer_length, arguments.no_answer_threshold),
     )
 
 

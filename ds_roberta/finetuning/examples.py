@@ -9,7 +9,6 @@ from typing import Any
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.tables import Table
 
-TASKS = ("classification", "regression")
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and those of its sets on the web
     ("sentence1", "sentence2"),
     ("question1", "question2"),

@@ -16,13 +16,17 @@ import ds_roberta
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder, write_json
-from ds_roberta.finetuning.examples import Columns, Examples, class_examples, label_names, number_examples
-from ds_roberta.finetuning.metrics import METRICS
-from ds_roberta.finetuning.model import encode_examples, read_config, read_tokenizer, sequence_length
-from ds_roberta.finetuning.tables import read_splits
+from ds_roberta.finetuning.classification import classification, regression
+from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.inference import RESULTS
+from ds_roberta.finetuning.model import read_config, read_tokenizer, sequence_length
+from ds_roberta.finetuning.question_answering import question_answering
+from ds_roberta.finetuning.spans import SpanOptions
+from ds_roberta.finetuning.task import Task
+from ds_roberta.finetuning.token_classification import token_classification
 from ds_roberta.finetuning.trainer import Problem, Recipe, Run, Setting, evaluate, new_model, train
 
-RESULTS = "results.json"
+TASKS = ("classification", "regression", "token-classification", "question-answering")
 SWEEP = [Setting(rate, size) for size in (16, 32) for rate in (1e-5, 2e-5, 3e-5)]  # Liu et al. 2019, table 10
 
 
@@ -32,8 +36,9 @@ class FinetuneConfig:
 
     Attributes:
         data: see `tables.read_splits`.
-        metric: the metric on the validation examples that chooses; None: the first of the task's `METRICS`.
+        metric: the metric on the validation examples that chooses; None: the first of `Task.metrics`.
         max_seq_length: in tokens; None: the model's positions.
+        spans: of question answering.
     """
 
     model: Path
@@ -46,6 +51,7 @@ class FinetuneConfig:
     recipe: Recipe
     metric: str | None
     max_seq_length: int | None
+    spans: SpanOptions
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -58,30 +64,30 @@ def finetune(config: FinetuneConfig) -> None:
         UserError: a setting, the data or the model's folder is wrong, or the output cannot be written.
     """
     _check(config)
-    metric = config.metric or METRICS[config.task][0]
     model_config = read_config(config.model)
-    tokenizer = read_tokenizer(config.model, model_config)
     max_seq_length = sequence_length(model_config, config.max_seq_length)
-    names, splits = _read_examples(config)
-    if metric == "f1" and len(names) != 2:
-        raise UserError(f"--metric f1 is of two classes, these are {len(names)}: use macro_f1")
-    features = {split: encode_examples(tokenizer, examples, max_seq_length) for split, examples in splits.items()}
-    problem = Problem(config.model, tokenizer, names, features["train"], features["validation"], metric)
+    task = read_task(config)
+    metric = config.metric or task.metrics[0]
+    if metric not in task.metrics:
+        raise UserError(f"--metric {metric} is not of these data: use one of {', '.join(task.metrics)}")
+    tokenizer = read_tokenizer(config.model, model_config, **task.tokenizer_options)
+    encoded = {split: task.encode(tokenizer, examples, max_seq_length) for split, examples in task.splits.items()}
+    problem = Problem(config.model, tokenizer, task, encoded["train"], encoded["validation"], metric)
     with replaced_folder(config.output_dir, is_finetuned_folder, "a model that was fine-tuned before") as partial:
         runs = {
             setting: [train(problem, setting, config.recipe, seed) for seed in config.seeds]
             for setting in config.settings
         }
         best = choose(runs, metric)
-        test = evaluate(problem, best.weights, features["test"]) if "test" in features else None
+        test = evaluate(problem, best.weights, encoded["test"]) if "test" in encoded else None
         summaries = [_summary(setting, of_setting, metric) for setting, of_setting in runs.items()]
         results = {
             "model": str(config.model),
             "task": config.task,
             "metric": metric,
-            "label_names": names,
             "data": list(config.data),
-            "examples": {split: len(rows) for split, rows in features.items()},
+            "examples": {split: rows.examples for split, rows in encoded.items()},
+            **task.results,
             "max_seq_length": max_seq_length,
             "recipe": asdict(config.recipe),
             "settings": summaries,
@@ -113,16 +119,12 @@ def is_finetuned_folder(folder: Path) -> bool:
 
 
 def _check(config: FinetuneConfig) -> None:
-    for library in ("accelerate", "sklearn", "scipy"):
+    for library in ("accelerate", "sklearn", "scipy", "seqeval"):
         if importlib.util.find_spec(library) is None:
             raise UserError(f"fine-tuning needs {library}, which is not installed: pip install 'ds_roberta[finetune]'")
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise UserError(
             f"fine-tuning is of one process, not WORLD_SIZE={os.environ['WORLD_SIZE']}: start it with python"
-        )
-    if config.metric not in (None, *METRICS[config.task]):
-        raise UserError(
-            f"--metric {config.metric} is not of {config.task}: use one of {', '.join(METRICS[config.task])}"
         )
     if len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"--seeds {','.join(map(str, config.seeds))} names a seed twice: name each once")
@@ -135,12 +137,11 @@ def _check(config: FinetuneConfig) -> None:
             )
 
 
-def _read_examples(config: FinetuneConfig) -> tuple[list[str], dict[str, Examples]]:
-    tables = read_splits(config.data)
-    if config.task == "regression":
-        return [], {split: number_examples(table, config.columns) for split, table in tables.items()}
-    names = label_names(tables["train"], config.columns)
-    return names, {split: class_examples(table, config.columns, names) for split, table in tables.items()}
+def read_task(config: FinetuneConfig) -> Task:
+    if config.task == "question-answering":
+        return question_answering(config.data, config.spans)
+    read = {"classification": classification, "regression": regression, "token-classification": token_classification}
+    return read[config.task](config.data, config.columns)
 
 
 def _save(problem: Problem, run: Run, max_seq_length: int, folder: Path) -> None:

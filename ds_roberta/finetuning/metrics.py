@@ -6,11 +6,6 @@ from typing import Any
 
 import numpy as np
 
-METRICS = {
-    "classification": ("accuracy", "macro_f1", "matthews_correlation", "f1"),
-    "regression": ("pearson", "spearman"),
-}  # the first of a task is the one that chooses, unless another is named
-
 
 def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
     """

@@ -27,14 +27,19 @@ def read_config(folder: Path) -> transformers.RobertaConfig:
     return config
 
 
-def read_tokenizer(folder: Path, config: transformers.RobertaConfig) -> transformers.PreTrainedTokenizerBase:
+def read_tokenizer(
+    folder: Path, config: transformers.RobertaConfig, **options: Any
+) -> transformers.PreTrainedTokenizerBase:
     """
+    Args:
+        options: the tokenizer's own.
+
     Raises:
         UserError: the folder lacks its tokenizer, or the tokenizer has ids that the model lacks.
     """
     if not (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file():
         raise UserError(f"{str(folder)!r} has no tokenizer.json: copy the tokenizer's files into the model's folder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer in {str(folder)!r} has {len(tokenizer)} ids, the model {config.vocab_size}: "

@@ -11,9 +11,10 @@ from ds_roberta.files import atomic_path
 from ds_roberta.finetuning.answers import Answer, answer_questions, answer_sentences, answer_texts
 from ds_roberta.finetuning.examples import Columns, find_texts
 from ds_roberta.finetuning.inference import FinetunedModel, open_finetuned
+from ds_roberta.finetuning.question_answering import read_questions
 from ds_roberta.finetuning.sentences import WORD_COLUMNS, Sentence, read_conll, split_text, table_sentences
 from ds_roberta.finetuning.spans import SpanOptions
-from ds_roberta.finetuning.squad import Question, QuestionSet, read_squad, table_questions
+from ds_roberta.finetuning.squad import Question
 from ds_roberta.finetuning.tables import read_table
 
 COMMAND_LINE = "the command line"  # where a single text stands, for messages
@@ -108,17 +109,6 @@ def _questions(config: PredictConfig) -> list[Question]:
             raise UserError("the model answers questions: give --question and --context, or --input")
         return [Question(COMMAND_LINE, "1", config.text_pair, config.text)]
     return read_questions(config.input, labelled=False).questions
-
-
-def read_questions(path: Path, *, labelled: bool) -> QuestionSet:
-    """SQuAD's JSON from `.json`, rows from other files.
-
-    Raises:
-        UserError: as `read_squad`, `read_table` and `table_questions`.
-    """
-    if path.suffix == ".json":
-        return read_squad(path, labelled=labelled)
-    return table_questions(read_table(path), labelled=labelled)
 
 
 def _span_options(finetuned: FinetunedModel, threshold: float | None) -> tuple[SpanOptions, bool]:

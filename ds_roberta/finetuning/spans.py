@@ -16,20 +16,20 @@ MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
 
 @dataclass(frozen=True)
 class SpanOptions:
-    """How windows are made and answers chosen. The defaults but the last are those of BERT's run_squad.py.
+    """How windows are made and answers chosen. The defaults are those of BERT's run_squad.py.
 
     Attributes:
         doc_stride: tokens from one window's beginning to the next one's; half a window's room where that is less, so
             that windows overlap.
         max_answer_length: in tokens.
-        n_best_size: answers to a question that are looked for.
         no_answer_threshold: the null answer's probability, against the best span, above which it is the answer.
+        n_best_size: answers to a question that are looked for.
     """
 
     doc_stride: int = 128
     max_answer_length: int = 30
-    n_best_size: int = 20
     no_answer_threshold: float = 0.5
+    n_best_size: int = 20
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,12 @@ def decode_all(
     for index, window in enumerate(windows):
         of_question[window.question].append(index)
     return [
-        decode(*([values[index] for index in indices] for values in (windows, start_logits, end_logits)), options)
+        decode(
+            [windows[index] for index in indices],
+            [start_logits[index] for index in indices],
+            [end_logits[index] for index in indices],
+            options,
+        )
         for indices in of_question
     ]
 

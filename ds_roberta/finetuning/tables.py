@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,20 @@ class Table:
         return f"{self.name}, row {self.numbers[index]}"
 
 
-def read_splits(data: Iterable[str]) -> dict[str, Table]:
-    """The tables `train`, `validation` and, where there is one, `test`.
+def read_splits(
+    data: Iterable[str],
+    suffixes: Sequence[str] = SUFFIXES,
+    read: Callable[[Path], Any] | None = None,
+    of_table: Callable[[Table], Any] | None = None,
+) -> dict[str, Any]:
+    """What `train`, `validation` and, where there is one, `test` hold.
 
     Args:
         data: one folder with a file of each split, or saved by `datasets`; or files, each named like its split
             (`dev.tsv`) or given as `validation=FILE`.
+        suffixes: of the files in a folder that are read.
+        read: of a file; None stands for `read_table`.
+        of_table: what stands for a table that `datasets` saved; None for the table itself.
 
     Raises:
         UserError: a split is missing or there twice, or a file cannot be read.
@@ -50,18 +58,21 @@ def read_splits(data: Iterable[str]) -> dict[str, Table]:
         folder = Path(entries[0])
         if (folder / "dataset_dict.json").exists():
             tables = _read_dataset_dict(folder)
-        else:
-            files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and _split_of(file.stem))
-            tables = {split: read_table(file) for split, file in _by_split(map(str, files)).items()}
-    else:
-        tables = {split: read_table(file) for split, file in _by_split(entries).items()}
+            _check_splits(tables, entries, suffixes)
+            return {split: of_table(table) if of_table else table for split, table in tables.items()}
+        entries = [str(file) for file in sorted(folder.iterdir()) if file.suffix in suffixes and _split_of(file.stem)]
+    files = _by_split(entries)
+    _check_splits(files, data, suffixes)
+    return {split: (read or read_table)(file) for split, file in files.items()}
+
+
+def _check_splits(found: Iterable[str], data: Iterable[str], suffixes: Sequence[str]) -> None:
     for split in ("train", "validation"):
-        if split not in tables:
+        if split not in found:
             raise UserError(
-                f"no {split} file in --data {' '.join(entries)}: name a file {SPLIT_PREFIXES[split][-1]}.tsv, .jsonl "
-                f"or .parquet, or give {split}=FILE"
+                f"no {split} file in --data {' '.join(data)}: name a file {SPLIT_PREFIXES[split][-1]} with the ending "
+                f"{', '.join(suffixes)}, or give {split}=FILE"
             )
-    return tables
 
 
 def read_table(path: Path) -> Table:
@@ -182,9 +193,13 @@ def _read_dataset_dict(folder: Path) -> dict[str, Table]:
             raise UserError(f"{str(folder)!r} has two splits for {split}, one is {found!r}: save it with one of them")
         rows = dataset.to_list()
         for column, feature in dataset.features.items():
+            of_list = getattr(feature, "feature", None)
             if isinstance(feature, datasets.ClassLabel):
                 for row in rows:  # -1 marks a row without a label
                     row[column] = None if row[column] in (None, -1) else feature.int2str(row[column])
+            elif isinstance(of_list, datasets.ClassLabel):
+                for row in rows:
+                    row[column] = of_list.int2str(row[column])
         numbers = list(range(1, len(rows) + 1))
         tables[split] = _not_empty(Table(f"{folder}/{found}", tuple(dataset.column_names), rows, numbers))
     return tables

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.metrics import METRICS, classification_metrics, regression_metrics
+from ds_roberta.finetuning.task import Encoded, Task
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}  # as in pretraining, Liu et al. 2019, table 9
 EVALUATION_BATCH_SIZE = 32
@@ -41,18 +40,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Problem:
-    """The model's folder and the encoded examples.
-
-    Attributes:
-        names: the classes' names; empty in regression.
-        metric: the name of the metric that chooses.
-    """
+    """The model's folder, the task and its encoded examples; `metric` is the name of the one that chooses."""
 
     folder: Path
     tokenizer: transformers.PreTrainedTokenizerBase
-    names: list[str]
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    task: Task
+    train: Encoded
+    validation: Encoded
     metric: str
 
 
@@ -68,7 +62,7 @@ class Run:
 
     setting: Setting
     seed: int
-    epochs: list[dict[str, float]]
+    epochs: list[dict[str, Any]]
     best: int
     weights: dict[str, torch.Tensor]
 
@@ -90,31 +84,23 @@ def train(problem: Problem, setting: Setting, recipe: Recipe, seed: int) -> Run:
     return Run(setting, seed, watch.epochs, watch.best, watch.weights)
 
 
-def evaluate(problem: Problem, weights: dict[str, torch.Tensor], features: list[dict[str, Any]]) -> dict[str, float]:
-    """The metrics, and the `loss`, of a run's `weights` on `features`."""
+def evaluate(problem: Problem, weights: dict[str, torch.Tensor], encoded: Encoded) -> dict[str, Any]:
+    """The metrics, and the `loss`, of a run's `weights` on `encoded`."""
     model = new_model(problem)
     model.load_state_dict(weights)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(problem, model, Setting(0.0, 1), Recipe(), 0, Path(folder))
-        return _plain(trainer.evaluate(features))
+        measured = replace(problem, validation=encoded)
+        trainer = make_trainer(measured, model, Setting(0.0, 1), Recipe(), 0, Path(folder))
+        return _plain(trainer.evaluate())
 
 
-def new_model(problem: Problem) -> transformers.RobertaForSequenceClassification:
+def new_model(problem: Problem) -> transformers.PreTrainedModel:
     """The folder's encoder, with a new head unless the folder holds one of the same shape."""
-    if problem.names:
-        head: dict[str, Any] = {
-            "num_labels": len(problem.names),
-            "id2label": dict(enumerate(problem.names)),
-            "label2id": {name: index for index, name in enumerate(problem.names)},
-            "problem_type": "single_label_classification",
-        }
-    else:
-        head = {"num_labels": 1, "problem_type": "regression"}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # that the head is new is no news
     try:
-        return transformers.RobertaForSequenceClassification.from_pretrained(
-            problem.folder, dtype=torch.float32, ignore_mismatched_sizes=True, **head
+        return problem.task.model.from_pretrained(
+            problem.folder, dtype=torch.float32, ignore_mismatched_sizes=True, **problem.task.head
         )
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -122,14 +108,14 @@ def new_model(problem: Problem) -> transformers.RobertaForSequenceClassification
 
 def make_trainer(
     problem: Problem,
-    model: transformers.RobertaForSequenceClassification,
+    model: transformers.PreTrainedModel,
     setting: Setting,
     recipe: Recipe,
     seed: int,
     folder: Path,
 ) -> transformers.Trainer:
-    """A Trainer that evaluates after each epoch, saves nothing and normalises its loss as `batch_loss` says."""
-    steps = math.ceil(len(problem.train) / setting.train_batch_size) * recipe.num_train_epochs
+    """A Trainer that evaluates after each epoch, saves nothing and normalises its loss as `Task.loss` says."""
+    steps = math.ceil(len(problem.train.features) / setting.train_batch_size) * recipe.num_train_epochs
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=setting.train_batch_size // recipe.gradient_accumulation_steps,
@@ -150,41 +136,21 @@ def make_trainer(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would divide the batch anew
     trainer = transformers.Trainer(
         model,
         arguments,
-        data_collator=transformers.DataCollatorWithPadding(problem.tokenizer),
-        train_dataset=problem.train,
-        eval_dataset=problem.validation,
-        compute_metrics=_metrics_of_classes if problem.names else _metrics_of_numbers,
-        compute_loss_func=batch_loss,
+        data_collator=problem.task.collator(problem.tokenizer),
+        train_dataset=problem.train.features,
+        eval_dataset=problem.validation.features,
+        compute_metrics=lambda prediction: problem.validation.measure(prediction.predictions),
+        compute_loss_func=problem.task.loss,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def batch_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """The examples' summed loss over the number of examples in the whole batch, all its micro-batches together.
-
-    RoBERTa's own loss in transformers is the mean of a micro-batch whatever Trainer tells it, and Trainer (5.23) takes
-    it for normalised: loss and gradient would grow with `gradient_accumulation_steps`.
-
-    Args:
-        outputs: with `logits`, (examples, classes), or (examples, 1) in regression.
-        labels: (examples,), int64, or float in regression.
-        num_items_in_batch: None stands for these examples alone.
-    """
-    logits = outputs["logits"].float()
-    if labels.is_floating_point():
-        loss = functional.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
-    else:
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 class _BestEpoch(transformers.TrainerCallback):
@@ -192,7 +158,7 @@ class _BestEpoch(transformers.TrainerCallback):
 
     def __init__(self, metric: str, run: str) -> None:
         self.metric, self.run = metric, run
-        self.epochs: list[dict[str, float]] = []
+        self.epochs: list[dict[str, Any]] = []
         self.best = 0
         self.weights: dict[str, torch.Tensor] = {}
 
@@ -207,19 +173,12 @@ class _BestEpoch(transformers.TrainerCallback):
             self.weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
-def _plain(metrics: dict[str, float]) -> dict[str, float]:
+def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
     """Trainer's metrics without its prefix and its timings."""
-    names = ("loss", *(name for task in METRICS.values() for name in task))
-    return {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    names = (name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
+    return {name: metrics[f"eval_{name}"] for name in names if name not in timings}
 
 
-def _in_words(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-def _metrics_of_classes(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    return classification_metrics(prediction.predictions, prediction.label_ids)
-
-
-def _metrics_of_numbers(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    return regression_metrics(prediction.predictions.squeeze(-1), prediction.label_ids)
+def _in_words(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))

@@ -1,5 +1,7 @@
 """Questions as windows of token ids, answers as labels, and logits as answers."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import transformers
@@ -118,7 +120,7 @@ def test_the_best_span_is_decoded():
     assert found.null_probability == pytest.approx(1 / (1 + np.exp(6)))
     assert all(span.start < span.end for span in found.spans)
     ordered = sorted(found.spans, key=lambda span: span.start)
-    assert all(one.end <= other.start for one, other in zip(ordered, ordered[1:], strict=False))
+    assert all(one.end <= other.start for one, other in pairwise(ordered))
 
 
 def test_spans_are_short_and_within_the_context():
