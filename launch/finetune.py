@@ -7,6 +7,7 @@ from ds_roberta.distributed import set_up_logging
 from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.finetune import SWEEP, TASKS, FinetuneConfig, finetune
+from ds_roberta.finetuning.spans import SpanOptions
 from ds_roberta.finetuning.trainer import Recipe, Setting
 
 
