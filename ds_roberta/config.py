@@ -16,10 +16,11 @@ from ds_roberta.errors import UserError
 LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
 LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
 LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
-PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous")
+PAIR_FORMATS = ("segment-pair", "sentence-pair")
+PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 TORCH_COMPILE = ("auto", "on", "off")
 MASKING_UNITS = ("token", "whole-word", "span")
-SPECIAL_TOKENS_PER_SEQUENCE = 2
+SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
 DEFAULT_DATA_DIR = Path("data/corpus")
 DEFAULT_OUTPUT_ROOT = Path("runs")
 
@@ -113,14 +114,20 @@ class PackingConfig:
     format: str = "full-sentences"
 
     def __post_init__(self) -> None:
-        if self.max_seq_length <= SPECIAL_TOKENS_PER_SEQUENCE:
-            raise UserError(f"--max_seq_length must be at least 3, got {self.max_seq_length}")
         require_one_of("--packing", self.format, PACKING_FORMATS)
+        shortest = SPECIAL_TOKENS_PER_PAIR + 2 if self.is_paired else SPECIAL_TOKENS_PER_SEQUENCE + 1
+        if self.max_seq_length < shortest:
+            raise UserError(f"--max_seq_length must be at least {shortest}, got {self.max_seq_length}")
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a sequence is two segments, `<s> A </s></s> B </s>`."""
+        return self.format in PAIR_FORMATS
 
     @property
     def capacity(self) -> int:
-        """Tokens of a sequence between its `<s>` and `</s>`."""
-        return self.max_seq_length - SPECIAL_TOKENS_PER_SEQUENCE
+        """Tokens of a sequence but for the special ones that frame it and divide a pair."""
+        return self.max_seq_length - (SPECIAL_TOKENS_PER_PAIR if self.is_paired else SPECIAL_TOKENS_PER_SEQUENCE)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class MaskingConfig:
         mlm_probability_end: where given, the share moves from `mlm_probability` at the run's first step in a straight
             line to this at its last.
         unit: what is chosen as a whole; see `ds_roberta.data.masking`.
+        copies: fixed masks of each sequence, one an epoch by turns; where None, each epoch has its own.
     """
 
     mlm_probability: float = 0.15
@@ -138,9 +146,16 @@ class MaskingConfig:
     random_replace_prob: float = 0.1
     mlm_probability_end: float | None = None
     unit: str = "token"
+    copies: int | None = None
 
     def __post_init__(self) -> None:
         require_one_of("--masking", self.unit, MASKING_UNITS)
+        if self.copies is not None:
+            require_positive("--masking_copies", self.copies)
+            if self.mlm_probability_end is not None:
+                raise UserError(
+                    "--masking_copies fixes the masks, --mlm_probability_end moves their share: remove one of them"
+                )
         for name, share in (("mlm_probability", self.mlm_probability), ("mlm_probability_end", self.final_probability)):
             if not 0 < share < 1:
                 raise UserError(f"--{name} must be between 0 and 1, got {share}")

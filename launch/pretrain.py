@@ -5,6 +5,7 @@ Works under the deepspeed launcher, torchrun, srun and mpirun, or alone as one p
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from ds_roberta.training.options import PretrainOptions
 from ds_roberta.training.run import pretrain
 
 
-def parse_arguments() -> PretrainOptions:
+def parse_arguments(words: Sequence[str] | None = None) -> PretrainOptions:
     defaults = {field.name: field.default for field in fields(PretrainOptions)}
     parser = ArgumentParser(description="Pretrain a RoBERTa encoder with DeepSpeed.", allow_abbrev=False)
 
@@ -45,6 +46,7 @@ def parse_arguments() -> PretrainOptions:
     add("packing", str, "how documents become sequences", choices=PACKING_FORMATS)
     add("source_weights", str, "each source's share of the sequences: NAME=WEIGHT,… (default: all equally often)")
     add("masking", str, "what is masked as a whole", choices=MASKING_UNITS)
+    add("masking_copies", int, "static masking: fixed masks of a sequence, by turns; BERT had 10 (default: dynamic)")
     add("mlm_probability", float, "share of the tokens to mask")
     add("mlm_probability_end", float, "share at the last step, reached in a straight line (default: no change)")
     add("max_steps", int, "optimizer steps of the run (default: the model's)")
@@ -83,7 +85,7 @@ def parse_arguments() -> PretrainOptions:
     add("rendezvous_timeout", float, "seconds for which processes wait for each other at the start")
     add("torch_compile", str, "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", choices=TORCH_COMPILE)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = vars(parser.parse_args())
+    arguments = vars(parser.parse_args(words))
     del arguments["local_rank"]
     return PretrainOptions(**arguments)
 

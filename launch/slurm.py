@@ -3,7 +3,7 @@
     python launch/slurm.py pretrain_multi_node --nodes 4 --gpus_per_node 8 --time 24:00:00 -- \
         --deepspeed_config ds_configs/zero1.json --data_dir data/corpus --output_dir runs/base
 
-What stands behind `--` goes to the template's command as it is.
+What stands behind `--` goes to the template's command as it is, if that command's parser takes it.
 """
 
 import argparse
@@ -19,6 +19,13 @@ from ds_roberta.errors import ArgumentParser, UserError, run_command, unknown_ke
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = {path.stem: path for path in sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))}
 COUNTS = ("gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds", "tasks")
+PRETRAIN_PARSER = "from launch.pretrain import parse_arguments as parse"
+# What defines parse(words) for the options behind --; a process of its own runs it, for the import may be slow.
+PARSERS = {
+    "preprocess": "from preprocessing.cli import parser; parse = lambda words: parser().parse_args(['shard', *words])",
+    "pretrain_multi_node": PRETRAIN_PARSER,
+    "pretrain_single_node": PRETRAIN_PARSER,
+}
 _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
 _TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}|infinite", re.IGNORECASE)  # sbatch's forms: minutes, D-HH, HH:MM:SS, …
 _NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact slurm controller")  # sbatch's words
@@ -143,6 +150,18 @@ def job_file(arguments: argparse.Namespace) -> str:
     return fill(template, values, OPTIONAL)
 
 
+def check_command(template: str, words: list[str]) -> None:
+    """Have the parser of the template's command read the options behind `--`: now, not when the job starts.
+
+    Raises:
+        UserError: it refuses them.
+    """
+    program = f"import sys; {PARSERS[template]}; parse(sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", program, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"behind --: {result.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+
+
 def check(path: Path) -> None:
     """Have bash read the file, and sbatch where there is one.
 
@@ -168,6 +187,7 @@ def check(path: Path) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     text = job_file(arguments)
+    check_command(arguments.template, arguments.arguments)
     output = arguments.output or Path(f"{arguments.job_name or arguments.template}.sbatch")
     try:
         arguments.log_dir.mkdir(parents=True, exist_ok=True)  # sbatch would lose the job's output without it

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
 
     def command() -> int | None:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         try:
             code = options.run(options)
             sys.stdout.flush()
@@ -168,7 +168,7 @@ def _read_options(arguments: argparse.Namespace) -> ReadOptions:
     return ReadOptions(**{field.name: getattr(arguments, field.name) for field in fields(ReadOptions)})
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="preprocess", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     reading = ArgumentParser(add_help=False)

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig
-from ds_roberta.data.packing import pack_shard
+from ds_roberta.data.packing import pack_shard, packed_tokens
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, ShardInfo, Split
 from ds_roberta.errors import UserError
 from preprocessing.progress import byte_bar
@@ -161,7 +161,7 @@ def _add_shard(
     found.sentences += len(split.sentence_bounds(shard)[0])
     for number, packing in enumerate(packings):
         slices = pack_shard(split, shard, packing)
-        tokens = int((slices[:, 1] - slices[:, 0] + packing.max_seq_length - packing.capacity).sum())
+        tokens = packed_tokens(slices, packing)
         for part in of_shard:
             part.packed[number].sequences += len(slices)
             part.packed[number].tokens += tokens

@@ -101,15 +101,17 @@ class BatchTracer:
         return own[own != EMPTY_PLACE]
 
     def trace(self, step: int, places: np.ndarray) -> Iterator[TracedSequence]:
-        """What stands at each of `places` of the step's order."""
+        """What stands at each of `places` of the step's order; of a pair each of its segments."""
         length = self._stage(step).max_seq_length
         packed, order = self._data(length)
         sequences = order.sequences(places)
-        rows = zip(places, order.epochs(places), sequences, *packed.slices(sequences), strict=True)
-        for place, epoch, sequence, shard, start, end in (map(int, row) for row in rows):
-            documents = tuple(self.documents.overlapping(shard, start, end))
-            info = self.documents.split.shards[shard]
-            yield TracedSequence(length, place, epoch, sequence, info.file, info.source, start, end, documents)
+        rows = zip(places.tolist(), order.epochs(places).tolist(), sequences.tolist(), strict=True)
+        segments = [np.stack(each, axis=1).tolist() for each in packed.segments(sequences)]
+        for (place, epoch, sequence), *found in zip(rows, *segments, strict=True):
+            for shard, start, end in found:
+                documents = tuple(self.documents.overlapping(shard, start, end))
+                info = self.documents.split.shards[shard]
+                yield TracedSequence(length, place, epoch, sequence, info.file, info.source, start, end, documents)
 
 
 def rows(step: int, traced: TracedSequence, origins: Origins | None = None) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ds_roberta.config import Stage
-from ds_roberta.data.masking import Masker
+from ds_roberta.data.masking import Masker, copy_numbers
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
 from ds_roberta.data.shards import TokenizerInfo, token_type
@@ -34,6 +34,7 @@ class MicroBatch:
         labels: (M,) int64, their true ids.
         tokens: tokens that are not padding.
         sequences: rows that are not empty places.
+        next_sentence_labels: (sequences,) int64 of pairs, see `PackedSplit.next_sentence_labels`; else None.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,13 @@ class MicroBatch:
     labels: torch.Tensor
     tokens: int
     sequences: int
+    next_sentence_labels: torch.Tensor | None = None
+
+    @property
+    def model_inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """The arguments of the objective's `forward`."""
+        inputs = (self.input_ids, self.attention_mask, self.masked_positions, self.labels)
+        return inputs if self.next_sentence_labels is None else (*inputs, self.next_sentence_labels)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; the copies to a GPU do not wait for it."""
@@ -58,6 +66,7 @@ class MicroBatch:
             move(self.labels),
             self.tokens,
             self.sequences,
+            None if self.next_sentence_labels is None else move(self.next_sentence_labels),
         )
 
 
@@ -83,8 +92,8 @@ class Collator:
 
         Args:
             sequences: (rows,) int64, which sequence fills each row; ignored in empty places.
-            places: (rows,) int64, the rows' places, which decide their masks; `EMPTY_PLACE` in the last rows where
-                there are none. The micro-batch size divides their number.
+            places: (rows,) int64, the rows' places, or numbers of `copy_numbers`, which decide their masks;
+                `EMPTY_PLACE` in the last rows where there are none. The micro-batch size divides their number.
             mlm_probability: the share of tokens to mask, where it is not the masker's.
         """
         filled = int(np.count_nonzero(places != EMPTY_PLACE))
@@ -104,6 +113,10 @@ class Collator:
         has_padding = (by_micro_batch.min(axis=1) < self.max_seq_length).tolist()
         filled_rows = (filled - np.arange(0, len(places), micro_batch_size)).clip(0, micro_batch_size)
         tokens = np.where(np.arange(micro_batch_size) < filled_rows[:, None], by_micro_batch, 0).sum(axis=1)
+        next_sentence: list[torch.Tensor] | list[None] = [None] * len(filled_rows)
+        if self.packed.is_paired:
+            all_labels = torch.from_numpy(self.packed.next_sentence_labels(sequences[:filled]))
+            next_sentence = list(all_labels.split(filled_rows.tolist()))
         size = micro_batch_size * self.max_seq_length
         bounds = np.searchsorted(positions, np.arange(0, compact.size + 1, size)).tolist()
         return [
@@ -114,6 +127,7 @@ class Collator:
                 torch.from_numpy(labels[bounds[number] : bounds[number + 1]]),
                 int(tokens[number]),
                 int(filled_rows[number]),
+                next_sentence[number],
             )
             for number, (ids, mask) in enumerate(
                 zip(input_ids.split(micro_batch_size), is_token.split(micro_batch_size), strict=True)
@@ -161,6 +175,7 @@ class TrainLoader:
 
     Args:
         mlm_probability: the share of tokens to mask at a step, counted from 0; where None, the masker's.
+        masking_copies: fixed masks of each sequence; where None, its place decides the mask.
     """
 
     def __init__(
@@ -169,11 +184,12 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         mlm_probability: Callable[[int], float] | None = None,
+        masking_copies: int | None = None,
     ):
         self.stages = tuple(each.stage for each in stages)
         self._stages = tuple(stages)
         self.rank, self.world_size = rank, world_size
-        self.mlm_probability = mlm_probability
+        self.mlm_probability, self.masking_copies = mlm_probability, masking_copies
 
     def stage(self, step: int) -> LoaderStage:
         """The stage of global batch `step`, counted from 0."""
@@ -187,6 +203,9 @@ class TrainLoader:
         places = order.lane_order(np.arange(first, first + stage.train_batch_size))
         own = np.concatenate(split_places(places, self.rank, self.world_size, current.micro_batch_size))
         sequences = order.sequences(own.clip(min=0))
+        if self.masking_copies is not None:
+            numbers = copy_numbers(sequences, order.epochs(own), self.masking_copies)
+            own = np.where(own == EMPTY_PLACE, EMPTY_PLACE, numbers)
         share = None if self.mlm_probability is None else self.mlm_probability(step)
         return current.collator.collate_all(sequences, own, current.micro_batch_size, share)
 

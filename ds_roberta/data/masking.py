@@ -3,6 +3,9 @@
 A pure function of (key, place, position, share): the same place of the same epoch is masked alike on any process, in
 any micro-batch, after any restart, and differently in every epoch (Liu et al. 2019, RoBERTa, section 4.1).
 
+Static masking (the same section; BERT's preprocessing repeats its data 10 times) is the same function of another
+number: a sequence has `copies` masks, and its visit e has that of copy e mod `copies`; see `copy_numbers`.
+
 Units are drawn in random order, whole, until a share `mlm_probability` of a sequence's maskable tokens is chosen:
 
 * `token` — tokens alone, so that their number is the share, rounded up or down at random.
@@ -93,7 +96,7 @@ class Masker:
         Args:
             input_ids: (B, T) integers of any type, C-contiguous; the chosen tokens are replaced. A sequence has a
                 special token.
-            places: (B,) int64, the place of each sequence in the endless order.
+            places: (B,) int64, the place of each sequence in the endless order, or its number of `copy_numbers`.
             mlm_probability: the share to choose, where it is not the masker's.
 
         Returns:
@@ -159,6 +162,19 @@ def training_masker(
     config: MaskingConfig, tokenizer: TokenizerInfo, seed: int, word_starts: np.ndarray | None = None
 ) -> Masker:
     return Masker(config, tokenizer, derive_key("mask", seed), config.mlm_probability, word_starts)
+
+
+def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.ndarray:
+    """What stands for the places where masks are fixed: a number of each sequence's copy of an epoch.
+
+    Args:
+        sequences: (B,) int64.
+        epochs: (B,) int64, how often each was visited before.
+
+    Returns:
+        (B,) int64.
+    """
+    return sequences * copies + epochs % copies
 
 
 def evaluation_masker(config: MaskingConfig, tokenizer: TokenizerInfo, word_starts: np.ndarray | None = None) -> Masker:

@@ -10,11 +10,13 @@ Formats (Liu et al. 2019, RoBERTa, section 4.2):
 * `doc-sentences` — the same within one document. Sequences at documents' ends are shorter; the batch stays as many
   sequences, where the paper adds some to hold the number of tokens.
 * `contiguous` — every sequence is full but a shard's last, whatever the sentences.
+* `segment-pair`, `sentence-pair` — `<s> A </s></s> B </s>`: A and B are slices of several sentences, or of one, and B
+  follows A or is of another document (`pairs.py`). For next sentence prediction.
 
 A sentence longer than a sequence is cut into pieces that fill one.
 
-The index of a split is two files: the slices, six bytes each, and the number of the first sequence of each shard. Both
-are read by memory map and written shard by shard, so that memory does not grow with the data.
+The index of a split is two files: the slices, six bytes each (pairs: 17), and the number of the first sequence of each
+shard. Both are read by memory map and written shard by shard, so that memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -25,20 +27,15 @@ from typing import Any
 import numpy as np
 
 from ds_roberta.config import PackingConfig
+from ds_roberta.data.pairs import IS_NEXT, pack_pairs
+from ds_roberta.data.sentences import cut_long_sentences, document_bounds, walk
 from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, json_fingerprint
 
 PACKING_VERSION = 2
+_SEPARATORS_OF_A_PAIR = 2
 INDEX_FOLDER = "index"
-
-
-def cut_long_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replace every sentence longer than `capacity` tokens by consecutive pieces of at most that length."""
-    pieces = np.maximum(1, -(-(ends - starts) // capacity))
-    piece_number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    piece_starts = np.repeat(starts, pieces) + piece_number * capacity
-    return piece_starts, np.minimum(piece_starts + capacity, np.repeat(ends, pieces))
 
 
 def pack_full_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> np.ndarray:
@@ -58,9 +55,7 @@ def pack_full_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> 
 def pack_doc_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> np.ndarray:
     """Greedy packing of whole sentences of one document; arguments and result as of `pack_full_sentences`."""
     starts, ends = cut_long_sentences(starts, ends, capacity)
-    # Sentences of one document touch; between documents stands a separator.
-    document_ends = np.append(np.flatnonzero(starts[1:] != ends[:-1]) + 1, len(starts))
-    own_end = document_ends[np.searchsorted(document_ends, np.arange(len(starts)), side="right")]
+    _, own_end = document_bounds(starts, ends)
     return _chain(starts, ends, np.minimum(np.searchsorted(ends, starts + capacity, side="right"), own_end))
 
 
@@ -72,34 +67,53 @@ def pack_contiguous(tokens: int, capacity: int) -> np.ndarray:
 
 def _chain(starts: np.ndarray, ends: np.ndarray, following: np.ndarray) -> np.ndarray:
     """Slices from the first sentence on, where a sequence that begins at i ends before sentence `following[i]`."""
-    first, sentence, steps = [], 0, following.tolist()
-    while sentence < len(steps):
-        first.append(sentence)
-        sentence = steps[sentence]
-    first_sentences = np.array(first, dtype=np.int64)
+    first_sentences = walk(following)
     last_sentences = np.append(first_sentences[1:], len(starts)) - 1
-    return np.stack([starts[first_sentences], ends[last_sentences[: len(first)]]], axis=1)
+    return np.stack([starts[first_sentences], ends[last_sentences[: len(first_sentences)]]], axis=1)
 
 
 def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
-    """The slices of one shard: their bounds in its values, (sequences, 2) int64."""
+    """The slices of one shard, or its pairs of slices: (sequences,) of the index's type.
+
+    Raises:
+        UserError: `pairs.pack_pairs` has no other document.
+    """
+    if packing.is_paired:
+        pairs = pack_pairs(split, shard, packing.capacity, 1 if packing.format == "sentence-pair" else None)
+        slices = np.empty(len(pairs.start), _slice_type(packing))
+        for name, column in pairs._asdict().items():
+            slices[name] = column
+        return slices
     if packing.format == "contiguous":
         # The separator that closes the last document would stand before the sequence's own.
-        return pack_contiguous(len(split.values(shard)) - 1, packing.capacity)
-    pack = {"full-sentences": pack_full_sentences, "doc-sentences": pack_doc_sentences}[packing.format]
-    return pack(*split.sentence_bounds(shard), packing.capacity)
+        bounds = pack_contiguous(len(split.values(shard)) - 1, packing.capacity)
+    else:
+        pack = {"full-sentences": pack_full_sentences, "doc-sentences": pack_doc_sentences}[packing.format]
+        bounds = pack(*split.sentence_bounds(shard), packing.capacity)
+    slices = np.empty(len(bounds), _slice_type(packing))
+    slices["start"], slices["length"] = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+    return slices
+
+
+def packed_tokens(slices: np.ndarray, packing: PackingConfig) -> int:
+    """The tokens of `pack_shard`'s sequences, with those that frame them."""
+    lengths = [slices[name].sum(dtype=np.int64) for name in slices.dtype.names or () if name.endswith("length")]
+    return int(sum(lengths)) + len(slices) * (packing.max_seq_length - packing.capacity)
 
 
 class PackedSplit:
     """The sequences of a split, read through the index that `build_index` made.
 
     Args:
-        slices: (sequences,) of `_slice_type`, start and length of each in its shard's values.
+        slices: (sequences,) of `_slice_type`, start and length of each in its shard's values; or pairs of them.
         first_sequence: (shards + 1,) int64, the number of the first sequence of each shard, and of all.
+        separator_id: what stands twice between the segments of a pair.
     """
 
-    def __init__(self, split: Split, slices: np.ndarray, first_sequence: np.ndarray):
+    def __init__(self, split: Split, slices: np.ndarray, first_sequence: np.ndarray, separator_id: int):
         self._split, self._slices, self._first_sequence = split, slices, first_sequence
+        self._separator_id = separator_id
+        self.is_paired = "next_sentence_label" in (slices.dtype.names or ())
 
     def __len__(self) -> int:
         return len(self._slices)
@@ -110,22 +124,33 @@ class PackedSplit:
         ranges = np.stack([self._first_sequence[:-1], self._first_sequence[1:]], axis=1)
         return {source: ranges[sources == source] for source in dict.fromkeys(sources.tolist())}
 
-    def slices(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def segments(self, sequences: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Where sequences lie: their shards, and the beginning and end of each in its shard's values.
 
         Args:
             sequences: (B,) int64.
 
         Returns:
-            Three (B,) int64.
+            Three (B,) int64; of pairs these of the first segments and of the second ones.
         """
-        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
         slices = self._slices[sequences]
+        shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
         starts = slices["start"].astype(np.int64)
-        return shards, starts, starts + slices["length"]
+        found = [(shards, starts, starts + slices["length"])]
+        if self.is_paired:
+            starts = slices["second_start"].astype(np.int64)
+            found.append((slices["second_shard"].astype(np.int64), starts, starts + slices["second_length"]))
+        return found
+
+    def next_sentence_labels(self, sequences: np.ndarray) -> np.ndarray:
+        """Of pairs 0 where the second segment follows the first, 1 where it is of another document: (B,) int64.
+
+        The numbers are those of transformers' `BertForPreTraining`.
+        """
+        return self._slices["next_sentence_label"][sequences].astype(np.int64)
 
     def gather(self, sequences: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copy the slices of `sequences` into the rows of `out`, from column 1 on.
+        """Copy the slices of `sequences` into the rows of `out`, from column 1 on; two separators divide a pair.
 
         Args:
             sequences: (B,) int64.
@@ -134,15 +159,27 @@ class PackedSplit:
         Returns:
             The slices' lengths: (B,) int64.
         """
-        shards, starts, ends = self.slices(sequences)
-        values = {shard: self._split.values(shard) for shard in np.unique(shards).tolist()}
-        for row, shard, start, end in zip(out, shards.tolist(), starts.tolist(), ends.tolist(), strict=True):
-            row[1 : 1 + end - start] = values[shard][start:end]
-        return ends - starts
+        columns = np.ones(len(sequences), dtype=np.int64)
+        for number, (shards, starts, ends) in enumerate(self.segments(sequences)):
+            if number:
+                for _ in range(_SEPARATORS_OF_A_PAIR):
+                    out[np.arange(len(sequences)), columns] = self._separator_id
+                    columns += 1
+            values = {shard: self._split.values(shard) for shard in np.unique(shards).tolist()}
+            places = zip(columns.tolist(), shards.tolist(), starts.tolist(), ends.tolist(), strict=True)
+            for row, (column, shard, start, end) in zip(out, places, strict=True):
+                row[column : column + end - start] = values[shard][start:end]
+            columns += ends - starts
+        return columns - 1
 
 
-def _slice_type(capacity: int) -> np.dtype[Any]:
-    return np.dtype([("start", "<u4"), ("length", "<u2" if capacity < 1 << 16 else "<u4")])
+def _slice_type(packing: PackingConfig) -> np.dtype[Any]:
+    length = "<u2" if packing.capacity < 1 << 16 else "<u4"
+    fields = [("start", "<u4"), ("length", length)]
+    if packing.is_paired:
+        fields += [("second_shard", "<u4"), ("second_start", "<u4"), ("second_length", length)]
+        fields.append(("next_sentence_label", "u1"))
+    return np.dtype(fields)
 
 
 def _index_paths(corpus: Corpus, split: str, packing: PackingConfig) -> tuple[Path, Path]:
@@ -163,22 +200,26 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
     """Compute and store the index of a split unless it is there already. One process of a run does this.
 
     Raises:
-        UserError: the data folder cannot be written.
+        UserError: the data folder cannot be written; or there is nothing to make pairs of.
     """
     slices_path, first_path = _index_paths(corpus, split_name, packing)
     if first_path.is_file():
         return
-    split, dtype = corpus.split(split_name), _slice_type(packing.capacity)
-    first_sequence = [0]
+    split = corpus.split(split_name)
+    first_sequence, following = [0], 0
     try:
         slices_path.parent.mkdir(exist_ok=True)
         with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
             for shard in range(len(split.shards)):
-                bounds = pack_shard(split, shard, packing)
-                slices = np.empty(len(bounds), dtype)
-                slices["start"], slices["length"] = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+                slices = pack_shard(split, shard, packing)
                 slices.tofile(file)
+                following += int(np.sum(slices["next_sentence_label"] == IS_NEXT)) if packing.is_paired else 0
                 first_sequence.append(first_sequence[-1] + len(slices))
+            if packing.is_paired and not following:
+                raise UserError(
+                    f"--packing {packing.format} needs documents of several sentences, and none of the {split_name} "
+                    "split has two: prepare the data again with --sentences rules"
+                )
         with atomic_path(first_path) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(first_sequence))
     except OSError as error:
@@ -191,5 +232,6 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:
     """Open the index that `build_index` made, by memory map; shards are opened when first read."""
     slices_path, first_path = _index_paths(corpus, split_name, packing)
-    slices = np.memmap(slices_path, _slice_type(packing.capacity), mode="r")
-    return PackedSplit(corpus.split(split_name), slices, np.load(first_path))
+    slices = np.memmap(slices_path, _slice_type(packing), mode="r")
+    separator_id = corpus.manifest.tokenizer.eos_token_id
+    return PackedSplit(corpus.split(split_name), slices, np.load(first_path), separator_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_roberta.data.packing import cut_long_sentences
+from ds_roberta.data.sentences import cut_long_sentences
 from ds_roberta.errors import UserError
 
 SPACE = "\u0120"

@@ -29,24 +29,25 @@ class HeldOutLoss:
         self._parts = split_places(sample, ranks.rank, ranks.world_size, micro_batch_size)
 
     def compute(
-        self, loss_sum: Callable[[MicroBatch], float], stop: Callable[[], bool] = lambda: False
-    ) -> tuple[float, float] | None:
-        """Loss in nats and perplexity; all ranks call it.
+        self, loss_sum: Callable[[MicroBatch], float | list[float]], stop: Callable[[], bool] = lambda: False
+    ) -> tuple[float, ...] | None:
+        """Loss in nats and perplexity, then of a model of pairs loss and accuracy of these; all ranks call it.
 
         Args:
-            loss_sum: the sum of a micro-batch's losses.
+            loss_sum: the sum of a micro-batch's losses, or of pairs the sums of `MaskedLMWithNextSentence`.
             stop: asked before each micro-batch; all ranks must get the same answer.
 
         Returns:
             None where it was told to stop.
         """
-        total, masked = 0.0, 0
+        sums, masked, sequences = np.zeros(1), 0, 0
         for part in self._parts:
             if stop():
                 return None
             micro_batch = self._collator.collate(part, part)
-            total += loss_sum(micro_batch)
+            sums = sums + np.atleast_1d(loss_sum(micro_batch))
             masked += len(micro_batch.labels)
-        total, all_masked = self._ranks.sum(total, masked)
+            sequences += micro_batch.sequences
+        all_masked, all_sequences, total, *of_pairs = self._ranks.sum(masked, sequences, *sums.tolist())
         loss = total / max(all_masked, 1)
-        return loss, math.exp(min(loss, 700.0))
+        return loss, math.exp(min(loss, 700.0)), *(each / all_sequences for each in of_pairs)

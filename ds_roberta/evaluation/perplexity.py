@@ -121,7 +121,8 @@ def held_out_perplexity(
     losses = _LossByPosition(folder, packing.max_seq_length)
     result = held_out.compute(losses.add)
     assert result is not None  # nobody stops it
-    return Perplexity(*result, int(losses.counts.sum()), min(sequences, len(packed)), losses.bins())
+    loss, perplexity = result
+    return Perplexity(loss, perplexity, int(losses.counts.sum()), min(sequences, len(packed)), losses.bins())
 
 
 def check_same_ids(folder: RobertaFolder, corpus: Corpus) -> None:

@@ -13,7 +13,7 @@ def flops_per_token(config: ModelConfig, length: int, masked_share: float) -> fl
     With hidden size D a layer has 4 D² in attention's projections and 2 · 4 D² in the MLP. The two products of
     attention (QKᵀ and weights · V) are of D multiplications each for every of the T tokens seen: 2 · 2 · D · T forward,
     12 D T in all. The head (D² and the vocabulary's D V) is needed at masked tokens alone. Look-ups of embeddings,
-    biases, normalisation, softmax, dropout and the optimizer are not counted.
+    biases, normalisation, softmax, dropout and the optimizer are not counted, nor is the head of pairs (D² a sequence).
 
     Args:
         length: T, the tokens of a sequence; of shorter ones it counts more of attention than they need.

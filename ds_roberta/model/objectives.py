@@ -13,6 +13,9 @@ from ds_roberta.config import ModelConfig
 from ds_roberta.model.cross_entropy import linear_cross_entropy
 from ds_roberta.model.encoder import RobertaModel, initialize_weights
 
+NEXT_SENTENCE_HEAD = "next_sentence_head."
+"""How the names of its parameters begin, which transformers' `RobertaForMaskedLM` does not have."""
+
 
 class MaskedLMHead(nn.Module):
     """Transforms hidden states for the vocabulary projection, whose matrix is the word embeddings'."""
@@ -36,6 +39,8 @@ class MaskedLMHead(nn.Module):
 class MaskedLM(nn.Module):
     """Masked language modelling; parameter names and numbers of transformers' `RobertaForMaskedLM`."""
 
+    is_paired = False
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.roberta = RobertaModel(config)
@@ -49,7 +54,7 @@ class MaskedLM(nn.Module):
         positions_M: torch.Tensor,
     ) -> torch.Tensor:
         """Vocabulary logits at flat positions b * T + t only: (M, V) in the parameters' dtype."""
-        return self._head_at(input_ids_BT, attention_mask_BT, positions_M)
+        return self._masked_lm(self.roberta(input_ids_BT, attention_mask_BT), positions_M)
 
     def forward(
         self,
@@ -69,15 +74,63 @@ class MaskedLM(nn.Module):
         Returns:
             A float32 scalar, in nats.
         """
-        return self._head_at(input_ids, attention_mask, masked_positions, labels)
+        return self._masked_lm(self.roberta(input_ids, attention_mask), masked_positions, labels)
 
-    def _head_at(
-        self,
-        input_ids_BT: torch.Tensor,
-        attention_mask_BT: torch.Tensor | None,
-        positions_M: torch.Tensor,
-        labels_M: torch.Tensor | None = None,
+    def _masked_lm(
+        self, hidden_BTD: torch.Tensor, positions_M: torch.Tensor, labels_M: torch.Tensor | None = None
     ) -> torch.Tensor:
-        hidden_BTD = self.roberta(input_ids_BT, attention_mask_BT)
         hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
         return self.lm_head(hidden_MD, self.roberta.embeddings.word_embeddings.weight, labels_M)
+
+
+class NextSentenceHead(nn.Module):
+    """Whether the second segment follows the first, from the hidden state of `<s>` (BERT's pooler and classifier)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """Logits of `data.pairs`' labels: (B, 2) in the parameters' dtype."""
+        return self.seq_relationship(torch.tanh(self.pooler(hidden_BD)))
+
+
+class MaskedLMWithNextSentence(MaskedLM):
+    """Masked language modelling and next sentence prediction of pairs (Devlin et al. 2019, section 3.1)."""
+
+    is_paired = True
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.next_sentence_head = NextSentenceHead(config)
+        initialize_weights(self.next_sentence_head, config.initializer_range)
+
+    def forward(  # type: ignore[override]  # its micro-batches have labels of their own
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        masked_positions: torch.Tensor,
+        labels: torch.Tensor,
+        next_sentence_labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """What `MaskedLM` gives, and two sums of next sentence prediction.
+
+        Args:
+            next_sentence_labels: (sequences,) int64, of the first rows; those behind are empty places.
+
+        Returns:
+            (3,) float32: the masked tokens' cross-entropies, the pairs' cross-entropies, both in nats, and how many
+            pairs are predicted right, which has no gradient.
+        """
+        hidden_BTD = self.roberta(input_ids, attention_mask)
+        masked_lm = self._masked_lm(hidden_BTD, masked_positions, labels)
+        logits = self.next_sentence_head(hidden_BTD[: len(next_sentence_labels), 0]).float()
+        next_sentence = F.cross_entropy(logits, next_sentence_labels, reduction="sum")
+        correct = (logits.argmax(-1) == next_sentence_labels).sum().float()
+        return torch.stack([masked_lm, next_sentence, correct])
+
+
+def make_model(config: ModelConfig, is_paired: bool) -> MaskedLM:
+    """The model of a run, by whether its sequences are pairs."""
+    return MaskedLMWithNextSentence(config) if is_paired else MaskedLM(config)

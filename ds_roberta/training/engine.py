@@ -10,7 +10,8 @@ stage and precision:
 * Reduction is in fp32 (`DeepSpeedConfig.resolved`).
 
 The loss of a step is the sum over its masked tokens divided by their global number, so each micro-step's sum is divided
-by that number; DeepSpeed averages over processes, which the factor `world_size` takes back.
+by that number; DeepSpeed averages over processes, which the factor `world_size` takes back. Pairs add the mean of their
+losses over the batch's sequences: one weighs as much as all masked tokens of a sequence on average.
 
 In fp16 both factors are applied once a step to the fp32 sums: within the backward pass of a batch of 8,192 sequences
 they would leave a masked token a weight of about 1e-6, times the loss scale. Measured on three layers of width 128
@@ -48,6 +49,7 @@ from ds_roberta.data.loader import MicroBatch
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.files import sync_file
+from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.device import without_compiler
 
@@ -70,7 +72,7 @@ class StepResult:
 class Engine:
     """A model in a DeepSpeed engine, stepped once per global batch."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], ranks: Ranks, seed: int):
+    def __init__(self, model: MaskedLM, config: dict[str, Any], ranks: Ranks, seed: int):
         """
         Args:
             config: from `DeepSpeedConfig.resolved`.
@@ -96,7 +98,8 @@ class Engine:
         # Adam's moments exist only after a first update. With it behind us, a fresh start and a resumed one go the same
         # way, and memory is measured with all that training needs.
         nothing = torch.empty(0, dtype=torch.int64)
-        self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0))
+        pairs = nothing if model.is_paired else None
+        self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0, pairs))
 
     @property
     def module(self) -> nn.Module:
@@ -232,7 +235,7 @@ class Engine:
         self.step(0.0)
         self.applied_steps, self.loss_scaler_state = applied_steps, loss_scaler_state
 
-    def twin(self, make_model: Callable[[], nn.Module]) -> nn.Module:
+    def twin(self, make_model: Callable[[], MaskedLM]) -> MaskedLM:
         """A model apart from DeepSpeed that takes the memory of this one: its weights, and an fp32 gradient.
 
         Up to stage 2 the weights are this model's own tensors; at stage 3, where they are spread over the processes,
@@ -266,22 +269,30 @@ class Engine:
             yield
 
     def forward_backward(
-        self, micro_batch: MicroBatch, loss_denominator: float, global_step: int, micro_step: int, last: bool
+        self,
+        micro_batch: MicroBatch,
+        loss_denominator: float,
+        global_step: int,
+        micro_step: int,
+        last: bool,
+        next_sentence_weight: float = 1.0,
     ) -> torch.Tensor:
         """One micro-step within `accumulation`.
 
         Args:
             loss_denominator: masked tokens of the whole global batch.
             last: whether the step's gradient is complete after this micro-step.
+            next_sentence_weight: of a pair's loss in terms of a masked token's.
 
         Returns:
-            The sum of this micro-batch's losses, a detached fp32 scalar on the device.
+            The model's sum of losses, or its sums of pairs: float32, detached, on the device.
         """
         # Nothing of the generator's state needs to be saved: a resumed step draws the same dropout.
         torch.manual_seed(derive_key("dropout", self._seed, global_step, micro_step, self.ranks.rank) >> 1)
         if not self._reduces_at_the_end:
             self.deepspeed.set_gradient_accumulation_boundary(last)
-        loss_sum = self._loss_sum(micro_batch)
+        sums = self._loss_sum(micro_batch)
+        loss_sum = sums[0] + next_sentence_weight * sums[1] if sums.ndim else sums
         weight = self.ranks.world_size / loss_denominator
         if not self.deepspeed.fp16_enabled():
             self.deepspeed.backward(loss_sum * weight, scale_wrt_gas=False)
@@ -289,7 +300,7 @@ class Engine:
             self.deepspeed.backward(loss_sum / FP16_LOSS_UNIT, scale_wrt_gas=False)
             if last:
                 torch._foreach_mul_(self._gradient_sums(), weight * FP16_LOSS_UNIT)
-        return loss_sum.detach()
+        return sums.detach()
 
     @property
     def _reduces_at_the_end(self) -> bool:
@@ -359,13 +370,13 @@ class Engine:
             if not bool(torch.isfinite(safe_get_full_grad(parameter)).all())
         ]
 
-    def evaluate(self, micro_batch: MicroBatch) -> float:
-        """The sum of a micro-batch's losses, without dropout and gradient."""
+    def evaluate(self, micro_batch: MicroBatch) -> float | list[float]:
+        """The sum of a micro-batch's losses, or the sums of pairs, without dropout and gradient."""
         self.deepspeed.eval()
         with torch.no_grad():
-            loss_sum = self._loss_sum(micro_batch).item()
+            sums = self._loss_sum(micro_batch).tolist()
         self.deepspeed.train()
-        return loss_sum
+        return sums
 
     def write_monitor(self, values: dict[str, float], consumed_samples: int) -> None:
         """Send values to the monitors of the DeepSpeed JSON (TensorBoard, CSV, Weights & Biases)."""
@@ -373,8 +384,7 @@ class Engine:
             self.deepspeed.monitor.write_events([(name, value, consumed_samples) for name, value in values.items()])
 
     def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
-        batch = micro_batch.to(self.device)
-        return self.deepspeed(batch.input_ids, batch.attention_mask, batch.masked_positions, batch.labels)
+        return self.deepspeed(*micro_batch.to(self.device).model_inputs)
 
     def _unpartitioned_grad_norm(self) -> float:
         # A CPU's fp32 norm of a large matrix is off by up to a thousandth.

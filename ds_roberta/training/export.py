@@ -7,6 +7,7 @@ from pathlib import Path
 from ds_roberta.config import ModelConfig
 from ds_roberta.distributed import logger
 from ds_roberta.model.export import export
+from ds_roberta.model.objectives import NEXT_SENTENCE_HEAD
 from ds_roberta.training import checkpoint
 
 
@@ -18,11 +19,15 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
     """
     path = checkpoint.best(folder) if best else checkpoint.newest(folder)
     identity = checkpoint.read_state(path).identity
+    weights = {
+        name: weight for name, weight in checkpoint.weights(path).items() if not name.startswith(NEXT_SENTENCE_HEAD)
+    }
     difference = export(
         ModelConfig(**identity["model"]),
-        checkpoint.weights(path),
+        weights,
         path / checkpoint.TOKENIZER_FOLDER,
         identity["packing"]["max_seq_length"],
         output,
     )
-    logger.info(f"exported {path} to {output}; its logits equal transformers' within {difference:.1g}")
+    without = ", without the head of next sentence prediction" if identity.get("next_sentence_prediction") else ""
+    logger.info(f"exported {path} to {output}{without}; its logits equal transformers' within {difference:.1g}")

@@ -30,6 +30,7 @@ def initial_state(
         "tokenizer": corpus.manifest.tokenizer.fingerprint,
         "model": asdict(config.model),
         "packing": asdict(config.packing),
+        **({"next_sentence_prediction": True} if config.packing.is_paired else {}),
         "source_weights": config.source_weights,
         "masking": asdict(config.masking),
         "seed": config.seed,

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint, write_json
+from ds_roberta.model.objectives import MaskedLM
 
 if TYPE_CHECKING:  # sizes are computed without DeepSpeed
     from ds_roberta.training.engine import Engine
@@ -174,9 +174,7 @@ class Trial:
         make_model: makes the engine's model anew.
     """
 
-    def __init__(
-        self, engine: Engine, make_model: Callable[[], nn.Module], max_seq_length: int, masking: MaskingConfig
-    ):
+    def __init__(self, engine: Engine, make_model: Callable[[], MaskedLM], max_seq_length: int, masking: MaskingConfig):
         self.max_seq_length = max_seq_length
         self._masking, self._device = masking, engine.device
         self._make_twin = lambda: engine.twin(make_model)
@@ -187,14 +185,14 @@ class Trial:
             self._capacity = MEMORY_SHARE * (free + torch.cuda.memory_reserved(self._device))
 
     @cached_property
-    def _model(self) -> nn.Module:
+    def _model(self) -> MaskedLM:
         """The twin, made at the first trial: where a finding is known on a CPU, there is none."""
         return self._make_twin()
 
     def run(self, size: int) -> None:
         """One micro-step of `size` sequences."""
-        batch = full_micro_batch(size, self.max_seq_length, self._masking).to(self._device)
-        self._model(batch.input_ids, batch.attention_mask, batch.masked_positions, batch.labels).backward()
+        batch = full_micro_batch(size, self.max_seq_length, self._masking, self._model.is_paired).to(self._device)
+        self._model(*batch.model_inputs).sum().backward()
 
     def fits(self, size: int) -> bool:
         """Whether a micro-step of `size` sequences stays within the memory it may fill."""
@@ -218,7 +216,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def full_micro_batch(size: int, max_seq_length: int, masking: MaskingConfig) -> MicroBatch:
+def full_micro_batch(size: int, max_seq_length: int, masking: MaskingConfig, is_paired: bool = False) -> MicroBatch:
     """Sequences without padding, but with its mask, and with the most masked tokens of the run."""
     share = max(masking.mlm_probability, masking.final_probability)
     masked = math.ceil(share * max_seq_length)
@@ -230,6 +228,7 @@ def full_micro_batch(size: int, max_seq_length: int, masking: MaskingConfig) -> 
         labels=torch.zeros(size * masked, dtype=torch.int64),
         tokens=size * max_seq_length,
         sequences=size,
+        next_sentence_labels=torch.zeros(size, dtype=torch.int64) if is_paired else None,
     )
 
 

@@ -34,6 +34,7 @@ class PretrainOptions:
     packing: str = PackingConfig.format
     source_weights: str | None = None
     masking: str = MaskingConfig.unit
+    masking_copies: int | None = None
     mlm_probability: float = MaskingConfig.mlm_probability
     mlm_probability_end: float | None = None
     max_steps: int | None = None
@@ -108,7 +109,10 @@ def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, 
             max_seq_length, train_batch_size, options.max_seq_length_schedule, options.train_batch_size_schedule
         ),
         masking=MaskingConfig(
-            options.mlm_probability, mlm_probability_end=options.mlm_probability_end, unit=options.masking
+            options.mlm_probability,
+            mlm_probability_end=options.mlm_probability_end,
+            unit=options.masking,
+            copies=options.masking_copies,
         ),
         intervals=IntervalConfig(
             options.save_interval, options.eval_interval, options.log_interval, options.keep_last, options.keep_every

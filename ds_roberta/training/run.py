@@ -21,7 +21,7 @@ from ds_roberta.distributed import Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.files import write_json
-from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.objectives import make_model
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.agreement import shared_facts
 from ds_roberta.training.batch import BatchPlan
@@ -72,7 +72,7 @@ def pretrain(options: PretrainOptions) -> int:
             ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
     torch.manual_seed(config.seed)
-    model = MaskedLM(config.model)
+    model = make_model(config.model, config.packing.is_paired)
     engine = Engine(model, deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
     plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
     for stage, plan in zip(config.stages, plans, strict=True):
@@ -106,6 +106,7 @@ def pretrain(options: PretrainOptions) -> int:
         ranks.rank,
         ranks.world_size,
         lambda step: mlm_probability(config.schedule, config.masking, step),
+        config.masking.copies,
     )
     held_out = None
     if held_out_data is not None:
@@ -185,7 +186,7 @@ def _batch_plans(
         share = -(-largest // engine.ranks.world_size)
         sizes[length] = deepspeed_config.micro_batch_size or find_micro_batch_size(
             engine,
-            Trial(engine, lambda: MaskedLM(config.model), length, config.masking),
+            Trial(engine, lambda: make_model(config.model, config.packing.is_paired), length, config.masking),
             finding_conditions(engine, config.model, length, config.masking, precision, share),
             share,
             folders,

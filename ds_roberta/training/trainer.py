@@ -155,18 +155,27 @@ class Trainer:
             sum(micro_batch.sequences for micro_batch in micro_batches),
         )
         masked = max(masked, 1)  # a batch of a few very short sequences may have none: its loss and gradient are zero
-        loss_sum = torch.zeros((), device=self.engine.device)
+        sums = torch.zeros((), device=self.engine.device)
+        pair_weight = masked / sequences
         micro_steps = len(micro_batches)
         with self.engine.accumulation():
             for micro_step, micro_batch in enumerate(micro_batches):
                 if self._stop.agreed():
                     return None
                 last = micro_step == micro_steps - 1
-                loss_sum += self.engine.forward_backward(micro_batch, masked, state.global_step, micro_step, last)
-                self._progress.micro_step(micro_step, micro_steps, loss_sum.item)
+                sums = sums + self.engine.forward_backward(
+                    micro_batch, masked, state.global_step, micro_step, last, pair_weight
+                )
+                self._progress.micro_step(micro_step, micro_steps, sums.tolist)
         rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
         result = self.engine.step(rate)
-        loss = self.ranks.sum(loss_sum.item())[0] / masked
+        mlm_sum, *pair_sums = self.ranks.sum(*sums.reshape(-1).tolist())
+        loss = mlm_sum / masked
+        of_pairs = {}
+        if pair_sums:
+            nsp_loss, nsp_accuracy = (each / sequences for each in pair_sums)
+            of_pairs = {"mlm_loss": loss, "nsp_loss": nsp_loss, "nsp_accuracy": nsp_accuracy}
+            loss += nsp_loss
         self._check_loss(loss, result)
         state.recent_losses = remember(state.recent_losses, loss)
         state.global_step += 1
@@ -177,6 +186,7 @@ class Trainer:
         row = {
             "global_step": state.global_step,
             "loss": loss,
+            **of_pairs,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "consumed_samples": state.consumed_samples,
@@ -282,13 +292,18 @@ class Trainer:
         result = self._held_out.compute(self.engine.evaluate, self._stop.agreed)
         if result is None:
             return False
-        loss, perplexity = result
+        loss, perplexity, *of_pairs = result
         state = self.state
         lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
         if state.global_step and loss < lowest:
             state.best_eval_loss, state.best_step = loss, state.global_step
-        self.log({"global_step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
-        self._progress.say(f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        row = {"global_step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity}
+        told = f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}"
+        if of_pairs:
+            row["eval_nsp_loss"], row["eval_nsp_accuracy"] = of_pairs
+            told += f"; next sentence: loss {of_pairs[0]:.4f}, accuracy {of_pairs[1]:.2%}"
+        self.log(row)
+        self._progress.say(told)
         return True
 
     def log(self, row: dict[str, Any]) -> None:

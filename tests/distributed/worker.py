@@ -23,7 +23,7 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.objectives import MaskedLM, make_model
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
@@ -50,7 +50,14 @@ def small_model(corpus: Corpus, dropout: float) -> ModelConfig:
 
 
 def make(
-    ranks: Ranks, corpus: Corpus, stage: int, precision: str, micro_batch_size: int, dropout: float = 0.0, **changes
+    ranks: Ranks,
+    corpus: Corpus,
+    stage: int,
+    precision: str,
+    micro_batch_size: int,
+    dropout: float = 0.0,
+    packing: PackingConfig = PackingConfig(LENGTH),  # noqa: B008 - it is frozen
+    **changes,
 ):
     """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them.
 
@@ -62,11 +69,11 @@ def make(
     config.content.update(changes)
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
-    model = MaskedLM(small_model(corpus, dropout))
+    model = make_model(small_model(corpus, dropout), packing.is_paired)
     engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED)
     plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
-    packed = open_index(corpus, "train", PackingConfig(LENGTH))
+    packed = open_index(corpus, "train", packing)
     collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
     only = Stage(0, LENGTH, config.train_batch_size)
     order = SampleOrder(len(packed), SEED)

@@ -145,10 +145,22 @@ run_step srun bash -c 'trap "echo saved; exit 85" USR1 TERM; touch started; whil
     assert cluster.job(number)["Restarts"] == "0"
 
 
-def test_one_node_file_is_accepted(cluster, workspace):
-    options = ("--gpus_per_node", "0", "--setup", "export NOTE=set")
-    printed = write_job(cluster, workspace, "pretrain_single_node", "single", *options, "--", *SETTINGS)
-    assert "to start at" in printed
+def test_one_node_trains_past_its_time_limit(cluster, workspace):
+    options = ("--gpus_per_node", "0", "--setup", "export NOTE=set", "--time", "1", "--signal_seconds", "10")
+    settings = (*SETTINGS, "--max_steps", "100000", "--save_interval", "100000", "--eval_interval", "100000")
+    write_job(cluster, workspace, "pretrain_single_node", "single", *options, "--", *settings, "--output_dir", "single")
+    number = submit(cluster, workspace, "single")
+    cluster.wait(lambda: cluster.job(number)["Restarts"] == "1")
+    done = len(losses(workspace / "single"))
+    cluster.wait(lambda: len(losses(workspace / "single")) > done)
+    cluster.run("scancel", number)
+    assert cluster.finish(number) == "CANCELLED"
+    assert done > 0
+    steps = [row["global_step"] for row in rows(workspace / "single")]
+    assert steps == list(range(1, len(steps) + 1))
+    (logs,) = workspace.glob("logs/single-*/")
+    assert f", step {done} of 100000" in (logs / "rank0.out").read_text()
+    assert "NOTE=set" in (logs / "environment.txt").read_text()
 
 
 def test_an_array_prepares_the_bytes_of_the_local_run(cluster, workspace):

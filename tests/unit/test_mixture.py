@@ -175,7 +175,7 @@ def test_sources_are_the_shards_that_the_manifest_says(sourced):
     build_index(sourced, "train", PackingConfig(32))
     packed = open_index(sourced, "train", PackingConfig(32))
     weights = {"books": 1, "web": 0, "wiki": 3}
-    shards, _, _ = packed.slices(sample_order(packed, weights, 0).sequences(np.arange(4000)))
+    [(shards, _, _)] = packed.segments(sample_order(packed, weights, 0).sequences(np.arange(4000)))
     assert np.bincount(shards, minlength=5)[2] == 0
     assert np.isin(shards, [0, 4]).sum() == 3000
     assert isinstance(sample_order(packed, None, 0), SampleOrder)

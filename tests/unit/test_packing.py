@@ -7,12 +7,12 @@ from ds_roberta.config import PACKING_FORMATS, PackingConfig
 from ds_roberta.data.packing import (
     INDEX_FOLDER,
     build_index,
-    cut_long_sentences,
     open_index,
     pack_contiguous,
     pack_doc_sentences,
     pack_full_sentences,
 )
+from ds_roberta.data.sentences import cut_long_sentences
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 

@@ -197,7 +197,8 @@ def test_slices_are_where_gather_reads(corpus):
     sequences = np.arange(0, len(packed), 37)
     out = np.zeros((len(sequences), LENGTH), np.int64)
     lengths = packed.gather(sequences, out)
-    rows = zip(out, lengths, *packed.slices(sequences), strict=True)
+    (segments,) = packed.segments(sequences)
+    rows = zip(out, lengths, *segments, strict=True)
     for row, length, shard, start, end in rows:
         assert row[1 : 1 + length].tolist() == split.values(int(shard))[start:end].tolist()
 

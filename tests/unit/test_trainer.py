@@ -76,7 +76,7 @@ class FakeEngine:
     def accumulation(self):
         return contextlib.nullcontext()
 
-    def forward_backward(self, micro_batch, denominator, global_step, micro_step, last):
+    def forward_backward(self, micro_batch, denominator, global_step, micro_step, last, next_sentence_weight):
         if micro_step == 0:
             self.places[global_step] = []
             self._calls += 1
