@@ -10,8 +10,7 @@ import numpy as np
 import transformers
 
 from ds_roberta.finetuning.sentences import Sentence
-
-NO_LABEL = -100  # which torch's cross entropy leaves out
+from ds_roberta.finetuning.task import NO_LABEL
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.tables import Table
+from ds_roberta.finetuning.task import NO_LABEL
 
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and those of its sets on the web
     ("sentence1", "sentence2"),
@@ -122,6 +123,10 @@ def number_examples(table: Table, columns: Columns) -> Examples:
         if not math.isfinite(number):
             raise UserError(
                 f"{table.place(index)}: the label {value!r} is not a number: mend it or use --task classification"
+            )
+        if number == NO_LABEL:
+            raise UserError(
+                f"{table.place(index)}: the label {value!r} means none to Trainer: shift or scale all labels"
             )
         labels.append(number)
     return Examples(texts, pairs, labels)

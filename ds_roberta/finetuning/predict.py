@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,10 +54,13 @@ def predict(config: PredictConfig) -> None:
         raise UserError(f"--output {str(config.output)!r} is a folder or lies in none: give a file in a folder")
     finetuned = open_finetuned(config.model, config.max_seq_length)
     answers = make_answers(finetuned, config)
-    for answer in answers:
-        print("\n".join(answer.lines))
     if config.output is not None:
         write_rows(config.output, answers)
+    try:
+        for answer in answers:
+            print("\n".join(answer.lines), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
 
 
 def make_answers(finetuned: FinetunedModel, config: PredictConfig) -> list[Answer]:

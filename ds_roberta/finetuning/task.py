@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+NO_LABEL = -100  # which Trainer does not count and torch's cross entropy leaves out
 Features = list[dict[str, Any]]  # `input_ids`, `attention_mask` and `labels` of each sequence
 Loss = Callable[[Any, torch.Tensor, Any], torch.Tensor]
 Measure = Callable[[Any], dict[str, Any]]

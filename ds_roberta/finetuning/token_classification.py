@@ -11,11 +11,11 @@ import transformers
 from torch.nn import functional
 
 from ds_roberta.distributed import logger
-from ds_roberta.finetuning.entities import NO_LABEL, entity_metrics, make_word_windows, token_labels, word_logits
+from ds_roberta.finetuning.entities import entity_metrics, make_word_windows, token_labels, word_logits
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.sentences import Sentence, read_conll, table_sentences, tag_names
 from ds_roberta.finetuning.tables import read_splits, read_table
-from ds_roberta.finetuning.task import Encoded, Task
+from ds_roberta.finetuning.task import NO_LABEL, Encoded, Task
 
 TABLES = (".jsonl", ".parquet")
 COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")

@@ -98,6 +98,7 @@ def new_model(problem: Problem) -> transformers.PreTrainedModel:
     """The folder's encoder, with a new head unless the folder holds one of the same shape."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # that the head is new is no news
+    transformers.logging.disable_progress_bar()
     try:
         return problem.task.model.from_pretrained(
             problem.folder, dtype=torch.float32, ignore_mismatched_sizes=True, **problem.task.head
