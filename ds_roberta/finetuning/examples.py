@@ -79,7 +79,7 @@ def label_values(table: Table, columns: Columns) -> list[Any]:
 
 
 def label_names(train: Table, columns: Columns) -> list[str]:
-    """The classes of the training rows: in the order of numbers where all are whole numbers, else of the alphabet.
+    """The classes of the training rows: in the order of numbers where all are, else of the alphabet.
 
     Raises:
         UserError: there are fewer than two.
@@ -88,7 +88,7 @@ def label_names(train: Table, columns: Columns) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{train.name} has only the label {min(names)!r}: classification needs two at least")
     try:
-        return sorted(names, key=int)
+        return sorted(names, key=float)
     except ValueError:
         return sorted(names)
 
