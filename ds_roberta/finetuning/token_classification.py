@@ -36,9 +36,8 @@ def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
     for split, sentences in splits.items():
         unseen = {tag for sentence in sentences for tag in sentence.tags} - set(names)
         if unseen:
-            logger.warning(
-                f"{split} has tags that no training sentence has, which are never predicted: {sorted(unseen)}"
-            )
+            tags = ", ".join(sorted(unseen))
+            logger.warning(f"{split} has tags that no training sentence has: {tags}; the model will miss them")
     head = {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
