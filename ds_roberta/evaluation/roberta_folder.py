@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,11 @@ def read_model(folder: Path, dtype: torch.dtype) -> transformers.RobertaForMaske
         model, report = transformers.RobertaForMaskedLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the pickled weights in {str(folder)!r} are damaged or hold more than tensors, which could run code: "
+            "give model.safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the weights in {str(folder)!r} cannot be read ({error}): export or copy them again"

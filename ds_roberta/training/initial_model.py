@@ -73,9 +73,12 @@ class InitialModel:
             )
         if not (folder / TRAIN_STATE_NAME).is_file():
             return cls._open_transformers(folder)
-        identity = checkpoint.read_state(folder).identity
-        length = identity["packing"]["max_seq_length"]
-        return cls(folder, ModelConfig(**identity["model"]), length, folder / checkpoint.TOKENIZER_FOLDER, True)
+        try:
+            identity = checkpoint.read_state(folder).identity
+            config, length = ModelConfig(**identity["model"]), identity["packing"]["max_seq_length"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint {str(folder)!r} is damaged ({error!r}): give another") from error
+        return cls(folder, config, length, folder / checkpoint.TOKENIZER_FOLDER, True)
 
     @classmethod
     def _open_transformers(cls, folder: Path) -> InitialModel:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it needs transformers, which a run that begins with nothing
     from ds_roberta.training.initial_model import InitialModel
 
 CONTINUED_WARMUP_SHARE = 0.06
-"""Of the steps, where a run goes on with a model: domain-adaptive pretraining's (Gururangan et al. 2020, appendix B)."""
+"""Of the steps, where a run goes on with a model: as in domain-adaptive pretraining (Gururangan et al. 2020)."""
 
 
 @dataclass(frozen=True)
