@@ -56,12 +56,10 @@ def copied(tmp_path, hub_folder):
 
 @pytest.fixture(scope="module")
 def other_tokenizer(tmp_path_factory):
-    """Of 320 ids, trained on other made-up words: some tokens are shared."""
+    """Of 320 ids, trained on real words: it shares some tokens with the made-up ones."""
     folder = tmp_path_factory.mktemp("other") / "tokenizer"
     folder.mkdir()
-    train_tokenizer(
-        iter([["toka mire kapa shenli voka tomi suldu renpa " * 9, "dusul livor kashen mi to ka " * 9]]), 320, folder
-    )
+    train_tokenizer(iter([[InitialModel.initialize.__doc__ + InitialModel.resized.__doc__ + __doc__] * 3]), 320, folder)
     return folder
 
 
@@ -160,7 +158,7 @@ def test_pickled_weights_are_read_where_they_are_tensors_alone(copied, corpus, h
 def test_a_head_that_the_folder_lacks_begins_anew(hub_folder, corpus):
     model, _, told = begin(hub_folder, corpus, packing="segment-pair")
     assert told[1:] == ["next_sentence_head begin anew"]
-    assert model.next_sentence_head.pooler.weight.std() == pytest.approx(0.02, rel=0.1)
+    assert model.next_sentence_head.pooler.weight.detach().std() == pytest.approx(0.02, rel=0.1)
     expected, *_ = begin(hub_folder, corpus)
     assert torch.equal(model.lm_head.dense.weight, expected.lm_head.dense.weight)
 
@@ -177,7 +175,7 @@ def test_another_vocabulary_is_mapped_by_the_tokens_texts(
     old, new = read_tokenizer(tokenizer_folder), read_tokenizer(other_tokenizer)
     before, now = old.get_vocab(), new.get_vocab()
     shared = before.keys() & now.keys()
-    assert 260 < len(shared) < 320
+    assert 261 < len(shared) < 320
     assert f"embeddings of {len(shared)} tokens are copied, of {320 - len(shared)} the mean" in told[1]
     expected, *_ = begin(hub_folder, corpus)
     was, rows = (m.roberta.embeddings.word_embeddings.weight for m in (expected, model))
