@@ -27,9 +27,9 @@ def test_documented_commands_are_accepted(command, monkeypatch, capsys):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "preprocess":
-        from preprocessing.cli import _parser
+        from preprocessing.cli import parser
 
-        _parser().parse_args(words[1:])
+        parser().parse_args(words[1:])
     elif any(word.startswith("launch/") for word in words):
         script = next(word for word in words if word.startswith("launch/"))
         arguments = words[words.index(script) + 1 :]
