@@ -187,7 +187,7 @@ def test_what_cannot_be_asked_is_refused(ask, task, asked, message):
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(ask, tmp_path):
-    with pytest.raises(UserError, match="--output .* give a file in a folder"):
+    with pytest.raises(UserError, match=r"--output .* give a file in a folder"):
         ask("classification", text="x", output=tmp_path / "absent" / "x.jsonl")
 
 
@@ -199,7 +199,7 @@ def test_damaged_folders_are_refused(ask, folders, tmp_path):
         ask(broken, text="x")
     shutil.copytree(folders / "regression", broken, dirs_exist_ok=True)
     (broken / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="the weights in .* cannot be read"):
+    with pytest.raises(UserError, match=r"the weights in .* cannot be read"):
         ask(broken, text="x")
     model = transformers.RobertaForSequenceClassification.from_pretrained(folders / "regression")
     torch.nn.init.constant_(model.classifier.out_proj.bias, float("nan"))
