@@ -27,7 +27,12 @@ DEFAULT_OUTPUT_ROOT = Path("runs")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder's architecture, named as in transformers' `RobertaConfig`."""
+    """The encoder's architecture, named as in transformers' `RobertaConfig`.
+
+    Attributes:
+        max_position_embeddings: rows of the table; positions begin behind the padding's, at `pad_token_id + 1`.
+        intermediate_size: width of the MLP; 0 becomes four times the hidden size, as in every size of the paper.
+    """
 
     vocab_size: int
     num_hidden_layers: int
@@ -42,13 +47,16 @@ class ModelConfig:
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     type_vocab_size: int = 1
+    intermediate_size: int = 0
 
     @property
-    def intermediate_size(self) -> int:
-        """Width of the MLP: four times the hidden size in every size of BERT and RoBERTa."""
-        return 4 * self.hidden_size
+    def max_length(self) -> int:
+        """The most tokens that a sequence may have."""
+        return self.max_position_embeddings - self.pad_token_id - 1
 
     def __post_init__(self) -> None:
+        if not self.intermediate_size:
+            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -292,6 +300,7 @@ class RunConfig:
     data_dir: Path
     output_dir: Path
     model_name: str
+    """The preset's name, or that of the folder that the run begins with."""
     model: ModelConfig
     packing: PackingConfig
     schedule: ScheduleConfig
@@ -306,6 +315,8 @@ class RunConfig:
     resume: str = "auto"
     save_deepspeed_checkpoint: bool = False
     torch_compile: str = "auto"
+    init_from: Path | None = None
+    """The model that a fresh run begins with, instead of random weights."""
 
     def __post_init__(self) -> None:
         require_positive("--eval_sequences", self.eval_sequences)
@@ -320,8 +331,7 @@ class RunConfig:
 
     def as_json(self) -> dict[str, Any]:
         tree = asdict(self)
-        tree["data_dir"], tree["output_dir"] = str(self.data_dir), str(self.output_dir)
-        return tree
+        return {name: str(value) if isinstance(value, Path) else value for name, value in tree.items()}
 
 
 def require_positive(name: str, value: object) -> None:

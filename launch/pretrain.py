@@ -41,6 +41,17 @@ def parse_arguments(words: Sequence[str] | None = None) -> PretrainOptions:
     add("data_dir", Path, "folder made by 'preprocess shard'", default=DEFAULT_DATA_DIR)
     add("output_dir", Path, "the run's folder (default: runs/MODEL)")
     add("model", str, "size (default: base with a GPU, tiny without)", choices=list(PRESETS))
+    add("init_from", Path, "begin with this model instead: a transformers folder or one of our checkpoints")
+    parser.add_argument(
+        "--extend_positions",
+        action="store_true",
+        help="sequences longer than those of --init_from: the learned positions are repeated",
+    )
+    parser.add_argument(
+        "--remap_token_embeddings",
+        action="store_true",
+        help="data of another tokenizer than that of --init_from: embeddings are copied by the tokens' texts",
+    )
     add("max_seq_length", int, "tokens a sequence (default: the model's: 512, tiny 128)")
     add("max_seq_length_schedule", str, "STEP:LENGTH pairs, the last of --max_seq_length, such as 0:128,9000:512")
     add("packing", str, "how documents become sequences", choices=PACKING_FORMATS)
@@ -80,8 +91,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> PretrainOptions:
     add("train_batch_size", int, "overrides the JSON's")
     add("train_batch_size_schedule", str, "STEP:SIZE pairs, the last of the batch size, such as 0:1024,5000:8192")
     add("learning_rate", float, "overrides the JSON's peak")
-    add("hidden_dropout_prob", float, "dropout of hidden states")
-    add("attention_probs_dropout_prob", float, "dropout of attention weights")
+    add("hidden_dropout_prob", float, "dropout of hidden states (default: 0.1, or as the model of --init_from had)")
+    add("attention_probs_dropout_prob", float, "dropout of attention weights (default: the same)")
     add("rendezvous_timeout", float, "seconds for which processes wait for each other at the start")
     add("torch_compile", str, "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", choices=TORCH_COMPILE)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

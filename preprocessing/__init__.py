@@ -7,8 +7,8 @@ documents; `readers` and `tables` turn a unit, by `streams` of bytes, into docum
 rejects them and `accounts` says what became of each; `sentences` divides their text; `tokenizer` trains
 and copies byte-level BPE, `encoders` apply it, `units` makes a unit's shards in the format of
 `ds_roberta.data.shards`, `sharding` the manifest of all, `dedup` finds what occurs again. `job` keeps the finished
-steps of a plan on disk under a `lease`, `workers` runs the steps on processes or MPI ranks, `cli` is the `preprocess`
-command.
+steps of a plan on disk under a `lease`, `workers` runs the steps on processes or MPI ranks. `commands` are the two ways
+through all this as functions, `cli` is the `preprocess` command.
 
 Of prepared data, `verify` finds damage, `stats` counts, `show` prints documents, `trace` names the documents in a
 step's batch (the last two by `lookup`), and `megatron` exports and imports.

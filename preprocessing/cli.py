@@ -5,31 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
-from ds_roberta.errors import ArgumentParser, UserError, run_command
-from ds_roberta.files import replaced_folder
+from ds_roberta.errors import ArgumentParser, run_command
 from preprocessing import megatron, show, stats, trace, verify
-from preprocessing.accept import accepted_documents, load_filter
-from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, summary_lines
+from preprocessing.accounts import MAX_BAD_FRACTION
+from preprocessing.commands import ROBERTA_VOCAB_SIZE, shard, train_tokenizer
 from preprocessing.dedup import DEDUP_KINDS
 from preprocessing.encoders import AUTO, BACKENDS
 from preprocessing.formats import READABLE
-from preprocessing.inputs import Inputs, find_inputs
 from preprocessing.job import Task
 from preprocessing.pieces import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMALIZATIONS, ReadOptions
-from preprocessing.plan import Unit, plan_units
-from preprocessing.progress import byte_bar
-from preprocessing.sentences import SENTENCE_KINDS, sentences, tokenizer_lines
-from preprocessing.sharding import Totals, run_job
-from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_tokenizer
+from preprocessing.sentences import SENTENCE_KINDS
 from preprocessing.units import ShardOptions
-from preprocessing.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
 
 _PIPE_CLOSED_EXIT_CODE = 141
 """What a shell reports of a command that SIGPIPE ended."""
@@ -55,116 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
-    if arguments.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab_size {arguments.vocab_size} is too small: 256 bytes and 5 special tokens need "
-            f"at least {MIN_VOCAB_SIZE}"
-        )
-    options = _read_options(arguments)
-    units = plan_units(_find_inputs(arguments).files, options)
-    account = Account()
-    with replaced_folder(arguments.output, is_tokenizer_folder, "a tokenizer folder") as folder:
-        documents = _documents(units, options, BadDocuments(arguments.max_bad_fraction), account)
-        size = train_tokenizer(documents, arguments.vocab_size, folder)
-    if size < arguments.vocab_size:
-        print(
-            f"note: this text has pairs for {size} ids only, --vocab_size {arguments.vocab_size} was asked: "
-            "give more text for more"
-        )
-    print(f"tokenizer with {size} ids, trained on {account.counts[KEPT]} documents: {arguments.output}")
-
-
-def _documents(units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, total: Account) -> Iterator[list[str]]:
-    with byte_bar(sum(unit.bytes for unit in units), "reading") as bar:
-        for piece in (piece for unit in units for piece in unit.pieces):
-            account = Account()
-            for document in accepted_documents(piece, options, account):
-                yield tokenizer_lines(sentences(document.text, options.sentences))
-            bad.add({piece.path: account})
-            total.add(account)
-            bar.update(piece.bytes)
-    bad.check()
-    if not total.counts[KEPT]:
-        raise UserError("the corpus is empty: no document with text in it; give files with text as --input")
-    print("learning merges …", flush=True)
+    train_tokenizer(
+        arguments.input,
+        arguments.output,
+        arguments.vocab_size,
+        _read_options(arguments),
+        arguments.max_bad_fraction,
+    )
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    began = time.monotonic()
     options = ShardOptions(
         _read_options(arguments),
         arguments.validation_fraction,
         max_bad_fraction=arguments.max_bad_fraction,
         dedup=arguments.dedup,
     )
-    task = arguments.task or slurm_task()
-    if task is not None:
-        print(f"task {task[0] + 1} of {task[1]} (from {'--task' if arguments.task else 'the SLURM array'})")
-    with _workers(arguments) as workers:
-        if workers is None:  # a rank that served another
-            return
-        inputs = _find_inputs(arguments)
-        result = run_job(
-            inputs.files,
-            arguments.tokenizer,
-            arguments.output,
-            options,
-            workers,
-            inputs.sources,
-            arguments.tokenizer_backend,
-            task,
-        )
-    if result is None:
-        return
-    manifest, totals = result
-    _summarise(manifest, totals, time.monotonic() - began)
-    print(f"prepared data: {arguments.output}")
-    documents = sum(map(manifest.documents, SPLITS))
-    if options.validation_fraction and not manifest.documents(VALIDATION_SPLIT):
-        print(
-            f"warning: none of {documents} documents fell into validation at --validation_fraction "
-            f"{options.validation_fraction}: raise it or give more documents, else nothing can be evaluated",
-            file=sys.stderr,
-        )
-
-
-def _workers(arguments: argparse.Namespace) -> AbstractContextManager[Workers | None]:
-    if not is_mpi():
-        return local_workers(arguments.workers or _cores())
-    if arguments.workers is not None:
-        raise UserError(
-            f"--workers {arguments.workers} is for one machine: under mpirun -n gives the number, leave it out"
-        )
-    return mpi_workers()
-
-
-def _summarise(manifest: Manifest, totals: Totals, seconds: float) -> None:
-    for line in summary_lines(manifest.inputs):
-        print(line)
-    for split in SPLITS:
-        shards = len(manifest.splits[split])
-        print(f"{split:<11} {manifest.documents(split)} documents, {manifest.tokens(split)} tokens, {shards} shards")
-    tokens = sum(map(manifest.tokens, SPLITS))
-    size = totals.text_bytes
-    print(f"text        {size / 1e6:.2f} MB, {size / tokens:.2f} bytes/token, {seconds:.1f} s")
-    print(f"special     {totals.special_documents} documents with special-token letters, kept as text")
-
-
-def _find_inputs(arguments: argparse.Namespace) -> Inputs:
-    inputs = find_inputs(arguments.input)
-    for note in inputs.notes():
-        print(note)
-    return inputs
+    shard(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.output,
+        options,
+        arguments.workers,
+        arguments.tokenizer_backend,
+        arguments.task,
+    )
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:
-    if arguments.min_characters > arguments.max_characters:
-        raise UserError(
-            f"--min_characters {arguments.min_characters} is above --max_characters {arguments.max_characters}: "
-            "nothing would be kept; lower the one or raise the other"
-        )
-    if arguments.filter is not None:
-        load_filter(arguments.filter)
     return ReadOptions(**{field.name: getattr(arguments, field.name) for field in fields(ReadOptions)})
 
 
@@ -175,36 +83,38 @@ def parser() -> argparse.ArgumentParser:
     _add_reading_arguments(reading)
 
     train = commands.add_parser("train-tokenizer", parents=[reading], help="train a byte-level BPE of RoBERTa's kind")
-    train.add_argument("--vocab_size", type=_positive, default=50265, help="number of ids (default: RoBERTa's 50265)")
+    train.add_argument(
+        "--vocab_size", type=_positive, default=ROBERTA_VOCAB_SIZE, help="ids (default: RoBERTa's %(default)s)"
+    )
     train.add_argument("--output", type=Path, required=True, metavar="DIR")
     train.set_defaults(run=_train_tokenizer)
 
-    shard = commands.add_parser("shard", parents=[reading], help="tokenize text into memory-mapped shards")
-    shard.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="a RoBERTa tokenizer's folder")
-    shard.add_argument("--output", type=Path, required=True, metavar="DIR")
-    shard.add_argument("--workers", type=_positive, metavar="N", help="worker processes (default: all cores)")
-    shard.add_argument(
+    sharding = commands.add_parser("shard", parents=[reading], help="tokenize text into memory-mapped shards")
+    sharding.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="a RoBERTa tokenizer's folder")
+    sharding.add_argument("--output", type=Path, required=True, metavar="DIR")
+    sharding.add_argument("--workers", type=_positive, metavar="N", help="worker processes (default: all cores)")
+    sharding.add_argument(
         "--task",
         type=_task,
         metavar="I/N",
         help="do the I-th of N shares of the work; the last to finish writes the output (default: the SLURM array's)",
     )
-    shard.add_argument(
+    sharding.add_argument(
         "--dedup",
         choices=DEDUP_KINDS,
         default="none",
         help="drop documents that occur again: exact copies, or near ones (MinHash) too (default: none)",
     )
-    shard.add_argument(
+    sharding.add_argument(
         "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
     )
-    shard.add_argument(
+    sharding.add_argument(
         "--tokenizer_backend",
         choices=BACKENDS,
         default=AUTO,
         help="what makes the ids, which are the same: gigatoken is faster, auto takes it where it is installed",
     )
-    shard.set_defaults(run=_shard)
+    sharding.set_defaults(run=_shard)
     for module in (verify, stats, show, trace, megatron):
         module.add_commands(commands)
     return parser
@@ -289,10 +199,6 @@ def _fraction(value: str) -> float:
     if not 0 <= fraction < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is not a fraction: give a number from 0 to below 1, such as 0.01")
     return fraction
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

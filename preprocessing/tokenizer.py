@@ -86,7 +86,7 @@ def is_tokenizer_folder(folder: Path) -> bool:
     return "tokenizer.json" in names and names <= set(TOKENIZER_FILES)
 
 
-def train_tokenizer(documents: Iterable[list[str]], vocab_size: int, folder: Path) -> int:
+def train_bpe(documents: Iterable[list[str]], vocab_size: int, folder: Path) -> int:
     """Train a byte-level BPE on the lines of documents and save it in `folder`.
 
     Special tokens are not looked for in the text: their letters are split as any others, so no merge can make one.

@@ -12,7 +12,7 @@ import torch
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
 from ds_roberta.errors import UserError
-from preprocessing.tokenizer import train_tokenizer
+from preprocessing.tokenizer import train_bpe
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # on busy cores, threads of small operations wait for each other
@@ -27,7 +27,7 @@ def tokenizer_folder(tmp_path_factory):
     words = ["".join(rng.choice(syllables, size=rng.integers(1, 4))) for _ in range(300)]
     lines = [[" ".join(rng.choice(words, size=12)) + "." for _ in range(20)] for _ in range(20)]
     folder = tmp_path_factory.mktemp("tokenizer")
-    assert train_tokenizer(iter(lines), VOCABULARY, folder) == VOCABULARY
+    assert train_bpe(iter(lines), VOCABULARY, folder) == VOCABULARY
     return folder
 
 

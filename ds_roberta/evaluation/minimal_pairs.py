@@ -43,7 +43,7 @@ class Accuracy:
 
 def evaluate_minimal_pairs(
     model: Path, data: Sequence[Path], metric: str = "original", precision: str = "fp32", json_path: Path | None = None
-) -> None:
+) -> Report:
     """Score all pairs, print the accuracy of each phenomenon and field, and write the same as JSON.
 
     Args:
@@ -62,6 +62,7 @@ def evaluate_minimal_pairs(
     print(_table(report))
     settings = {"model": str(model), "data": [str(path) for path in data], "metric": metric, "precision": precision}
     write_report(json_path, {**settings, **_as_json(report)})
+    return report
 
 
 @dataclass(frozen=True)

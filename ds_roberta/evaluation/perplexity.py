@@ -53,7 +53,7 @@ def evaluate_perplexity(
     sequences: int = RunConfig.eval_sequences,
     precision: str = "fp32",
     json_path: Path | None = None,
-) -> None:
+) -> Perplexity:
     """Print a model's held-out loss and perplexity on a data folder; write them, with the loss by position, as JSON.
 
     With the run's length, packing, masking and number of sequences they are what the run logged.
@@ -90,6 +90,7 @@ def evaluate_perplexity(
         "precision": precision,
     }
     write_report(json_path, {**settings, **asdict(result)})
+    return result
 
 
 def held_out_perplexity(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:
         UserError: it is no such folder, not of RoBERTa's architecture, without masked-LM head, tokenizer or `<mask>`,
             or its parts do not fit together.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"the model folder {str(folder)!r} has no tokenizer.json: put the tokenizer that it was trained with there "
@@ -97,14 +98,14 @@ def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:
             f"the tokenizer in {str(folder)!r} ({special.vocab_size} ids, <pad> is {special.pad_token_id}) is not the "
             f"model's ({vocab_size} ids, <pad> is {pad_token_id}): put the tokenizer that it was trained with there"
         )
-    model = _read_model(folder, PRECISIONS[precision])
+    model = read_model(folder, PRECISIONS[precision])
     max_positions = model.config.max_position_embeddings - special.pad_token_id - 1
     return RobertaFolder(
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
         read_tokenizer(folder),
         special,
         max_positions,
-        min(max_positions, _tokenizer_length(folder) or max_positions),
+        min(max_positions, tokenizer_length(folder) or max_positions),
     )
 
 
@@ -125,7 +126,12 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a RoBERTa's folder.
+
+    Raises:
+        UserError: there is none, or it is of another architecture.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
@@ -135,18 +141,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = _read_json(path)
     if config.get("model_type") != "roberta":
         raise UserError(
-            f"the model in {str(folder)!r} is of the type {config.get('model_type')!r}: only 'roberta' can be evaluated"
+            f"the model in {str(folder)!r} is of the type {config.get('model_type')!r}: only 'roberta' is known here"
         )
     return config
 
 
-def _read_model(folder: Path, dtype: torch.dtype) -> transformers.RobertaForMaskedLM:
+def read_model(folder: Path, dtype: torch.dtype) -> transformers.RobertaForMaskedLM:
+    """The model of a folder, on the CPU; of pickled weights nothing but tensors is read.
+
+    Raises:
+        UserError: there are no weights, they are damaged, or the masked-LM head is missing.
+    """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         model, report = transformers.RobertaForMaskedLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the pickled weights in {str(folder)!r} are damaged or hold more than tensors, which could run code: "
+            "give model.safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the weights in {str(folder)!r} cannot be read ({error}): export or copy them again"
@@ -159,7 +175,8 @@ def _read_model(folder: Path, dtype: torch.dtype) -> transformers.RobertaForMask
     return model
 
 
-def _tokenizer_length(folder: Path) -> int | None:
+def tokenizer_length(folder: Path) -> int | None:
+    """What a folder's tokenizer truncates to, `<s>` and `</s>` included, where it says so."""
     path = folder / "tokenizer_config.json"
     return _read_json(path).get("model_max_length") if path.is_file() else None
 

@@ -15,7 +15,7 @@ from ds_roberta.errors import UserError, unknown_key_message
 
 _COUNTED = "the sequences of a step are found by counting batches: some would be repeated or left out"
 _FIXED = {
-    "model": "the weights are of that architecture",
+    "model": "the weights are of that architecture; --init_from can begin another run with them",
     "next_sentence_prediction": "the weights have a head for it, or have none",
     "train_batch_size": _COUNTED,
     "train_batch_size_schedule": _COUNTED,

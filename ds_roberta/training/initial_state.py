@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ds_roberta.config import RunConfig
+from ds_roberta.config import ModelConfig, RunConfig
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import schedule_text
 from ds_roberta.deepspeed_config import DeepSpeedConfig
@@ -15,6 +16,9 @@ from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.identity import check_identity
 
+if TYPE_CHECKING:
+    from ds_roberta.training.initial_model import InitialModel
+
 
 def initial_state(
     config: RunConfig,
@@ -22,6 +26,7 @@ def initial_state(
     deepspeed_config: DeepSpeedConfig,
     precision: str,
     allow_change: str | None,
+    initial_model: InitialModel | None,
     ranks: Ranks,
 ) -> tuple[TrainState, Path | None, Path | None]:
     """The state to begin with, and the checkpoint that it is of: a portable one, or one of DeepSpeed's, or neither."""
@@ -29,6 +34,7 @@ def initial_state(
         "data": corpus.manifest.fingerprint,
         "tokenizer": corpus.manifest.tokenizer.fingerprint,
         "model": asdict(config.model),
+        "init_from": ranks.on_main(initial_model.fingerprint) if initial_model else None,
         "packing": asdict(config.packing),
         **({"next_sentence_prediction": True} if config.packing.is_paired else {}),
         "source_weights": config.source_weights,
@@ -53,6 +59,7 @@ def initial_state(
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, zero_stage, precision)
     else:
         state = checkpoint.read_state(path)
+    state.identity["model"] = asdict(ModelConfig(**state.identity["model"]))  # what an earlier version did not store
     for change in check_identity(path, state.identity, identity, allowed):
         ranks.log(f"allowed change: {path}: {change}")
     state.identity = identity

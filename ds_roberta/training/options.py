@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_roberta.config import (
     DEFAULT_OUTPUT_ROOT,
@@ -11,6 +12,7 @@ from ds_roberta.config import (
     GuardConfig,
     IntervalConfig,
     MaskingConfig,
+    ModelConfig,
     PackingConfig,
     RunConfig,
     ScheduleConfig,
@@ -19,7 +21,14 @@ from ds_roberta.config import (
 from ds_roberta.data.mixture import parse_source_weights
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import make_stages
+from ds_roberta.errors import UserError
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
+
+if TYPE_CHECKING:  # it needs transformers, which a run that begins with nothing does not
+    from ds_roberta.training.initial_model import InitialModel
+
+CONTINUED_WARMUP_SHARE = 0.06
+"""Of the steps, where a run goes on with a model: as in domain-adaptive pretraining (Gururangan et al. 2020)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,9 @@ class PretrainOptions:
     data_dir: Path
     output_dir: Path | None = None
     model: str | None = None
+    init_from: Path | None = None
+    extend_positions: bool = False
+    remap_token_embeddings: bool = False
     max_seq_length: int | None = None
     packing: str = PackingConfig.format
     source_weights: str | None = None
@@ -60,41 +72,32 @@ class PretrainOptions:
     allow_change: str | None = None
     train_batch_size: int | None = None
     learning_rate: float | None = None
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
+    hidden_dropout_prob: float | None = None
+    attention_probs_dropout_prob: float | None = None
     rendezvous_timeout: float = RENDEZVOUS_TIMEOUT
     torch_compile: str = RunConfig.torch_compile
 
 
-def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, has_gpu: bool) -> RunConfig:
-    """The run's settings, completed from the model's preset and the JSON's batch size.
+def run_config(
+    options: PretrainOptions, corpus: Corpus, train_batch_size: int, has_gpu: bool, initial: InitialModel | None
+) -> RunConfig:
+    """The run's settings, completed from the model's preset, or from the model to go on with, and the batch size.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: a value is out of its range, missing, or of no use.
     """
-    model = options.model or ("base" if has_gpu else "tiny")
-    preset = PRESETS[model]
-    max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
+    start = _of_preset(options, corpus, has_gpu) if initial is None else _of_initial(options, corpus, initial)
+    max_seq_length, max_steps = start.max_seq_length, start.max_steps
     packing = PackingConfig(max_seq_length, options.packing)
-    max_steps = preset.max_steps if options.max_steps is None else options.max_steps
-    warmup_steps = options.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(preset.warmup_steps, max_steps * preset.warmup_steps // preset.max_steps)
-    tokenizer = corpus.manifest.tokenizer
+    warmup_steps = start.warmup_steps if options.warmup_steps is None else options.warmup_steps
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    dropout = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return RunConfig(
         data_dir=options.data_dir,
-        output_dir=options.output_dir or DEFAULT_OUTPUT_ROOT / model,
-        model_name=model,
-        model=model_config(
-            model,
-            tokenizer.vocab_size,
-            max_seq_length,
-            tokenizer.pad_token_id,
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            hidden_dropout_prob=options.hidden_dropout_prob,
-            attention_probs_dropout_prob=options.attention_probs_dropout_prob,
-        ),
+        output_dir=start.output_dir,
+        model_name=start.name,
+        init_from=options.init_from,
+        model=replace(start.model, **dropout),
         packing=packing,
         schedule=ScheduleConfig(
             max_steps,
@@ -125,3 +128,49 @@ def run_config(options: PretrainOptions, corpus: Corpus, train_batch_size: int, 
         save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
         torch_compile=options.torch_compile,
     )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a preset, or a model to go on with, says where the command line may say nothing."""
+
+    name: str
+    model: ModelConfig
+    output_dir: Path
+    max_seq_length: int
+    max_steps: int
+    warmup_steps: int
+
+
+def _of_preset(options: PretrainOptions, corpus: Corpus, has_gpu: bool) -> _Start:
+    for name in ("extend_positions", "remap_token_embeddings"):
+        if getattr(options, name):
+            raise UserError(f"--{name} is for the model of --init_from: give this, or remove it")
+    name = options.model or ("base" if has_gpu else "tiny")
+    preset, tokenizer = PRESETS[name], corpus.manifest.tokenizer
+    max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
+    max_steps = preset.max_steps if options.max_steps is None else options.max_steps
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return _Start(
+        name,
+        model_config(name, tokenizer.vocab_size, max_seq_length, *special),
+        options.output_dir or DEFAULT_OUTPUT_ROOT / name,
+        max_seq_length,
+        max_steps,
+        min(preset.warmup_steps, max_steps * preset.warmup_steps // preset.max_steps),
+    )
+
+
+def _of_initial(options: PretrainOptions, corpus: Corpus, initial: InitialModel) -> _Start:
+    if options.model is not None:
+        raise UserError(f"--model {options.model} does nothing with --init_from, whose model it is: remove one of them")
+    if options.output_dir is None or options.max_steps is None:
+        raise UserError(
+            "--init_from has no run's recipe: give --output_dir and --max_steps (12500 of 2,048 sequences in "
+            "domain-adaptive pretraining, Gururangan et al. 2020)"
+        )
+    max_seq_length = initial.learned_positions if options.max_seq_length is None else options.max_seq_length
+    model = initial.resized(corpus, max_seq_length, options.extend_positions, options.remap_token_embeddings)
+    warmup_steps = int(CONTINUED_WARMUP_SHARE * options.max_steps)
+    name = initial.folder.resolve().name
+    return _Start(name, model, options.output_dir, max_seq_length, options.max_steps, warmup_steps)

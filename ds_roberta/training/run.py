@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,6 +39,9 @@ from ds_roberta.training.record import run_record
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from ds_roberta.training.initial_model import InitialModel
+
 EXPORT_FOLDER = "hf"
 STOPPED_EXIT_CODE = 85
 """Exit code of a run that was asked to stop and saved: start the same command again to go on."""
@@ -54,14 +58,18 @@ def pretrain(options: PretrainOptions) -> int:
     """
     set_up_logging()
     ranks = init_distributed(options.rendezvous_timeout)
-    deepspeed_config, corpus, config, precision = ranks.together(lambda: _read_inputs(options))
+    deepspeed_config, corpus, config, precision, initial_model = ranks.together(lambda: _read_inputs(options))
     ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
     zero_stage = deepspeed_config.zero_stage
     compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
-    chosen = "" if options.model else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
+    chosen = (
+        ""
+        if options.model or initial_model
+        else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
+    )
     ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {zero_stage}")
     state, checkpoint_path, deepspeed_path = initial_state(
-        config, corpus, deepspeed_config, precision, options.allow_change, ranks
+        config, corpus, deepspeed_config, precision, options.allow_change, initial_model, ranks
     )
     ranks.on_main(lambda: _make_output_dir(config.output_dir, state.best_step))
     train_data, held_out_data = _open_data(corpus, config, ranks)
@@ -73,6 +81,9 @@ def pretrain(options: PretrainOptions) -> int:
 
     torch.manual_seed(config.seed)
     model = make_model(config.model, config.packing.is_paired)
+    if initial_model is not None and checkpoint_path is None and deepspeed_path is None:
+        for line in ranks.together(lambda: initial_model.initialize(model, config, corpus)):
+            ranks.log(line)
     engine = Engine(model, deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
     plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
     for stage, plan in zip(config.stages, plans, strict=True):
@@ -134,14 +145,21 @@ def pretrain(options: PretrainOptions) -> int:
     return 0
 
 
-def _read_inputs(options: PretrainOptions) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str]:
-    """The JSON, the data, the run's settings and its precision, as this host has them."""
+def _read_inputs(
+    options: PretrainOptions,
+) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
+    """The JSON, the data, the run's settings, its precision and the model to go on with, as this host has them."""
     deepspeed_config = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)
     corpus = Corpus.open(options.data_dir)
-    config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu())
+    initial_model = None
+    if options.init_from is not None:
+        from ds_roberta.training.initial_model import InitialModel  # other runs need no transformers until their end
+
+        initial_model = InitialModel.open(options.init_from)
+    config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu(), initial_model)
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
-    return deepspeed_config, corpus, config, choose_precision(deepspeed_config)
+    return deepspeed_config, corpus, config, choose_precision(deepspeed_config), initial_model
 
 
 def _make_output_dir(output_dir: Path, best_step: int | None) -> None:

@@ -6,7 +6,7 @@ import shlex
 import sys
 
 import pytest
-from commands import REPOSITORY
+from commands import REPOSITORY, run
 
 QUICKSTART = runpy.run_path(str(REPOSITORY / "examples/quickstart.py"))["COMMANDS"]
 
@@ -27,9 +27,9 @@ def test_documented_commands_are_accepted(command, monkeypatch, capsys):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "preprocess":
-        from preprocessing.cli import _parser
+        from preprocessing.cli import parser
 
-        _parser().parse_args(words[1:])
+        parser().parse_args(words[1:])
     elif any(word.startswith("launch/") for word in words):
         script = next(word for word in words if word.startswith("launch/"))
         arguments = words[words.index(script) + 1 :]
@@ -44,3 +44,10 @@ def test_the_readme_shows_the_stages_commands():
     text = re.sub(r"\s*\\\n\s*", " ", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
     for command in QUICKSTART:
         assert command.split()[0] in text
+
+
+def test_the_examples_from_python_run_as_they_stand(tmp_path):
+    for folder in ("ds_configs", "examples"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
+    run("env", "DS_ACCELERATOR=cpu", sys.executable, "-m", "doctest", REPOSITORY / "docs/python.md", cwd=tmp_path)
+    assert (tmp_path / "notebook/run/hf").is_dir()

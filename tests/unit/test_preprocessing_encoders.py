@@ -23,7 +23,7 @@ from preprocessing.encoders import (
     make_encoder,
 )
 from preprocessing.sharding import shard_corpus
-from preprocessing.tokenizer import train_tokenizer
+from preprocessing.tokenizer import train_bpe
 from preprocessing.units import ShardOptions
 
 SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"
@@ -40,7 +40,7 @@ OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    assert train_tokenizer(iter(TEXT), 300, folder) == 300
+    assert train_bpe(iter(TEXT), 300, folder) == 300
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert "ĠĠ" in vocabulary  # so that the ids tell where a run of spaces was cut
     return folder

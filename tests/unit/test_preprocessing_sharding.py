@@ -13,7 +13,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
 from preprocessing.pieces import ReadOptions
 from preprocessing.sharding import shard_corpus
-from preprocessing.tokenizer import train_tokenizer
+from preprocessing.tokenizer import train_bpe
 from preprocessing.units import ShardOptions, split_of
 
 DOCUMENTS = [
@@ -25,7 +25,7 @@ OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(iter([[document] for document in DOCUMENTS]), 300, folder)
+    train_bpe(iter([[document] for document in DOCUMENTS]), 300, folder)
     return folder
 
 

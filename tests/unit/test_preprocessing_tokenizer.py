@@ -7,7 +7,7 @@ import pytest
 from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
 from preprocessing.encoders import HUGGINGFACE, make_encoder
-from preprocessing.tokenizer import copy_tokenizer, is_tokenizer_folder, train_tokenizer
+from preprocessing.tokenizer import copy_tokenizer, is_tokenizer_folder, train_bpe
 
 SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"
 TEXT = [["Hello world, hello there.", " The world is round."], [SPECIAL_LETTERS] * 5, ["Grüße, 世界 🙂"]] * 20
@@ -16,7 +16,7 @@ TEXT = [["Hello world, hello there.", " The world is round."], [SPECIAL_LETTERS]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    assert train_tokenizer(iter(TEXT), 300, folder) == 300
+    assert train_bpe(iter(TEXT), 300, folder) == 300
     return folder
 
 
@@ -61,13 +61,13 @@ def test_transformers_opens_it_as_a_roberta_tokenizer(folder, encoder):
 
 
 def test_the_same_text_gives_the_same_bytes(folder, tmp_path):
-    train_tokenizer(iter(TEXT), 300, tmp_path)
+    train_bpe(iter(TEXT), 300, tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_small_text_gives_fewer_ids(tmp_path):
-    size = train_tokenizer(iter([["abab"]]), 1000, tmp_path)
+    size = train_bpe(iter([["abab"]]), 1000, tmp_path)
     info = TokenizerInfo.read(tmp_path)
     assert size == info.vocab_size == 262
     assert info.mask_token_id == 261

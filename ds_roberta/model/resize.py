@@ -1,0 +1,72 @@
+"""A trained model's embeddings, made to fit longer sequences or another vocabulary.
+
+Shapes: P rows of positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+POSITION_EMBEDDINGS = "roberta.embeddings.position_embeddings.weight"
+VOCABULARY_PARAMETERS = ("roberta.embeddings.word_embeddings.weight", "lm_head.bias")
+"""The parameters that have a row for each token."""
+
+
+def position_rows(
+    weight_PD: torch.Tensor, pad_token_id: int, learned: int, new_pad_token_id: int, length: int
+) -> torch.Tensor:
+    """Position embeddings for sequences of `length` tokens: the learned ones, over and over.
+
+    Position *p* gets what position *p* mod `learned` has, as Longformer's were (Beltagy et al. 2020, arXiv:2004.05150,
+    section 5): attention is mostly local, which the copies keep everywhere but at their borders.
+
+    Args:
+        weight_PD: position *p* in row `pad_token_id + 1 + p`, as RoBERTa counts; the rows before are the padding's.
+        learned: how many positions were trained.
+        new_pad_token_id: the padding's id in the vocabulary to come.
+
+    Returns:
+        (new_pad_token_id + 1 + length, D).
+    """
+    first = pad_token_id + 1
+    positions = torch.arange(length) % learned + first
+    before = torch.arange(new_pad_token_id + 1).clamp(max=pad_token_id)
+    before[-1] = pad_token_id
+    return weight_PD[torch.cat([before, positions])]
+
+
+def token_sources(
+    vocabulary: Mapping[str, int],
+    new_vocabulary: Mapping[str, int],
+    new_size: int,
+    pieces: Callable[[str], Sequence[int]],
+) -> tuple[list[list[int]], int]:
+    """The old tokens that each id of a new vocabulary begins with, by the tokens' texts.
+
+    A token of both vocabularies begins with itself. Another begins with the pieces that the old tokenizer cuts its text
+    into (Gee et al. 2022, Fast Vocabulary Transfer, section 3), or where there are none, with the whole vocabulary.
+
+    Args:
+        pieces: the old tokenizer's ids of a text in its own alphabet.
+
+    Returns:
+        Old ids by new id, `new_size` lists, and how many tokens both have.
+    """
+    everything = sorted(vocabulary.values())
+    sources = [everything] * new_size
+    shared = 0
+    for token, new_id in new_vocabulary.items():
+        old_id = vocabulary.get(token)
+        shared += old_id is not None
+        sources[new_id] = list(pieces(token)) or everything if old_id is None else [old_id]
+    return sources, shared
+
+
+def token_rows(rows: torch.Tensor, sources: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The mean of each list of rows: (V, D) or (V,) float32 to as many rows as there are lists."""
+    flat = torch.tensor([old_id for ids in sources for old_id in ids])
+    offsets = torch.tensor([0, *(len(ids) for ids in sources[:-1])]).cumsum(0)
+    return F.embedding_bag(flat, rows.reshape(len(rows), -1), offsets, mode="mean").reshape(-1, *rows.shape[1:])

@@ -1,0 +1,257 @@
+"""The model that a run begins with where it goes on with one: a transformers folder, or a checkpoint of ours.
+
+Its architecture becomes the run's; its weights are resized for longer sequences or another tokenizer where asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import safetensors
+import torch
+from transformers import RobertaConfig
+
+from ds_roberta.config import ModelConfig, RunConfig
+from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
+from ds_roberta.data.stages import TRAIN_STATE_NAME
+from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.errors import UserError
+from ds_roberta.evaluation.roberta_folder import read_config, read_model, read_tokenizer, tokenizer_length
+from ds_roberta.files import file_checksum, json_fingerprint
+from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.resize import (
+    POSITION_EMBEDDINGS,
+    VOCABULARY_PARAMETERS,
+    position_rows,
+    token_rows,
+    token_sources,
+)
+from ds_roberta.training import checkpoint
+
+_SAFETENSORS, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
+_KNOWN_SETTINGS = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+    "is_decoder": False,
+    "quantization_config": None,
+}
+"""Settings of transformers' `RobertaConfig` of which our encoder knows one value."""
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """A trained model in a folder, its weights not read yet.
+
+    Attributes:
+        config: its architecture.
+        learned_positions: how long the sequences of its training were: of a checkpoint those of its run, of a
+            transformers folder what its tokenizer truncates to, at most what it has positions for.
+        tokenizer_folder: with `tokenizer.json`.
+        is_checkpoint: of this program; else a transformers folder.
+    """
+
+    folder: Path
+    config: ModelConfig
+    learned_positions: int
+    tokenizer_folder: Path
+    is_checkpoint: bool
+
+    @classmethod
+    def open(cls, folder: Path) -> InitialModel:
+        """Read what a folder says of its model.
+
+        Raises:
+            UserError: it is neither a checkpoint nor a transformers folder of a RoBERTa with its tokenizer.
+        """
+        if (folder / checkpoint.CHECKPOINTS_FOLDER).is_dir():
+            raise UserError(
+                f"--init_from {str(folder)!r} is a run's folder, which may change: name one of its "
+                f"{checkpoint.CHECKPOINTS_FOLDER}/global_stepN, or its exported model"
+            )
+        if not (folder / TRAIN_STATE_NAME).is_file():
+            return cls._open_transformers(folder)
+        try:
+            identity = checkpoint.read_state(folder).identity
+            config, length = ModelConfig(**identity["model"]), identity["packing"]["max_seq_length"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint {str(folder)!r} is damaged ({error!r}): give another") from error
+        return cls(folder, config, length, folder / checkpoint.TOKENIZER_FOLDER, True)
+
+    @classmethod
+    def _open_transformers(cls, folder: Path) -> InitialModel:
+        content = read_config(folder)
+        if not _weights_files(folder):
+            raise UserError(
+                f"no weights in {str(folder)!r} ({_SAFETENSORS} or {_PICKLED}): give the folder of a whole model"
+            )
+        for name, known in _KNOWN_SETTINGS.items():
+            if content.get(name, known) != known:
+                raise UserError(
+                    f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} can be trained here"
+                )
+        try:
+            settings = RobertaConfig.from_dict(content)
+            config = ModelConfig(**{field.name: getattr(settings, field.name) for field in fields(ModelConfig)})
+        except Exception as error:  # the library's validators raise their own kinds
+            raise UserError(f"{str(folder / 'config.json')!r} is not a RoBERTa's ({error}): mend it") from error
+        tokenizer = TokenizerInfo.read(folder)
+        if tokenizer.pad_token_id != config.pad_token_id or tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {str(folder)!r} ({tokenizer.vocab_size} ids, <pad> is {tokenizer.pad_token_id}) is "
+                f"not the model's ({config.vocab_size} ids, <pad> is {config.pad_token_id}): put the tokenizer that it "
+                "was trained with there"
+            )
+        length = min(config.max_length, tokenizer_length(folder) or config.max_length)
+        return cls(folder, config, length, folder, False)
+
+    def fingerprint(self) -> str:
+        """Of the weights as they are stored, wherever the folder lies."""
+        if self.is_checkpoint:
+            return file_checksum(self.folder / checkpoint.MANIFEST_NAME)
+        return json_fingerprint({path.name: file_checksum(path) for path in _weights_files(self.folder)})
+
+    def resized(
+        self, corpus: Corpus, max_seq_length: int, extend_positions: bool, remap_token_embeddings: bool
+    ) -> ModelConfig:
+        """The architecture of a run that begins with this model.
+
+        Raises:
+            UserError: the sequences are longer than those of its training, or the data's tokenizer is another, and the
+                option that says what to do then is not given; or it is given without need.
+        """
+        learned, where = self.learned_positions, f"the model in {str(self.folder)!r}"
+        if max_seq_length > learned and not extend_positions:
+            raise UserError(
+                f"--max_seq_length {max_seq_length} is more than the {learned} positions that {where} was trained "
+                "with: give less, or --extend_positions"
+            )
+        if extend_positions and max_seq_length <= learned:
+            raise UserError(
+                f"--extend_positions does nothing with --max_seq_length {max_seq_length}, as {where} was trained with "
+                f"{learned} positions: remove it or raise the length"
+            )
+        difference = self._other_token(corpus)
+        if difference and not remap_token_embeddings:
+            raise UserError(
+                f"the data in {str(corpus.folder)!r} was made with another tokenizer than {where} ({difference}): "
+                "prepare the text again with 'preprocess shard --tokenizer MODEL', or give --remap_token_embeddings"
+            )
+        if remap_token_embeddings and not difference:
+            raise UserError(f"--remap_token_embeddings does nothing: the data has the tokenizer of {where}: remove it")
+        config, tokenizer = self.config, corpus.manifest.tokenizer
+        if remap_token_embeddings:
+            special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+            config = replace(config, vocab_size=tokenizer.vocab_size, **special)
+        longest = max(self.config.max_length, max_seq_length)
+        return replace(config, max_position_embeddings=longest + config.pad_token_id + 1)
+
+    def initialize(self, model: MaskedLM, run: RunConfig, corpus: Corpus) -> list[str]:
+        """Give the run's model the weights of this one, resized where `resized` said so.
+
+        Parameters of a head that this one does not have stay as they are.
+
+        Returns:
+            What was done, in words.
+
+        Raises:
+            UserError: the weights cannot be read, are not finite, or do not fit.
+        """
+        weights, told = self._weights(), [f"the weights are those in {self.folder}"]
+        for name, weight in weights.items():
+            if not bool(weight.isfinite().all()):
+                raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
+        if self._other_token(corpus):
+            old = read_tokenizer(self.tokenizer_folder)
+            new = read_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
+            sources, shared = token_sources(
+                old.get_vocab(with_added_tokens=True),
+                new,
+                run.model.vocab_size,
+                lambda text: [piece.id for piece in old.model.tokenize(text)],
+            )
+            for name in VOCABULARY_PARAMETERS:
+                weights[name] = token_rows(weights[name], sources)
+            told.append(
+                f"embeddings of {shared:,} tokens are copied, of {len(new) - shared:,} the mean of the pieces that the "
+                "tokenizer before makes of them"
+            )
+        learned = self.config.max_length
+        if run.packing.max_seq_length > self.learned_positions:
+            learned = self.learned_positions
+            told.append(
+                f"positions from {learned} to {run.model.max_length - 1} begin as copies of the {learned} before"
+            )
+        weights[POSITION_EMBEDDINGS] = position_rows(
+            weights[POSITION_EMBEDDINGS],
+            self.config.pad_token_id,
+            learned,
+            run.model.pad_token_id,
+            run.model.max_length,
+        )
+        left_out, anew = _copy(weights, model, self.folder)
+        told += [
+            f"{' and '.join(names)} {verb}" for names, verb in ((left_out, "left out"), (anew, "begin anew")) if names
+        ]
+        return told
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """fp32, by parameter name."""
+        if self.is_checkpoint:
+            checkpoint.verify(self.folder)
+            return checkpoint.weights(self.folder)
+        model = read_model(self.folder, torch.float32)
+        _check_dtypes(self.folder)
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def _other_token(self, corpus: Corpus) -> str | None:
+        """A token whose id differs in the data's vocabulary, in words, or None where both are the same."""
+        of_data = read_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
+        of_model = read_tokenizer(self.tokenizer_folder).get_vocab(with_added_tokens=True)
+        different = sorted(set(of_data.items()) ^ set(of_model.items()))
+        if not different:
+            return None
+        token = different[0][0]
+        return f"the token {token!r} has the id {of_data.get(token)} there, {of_model.get(token)} in the model"
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(_SAFETENSORS)) or sorted(folder.glob(_PICKLED))
+
+
+def _check_dtypes(folder: Path) -> None:
+    """Raise `UserError` where weights are stored as other than plain floating-point numbers: quantised, for example."""
+    for path in _weights_files(folder):
+        if path.suffix == ".bin":
+            tensors = torch.load(path, weights_only=True, mmap=True)
+        else:
+            tensors = safetensors.safe_open(path, framework="pt")
+        for name in tensors.keys():  # noqa: SIM118 - safetensors' file is not a dict
+            tensor = tensors[name] if path.suffix == ".bin" else tensors.get_tensor(name)
+            if tensor.dtype not in _FLOATS and not name.endswith("position_ids"):
+                raise UserError(
+                    f"{name!r} in {str(path)!r} is of dtype {tensor.dtype}: give weights in fp32, fp16 or bf16"
+                )
+
+
+def _copy(weights: dict[str, torch.Tensor], model: MaskedLM, folder: Path) -> tuple[list[str], list[str]]:
+    """Copy what the model has a place for; modules that were left out, and those that stay as they are."""
+    parameters = dict(model.named_parameters())
+    missing = parameters.keys() - weights.keys()
+    wrong = sorted(name for name in missing if name.startswith("roberta."))
+    wrong += sorted(name for name in parameters.keys() & weights if parameters[name].shape != weights[name].shape)
+    if wrong:
+        raise UserError(
+            f"the weights in {str(folder)!r} do not fit their config; the first that differs is {wrong[0]!r}"
+        )
+    with torch.no_grad():
+        for name in parameters.keys() & weights:
+            parameters[name].copy_(weights[name])
+    superfluous = weights.keys() - parameters.keys()
+    return _modules(superfluous), _modules(missing)
+
+
+def _modules(names: set[str]) -> list[str]:
+    return sorted({name.split(".")[0] for name in names})

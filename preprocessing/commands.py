@@ -1,0 +1,175 @@
+"""What `preprocess train-tokenizer` and `preprocess shard` do, as functions."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
+from ds_roberta.errors import UserError
+from ds_roberta.files import replaced_folder
+from preprocessing.accept import accepted_documents, load_filter
+from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, summary_lines
+from preprocessing.encoders import AUTO
+from preprocessing.inputs import Inputs, find_inputs
+from preprocessing.job import Task
+from preprocessing.pieces import ReadOptions
+from preprocessing.plan import Unit, plan_units
+from preprocessing.progress import byte_bar
+from preprocessing.sentences import sentences, tokenizer_lines
+from preprocessing.sharding import Totals, run_job
+from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe
+from preprocessing.units import ShardOptions
+from preprocessing.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
+
+ROBERTA_VOCAB_SIZE = 50265
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: Path,
+    vocab_size: int = ROBERTA_VOCAB_SIZE,
+    options: ReadOptions | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+) -> int:
+    """Train a byte-level BPE of RoBERTa's kind on a corpus, into a folder that appears whole or not at all.
+
+    Args:
+        inputs: `[NAME=]PATH` each, as `--input` takes them.
+        options: how files become documents; the defaults where None.
+        max_bad_fraction: of the documents, that may be broken.
+
+    Returns:
+        The number of ids: `vocab_size`, or fewer where the text has no more pairs that occur twice.
+
+    Raises:
+        UserError: the input is missing, empty or broken, a value out of range, the output cannot be written.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: 256 bytes and 5 special tokens need at least {MIN_VOCAB_SIZE}"
+        )
+    options = options or ReadOptions()
+    _check(options)
+    units = plan_units(_find_inputs(inputs).files, options)
+    account = Account()
+    with replaced_folder(output, is_tokenizer_folder, "a tokenizer folder") as folder:
+        size = train_bpe(_documents(units, options, BadDocuments(max_bad_fraction), account), vocab_size, folder)
+    if size < vocab_size:
+        print(
+            f"note: this text has pairs for {size} ids only, --vocab_size {vocab_size} was asked: "
+            "give more text for more"
+        )
+    print(f"tokenizer with {size} ids, trained on {account.counts[KEPT]} documents: {output}")
+    return size
+
+
+def shard(
+    inputs: Sequence[str],
+    tokenizer: Path,
+    output: Path,
+    options: ShardOptions | None = None,
+    workers: int | None = None,
+    tokenizer_backend: str = AUTO,
+    task: Task | None = None,
+) -> Manifest | None:
+    """Tokenize a corpus into a folder of memory-mapped shards, which appears whole or not at all.
+
+    Args:
+        inputs: `[NAME=]PATH` each, as `--input` takes them.
+        tokenizer: a RoBERTa tokenizer's folder.
+        options: of reading, holding out and dropping duplicates; the defaults where None.
+        workers: processes on this machine; as many as there are cores where None. Of MPI ranks it must be None.
+        tokenizer_backend: one of `encoders.BACKENDS`; the ids are the same with each.
+        task: which share of the work is done here, of how many; the SLURM array's where None.
+
+    Returns:
+        The manifest of the finished folder; None where other tasks or ranks finish it.
+
+    Raises:
+        UserError: the input, the tokenizer or a value is wrong, or the output cannot be written. See `run_job`.
+    """
+    began = time.monotonic()
+    options = options or ShardOptions()
+    _check(options.read)
+    given, task = task, task or slurm_task()
+    if task is not None:
+        print(f"task {task[0] + 1} of {task[1]} (from {'--task' if given else 'the SLURM array'})")
+    with _workers(workers) as pool:
+        if pool is None:  # a rank that served another
+            return None
+        found = _find_inputs(inputs)
+        result = run_job(found.files, tokenizer, output, options, pool, found.sources, tokenizer_backend, task)
+    if result is None:
+        return None
+    manifest, totals = result
+    _summarise(manifest, totals, time.monotonic() - began)
+    print(f"prepared data: {output}")
+    documents = sum(map(manifest.documents, SPLITS))
+    if options.validation_fraction and not manifest.documents(VALIDATION_SPLIT):
+        print(
+            f"warning: none of {documents} documents fell into validation at --validation_fraction "
+            f"{options.validation_fraction}: raise it or give more documents, else nothing can be evaluated",
+            file=sys.stderr,
+        )
+    return manifest
+
+
+def _check(options: ReadOptions) -> None:
+    if options.min_characters > options.max_characters:
+        raise UserError(
+            f"--min_characters {options.min_characters} is above --max_characters {options.max_characters}: "
+            "nothing would be kept; lower the one or raise the other"
+        )
+    if options.filter is not None:
+        load_filter(options.filter)
+
+
+def _find_inputs(inputs: Sequence[str]) -> Inputs:
+    found = find_inputs(inputs)
+    for note in found.notes():
+        print(note)
+    return found
+
+
+def _documents(units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, total: Account) -> Iterator[list[str]]:
+    with byte_bar(sum(unit.bytes for unit in units), "reading") as bar:
+        for piece in (piece for unit in units for piece in unit.pieces):
+            account = Account()
+            for document in accepted_documents(piece, options, account):
+                yield tokenizer_lines(sentences(document.text, options.sentences))
+            bad.add({piece.path: account})
+            total.add(account)
+            bar.update(piece.bytes)
+    bad.check()
+    if not total.counts[KEPT]:
+        raise UserError("the corpus is empty: no document with text in it; give files with text as --input")
+    print("learning merges …", flush=True)
+
+
+def _workers(workers: int | None) -> AbstractContextManager[Workers | None]:
+    if not is_mpi():
+        return local_workers(workers or _cores())
+    if workers is not None:
+        raise UserError(f"--workers {workers} is for one machine: under mpirun -n gives the number, leave it out")
+    return mpi_workers()
+
+
+def _summarise(manifest: Manifest, totals: Totals, seconds: float) -> None:
+    for line in summary_lines(manifest.inputs):
+        print(line)
+    for split in SPLITS:
+        shards = len(manifest.splits[split])
+        print(f"{split:<11} {manifest.documents(split)} documents, {manifest.tokens(split)} tokens, {shards} shards")
+    tokens = sum(map(manifest.tokens, SPLITS))
+    size = totals.text_bytes
+    print(f"text        {size / 1e6:.2f} MB, {size / tokens:.2f} bytes/token, {seconds:.1f} s")
+    print(f"special     {totals.special_documents} documents with special-token letters, kept as text")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,101 @@
+"""Going on with a model by the real command: longer sequences, broken off and started again."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from commands import pretrain, pretrain_until, run
+
+SETTINGS = ("--train_batch_size", "12", "--learning_rate", "1e-3", "--max_steps", "4", "--save_interval", "2")
+SETTINGS += ("--eval_interval", "2", "--eval_sequences", "32", "--warmup_steps", "1")
+CONTINUED = (*SETTINGS, "--init_from", "hub/model", "--max_seq_length", "96", "--extend_positions")
+
+
+def rows(output: Path, name: str) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+def tensors(output: Path) -> dict[str, torch.Tensor]:
+    (path,) = (output / "checkpoints/global_step4").glob("state-*.safetensors")
+    return safetensors.torch.load_file(path)
+
+
+@pytest.fixture(scope="module")
+def hub(workspace: Path) -> Path:
+    """A folder that transformers wrote, with 48 positions and the workspace's tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.RobertaConfig(vocab_size=2000, max_position_embeddings=50, layer_norm_eps=1e-5, **sizes)
+    transformers.RobertaForMaskedLM(config).save_pretrained(workspace / "hub/model")
+    (workspace / "hub/model/tokenizer.json").write_bytes((workspace / "data/tokenizer/tokenizer.json").read_bytes())
+    return workspace / "hub/model"
+
+
+@pytest.fixture(scope="module")
+def unbroken(workspace: Path, hub: Path) -> Path:
+    printed = pretrain(workspace, *CONTINUED, "--output_dir", "runs/longer")
+    assert "positions from 48 to 95 begin as copies of the 48 before" in printed
+    return workspace / "runs/longer"
+
+
+def test_the_run_has_the_folders_architecture_and_the_new_length(unbroken):
+    record = json.loads((unbroken / "config.json").read_text())["run"]
+    assert (record["init_from"], record["model_name"]) == ("hub/model", "model")
+    assert record["model"]["intermediate_size"] == 64
+    exported = transformers.RobertaForMaskedLM.from_pretrained(unbroken / "hf")
+    assert (exported.config.max_position_embeddings, exported.config.intermediate_size) == (98, 64)
+    assert transformers.AutoTokenizer.from_pretrained(unbroken / "hf").model_max_length == 96
+    losses = rows(unbroken, "eval_loss")
+    assert losses[-1] < losses[0]
+
+
+def test_a_killed_run_that_goes_on_is_the_unbroken_one(workspace, unbroken):
+    output = workspace / "runs/killed"
+    arguments = (*CONTINUED, "--output_dir", "runs/killed")
+    saved = output / "checkpoints/global_step2/manifest.json"
+    pretrain_until(workspace, saved.exists, signal.SIGKILL, *arguments)
+    printed = pretrain(workspace, *arguments)
+    assert "resuming from runs/killed/checkpoints/global_step" in printed
+    assert rows(output, "loss") == rows(unbroken, "loss")
+    expected, found = tensors(unbroken), tensors(output)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_checkpoint_of_ours_begins_where_it_stood(workspace, unbroken):
+    checkpoint = "runs/longer/checkpoints/global_step4"
+    printed = pretrain(workspace, *SETTINGS, "--init_from", checkpoint, "--output_dir", "runs/again")
+    assert f"the weights are those in {checkpoint}" in printed
+    again = workspace / "runs/again"
+    assert rows(again, "eval_loss")[0] == rows(unbroken, "eval_loss")[-1]
+    assert rows(again, "global_step")[0] == 0
+    refused = pretrain(workspace, *SETTINGS, "--init_from", "hub/model", "--output_dir", "runs/again", code=2)
+    assert "cannot resume from" in refused
+    assert "max_position_embeddings" in refused or "init_from" in refused
+
+
+def test_a_wrong_folder_is_one_line(workspace, hub):
+    arguments = (*SETTINGS, "--output_dir", "runs/wrong")
+    refused = pretrain(workspace, *arguments, "--init_from", "data/corpus", code=2)
+    assert "no model in 'data/corpus'" in refused
+    assert "Traceback" not in refused
+    refused = pretrain(workspace, *arguments, "--init_from", "hub/model", "--max_seq_length", "49", code=2)
+    assert "--extend_positions" in refused
+    assert not (workspace / "runs/wrong").exists()
+
+
+def test_a_new_tokenizer_is_mapped(workspace, hub):
+    book = ("books=" + str(Path(__file__).parents[2] / "examples/corpus/ethan-frome.txt"),)
+    run("preprocess", "train-tokenizer", "--input", *book, "--vocab_size", "500", "--output", "data/own", cwd=workspace)
+    shard = ("preprocess", "shard", "--input", *book, "--tokenizer", "data/own", "--output", "data/of_own")
+    run(*shard, "--validation_fraction", "0.05", "--workers", "2", cwd=workspace)
+    arguments = (*SETTINGS, "--init_from", "hub/model", "--data_dir", "data/of_own", "--output_dir", "runs/mapped")
+    refused = pretrain(workspace, *arguments, code=2)
+    assert "--remap_token_embeddings" in refused
+    printed = pretrain(workspace, *arguments, "--remap_token_embeddings")
+    assert "tokens are copied" in printed
+    assert transformers.AutoConfig.from_pretrained(workspace / "runs/mapped/hf").vocab_size == 500
