@@ -31,6 +31,7 @@ def model_card(config: ModelConfig, state: TrainState, parameters: int, checkpoi
     run = checkpoint.resolve().parents[1]
     record = _read_record(run / CONFIG_NAME)
     facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""{_HEADER}
 # {run.name if record else "RoBERTa"}
 
@@ -50,7 +51,7 @@ It knows no more than the text it was trained on, and repeats its errors and pre
 
 | of the training | |
 |---|---|
-{chr(10).join(f"| {name} | {str(value).replace("|", " ")} |" for name, value in facts.items())}
+{rows}
 """
 
 
