@@ -24,8 +24,8 @@ IDENTITY = {
 
 
 def table(card):
-    rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ") and " | " in line]
-    return dict(rows)
+    lines = card.split("|---|---|\n")[1].splitlines()
+    return dict(line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines)
 
 
 @pytest.fixture
