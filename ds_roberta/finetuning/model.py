@@ -1,0 +1,86 @@
+"""The transformers folder: its tokenizer, its positions, and texts as token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.examples import Examples
+
+
+def read_config(folder: Path) -> transformers.RobertaConfig:
+    """
+    Raises:
+        UserError: `folder` is no transformers folder of a RoBERTa model with weights.
+    """
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{str(folder)!r} is no model folder (config.json and *.safetensors): give one that "
+            "launch/export_hf.py or launch/finetune.py wrote as --model"
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if config.model_type != "roberta":
+        raise UserError(f"{str(folder)!r} holds a {config.model_type!r} model, not 'roberta': give another --model")
+    return config
+
+
+def read_tokenizer(
+    folder: Path, config: transformers.RobertaConfig, **options: Any
+) -> transformers.PreTrainedTokenizerBase:
+    """
+    Args:
+        options: the tokenizer's own.
+
+    Raises:
+        UserError: the folder lacks its tokenizer, or the tokenizer has ids that the model lacks.
+    """
+    if not (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file():
+        raise UserError(f"{str(folder)!r} has no tokenizer.json: copy the tokenizer's files into the model's folder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} has {len(tokenizer)} ids, the model {config.vocab_size}: "
+            "give the folder the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def sequence_length(config: transformers.RobertaConfig, asked: int | None) -> int:
+    """Tokens of the longest sequence, the special ones included: what is asked for, or all that the model has.
+
+    Raises:
+        UserError: the model has fewer positions.
+    """
+    positions = config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts from the pad id on
+    if asked is not None and not 8 <= asked <= positions:
+        raise UserError(f"--max_seq_length {asked} is not within 8 and the model's {positions} positions: change it")
+    return asked or positions
+
+
+def encode(
+    tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_seq_length: int
+) -> list[dict[str, Any]]:
+    """`input_ids` and `attention_mask` of each text; the longer text of a pair is cut first."""
+    encoded = tokenizer(
+        texts,
+        pairs,
+        truncation=True,
+        max_length=max_seq_length,
+        return_attention_mask=True,
+        return_token_type_ids=False,
+    )
+    return [
+        {"input_ids": input_ids, "attention_mask": mask}
+        for input_ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    ]
+
+
+def encode_examples(
+    tokenizer: transformers.PreTrainedTokenizerBase, examples: Examples, max_seq_length: int
+) -> list[dict[str, Any]]:
+    """`encode`'s features with `labels`."""
+    features = encode(tokenizer, examples.texts, examples.pairs, max_seq_length)
+    return [{**feature, "labels": label} for feature, label in zip(features, examples.labels, strict=True)]

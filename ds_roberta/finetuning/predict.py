@@ -1,0 +1,125 @@
+"""A fine-tuned model's answers to texts: on the screen for people, as JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ds_roberta.errors import UserError
+from ds_roberta.files import atomic_path
+from ds_roberta.finetuning.answers import Answer, answer_questions, answer_sentences, answer_texts
+from ds_roberta.finetuning.examples import Columns, find_texts
+from ds_roberta.finetuning.inference import FinetunedModel, open_finetuned
+from ds_roberta.finetuning.question_answering import read_questions
+from ds_roberta.finetuning.sentences import WORD_COLUMNS, Sentence, read_conll, split_text, table_sentences
+from ds_roberta.finetuning.spans import SpanOptions
+from ds_roberta.finetuning.squad import Question
+from ds_roberta.finetuning.tables import read_table
+
+COMMAND_LINE = "the command line"  # where a single text stands, for messages
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What is asked of a model.
+
+    Attributes:
+        input: a file; None: `text` alone, with `text_pair` where the task has pairs (as question of a context).
+        output: where the JSON lines go; None: nowhere.
+        max_seq_length: in tokens; None: the length in fine-tuning.
+        no_answer_threshold: see `SpanOptions`; None: as in fine-tuning, where no answer was an answer.
+    """
+
+    model: Path
+    input: Path | None
+    text: str | None
+    text_pair: str | None
+    output: Path | None
+    columns: Columns
+    max_seq_length: int | None
+    batch_size: int
+    no_answer_threshold: float | None
+
+
+def predict(config: PredictConfig) -> None:
+    """Print an answer to each text of the input, and write it as a line of JSON.
+
+    Raises:
+        UserError: the model's folder, the input or the output is wrong.
+    """
+    if config.output is not None and (config.output.is_dir() or not config.output.parent.is_dir()):
+        raise UserError(f"--output {str(config.output)!r} is a folder or lies in none: give a file in a folder")
+    finetuned = open_finetuned(config.model, config.max_seq_length)
+    answers = make_answers(finetuned, config)
+    if config.output is not None:
+        write_rows(config.output, answers)
+    try:
+        for answer in answers:
+            print("\n".join(answer.lines), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+
+
+def make_answers(finetuned: FinetunedModel, config: PredictConfig) -> list[Answer]:
+    if finetuned.task == "token-classification":
+        return answer_sentences(finetuned, _sentences(config), config.batch_size)
+    if finetuned.task == "question-answering":
+        options, with_null = _span_options(finetuned, config.no_answer_threshold)
+        return answer_questions(finetuned, _questions(config), options, with_null, config.batch_size)
+    texts, pairs = _texts(config)
+    return answer_texts(finetuned, texts, pairs, config.batch_size)
+
+
+def write_rows(path: Path, answers: list[Answer]) -> None:
+    """Write the answers as JSON lines, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for answer in answers:
+                file.write(json.dumps(answer.row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write --output {str(path)!r} ({error.strerror}): give another file") from error
+
+
+def _texts(config: PredictConfig) -> tuple[list[str], list[str] | None]:
+    if config.input is None:
+        assert config.text is not None
+        return [config.text], None if config.text_pair is None else [config.text_pair]
+    return find_texts(read_table(config.input), config.columns)
+
+
+def _sentences(config: PredictConfig) -> list[Sentence]:
+    if config.input is None:
+        assert config.text is not None
+        return [split_text(COMMAND_LINE, config.text)]
+    if config.input.suffix not in (".jsonl", ".parquet"):
+        return read_conll(config.input, labelled=False)
+    table = read_table(config.input)
+    column = config.columns.text or next((name for name in WORD_COLUMNS if name in table.columns), None)
+    if column is not None and any(isinstance(row.get(column), list) for row in table.rows):
+        return table_sentences(table, column, None, labelled=False)
+    texts, _ = find_texts(table, config.columns)
+    return [split_text(table.place(index), text) for index, text in enumerate(texts)]
+
+
+def _questions(config: PredictConfig) -> list[Question]:
+    if config.input is None:
+        if config.text is None or config.text_pair is None:
+            raise UserError("the model answers questions: give --question and --context, or --input")
+        return [Question(COMMAND_LINE, "1", config.text_pair, config.text)]
+    return read_questions(config.input, labelled=False).questions
+
+
+def _span_options(finetuned: FinetunedModel, threshold: float | None) -> tuple[SpanOptions, bool]:
+    """How fine-tuning decoded, or the usual way; and whether there may be no answer."""
+    stored = finetuned.results.get("question_answering", {})
+    options = SpanOptions(**stored.get("options", {}))
+    if threshold is not None:
+        options = replace(options, no_answer_threshold=threshold)
+    return options, threshold is not None or bool(stored.get("may_be_unanswerable"))

@@ -1,0 +1,170 @@
+"""Sentences as words with tags: CoNLL's columns and rows of tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.tables import Table, read_text
+
+WORD_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("tags", "ner_tags", "labels")
+OUTSIDE = "O"
+TAG = re.compile(r"O|[BIES](-.+)?")  # IOB1, IOB2, IOBES: what seqeval's default mode reads
+WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """
+    Attributes:
+        place: where it stands, for messages.
+        words: one at least, none empty.
+        tags: one for each word; empty where there are none.
+        text: what the words stand in; None where they were given one by one.
+        offsets: each word as [start, end) in the text's characters, where there is one.
+    """
+
+    place: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...] = ()
+    text: str | None = None
+    offsets: tuple[tuple[int, int], ...] = ()
+
+
+def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
+    """
+    Raises:
+        UserError: the file cannot be read, or as `parse_conll`.
+    """
+    return parse_conll(str(path), read_text(path), labelled=labelled)
+
+
+def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
+    """A word a line, its tag in the last column, sentences apart by empty lines. Columns stand apart by tabs, or by
+    spaces in lines without tabs. Lines of `-DOCSTART-`, and those that begin a sentence with `#` and do not end in a
+    tag, are passed over.
+
+    Args:
+        labelled: whether there must be tags; if not, all columns but the first are passed over.
+
+    Raises:
+        UserError: there are no sentences, or a line has no tag, another number of columns, or something else for a
+            tag.
+    """
+    sentences: list[Sentence] = []
+    words: list[str] = []
+    tags: list[str] = []
+    first = 0  # line of the sentence's first word
+    width: int | None = None
+
+    def close() -> None:
+        if words:
+            sentences.append(Sentence(f"{name}, row {first}", tuple(words), tuple(tags)))
+            words.clear()
+            tags.clear()
+
+    for number, line in enumerate(text.split("\n"), 1):
+        columns = _columns(line)
+        if not columns or columns[0] == "-DOCSTART-":
+            close()
+            continue
+        if not words and line.startswith("#") and len(columns) > 1 and not TAG.fullmatch(columns[-1]):
+            continue
+        place = f"{name}, row {number}"
+        if not columns[0].strip():
+            raise UserError(f"{place} has no word in its first column: mend or remove the row")
+        if labelled:
+            width = width or len(columns)
+            if len(columns) < 2:
+                raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag into its last column")
+            if len(columns) != width:
+                raise UserError(f"{place} has {len(columns)} columns, the rows before {width}: mend the row")
+            tags.append(_tag(place, columns[-1]))
+        first = first if words else number
+        words.append(columns[0])
+    close()
+    if not sentences:
+        raise UserError(f"{name!r} has no sentences: give a file with a word and its tag on each line")
+    return sentences
+
+
+def table_sentences(
+    table: Table, word_column: str | None, tag_column: str | None, *, labelled: bool = True
+) -> list[Sentence]:
+    """The sentences of rows with a list of words and, where `labelled`, a list of tags.
+
+    Args:
+        word_column: None stands for the first of `WORD_COLUMNS`.
+        tag_column: None stands for the first of `TAG_COLUMNS`.
+
+    Raises:
+        UserError: a column is missing, or a row's lists are not of texts, empty or of unequal length.
+    """
+    word_column = _column(table, word_column, WORD_COLUMNS, "--text_column")
+    if labelled:
+        tag_column = _column(table, tag_column, TAG_COLUMNS, "--label_column")
+    sentences = []
+    for index, row in enumerate(table.rows):
+        place = table.place(index)
+        words = _texts(place, word_column, row.get(word_column))
+        tags: tuple[str, ...] = ()
+        if labelled:
+            assert tag_column is not None
+            tags = tuple(_tag(place, tag) for tag in _texts(place, tag_column, row.get(tag_column)))
+            if len(tags) != len(words):
+                raise UserError(f"{place} has {len(words)} words but {len(tags)} tags: give each word one")
+        sentences.append(Sentence(place, words, tags))
+    return sentences
+
+
+def split_text(place: str, text: str) -> Sentence:
+    """The words and punctuation marks of a text, which the data of token classification have apart.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = list(WORD_IN_TEXT.finditer(text))
+    if not found:
+        raise UserError(f"{place}: the text {text!r} has no words: give another")
+    return Sentence(place, tuple(match[0] for match in found), (), text, tuple(match.span() for match in found))
+
+
+def tag_names(train: Iterable[Sentence]) -> list[str]:
+    """The training sentences' tags, `O` first, else by type and then by prefix."""
+    found = {tag for sentence in train for tag in sentence.tags} | {OUTSIDE}
+    return sorted(found, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[::-1]))
+
+
+def _columns(line: str) -> list[str]:
+    line = line.rstrip()
+    return line.split("\t") if "\t" in line else line.split()
+
+
+def _tag(place: str, tag: str) -> str:
+    if not TAG.fullmatch(tag):
+        raise UserError(f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E or S and a type): mend it")
+    return tag
+
+
+def _column(table: Table, column: str | None, usual: tuple[str, ...], option: str) -> str:
+    found = column or next((name for name in usual if name in table.columns), None)
+    if found is None or found not in table.columns:
+        raise UserError(
+            f"{table.name} has no column {' or '.join(map(repr, [column] if column else usual))}: give one of "
+            f"{', '.join(map(repr, table.columns))} as {option}"
+        )
+    return found
+
+
+def _texts(place: str, column: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{place}: {column!r} is {value!r}, not a list of texts: mend or remove the row")
+    for number, text in enumerate(value, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{place}: {column!r} has {text!r} as its number {number}, not a text: mend it")
+    return tuple(value)

@@ -1,0 +1,227 @@
+"""Answers as spans of the context: windows of token ids over it, their labels, and the way back from logits to text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import transformers
+
+from ds_roberta.finetuning.squad import Question
+
+MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
+
+
+@dataclass(frozen=True)
+class SpanOptions:
+    """How windows are made and answers chosen. The defaults are those of BERT's run_squad.py.
+
+    Attributes:
+        doc_stride: tokens from one window's beginning to the next one's; half a window's room where that is less, so
+            that windows overlap.
+        max_answer_length: in tokens.
+        no_answer_threshold: the null answer's probability, against the best span, above which it is the answer.
+        n_best_size: answers to a question that are looked for.
+    """
+
+    doc_stride: int = 128
+    max_answer_length: int = 30
+    no_answer_threshold: float = 0.5
+    n_best_size: int = 20
+
+
+@dataclass(frozen=True)
+class Window:
+    """A question with a piece of its context: `<s> question </s></s> piece </s>`.
+
+    Attributes:
+        question: the question's index.
+        first: position of the piece's first token in `input_ids`.
+        offsets: each of the piece's tokens as [start, end) in the context's characters, without white space around
+            it; a token of white space alone is empty.
+    """
+
+    question: int
+    input_ids: list[int]
+    first: int
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of the context; `score` is the sum of the logits of its first and last token."""
+
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the logits say about one question.
+
+    Attributes:
+        spans: the best spans, which do not overlap, the best first; empty where the context has no words.
+        null_score: the lowest sum of the logits at `<s>` among the windows: "no answer" must hold in all of them.
+    """
+
+    spans: tuple[Span, ...]
+    null_score: float
+
+    @property
+    def null_probability(self) -> float:
+        """Of the null answer against the best span."""
+        if not self.spans:
+            return 1.0
+        difference = min(max(self.spans[0].score - self.null_score, -700.0), 700.0)  # within exp's range
+        return 1 / (1 + math.exp(difference))
+
+    def probabilities(self, with_null: bool) -> list[float]:
+        """Each span's share among the spans, and the null answer where it is allowed."""
+        scores = [span.score for span in self.spans] + [self.null_score] * with_null
+        if not scores:
+            return []
+        powers = np.exp(np.array(scores) - max(scores))
+        return [float(power) for power in (powers / powers.sum())[: len(self.spans)]]
+
+
+def make_windows(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_seq_length: int,
+    doc_stride: int,
+) -> list[Window]:
+    """Windows over each question's context, in order."""
+    asked = _encode(tokenizer, [question.question.strip() for question in questions])
+    contexts = _encode(tokenizer, [question.context for question in questions])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    windows = []
+    for index, (question, (question_ids, _), (ids, offsets)) in enumerate(zip(questions, asked, contexts, strict=True)):
+        head = [bos, *question_ids[: question_room(max_seq_length)], eos, eos]
+        room = max_seq_length - len(head) - 1
+        words = [_without_space(question.context, *offset) for offset in offsets]
+        for start in window_starts(len(ids), room, doc_stride):
+            piece = slice(start, start + room)
+            windows.append(Window(index, [*head, *ids[piece], eos], len(head), words[piece]))
+    return windows
+
+
+def question_room(max_seq_length: int) -> int:
+    """The most tokens of a question; what is behind them is cut off."""
+    return min(MAX_QUESTION_TOKENS, max_seq_length // 2)
+
+
+def cut_questions(
+    tokenizer: transformers.PreTrainedTokenizerBase, questions: Sequence[Question], max_seq_length: int
+) -> list[int]:
+    """The indices of the questions that are longer than `question_room`."""
+    asked = _encode(tokenizer, [question.question.strip() for question in questions])
+    return [index for index, (ids, _) in enumerate(asked) if len(ids) > question_room(max_seq_length)]
+
+
+def window_starts(tokens: int, room: int, doc_stride: int) -> list[int]:
+    """Where windows of `room` tokens begin: at multiples of the stride, until one reaches the end."""
+    stride = min(doc_stride, max(room // 2, 1))
+    return [0, *range(stride, tokens - room + stride, stride)] if tokens > room else [0]
+
+
+def span_labels(window: Window, question: Question) -> tuple[int, int]:
+    """Positions of the first and last token of the question's first answer; (0, 0), which is `<s>`, where the window
+    does not hold all of it."""
+    if question.start is None:
+        return 0, 0
+    start, end = _without_space(question.context, question.start, question.start + len(question.answers[0]))
+    inside = [
+        place for place, (begin, stop) in enumerate(window.offsets) if begin < stop and begin < end and stop > start
+    ]
+    if not inside or window.offsets[inside[0]][0] > start or window.offsets[inside[-1]][1] < end:
+        return 0, 0
+    return window.first + inside[0], window.first + inside[-1]
+
+
+def decode_all(
+    windows: Sequence[Window],
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    questions: int,
+    options: SpanOptions,
+) -> list[Decoded]:
+    """Each question's `decode`."""
+    of_question: list[list[int]] = [[] for _ in range(questions)]
+    for index, window in enumerate(windows):
+        of_question[window.question].append(index)
+    return [
+        decode(
+            [windows[index] for index in indices],
+            [start_logits[index] for index in indices],
+            [end_logits[index] for index in indices],
+            options,
+        )
+        for indices in of_question
+    ]
+
+
+def decode(
+    windows: Sequence[Window],
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    options: SpanOptions,
+) -> Decoded:
+    """The best spans of one question from its windows' logits, each of (T,), T at least the window's length."""
+    null_score = math.inf
+    found: list[Span] = []
+    for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
+        null_score = min(null_score, float(starts[0]) + float(ends[0]))
+        piece = slice(window.first, window.first + len(window.offsets))
+        found += _best_of_window(window, starts[piece], ends[piece], options)
+    chosen: list[Span] = []
+    for span in sorted(found, key=lambda span: (-span.score, span.start, span.end)):
+        apart = all(span.end <= other.start or span.start >= other.end for other in chosen)
+        if apart and len(chosen) < options.n_best_size:
+            chosen.append(span)
+    return Decoded(tuple(chosen), null_score)
+
+
+def _best_of_window(window: Window, starts: np.ndarray, ends: np.ndarray, options: SpanOptions) -> list[Span]:
+    """The window's best spans, which do not overlap: the best, the best beside it, and so on."""
+    tokens = len(window.offsets)
+    places = np.arange(tokens)
+    empty = np.array([begin == stop for begin, stop in window.offsets], dtype=bool)
+    starts = np.where(empty, -np.inf, starts.astype(np.float64))
+    ends = np.where(empty, -np.inf, ends.astype(np.float64))
+    longest = min(options.max_answer_length, tokens)
+    last = places[:, None] + np.arange(longest)  # (tokens, length - 1)
+    scores = np.where(last < tokens, starts[:, None] + ends[np.minimum(last, tokens - 1)], -np.inf)
+    spans: list[Span] = []
+    while len(spans) < options.n_best_size and scores.size:
+        first, more = np.unravel_index(scores.argmax(), scores.shape)
+        score = float(scores[first, more])
+        if score == -math.inf:
+            break
+        spans.append(Span(window.offsets[first][0], window.offsets[first + more][1], score))
+        scores[(places[:, None] <= first + more) & (last >= first)] = -np.inf
+    return spans
+
+
+def _encode(
+    tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Each text's ids and offsets, without special tokens and without a limit."""
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        split_special_tokens=True,
+        verbose=False,
+    )
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """[start, end) without white space at its borders: a token of RoBERTa's begins with the space before the word."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())

@@ -1,0 +1,103 @@
+"""Token classification: a tag for each word, by which entities are found."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional
+
+from ds_roberta.distributed import logger
+from ds_roberta.finetuning.entities import entity_metrics, make_word_windows, token_labels, word_logits
+from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.sentences import Sentence, read_conll, table_sentences, tag_names
+from ds_roberta.finetuning.tables import read_splits, read_table
+from ds_roberta.finetuning.task import NO_LABEL, Encoded, Task
+
+TABLES = (".jsonl", ".parquet")
+COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")
+
+
+def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
+    """
+    Raises:
+        UserError: as `read_splits`, `parse_conll` and `table_sentences`.
+    """
+    splits = read_splits(
+        data,
+        suffixes=(*COLUMN_FILES, *TABLES),
+        read=partial(read_sentences, columns=columns),
+        of_table=lambda table: table_sentences(table, columns.text, columns.label),
+    )
+    names = tag_names(splits["train"])
+    for split, sentences in splits.items():
+        unseen = {tag for sentence in sentences for tag in sentence.tags} - set(names)
+        if unseen:
+            tags = ", ".join(sorted(unseen))
+            logger.warning(f"{split} has tags that no training sentence has: {tags}; the model will miss them")
+    head = {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    return Task(
+        model=transformers.RobertaForTokenClassification,
+        head=head,
+        splits=splits,
+        encode=partial(_encode, names=names),
+        loss=batch_loss,
+        collator=transformers.DataCollatorForTokenClassification,
+        metrics=("f1", "precision", "recall", "accuracy"),
+        tokenizer_options={"add_prefix_space": True},  # so that whole texts begin with a word as in fine-tuning
+        results={"label_names": names},
+    )
+
+
+def read_sentences(path: Path, columns: Columns) -> list[Sentence]:
+    """Rows of lists from `.jsonl` and `.parquet`, CoNLL's columns from other files."""
+    if path.suffix in TABLES:
+        return table_sentences(read_table(path), columns.text, columns.label)
+    return read_conll(path)
+
+
+def batch_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The labelled words' summed cross entropy over their number in the whole batch, all its micro-batches together.
+
+    Args:
+        outputs: with `logits`, (B, T, tags).
+        labels: (B, T), int64, -100 where there is no label.
+        num_items_in_batch: None stands for these sequences alone.
+    """
+    loss = functional.cross_entropy(
+        outputs["logits"].float().flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
+    )
+    return loss / (labels.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _encode(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    sentences: list[Sentence],
+    max_seq_length: int,
+    names: list[str],
+) -> Encoded:
+    windows = make_word_windows(tokenizer, sentences, max_seq_length)
+    features = [
+        {
+            "input_ids": window.input_ids,
+            "attention_mask": [1] * len(window.input_ids),
+            "labels": token_labels(window, sentences[window.sentence], names),
+        }
+        for window in windows
+    ]
+    gold = [list(sentence.tags) for sentence in sentences]
+
+    def measure(logits: Any) -> dict[str, Any]:
+        of_sentences = word_logits(windows, logits, len(sentences))
+        return entity_metrics(gold, [[names[tag] for tag in found.argmax(-1)] for found in of_sentences])
+
+    return Encoded(features, len(sentences), measure)

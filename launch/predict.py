@@ -1,0 +1,71 @@
+"""Ask a fine-tuned model: `python launch/predict.py --model DIR --input FILE`, or `--text TEXT`."""
+
+import argparse
+from pathlib import Path
+
+from ds_roberta.distributed import set_up_logging
+from ds_roberta.errors import ArgumentParser, run_command
+from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.predict import PredictConfig, predict
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def probability(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description="Labels, numbers, entities or answers from a fine-tuned transformers folder.")
+    parser.add_argument("--model", type=Path, required=True, help="the folder that launch/finetune.py wrote")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "--input", type=Path,
+        help=".jsonl, .parquet or .tsv; for token classification also CoNLL's columns, for question answering also "
+        "SQuAD's .json",
+    )  # fmt: skip
+    asked.add_argument("--text", help="one text instead of a file")
+    asked.add_argument("--question", help="one question instead of a file, about --context")
+    parser.add_argument("--text_pair", help="the second of a pair of texts, with --text")
+    parser.add_argument("--context", help="where the answer to --question is looked for")
+    parser.add_argument("--output", type=Path, help="also write the answers into this file, a line of JSON each")
+    parser.add_argument("--text_column", help="default: as in fine-tuning: sentence, text, tokens, …")
+    parser.add_argument("--text_pair_column", help="default: the second of a pair, where there is one")
+    parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: the length in fine-tuning")
+    parser.add_argument("--batch_size", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument(
+        "--no_answer_threshold", type=probability,
+        help="the probability of 'no answer' above which it is the answer to a question; default: as in fine-tuning",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    if (arguments.question is None) != (arguments.context is None):
+        parser.error("--question and --context go together: give both")
+    if arguments.text_pair is not None and arguments.text is None:
+        parser.error("--text_pair goes with --text: give both")
+    return arguments
+
+
+def config_of(arguments: argparse.Namespace) -> PredictConfig:
+    return PredictConfig(
+        model=arguments.model,
+        input=arguments.input,
+        text=arguments.context if arguments.text is None else arguments.text,
+        text_pair=arguments.question if arguments.text is None else arguments.text_pair,
+        output=arguments.output,
+        columns=Columns(arguments.text_column, arguments.text_pair_column, None),
+        max_seq_length=arguments.max_seq_length,
+        batch_size=arguments.batch_size,
+        no_answer_threshold=arguments.no_answer_threshold,
+    )
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    set_up_logging()
+    run_command(lambda: predict(config_of(arguments)))

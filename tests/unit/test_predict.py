@@ -1,0 +1,208 @@
+"""Predictions of folders with each kind of head: what is written, what is shown, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.predict import PredictConfig, predict
+
+CONTEXT = " ".join(f"karen{number} sulto minka" for number in range(60))
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer_folder, tmp_path_factory):
+    """Untrained models by task, of 62 tokens at most."""
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "initializer_range": 1.0,  # so that labels differ
+    }
+    names = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "num_labels": 3}
+    tags = {"id2label": {0: "O", 1: "B-X", 2: "I-X"}, "num_labels": 3}
+    heads = {
+        "classification": (transformers.RobertaForSequenceClassification, names),
+        "regression": (transformers.RobertaForSequenceClassification, {"num_labels": 1}),
+        "token-classification": (transformers.RobertaForTokenClassification, tags),
+        "question-answering": (transformers.RobertaForQuestionAnswering, {}),
+        "masked-lm": (transformers.RobertaForMaskedLM, {}),
+    }
+    root = tmp_path_factory.mktemp("models")
+    for task, (model_class, head) in heads.items():
+        model_class(transformers.RobertaConfig(**config, **head)).save_pretrained(root / task)
+        transformers.RobertaTokenizer.from_pretrained(tokenizer_folder).save_pretrained(root / task)
+    return root
+
+
+@pytest.fixture
+def ask(folders, tmp_path, capsys):
+    """A function that predicts with one of the folders; the rows written and the text shown."""
+
+    def predict_with(task, content=None, name="input.jsonl", **asked):
+        if content is not None:
+            lines = content if isinstance(content, str) else "\n".join(json.dumps(row) for row in content)
+            (tmp_path / name).write_text(lines)
+            asked["input"] = tmp_path / name
+        settings = {
+            "input": None,
+            "text": None,
+            "text_pair": None,
+            "output": tmp_path / "output.jsonl",
+            "columns": Columns(),
+            "max_seq_length": None,
+            "batch_size": 2,
+            "no_answer_threshold": None,
+        }
+        predict(PredictConfig(model=folders / task, **{**settings, **asked}))
+        rows = (tmp_path / "output.jsonl").read_text().splitlines()
+        return [json.loads(row) for row in rows], capsys.readouterr().out
+
+    return predict_with
+
+
+def reference(folders, task, model_class):
+    return model_class.from_pretrained(folders / task).eval(), transformers.AutoTokenizer.from_pretrained(
+        folders / task
+    )
+
+
+def test_labels_and_their_scores(ask, folders):
+    texts = ["karen", "sulto minka " * 9, "minka karen sulto"]
+    rows, shown = ask("classification", [{"text": text} for text in texts])
+    model, tokenizer = reference(folders, "classification", transformers.RobertaForSequenceClassification)
+    for row, text in zip(rows, texts, strict=True):
+        with torch.inference_mode():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].numpy()
+        np.testing.assert_allclose([row["scores"][name] for name in ("bad", "fair", "good")], expected, atol=1e-5)
+        assert row["text"] == text
+        assert row["label"] == model.config.id2label[int(expected.argmax())]
+        assert row["score"] == max(row["scores"].values())
+    assert f"karen\n  {rows[0]['label']} {rows[0]['score']:.4f}, " in shown
+
+
+def test_a_pair_on_the_command_line(ask):
+    rows, shown = ask("classification", text="karen", text_pair="sulto\nminka")
+    assert (rows[0]["text"], rows[0]["text_pair"]) == ("karen", "sulto\nminka")
+    assert shown.startswith("karen | sulto minka\n  ")
+    assert rows[0] != ask("classification", text="karen")[0][0]
+
+
+def test_numbers(ask):
+    rows, shown = ask("regression", "sentence\nkaren\nsulto\n", "input.tsv")
+    assert [set(row) for row in rows] == [{"text", "value"}] * 2
+    assert f"karen\n  {rows[0]['value']:.4f}\n" in shown
+
+
+def test_long_texts_are_cut_and_told(ask, caplog):
+    rows, _ = ask("classification", text="karen " * 200)
+    assert "1 of 1 texts are longer than 62 tokens" in caplog.text
+    assert rows[0]["scores"] != ask("classification", text="karen " * 200, max_seq_length=40)[0][0]["scores"]
+
+
+def test_entities_of_a_text(ask):
+    text = "karen Zyx, sulto (minka) dush."
+    rows, shown = ask("token-classification", text=text)
+    assert len(rows[0]["words"]) == len(rows[0]["tags"]) == 9
+    assert rows[0]["entities"]
+    for entity in rows[0]["entities"]:
+        assert text[entity["start"] : entity["end"]] == entity["text"]
+        assert f"{entity['type']}: {entity['text']!r} (characters {entity['start']} to {entity['end']})" in shown
+
+
+def test_tags_of_words_in_windows(ask, folders):
+    words = ["karen", "Zyxwv"] * 40
+    rows, _ = ask("token-classification", [{"tokens": ["sulto"]}, {"tokens": words}])
+    assert rows[1]["words"] == words
+    assert len(rows[1]["tags"]) == 80
+    for entity in rows[1]["entities"]:
+        span = slice(entity["start_word"], entity["end_word"])
+        assert entity["text"] == " ".join(words[span])
+        assert all(tag != "O" for tag in rows[1]["tags"][span])
+    from_columns, _ = ask("token-classification", "sulto O\n\n" + "\n".join(words), "input.conll")
+    assert [row["tags"] for row in from_columns] == [row["tags"] for row in rows]
+
+
+def test_answers_stand_in_their_context(ask):
+    rows, shown = ask("question-answering", [{"id": "q", "question": "karen?", "context": CONTEXT}])
+    (row,) = rows
+    assert row["id"] == "q"
+    assert CONTEXT[row["start"] : row["end"]] == row["answer"] != ""
+    assert [candidate["score"] for candidate in row["candidates"]] == sorted(
+        (candidate["score"] for candidate in row["candidates"]), reverse=True
+    )
+    assert sum(candidate["score"] for candidate in row["candidates"]) == pytest.approx(1)
+    assert shown.startswith(f"q: karen?\n  {row['answer']!r} (characters {row['start']} to {row['end']}) ")
+    assert "no_answer_probability" not in row
+
+
+def test_no_answer_is_an_answer_where_it_is_allowed(ask, folders):
+    asked = {"text": CONTEXT, "text_pair": "karen?"}
+    (answered,), _ = ask("question-answering", no_answer_threshold=1.0, **asked)
+    assert answered["answer"] == answered["best_answer"] != ""
+    (unanswered,), shown = ask("question-answering", no_answer_threshold=0.0, **asked)
+    assert (unanswered["answer"], unanswered["start"]) == ("", None)
+    assert unanswered["best_answer"] == answered["answer"]
+    assert unanswered["score"] == unanswered["no_answer_probability"] == answered["no_answer_probability"] > 0
+    assert "\n  no answer " in shown
+
+
+def test_questions_of_squads_file_without_answers(ask):
+    entries = [{"id": name, "question": "karen?"} for name in "ab"]
+    content = {"data": [{"paragraphs": [{"context": CONTEXT, "qas": entries}]}]}
+    rows, _ = ask("question-answering", json.dumps(content), "input.json")
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert rows[0]["answer"] == rows[1]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "message"),
+    [
+        ("masked-lm", {"text": "x"}, "holds a RobertaForMaskedLM, which has no head for predictions: fine-tune it"),
+        ("nowhere", {"text": "x"}, "is no model folder"),
+        ("classification", {"text": "x", "max_seq_length": 63}, "not within 8 and the model's 62 positions"),
+        ("classification", {"content": ""}, "has no rows"),
+        ("classification", {"content": '{"text": 1}'}, "row 1: 'text' is 1, not a text"),
+        ("classification", {"content": '{"a": "b"}'}, "say with --text_column"),
+        ("classification", {"content": "x", "name": "input.csv"}, "cannot read .*input.csv' as a table"),
+        ("token-classification", {"content": "", "name": "x.conll"}, "has no sentences"),
+        ("token-classification", {"text": " "}, "the command line: the text ' ' has no words"),
+        ("question-answering", {"text": "x"}, "give --question and --context"),
+        ("question-answering", {"content": '{"question": "x"}'}, "no column 'context'"),
+        ("question-answering", {"content": "{}", "name": "x.json"}, "has no list 'data'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(ask, task, asked, message):
+    with pytest.raises(UserError, match=message):
+        ask(task, **asked)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(ask, tmp_path):
+    with pytest.raises(UserError, match=r"--output .* give a file in a folder"):
+        ask("classification", text="x", output=tmp_path / "absent" / "x.jsonl")
+
+
+def test_damaged_folders_are_refused(ask, folders, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folders / "regression", broken)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer.json"):
+        ask(broken, text="x")
+    shutil.copytree(folders / "regression", broken, dirs_exist_ok=True)
+    (broken / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"the weights in .* cannot be read"):
+        ask(broken, text="x")
+    model = transformers.RobertaForSequenceClassification.from_pretrained(folders / "regression")
+    torch.nn.init.constant_(model.classifier.out_proj.bias, float("nan"))
+    model.save_pretrained(broken)
+    with pytest.raises(UserError, match="not finite"):
+        ask(broken, text="x")

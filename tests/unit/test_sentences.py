@@ -1,0 +1,112 @@
+"""Reading sentences with tags: CoNLL's columns and rows of lists."""
+
+import json
+
+import pytest
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.sentences import parse_conll, read_conll, split_text, table_sentences, tag_names
+from ds_roberta.finetuning.tables import parse_table
+
+CONLL_2003 = """-DOCSTART- -X- -X- O
+
+EU NNP B-NP B-ORG
+rejects VBZ B-VP O
+
+Peter NNP B-NP B-PER
+Blackburn NNP I-NP I-PER
+"""
+
+
+def test_columns_apart_by_spaces():
+    sentences = parse_conll("train.conll", CONLL_2003)
+    assert [(sentence.words, sentence.tags) for sentence in sentences] == [
+        (("EU", "rejects"), ("B-ORG", "O")),
+        (("Peter", "Blackburn"), ("B-PER", "I-PER")),
+    ]
+    assert [sentence.place for sentence in sentences] == ["train.conll, row 3", "train.conll, row 6"]
+    assert tag_names(sentences) == ["O", "B-ORG", "B-PER", "I-PER"]
+
+
+def test_columns_apart_by_tabs():
+    (sentence,) = parse_conll("x", "New York\tB-LOC\r\n#\tO\r\n\t\r\n")
+    assert sentence.words == ("New York", "#")
+    assert sentence.tags == ("B-LOC", "O")
+
+
+def test_comments_before_a_sentence():
+    sentences = parse_conll("x", "# id 3 domain=en\na _ _ O\n\n# _ _ O\nb _ _ B-X")
+    assert [sentence.words for sentence in sentences] == [("a",), ("#", "b")]
+
+
+def test_words_alone_serve_for_predictions():
+    assert [sentence.words for sentence in parse_conll("x", "a\nb\n\nc O", labelled=False)] == [("a", "b"), ("c",)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'x' has no sentences"),
+        ("-DOCSTART- O\n\n", "'x' has no sentences"),
+        ("a O\nb\n", "x, row 2 has the word 'b' but no tag"),
+        ("a _ O\nb O\n", "x, row 2 has 2 columns, the rows before 3"),
+        ("a O\n\nb NOUN", "x, row 3: the tag 'NOUN' is neither O nor like B-PER"),
+        ("a O\n\tO", "x, row 2 has no word"),
+    ],
+)
+def test_a_bad_line_is_named(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_conll("x", text)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        read_conll(tmp_path / "absent.conll")
+    (tmp_path / "latin.conll").write_bytes("é O".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8 at byte 0"):
+        read_conll(tmp_path / "latin.conll")
+
+
+def table(*rows):
+    return parse_table("x.jsonl", "\n".join(json.dumps(row) for row in rows), ".jsonl")
+
+
+def test_rows_of_lists():
+    (sentence,) = table_sentences(table({"tokens": ["a", "b"], "tags": ["O", "B-X"]}), None, None)
+    assert (sentence.words, sentence.tags, sentence.place) == (("a", "b"), ("O", "B-X"), "x.jsonl, row 1")
+    (sentence,) = table_sentences(table({"w": ["a"], "t": ["O"]}), "w", "t")
+    assert sentence.tags == ("O",)
+    (sentence,) = table_sentences(table({"words": ["a"]}), None, None, labelled=False)
+    assert (sentence.words, sentence.tags) == (("a",), ())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "row 2 has 2 words but 1 tags"),
+        ({"tokens": [], "tags": []}, r"row 2: 'tokens' is \[\], not a list of texts"),
+        ({"tokens": "a b", "tags": ["O"]}, "row 2: 'tokens' is 'a b', not a list of texts"),
+        ({"tokens": ["a", " "], "tags": ["O", "O"]}, "row 2: 'tokens' has ' ' as its number 2"),
+        ({"tokens": ["a"], "tags": [0]}, "row 2: 'tags' has 0 as its number 1, not a text"),
+        ({"tokens": ["a"], "tags": ["PER"]}, "row 2: the tag 'PER' is neither O nor like B-PER"),
+        ({"tokens": ["a"]}, "row 2: 'tags' is None"),
+    ],
+)
+def test_a_bad_row_is_named(row, message):
+    with pytest.raises(UserError, match=message):
+        table_sentences(table({"tokens": ["a"], "tags": ["O"]}, row), None, None)
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(UserError, match="no column 'tokens' or 'words': give one of 'text' as --text_column"):
+        table_sentences(table({"text": "a"}), None, None)
+    with pytest.raises(UserError, match="no column 'ner': give one of 'tokens' as --label_column"):
+        table_sentences(table({"tokens": ["a"]}), None, "ner")
+
+
+def test_texts_are_split_into_words_and_marks():
+    sentence = split_text("x", "Dr. Smith-Jones (U.S.) isn't in Köln!")
+    assert sentence.words == ("Dr", ".", "Smith-Jones", "(", "U.S", ".", ")", "isn't", "in", "Köln", "!")
+    assert [sentence.text[slice(*span)] for span in sentence.offsets] == list(sentence.words)
+    with pytest.raises(UserError, match="x: the text ' ' has no words"):
+        split_text("x", " ")

@@ -1,0 +1,146 @@
+"""Reading SQuAD's two versions and rows of questions: what is taken, and what is refused."""
+
+import copy
+import json
+
+import pytest
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.squad import parse_squad, read_squad, table_questions
+from ds_roberta.finetuning.tables import parse_table
+
+CONTEXT = "The tower was built in 1889 by Gustave Eiffel."
+FIRST = {
+    "version": "1.1",
+    "data": [
+        {
+            "title": "Tower",
+            "paragraphs": [
+                {
+                    "context": CONTEXT,
+                    "qas": [
+                        {
+                            "id": "a",
+                            "question": "When was it built?",
+                            "answers": [
+                                {"text": "1889", "answer_start": 23},
+                                {"text": "in 1889", "answer_start": 20},
+                            ],
+                        },
+                        {
+                            "id": "b",
+                            "question": "Who built it?",
+                            "answers": [{"text": "Gustave Eiffel", "answer_start": 31}],
+                        },
+                    ],
+                }
+            ],
+        }
+    ],
+}
+
+
+def changed(change):
+    """A copy of the file, its first question changed."""
+    content = copy.deepcopy(FIRST)
+    change(content["data"][0]["paragraphs"][0]["qas"][0])
+    return content
+
+
+def test_the_first_version():
+    found = parse_squad("train.json", FIRST)
+    assert [(question.id, question.answers, question.start) for question in found.questions] == [
+        ("a", ("1889", "in 1889"), 23),
+        ("b", ("Gustave Eiffel",), 31),
+    ]
+    assert not found.may_be_unanswerable
+    assert found.questions[0].question == "When was it built?"
+    assert found.questions[0].context == CONTEXT
+
+
+def test_the_second_version_may_have_no_answer():
+    content = changed(lambda entry: entry.update(answers=[], is_impossible=True, plausible_answers=["x"]))
+    found = parse_squad("train.json", content)
+    assert found.may_be_unanswerable
+    assert (found.questions[0].answers, found.questions[0].start) == ((), None)
+    marked_by_version = changed(lambda entry: entry.update(answers=[]))
+    marked_by_version["version"] = "v2.0"
+    assert parse_squad("train.json", marked_by_version).questions[0].answers == ()
+
+
+def test_a_file_without_answers_serves_for_predictions():
+    content = changed(lambda entry: entry.pop("answers"))
+    assert [question.answers for question in parse_squad("x.json", content, labelled=False).questions] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda entry: entry["answers"][0].update(answer_start=24),
+            r"'Tower'\), paragraph 1, question 'a': the answer '1889' does not stand at answer_start 24, but '889 '",
+        ),
+        (
+            lambda entry: entry["answers"][0].update(answer_start=4400),
+            "question 'a': the answer '1889' at answer_start 4400 reaches out of its context of 46 characters",
+        ),
+        (lambda entry: entry["answers"][0].update(answer_start=-1), "reaches out of its context"),
+        (lambda entry: entry["answers"][0].update(answer_start="23"), "an answer_start is '23', not a whole number"),
+        (lambda entry: entry["answers"][0].update(text=" "), "'text' is ' ', not a text"),
+        (lambda entry: entry.update(answers=[]), "question 'a' has no answers: give one"),
+        (lambda entry: entry.pop("answers"), "question 'a' has no list 'answers'"),
+        (lambda entry: entry.update(is_impossible=True), "question 'a' has answers and is_impossible"),
+        (lambda entry: entry.update(id="b"), "the id 'b' stands in the file twice"),
+        (lambda entry: entry.pop("id"), "the 'id' is None, not a text"),
+        (lambda entry: entry.update(question=3), "question 'a': 'question' is 3, not a text"),
+    ],
+)
+def test_a_bad_question_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        parse_squad("train.json", changed(change))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "train.json' is not JSON"),
+        ("[]", "train.json has no list 'data': give a file in SQuAD's format"),
+        ('{"data": []}', "train.json' has no questions"),
+        ('{"data": [{"paragraphs": [{"qas": []}]}]}', "article 1, paragraph 1: 'context' is None"),
+        ('{"data": [{"paragraphs": [{"context": "a", "qas": [1]}]}]}', "the question 1 is not a JSON object"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path, content, message):
+    path = tmp_path / "train.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_squad(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_squad(tmp_path / "absent.json")
+
+
+def rows(*answers):
+    lines = [
+        json.dumps({"id": f"q{number}", "question": "When?", "context": CONTEXT, "answers": of_row})
+        for number, of_row in enumerate(answers)
+    ]
+    return parse_table("train.jsonl", "\n".join(lines), ".jsonl")
+
+
+def test_rows_as_the_library_datasets_has_them():
+    found = table_questions(rows({"text": ["1889"], "answer_start": [23]}, [{"text": "built", "answer_start": 14}]))
+    assert [(question.id, question.answers, question.start) for question in found.questions] == [
+        ("q0", ("1889",), 23),
+        ("q1", ("built",), 14),
+    ]
+    assert not found.may_be_unanswerable
+    assert table_questions(rows({"text": ["1889"], "answer_start": [23]}, [])).may_be_unanswerable
+
+
+def test_a_bad_row_is_named():
+    with pytest.raises(UserError, match=r"train.jsonl, row 2: the answer '1889' does not stand at answer_start 2"):
+        table_questions(rows({"text": ["1889"], "answer_start": [23]}, {"text": ["1889"], "answer_start": [2]}))
+    with pytest.raises(UserError, match="row 1: 1 texts but 0 answer_start"):
+        table_questions(rows({"text": ["1889"], "answer_start": []}))
+    with pytest.raises(UserError, match="no column 'context', but 'question'"):
+        table_questions(parse_table("x.jsonl", '{"question": "When?"}', ".jsonl"), labelled=False)

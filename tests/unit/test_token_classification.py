@@ -1,0 +1,69 @@
+"""Token classification as a task: what the model is trained on leads to seqeval's measures."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.token_classification import batch_loss, token_classification
+
+TRAIN = "karen B-X\nsulto I-X\nminka O\n\n" + "karen O\nsulto B-Y\nZyxwvut O\n" * 20
+DEV = "karen B-X\nsulto I-Z\n\nsulto B-Y\n"
+
+
+@pytest.fixture
+def task(tmp_path):
+    (tmp_path / "train.txt").write_text(TRAIN)
+    (tmp_path / "dev.txt").write_text(DEV)
+    return token_classification((str(tmp_path),), Columns())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return transformers.RobertaTokenizer.from_pretrained(tokenizer_folder)
+
+
+def perfect_logits(encoded, tags):
+    longest = max(len(feature["labels"]) for feature in encoded.features)
+    logits = np.zeros((len(encoded.features), longest + 3, tags), dtype=np.float32)
+    for row, feature in enumerate(encoded.features):
+        for position, label in enumerate(feature["labels"]):
+            logits[row, position, max(label, 0)] = 1
+    return logits
+
+
+def test_the_labels_as_logits_measure_as_perfect(task, tokenizer):
+    encoded = task.encode(tokenizer, task.splits["train"], 32)
+    assert encoded.examples == 2 < len(encoded.features)
+    metrics = encoded.measure(perfect_logits(encoded, 4))
+    assert {name: metrics[name] for name in task.metrics} == dict.fromkeys(task.metrics, 1)
+    assert metrics["by_type"]["Y"]["support"] == 20
+
+
+def test_a_tag_without_training_is_missed_and_told(task, tokenizer, tmp_path, caplog):
+    assert task.results["label_names"] == ["O", "B-X", "I-X", "B-Y"]
+    encoded = task.encode(tokenizer, task.splits["validation"], 32)
+    metrics = encoded.measure(perfect_logits(encoded, 4))
+    assert metrics["by_type"]["Z"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
+    assert metrics["by_type"]["Y"]["f1"] == 1
+    token_classification((str(tmp_path),), Columns())
+    assert "validation has tags that no training sentence has: I-Z" in caplog.text
+
+
+def test_the_loss_is_that_of_transformers_over_all_micro_batches():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 9, 3)
+    labels = torch.randint(0, 3, (4, 9)).where(torch.rand(4, 9) < 0.5, torch.tensor(-100))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(batch_loss({"logits": logits}, labels), expected)
+    count = (labels != -100).sum()
+    parts = [batch_loss({"logits": logits[rows]}, labels[rows], count) for rows in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(sum(parts), expected)
+
+
+def test_files_that_are_missing_are_named(tmp_path):
+    (tmp_path / "train.conll").write_text(TRAIN)
+    with pytest.raises(UserError, match=r"no validation file in --data .* name a file dev with the ending .conll, "):
+        token_classification((str(tmp_path),), Columns())
