@@ -58,6 +58,8 @@ class Ranks:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, any picklable object, on all processes."""
+        if self.world_size == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control_group)
         return box[0]

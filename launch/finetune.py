@@ -1,9 +1,11 @@
 """Fine-tune a transformers folder: `python launch/finetune.py --model DIR --task T --data DIR --output_dir DIR`."""
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from ds_roberta.distributed import set_up_logging
+from ds_roberta.distributed import leave, set_up_logging
 from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.finetune import SWEEP, TASKS, FinetuneConfig, finetune
@@ -17,11 +19,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def seeds(text: str) -> tuple[int, ...]:
     return tuple(int(seed) for seed in text.split(","))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description="Fine-tune an exported transformers folder on labelled texts.")
     parser.add_argument("--model", type=Path, required=True, help="the transformers folder to begin from")
     parser.add_argument("--task", choices=TASKS, required=True)
@@ -38,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=seeds, default=(0,), help="such as 0,1,2; default: 0")
     parser.add_argument("--metric", help="which chooses; default: accuracy, pearson or f1")
     parser.add_argument("--sweep", action="store_true", help="batches of 16 and 32 by rates of 1e-5, 2e-5 and 3e-5")
-    parser.add_argument("--learning_rate", type=float, help="the peak, behind a linear warm-up; default: 2e-5")
+    parser.add_argument("--learning_rate", type=positive_number, help="the peak, behind a warm-up; default: 2e-5")
     parser.add_argument("--train_batch_size", type=positive, help="examples per step; default: 16")
     recipe = Recipe()
     parser.add_argument(
@@ -66,8 +74,11 @@ def parse_arguments() -> argparse.Namespace:
         help="of question answering where contexts need not have an answer: the probability of none above which there "
         "is none; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay fp32")
-    arguments = parser.parse_args()
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay fp32")
+    precision.add_argument("--fp16", action="store_true", help="compute in fp16 on a GPU; the weights stay fp32")
+    parser.add_argument("--deepspeed_config", type=Path, help="train by DeepSpeed; see ds_configs/finetune.json")
+    arguments = parser.parse_args(words)
     if arguments.sweep and (arguments.learning_rate or arguments.train_batch_size):
         parser.error("--sweep has its own batches and rates: leave out --learning_rate and --train_batch_size")
     return arguments
@@ -89,14 +100,20 @@ def config_of(arguments: argparse.Namespace) -> FinetuneConfig:
             arguments.weight_decay,
             arguments.warmup_ratio,
             arguments.bf16,
+            arguments.fp16,
         ),
         metric=arguments.metric,
         max_seq_length=arguments.max_seq_length,
-        spans=SpanOptions(arguments.doc_stride, arguments.max_answer_length, arguments.no_answer_threshold),
+        spans=SpanOptions(
+            arguments.doc_stride,
+            arguments.max_answer_length,
+            no_answer_threshold=arguments.no_answer_threshold,
+        ),
+        deepspeed_config=arguments.deepspeed_config,
     )
 
 
 if __name__ == "__main__":
     arguments = parse_arguments()
     set_up_logging()
-    run_command(lambda: finetune(config_of(arguments)))
+    run_command(lambda: finetune(config_of(arguments)), leave)

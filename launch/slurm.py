@@ -22,6 +22,7 @@ COUNTS = ("gpus_per_node", "processes_per_node", "cpus_per_task", "signal_second
 PRETRAIN_PARSER = "from launch.pretrain import parse_arguments as parse"
 # What defines parse(words) for the options behind --; a process of its own runs it, for the import may be slow.
 PARSERS = {
+    "finetune": "from launch.finetune import parse_arguments as parse",
     "preprocess": "from preprocessing.cli import parser; parse = lambda words: parser().parse_args(['shard', *words])",
     "pretrain_multi_node": PRETRAIN_PARSER,
     "pretrain_single_node": PRETRAIN_PARSER,
@@ -35,7 +36,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # what needs no quotes, neither for 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description="Write a SLURM job file from a template and check it.",
-        epilog="What stands behind -- goes to launch/pretrain.py or preprocess shard.",
+        epilog="What stands behind -- goes to launch/pretrain.py, launch/finetune.py or preprocess shard.",
         allow_abbrev=False,
     )
     parser.add_argument("template", help=", ".join(TEMPLATES))

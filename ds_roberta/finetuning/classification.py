@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from ds_roberta.finetuning.examples import Columns, Examples, class_examples, label_names, number_examples
+from ds_roberta.finetuning.examples import Columns, Examples, class_examples, label_names, labelled, number_examples
 from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
 from ds_roberta.finetuning.model import encode_examples
 from ds_roberta.finetuning.tables import read_splits
@@ -22,7 +22,7 @@ def classification(data: tuple[str, ...], columns: Columns) -> Task:
     Raises:
         UserError: as `read_splits`, `label_names` and `class_examples`.
     """
-    tables = read_splits(data)
+    tables = labelled(read_splits(data), columns)
     names = label_names(tables["train"], columns)
     head = {
         "num_labels": len(names),
@@ -48,10 +48,11 @@ def regression(data: tuple[str, ...], columns: Columns) -> Task:
     Raises:
         UserError: as `read_splits` and `number_examples`.
     """
+    tables = labelled(read_splits(data), columns)
     return Task(
         model=transformers.RobertaForSequenceClassification,
         head={"num_labels": 1, "problem_type": "regression"},
-        splits={split: number_examples(table, columns) for split, table in read_splits(data).items()},
+        splits={split: number_examples(table, columns) for split, table in tables.items()},
         encode=partial(_encode, measure=lambda predicted, labels: regression_metrics(predicted.squeeze(-1), labels)),
         loss=batch_loss,
         collator=transformers.DataCollatorWithPadding,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.tables import Table
 from ds_roberta.finetuning.task import NO_LABEL
@@ -58,11 +59,10 @@ def find_texts(table: Table, columns: Columns) -> tuple[list[str], list[str] | N
     return _texts(table, text), None if pair is None else _texts(table, pair)
 
 
-def label_values(table: Table, columns: Columns) -> list[Any]:
-    """The table's labels as they stand.
-
+def label_column(table: Table, columns: Columns) -> str:
+    """
     Raises:
-        UserError: the column is missing, or a row has no label.
+        UserError: none is named and none of the usual ones is there.
     """
     label = columns.label or next((name for name in LABEL_COLUMNS if name in table.columns), None)
     if label is None:
@@ -70,6 +70,26 @@ def label_values(table: Table, columns: Columns) -> list[Any]:
             f"{table.name} has the columns {_listed(table)}: say with --label_column where the label is, or leave out "
             "a file without labels"
         )
+    return label
+
+
+def labelled(tables: dict[str, Table], columns: Columns) -> dict[str, Table]:
+    """The splits without a test split that has no labels, as most of GLUE's: -1, or nothing."""
+    label = label_column(tables["train"], columns)
+    test = tables.get("test")
+    if test is None or any(row.get(label) not in (None, "", -1, "-1") for row in test.rows):
+        return tables
+    logger.info(f"{test.name} has no labels and is left out")
+    return {split: table for split, table in tables.items() if split != "test"}
+
+
+def label_values(table: Table, columns: Columns) -> list[Any]:
+    """The table's labels as they stand.
+
+    Raises:
+        UserError: the column is missing, or a row has no label.
+    """
+    label = label_column(table, columns)
     _check_column(table, label, "--label_column")
     values = [row.get(label) for row in table.rows]
     for index, value in enumerate(values):
@@ -79,7 +99,7 @@ def label_values(table: Table, columns: Columns) -> list[Any]:
 
 
 def label_names(train: Table, columns: Columns) -> list[str]:
-    """The classes of the training rows: in the order of numbers where all are whole numbers, else of the alphabet.
+    """The classes of the training rows: in the order of numbers where all are, else of the alphabet.
 
     Raises:
         UserError: there are fewer than two.
@@ -88,7 +108,7 @@ def label_names(train: Table, columns: Columns) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{train.name} has only the label {min(names)!r}: classification needs two at least")
     try:
-        return sorted(names, key=int)
+        return sorted(names, key=float)
     except ValueError:
         return sorted(names)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 import ds_roberta
-from ds_roberta.distributed import logger
+from ds_roberta.distributed import Ranks, logger
 from ds_roberta.errors import UserError
-from ds_roberta.files import replaced_folder, write_json
+from ds_roberta.files import check_replaceable, errors_of_the_disk, json_fingerprint, replaced_folder, write_json
 from ds_roberta.finetuning.classification import classification, regression
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.inference import RESULTS
@@ -24,9 +27,21 @@ from ds_roberta.finetuning.question_answering import question_answering
 from ds_roberta.finetuning.spans import SpanOptions
 from ds_roberta.finetuning.task import Task
 from ds_roberta.finetuning.token_classification import token_classification
-from ds_roberta.finetuning.trainer import Problem, Recipe, Run, Setting, evaluate, new_model, train
+from ds_roberta.finetuning.trainer import (
+    MODEL_FOLDER,
+    Problem,
+    Recipe,
+    Run,
+    Setting,
+    Stopped,
+    evaluate,
+    in_words,
+    train,
+)
+from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
 
 TASKS = ("classification", "regression", "token-classification", "question-answering")
+KIND = "a model that was fine-tuned before"
 SWEEP = [Setting(rate, size) for size in (16, 32) for rate in (1e-5, 2e-5, 3e-5)]  # Liu et al. 2019, table 10
 
 
@@ -52,18 +67,26 @@ class FinetuneConfig:
     metric: str | None
     max_seq_length: int | None
     spans: SpanOptions
+    deepspeed_config: Path | None = None
 
 
-def finetune(config: FinetuneConfig) -> None:
+def finetune(config: FinetuneConfig) -> int:
     """Train every setting with every seed; write the best model, its tokenizer and `results.json`, all or nothing.
 
     The best setting is the one with the highest median over the seeds of each run's best epoch; the model is that
-    setting's best run, after its best epoch.
+    setting's best run, after its best epoch. Until then the runs lie in a folder beside the output, so that the same
+    call goes on where it was broken off.
+
+    Returns:
+        0, or `STOPPED_EXIT_CODE` where it was asked to stop (SIGUSR1, SIGTERM, Ctrl-C) and saved.
 
     Raises:
         UserError: a setting, the data or the model's folder is wrong, or the output cannot be written.
     """
-    _check(config)
+    deepspeed_config = read_deepspeed_config(config.deepspeed_config)
+    ranks = _ranks(deepspeed_config is not None)
+    _check(config, ranks.world_size)
+    transformers.utils.logging.disable_progress_bar()
     model_config = read_config(config.model)
     max_seq_length = sequence_length(model_config, config.max_seq_length)
     task = read_task(config)
@@ -72,14 +95,25 @@ def finetune(config: FinetuneConfig) -> None:
         raise UserError(f"--metric {metric} is not of these data: use one of {', '.join(task.metrics)}")
     tokenizer = read_tokenizer(config.model, model_config, **task.tokenizer_options)
     encoded = {split: task.encode(tokenizer, examples, max_seq_length) for split, examples in task.splits.items()}
-    problem = Problem(config.model, tokenizer, task, encoded["train"], encoded["validation"], metric)
-    with replaced_folder(config.output_dir, is_finetuned_folder, "a model that was fine-tuned before") as partial:
-        runs = {
-            setting: [train(problem, setting, config.recipe, seed) for seed in config.seeds]
-            for setting in config.settings
-        }
+    problem = Problem(
+        config.model, tokenizer, task, encoded["train"], encoded["validation"], metric, config.recipe, deepspeed_config
+    )
+    output = config.output_dir.resolve()
+    with errors_of_the_disk(output):
+        work = ranks.on_main(lambda: _work_folder(output, config, deepspeed_config))
+        runs: dict[Setting, list[Run]] = {}
+        with StopRequest(ranks) as stop:
+            try:
+                for setting, seed in product(config.settings, config.seeds):
+                    run = train(problem, setting, seed, _run_folder(work, setting, seed), stop, ranks)
+                    runs.setdefault(setting, []).append(run)
+                    ranks.on_main(lambda: _remove_weights(work, runs, metric))
+            except Stopped:
+                ranks.log("stopped on request; the same command goes on from here")
+                return STOPPED_EXIT_CODE
         best = choose(runs, metric)
-        test = evaluate(problem, best.weights, encoded["test"]) if "test" in encoded else None
+        of_best = _run_folder(work, best.setting, best.seed)
+        test = evaluate(problem, best, of_best, encoded["test"], ranks) if "test" in encoded else None
         summaries = [_summary(setting, of_setting, metric) for setting, of_setting in runs.items()]
         results = {
             "model": str(config.model),
@@ -90,50 +124,55 @@ def finetune(config: FinetuneConfig) -> None:
             **task.results,
             "max_seq_length": max_seq_length,
             "recipe": asdict(config.recipe),
+            "deepspeed_config": deepspeed_config,
             "settings": summaries,
             "best": {**_entry(best), "test": test},
             "versions": {"ds_roberta": ds_roberta.__version__, "transformers": transformers.__version__},
         }
-        _save(problem, best, max_seq_length, partial)
-        write_json(partial / RESULTS, results)
+        tokenizer.model_max_length = max_seq_length
+        ranks.on_main(lambda: _write(output, of_best / MODEL_FOLDER, tokenizer, results))
+        ranks.on_main(lambda: shutil.rmtree(work.parent))
     for summary in summaries:
-        logger.info(
+        ranks.log(
             f"learning rate {summary['learning_rate']:g}, batch {summary['train_batch_size']}: {metric} on validation "
             f"{summary['median']:.4f} (median of {len(config.seeds)}), {summary['best']:.4f} (best)"
         )
-    logger.info(
-        f"wrote {config.output_dir}: seed {best.seed}, epoch {best.best + 1}" + (f", test {test}" if test else "")
-    )
+    of_test = f", on test {in_words(test)}" if test else ""
+    ranks.log(f"wrote {config.output_dir}: seed {best.seed}, epoch {best.best + 1}{of_test}")
+    return 0
 
 
 def choose(runs: dict[Setting, list[Run]], metric: str) -> Run:
     """The best run of the setting with the highest median; the first of equals."""
-    best_setting = max(
-        runs.values(), key=lambda of_setting: statistics.median(_score(run, metric) for run in of_setting)
-    )
-    return max(best_setting, key=lambda run: _score(run, metric))
+    best_setting = max(runs.values(), key=lambda of_setting: statistics.median(run.score(metric) for run in of_setting))
+    return max(best_setting, key=lambda run: run.score(metric))
 
 
 def is_finetuned_folder(folder: Path) -> bool:
     return (folder / RESULTS).is_file() and (folder / "config.json").is_file()
 
 
-def _check(config: FinetuneConfig) -> None:
+def _ranks(with_deepspeed: bool) -> Ranks:
+    """This process among those of the launcher; a process alone joins none unless DeepSpeed asks for it."""
+    if not with_deepspeed and "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return Ranks(0, 1, 0, None)
+    from ds_roberta.training.device import init_distributed  # DeepSpeed takes seconds
+
+    return init_distributed()
+
+
+def _check(config: FinetuneConfig, world_size: int) -> None:
     for library in ("accelerate", "sklearn", "scipy", "seqeval"):
         if importlib.util.find_spec(library) is None:
             raise UserError(f"fine-tuning needs {library}, which is not installed: pip install 'ds_roberta[finetune]'")
-    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
-        raise UserError(
-            f"fine-tuning is of one process, not WORLD_SIZE={os.environ['WORLD_SIZE']}: start it with python"
-        )
     if len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"--seeds {','.join(map(str, config.seeds))} names a seed twice: name each once")
-    accumulation = config.recipe.gradient_accumulation_steps
+    parts = config.recipe.gradient_accumulation_steps * world_size
     for setting in config.settings:
-        if setting.train_batch_size % accumulation:
+        if setting.train_batch_size % parts:
             raise UserError(
-                f"--gradient_accumulation_steps {accumulation} does not divide the batch of "
-                f"{setting.train_batch_size}: use a divisor"
+                f"the batch of {setting.train_batch_size} cannot be divided among {world_size} processes and "
+                f"--gradient_accumulation_steps {config.recipe.gradient_accumulation_steps}: use a multiple of {parts}"
             )
 
 
@@ -144,16 +183,70 @@ def read_task(config: FinetuneConfig) -> Task:
     return read[config.task](config.data, config.columns)
 
 
-def _save(problem: Problem, run: Run, max_seq_length: int, folder: Path) -> None:
-    model = new_model(problem)
-    model.load_state_dict(run.weights)
-    model.save_pretrained(folder)
-    problem.tokenizer.model_max_length = max_seq_length
-    problem.tokenizer.save_pretrained(folder)
+def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
+    """
+    Raises:
+        UserError: the file cannot be read, is no JSON object, or has an optimizer or scheduler.
+    """
+    if path is None:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("--deepspeed_config needs deepspeed, which is not installed: pip install deepspeed")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --deepspeed_config {str(path)!r} ({error}): give a JSON file") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed_config {str(path)!r} is no JSON object: see ds_configs/finetune.json")
+    return content
 
 
-def _score(run: Run, metric: str) -> float:
-    return run.epochs[run.best][metric]
+def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[str, Any] | None) -> Path:
+    """Where the runs lie until the output is written; one of another plan is emptied.
+
+    Settings and seeds are not part of a plan: each run has a folder of its own.
+
+    Raises:
+        UserError: the output is there and must not be replaced.
+    """
+    check_replaceable(output, is_finetuned_folder, KIND)
+    asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
+    inputs = [
+        file for given in (str(config.model), *config.data) for file in _files(Path(given.partition("=")[2] or given))
+    ]
+    asked["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in inputs]
+    plan = json_fingerprint(json.loads(json.dumps(asked, default=str)))
+    work = output.parent / f".{output.name}.runs"
+    if work.exists() and not (work / plan).exists():
+        logger.info(f"{work} is of another fine-tuning that was broken off: it begins anew")
+        shutil.rmtree(work)
+    (work / plan).mkdir(parents=True, exist_ok=True)
+    return work / plan
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
+
+
+def _run_folder(work: Path, setting: Setting, seed: int) -> Path:
+    return work / f"rate-{setting.learning_rate:g}-batch-{setting.train_batch_size}-seed-{seed}"
+
+
+def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> None:
+    """Keep the weights of the runs that may still be the best: one of the setting in progress, one of those before."""
+    *before, latest = runs.items()
+    keep = [choose(dict([latest]), metric), *([choose(dict(before), metric)] if before else [])]
+    for run in (run for of_setting in runs.values() for run in of_setting):
+        if run not in keep:
+            shutil.rmtree(_run_folder(work, run.setting, run.seed) / MODEL_FOLDER, ignore_errors=True)
+
+
+def _write(output: Path, model: Path, tokenizer: transformers.PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
+    with replaced_folder(output, is_finetuned_folder, KIND) as partial:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(model / name, partial / name)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / RESULTS, results)
 
 
 def _entry(run: Run) -> dict[str, Any]:
@@ -161,7 +254,7 @@ def _entry(run: Run) -> dict[str, Any]:
 
 
 def _summary(setting: Setting, runs: Sequence[Run], metric: str) -> dict[str, Any]:
-    scores = [_score(run, metric) for run in runs]
+    scores = [run.score(metric) for run in runs]
     return {
         **asdict(setting),
         "median": statistics.median(scores),

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
-import tempfile
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
-from ds_roberta.distributed import logger
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
+from ds_roberta.files import write_json
 from ds_roberta.finetuning.task import Encoded, Task
+from ds_roberta.training.preemption import StopRequest
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}  # as in pretraining, Liu et al. 2019, table 9
 EVALUATION_BATCH_SIZE = 32
+MODEL_FOLDER = "model"
+_RECORD = "run.json"
+_TRAINER_FOLDER = "trainer"
+_TRAINER_STATE = "trainer_state.json"  # which Trainer writes last into a checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,9 @@ class Setting:
 
     learning_rate: float
     train_batch_size: int
+
+    def __str__(self) -> str:
+        return f"learning rate {self.learning_rate:g}, batch {self.train_batch_size}"
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,17 @@ class Recipe:
     weight_decay: float = 0.1
     warmup_ratio: float = 0.06
     bf16: bool = False
+    fp16: bool = False
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The model's folder, the task and its encoded examples; `metric` is the name of the one that chooses."""
+    """The model's folder, the task and its encoded examples.
+
+    Attributes:
+        metric: the name of the one that chooses.
+        deepspeed_config: what DeepSpeed is told; None: Trainer goes without it.
+    """
 
     folder: Path
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -48,78 +65,106 @@ class Problem:
     train: Encoded
     validation: Encoded
     metric: str
+    recipe: Recipe
+    deepspeed_config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave.
+    """What one run gave; the model after its best epoch lies in `MODEL_FOLDER` of its folder.
 
     Attributes:
         epochs: metrics on the validation examples after each epoch, with the `loss`.
         best: index of the epoch with the best metric, the first of equals.
-        weights: the model's state after that epoch, on the CPU.
     """
 
     setting: Setting
     seed: int
     epochs: list[dict[str, Any]]
     best: int
-    weights: dict[str, torch.Tensor]
+
+    def score(self, metric: str) -> float:
+        return self.epochs[self.best][metric]
 
 
-def train(problem: Problem, setting: Setting, recipe: Recipe, seed: int) -> Run:
-    """Fine-tune from the folder's weights and keep the state after the best epoch.
+class Stopped(Exception):
+    """The run was asked to stop and has saved."""
+
+
+def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: StopRequest, ranks: Ranks) -> Run:
+    """Fine-tune from the model's weights, or go on from the folder's checkpoint; a run that ended is read.
+
+    Args:
+        folder: the run's own, made if need be.
+        stop: asked after each step.
 
     Raises:
         UserError: the loss is no longer finite.
+        Stopped: `stop` has said so.
     """
-    transformers.set_seed(seed)  # the head is new
-    watch = _BestEpoch(
-        problem.metric, f"learning rate {setting.learning_rate:g}, batch {setting.train_batch_size}, seed {seed}"
+    record = folder / _RECORD
+    if record.exists():
+        content = json.loads(record.read_text(encoding="utf-8"))
+        return Run(setting, seed, content["epochs"], content["best"])
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = ranks.on_main(lambda: _last_checkpoint(folder / _TRAINER_FOLDER))
+    if checkpoint is not None:
+        ranks.log(f"{setting}, seed {seed}: goes on from step {checkpoint.name.rpartition('-')[2]}")
+    watch = _Watch(f"{setting}, seed {seed}", stop, ranks)
+    trainer = make_trainer(problem, setting, seed, folder / _TRAINER_FOLDER, ranks.world_size)
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if watch.stopped:
+        raise Stopped
+    epochs = [_plain(entry) for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = max(range(len(epochs)), key=lambda epoch: epochs[epoch][problem.metric])
+    trainer.save_model(str(folder / MODEL_FOLDER))  # the best epoch's: load_best_model_at_end
+    ranks.on_main(lambda: write_json(record, {"epochs": epochs, "best": best}))
+    ranks.on_main(lambda: shutil.rmtree(folder / _TRAINER_FOLDER))
+    return Run(setting, seed, epochs, best)
+
+
+def evaluate(problem: Problem, run: Run, folder: Path, encoded: Encoded, ranks: Ranks) -> dict[str, Any]:
+    """The metrics, and the `loss`, of a run's model on `encoded`; `folder` is the run's."""
+    trainer = make_trainer(
+        problem, run.setting, run.seed, folder / _TRAINER_FOLDER, ranks.world_size, folder / MODEL_FOLDER
     )
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(problem, new_model(problem), setting, recipe, seed, Path(folder))
-        trainer.add_callback(watch)
-        trainer.train()
-    return Run(setting, seed, watch.epochs, watch.best, watch.weights)
+    trainer.compute_metrics = lambda prediction: encoded.measure(prediction.predictions)
+    return _plain(trainer.evaluate(encoded.features))
 
 
-def evaluate(problem: Problem, weights: dict[str, torch.Tensor], encoded: Encoded) -> dict[str, Any]:
-    """The metrics, and the `loss`, of a run's `weights` on `encoded`."""
-    model = new_model(problem)
-    model.load_state_dict(weights)
-    with tempfile.TemporaryDirectory() as folder:
-        measured = replace(problem, validation=encoded)
-        trainer = make_trainer(measured, model, Setting(0.0, 1), Recipe(), 0, Path(folder))
-        return _plain(trainer.evaluate())
+def new_model(problem: Problem, folder: Path) -> transformers.PreTrainedModel:
+    """A folder's encoder, with a new head unless the folder holds one of the same shape.
 
-
-def new_model(problem: Problem) -> transformers.PreTrainedModel:
-    """The folder's encoder, with a new head unless the folder holds one of the same shape."""
+    Raises:
+        UserError: the weights cannot be read.
+    """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # that the head is new is no news
-    transformers.logging.disable_progress_bar()
     try:
         return problem.task.model.from_pretrained(
-            problem.folder, dtype=torch.float32, ignore_mismatched_sizes=True, **problem.task.head
+            folder, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True, **problem.task.head
         )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}): copy them again") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 
 
 def make_trainer(
-    problem: Problem,
-    model: transformers.PreTrainedModel,
-    setting: Setting,
-    recipe: Recipe,
-    seed: int,
-    folder: Path,
+    problem: Problem, setting: Setting, seed: int, folder: Path, world_size: int, model: Path | None = None
 ) -> transformers.Trainer:
-    """A Trainer that evaluates after each epoch, saves nothing and normalises its loss as `Task.loss` says."""
+    """A Trainer that evaluates and saves after each epoch, keeps the best and normalises its loss as `Task.loss` says.
+
+    Args:
+        folder: of its checkpoints.
+        model: the weights' folder; None: the problem's.
+    """
+    recipe = problem.recipe
     steps = math.ceil(len(problem.train.features) / setting.train_batch_size) * recipe.num_train_epochs
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=setting.train_batch_size // recipe.gradient_accumulation_steps,
+        per_device_train_batch_size=setting.train_batch_size // recipe.gradient_accumulation_steps // world_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         per_device_eval_batch_size=EVALUATION_BATCH_SIZE,
         num_train_epochs=recipe.num_train_epochs,
@@ -130,19 +175,28 @@ def make_trainer(
         max_grad_norm=0.0,  # the paper's recipe does not clip
         **ADAM,
         bf16=recipe.bf16,
+        fp16=recipe.fp16,
+        deepspeed=problem.deepspeed_config,
         seed=seed,
         eval_strategy="epoch",
-        save_strategy="no",
+        save_strategy="epoch",
+        save_total_limit=1,  # beside the best
+        load_best_model_at_end=True,
+        metric_for_best_model=problem.metric,
+        greater_is_better=True,
         logging_strategy="epoch",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),  # or several processes on CPUs would train apart
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would divide the batch anew
+    transformers.set_seed(seed)  # the head is new
     trainer = transformers.Trainer(
-        model,
+        new_model(problem, model or problem.folder),
         arguments,
         data_collator=problem.task.collator(problem.tokenizer),
         train_dataset=problem.train.features,
@@ -154,24 +208,37 @@ def make_trainer(
     return trainer
 
 
-class _BestEpoch(transformers.TrainerCallback):
-    """Notes the metrics of each epoch, and keeps the weights of the best."""
+class _Watch(transformers.TrainerCallback):
+    """Tells of each epoch, ends a run that has diverged, and has one that is asked to stop save first."""
 
-    def __init__(self, metric: str, run: str) -> None:
-        self.metric, self.run = metric, run
-        self.epochs: list[dict[str, Any]] = []
-        self.best = 0
-        self.weights: dict[str, torch.Tensor] = {}
+    def __init__(self, run: str, stop: StopRequest, ranks: Ranks) -> None:
+        self.run, self.stop, self.ranks, self.stopped = run, stop, ranks, False
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, *, model: Any, metrics: Any, **others: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step < state.max_steps and self.stop.agreed():
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self.stopped and state.global_step % (state.max_steps // args.num_train_epochs):
+            # Trainer takes the stop for an epoch's end: it would measure, and perhaps choose, half an epoch's model.
+            control.should_evaluate = control.should_save = control.should_log = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Any, **others: Any) -> None:
         found = _plain(metrics)
         if not math.isfinite(found["loss"]):
             raise UserError(f"the loss is {found['loss']} after an epoch at {self.run}: use a lower --learning_rate")
-        self.epochs.append(found)
-        logger.info(f"{self.run}: epoch {len(self.epochs)} of {args.num_train_epochs}, {_in_words(found)}")
-        if len(self.epochs) == 1 or found[self.metric] > self.epochs[self.best][self.metric]:
-            self.best = len(self.epochs) - 1
-            self.weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        self.ranks.log(f"{self.run}: epoch {round(state.epoch)} of {args.num_train_epochs}, {in_words(found)}")
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest that was written to its end; the others are removed, as Trainer counts them."""
+    whole: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path)
+    return max(whole)[1] if whole else None
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -181,5 +248,5 @@ def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: metrics[f"eval_{name}"] for name in names if name not in timings}
 
 
-def _in_words(metrics: dict[str, Any]) -> str:
+def in_words(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))

@@ -92,13 +92,19 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def export(
-    config: ModelConfig, weights: Mapping[str, torch.Tensor], tokenizer_folder: Path, max_seq_length: int, output: Path
+    config: ModelConfig,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer_folder: Path,
+    max_seq_length: int,
+    output: Path,
+    model_card: str | None = None,
 ) -> float:
     """Write a transformers folder (`config.json`, `model.safetensors`, tokenizer), whole or not at all.
 
     Args:
         weights: fp32 parameters by name.
         max_seq_length: what the tokenizer shall truncate to.
+        model_card: the text of `README.md`, where there shall be one.
 
     Returns:
         The parity check's largest difference of logits, as a share.
@@ -114,4 +120,6 @@ def export(
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
         tokenizer.model_max_length = max_seq_length
         tokenizer.save_pretrained(temporary)
+        if model_card is not None:
+            (temporary / "README.md").write_text(model_card, encoding="utf-8")
         return check_parity(config, weights, transformers.RobertaForMaskedLM.from_pretrained(temporary).eval())

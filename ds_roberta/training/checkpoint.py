@@ -54,6 +54,7 @@ class TrainState:
         recent_losses: of the last steps, by which a spike of the loss is told.
         loss_spikes: steps whose loss was one, those that were rolled back included.
         skipped_places: what the run passes over after such a step, each with the fields of `data.stages.SkippedPlaces`.
+        learned_positions: of the model that the run began with; 0 where it began with nothing.
     """
 
     identity: dict[str, Any]
@@ -67,6 +68,16 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     loss_spikes: int = 0
     skipped_places: list[dict[str, int]] = field(default_factory=list)
+    learned_positions: int = 0
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the longest sequences so far, for which the model has learned positions."""
+        last = self.identity["packing"]["max_seq_length"]
+        schedule = self.identity.get("max_seq_length_schedule", f"0:{last}")
+        stages = (map(int, stage.split(":")) for stage in schedule.split(","))
+        lengths = (length for first, length in stages if first < max(self.global_step, 1))
+        return max(self.learned_positions, *lengths)
 
 
 def step_folder(folder: Path, step: int) -> Path:

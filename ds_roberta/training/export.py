@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ds_roberta.config import ModelConfig
 from ds_roberta.distributed import logger
 from ds_roberta.model.export import export
 from ds_roberta.model.objectives import NEXT_SENTENCE_HEAD
 from ds_roberta.training import checkpoint
+from ds_roberta.training.model_card import model_card
 
 
 def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
@@ -18,16 +21,18 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
         UserError: there is no good checkpoint, the exported model's logits differ, or `output` cannot be written.
     """
     path = checkpoint.best(folder) if best else checkpoint.newest(folder)
-    identity = checkpoint.read_state(path).identity
+    state = checkpoint.read_state(path)
+    config = ModelConfig(**state.identity["model"])
     weights = {
         name: weight for name, weight in checkpoint.weights(path).items() if not name.startswith(NEXT_SENTENCE_HEAD)
     }
     difference = export(
-        ModelConfig(**identity["model"]),
+        config,
         weights,
         path / checkpoint.TOKENIZER_FOLDER,
-        identity["packing"]["max_seq_length"],
+        state.trained_length,
         output,
+        model_card(config, state, sum(map(torch.Tensor.numel, weights.values())), path),
     )
-    without = ", without the head of next sentence prediction" if identity.get("next_sentence_prediction") else ""
+    without = ", without the head of next sentence prediction" if state.identity.get("next_sentence_prediction") else ""
     logger.info(f"exported {path} to {output}{without}; its logits equal transformers' within {difference:.1g}")

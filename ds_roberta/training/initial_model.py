@@ -47,8 +47,8 @@ class InitialModel:
 
     Attributes:
         config: its architecture.
-        learned_positions: how long the sequences of its training were: of a checkpoint those of its run, of a
-            transformers folder what its tokenizer truncates to, at most what it has positions for.
+        learned_positions: how long the sequences of its training were: of a checkpoint those of its run so far and
+            of the model before it, of a transformers folder what its tokenizer truncates to, at most its positions.
         tokenizer_folder: with `tokenizer.json`.
         is_checkpoint: of this program; else a transformers folder.
     """
@@ -74,8 +74,8 @@ class InitialModel:
         if not (folder / TRAIN_STATE_NAME).is_file():
             return cls._open_transformers(folder)
         try:
-            identity = checkpoint.read_state(folder).identity
-            config, length = ModelConfig(**identity["model"]), identity["packing"]["max_seq_length"]
+            state = checkpoint.read_state(folder)
+            config, length = ModelConfig(**state.identity["model"]), state.trained_length
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the checkpoint {str(folder)!r} is damaged ({error!r}): give another") from error
         return cls(folder, config, length, folder / checkpoint.TOKENIZER_FOLDER, True)

@@ -53,7 +53,8 @@ def initial_state(
     path = of_deepspeed or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
         check_identity(folder, identity, identity, allowed)
-        return TrainState(identity), None, None
+        learned = initial_model.learned_positions if initial_model else 0
+        return TrainState(identity, learned_positions=learned), None, None
     if of_deepspeed:
         zero_stage = deepspeed_config.zero_stage
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, zero_stage, precision)

@@ -7,6 +7,8 @@ from types import FrameType
 
 from ds_roberta.distributed import Ranks
 
+STOPPED_EXIT_CODE = 85
+"""Exit code of a run that was asked to stop and saved: start the same command again to go on."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -35,6 +35,7 @@ from ds_roberta.training.metrics import CONFIG_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.options import PretrainOptions, run_config
 from ds_roberta.training.peak import MEASURED, device_peak
+from ds_roberta.training.preemption import STOPPED_EXIT_CODE
 from ds_roberta.training.record import run_record
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from ds_roberta.training.initial_model import InitialModel
 
 EXPORT_FOLDER = "hf"
-STOPPED_EXIT_CODE = 85
-"""Exit code of a run that was asked to stop and saved: start the same command again to go on."""
 
 
 def pretrain(options: PretrainOptions) -> int:

@@ -178,3 +178,23 @@ def test_an_array_prepares_the_bytes_of_the_local_run(cluster, workspace):
         return {name: path.read_bytes() for name, path in files.items() if name.parts[0] != "index"}
 
     assert content(workspace / "array") == content(workspace / "data/corpus")
+
+
+def test_a_fine_tuning_that_is_told_to_stop_ends_as_if_unbroken(cluster, workspace, unbroken):
+    words = ("the door was open", "she said nothing", "a long way off", "he looked up")
+    lines = [json.dumps({"text": f"{words[n % 4]} {words[n % 3]}", "label": n % 2}) for n in range(64)]
+    for split in ("train", "dev"):
+        (workspace / f"{split}.jsonl").write_text("\n".join(lines))
+    settings = ("--model", unbroken / "hf", "--task", "classification", "--data", "train.jsonl", "dev.jsonl")
+    settings += ("--num_train_epochs", "4", "--seeds", "0,1", "--output_dir")
+    write_job(cluster, workspace, "finetune", "tune", "--gpus_per_node", "0", "--", *map(str, settings), "tuned")
+    number = submit(cluster, workspace, "tune")
+    cluster.wait(lambda: any(workspace.glob(".tuned.runs/*/*/trainer/checkpoint-*/trainer_state.json")))
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    cluster.wait(lambda: cluster.job(number)["Restarts"] == "1")
+    finish(cluster, workspace, number, "tune")
+    (logs,) = workspace.glob("logs/tune-*/")
+    assert "stopped on request" in (logs / "rank0.out").read_text()
+    cluster.run(sys.executable, REPOSITORY / "launch/finetune.py", *settings, "local", cwd=workspace)
+    local, tuned = (json.loads((workspace / name / "results.json").read_text()) for name in ("local", "tuned"))
+    assert tuned == local

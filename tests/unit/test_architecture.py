@@ -11,7 +11,8 @@ LINES_AT_MOST = 400
 ROOMS = [  # from the top; a room imports from rooms below its own row, or from itself
     {"launch"},
     {"ds_roberta.report"},
-    {"preprocessing", "ds_roberta.training", "ds_roberta.finetuning"},
+    {"ds_roberta.finetuning"},
+    {"preprocessing", "ds_roberta.training"},
     {"ds_roberta.evaluation"},
     {"ds_roberta.model", "ds_roberta.data"},
     {f"ds_roberta.{name}" for name in ("config", "deepspeed_config", "distributed", "files", "rendezvous")},

@@ -231,6 +231,7 @@ def test_a_checkpoint_exports_by_itself(tmp_path, tokenizer_folder, solo_ranks):
     for source, best in ((path, False), (tmp_path / "run", False), (tmp_path / "run", True)):
         export_checkpoint(source, tmp_path / "exported", best)
         assert json.loads((tmp_path / "exported/tokenizer_config.json").read_text())["model_max_length"] == 64
+        assert f"| steps | {8 if source != path and not best else 7} |" in (tmp_path / "exported/README.md").read_text()
     flip(path / "tokenizer/tokenizer.json")
     for source, best in ((path, False), (tmp_path / "run", True)):
         with pytest.raises(UserError, match=r"tokenizer.json' is damaged"):

@@ -9,7 +9,7 @@ from ds_roberta.deepspeed_config import SECTION_KEYS, DeepSpeedConfig
 from ds_roberta.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
-FILES = sorted(FOLDER.glob("*.json"))
+FILES = sorted(FOLDER.glob("zero*.json"))
 BASE = json.loads((FOLDER / "zero2.json").read_text())
 CPU = ((), ("fp32", "bf16"))
 GPU = (("bf16", "fp16"), ("fp32", "bf16", "fp16"))

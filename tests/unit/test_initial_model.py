@@ -17,7 +17,7 @@ from ds_roberta.model.objectives import make_model
 from ds_roberta.training import initial_model as initial_model_module
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.options import PretrainOptions, run_config
-from preprocessing.tokenizer import train_tokenizer
+from preprocessing.tokenizer import train_bpe
 
 LENGTH = 48
 TOKENS = 400
@@ -59,7 +59,7 @@ def other_tokenizer(tmp_path_factory):
     """Of 320 ids, trained on real words: it shares some tokens with the made-up ones."""
     folder = tmp_path_factory.mktemp("other") / "tokenizer"
     folder.mkdir()
-    train_tokenizer(iter([[InitialModel.initialize.__doc__ + InitialModel.resized.__doc__ + __doc__] * 3]), 320, folder)
+    train_bpe(iter([[InitialModel.initialize.__doc__ + InitialModel.resized.__doc__ + __doc__] * 3]), 320, folder)
     return folder
 
 

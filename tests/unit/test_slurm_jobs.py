@@ -113,6 +113,7 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
         ((*MULTI_NODE, "--partition", "a b", "--", "x"), "partition 'a b'"),
         ((*MULTI_NODE, "--", *PRETRAIN, "--max_step", "9"), "behind --: unrecognized arguments: --max_step 9"),
         (("preprocess", "--tasks", "2", "--time", "1", "--", "--input", "x"), "behind --: the following arguments"),
+        (("finetune", "--gpus_per_node", "1", "--time", "1", "--", "--task", "x"), "behind --: argument --task"),
         ((*MULTI_NODE, "--setup", "if", "--", *PRETRAIN), "bash -n job.sbatch refuses"),
     ],
 )

@@ -1,0 +1,142 @@
+"""What an exported folder says of its model: the facts of the run, as its checkpoint and its folder hold them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ds_roberta.config import ModelConfig
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
+
+_HEADER = """---
+library_name: transformers
+pipeline_tag: fill-mask
+tags:
+- roberta
+- masked-lm
+mask_token: <mask>
+---
+"""
+
+
+def model_card(config: ModelConfig, state: TrainState, parameters: int, checkpoint: Path) -> str:
+    """The text of `README.md` in the form of Hugging Face's model cards.
+
+    Args:
+        checkpoint: `RUN/checkpoints/global_stepN`; outside of a run's folder the card has the checkpoint's facts alone.
+    """
+    run = checkpoint.resolve().parents[1]
+    record = _read_record(run / CONFIG_NAME)
+    facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""{_HEADER}
+# {run.name if record else "RoBERTa"}
+
+A RoBERTa encoder: {config.num_hidden_layers} layers of width {config.hidden_size} with {config.num_attention_heads} \
+heads, {parameters:,} parameters, a vocabulary of {config.vocab_size:,} tokens, sequences of at most \
+{state.trained_length} of them. It was pretrained with ds_roberta and not tuned for a task.
+
+```python
+from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+
+pipeline("fill-mask", model="THIS_FOLDER")("The answer is <mask>.")
+AutoModel.from_pretrained("THIS_FOLDER")  # hidden states; its pooler is not trained
+AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER", num_labels=2)  # to be fine-tuned
+```
+
+It knows no more than the text it was trained on, and repeats its errors and prejudices.
+
+| of the training | |
+|---|---|
+{rows}
+"""
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    identity, masking, packing = state.identity, state.identity.get("masking"), state.identity["packing"]
+    objective = "masked language modelling"
+    if identity.get("next_sentence_prediction"):
+        objective += " and next sentence prediction, whose head is not in this folder"
+    facts = {
+        "objective": objective,
+        "masked": _masking(masking) if masking else None,
+        "sequences": f"{packing['max_seq_length']} tokens",
+        "packing": packing.get("format"),
+        "schedule of their length": _schedule(identity.get("max_seq_length_schedule")),
+        "sequences a step": identity.get("train_batch_size"),
+        "schedule of their number": _schedule(identity.get("train_batch_size_schedule")),
+        "steps": f"{state.global_step:,}",
+        "sequences seen": f"{state.consumed_samples:,}",
+        "tokens seen": f"{state.consumed_tokens:,}",
+        "began with": f"weights of checksum {identity['init_from']}" if identity.get("init_from") else "random weights",
+        "data": f"fingerprint {identity['data']}" if "data" in identity else None,
+        "weights of its sources": identity.get("source_weights"),
+        "seed": identity.get("seed"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _masking(masking: dict[str, Any]) -> str:
+    share = f"{masking['mlm_probability']:g}"
+    if (last := masking.get("mlm_probability_end")) is not None:
+        share += f" to {last:g}"
+    copies = masking.get("copies")
+    return f"{share} of the tokens, by {masking['unit']}, {f'{copies} fixed masks' if copies else 'dynamic'}"
+
+
+def _schedule(text: str | None) -> str | None:
+    """Of more than one stage."""
+    return text if text and "," in text else None
+
+
+def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
+    """The last held-out loss up to the checkpoint, where the run's metrics are there."""
+    if not metrics.is_file():
+        return {}
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    losses = [row for row in rows if row.get("eval_loss") is not None and row["global_step"] <= state.global_step]
+    if not losses:
+        return {}
+    step, loss = losses[-1]["global_step"], losses[-1]["eval_loss"]
+    value = f"{loss:.4f} nats a masked token (perplexity {math.exp(min(loss, 700.0)):,.2f}), after step {step:,}"
+    return {"held-out loss": value}
+
+
+def _circumstances(record: dict[str, Any]) -> dict[str, str]:
+    """What the run's `config.json` adds, as its last start wrote it; an earlier version's has less."""
+    deepspeed, optimizer = ("deepspeed",), ("deepspeed", "optimizer", "params")
+    places: dict[str, tuple[str | int, ...]] = {
+        "folder of the data": ("run", "data_dir"),
+        "folder that it began with": ("run", "init_from"),
+        "optimizer": (*deepspeed, "optimizer", "type"),
+        "peak learning rate": (*optimizer, "lr"),
+        "weight decay": (*optimizer, "weight_decay"),
+        "shape of the learning rate": ("run", "schedule", "lr_scheduler_type"),
+        "warm-up steps": ("run", "schedule", "warmup_steps"),
+        "precision": ("precision",),
+        "ZeRO stage": (*deepspeed, "zero_optimization", "stage"),
+        "processes": ("batches", -1, "world_size"),
+        **{name: ("versions", name) for name in record.get("versions") or {}},
+        "commit of ds_roberta": ("commit",),
+    }
+    found = {name: _at(record, place) for name, place in places.items()}
+    for name in ("folder of the data", "folder that it began with"):
+        found[name] = found[name] and Path(found[name]).name  # where it lay is nobody's business
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _at(value: Any, place: tuple[str | int, ...]) -> Any:
+    for key in place:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,233 @@
+"""Fine-tuning by Trainer: it learns, a stopped one ends as the unbroken one, and metrics are scikit-learn's."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.classification import batch_loss
+from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, FinetuneConfig, choose, finetune
+from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
+from ds_roberta.finetuning.spans import SpanOptions
+from ds_roberta.finetuning.trainer import Recipe, Run, Setting
+from ds_roberta.training.preemption import StopRequest
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Trainer's
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_folder, tmp_path_factory):
+    """A small RoBERTa as pretraining exports it."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=34,
+    )
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    transformers.RobertaTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Texts whose label is whether they hold a word; the test split is the validation split."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(160):
+        words = [rng.choice(["karen", "sulto", "minka", "shendu"]) for _ in range(6)]
+        label = rng.randrange(2)
+        if label:
+            words[rng.randrange(6)] = "vorpali"
+        rows.append(json.dumps({"text": " ".join(words), "label": label}))
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train.jsonl").write_text("\n".join(rows[:128]))
+    for split in ("dev", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(rows[128:]))
+    return folder
+
+
+@pytest.fixture
+def config(model, data, tmp_path):
+    return FinetuneConfig(
+        model=model,
+        task="classification",
+        data=(str(data),),
+        output_dir=tmp_path / "tuned",
+        columns=Columns(),
+        settings=(Setting(1e-2, 16),),
+        seeds=(0, 1),
+        recipe=Recipe(num_train_epochs=3),
+        metric=None,
+        max_seq_length=None,
+        spans=SpanOptions(),
+    )
+
+
+def results(config):
+    return json.loads((config.output_dir / "results.json").read_text())
+
+
+def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
+    config = replace(config, recipe=Recipe(num_train_epochs=8))
+    assert finetune(config) == 0
+    found = results(config)
+    assert found["best"]["validation"]["accuracy"] > 0.9
+    assert found["best"]["test"] == pytest.approx(found["best"]["validation"], abs=1e-6)  # the same rows
+    assert len(found["settings"][0]["runs"]) == 2
+    assert [path.name for path in config.output_dir.parent.iterdir()] == ["tuned"]
+    classify = transformers.pipeline("text-classification", model=str(config.output_dir))
+    assert [classify(text)[0]["label"] for text in ("karen vorpali minka", "karen sulto minka")] == ["1", "0"]
+
+
+class StopAfter:
+    """In the place of `StopRequest`: asks to stop after so many steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def agreed(self):
+        self.steps -= 1
+        return self.steps == 0
+
+
+def test_a_fine_tuning_that_is_stopped_and_killed_ends_as_the_unbroken_one(config, monkeypatch, tmp_path):
+    assert finetune(config) == 0
+    broken = replace(config, output_dir=tmp_path / "broken")
+    module = "ds_roberta.finetuning.finetune"
+    for steps in (2, 12, 15):  # within an epoch, within the next one, and in the second seed's run
+        monkeypatch.setattr(f"{module}.StopRequest", lambda ranks, steps=steps: StopAfter(steps))
+        assert finetune(broken) == STOPPED_EXIT_CODE
+        assert not broken.output_dir.exists()
+    monkeypatch.setattr(f"{module}.StopRequest", StopRequest)
+    with monkeypatch.context() as patched:  # as if killed while a checkpoint was written
+        patched.setattr(transformers.TrainerState, "save_to_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(broken)
+    assert finetune(broken) == 0
+    assert results(broken) == results(config)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (config.output_dir, broken.output_dir)]
+    assert weights[0] == weights[1]
+
+
+def test_a_changed_plan_does_not_go_on_from_the_old_one(config, monkeypatch):
+    monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2))
+    assert finetune(config) == STOPPED_EXIT_CODE
+    monkeypatch.undo()
+    changed = replace(config, recipe=Recipe(num_train_epochs=1), seeds=(0,))
+    assert finetune(changed) == 0
+    assert len(results(changed)["settings"][0]["runs"][0]["epochs"]) == 1
+
+
+def test_accumulation_does_not_change_the_training(config, tmp_path):
+    folder = tmp_path / "without dropout"
+    shutil.copytree(config.model, folder)
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(content))
+    losses = []
+    for parts in (1, 4):
+        recipe = replace(config.recipe, gradient_accumulation_steps=parts)
+        run = replace(config, model=folder, recipe=recipe, settings=(Setting(1e-3, 16),), seeds=(0,))
+        assert finetune(run) == 0
+        losses.append([epoch["loss"] for epoch in results(run)["settings"][0]["runs"][0]["epochs"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 2, 1, 1, 0, 2])
+    whole = torch.nn.functional.cross_entropy(logits, labels)
+    parts = sum(batch_loss({"logits": logits[part]}, labels[part], 6) for part in (slice(4), slice(4, 6)))
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(batch_loss({"logits": logits}, labels), whole)
+    numbers = torch.randn(6)
+    torch.testing.assert_close(
+        batch_loss({"logits": logits[:, :1]}, numbers), torch.nn.functional.mse_loss(logits[:, 0], numbers)
+    )
+
+
+def test_metrics_are_those_of_the_libraries():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, 2)), rng.integers(2, size=50)
+    predicted = logits.argmax(-1)
+    assert classification_metrics(logits, labels) == {
+        "accuracy": accuracy_score(labels, predicted),
+        "macro_f1": f1_score(labels, predicted, average="macro"),
+        "matthews_correlation": matthews_corrcoef(labels, predicted),
+        "f1": f1_score(labels, predicted),
+    }
+    numbers = rng.normal(size=50)
+    found = regression_metrics(logits[:, 0], numbers)
+    assert found == {
+        "pearson": pearsonr(logits[:, 0], numbers).statistic,
+        "spearman": spearmanr(logits[:, 0], numbers).statistic,
+    }
+    assert regression_metrics(np.zeros(50), numbers) == {"pearson": 0, "spearman": 0}
+
+
+def test_the_setting_with_the_best_median_is_chosen_and_its_best_run():
+    def runs(setting, *scores):
+        return [Run(setting, seed, [{"accuracy": score}], 0) for seed, score in enumerate(scores)]
+
+    first, second = Setting(1e-5, 16), Setting(2e-5, 16)
+    best = choose({first: runs(first, 0.1, 0.2, 0.9), second: runs(second, 0.3, 0.4, 0.5)}, "accuracy")
+    assert (best.setting, best.seed) == (second, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "pearson"}, "--metric pearson is not of these data"),
+        ({"seeds": (1, 1)}, "names a seed twice"),
+        ({"recipe": Recipe(gradient_accumulation_steps=3)}, "batch of 16 cannot be divided.*multiple of 3"),
+        ({"max_seq_length": 33}, "--max_seq_length 33 is not within 8 and the model's 32"),
+        ({"settings": (Setting(1e30, 16),)}, "the loss is .* use a lower --learning_rate"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        finetune(replace(config, **changes))
+    assert not config.output_dir.exists()
+
+
+def test_folders_that_are_no_model_are_refused(config, tmp_path):
+    for name, message in (("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "is no model folder")):
+        folder = tmp_path / f"without-{name}"
+        shutil.copytree(config.model, folder)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=message):
+            finetune(replace(config, model=folder))
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"weights in .* cannot be read"):
+        finetune(replace(config, model=folder))
+    config.output_dir.mkdir()
+    (config.output_dir / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not empty and not a model that was fine-tuned"):
+        finetune(config)
+
+
+def test_a_deepspeed_json_is_read_before_the_work(config, tmp_path):
+    (tmp_path / "bad.json").write_text("[]")
+    for name, message in (("bad.json", "is no JSON object"), ("none.json", "cannot read --deepspeed_config")):
+        with pytest.raises(UserError, match=message):
+            finetune(replace(config, deepspeed_config=tmp_path / name))

@@ -1,0 +1,114 @@
+"""Labelled texts from GLUE's formats: the same examples from each, and what is wrong told with its row."""
+
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.classification import classification, regression
+from ds_roberta.finetuning.examples import Columns, Examples
+
+ROWS = [
+    {"sentence1": "kato mira", "sentence2": "vorli shendu", "label": "yes"},
+    {"sentence1": 'a "quoted" word', "sentence2": "sulpa", "label": "no"},
+    {"sentence1": "tolimi", "sentence2": "karen", "label": "yes"},
+]
+NUMBERS = [{**row, "label": number} for number, row in enumerate(ROWS)]
+EXPECTED = Examples([row["sentence1"] for row in ROWS], [row["sentence2"] for row in ROWS], [1, 0, 1])
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".tsv":
+        lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def write_splits(folder, rows, suffix=".jsonl", **others):
+    for split, of_split in {"train": rows, "dev": rows, **others}.items():
+        write(folder / f"{split}{suffix}", of_split)
+    return (str(folder),)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
+def test_every_format_gives_the_same_examples(tmp_path, suffix):
+    task = classification(write_splits(tmp_path, ROWS, suffix), Columns())
+    assert task.splits == {"train": EXPECTED, "validation": EXPECTED}
+    assert task.head["id2label"] == {0: "no", 1: "yes"}
+
+
+def test_a_saved_data_set_with_named_classes_and_an_unlabelled_test(tmp_path):
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string")})
+    features["label"] = names
+    numbered = [{**row, "label": names.str2int(row["label"])} for row in ROWS]
+    hidden = [{**row, "label": -1} for row in numbered]
+    splits = {"train": numbered, "validation": numbered, "test": hidden}
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows, features=features) for split, rows in splits.items()}
+    ).save_to_disk(tmp_path / "saved")
+    task = classification((str(tmp_path / "saved"),), Columns())
+    assert task.splits == {"train": EXPECTED, "validation": EXPECTED}
+
+
+def test_colas_files_have_no_header(tmp_path):
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("gj04\t1\t\tKato mira.\ngj04\t0\t*\tMira kato vor.\n")
+    examples = classification((str(tmp_path),), Columns()).splits["train"]
+    assert examples == Examples(["Kato mira.", "Mira kato vor."], None, [1, 0])
+
+
+def test_columns_can_be_named_and_numbers_stay_in_order(tmp_path):
+    rows = [{"says": f"kato {number}", "stars": number} for number in (10, 9, 2)]
+    task = classification(write_splits(tmp_path, rows), Columns(text="says", label="stars"))
+    assert task.results["label_names"] == ["2", "9", "10"]
+    assert task.splits["train"].labels == [2, 1, 0]
+    numbers = regression(write_splits(tmp_path, rows), Columns(text="says", label="stars"))
+    assert numbers.splits["train"].labels == [10.0, 9.0, 2.0]
+
+
+def changed(row, **values):
+    rows = [dict(entry) for entry in ROWS]
+    rows[row] |= values
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "dev", "columns", "message"),
+    [
+        (classification, ROWS, changed(1, label="maybe"), Columns(), "dev.jsonl, row 2: .*'maybe'.*no training row"),
+        (classification, ROWS, changed(1, label=None), Columns(), "dev.jsonl, row 2 has no 'label'"),
+        (classification, ROWS, changed(2, sentence1=None), Columns(), "dev.jsonl, row 3: 'sentence1' is None"),
+        (classification, ROWS[:1], ROWS, Columns(), "only the label 'yes'"),
+        (classification, ROWS, ROWS, Columns(text="said"), "no column 'said'.*'sentence1'"),
+        (classification, ROWS, ROWS, Columns(label="class"), "no column 'class'"),
+        (classification, [{"a": 1}], ROWS, Columns(), "--label_column"),
+        (classification, ROWS, [], Columns(), "dev.jsonl' has no rows"),
+        (regression, NUMBERS, ROWS, Columns(), "dev.jsonl, row 1: the label 'yes' is not a number"),
+        (regression, NUMBERS, [*NUMBERS, {**ROWS[0], "label": -100}], Columns(), "row 4: the label -100 means none"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_row(tmp_path, task, train, dev, columns, message):
+    write_splits(tmp_path, train, dev=dev)
+    with pytest.raises(UserError, match=message):
+        task((str(tmp_path),), columns)
+
+
+def test_broken_files_are_told(tmp_path):
+    write_splits(tmp_path, ROWS)
+    (tmp_path / "dev.jsonl").write_text('{"sentence1": "a"}\n{"sentence1"\n')
+    with pytest.raises(UserError, match=r"dev.jsonl, row 2 is not JSON"):
+        classification((str(tmp_path),), Columns())
+    (tmp_path / "dev.jsonl").unlink()
+    with pytest.raises(UserError, match="no validation file"):
+        classification((str(tmp_path),), Columns())
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\n")
+    with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header 3"):
+        classification((str(tmp_path),), Columns())

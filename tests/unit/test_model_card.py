@@ -1,0 +1,82 @@
+"""The card of an exported model tells the facts of its run, as far as they are there."""
+
+import json
+
+import pytest
+
+from ds_roberta.config import model_config
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.model_card import model_card
+
+CONFIG = model_config("tiny", 400, 1024)
+IDENTITY = {
+    "data": "da7a",
+    "seed": 3,
+    "packing": {"max_seq_length": 1024, "format": "segment-pair"},
+    "masking": {"mlm_probability": 0.3, "mlm_probability_end": 0.15, "unit": "span", "copies": None},
+    "next_sentence_prediction": True,
+    "train_batch_size": 256,
+    "train_batch_size_schedule": "0:256",
+    "max_seq_length_schedule": "0:128,900:1024",
+    "init_from": "f00d",
+    "source_weights": None,
+}
+
+
+def table(card):
+    lines = card.split("|---|---|\n")[1].splitlines()
+    return dict(line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "domain"
+    folder.mkdir()
+    rows = [{"global_step": s, "eval_loss": 9.0 - s / 500} for s in (0, 500, 1000, 1500)] + [{"global_step": 1500}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"global')
+    record = {
+        "run": {"data_dir": "/home/me/secret/wiki", "init_from": "models/roberta-base"},
+        "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "zero_optimization": {"stage": 1}},
+        "batches": [{"world_size": 8}],
+        "versions": {"torch": "2.13.0"},
+        "commit": "c0ffee",
+    }
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
+    state = TrainState(IDENTITY, 1200, 307_200, 250_000_000)
+    card = model_card(CONFIG, state, 7_000_000, run / "checkpoints/global_step1200")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
+    assert "\n# domain\n" in card
+    assert "7,000,000 parameters" in card
+    assert "at most 1024 of them" in card
+    facts = table(card)
+    assert facts["objective"].startswith("masked language modelling and next sentence prediction")
+    assert facts["masked"] == "0.3 to 0.15 of the tokens, by span, dynamic"
+    assert (facts["steps"], facts["tokens seen"], facts["sequences a step"]) == ("1,200", "250,000,000", "256")
+    assert facts["schedule of their length"] == "0:128,900:1024"
+    assert "schedule of their number" not in facts
+    assert facts["held-out loss"] == "7.0000 nats a masked token (perplexity 1,096.63), after step 1,000"
+    assert (facts["began with"], facts["data"]) == ("weights of checksum f00d", "fingerprint da7a")
+    assert (facts["folder of the data"], facts["folder that it began with"]) == ("wiki", "roberta-base")
+    assert "secret" not in card
+    assert (facts["torch"], facts["commit of ds_roberta"], facts["processes"]) == ("2.13.0", "c0ffee", "8")
+    assert not any("None" in value for value in facts.values())
+
+
+def test_a_checkpoint_alone_has_its_own_facts(tmp_path):
+    state = TrainState({"packing": {"max_seq_length": 64}}, 7, consumed_tokens=9)
+    card = model_card(CONFIG, state, 1, tmp_path / "checkpoints/global_step7")
+    assert "# RoBERTa\n" in card
+    facts = table(card)
+    assert (facts["steps"], facts["tokens seen"], facts["began with"]) == ("7", "9", "random weights")
+    assert not {"held-out loss", "torch", "data", "seed"} & facts.keys()
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "length"), [(0, 0, 128), (900, 0, 128), (901, 0, 1024), (900, 512, 512), (901, 512, 1024)]
+)
+def test_the_length_is_of_what_was_trained_so_far(step, before, length):
+    assert TrainState(IDENTITY, step, learned_positions=before).trained_length == length
