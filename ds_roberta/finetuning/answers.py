@@ -12,7 +12,7 @@ from ds_roberta.distributed import logger
 from ds_roberta.finetuning.entities import find_entities, make_word_windows, word_logits
 from ds_roberta.finetuning.inference import FinetunedModel, logits
 from ds_roberta.finetuning.model import encode
-from ds_roberta.finetuning.sentences import Sentence
+from ds_roberta.finetuning.sentences import Sentence, check_tag
 from ds_roberta.finetuning.spans import Decoded, SpanOptions, cut_questions, decode_all, make_windows
 from ds_roberta.finetuning.squad import Question
 
@@ -51,7 +51,13 @@ def answer_texts(finetuned: FinetunedModel, texts: list[str], pairs: list[str] |
 
 
 def answer_sentences(finetuned: FinetunedModel, sentences: Sequence[Sentence], batch_size: int) -> list[Answer]:
-    """Entities with their texts and places: characters of the text where there is one, else words."""
+    """Entities with their texts and places: characters of the text where there is one, else words.
+
+    Raises:
+        UserError: the model's labels are no tags.
+    """
+    for name in finetuned.names:
+        check_tag(f"the model in {finetuned.model.name_or_path!r}", name)
     windows = make_word_windows(finetuned.tokenizer, sentences, finetuned.max_seq_length)
     of_windows = [found for (found,) in logits(finetuned, [window.input_ids for window in windows], batch_size)]
     answers = []

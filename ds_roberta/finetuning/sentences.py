@@ -84,7 +84,7 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
                 raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag into its last column")
             if len(columns) != width:
                 raise UserError(f"{place} has {len(columns)} columns, the rows before {width}: mend the row")
-            tags.append(_tag(place, columns[-1]))
+            tags.append(check_tag(place, columns[-1]))
         first = first if words else number
         words.append(columns[0])
     close()
@@ -115,7 +115,7 @@ def table_sentences(
         tags: tuple[str, ...] = ()
         if labelled:
             assert tag_column is not None
-            tags = tuple(_tag(place, tag) for tag in _texts(place, tag_column, row.get(tag_column)))
+            tags = tuple(check_tag(place, tag) for tag in _texts(place, tag_column, row.get(tag_column)))
             if len(tags) != len(words):
                 raise UserError(f"{place} has {len(words)} words but {len(tags)} tags: give each word one")
         sentences.append(Sentence(place, words, tags))
@@ -140,15 +140,16 @@ def tag_names(train: Iterable[Sentence]) -> list[str]:
     return sorted(found, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[::-1]))
 
 
-def _columns(line: str) -> list[str]:
-    line = line.rstrip()
-    return line.split("\t") if "\t" in line else line.split()
-
-
-def _tag(place: str, tag: str) -> str:
+def check_tag(place: str, tag: str) -> str:
+    """The tag; raises `UserError` where it is neither `O` nor like `B-PER`."""
     if not TAG.fullmatch(tag):
         raise UserError(f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E or S and a type): mend it")
     return tag
+
+
+def _columns(line: str) -> list[str]:
+    line = line.rstrip()
+    return line.split("\t") if "\t" in line else line.split()
 
 
 def _column(table: Table, column: str | None, usual: tuple[str, ...], option: str) -> str:
@@ -164,6 +165,11 @@ def _column(table: Table, column: str | None, usual: tuple[str, ...], option: st
 def _texts(place: str, column: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{place}: {column!r} is {value!r}, not a list of texts: mend or remove the row")
+    if all(isinstance(number, int) for number in value):
+        raise UserError(
+            f"{place}: {column!r} has numbers: give their names, such as B-PER, or a folder saved by datasets, which "
+            "has them"
+        )
     for number, text in enumerate(value, 1):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{place}: {column!r} has {text!r} as its number {number}, not a text: mend it")

@@ -132,6 +132,15 @@ def test_tags_of_words_in_windows(ask, folders):
     assert [row["tags"] for row in from_columns] == [row["tags"] for row in rows]
 
 
+def test_a_model_whose_labels_are_no_tags_is_refused(ask, folders, tmp_path):
+    model = transformers.RobertaForTokenClassification.from_pretrained(folders / "token-classification")
+    model.config.id2label = {0: "O", 1: "NOUN", 2: "VERB"}
+    shutil.copytree(folders / "token-classification", tmp_path / "tagger")
+    model.save_pretrained(tmp_path / "tagger")
+    with pytest.raises(UserError, match=r"the model in .*: the tag 'NOUN' is neither O nor like B-PER"):
+        ask(tmp_path / "tagger", text="karen")
+
+
 def test_answers_stand_in_their_context(ask):
     rows, shown = ask("question-answering", [{"id": "q", "question": "karen?", "context": CONTEXT}])
     (row,) = rows

@@ -95,3 +95,14 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches(tokenizer):
         for rows in (slice(0, 1), slice(1, 4))
     ]
     torch.testing.assert_close(sum(parts), expected)
+
+
+def test_a_folder_saved_by_datasets(tmp_path):
+    import datasets
+
+    answers = {"text": ["sulto"], "answer_start": [7]}
+    row = {"id": "a", "title": "x", "question": "?", "context": CONTEXT, "answers": answers}
+    rows = datasets.Dataset.from_list([row])
+    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(tmp_path / "saved"))
+    task = question_answering((str(tmp_path / "saved"),), SpanOptions())
+    assert task.splits["train"].questions[0].answers == ("sulto",)

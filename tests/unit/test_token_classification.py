@@ -67,3 +67,14 @@ def test_files_that_are_missing_are_named(tmp_path):
     (tmp_path / "train.conll").write_text(TRAIN)
     with pytest.raises(UserError, match=r"no validation file in --data .* name a file dev with the ending .conll, "):
         token_classification((str(tmp_path),), Columns())
+
+
+def test_a_folder_saved_by_datasets_gives_tags_their_names(tmp_path):
+    import datasets
+
+    names = datasets.ClassLabel(names=["O", "B-X", "I-X"])
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)})
+    rows = datasets.Dataset.from_dict({"tokens": [["karen", "sulto"]], "ner_tags": [[1, 2]]}, features=features)
+    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(tmp_path / "saved"))
+    task = token_classification((str(tmp_path / "saved"),), Columns())
+    assert task.splits["validation"][0].tags == ("B-X", "I-X")

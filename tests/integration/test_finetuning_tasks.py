@@ -1,0 +1,136 @@
+"""Each task by the commands: a small model is fine-tuned on a few rows, and asked; what it says gives its figures."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from commands import REPOSITORY, run
+from seqeval.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score as share_of_equal
+
+from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
+
+FINETUNE, PREDICT = REPOSITORY / "launch/finetune.py", REPOSITORY / "launch/predict.py"
+CONTEXTS = [f"pa karen{number} sulto lived in minka{number} . torenvor dush ." for number in range(24)]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_folder, tmp_path_factory):
+    """A masked-LM folder of 62 tokens at most."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    transformers.RobertaTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def finetuned(model, tmp_path):
+    """A function that fine-tunes on the same file for training and validation, and asks about that file: the metrics
+    of the one, the rows of the other."""
+
+    def finetune_and_ask(task, content, name, *options):
+        (tmp_path / f"train{name}").write_text(content)
+        (tmp_path / f"dev{name}").write_text(content)
+        files = [tmp_path / f"{split}{name}" for split in ("train", "dev")]
+        run(
+            *(sys.executable, FINETUNE, "--model", model, "--task", task, "--data", *files, "--output_dir", "tuned"),
+            *("--num_train_epochs", "4", "--learning_rate", "1e-2", *options),
+            cwd=tmp_path,
+        )
+        run(
+            *(sys.executable, PREDICT, "--model", "tuned", "--input", files[1], "--output", "answers.jsonl"),
+            cwd=tmp_path,
+        )
+        best = json.loads((tmp_path / "tuned/results.json").read_text())["best"]
+        rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        return best["validation"], rows
+
+    return finetune_and_ask
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_classification(finetuned):
+    rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(CONTEXTS)]
+    metrics, answers = finetuned("classification", lines(rows), ".jsonl")
+    assert metrics["accuracy"] == share_of_equal([row["label"] for row in rows], [row["label"] for row in answers])
+
+
+def test_regression(finetuned):
+    rows = "".join(f"{text}\t{number}\n" for number, text in enumerate(CONTEXTS))
+    metrics, answers = finetuned("regression", f"sentence\tscore\n{rows}", ".tsv")
+    assert -1 <= metrics["pearson"] <= 1
+    assert [row["text"] for row in answers] == CONTEXTS
+
+
+def test_token_classification(finetuned):
+    words = [text.split() for text in CONTEXTS]
+    tags = [["B-X" if word[:5] == "karen" else "I-X" if word == "sulto" else "O" for word in row] for row in words]
+    columns = "\n\n".join("\n".join(map("\t".join, zip(*row, strict=True))) for row in zip(words, tags, strict=True))
+    metrics, answers = finetuned("token-classification", columns, ".conll")
+    predicted = [row["tags"] for row in answers]
+    assert metrics["f1"] == pytest.approx(f1_score(tags, predicted))
+    assert metrics["f1"] > 0.5  # a word tells its tag
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(tags, predicted))
+    assert metrics["by_type"]["X"]["support"] == len(CONTEXTS)
+
+
+def squad(version, without_answer):
+    paragraphs = []
+    for number, context in enumerate(CONTEXTS):
+        answer = f"minka{number}"
+        answers = [] if number in without_answer else [{"text": answer, "answer_start": context.index(answer)}]
+        marks = {"is_impossible": not answers} if version == "v2.0" else {}
+        entry = {"id": str(number), "question": "karen lived ?", "answers": answers, **marks}
+        paragraphs.append({"context": context, "qas": [entry]})
+    return {"version": version, "data": [{"title": "x", "paragraphs": paragraphs}]}
+
+
+def test_question_answering(finetuned):
+    metrics, answers = finetuned("question-answering", json.dumps(squad("1.1", ())), "-v1.json")
+    golds = [[f"minka{number}"] for number in range(len(CONTEXTS))]
+    expected = squad_v1_metrics(golds, [row["answer"] for row in answers])
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_question_answering_with_contexts_that_have_no_answer(finetuned):
+    without = range(0, len(CONTEXTS), 3)
+    metrics, answers = finetuned("question-answering", json.dumps(squad("v2.0", without)), "-v2.json")
+    golds = [[] if number in without else [f"minka{number}"] for number in range(len(CONTEXTS))]
+    null_probabilities = [row["no_answer_probability"] for row in answers]
+    expected = squad_v2_metrics(golds, [row["best_answer"] for row in answers], null_probabilities, 0.5)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    decided = squad_v2_metrics(golds, [row["answer"] for row in answers], [0.0] * len(golds), 1.0)
+    assert {name: metrics[name] for name in ("exact", "f1")} == pytest.approx(
+        {name: decided[name] for name in ("exact", "f1")}
+    )
+
+
+def test_errors_are_one_line(model, tmp_path):
+    (tmp_path / "train.conll").write_text("karen B-X\nsulto\n")
+    (tmp_path / "dev.conll").write_text("karen B-X\n")
+    printed = run(
+        *(sys.executable, FINETUNE, "--model", model, "--task", "token-classification", "--data", tmp_path),
+        *("--output_dir", "tuned"),
+        cwd=tmp_path,
+        code=2,
+    )
+    assert printed.splitlines()[-1].startswith("error: ")
+    assert "train.conll, row 2 has the word 'sulto' but no tag" in printed
+    assert "Traceback" not in printed
+    printed = run(sys.executable, PREDICT, "--model", model, "--text", "x", cwd=tmp_path, code=2)
+    assert "which has no head for predictions" in printed
+    assert "Traceback" not in printed
