@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,13 @@ class FinetuneConfig:
     task: str
     data: tuple[str, ...]
     output_dir: Path
-    columns: Columns
-    settings: tuple[Setting, ...]
-    seeds: tuple[int, ...]
-    recipe: Recipe
-    metric: str | None
-    max_seq_length: int | None
-    spans: SpanOptions
+    columns: Columns = field(default_factory=Columns)
+    settings: tuple[Setting, ...] = (Setting(learning_rate=2e-5, train_batch_size=16),)
+    seeds: tuple[int, ...] = (0,)
+    recipe: Recipe = field(default_factory=Recipe)
+    metric: str | None = None
+    max_seq_length: int | None = None
+    spans: SpanOptions = field(default_factory=SpanOptions)
     deepspeed_config: Path | None = None
 
 
