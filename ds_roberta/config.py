@@ -19,6 +19,7 @@ LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 TORCH_COMPILE = ("auto", "on", "off")
+OBJECTIVES = ("mlm", "rts")
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
 DEFAULT_DATA_DIR = Path("data/corpus")
@@ -315,12 +316,20 @@ class RunConfig:
     resume: str = "auto"
     save_deepspeed_checkpoint: bool = False
     torch_compile: str = "auto"
+    objective: str = "mlm"
+    """Of `OBJECTIVES`: masked language modelling, or random token substitution."""
     init_from: Path | None = None
     """The model that a fresh run begins with, instead of random weights."""
 
     def __post_init__(self) -> None:
         require_positive("--eval_sequences", self.eval_sequences)
         require_one_of("--torch_compile", self.torch_compile, TORCH_COMPILE)
+        require_one_of("--objective", self.objective, OBJECTIVES)
+        if self.objective == "rts" and self.packing.is_paired:
+            raise UserError(
+                f"--objective rts has no next sentence prediction, which --packing {self.packing.format} is for: use "
+                "another packing, or --objective mlm"
+            )
         if self.seed < 0:
             raise UserError(f"--seed must not be negative, got {self.seed}")
         if self.stages[-1].first_step >= self.schedule.max_steps:

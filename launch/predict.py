@@ -65,7 +65,11 @@ def config_of(arguments: argparse.Namespace) -> PredictConfig:
     )
 
 
+def main(config: PredictConfig) -> None:
+    predict(config)
+
+
 if __name__ == "__main__":
     arguments = parse_arguments()
     set_up_logging()
-    run_command(lambda: predict(config_of(arguments)))
+    run_command(lambda: main(config_of(arguments)))

@@ -18,6 +18,7 @@ from ds_roberta.config import (
     LR_DECAY_TYPES,
     LR_SCHEDULER_TYPES,
     MASKING_UNITS,
+    OBJECTIVES,
     PACKING_FORMATS,
     PRESETS,
     TORCH_COMPILE,
@@ -54,6 +55,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> PretrainOptions:
     )
     add("max_seq_length", int, "tokens a sequence (default: the model's: 512, tiny 128)")
     add("max_seq_length_schedule", str, "STEP:LENGTH pairs, the last of --max_seq_length, such as 0:128,9000:512")
+    add("objective", str, "mlm: predict masked tokens; rts: find randomly replaced ones", choices=OBJECTIVES)
     add("packing", str, "how documents become sequences", choices=PACKING_FORMATS)
     add("source_weights", str, "each source's share of the sequences: NAME=WEIGHT,… (default: all equally often)")
     add("masking", str, "what is masked as a whole", choices=MASKING_UNITS)

@@ -159,9 +159,13 @@ class Masker:
 
 
 def training_masker(
-    config: MaskingConfig, tokenizer: TokenizerInfo, seed: int, word_starts: np.ndarray | None = None
+    config: MaskingConfig,
+    tokenizer: TokenizerInfo,
+    seed: int,
+    word_starts: np.ndarray | None = None,
+    kind: type[Masker] = Masker,
 ) -> Masker:
-    return Masker(config, tokenizer, derive_key("mask", seed), config.mlm_probability, word_starts)
+    return kind(config, tokenizer, derive_key("mask", seed), config.mlm_probability, word_starts)
 
 
 def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.ndarray:
@@ -177,9 +181,14 @@ def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.n
     return sequences * copies + epochs % copies
 
 
-def evaluation_masker(config: MaskingConfig, tokenizer: TokenizerInfo, word_starts: np.ndarray | None = None) -> Masker:
+def evaluation_masker(
+    config: MaskingConfig,
+    tokenizer: TokenizerInfo,
+    word_starts: np.ndarray | None = None,
+    kind: type[Masker] = Masker,
+) -> Masker:
     """Masks that are the same in every run and at every step, so that held-out losses compare."""
-    return Masker(config, tokenizer, derive_key("evaluation mask"), config.final_probability, word_starts)
+    return kind(config, tokenizer, derive_key("evaluation mask"), config.final_probability, word_starts)
 
 
 def _draw(row_keys: np.ndarray, length: int) -> _Draws:

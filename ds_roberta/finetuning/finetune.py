@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from ds_roberta.finetuning.trainer import (
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
 
 TASKS = ("classification", "regression", "token-classification", "question-answering")
+_AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 KIND = "a model that was fine-tuned before"
 SWEEP = [Setting(rate, size) for size in (16, 32) for rate in (1e-5, 2e-5, 3e-5)]  # Liu et al. 2019, table 10
 
@@ -60,13 +61,13 @@ class FinetuneConfig:
     task: str
     data: tuple[str, ...]
     output_dir: Path
-    columns: Columns
-    settings: tuple[Setting, ...]
-    seeds: tuple[int, ...]
-    recipe: Recipe
-    metric: str | None
-    max_seq_length: int | None
-    spans: SpanOptions
+    columns: Columns = field(default_factory=Columns)
+    settings: tuple[Setting, ...] = (Setting(learning_rate=2e-5, train_batch_size=16),)
+    seeds: tuple[int, ...] = (0,)
+    recipe: Recipe = field(default_factory=Recipe)
+    metric: str | None = None
+    max_seq_length: int | None = None
+    spans: SpanOptions = field(default_factory=SpanOptions)
     deepspeed_config: Path | None = None
 
 
@@ -186,7 +187,7 @@ def read_task(config: FinetuneConfig) -> Task:
 def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
     """
     Raises:
-        UserError: the file cannot be read, is no JSON object, or has an optimizer or scheduler.
+        UserError: the file cannot be read, is no JSON object, or settles what the command line does.
     """
     if path is None:
         return None
@@ -198,6 +199,16 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
         raise UserError(f"cannot read --deepspeed_config {str(path)!r} ({error}): give a JSON file") from error
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {str(path)!r} is no JSON object: see ds_configs/finetune.json")
+    settled = [name for name in ("optimizer", "scheduler") if name in content]
+    settled += [name for name in _AUTO if content.get(name, "auto") != "auto"]
+    settled += [
+        f"{name}.enabled" for name in ("bf16", "fp16") if content.get(name, {}).get("enabled", "auto") != "auto"
+    ]
+    if settled:
+        raise UserError(
+            f"--deepspeed_config {str(path)!r} settles {', '.join(settled)}, which the command line does in fine-tuning: "
+            'remove them or give "auto", as ds_configs/finetune.json'
+        )
     return content
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ds_roberta.errors import UserError
@@ -34,17 +34,17 @@ class PredictConfig:
     """
 
     model: Path
-    input: Path | None
-    text: str | None
-    text_pair: str | None
-    output: Path | None
-    columns: Columns
-    max_seq_length: int | None
-    batch_size: int
-    no_answer_threshold: float | None
+    input: Path | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    output: Path | None = None
+    columns: Columns = field(default_factory=Columns)
+    max_seq_length: int | None = None
+    batch_size: int = 32
+    no_answer_threshold: float | None = None
 
 
-def predict(config: PredictConfig) -> None:
+def predict(config: PredictConfig) -> list[Answer]:
     """Print an answer to each text of the input, and write it as a line of JSON.
 
     Raises:
@@ -61,6 +61,7 @@ def predict(config: PredictConfig) -> None:
             print("\n".join(answer.lines), flush=True)
     except BrokenPipeError:  # the reader has seen enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+    return answers
 
 
 def make_answers(finetuned: FinetunedModel, config: PredictConfig) -> list[Answer]:

@@ -11,11 +11,16 @@ import transformers
 from ds_roberta.config import ModelConfig
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
+from ds_roberta.model.encoder import RobertaModel
 from ds_roberta.model.objectives import MaskedLM
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference of fp32 logits between our model and transformers' that still counts as the same model, as a share
 of the largest logit (or of 1, where all are smaller): rounding grows with the numbers."""
+
+
+ENCODER = "roberta."
+"""How the names of the encoder's parameters begin in a model with a head."""
 
 
 def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
@@ -39,14 +44,18 @@ def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
     )
 
 
-def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> transformers.RobertaForMaskedLM:
-    """A transformers model with our weights.
+def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> transformers.PreTrainedModel:
+    """A transformers model with our weights: `RobertaForMaskedLM`, or `RobertaModel` where they have no masked-LM head.
 
     Raises:
         UserError: a parameter is missing, superfluous or of another shape.
     """
-    model = transformers.RobertaForMaskedLM(hf_config(config))
-    expected = dict(model.named_parameters())
+    if _has_head(weights):
+        model = transformers.RobertaForMaskedLM(hf_config(config))
+        expected = dict(model.named_parameters())
+    else:
+        model = transformers.RobertaModel(hf_config(config), add_pooling_layer=False)
+        expected = {f"{ENCODER}{name}": parameter for name, parameter in model.named_parameters()}
     different = sorted(set(expected) ^ set(weights)) or [
         name for name, parameter in expected.items() if parameter.shape != weights[name].shape
     ]
@@ -58,14 +67,22 @@ def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) ->
     return model.eval()
 
 
+def _has_head(weights: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.startswith("lm_head.") for name in weights)
+
+
 def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_model: torch.nn.Module) -> float:
     """The largest difference between our logits and transformers', as a share, on random ids with padding.
+
+    Without a masked-LM head hidden states are compared instead.
 
     Raises:
         UserError: it is above `PARITY_TOLERANCE`, or not a number.
     """
-    ours = MaskedLM(config)
-    ours.load_state_dict(dict(weights))
+    ours = MaskedLM(config) if _has_head(weights) else RobertaModel(config)
+    ours.load_state_dict(
+        dict(weights) if _has_head(weights) else {name.removeprefix(ENCODER): weights[name] for name in weights}
+    )
     ours.eval()
     length = min(64, config.max_position_embeddings - config.pad_token_id - 1)
     generator = torch.Generator().manual_seed(0)
@@ -75,12 +92,16 @@ def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_mo
     input_ids[~attention_mask] = config.pad_token_id
     positions = attention_mask.flatten().nonzero().flatten()
     with torch.no_grad():
-        mine = ours.logits(input_ids, attention_mask, positions)
-        theirs = hf_model(input_ids=input_ids, attention_mask=attention_mask).logits.flatten(0, 1)[positions]
+        if isinstance(ours, MaskedLM):
+            mine = ours.logits(input_ids, attention_mask, positions)
+        else:
+            mine = ours(input_ids, attention_mask).flatten(0, 1)[positions]
+        theirs = hf_model(input_ids=input_ids, attention_mask=attention_mask)[0].flatten(0, 1)[positions]
     difference = (mine - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
     if not difference <= PARITY_TOLERANCE:
+        compared = "logits" if isinstance(ours, MaskedLM) else "hidden states"
         raise UserError(
-            f"the exported model's logits differ from the training model's by {difference:.3g} of the largest "
+            f"the exported model's {compared} differ from the training model's by {difference:.3g} of the largest "
             f"(more than {PARITY_TOLERANCE:g}): nothing was written"
         )
     return difference
@@ -122,4 +143,5 @@ def export(
         tokenizer.save_pretrained(temporary)
         if model_card is not None:
             (temporary / "README.md").write_text(model_card, encoding="utf-8")
-        return check_parity(config, weights, transformers.RobertaForMaskedLM.from_pretrained(temporary).eval())
+        keywords = {} if _has_head(weights) else {"add_pooling_layer": False}
+        return check_parity(config, weights, type(hf_model).from_pretrained(temporary, **keywords).eval())

@@ -13,8 +13,8 @@ from ds_roberta.config import ModelConfig
 from ds_roberta.model.cross_entropy import linear_cross_entropy
 from ds_roberta.model.encoder import RobertaModel, initialize_weights
 
-NEXT_SENTENCE_HEAD = "next_sentence_head."
-"""How the names of its parameters begin, which transformers' `RobertaForMaskedLM` does not have."""
+NEXT_SENTENCE_HEAD, SUBSTITUTION_HEAD = "next_sentence_head.", "substitution_head."
+"""How the names of parameters begin that transformers' models do not have."""
 
 
 class MaskedLMHead(nn.Module):
@@ -40,6 +40,7 @@ class MaskedLM(nn.Module):
     """Masked language modelling; parameter names and numbers of transformers' `RobertaForMaskedLM`."""
 
     is_paired = False
+    labels_all_tokens = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -131,6 +132,79 @@ class MaskedLMWithNextSentence(MaskedLM):
         return torch.stack([masked_lm, next_sentence, correct])
 
 
-def make_model(config: ModelConfig, is_paired: bool) -> MaskedLM:
-    """The model of a run, by whether its sequences are pairs."""
+class SubstitutionHead(nn.Module):
+    """Whether a token was replaced, from its hidden state (ELECTRA's discriminator, Clark et al. 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        """Logits of "replaced": (M,) in the parameters' dtype."""
+        return self.classifier(F.gelu(self.dense(hidden_MD)))[:, 0]
+
+
+class RandomTokenSubstitution(nn.Module):
+    """Telling replaced tokens from others (see `data.substitution`); no vocabulary projection is held or computed."""
+
+    is_paired = False
+    labels_all_tokens = True
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.roberta = RobertaModel(config)
+        self.substitution_head = SubstitutionHead(config)
+        initialize_weights(self, config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """The sum of the tokens' binary cross-entropies, and what `detection` needs.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) bool or None.
+            positions: (M,) int64, flat, of the ordinary tokens.
+            labels: (M,) int64, 1 where replaced, else 0.
+
+        Returns:
+            (4,) float32: the loss in nats, and without gradient how many are told to be replaced and are, how many are
+            told to be, how many are.
+        """
+        hidden_MD = self.roberta(input_ids, attention_mask).flatten(0, 1).index_select(0, positions)
+        logits_M = self.substitution_head(hidden_MD).float()
+        loss = F.binary_cross_entropy_with_logits(logits_M, labels.float(), reduction="sum")
+        told = logits_M > 0
+        counts = [(told & (labels == 1)).sum(), told.sum(), (labels == 1).sum()]
+        return torch.stack([loss, *(count.float() for count in counts)])
+
+
+def detection(right: float, told: float, replaced: float) -> dict[str, float]:
+    """Precision, recall and F1 of "replaced", from counts or anything that is proportional to them; 0 for 0 / 0.
+
+    Accuracy would say little: five of six tokens are not replaced.
+    """
+
+    def ratio(part: float, whole: float) -> float:
+        return part / whole if whole else 0.0
+
+    return {
+        "detection_precision": ratio(right, told),
+        "detection_recall": ratio(right, replaced),
+        "detection_f1": ratio(2 * right, told + replaced),
+    }
+
+
+Objective = MaskedLM | RandomTokenSubstitution
+
+
+def make_model(config: ModelConfig, objective: str, is_paired: bool) -> Objective:
+    """The model of a run, by `RunConfig.objective` and by whether its sequences are pairs."""
+    if objective == "rts":
+        return RandomTokenSubstitution(config)
     return MaskedLMWithNextSentence(config) if is_paired else MaskedLM(config)

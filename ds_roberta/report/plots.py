@@ -44,8 +44,10 @@ class Metric:
 
 
 METRICS = (
-    Metric("loss", "Loss", "nats a masked token", best=min),
-    Metric("eval_loss", "Held-out loss", "nats a masked token", best=min),
+    Metric("loss", "Loss", "nats a labelled token", best=min),
+    Metric("eval_loss", "Held-out loss", "nats a labelled token", best=min),
+    Metric("eval_detection_f1", "Replaced tokens found, held out", "F1", best=max),
+    Metric("eval_nsp_accuracy", "Next sentence prediction, held out", "accuracy", best=max, percent=True),
     Metric("learning_rate", "Learning rate", "learning rate"),
     Metric("grad_norm", "Gradient norm", "gradient norm", log=True),
     Metric("loss_scale", "Loss scale", "loss scale", log=True, precision="fp16"),

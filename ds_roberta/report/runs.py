@@ -108,8 +108,16 @@ def _read_run(folder: Path, name: str) -> Run:
     if not isinstance(config, dict):
         raise UserError(f"{str(folder / CONFIG_NAME)!r} is not a JSON object: give the folder of a run")
     files = sorted({path for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
-    results = {str(path.relative_to(folder)): flatten(_read_json(path)) for path in files}
+    results = {str(path.relative_to(folder)): flatten(_without_epochs(_read_json(path))) for path in files}
     return Run(name, rows, config, results, warnings)
+
+
+def _without_epochs(content: Any) -> Any:
+    """A fine-tuning's results without every epoch of every run, which would hide what came out."""
+    if not isinstance(content, dict) or not {"best", "settings"} <= content.keys():
+        return content
+    settings = [{name: value for name, value in each.items() if name != "runs"} for each in content["settings"]]
+    return {**content, "settings": settings}
 
 
 def _read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:

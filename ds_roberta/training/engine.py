@@ -49,7 +49,7 @@ from ds_roberta.data.loader import MicroBatch
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.files import sync_file
-from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.objectives import Objective
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.device import without_compiler
 
@@ -72,7 +72,7 @@ class StepResult:
 class Engine:
     """A model in a DeepSpeed engine, stepped once per global batch."""
 
-    def __init__(self, model: MaskedLM, config: dict[str, Any], ranks: Ranks, seed: int):
+    def __init__(self, model: Objective, config: dict[str, Any], ranks: Ranks, seed: int):
         """
         Args:
             config: from `DeepSpeedConfig.resolved`.
@@ -235,7 +235,7 @@ class Engine:
         self.step(0.0)
         self.applied_steps, self.loss_scaler_state = applied_steps, loss_scaler_state
 
-    def twin(self, make_model: Callable[[], MaskedLM]) -> MaskedLM:
+    def twin(self, make_model: Callable[[], Objective]) -> Objective:
         """A model apart from DeepSpeed that takes the memory of this one: its weights, and an fp32 gradient.
 
         Up to stage 2 the weights are this model's own tensors; at stage 3, where they are spread over the processes,
@@ -282,7 +282,7 @@ class Engine:
         Args:
             loss_denominator: masked tokens of the whole global batch.
             last: whether the step's gradient is complete after this micro-step.
-            next_sentence_weight: of a pair's loss in terms of a masked token's.
+            next_sentence_weight: of a pair's loss in terms of a masked token's; 0 where there are no pairs.
 
         Returns:
             The model's sum of losses, or its sums of pairs: float32, detached, on the device.

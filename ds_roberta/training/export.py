@@ -9,7 +9,7 @@ import torch
 from ds_roberta.config import ModelConfig
 from ds_roberta.distributed import logger
 from ds_roberta.model.export import export
-from ds_roberta.model.objectives import NEXT_SENTENCE_HEAD
+from ds_roberta.model.objectives import NEXT_SENTENCE_HEAD, SUBSTITUTION_HEAD
 from ds_roberta.training import checkpoint
 from ds_roberta.training.model_card import model_card
 
@@ -23,9 +23,8 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
     path = checkpoint.best(folder) if best else checkpoint.newest(folder)
     state = checkpoint.read_state(path)
     config = ModelConfig(**state.identity["model"])
-    weights = {
-        name: weight for name, weight in checkpoint.weights(path).items() if not name.startswith(NEXT_SENTENCE_HEAD)
-    }
+    heads = (NEXT_SENTENCE_HEAD, SUBSTITUTION_HEAD)
+    weights = {name: weight for name, weight in checkpoint.weights(path).items() if not name.startswith(heads)}
     difference = export(
         config,
         weights,
@@ -34,5 +33,9 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
         output,
         model_card(config, state, sum(map(torch.Tensor.numel, weights.values())), path),
     )
-    without = ", without the head of next sentence prediction" if state.identity.get("next_sentence_prediction") else ""
-    logger.info(f"exported {path} to {output}{without}; its logits equal transformers' within {difference:.1g}")
+    without, compared = "", "logits"
+    if state.identity.get("next_sentence_prediction"):
+        without = ", without the head of next sentence prediction"
+    if state.identity.get("objective") == "rts":
+        without, compared = ", the encoder alone", "hidden states"
+    logger.info(f"exported {path} to {output}{without}; its {compared} equal transformers' within {difference:.1g}")

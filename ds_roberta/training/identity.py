@@ -17,6 +17,7 @@ _COUNTED = "the sequences of a step are found by counting batches: some would be
 _FIXED = {
     "model": "the weights are of that architecture; --init_from can begin another run with them",
     "next_sentence_prediction": "the weights have a head for it, or have none",
+    "objective": "the weights have its head alone; --init_from can begin another run with the encoder",
     "train_batch_size": _COUNTED,
     "train_batch_size_schedule": _COUNTED,
 }

@@ -19,7 +19,7 @@ from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.roberta_folder import read_config, read_model, read_tokenizer, tokenizer_length
 from ds_roberta.files import file_checksum, json_fingerprint
-from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.objectives import Objective
 from ds_roberta.model.resize import (
     POSITION_EMBEDDINGS,
     VOCABULARY_PARAMETERS,
@@ -148,7 +148,7 @@ class InitialModel:
         longest = max(self.config.max_length, max_seq_length)
         return replace(config, max_position_embeddings=longest + config.pad_token_id + 1)
 
-    def initialize(self, model: MaskedLM, run: RunConfig, corpus: Corpus) -> list[str]:
+    def initialize(self, model: Objective, run: RunConfig, corpus: Corpus) -> list[str]:
         """Give the run's model the weights of this one, resized where `resized` said so.
 
         Parameters of a head that this one does not have stay as they are.
@@ -236,7 +236,7 @@ def _check_dtypes(folder: Path) -> None:
                 )
 
 
-def _copy(weights: dict[str, torch.Tensor], model: MaskedLM, folder: Path) -> tuple[list[str], list[str]]:
+def _copy(weights: dict[str, torch.Tensor], model: Objective, folder: Path) -> tuple[list[str], list[str]]:
     """Copy what the model has a place for; modules that were left out, and those that stay as they are."""
     parameters = dict(model.named_parameters())
     missing = parameters.keys() - weights.keys()

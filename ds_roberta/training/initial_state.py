@@ -37,6 +37,7 @@ def initial_state(
         "init_from": ranks.on_main(initial_model.fingerprint) if initial_model else None,
         "packing": asdict(config.packing),
         **({"next_sentence_prediction": True} if config.packing.is_paired else {}),
+        **({"objective": config.objective} if config.objective != "mlm" else {}),
         "source_weights": config.source_weights,
         "masking": asdict(config.masking),
         "seed": config.seed,

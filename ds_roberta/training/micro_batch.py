@@ -29,7 +29,7 @@ from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint, write_json
-from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.objectives import Objective
 
 if TYPE_CHECKING:  # sizes are computed without DeepSpeed
     from ds_roberta.training.engine import Engine
@@ -83,11 +83,18 @@ def find_micro_batch_size(
 
 
 def finding_conditions(
-    engine: Engine, model: ModelConfig, max_seq_length: int, masking: MaskingConfig, precision: str, limit: int
+    engine: Engine,
+    model: ModelConfig,
+    max_seq_length: int,
+    masking: MaskingConfig,
+    precision: str,
+    limit: int,
+    objective: str = "mlm",
 ) -> dict[str, Any]:
     """All that a finding depends on, as JSON; a collective call."""
     return {
         "model": asdict(model),
+        "objective": objective,
         "max_seq_length": max_seq_length,
         "mlm_probability": max(masking.mlm_probability, masking.final_probability),
         "precision": precision,
@@ -174,7 +181,9 @@ class Trial:
         make_model: makes the engine's model anew.
     """
 
-    def __init__(self, engine: Engine, make_model: Callable[[], MaskedLM], max_seq_length: int, masking: MaskingConfig):
+    def __init__(
+        self, engine: Engine, make_model: Callable[[], Objective], max_seq_length: int, masking: MaskingConfig
+    ):
         self.max_seq_length = max_seq_length
         self._masking, self._device = masking, engine.device
         self._make_twin = lambda: engine.twin(make_model)
@@ -185,13 +194,15 @@ class Trial:
             self._capacity = MEMORY_SHARE * (free + torch.cuda.memory_reserved(self._device))
 
     @cached_property
-    def _model(self) -> MaskedLM:
+    def _model(self) -> Objective:
         """The twin, made at the first trial: where a finding is known on a CPU, there is none."""
         return self._make_twin()
 
     def run(self, size: int) -> None:
         """One micro-step of `size` sequences."""
-        batch = full_micro_batch(size, self.max_seq_length, self._masking, self._model.is_paired).to(self._device)
+        batch = full_micro_batch(
+            size, self.max_seq_length, self._masking, self._model.is_paired, self._model.labels_all_tokens
+        ).to(self._device)
         self._model(*batch.model_inputs).sum().backward()
 
     def fits(self, size: int) -> bool:
@@ -216,9 +227,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def full_micro_batch(size: int, max_seq_length: int, masking: MaskingConfig, is_paired: bool = False) -> MicroBatch:
-    """Sequences without padding, but with its mask, and with the most masked tokens of the run."""
-    share = max(masking.mlm_probability, masking.final_probability)
+def full_micro_batch(
+    size: int, max_seq_length: int, masking: MaskingConfig, is_paired: bool = False, labels_all_tokens: bool = False
+) -> MicroBatch:
+    """Sequences without padding, but with its mask, and with the most labelled tokens of the run."""
+    share = 1.0 if labels_all_tokens else max(masking.mlm_probability, masking.final_probability)
     masked = math.ceil(share * max_seq_length)
     positions = torch.arange(size)[:, None] * max_seq_length + torch.arange(masked)
     return MicroBatch(

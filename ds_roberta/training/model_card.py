@@ -13,12 +13,18 @@ from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 
 _HEADER = """---
 library_name: transformers
-pipeline_tag: fill-mask
+{task}---
+"""
+_FILL_MASK = """pipeline_tag: fill-mask
 tags:
 - roberta
 - masked-lm
 mask_token: <mask>
----
+"""
+_ENCODER = """tags:
+- roberta
+"""
+_FILL_MASK_EXAMPLE = """pipeline("fill-mask", model="THIS_FOLDER")("The answer is <mask>.")
 """
 
 
@@ -32,7 +38,8 @@ def model_card(config: ModelConfig, state: TrainState, parameters: int, checkpoi
     record = _read_record(run / CONFIG_NAME)
     facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""{_HEADER}
+    has_head = state.identity.get("objective", "mlm") == "mlm"
+    return f"""{_HEADER.format(task=_FILL_MASK if has_head else _ENCODER)}
 # {run.name if record else "RoBERTa"}
 
 A RoBERTa encoder: {config.num_hidden_layers} layers of width {config.hidden_size} with {config.num_attention_heads} \
@@ -40,9 +47,9 @@ heads, {parameters:,} parameters, a vocabulary of {config.vocab_size:,} tokens, 
 {state.trained_length} of them. It was pretrained with ds_roberta and not tuned for a task.
 
 ```python
-from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification{", pipeline" if has_head else ""}
 
-pipeline("fill-mask", model="THIS_FOLDER")("The answer is <mask>.")
+{_FILL_MASK_EXAMPLE if has_head else ""}\
 AutoModel.from_pretrained("THIS_FOLDER")  # hidden states; its pooler is not trained
 AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER", num_labels=2)  # to be fine-tuned
 ```
@@ -58,6 +65,8 @@ It knows no more than the text it was trained on, and repeats its errors and pre
 def _training(state: TrainState) -> dict[str, Any]:
     identity, masking, packing = state.identity, state.identity.get("masking"), state.identity["packing"]
     objective = "masked language modelling"
+    if identity.get("objective") == "rts":
+        objective = "random token substitution (which tokens were replaced?), whose head is not in this folder"
     if identity.get("next_sentence_prediction"):
         objective += " and next sentence prediction, whose head is not in this folder"
     facts = {

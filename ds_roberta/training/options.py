@@ -43,6 +43,7 @@ class PretrainOptions:
     extend_positions: bool = False
     remap_token_embeddings: bool = False
     max_seq_length: int | None = None
+    objective: str = RunConfig.objective
     packing: str = PackingConfig.format
     source_weights: str | None = None
     masking: str = MaskingConfig.unit
@@ -127,6 +128,7 @@ def run_config(
         resume=options.resume,
         save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
         torch_compile=options.torch_compile,
+        objective=options.objective,
     )
 
 

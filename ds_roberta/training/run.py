@@ -11,18 +11,19 @@ import torch
 
 from ds_roberta.config import PackingConfig, RunConfig
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
-from ds_roberta.data.masking import evaluation_masker, training_masker
+from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
 from ds_roberta.data.mixture import MixedOrder, sample_order
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
 from ds_roberta.data.stages import places_behind
+from ds_roberta.data.substitution import Substituter
 from ds_roberta.data.words import word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.files import write_json
-from ds_roberta.model.objectives import make_model
+from ds_roberta.model.objectives import Objective, make_model
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.agreement import shared_facts
 from ds_roberta.training.batch import BatchPlan
@@ -79,7 +80,7 @@ def pretrain(options: PretrainOptions) -> int:
             ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
     torch.manual_seed(config.seed)
-    model = make_model(config.model, config.packing.is_paired)
+    model = _make_model(config)
     if initial_model is not None and checkpoint_path is None and deepspeed_path is None:
         for line in ranks.together(lambda: initial_model.initialize(model, config, corpus)):
             ranks.log(line)
@@ -106,7 +107,8 @@ def pretrain(options: PretrainOptions) -> int:
     words = None
     if config.masking.unit != "token":
         words = word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
-    masker = training_masker(config.masking, tokenizer, config.seed, words)
+    kind = Substituter if config.objective == "rts" else Masker
+    masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
     collators = {length: Collator(packed, masker, tokenizer, length) for length, packed in train_data.items()}
     loader = TrainLoader(
         [
@@ -120,7 +122,7 @@ def pretrain(options: PretrainOptions) -> int:
     )
     held_out = None
     if held_out_data is not None:
-        masker = evaluation_masker(config.masking, tokenizer, words)
+        masker = evaluation_masker(config.masking, tokenizer, words, kind)
         collator = Collator(held_out_data, masker, tokenizer, config.packing.max_seq_length)
         held_out = HeldOutLoss(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
     trainer = Trainer(
@@ -159,6 +161,10 @@ def _read_inputs(
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
     return deepspeed_config, corpus, config, choose_precision(deepspeed_config), initial_model
+
+
+def _make_model(config: RunConfig) -> Objective:
+    return make_model(config.model, config.objective, config.packing.is_paired)
 
 
 def _make_output_dir(output_dir: Path, best_step: int | None) -> None:
@@ -203,8 +209,8 @@ def _batch_plans(
         share = -(-largest // engine.ranks.world_size)
         sizes[length] = deepspeed_config.micro_batch_size or find_micro_batch_size(
             engine,
-            Trial(engine, lambda: make_model(config.model, config.packing.is_paired), length, config.masking),
-            finding_conditions(engine, config.model, length, config.masking, precision, share),
+            Trial(engine, lambda: _make_model(config), length, config.masking),
+            finding_conditions(engine, config.model, length, config.masking, precision, share, config.objective),
             share,
             folders,
         )

@@ -23,6 +23,7 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.model.flops import flops_per_token
+from ds_roberta.model.objectives import detection
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
@@ -156,7 +157,7 @@ class Trainer:
         )
         masked = max(masked, 1)  # a batch of a few very short sequences may have none: its loss and gradient are zero
         sums = torch.zeros((), device=self.engine.device)
-        pair_weight = masked / sequences
+        pair_weight = masked / sequences if self.config.packing.is_paired else 0.0
         micro_steps = len(micro_batches)
         with self.engine.accumulation():
             for micro_step, micro_batch in enumerate(micro_batches):
@@ -169,12 +170,14 @@ class Trainer:
                 self._progress.micro_step(micro_step, micro_steps, sums.tolist)
         rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
         result = self.engine.step(rate)
-        mlm_sum, *pair_sums = self.ranks.sum(*sums.reshape(-1).tolist())
-        loss = mlm_sum / masked
-        of_pairs = {}
-        if pair_sums:
-            nsp_loss, nsp_accuracy = (each / sequences for each in pair_sums)
-            of_pairs = {"mlm_loss": loss, "nsp_loss": nsp_loss, "nsp_accuracy": nsp_accuracy}
+        loss_sum, *further_sums = self.ranks.sum(*sums.reshape(-1).tolist())
+        loss = loss_sum / masked
+        further = {}
+        if self.config.objective == "rts":
+            further = detection(*further_sums)
+        elif further_sums:
+            nsp_loss, nsp_accuracy = (each / sequences for each in further_sums)
+            further = {"mlm_loss": loss, "nsp_loss": nsp_loss, "nsp_accuracy": nsp_accuracy}
             loss += nsp_loss
         self._check_loss(loss, result)
         state.recent_losses = remember(state.recent_losses, loss)
@@ -186,7 +189,7 @@ class Trainer:
         row = {
             "global_step": state.global_step,
             "loss": loss,
-            **of_pairs,
+            **further,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "consumed_samples": state.consumed_samples,
@@ -207,7 +210,7 @@ class Trainer:
         """Of a step of the stage, for its tokens that are not padding."""
         assert self._stage is not None
         length = self._stage.stage.max_seq_length
-        return tokens * flops_per_token(self.config.model, length, masked / tokens)
+        return tokens * flops_per_token(self.config.model, length, masked / tokens, self.config.objective)
 
     def evaluate_and_save(self) -> bool:
         """Between two steps: do what is due, and let the save in flight go on.
@@ -292,16 +295,23 @@ class Trainer:
         result = self._held_out.compute(self.engine.evaluate, self._stop.agreed)
         if result is None:
             return False
-        loss, perplexity, *of_pairs = result
+        loss, perplexity, *further = result
         state = self.state
         lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
         if state.global_step and loss < lowest:
             state.best_eval_loss, state.best_step = loss, state.global_step
-        row = {"global_step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity}
-        told = f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}"
-        if of_pairs:
-            row["eval_nsp_loss"], row["eval_nsp_accuracy"] = of_pairs
-            told += f"; next sentence: loss {of_pairs[0]:.4f}, accuracy {of_pairs[1]:.2%}"
+        row = {"global_step": state.global_step, "eval_loss": loss}
+        told = f"step {state.global_step}: held-out loss {loss:.4f}"
+        if self.config.objective == "rts":
+            measures = detection(*further)
+            row |= {f"eval_{name}": value for name, value in measures.items()}
+            told += "; replaced tokens: precision {:.2%}, recall {:.2%}, F1 {:.2%}".format(*measures.values())
+        else:
+            row["eval_perplexity"] = perplexity
+            told += f", perplexity {perplexity:.2f}"
+        if self.config.packing.is_paired:
+            row["eval_nsp_loss"], row["eval_nsp_accuracy"] = further
+            told += f"; next sentence: loss {further[0]:.4f}, accuracy {further[1]:.2%}"
         self.log(row)
         self._progress.say(told)
         return True

@@ -69,7 +69,7 @@ def make(
     config.content.update(changes)
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
-    model = make_model(small_model(corpus, dropout), packing.is_paired)
+    model = make_model(small_model(corpus, dropout), "mlm", packing.is_paired)
     engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED)
     plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)

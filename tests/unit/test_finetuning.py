@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from ds_roberta.finetuning.spans import SpanOptions
 from ds_roberta.finetuning.trainer import Recipe, Run, Setting
 from ds_roberta.training.preemption import StopRequest
 
+REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Trainer's
 
 
@@ -228,6 +230,11 @@ def test_folders_that_are_no_model_are_refused(config, tmp_path):
 
 def test_a_deepspeed_json_is_read_before_the_work(config, tmp_path):
     (tmp_path / "bad.json").write_text("[]")
-    for name, message in (("bad.json", "is no JSON object"), ("none.json", "cannot read --deepspeed_config")):
+    (tmp_path / "zero2.json").write_text((REPOSITORY / "ds_configs/zero2.json").read_text())
+    for name, message in (
+        ("bad.json", "is no JSON object"),
+        ("none.json", "cannot read --deepspeed_config"),
+        ("zero2.json", "settles optimizer, train_batch_size"),
+    ):
         with pytest.raises(UserError, match=message):
             finetune(replace(config, deepspeed_config=tmp_path / name))

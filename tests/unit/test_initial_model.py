@@ -78,7 +78,7 @@ def begin(folder, corpus, packing=PackingConfig.format, **options):
     given = {"max_steps": 100, "output_dir": folder.parent / "run", "packing": packing, **options}
     run = run_config(PretrainOptions(folder, corpus.folder, init_from=folder, **given), corpus, 8, False, initial)
     torch.manual_seed(5)
-    model = make_model(run.model, run.packing.is_paired).eval()
+    model = make_model(run.model, run.objective, run.packing.is_paired).eval()
     told = initial.initialize(model, run, corpus)
     return model, run, told
 

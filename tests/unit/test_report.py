@@ -116,6 +116,9 @@ def test_the_page_shows_values_settings_and_results(tmp_path):
     )
     b = write_run(tmp_path / "b", steps(2, loss=float, mfu=lambda s: s / 10), **(config | {"run": {"seed": 7}}))
     (a / "results.json").write_text(json.dumps({"mnli": {"accuracy": 0.75, "runs": [1, 2]}}))
+    (a / "rte").mkdir()
+    tuned = {"learning_rate": 1e-5, "median": 0.625, "runs": [{"epochs": [{"accuracy": 0.375}]}]}
+    (a / "rte/results.json").write_text(json.dumps({"settings": [tuned], "best": {"test": {"accuracy": 0.875}}}))
     (b / "deep").mkdir()
     (b / "deep/evaluation_best.json").write_text(json.dumps({"perplexity": 3.5}))
     output = tmp_path / "new/report.html"
@@ -131,6 +134,8 @@ def test_the_page_shows_values_settings_and_results(tmp_path):
     assert cells.row("torch (version)") == ["2.13", "2.13"]
     assert cells.row("mnli.accuracy") == ["0.75"]
     assert cells.row("mnli.runs.1") == ["2"]
+    assert (cells.row("settings.0.median"), cells.row("best.test.accuracy")) == (["0.625"], ["0.875"])
+    assert "0.375" not in text  # a fine-tuning's epochs
     assert cells.row("perplexity") == ["3.5"]
     assert "Not recorded by a." in text
     assert "Held-out loss (eval_loss)" in text.split("Not recorded: ")[1]

@@ -1,0 +1,147 @@
+"""Masked language modelling beside random token substitution: tokens per second, and fine-tuned accuracy.
+
+    python -m benchmarks.objectives --data_dir data/corpus --finetune_data data/sst2
+
+Both pretrain by the real command on the same data, in turn, a short run after the other, for the rates. Then both
+pretrain for as long a time by these rates, the learning rate's shape stretched to each one's own steps, and are
+fine-tuned with the same settings and seeds; so is an encoder that was not trained. Writes a Markdown table with the
+hardware, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loader import commit, cpu_model
+from ds_roberta.config import OBJECTIVES
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = REPOSITORY / "ds_configs/zero1.json"
+ROUNDS, STEPS_OF_A_ROUND, STEPS_LEFT_OUT = 3, 12, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True, help="made by 'preprocess shard'")
+    parser.add_argument("--finetune_data", type=Path, required=True, help="for launch/finetune.py: classification")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--max_seq_length", type=int, default=128)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--minutes", type=float, default=5, help="of pretraining, for each objective")
+    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning")
+    parser.add_argument("--num_train_epochs", type=int, default=3)
+    parser.add_argument("--finetune_learning_rate", type=float, default=1e-4)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/objectives.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = compare(options, Path(folder))
+    options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def compare(options: argparse.Namespace, folder: Path) -> list[str]:
+    seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
+    tokens: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
+    for number in range(ROUNDS):
+        for objective in OBJECTIVES:
+            rows = pretrain(options, objective, STEPS_OF_A_ROUND, folder / f"{objective}-{number}")
+            seconds[objective] += [row["step_seconds"] for row in rows[STEPS_LEFT_OUT:]]
+            tokens[objective] += [row["tokens_per_second"] for row in rows[STEPS_LEFT_OUT:]]
+    table = [
+        "| objective | tokens/s | ratio | steps | seconds | tokens seen | fine-tuned accuracy, by seed | median |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for objective in OBJECTIVES:
+        steps = round(60 * options.minutes / statistics.median(seconds[objective]))
+        run = folder / objective
+        rows = pretrain(options, objective, steps, run)
+        rate = statistics.median(tokens[objective])
+        ratio = rate / statistics.median(tokens[OBJECTIVES[0]])
+        spent = sum(row["step_seconds"] for row in rows)
+        table.append(
+            f"| {objective} | {rate:,.0f} | {ratio:.2f} | {steps:,} | {spent:,.0f} | {rows[-1]['consumed_tokens']:,} | "
+            f"{accuracies(options, run / 'hf', folder / f'{objective}-tuned')} |"
+        )
+    untrained = folder / "untrained"
+    pretrain(options, OBJECTIVES[0], 1, untrained, learning_rate=1e-12)
+    tuned = accuracies(options, untrained / "hf", folder / "untrained-tuned")
+    table.append(f"| not pretrained | | | 0 | 0 | 0 | {tuned} |")
+    vocabulary = json.loads((options.data_dir / "manifest.json").read_text())["tokenizer"]["vocab_size"]
+    return [
+        "# Objectives",
+        "",
+        f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads; "
+        f"torch {version('torch')}, DeepSpeed {version('deepspeed')}, transformers {version('transformers')}, Python "
+        f"{platform.python_version()}, commit {commit()}.",
+        "",
+        f"{options.model}, {options.max_seq_length} tokens a sequence, a vocabulary of {vocabulary:,}, "
+        f"{options.train_batch_size} sequences a step at a peak of {options.learning_rate:g}. Rates are medians of "
+        f"{ROUNDS} runs of each by turns, steps those that take {options.minutes:g} minutes at them. Fine-tuned on "
+        f"{options.finetune_data.name}: {options.num_train_epochs} epochs at {options.finetune_learning_rate:g}, best "
+        "epoch on its validation split.",
+        "",
+        *table,
+    ]
+
+
+def pretrain(
+    options: argparse.Namespace, objective: str, steps: int, output: Path, learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Pretrain by the command; the rows of its steps."""
+    settings = {
+        "deepspeed_config": CONFIG,
+        "data_dir": options.data_dir,
+        "output_dir": output,
+        "objective": objective,
+        "model": options.model,
+        "max_seq_length": options.max_seq_length,
+        "train_batch_size": options.train_batch_size,
+        "learning_rate": learning_rate or options.learning_rate,
+        "max_steps": steps,
+        "save_interval": 10 * steps,
+        "eval_interval": 10 * steps,
+    }
+    run("pretrain.py", settings)
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def accuracies(options: argparse.Namespace, model: Path, output: Path) -> str:
+    """Two cells: the accuracy with each seed, and their median."""
+    settings = {
+        "model": model,
+        "task": "classification",
+        "data": options.finetune_data,
+        "output_dir": output,
+        "seeds": options.seeds,
+        "num_train_epochs": options.num_train_epochs,
+        "learning_rate": options.finetune_learning_rate,
+    }
+    run("finetune.py", settings)
+    (setting,) = json.loads((output / "results.json").read_text(encoding="utf-8"))["settings"]
+    found = [entry["epochs"][entry["epoch"] - 1]["accuracy"] for entry in setting["runs"]]
+    return f"{', '.join(f'{accuracy:.1%}' for accuracy in found)} | {statistics.median(found):.1%}"
+
+
+def run(script: str, settings: dict[str, Any]) -> None:
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    result = subprocess.run(
+        [sys.executable, REPOSITORY / "launch" / script, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if result.returncode:
+        sys.exit(result.stdout.decode(errors="replace")[-3000:])
+
+
+if __name__ == "__main__":
+    main()

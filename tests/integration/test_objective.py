@@ -1,0 +1,51 @@
+"""Pretraining by random token substitution with the real commands: stopped, resumed, exported, used."""
+
+import json
+import signal
+import sys
+
+import transformers
+from commands import REPOSITORY, pretrain, pretrain_until, run
+
+SETTINGS = ("--objective", "rts", "--max_seq_length", "32", "--train_batch_size", "12", "--learning_rate", "1e-3")
+SETTINGS += ("--max_steps", "12", "--warmup_steps", "2", "--eval_interval", "6", "--eval_sequences", "16")
+
+
+def rows(folder):
+    timings = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name not in timings} for row in lines]
+
+
+def test_a_stopped_run_ends_as_the_unbroken_one_and_its_encoder_is_used(workspace):
+    pretrain(workspace, *SETTINGS, "--output_dir", "whole")
+    whole, metrics = workspace / "whole", workspace / "broken/metrics.jsonl"
+    code, output = pretrain_until(
+        workspace,
+        lambda: metrics.exists() and metrics.read_text().count("grad_norm") > 3,
+        signal.SIGTERM,
+        *(*SETTINGS, "--output_dir", "broken"),
+    )
+    assert code == 85, output
+    line = pretrain(workspace, *SETTINGS[2:], "--output_dir", "broken", code=2).splitlines()[-1]
+    assert "its objective is 'rts'" in line
+    printed = pretrain(workspace, *SETTINGS, "--output_dir", "broken")
+    assert "the encoder alone; its hidden states equal transformers'" in printed
+    found = rows(whole)
+    assert rows(workspace / "broken") == found
+    evaluations = [row for row in found if "eval_loss" in row]
+    assert {"eval_detection_precision", "eval_detection_recall", "eval_detection_f1"} <= evaluations[-1].keys()
+    assert "eval_perplexity" not in evaluations[-1]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    weights = [(folder / "hf/model.safetensors").read_bytes() for folder in (whole, workspace / "broken")]
+    assert weights[0] == weights[1]
+    assert type(transformers.AutoModel.from_pretrained(whole / "hf")).__name__ == "RobertaModel"
+    assert "fill-mask" not in (whole / "hf/README.md").read_text()
+    evaluate = (sys.executable, REPOSITORY / "launch/evaluate.py", "perplexity")
+    line = run(*evaluate, "--model", whole / "hf", "--data", "data/corpus", cwd=workspace, code=2)
+    assert "which still has its head" in line.splitlines()[-1]
+
+
+def test_pairs_have_no_place_in_it(workspace):
+    output = pretrain(workspace, *SETTINGS, "--packing", "segment-pair", "--output_dir", "pairs", code=2)
+    assert "--objective rts has no next sentence prediction" in output.splitlines()[-1]
