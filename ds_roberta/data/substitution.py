@@ -9,27 +9,19 @@ al. 2020) asks a second model. A token that is drawn for itself counts as not re
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from ds_roberta.config import MaskingConfig
 from ds_roberta.data.masking import Masker
-from ds_roberta.data.shards import TokenizerInfo
 
 
 class Substituter(Masker):
     """A `Masker` that puts random tokens at all chosen positions, and labels all ordinary tokens."""
 
-    def __init__(
-        self,
-        config: MaskingConfig,
-        tokenizer: TokenizerInfo,
-        key: int,
-        share: float,
-        word_starts: np.ndarray | None = None,
-    ):
-        all_random = replace(config, mask_replace_prob=0.0, random_replace_prob=1.0)
-        super().__init__(all_random, tokenizer, key, share, word_starts)
+    def __init__(self, config: MaskingConfig, *arguments: Any):
+        super().__init__(replace(config, mask_replace_prob=0.0, random_replace_prob=1.0), *arguments)
 
     def mask(
         self, input_ids: np.ndarray, places: np.ndarray, mlm_probability: float | None = None

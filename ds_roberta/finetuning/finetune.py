@@ -201,13 +201,12 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
         raise UserError(f"--deepspeed_config {str(path)!r} is no JSON object: see ds_configs/finetune.json")
     settled = [name for name in ("optimizer", "scheduler") if name in content]
     settled += [name for name in _AUTO if content.get(name, "auto") != "auto"]
-    settled += [
-        f"{name}.enabled" for name in ("bf16", "fp16") if content.get(name, {}).get("enabled", "auto") != "auto"
-    ]
+    precisions = {name: content.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}
+    settled += [f"{name}.enabled" for name, enabled in precisions.items() if enabled != "auto"]
     if settled:
         raise UserError(
-            f"--deepspeed_config {str(path)!r} settles {', '.join(settled)}, which the command line does in fine-tuning: "
-            'remove them or give "auto", as ds_configs/finetune.json'
+            f"--deepspeed_config {str(path)!r} settles {', '.join(settled)}, which fine-tuning's command line does: "
+            'remove it or give "auto", as ds_configs/finetune.json has it'
         )
     return content
 
