@@ -131,6 +131,22 @@ def test_spans_are_short_and_within_the_context():
     assert (best.start, best.end) == (0, 3)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_span_is_better_than_the_first(seed):
+    rng = np.random.default_rng(seed)
+    windows = [window_of("abcd efgh"), window_of("ij")]
+    starts, ends = ([rng.normal(size=len(window.input_ids)) for window in windows] for _ in range(2))
+    best = decode(windows, starts, ends, SpanOptions(max_answer_length=4)).spans[0]
+    scores = [
+        of_starts[window.first + first] + of_ends[window.first + last]
+        for window, of_starts, of_ends in zip(windows, starts, ends, strict=True)
+        for first, (begin, end) in enumerate(window.offsets)
+        for last in range(first, min(first + 4, len(window.offsets)))
+        if begin < end and window.offsets[last][0] < window.offsets[last][1]
+    ]
+    assert best.score == pytest.approx(max(scores))
+
+
 def test_the_null_answer_must_hold_in_all_windows():
     one, two = window_of("ab"), window_of("cd")
     found = decode(
