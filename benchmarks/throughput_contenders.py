@@ -60,7 +60,8 @@ class Case:
             return model_config(self.model, VOCABULARY, self.max_seq_length)
         layers, hidden_size, heads = map(int, self.model.split("x"))
         of_the_length = model_config("tiny", VOCABULARY, self.max_seq_length)
-        return replace(of_the_length, num_hidden_layers=layers, hidden_size=hidden_size, num_attention_heads=heads)
+        sizes = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
+        return replace(of_the_length, **sizes, intermediate_size=4 * hidden_size)
 
     @property
     def train_batch_size(self) -> int:

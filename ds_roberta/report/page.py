@@ -143,7 +143,8 @@ def _values(runs: Sequence[Run], metrics: Sequence[Metric]) -> dict[str, list[st
         latest = [run.series(count) for run in runs]
         if any(latest):
             rows[count] = [f"{series.values[-1]:,.0f}" if series else NOTHING for series in latest]
-    return rows | {metric.title: [_last_and_best(metric, run) for run in runs] for metric in metrics}
+    of_steps = [metric for metric in metrics if metric.over == "step"]
+    return rows | {metric.title: [_last_and_best(metric, run) for run in runs] for metric in of_steps}
 
 
 def _last_and_best(metric: Metric, run: Run) -> str:

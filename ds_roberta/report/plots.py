@@ -23,6 +23,7 @@ class Metric:
         best: takes the best of some values; None where none is better.
         log: draw on a logarithmic axis where the values differ much.
         precision: the only one in which the metric says something; None for all.
+        over: what the values are of: steps, or for `loss_by_position` positions in the sequence.
     """
 
     column: str
@@ -32,12 +33,13 @@ class Metric:
     log: bool = False
     percent: bool = False
     precision: str | None = None
+    over: str = "step"
 
     def of(self, run: Run) -> Series | None:
         """The run's values, or None where it has none."""
         if not self.applies_to(run):
             return None
-        return run.series(self.column)
+        return run.loss_by_position if self.over == "position" else run.series(self.column)
 
     def applies_to(self, run: Run) -> bool:
         return self.precision is None or run.setting("precision") == self.precision
@@ -46,6 +48,7 @@ class Metric:
 METRICS = (
     Metric("loss", "Loss", "nats a labelled token", best=min),
     Metric("eval_loss", "Held-out loss", "nats a labelled token", best=min),
+    Metric("loss_by_position", "Held-out loss by position", "nats a masked token", over="position"),
     Metric("eval_detection_f1", "Replaced tokens found, held out", "F1", best=max),
     Metric("eval_nsp_accuracy", "Next sentence prediction, held out", "accuracy", best=max, percent=True),
     Metric("learning_rate", "Learning rate", "learning rate"),
@@ -92,7 +95,7 @@ def draw(runs: Sequence[Run], metric: Metric) -> Figure:
             markersize=3.5,
             alpha=0.85,
         )
-    axes.set(title=metric.title, xlabel="global_step", ylabel=metric.unit)
+    axes.set(title=metric.title, xlabel="global_step" if metric.over == "step" else metric.over, ylabel=metric.unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     values = [value for _, _, series in shown for value in series.values if math.isfinite(value)]
     if metric.log and 0 < LOG_FROM_RATIO * min(values) <= max(values):
@@ -119,10 +122,10 @@ def png(figure: Figure) -> bytes:
 
 def describe(runs: Sequence[Run], metric: Metric) -> str:
     """What the plot of `metric` shows, for those who do not see it."""
-    sentences = [f"{metric.title} by step."]
+    sentences = [f"{metric.title.removesuffix(f' by {metric.over}')} by {metric.over}."]
     for run in runs:
         if series := metric.of(run):
-            first, last = (f"{show(metric, series.values[i])} at step {series.steps[i]}" for i in (0, -1))
+            first, last = (f"{show(metric, series.values[i])} at {metric.over} {series.steps[i]}" for i in (0, -1))
             finite = [value for value in series.values if math.isfinite(value)]
             limits = f"between {show(metric, min(finite))} and {show(metric, max(finite))}"
             sentences.append(f"{run.name}: from {first} to {last}, {limits}.")

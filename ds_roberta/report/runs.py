@@ -14,6 +14,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 
 logger = logging.getLogger("ds_roberta")
+BY_POSITION = "by_position"  # of launch/evaluate.py perplexity
 RESULTS_PATTERNS = ("results.json", "evaluation*.json")
 
 Value = str | int | float | bool | None
@@ -21,7 +22,7 @@ Value = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Series:
-    """A metric of a run over its steps; a value that was not finite is NaN."""
+    """A metric of a run over its steps, or over positions in a sequence; a value that was not finite is NaN."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
@@ -36,6 +37,7 @@ class Run:
         rows: of `metrics.jsonl`, each with `global_step`; at least one.
         config: `config.json`.
         results: flat keys and values of each file of results, by its path in the folder.
+        loss_by_position: held-out loss at the middles of ranges of positions, from the first file that has it.
         warnings: what is wrong with the folder, but does not hinder.
     """
 
@@ -44,6 +46,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, dict[str, Value]]
     warnings: tuple[str, ...]
+    loss_by_position: Series | None = None
 
     def series(self, metric: str) -> Series | None:
         """The metric at the steps that have it, or None where none has."""
@@ -108,12 +111,27 @@ def _read_run(folder: Path, name: str) -> Run:
     if not isinstance(config, dict):
         raise UserError(f"{str(folder / CONFIG_NAME)!r} is not a JSON object: give the folder of a run")
     files = sorted({path for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
-    results = {str(path.relative_to(folder)): flatten(_without_epochs(_read_json(path))) for path in files}
-    return Run(name, rows, config, results, warnings)
+    contents = {str(path.relative_to(folder)): _read_json(path) for path in files}
+    by_position = [content[BY_POSITION] for content in contents.values() if _is_perplexity(content)]
+    results = {file: flatten(_in_short(content)) for file, content in contents.items()}
+    return Run(name, rows, config, results, warnings, _loss_by_position(by_position[0]) if by_position else None)
 
 
-def _without_epochs(content: Any) -> Any:
-    """A fine-tuning's results without every epoch of every run, which would hide what came out."""
+def _is_perplexity(content: Any) -> bool:
+    return isinstance(content, dict) and BY_POSITION in content
+
+
+def _loss_by_position(ranges: list[dict[str, Any]]) -> Series:
+    having = [each for each in ranges if each["loss"] is not None]
+    return Series(
+        tuple((each["first"] + each["last"]) // 2 for each in having), tuple(float(each["loss"]) for each in having)
+    )
+
+
+def _in_short(content: Any) -> Any:
+    """Results without what is drawn, and without every epoch of every fine-tuning, which would hide what came out."""
+    if _is_perplexity(content):
+        return {name: value for name, value in content.items() if name != BY_POSITION}
     if not isinstance(content, dict) or not {"best", "settings"} <= content.keys():
         return content
     settings = [{name: value for name, value in each.items() if name != "runs"} for each in content["settings"]]

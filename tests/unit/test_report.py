@@ -248,3 +248,23 @@ def test_the_command_ends_with_2_and_one_line(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith("error: ")
+
+
+def test_the_held_out_loss_by_position_is_drawn_and_not_listed(tmp_path):
+    ranges = [
+        {"first": 0, "last": 63, "masked_tokens": 9, "loss": 5.0},
+        {"first": 64, "last": 127, "masked_tokens": 9, "loss": 3.5},
+        {"first": 128, "last": 191, "masked_tokens": 0, "loss": None},
+    ]
+    a, b = (write_run(tmp_path / name, steps(3, loss=float)) for name in "ab")
+    (a / "evaluation.json").write_text(json.dumps({"loss": 4.25, "by_position": ranges}))
+    write_report([a, b], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    cells = Cells(text)
+    assert "Held-out loss by position. a: from 5 at position 31 to 3.5 at position 95" in cells.images[1]["alt"]
+    assert "Not recorded by b." in text
+    assert cells.row("loss") == ["4.25"]
+    assert "masked_tokens" not in text
+    figure = draw(read_runs([a]), BY_COLUMN["loss_by_position"])
+    assert figure.axes[0].get_xlabel() == "position"
+    assert list(figure.axes[0].lines[0].get_ydata()) == [5.0, 3.5]
