@@ -36,7 +36,7 @@ STEPS = 40
 SETTINGS = f"--model tiny --max_seq_length 32 --train_batch_size 24 --learning_rate 1e-3 --max_steps {STEPS}"
 SETTINGS += " --warmup_steps 4 --save_interval 3 --eval_interval 10 --eval_sequences 64"
 SECONDS_TO_LEAVE = 60
-TIMES = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")
+TIMES = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
 
 
 def prepare(folder: Path) -> None:

@@ -57,6 +57,7 @@ METRICS = (
     Metric("tokens_per_second", "Tokens per second", "tokens/s", best=max),
     Metric("mfu", "Model FLOPs utilisation", "share of the peak", best=max, percent=True),
     Metric("data_wait_share", "Waiting for data", "share of the step", percent=True),
+    Metric("memory_gb", "Memory of the first process", "GB"),
 )
 
 # Okabe and Ito's colours, told apart by colour-blind people too; https://jfly.uni-koeln.de/color/

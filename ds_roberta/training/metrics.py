@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from tqdm import tqdm
 
 from ds_roberta.files import atomic_path
@@ -16,6 +18,13 @@ from ds_roberta.files import atomic_path
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
 """Beside the metrics: all that reproduces the run, which `ds_roberta.training.run` writes."""
+
+
+def memory_gb(device: torch.device) -> float:
+    """10⁹ bytes: on a GPU the most that this process has allocated on it so far, else what it holds in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
 
 
 class MetricsLog:

@@ -29,7 +29,7 @@ from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.guard import LossSpike, remember, spike_limit
-from ds_roberta.training.metrics import MetricsLog, Progress
+from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
 from ds_roberta.training.preemption import StopRequest
 from ds_roberta.training.schedule import learning_rate
 
@@ -198,6 +198,7 @@ class Trainer:
             "mfu": self._useful_flops(tokens, masked) / seconds / self._peak_flops,
             "step_seconds": seconds,
             "data_wait_share": waited / seconds,
+            "memory_gb": memory_gb(self.engine.device),
             "loss_scale": result.loss_scale,
             "skipped_steps": state.skipped_steps,
             "skipped_samples": sum(entry.end_place - entry.first_place for entry in self._skipped),

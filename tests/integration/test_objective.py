@@ -12,7 +12,7 @@ SETTINGS += ("--max_steps", "12", "--warmup_steps", "2", "--eval_interval", "6",
 
 
 def rows(folder):
-    timings = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")
+    timings = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in row.items() if name not in timings} for row in lines]
 

@@ -20,10 +20,8 @@ def rows(output: Path) -> list[dict]:
 
 
 def without_times(entries: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")}
-        for row in entries
-    ]
+    times = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
+    return [{name: value for name, value in row.items() if name not in times} for row in entries]
 
 
 def final_state(output: Path) -> dict:

@@ -69,6 +69,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "tokens_per_second": 1000.0 + step,
                 "mfu": 0.4,
                 "data_wait_share": 0.01,
+                "memory_gb": 1.5,
             }
             for step in range(1, 7)
         ]
@@ -94,7 +95,7 @@ def test_every_plot_is_seen_and_nothing_is_fetched(report, tmp_path):
     assert "CONSOLE" not in log
     found = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', output, re.DOTALL)[1]))
     plots = list((report.parent / "report_plots").iterdir())
-    assert len(found["images"]) == len(plots) == 8
+    assert len(found["images"]) == len(plots) == 9
     for image in found["images"]:
         assert min(image["natural"], image["width"], image["height"]) > 100
         assert "from" in image["alt"]

@@ -140,7 +140,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
 
 def rows(trainer):
     lines = (trainer.config.output_dir / "metrics.jsonl").read_text().splitlines()
-    times = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share")
+    times = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
     return [{key: value for key, value in json.loads(line).items() if key not in times} for line in lines]
 
 
