@@ -18,26 +18,26 @@ def rows(folder):
 
 
 def test_a_stopped_run_ends_as_the_unbroken_one_and_its_encoder_is_used(workspace):
-    pretrain(workspace, *SETTINGS, "--output_dir", "whole")
-    whole, metrics = workspace / "whole", workspace / "broken/metrics.jsonl"
+    pretrain(workspace, *SETTINGS, "--output_dir", "rts-whole")
+    whole, metrics = workspace / "rts-whole", workspace / "rts-broken/metrics.jsonl"
     code, output = pretrain_until(
         workspace,
         lambda: metrics.exists() and metrics.read_text().count("grad_norm") > 3,
         signal.SIGTERM,
-        *(*SETTINGS, "--output_dir", "broken"),
+        *(*SETTINGS, "--output_dir", "rts-broken"),
     )
     assert code == 85, output
-    line = pretrain(workspace, *SETTINGS[2:], "--output_dir", "broken", code=2).splitlines()[-1]
+    line = pretrain(workspace, *SETTINGS[2:], "--output_dir", "rts-broken", code=2).splitlines()[-1]
     assert "its objective is 'rts'" in line
-    printed = pretrain(workspace, *SETTINGS, "--output_dir", "broken")
+    printed = pretrain(workspace, *SETTINGS, "--output_dir", "rts-broken")
     assert "the encoder alone; its hidden states equal transformers'" in printed
     found = rows(whole)
-    assert rows(workspace / "broken") == found
+    assert rows(workspace / "rts-broken") == found
     evaluations = [row for row in found if "eval_loss" in row]
     assert {"eval_detection_precision", "eval_detection_recall", "eval_detection_f1"} <= evaluations[-1].keys()
     assert "eval_perplexity" not in evaluations[-1]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
-    weights = [(folder / "hf/model.safetensors").read_bytes() for folder in (whole, workspace / "broken")]
+    weights = [(folder / "hf/model.safetensors").read_bytes() for folder in (whole, workspace / "rts-broken")]
     assert weights[0] == weights[1]
     assert type(transformers.AutoModel.from_pretrained(whole / "hf")).__name__ == "RobertaModel"
     assert "fill-mask" not in (whole / "hf/README.md").read_text()
@@ -47,5 +47,5 @@ def test_a_stopped_run_ends_as_the_unbroken_one_and_its_encoder_is_used(workspac
 
 
 def test_pairs_have_no_place_in_it(workspace):
-    output = pretrain(workspace, *SETTINGS, "--packing", "segment-pair", "--output_dir", "pairs", code=2)
+    output = pretrain(workspace, *SETTINGS, "--packing", "segment-pair", "--output_dir", "rts-pairs", code=2)
     assert "--objective rts has no next sentence prediction" in output.splitlines()[-1]
