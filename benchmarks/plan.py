@@ -109,7 +109,10 @@ class Case:
 
 
 class _Flash(torch.autograd.Function):
-    """What torch's flash attention saves for its backward pass: Q, K, V, the output and a sum per head and token."""
+    """What torch's flash attention saves for its backward pass: Q, K, V, the output and a sum per head and token.
+
+    Memory is counted behind the forward pass, so it has no backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -117,10 +120,6 @@ class _Flash(torch.autograd.Function):
         output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
         return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
-        raise NotImplementedError
 
 
 @cache
