@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="made by 'preprocess shard'")
     parser.add_argument("--finetune_data", type=Path, required=True, help="for launch/finetune.py: classification")
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--init_from", type=Path, help="a transformers folder to begin with, of a size of one's own")
     parser.add_argument("--max_seq_length", type=int, default=128)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -85,7 +86,7 @@ def compare(options: argparse.Namespace, folder: Path) -> list[str]:
         f"torch {version('torch')}, DeepSpeed {version('deepspeed')}, transformers {version('transformers')}, Python "
         f"{platform.python_version()}, commit {commit()}.",
         "",
-        f"{options.model}, {options.max_seq_length} tokens a sequence, a vocabulary of {vocabulary:,}, "
+        f"{size(options)}, {options.max_seq_length} tokens a sequence, a vocabulary of {vocabulary:,}, "
         f"{options.train_batch_size} sequences a step at a peak of {options.learning_rate:g}. Rates are medians of "
         f"{ROUNDS} runs of each by turns, steps those that take {options.minutes:g} minutes at them. Fine-tuned on "
         f"{options.finetune_data.name}: {options.num_train_epochs} epochs at {options.finetune_learning_rate:g}, best "
@@ -93,6 +94,13 @@ def compare(options: argparse.Namespace, folder: Path) -> list[str]:
         "",
         *table,
     ]
+
+
+def size(options: argparse.Namespace) -> str:
+    if options.init_from is None:
+        return options.model
+    config = json.loads((options.init_from / "config.json").read_text(encoding="utf-8"))
+    return f"{config['num_hidden_layers']} layers of {config['hidden_size']}"
 
 
 def pretrain(
@@ -104,7 +112,7 @@ def pretrain(
         "data_dir": options.data_dir,
         "output_dir": output,
         "objective": objective,
-        "model": options.model,
+        **({"init_from": options.init_from} if options.init_from else {"model": options.model}),
         "max_seq_length": options.max_seq_length,
         "train_batch_size": options.train_batch_size,
         "learning_rate": learning_rate or options.learning_rate,
