@@ -29,7 +29,8 @@ import psutil
 import safetensors.torch
 import torch
 
-from ds_roberta.errors import ArgumentParser, UserError, run_command
+from ds_roberta.command_line import ArgumentParser, run_command
+from ds_roberta.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 40

@@ -37,10 +37,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from benchmarks.loader import commit, cpu_model
 from benchmarks.throughput_contenders import write_data
+from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS, IntervalConfig
 from ds_roberta.data.loader import MicroBatch, TrainLoader
 from ds_roberta.distributed import Ranks, leave
-from ds_roberta.errors import ArgumentParser, UserError, run_command
+from ds_roberta.errors import UserError
 from ds_roberta.training import run
 from ds_roberta.training.checkpoint_writer import CheckpointWriter
 from ds_roberta.training.device import init_distributed, on_gpu

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import MASKING_UNITS, PACKING_FORMATS, MaskingConfig, PackingConfig, RunConfig, require_positive
 from ds_roberta.distributed import keep_freed_memory, set_up_logging
-from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.evaluation.minimal_pairs import evaluate_minimal_pairs
 from ds_roberta.evaluation.perplexity import evaluate_perplexity
 from ds_roberta.evaluation.pseudo_likelihood import METRICS

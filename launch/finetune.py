@@ -1,32 +1,23 @@
 """Fine-tune a transformers folder: `python launch/finetune.py --model DIR --task T --data DIR --output_dir DIR`."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ds_roberta.command_line import (
+    ArgumentParser,
+    positive,
+    positive_number,
+    probability,
+    run_command,
+    several,
+    whole_number,
+)
 from ds_roberta.distributed import leave, set_up_logging
-from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.finetune import SWEEP, TASKS, FinetuneConfig, finetune
 from ds_roberta.finetuning.spans import SpanOptions
 from ds_roberta.finetuning.trainer import Recipe, Setting
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    return tuple(int(seed) for seed in text.split(","))
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,11 +34,14 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_pair_column", help="default: the second of such a pair, where there is one")
     parser.add_argument("--label_column", help="default: label, or GLUE's names for it")
     parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: the model's positions")
-    parser.add_argument("--seeds", type=seeds, default=(0,), help="such as 0,1,2; default: 0")
+    parser.add_argument("--seeds", type=several(whole_number), default=(0,), help="such as 0,1,2; default: 0")
     parser.add_argument("--metric", help="which chooses; default: accuracy, pearson or f1")
     parser.add_argument("--sweep", action="store_true", help="batches of 16 and 32 by rates of 1e-5, 2e-5 and 3e-5")
-    parser.add_argument("--learning_rate", type=positive_number, help="the peak, behind a warm-up; default: 2e-5")
-    parser.add_argument("--train_batch_size", type=positive, help="examples per step; default: 16")
+    parser.add_argument(
+        "--learning_rate", type=several(positive_number),
+        help="the peak, behind a warm-up, or several such as 1e-4,3e-4, of which the best is chosen; default: 2e-5",
+    )  # fmt: skip
+    parser.add_argument("--train_batch_size", type=several(positive), help="examples per step, or several; default: 16")
     recipe = Recipe()
     parser.add_argument(
         "--num_train_epochs", type=positive, default=recipe.num_train_epochs, help="default: %(default)s"
@@ -57,7 +51,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--weight_decay", type=float, default=recipe.weight_decay, help="default: %(default)s")
     parser.add_argument(
-        "--warmup_ratio", type=float, default=recipe.warmup_ratio, help="of all steps; default: %(default)s"
+        "--warmup_ratio", type=probability, default=recipe.warmup_ratio, help="of all steps; default: %(default)s"
     )
     spans = SpanOptions()
     parser.add_argument(
@@ -70,7 +64,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="of question answering, in tokens; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--no_answer_threshold", type=float, default=spans.no_answer_threshold,
+        "--no_answer_threshold", type=probability, default=spans.no_answer_threshold,
         help="of question answering where contexts need not have an answer: the probability of none above which there "
         "is none; default: %(default)s",
     )  # fmt: skip
@@ -85,14 +79,14 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def config_of(arguments: argparse.Namespace) -> FinetuneConfig:
-    one = Setting(arguments.learning_rate or 2e-5, arguments.train_batch_size or 16)
+    rates, sizes = arguments.learning_rate or (2e-5,), arguments.train_batch_size or (16,)
     return FinetuneConfig(
         model=arguments.model,
         task=arguments.task,
         data=tuple(arguments.data),
         output_dir=arguments.output_dir,
         columns=Columns(arguments.text_column, arguments.text_pair_column, arguments.label_column),
-        settings=tuple(SWEEP) if arguments.sweep else (one,),
+        settings=tuple(SWEEP) if arguments.sweep else tuple(Setting(rate, size) for size in sizes for rate in rates),
         seeds=arguments.seeds,
         recipe=Recipe(
             arguments.num_train_epochs,

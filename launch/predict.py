@@ -3,22 +3,10 @@
 import argparse
 from pathlib import Path
 
+from ds_roberta.command_line import ArgumentParser, positive, probability, run_command
 from ds_roberta.distributed import set_up_logging
-from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def probability(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,6 +12,7 @@ from pathlib import Path
 # Threads that spin while they wait slow each other down on busy cores; read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import (
     DEFAULT_DATA_DIR,
     LOSS_SPIKE_POLICIES,
@@ -24,7 +25,6 @@ from ds_roberta.config import (
     TORCH_COMPILE,
 )
 from ds_roberta.distributed import leave
-from ds_roberta.errors import ArgumentParser, run_command
 from ds_roberta.training.options import PretrainOptions
 from ds_roberta.training.run import pretrain
 

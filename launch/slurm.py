@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ds_roberta.errors import ArgumentParser, UserError, run_command, unknown_key_message
+from ds_roberta.command_line import ArgumentParser, run_command
+from ds_roberta.errors import UserError, unknown_key_message
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = {path.stem: path for path in sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ds_roberta.errors import ArgumentParser, run_command
+from ds_roberta.command_line import ArgumentParser, run_command
 from preprocessing import megatron, show, stats, trace, verify
 from preprocessing.accounts import MAX_BAD_FRACTION
 from preprocessing.commands import ROBERTA_VOCAB_SIZE, shard, train_tokenizer

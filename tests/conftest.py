@@ -32,6 +32,20 @@ def tokenizer_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def roberta_folder(tokenizer_folder, tmp_path_factory):
+    """A small masked-LM RoBERTa for 62 tokens with its tokenizer, as pretraining exports it; not to be changed."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    transformers.RobertaTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def write_corpus(tokenizer_folder):
     """A function that writes a data folder from documents, each a list of sentences, each an array of ids."""
 

@@ -168,6 +168,8 @@ def _check(config: FinetuneConfig, world_size: int) -> None:
             raise UserError(f"fine-tuning needs {library}, which is not installed: pip install 'ds_roberta[finetune]'")
     if len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"--seeds {','.join(map(str, config.seeds))} names a seed twice: name each once")
+    if len(set(config.settings)) != len(config.settings):
+        raise UserError("--learning_rate or --train_batch_size names a value twice: name each once")
     parts = config.recipe.gradient_accumulation_steps * world_size
     for setting in config.settings:
         if setting.train_batch_size % parts:

@@ -11,6 +11,7 @@ import transformers
 from torch.nn import functional
 
 from ds_roberta.distributed import logger
+from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.entities import entity_metrics, make_word_windows, token_labels, word_logits
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.sentences import Sentence, read_conll, table_sentences, tag_names
@@ -24,7 +25,8 @@ COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")
 def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
     """
     Raises:
-        UserError: as `read_splits`, `parse_conll` and `table_sentences`.
+        UserError: as `read_splits`, `parse_conll` and `table_sentences`, or a type of entities is not in the training
+            sentences.
     """
     splits = read_splits(
         data,
@@ -34,10 +36,7 @@ def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
     )
     names = tag_names(splits["train"])
     for split, sentences in splits.items():
-        unseen = {tag for sentence in sentences for tag in sentence.tags} - set(names)
-        if unseen:
-            tags = ", ".join(sorted(unseen))
-            logger.warning(f"{split} has tags that no training sentence has: {tags}; the model will miss them")
+        _check_tags(split, sentences, names)
     head = {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -54,6 +53,25 @@ def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
         tokenizer_options={"add_prefix_space": True},  # so that whole texts begin with a word as in fine-tuning
         results={"label_names": names},
     )
+
+
+def _check_tags(split: str, sentences: list[Sentence], names: list[str]) -> None:
+    """Refuse an entity type that is not in training, which is another labelling; of a known type an unseen tag, such
+    as I- where all training entities are of one word, is missed and told."""
+    types = {name.partition("-")[2] for name in names}
+    unseen: dict[str, str] = {}
+    for sentence in sentences:
+        for tag in set(sentence.tags).difference(names):
+            unseen.setdefault(tag, sentence.place)
+            type_ = tag.partition("-")[2]
+            if type_ not in types:
+                problem = unknown_key_message("entity type", type_, types - {""})
+                raise UserError(
+                    f"{sentence.place}: {problem}; no training sentence has it: mend its tags or remove the sentence"
+                )
+    if unseen:
+        tags = ", ".join(f"{tag} ({unseen[tag]})" for tag in sorted(unseen))
+        logger.warning(f"{split} has tags that no training sentence has: {tags}; the model will miss them")
 
 
 def read_sentences(path: Path, columns: Columns) -> list[Sentence]:

@@ -4,8 +4,6 @@ import json
 import sys
 
 import pytest
-import torch
-import transformers
 from commands import REPOSITORY, run
 from seqeval.metrics import accuracy_score, f1_score
 from sklearn.metrics import accuracy_score as share_of_equal
@@ -16,26 +14,8 @@ FINETUNE, PREDICT = REPOSITORY / "launch/finetune.py", REPOSITORY / "launch/pred
 CONTEXTS = [f"pa karen{number} sulto lived in minka{number} . torenvor dush ." for number in range(24)]
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer_folder, tmp_path_factory):
-    """A masked-LM folder of 62 tokens at most."""
-    torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
-    transformers.RobertaTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def finetuned(model, tmp_path):
+def finetuned(roberta_folder, tmp_path):
     """A function that fine-tunes on the same file for training and validation, and asks about that file: the metrics
     of the one, the rows of the other."""
 
@@ -44,7 +24,18 @@ def finetuned(model, tmp_path):
         (tmp_path / f"dev{name}").write_text(content)
         files = [tmp_path / f"{split}{name}" for split in ("train", "dev")]
         run(
-            *(sys.executable, FINETUNE, "--model", model, "--task", task, "--data", *files, "--output_dir", "tuned"),
+            *(
+                sys.executable,
+                FINETUNE,
+                "--model",
+                roberta_folder,
+                "--task",
+                task,
+                "--data",
+                *files,
+                "--output_dir",
+                "tuned",
+            ),
             *("--num_train_epochs", "4", "--learning_rate", "1e-2", *options),
             cwd=tmp_path,
         )
@@ -119,11 +110,11 @@ def test_question_answering_with_contexts_that_have_no_answer(finetuned):
     )
 
 
-def test_errors_are_one_line(model, tmp_path):
+def test_errors_are_one_line(roberta_folder, tmp_path):
     (tmp_path / "train.conll").write_text("karen B-X\nsulto\n")
     (tmp_path / "dev.conll").write_text("karen B-X\n")
     printed = run(
-        *(sys.executable, FINETUNE, "--model", model, "--task", "token-classification", "--data", tmp_path),
+        *(sys.executable, FINETUNE, "--model", roberta_folder, "--task", "token-classification", "--data", tmp_path),
         *("--output_dir", "tuned"),
         cwd=tmp_path,
         code=2,
@@ -131,6 +122,6 @@ def test_errors_are_one_line(model, tmp_path):
     assert printed.splitlines()[-1].startswith("error: ")
     assert "train.conll, row 2 has the word 'sulto' but no tag" in printed
     assert "Traceback" not in printed
-    printed = run(sys.executable, PREDICT, "--model", model, "--text", "x", cwd=tmp_path, code=2)
+    printed = run(sys.executable, PREDICT, "--model", roberta_folder, "--text", "x", cwd=tmp_path, code=2)
     assert "which has no head for predictions" in printed
     assert "Traceback" not in printed

@@ -15,7 +15,10 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
     {"preprocessing", "ds_roberta.training"},
     {"ds_roberta.evaluation"},
     {"ds_roberta.model", "ds_roberta.data"},
-    {f"ds_roberta.{name}" for name in ("config", "deepspeed_config", "distributed", "files", "rendezvous")},
+    {
+        f"ds_roberta.{name}"
+        for name in ("command_line", "config", "deepspeed_config", "distributed", "files", "rendezvous")
+    },
     {"ds_roberta.errors", "ds_roberta"},
 ]
 GROUND = ROOMS[-2] | ROOMS[-1]  # single modules, which may import each other without a cycle
@@ -28,6 +31,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "data.mixture",
         "data.loader",
         "data.stages",
+        "command_line",
         "errors",
         "files",
         "config",

@@ -27,24 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Trainer's
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer_folder, tmp_path_factory):
-    """A small RoBERTa as pretraining exports it."""
-    torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=34,
-    )
-    folder = tmp_path_factory.mktemp("pretrained") / "model"
-    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
-    transformers.RobertaTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Texts whose label is whether they hold a word; the test split is the validation split."""
     rng = random.Random(0)
@@ -63,9 +45,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def config(model, data, tmp_path):
+def config(roberta_folder, data, tmp_path):
     return FinetuneConfig(
-        model=model,
+        model=roberta_folder,
         task="classification",
         data=(str(data),),
         output_dir=tmp_path / "tuned",
@@ -201,8 +183,9 @@ def test_the_setting_with_the_best_median_is_chosen_and_its_best_run():
     [
         ({"metric": "pearson"}, "--metric pearson is not of these data"),
         ({"seeds": (1, 1)}, "names a seed twice"),
+        ({"settings": (Setting(1e-3, 16), Setting(1e-3, 16))}, "names a value twice"),
         ({"recipe": Recipe(gradient_accumulation_steps=3)}, "batch of 16 cannot be divided.*multiple of 3"),
-        ({"max_seq_length": 33}, "--max_seq_length 33 is not within 8 and the model's 32"),
+        ({"max_seq_length": 63}, "--max_seq_length 63 is not within 8 and the model's 62"),
         ({"settings": (Setting(1e30, 16),)}, "the loss is .* use a lower --learning_rate"),
     ],
 )

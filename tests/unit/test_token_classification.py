@@ -10,7 +10,7 @@ from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.token_classification import batch_loss, token_classification
 
 TRAIN = "karen B-X\nsulto I-X\nminka O\n\n" + "karen O\nsulto B-Y\nZyxwvut O\n" * 20
-DEV = "karen B-X\nsulto I-Z\n\nsulto B-Y\n"
+DEV = "karen B-X\nsulto I-Y\n\nsulto B-Y\n"
 
 
 @pytest.fixture
@@ -46,10 +46,16 @@ def test_a_tag_without_training_is_missed_and_told(task, tokenizer, tmp_path, ca
     assert task.results["label_names"] == ["O", "B-X", "I-X", "B-Y"]
     encoded = task.encode(tokenizer, task.splits["validation"], 32)
     metrics = encoded.measure(perfect_logits(encoded, 4))
-    assert metrics["by_type"]["Z"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
-    assert metrics["by_type"]["Y"]["f1"] == 1
+    assert metrics["by_type"]["Y"] == {"precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
     token_classification((str(tmp_path),), Columns())
-    assert "validation has tags that no training sentence has: I-Z" in caplog.text
+    assert f"validation has tags that no training sentence has: I-Y ({tmp_path}/dev.txt, row 1)" in caplog.text
+
+
+def test_an_entity_type_without_training_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_text(TRAIN)
+    (tmp_path / "dev.txt").write_text("karen B-X\n\nminka O\nsulto B-YY\n")
+    with pytest.raises(UserError, match=r"dev.txt, row 3: unknown entity type 'YY'; did you mean 'Y'\?; no training"):
+        token_classification((str(tmp_path),), Columns())
 
 
 def test_the_loss_is_that_of_transformers_over_all_micro_batches():

@@ -1,0 +1,101 @@
+"""How commands read their arguments and end."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from ds_roberta.command_line import ArgumentParser, positive, positive_number, probability, run_command, several
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.finetune import SWEEP
+from ds_roberta.finetuning.trainer import Setting
+
+
+def run(command):
+    with pytest.raises(SystemExit) as caught:
+        run_command(command)
+    return caught.value.code
+
+
+def fail_with(error):
+    def command():
+        raise error
+
+    return command
+
+
+def test_a_commands_own_code_is_its_exit_code():
+    assert run(lambda: None) == 0
+    assert run(lambda: 0) == 0
+    assert run(lambda: 85) == 85
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert run(fail_with(UserError("the file 'x'\n  is missing: make it"))) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: the file 'x' is missing: make it\n"
+    assert captured.out == ""
+
+
+def test_the_first_process_of_a_host_alone_reports(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run(fail_with(UserError("wrong"))) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run(fail_with(UserError("wrong"))) == 2
+    assert capsys.readouterr().err == "error: wrong\n"
+
+
+def test_an_interruption_is_no_traceback(capsys):
+    assert run(fail_with(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_defect_of_the_program_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_command(fail_with(ZeroDivisionError()))
+    with pytest.raises(ValueError, match="not the user's"):
+        run_command(fail_with(ValueError("not the user's")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (positive, "7", 7),
+        (positive, "0", "'0' is not a whole number from 1 up"),
+        (positive, "1.5", "'1.5' is not a whole number from 1 up"),
+        (positive_number, "2e-5", 2e-5),
+        (positive_number, "inf", "'inf' is not a number above 0"),
+        (probability, "0", 0),
+        (probability, "1.1", "'1.1' is not between 0 and 1"),
+        (several(positive), "16,32", (16, 32)),
+        (several(positive), "16,", "'' is not a whole number from 1 up"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(kind, text, expected, capsys):
+    parser = ArgumentParser(prog="train")
+    parser.add_argument("--value", type=kind)
+    if isinstance(expected, str):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--value", text])
+        assert capsys.readouterr().err == f"error: argument --value: {expected}; train --help lists the options\n"
+    else:
+        assert parser.parse_args(["--value", text]).value == expected
+
+
+def test_fine_tuning_tries_every_pair_of_the_rates_and_batches_given():
+    script = runpy.run_path(str(Path(__file__).parents[2] / "launch/finetune.py"))
+
+    def settings(*words):
+        required = ("--model", "m", "--task", "regression", "--data", "d", "--output_dir", "o")
+        return script["config_of"](script["parse_arguments"]([*required, *words])).settings
+
+    assert settings() == (Setting(2e-5, 16),)
+    assert settings("--learning_rate", "1e-4,3e-4", "--train_batch_size", "8,16") == (
+        *(Setting(1e-4, 8), Setting(3e-4, 8)),
+        *(Setting(1e-4, 16), Setting(3e-4, 16)),
+    )
+    assert settings("--sweep") == tuple(SWEEP)
+    with pytest.raises(SystemExit):
+        settings("--sweep", "--learning_rate", "1e-4")
