@@ -16,10 +16,11 @@ from deepspeed.runtime.comm import coalesced_collectives
 
 from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
 from ds_roberta.data.loader import Collator, LoaderStage, MicroBatch, TrainLoader
-from ds_roberta.data.masking import training_masker
+from ds_roberta.data.masking import Masker, training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
 from ds_roberta.data.shards import Corpus
+from ds_roberta.data.substitution import Substituter
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
@@ -57,6 +58,7 @@ def make(
     micro_batch_size: int,
     dropout: float = 0.0,
     packing: PackingConfig = PackingConfig(LENGTH),  # noqa: B008 - it is frozen
+    objective: str = "mlm",
     **changes,
 ):
     """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them.
@@ -69,12 +71,13 @@ def make(
     config.content.update(changes)
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
-    model = make_model(small_model(corpus, dropout), "mlm", packing.is_paired)
+    model = make_model(small_model(corpus, dropout), objective, packing.is_paired)
     engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED)
     plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
     packed = open_index(corpus, "train", packing)
-    collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED), tokenizer, LENGTH)
+    kind = Substituter if objective == "rts" else Masker
+    collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED, kind=kind), tokenizer, LENGTH)
     only = Stage(0, LENGTH, config.train_batch_size)
     order = SampleOrder(len(packed), SEED)
     loader = TrainLoader([LoaderStage(only, collator, order, micro_batch_size)], ranks.rank, ranks.world_size)
