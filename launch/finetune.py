@@ -69,9 +69,11 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "is none; default: %(default)s",
     )  # fmt: skip
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay fp32")
-    precision.add_argument("--fp16", action="store_true", help="compute in fp16 on a GPU; the weights stay fp32")
+    of_deepspeed = "the weights stay fp32; with --deepspeed_config its master copies do"
+    precision.add_argument("--bf16", action="store_true", help=f"compute in bf16; {of_deepspeed}")
+    precision.add_argument("--fp16", action="store_true", help=f"compute in fp16 on a GPU; {of_deepspeed}")
     parser.add_argument("--deepspeed_config", type=Path, help="train by DeepSpeed; see ds_configs/finetune.json")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_args(words)
     if arguments.sweep and (arguments.learning_rate or arguments.train_batch_size):
         parser.error("--sweep has its own batches and rates: leave out --learning_rate and --train_batch_size")

@@ -42,6 +42,7 @@ from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
 
 TASKS = ("classification", "regression", "token-classification", "question-answering")
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_GATHER = "stage3_gather_16bit_weights_on_model_save"  # in whatever precision the weights have
 KIND = "a model that was fine-tuned before"
 SWEEP = [Setting(rate, size) for size in (16, 32) for rate in (1e-5, 2e-5, 3e-5)]  # Liu et al. 2019, table 10
 
@@ -209,6 +210,11 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
         raise UserError(
             f"--deepspeed_config {str(path)!r} settles {', '.join(settled)}, which fine-tuning's command line does: "
             'remove it or give "auto", as ds_configs/finetune.json has it'
+        )
+    zero = content.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.setdefault(_GATHER, True):
+        raise UserError(
+            f"--deepspeed_config {str(path)!r} says {_GATHER} false, so that no model could be written: remove it"
         )
     return content
 

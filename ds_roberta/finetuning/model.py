@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 
 from ds_roberta.errors import UserError
+from ds_roberta.evaluation import roberta_folder
 from ds_roberta.finetuning.examples import Examples
 
 
@@ -16,15 +17,16 @@ def read_config(folder: Path) -> transformers.RobertaConfig:
     Raises:
         UserError: `folder` is no transformers folder of a RoBERTa model with weights.
     """
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    content = roberta_folder.read_config(folder)
+    if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{str(folder)!r} is no model folder (config.json and *.safetensors): give one that "
-            "launch/export_hf.py or launch/finetune.py wrote as --model"
+            f"{str(folder)!r} has no weights (*.safetensors): give a folder that launch/export_hf.py or "
+            "launch/finetune.py wrote as --model"
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if config.model_type != "roberta":
-        raise UserError(f"{str(folder)!r} holds a {config.model_type!r} model, not 'roberta': give another --model")
-    return config
+    try:
+        return transformers.RobertaConfig.from_dict(content)
+    except Exception as error:  # the library's validators raise their own kinds
+        raise UserError(f"{str(folder / 'config.json')!r} is not a RoBERTa's ({error}): mend it") from error
 
 
 def read_tokenizer(
@@ -35,11 +37,14 @@ def read_tokenizer(
         options: the tokenizer's own.
 
     Raises:
-        UserError: the folder lacks its tokenizer, or the tokenizer has ids that the model lacks.
+        UserError: the folder lacks its tokenizer, or the tokenizer is broken or has ids that the model lacks.
     """
     if not (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file():
         raise UserError(f"{str(folder)!r} has no tokenizer.json: copy the tokenizer's files into the model's folder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # the libraries raise nothing more precise
+        raise UserError(f"the tokenizer in {str(folder)!r} cannot be read ({error}): copy it again") from error
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer in {str(folder)!r} has {len(tokenizer)} ids, the model {config.vocab_size}: "

@@ -184,8 +184,12 @@ def _read_dataset_dict(folder: Path) -> dict[str, Table]:
     """The splits of a folder saved by `datasets`; labels that it keeps as numbers with names become the names."""
     import datasets
 
+    try:
+        splits = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {str(folder)!r} as datasets saved it ({error}): save it again") from error
     tables: dict[str, Table] = {}
-    for found, dataset in datasets.load_from_disk(str(folder)).items():
+    for found, dataset in splits.items():
         split = _split_of(found)
         if split is None:
             continue

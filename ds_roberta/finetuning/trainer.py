@@ -137,18 +137,32 @@ def new_model(problem: Problem, folder: Path) -> transformers.PreTrainedModel:
     """A folder's encoder, with a new head unless the folder holds one of the same shape.
 
     Raises:
-        UserError: the weights cannot be read.
+        UserError: the weights cannot be read, or are not all there but for the head.
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # that the head is new is no news
     try:
-        return problem.task.model.from_pretrained(
-            folder, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True, **problem.task.head
+        model, report = problem.task.model.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **problem.task.head,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}): copy them again") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    anew = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    of_encoder = sorted(key for key in anew if key.startswith(f"{model.base_model_prefix}."))
+    if of_encoder:
+        raise UserError(
+            f"the weights in {str(folder)!r} lack {of_encoder[0]!r} or have it in another shape than config.json says: "
+            "copy the model's files again"
+        )
+    model._weight_conversions = None  # under ZeRO-3 transformers 5.23 would save LayerNorm's old names, gamma and beta
+    return model
 
 
 def make_trainer(

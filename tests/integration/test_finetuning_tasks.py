@@ -1,10 +1,13 @@
 """Each task by the commands: a small model is fine-tuned on a few rows, and asked; what it says gives its figures."""
 
 import json
+import shutil
 import sys
 
 import pytest
+import torch
 from commands import REPOSITORY, run
+from safetensors.torch import load_file
 from seqeval.metrics import accuracy_score, f1_score
 from sklearn.metrics import accuracy_score as share_of_equal
 
@@ -108,6 +111,34 @@ def test_question_answering_with_contexts_that_have_no_answer(finetuned):
     assert {name: metrics[name] for name in ("exact", "f1")} == pytest.approx(
         {name: decided[name] for name in ("exact", "f1")}
     )
+
+
+def test_zero_3_on_two_processes_trains_what_one_process_does(roberta_folder, tmp_path):
+    model = tmp_path / "without dropout"
+    shutil.copytree(roberta_folder, model)
+    config = json.loads((model / "config.json").read_text())
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config | dropout))
+    deepspeed_config = json.loads((REPOSITORY / "ds_configs/finetune.json").read_text())
+    deepspeed_config["zero_optimization"]["stage"] = 3
+    (tmp_path / "zero3.json").write_text(json.dumps(deepspeed_config))
+    content = lines([{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(CONTEXTS)])
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(content)
+    settings = ("--model", model, "--task", "classification", "--data", tmp_path, "--num_train_epochs", "3")
+    settings += ("--learning_rate", "1e-3", "--train_batch_size", "8")
+    run(sys.executable, FINETUNE, *settings, "--output_dir", "one", cwd=tmp_path)
+    zero_3 = ("--deepspeed_config", "zero3.json", "--output_dir", "two")
+    run("deepspeed", "--num_accelerators", "2", FINETUNE, *settings, *zero_3, cwd=tmp_path)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    losses = [[epoch["loss"] for epoch in found["settings"][0]["runs"][0]["epochs"]] for found in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][2] < losses[0][0]
+    assert two["best"]["test"]["loss"] == pytest.approx(two["best"]["validation"]["loss"], rel=1e-5)  # the same rows
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_errors_are_one_line(roberta_folder, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -125,9 +126,7 @@ def test_a_changed_plan_does_not_go_on_from_the_old_one(config, monkeypatch):
 def test_accumulation_does_not_change_the_training(config, tmp_path):
     folder = tmp_path / "without dropout"
     shutil.copytree(config.model, folder)
-    content = json.loads((folder / "config.json").read_text())
-    content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(content))
+    change_config(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     losses = []
     for parts in (1, 4):
         recipe = replace(config.recipe, gradient_accumulation_steps=parts)
@@ -195,16 +194,40 @@ def test_settings_that_cannot_be_are_refused(config, changes, message):
     assert not config.output_dir.exists()
 
 
-def test_folders_that_are_no_model_are_refused(config, tmp_path):
-    for name, message in (("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "is no model folder")):
-        folder = tmp_path / f"without-{name}"
-        shutil.copytree(config.model, folder)
-        (folder / name).unlink()
-        with pytest.raises(UserError, match=message):
-            finetune(replace(config, model=folder))
-    (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"weights in .* cannot be read"):
+def without_a_layer(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["roberta.encoder.layer.0.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder, **changes):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
+        (lambda folder: change_config(folder, model_type="bert"), "of the type 'bert'"),
+        (lambda folder: change_config(folder, intermediate_size=32), "in another shape than config.json says"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "the tokenizer in .* cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"broken"), "weights in .* cannot be read"),
+        (without_a_layer, "lack 'roberta.encoder.layer.0.output.dense.weight'"),
+    ],
+)
+def test_folders_that_are_no_model_are_refused(config, tmp_path, damage, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(config.model, folder)
+    damage(folder)
+    with pytest.raises(UserError, match=message):
         finetune(replace(config, model=folder))
+
+
+def test_a_folder_with_something_else_is_not_replaced(config):
     config.output_dir.mkdir()
     (config.output_dir / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not empty and not a model that was fine-tuned"):
@@ -214,10 +237,13 @@ def test_folders_that_are_no_model_are_refused(config, tmp_path):
 def test_a_deepspeed_json_is_read_before_the_work(config, tmp_path):
     (tmp_path / "bad.json").write_text("[]")
     (tmp_path / "zero2.json").write_text((REPOSITORY / "ds_configs/zero2.json").read_text())
+    zero3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero3}))
     for name, message in (
         ("bad.json", "is no JSON object"),
         ("none.json", "cannot read --deepspeed_config"),
         ("zero2.json", "settles optimizer, train_batch_size"),
+        ("zero3.json", "so that no model could be written"),
     ):
         with pytest.raises(UserError, match=message):
             finetune(replace(config, deepspeed_config=tmp_path / name))

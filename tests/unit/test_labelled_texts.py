@@ -112,3 +112,6 @@ def test_broken_files_are_told(tmp_path):
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\n")
     with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header 3"):
         classification((str(tmp_path),), Columns())
+    (tmp_path / "dataset_dict.json").write_text("{")
+    with pytest.raises(UserError, match="as datasets saved it"):
+        classification((str(tmp_path),), Columns())

@@ -177,7 +177,7 @@ def test_questions_of_squads_file_without_answers(ask):
     ("task", "asked", "message"),
     [
         ("masked-lm", {"text": "x"}, "holds a RobertaForMaskedLM, which has no head for predictions: fine-tune it"),
-        ("nowhere", {"text": "x"}, "is no model folder"),
+        ("nowhere", {"text": "x"}, "config.json is missing"),
         ("classification", {"text": "x", "max_seq_length": 63}, "not within 8 and the model's 62 positions"),
         ("classification", {"content": ""}, "has no rows"),
         ("classification", {"content": '{"text": 1}'}, "row 1: 'text' is 1, not a text"),
