@@ -30,8 +30,7 @@ class Answer:
 
 
 def answer_texts(finetuned: FinetunedModel, texts: list[str], pairs: list[str] | None, batch_size: int) -> list[Answer]:
-    """Labels or numbers. A text that is too long is cut, as in fine-tuning, and counted in a warning."""
-    _tell_cut_texts(finetuned, texts, pairs)
+    """Labels or numbers."""
     features = encode(finetuned.tokenizer, texts, pairs, finetuned.max_seq_length)
     found = logits(finetuned, [feature["input_ids"] for feature in features], batch_size)
     answers = []
@@ -144,13 +143,3 @@ def _place(found: dict[str, Any]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _tell_cut_texts(finetuned: FinetunedModel, texts: list[str], pairs: list[str] | None) -> None:
-    lengths = [len(ids) for ids in finetuned.tokenizer(texts, pairs, verbose=False)["input_ids"]]
-    cut = sum(length > finetuned.max_seq_length for length in lengths)
-    if cut:
-        logger.warning(
-            f"{cut} of {len(texts)} texts are longer than {finetuned.max_seq_length} tokens and are cut there, as in "
-            "fine-tuning"
-        )

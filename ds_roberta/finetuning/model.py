@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation import roberta_folder
 from ds_roberta.finetuning.examples import Examples
@@ -68,7 +69,8 @@ def sequence_length(config: transformers.RobertaConfig, asked: int | None) -> in
 def encode(
     tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_seq_length: int
 ) -> list[dict[str, Any]]:
-    """`input_ids` and `attention_mask` of each text; the longer text of a pair is cut first."""
+    """`input_ids` and `attention_mask` of each text. One that is too long is cut, the longer text of a pair first, and
+    counted in a warning."""
     encoded = tokenizer(
         texts,
         pairs,
@@ -77,6 +79,12 @@ def encode(
         return_attention_mask=True,
         return_token_type_ids=False,
     )
+    full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) == max_seq_length]
+    if full:
+        uncut = tokenizer([texts[index] for index in full], pairs and [pairs[index] for index in full], verbose=False)
+        cut = sum(len(ids) > max_seq_length for ids in uncut["input_ids"])
+        if cut:
+            logger.warning(f"{cut} of {len(texts)} texts are longer than {max_seq_length} tokens and are cut there")
     return [
         {"input_ids": input_ids, "attention_mask": mask}
         for input_ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)

@@ -22,6 +22,7 @@ SETTINGS: dict[
     str, tuple[tuple[str | int, ...], ...]
 ] = {  # by name: where config.json says it, an older run's place last
     "model": (("run", "model_name"),),
+    "begun with": (("run", "init_from"),),
     "layers": (("run", "model", "num_hidden_layers"),),
     "hidden size": (("run", "model", "hidden_size"),),
     "precision": (("precision",),),
@@ -30,6 +31,10 @@ SETTINGS: dict[
     "micro-batch": (("batches", -1, "micro_batch_size"), ("batch", "micro_batch_size")),
     "processes": (("batches", -1, "world_size"), ("batch", "world_size")),
     "max_seq_length": (("run", "packing", "max_seq_length"),),
+    "objective": (("run", "objective"),),
+    "packing": (("run", "packing", "format"),),
+    "masking": (("run", "masking", "unit"),),
+    "mlm_probability": (("run", "masking", "mlm_probability"),),
     "peak learning rate": (("deepspeed", "optimizer", "params", "lr"),),
     "max_steps": (("run", "schedule", "max_steps"),),
     "warmup_steps": (("run", "schedule", "warmup_steps"),),

@@ -110,11 +110,16 @@ def test_what_varies_by_decades_has_a_logarithmic_axis(tmp_path):
 
 
 def test_the_page_shows_values_settings_and_results(tmp_path):
-    config = {"batches": [{"train_batch_size": 64}], "versions": {"torch": "2.13"}, "run": {"seed": 0}}
+    config = {"batches": [{"train_batch_size": 64}], "versions": {"torch": "2.13"}}
+    config["run"] = {"seed": 0, "objective": "rts"}
     a = write_run(
         tmp_path / "a", steps(3, loss=lambda s: abs(s - 2) + 0.5, consumed_tokens=lambda s: 1000 * s), **config
     )
-    b = write_run(tmp_path / "b", steps(2, loss=float, mfu=lambda s: s / 10), **(config | {"run": {"seed": 7}}))
+    b = write_run(
+        tmp_path / "b",
+        steps(2, loss=float, mfu=lambda s: s / 10),
+        **(config | {"run": {"seed": 7, "objective": "rts"}}),
+    )
     (a / "results.json").write_text(json.dumps({"mnli": {"accuracy": 0.75, "runs": [1, 2]}}))
     (a / "rte").mkdir()
     tuned = {"learning_rate": 1e-5, "median": 0.625, "runs": [{"epochs": [{"accuracy": 0.375}]}]}
@@ -130,6 +135,7 @@ def test_the_page_shows_values_settings_and_results(tmp_path):
     assert cells.row("consumed_tokens") == ["3,000", "–"]
     assert cells.row("train_batch_size") == ["64", "64"]
     assert cells.row("seed") == ["0", "7"]
+    assert cells.row("objective") == ["rts", "rts"]
     assert text.count('<tr class="differs">') == 1
     assert cells.row("torch (version)") == ["2.13", "2.13"]
     assert cells.row("mnli.accuracy") == ["0.75"]
