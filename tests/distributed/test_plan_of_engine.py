@@ -1,4 +1,4 @@
-"""benchmarks.plan's formulas against what a real engine holds and sends, on CPUs."""
+"""The cost model's formulas against what a real engine holds and sends, on CPUs."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from groups import run_group
 from plan_worker import MICRO_STEPS, MODEL
 
-from benchmarks.plan import PERSISTENT_ELEMENTS, engine_bytes, meta_model, wire_bytes
+from benchmarks.cost_model import PERSISTENT_ELEMENTS, engine_bytes, meta_model, wire_bytes
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 SIZES = [parameter.numel() for parameter in meta_model(MODEL).parameters()]

@@ -1,6 +1,7 @@
 import pytest
 
-from benchmarks.plan import DOCUMENT, Case, meta_model, plan, saved_bytes, with_tables
+from benchmarks.cost_model import Case, meta_model, plan, saved_bytes
+from benchmarks.plan import DOCUMENT, with_tables
 from ds_roberta.config import PRESETS, model_config
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.checkpoint_writer import owners
