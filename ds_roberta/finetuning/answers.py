@@ -10,9 +10,10 @@ import numpy as np
 
 from ds_roberta.distributed import logger
 from ds_roberta.finetuning.entities import find_entities, make_word_windows, word_logits
+from ds_roberta.finetuning.examples import Texts
 from ds_roberta.finetuning.inference import FinetunedModel, logits
 from ds_roberta.finetuning.model import encode
-from ds_roberta.finetuning.sentences import Sentence, check_tag
+from ds_roberta.finetuning.sentences import Sentence, are_of_entities
 from ds_roberta.finetuning.spans import Decoded, SpanOptions, cut_questions, decode_all, make_windows
 from ds_roberta.finetuning.squad import Question
 
@@ -29,13 +30,15 @@ class Answer:
     row: dict[str, Any]
 
 
-def answer_texts(finetuned: FinetunedModel, texts: list[str], pairs: list[str] | None, batch_size: int) -> list[Answer]:
+def answer_texts(finetuned: FinetunedModel, texts: Texts, batch_size: int) -> list[Answer]:
     """Labels or numbers."""
-    features = encode(finetuned.tokenizer, texts, pairs, finetuned.max_seq_length)
+    features = encode(finetuned.tokenizer, texts, finetuned.max_seq_length)
     found = logits(finetuned, [feature["input_ids"] for feature in features], batch_size)
     answers = []
     for index, (of_text,) in enumerate(found):
-        asked = {"text": texts[index]} | ({} if pairs is None else {"text_pair": pairs[index]})
+        asked = {"text": texts.firsts[index]}
+        if texts.seconds is not None:
+            asked["text_pair"] = texts.seconds[index]
         heading = " | ".join(_one_line(text) for text in asked.values())
         if finetuned.task == "regression":
             value = float(of_text[0])
@@ -50,26 +53,28 @@ def answer_texts(finetuned: FinetunedModel, texts: list[str], pairs: list[str] |
 
 
 def answer_sentences(finetuned: FinetunedModel, sentences: Sequence[Sentence], batch_size: int) -> list[Answer]:
-    """Entities with their texts and places: characters of the text where there is one, else words.
-
-    Raises:
-        UserError: the model's labels are no tags.
-    """
-    for name in finetuned.names:
-        check_tag(f"the model in {finetuned.model.name_or_path!r}", name)
+    """Entities with their texts and places: characters of the text where there is one, else words. Where the model's
+    tags mark no entities, each word's tag."""
+    of_entities = are_of_entities(finetuned.names)
     windows = make_word_windows(finetuned.tokenizer, sentences, finetuned.max_seq_length)
     of_windows = [found for (found,) in logits(finetuned, [window.input_ids for window in windows], batch_size)]
     answers = []
     for sentence, of_words in zip(sentences, word_logits(windows, of_windows, len(sentences)), strict=True):
         tags = [finetuned.names[index] for index in of_words.argmax(-1)]
-        entities = [
-            _entity(sentence, entity.start, entity.end) | {"type": entity.type, "score": entity.score}
-            for entity in find_entities(tags, softmax(of_words).max(-1))
-        ]
+        scores = softmax(of_words).max(-1)
         heading = _one_line(sentence.text or " ".join(sentence.words))
-        lines = [f"  {found['type']}: {found['text']!r} {_place(found)} {found['score']:.4f}" for found in entities]
         asked = {"words": sentence.words} if sentence.text is None else {"text": sentence.text, "words": sentence.words}
-        answers.append(Answer([heading, *(lines or ["  no entities"])], {**asked, "tags": tags, "entities": entities}))
+        if of_entities:
+            entities = [
+                _entity(sentence, entity.start, entity.end) | {"type": entity.type, "score": entity.score}
+                for entity in find_entities(tags, scores)
+            ]
+            lines = [f"  {each['type']}: {each['text']!r} {_place(each)} {each['score']:.4f}" for each in entities]
+            found: dict[str, Any] = {"entities": entities}
+        else:
+            lines = ["  " + " ".join(f"{word}/{tag}" for word, tag in zip(sentence.words, tags, strict=True))]
+            found = {"scores": scores.tolist()}
+        answers.append(Answer([heading, *(lines or ["  no entities"])], {**asked, "tags": tags, **found}))
     return answers
 
 

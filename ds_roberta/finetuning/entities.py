@@ -1,9 +1,10 @@
-"""Words with tags as token ids: windows over sentences, labels at first subwords, and the way back to entities."""
+"""Words with tags as token ids: windows over sentences, labels at first subwords, and the way back to words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -119,14 +120,26 @@ def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[st
 
     types = sorted({type_ for tags in (gold, predicted) for type_, _, _ in get_entities(tags)})
     every = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
-    by_type = zip(*precision_recall_fscore_support(gold, predicted, average=None, zero_division=0), strict=True)
+    by_type = precision_recall_fscore_support(gold, predicted, average=None, zero_division=0)
     return {
         **_measures(every),
         "accuracy": float(accuracy_score(gold, predicted)),
-        "by_type": {
-            name: {**_measures(measures), "support": int(measures[3])}
-            for name, measures in zip(types, by_type, strict=True)
-        },
+        "by_type": _by_name(types, by_type),
+    }
+
+
+def tag_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
+    """Of tags that do not mark entities: `accuracy`, `macro_f1`, and `by_tag`: precision, recall, F1 and the number of
+    words (`support`) of each that occurs in the one or the other, by scikit-learn."""
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+    words, found = list(chain.from_iterable(gold)), list(chain.from_iterable(predicted))
+    names = sorted({*words, *found})
+    by_tag = precision_recall_fscore_support(words, found, labels=names, average=None, zero_division=0)
+    return {
+        "accuracy": float(accuracy_score(words, found)),
+        "macro_f1": float(f1_score(words, found, average="macro", zero_division=0)),
+        "by_tag": _by_name(names, by_tag),
     }
 
 
@@ -142,6 +155,13 @@ def find_entities(tags: list[str], probabilities: np.ndarray) -> list[Entity]:
         Entity(type_, start, last + 1, float(probabilities[start : last + 1].mean()))
         for type_, start, last in get_entities(tags)
     ]
+
+
+def _by_name(names: list[str], measures: Sequence[Any]) -> dict[str, dict[str, float]]:
+    return {
+        name: {**_measures(of_name), "support": int(of_name[3])}
+        for name, of_name in zip(names, zip(*measures, strict=True), strict=True)
+    }
 
 
 def _measures(measures: Sequence[Any]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from ds_roberta.distributed import logger
@@ -33,16 +34,30 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Texts, or pairs of texts, with their labels: indices into the label names, or numbers in regression."""
+class Texts:
+    """Texts, or pairs of texts.
 
-    texts: list[str]
-    pairs: list[str] | None
+    Attributes:
+        firsts: the texts, or the first ones of the pairs.
+        seconds: of the pairs; None where there are none.
+        place: where the text of an index stands, for messages.
+    """
+
+    firsts: list[str]
+    seconds: list[str] | None
+    place: Callable[[int], str] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with their labels: indices into the label names, or numbers in regression."""
+
+    texts: Texts
     labels: list[float]
 
 
-def find_texts(table: Table, columns: Columns) -> tuple[list[str], list[str] | None]:
-    """The table's texts, and the second text of each where there is one.
+def find_texts(table: Table, columns: Columns) -> Texts:
+    """The table's texts, or its pairs of texts.
 
     Raises:
         UserError: a column is missing, or a row has no text.
@@ -56,7 +71,7 @@ def find_texts(table: Table, columns: Columns) -> tuple[list[str], list[str] | N
         pair = columns.text_pair or pair
     if text is None:
         raise UserError(f"{table.name} has the columns {_listed(table)}: say with --text_column where the text is")
-    return _texts(table, text), None if pair is None else _texts(table, pair)
+    return Texts(_texts(table, text), None if pair is None else _texts(table, pair), table.place)
 
 
 def label_column(table: Table, columns: Columns) -> str:
@@ -74,13 +89,15 @@ def label_column(table: Table, columns: Columns) -> str:
 
 
 def labelled(tables: dict[str, Table], columns: Columns) -> dict[str, Table]:
-    """The splits without a test split that has no labels, as most of GLUE's: -1, or nothing."""
+    """The splits without those of test that have no labels, as most of GLUE's: -1, or nothing."""
     label = label_column(tables["train"], columns)
-    test = tables.get("test")
-    if test is None or any(row.get(label) not in (None, "", -1, "-1") for row in test.rows):
-        return tables
-    logger.info(f"{test.name} has no labels and is left out")
-    return {split: table for split, table in tables.items() if split != "test"}
+    kept = {}
+    for split, table in tables.items():
+        if split.startswith("test") and all(row.get(label) in (None, "", -1, "-1") for row in table.rows):
+            logger.info(f"{table.name} has no labels and is left out")
+        else:
+            kept[split] = table
+    return kept
 
 
 def label_values(table: Table, columns: Columns) -> list[Any]:
@@ -118,14 +135,14 @@ def class_examples(table: Table, columns: Columns, names: list[str]) -> Examples
     Raises:
         UserError: as above, or a label is not among `names`.
     """
-    texts, pairs = find_texts(table, columns)
+    texts = find_texts(table, columns)
     indices = {name: index for index, name in enumerate(names)}
     labels = [str(value) for value in label_values(table, columns)]
     for index, label in enumerate(labels):
         if label not in indices:
             problem = unknown_key_message("label", label, names)
             raise UserError(f"{table.place(index)}: {problem}; no training row has it: mend or remove the row")
-    return Examples(texts, pairs, [indices[label] for label in labels])
+    return Examples(texts, [indices[label] for label in labels])
 
 
 def number_examples(table: Table, columns: Columns) -> Examples:
@@ -133,7 +150,7 @@ def number_examples(table: Table, columns: Columns) -> Examples:
     Raises:
         UserError: as above, or a label is not a finite number.
     """
-    texts, pairs = find_texts(table, columns)
+    texts = find_texts(table, columns)
     labels = []
     for index, value in enumerate(label_values(table, columns)):
         try:
@@ -149,7 +166,7 @@ def number_examples(table: Table, columns: Columns) -> Examples:
                 f"{table.place(index)}: the label {value!r} means none to Trainer: shift or scale all labels"
             )
         labels.append(number)
-    return Examples(texts, pairs, labels)
+    return Examples(texts, labels)
 
 
 def _texts(table: Table, column: str) -> list[str]:

@@ -115,7 +115,11 @@ def finetune(config: FinetuneConfig) -> int:
                 return STOPPED_EXIT_CODE
         best = choose(runs, metric)
         of_best = _run_folder(work, best.setting, best.seed)
-        test = evaluate(problem, best, of_best, encoded["test"], ranks) if "test" in encoded else None
+        others = {
+            split: evaluate(problem, best, of_best, rows, ranks)
+            for split, rows in encoded.items()
+            if split not in ("train", "validation")
+        }
         summaries = [_summary(setting, of_setting, metric) for setting, of_setting in runs.items()]
         results = {
             "model": str(config.model),
@@ -128,7 +132,7 @@ def finetune(config: FinetuneConfig) -> int:
             "recipe": asdict(config.recipe),
             "deepspeed_config": deepspeed_config,
             "settings": summaries,
-            "best": {**_entry(best), "test": test},
+            "best": {**_entry(best), **others},
             "versions": {"ds_roberta": ds_roberta.__version__, "transformers": transformers.__version__},
         }
         tokenizer.model_max_length = max_seq_length
@@ -139,8 +143,9 @@ def finetune(config: FinetuneConfig) -> int:
             f"learning rate {summary['learning_rate']:g}, batch {summary['train_batch_size']}: {metric} on validation "
             f"{summary['median']:.4f} (median of {len(config.seeds)}), {summary['best']:.4f} (best)"
         )
-    of_test = f", on test {in_words(test)}" if test else ""
-    ranks.log(f"wrote {config.output_dir}: seed {best.seed}, epoch {best.best + 1}{of_test}")
+    for split, metrics in others.items():
+        ranks.log(f"{split}: {in_words(metrics)}")
+    ranks.log(f"wrote {config.output_dir}: seed {best.seed}, epoch {best.best + 1}")
     return 0
 
 

@@ -14,7 +14,8 @@ def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any,
         labels: (examples,), int.
 
     Returns:
-        `accuracy`, `macro_f1` over all classes, `matthews_correlation`, and of two classes `f1` of the second.
+        `accuracy`, `macro_f1` over the classes that occur in labels or predictions, `matthews_correlation`, and of two
+        classes `f1` of the second.
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -22,7 +23,7 @@ def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any,
     predicted = logits.argmax(-1)
     metrics = {
         "accuracy": accuracy_score(labels, predicted),
-        "macro_f1": f1_score(labels, predicted, labels=range(classes), average="macro", zero_division=0),
+        "macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
         "matthews_correlation": matthews_corrcoef(labels, predicted),
     }
     if classes == 2:

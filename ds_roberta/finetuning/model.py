@@ -10,7 +10,7 @@ import transformers
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation import roberta_folder
-from ds_roberta.finetuning.examples import Examples
+from ds_roberta.finetuning.examples import Examples, Texts
 
 
 def read_config(folder: Path) -> transformers.RobertaConfig:
@@ -66,14 +66,12 @@ def sequence_length(config: transformers.RobertaConfig, asked: int | None) -> in
     return asked or positions
 
 
-def encode(
-    tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_seq_length: int
-) -> list[dict[str, Any]]:
+def encode(tokenizer: transformers.PreTrainedTokenizerBase, texts: Texts, max_seq_length: int) -> list[dict[str, Any]]:
     """`input_ids` and `attention_mask` of each text. One that is too long is cut, the longer text of a pair first, and
-    counted in a warning."""
+    told in a warning with the place of the first."""
     encoded = tokenizer(
-        texts,
-        pairs,
+        texts.firsts,
+        texts.seconds,
         truncation=True,
         max_length=max_seq_length,
         return_attention_mask=True,
@@ -81,10 +79,17 @@ def encode(
     )
     full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) == max_seq_length]
     if full:
-        uncut = tokenizer([texts[index] for index in full], pairs and [pairs[index] for index in full], verbose=False)
-        cut = sum(len(ids) > max_seq_length for ids in uncut["input_ids"])
+        uncut = tokenizer(
+            [texts.firsts[index] for index in full],
+            texts.seconds and [texts.seconds[index] for index in full],
+            verbose=False,
+        )["input_ids"]
+        cut = [index for index, ids in zip(full, uncut, strict=True) if len(ids) > max_seq_length]
         if cut:
-            logger.warning(f"{cut} of {len(texts)} texts are longer than {max_seq_length} tokens and are cut there")
+            logger.warning(
+                f"{len(cut)} of {len(texts.firsts)} texts are longer than {max_seq_length} tokens and are cut there, "
+                f"first {texts.place(cut[0])}"
+            )
     return [
         {"input_ids": input_ids, "attention_mask": mask}
         for input_ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
@@ -95,5 +100,5 @@ def encode_examples(
     tokenizer: transformers.PreTrainedTokenizerBase, examples: Examples, max_seq_length: int
 ) -> list[dict[str, Any]]:
     """`encode`'s features with `labels`."""
-    features = encode(tokenizer, examples.texts, examples.pairs, max_seq_length)
+    features = encode(tokenizer, examples.texts, max_seq_length)
     return [{**feature, "labels": label} for feature, label in zip(features, examples.labels, strict=True)]

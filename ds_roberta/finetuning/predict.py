@@ -11,7 +11,7 @@ from pathlib import Path
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path
 from ds_roberta.finetuning.answers import Answer, answer_questions, answer_sentences, answer_texts
-from ds_roberta.finetuning.examples import Columns, find_texts
+from ds_roberta.finetuning.examples import Columns, Texts, find_texts
 from ds_roberta.finetuning.inference import FinetunedModel, open_finetuned
 from ds_roberta.finetuning.question_answering import read_questions
 from ds_roberta.finetuning.sentences import WORD_COLUMNS, Sentence, read_conll, split_text, table_sentences
@@ -70,8 +70,7 @@ def make_answers(finetuned: FinetunedModel, config: PredictConfig) -> list[Answe
     if finetuned.task == "question-answering":
         options, with_null = _span_options(finetuned, config.no_answer_threshold)
         return answer_questions(finetuned, _questions(config), options, with_null, config.batch_size)
-    texts, pairs = _texts(config)
-    return answer_texts(finetuned, texts, pairs, config.batch_size)
+    return answer_texts(finetuned, _texts(config), config.batch_size)
 
 
 def write_rows(path: Path, answers: list[Answer]) -> None:
@@ -88,10 +87,11 @@ def write_rows(path: Path, answers: list[Answer]) -> None:
         raise UserError(f"cannot write --output {str(path)!r} ({error.strerror}): give another file") from error
 
 
-def _texts(config: PredictConfig) -> tuple[list[str], list[str] | None]:
+def _texts(config: PredictConfig) -> Texts:
     if config.input is None:
         assert config.text is not None
-        return [config.text], None if config.text_pair is None else [config.text_pair]
+        pair = None if config.text_pair is None else [config.text_pair]
+        return Texts([config.text], pair, lambda index: COMMAND_LINE)
     return find_texts(read_table(config.input), config.columns)
 
 
@@ -105,8 +105,8 @@ def _sentences(config: PredictConfig) -> list[Sentence]:
     column = config.columns.text or next((name for name in WORD_COLUMNS if name in table.columns), None)
     if column is not None and any(isinstance(row.get(column), list) for row in table.rows):
         return table_sentences(table, column, None, labelled=False)
-    texts, _ = find_texts(table, config.columns)
-    return [split_text(table.place(index), text) for index, text in enumerate(texts)]
+    texts = find_texts(table, config.columns)
+    return [split_text(texts.place(index), text) for index, text in enumerate(texts.firsts)]
 
 
 def _questions(config: PredictConfig) -> list[Question]:

@@ -12,9 +12,9 @@ from ds_roberta.errors import UserError
 from ds_roberta.finetuning.tables import Table, read_text
 
 WORD_COLUMNS = ("tokens", "words")
-TAG_COLUMNS = ("tags", "ner_tags", "labels")
+TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
 OUTSIDE = "O"
-TAG = re.compile(r"O|[BIES](-.+)?")  # IOB1, IOB2, IOBES: what seqeval's default mode reads
+ENTITY_TAG = re.compile(r"O|[BIES](-.+)?")  # IOB1, IOB2, IOBES: what seqeval's default mode reads
 WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
 
 
@@ -47,16 +47,18 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
 def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
     """A word a line, its tag in the last column, sentences apart by empty lines. Columns stand apart by tabs, or by
     spaces in lines without tabs. Lines of `-DOCSTART-`, and those that begin a sentence with `#` and do not end in a
-    tag, are passed over.
+    tag of the file, are passed over.
 
     Args:
         labelled: whether there must be tags; if not, all columns but the first are passed over.
 
     Raises:
-        UserError: there are no sentences, or a line has no tag, another number of columns, or something else for a
-            tag.
+        UserError: there are no sentences, a line has no tag or another number of columns, or as `check_tags`.
     """
+    lines = list(enumerate(map(_columns, text.split("\n")), 1))
+    known = {columns[-1] for _, columns in lines if columns and not columns[0].startswith("#")}
     sentences: list[Sentence] = []
+    tagged: list[tuple[str, str]] = []
     words: list[str] = []
     tags: list[str] = []
     first = 0  # line of the sentence's first word
@@ -68,12 +70,12 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
             words.clear()
             tags.clear()
 
-    for number, line in enumerate(text.split("\n"), 1):
-        columns = _columns(line)
+    for number, columns in lines:
         if not columns or columns[0] == "-DOCSTART-":
             close()
             continue
-        if not words and line.startswith("#") and len(columns) > 1 and not TAG.fullmatch(columns[-1]):
+        begins_with_hash = not words and columns[0].startswith("#") and len(columns) > 1
+        if begins_with_hash and columns[-1] not in known and not ENTITY_TAG.fullmatch(columns[-1]):
             continue
         place = f"{name}, row {number}"
         if not columns[0].strip():
@@ -84,12 +86,14 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
                 raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag into its last column")
             if len(columns) != width:
                 raise UserError(f"{place} has {len(columns)} columns, the rows before {width}: mend the row")
-            tags.append(check_tag(place, columns[-1]))
+            tags.append(columns[-1])
+            tagged.append((place, columns[-1]))
         first = first if words else number
         words.append(columns[0])
     close()
     if not sentences:
         raise UserError(f"{name!r} has no sentences: give a file with a word and its tag on each line")
+    check_tags(tagged)
     return sentences
 
 
@@ -103,7 +107,7 @@ def table_sentences(
         tag_column: None stands for the first of `TAG_COLUMNS`.
 
     Raises:
-        UserError: a column is missing, or a row's lists are not of texts, empty or of unequal length.
+        UserError: a column is missing, a row's lists are not of texts, empty or of unequal length, or as `check_tags`.
     """
     word_column = _column(table, word_column, WORD_COLUMNS, "--text_column")
     if labelled:
@@ -115,10 +119,11 @@ def table_sentences(
         tags: tuple[str, ...] = ()
         if labelled:
             assert tag_column is not None
-            tags = tuple(check_tag(place, tag) for tag in _texts(place, tag_column, row.get(tag_column)))
+            tags = _texts(place, tag_column, row.get(tag_column))
             if len(tags) != len(words):
                 raise UserError(f"{place} has {len(words)} words but {len(tags)} tags: give each word one")
         sentences.append(Sentence(place, words, tags))
+    check_tags((sentence.place, tag) for sentence in sentences for tag in sentence.tags)
     return sentences
 
 
@@ -135,16 +140,36 @@ def split_text(place: str, text: str) -> Sentence:
 
 
 def tag_names(train: Iterable[Sentence]) -> list[str]:
-    """The training sentences' tags, `O` first, else by type and then by prefix."""
-    found = {tag for sentence in train for tag in sentence.tags} | {OUTSIDE}
-    return sorted(found, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[::-1]))
+    """The training sentences' tags in the alphabet's order; those of entities `O` first, else by type and prefix."""
+    found = {tag for sentence in train for tag in sentence.tags}
+    if not are_of_entities(found):
+        return sorted(found)
+    return sorted(found | {OUTSIDE}, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[::-1]))
 
 
-def check_tag(place: str, tag: str) -> str:
-    """The tag; raises `UserError` where it is neither `O` nor like `B-PER`."""
-    if not TAG.fullmatch(tag):
-        raise UserError(f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E or S and a type): mend it")
-    return tag
+def are_of_entities(tags: Iterable[str]) -> bool:
+    """Whether tags mark entities, some as `B-PER` or all as `B`, `I` and `O`; others are of each word, as parts of
+    speech are."""
+    fitting = {tag: bool(ENTITY_TAG.fullmatch(tag)) for tag in tags}
+    return all(fitting.values()) or any(fits and "-" in tag for tag, fits in fitting.items())
+
+
+def check_tags(tagged: Iterable[tuple[str, str]]) -> None:
+    """
+    Args:
+        tagged: a file's tags, each with its place.
+
+    Raises:
+        UserError: the tags are of entities, but one is neither `O` nor like `B-PER`.
+    """
+    tagged = list(tagged)
+    if not are_of_entities({tag for _, tag in tagged}):
+        return
+    for place, tag in tagged:
+        if not ENTITY_TAG.fullmatch(tag):
+            raise UserError(
+                f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E or S and a type), as others: mend it"
+            )
 
 
 def _columns(line: str) -> list[str]:

@@ -10,7 +10,13 @@ from typing import Any
 
 from ds_roberta.errors import UserError
 
-SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+SPLIT_PREFIXES = {  # of the names of files; the first that fits counts
+    "train": ("train",),
+    "validation_mismatched": ("validation_mismatched", "valid_mismatched", "dev_mismatched"),  # MNLI's second
+    "test_mismatched": ("test_mismatched",),
+    "validation": ("validation", "valid", "dev"),
+    "test": ("test",),
+}
 SUFFIXES = (".tsv", ".jsonl", ".parquet")
 COLA_COLUMNS = ("source", "label", "mark", "sentence")  # CoLA's files have no header
 
@@ -41,7 +47,7 @@ def read_splits(
     read: Callable[[Path], Any] | None = None,
     of_table: Callable[[Table], Any] | None = None,
 ) -> dict[str, Any]:
-    """What `train`, `validation` and, where there is one, `test` hold.
+    """What `train` and `validation` hold, and the others of `SPLIT_PREFIXES` that are there.
 
     Args:
         data: one folder with a file of each split, or saved by `datasets`; or files, each named like its split

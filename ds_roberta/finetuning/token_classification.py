@@ -1,7 +1,8 @@
-"""Token classification: a tag for each word, by which entities are found."""
+"""Token classification: a tag for each word, which may mark entities."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.entities import entity_metrics, make_word_windows, token_labels, word_logits
+from ds_roberta.finetuning.entities import (
+    entity_metrics,
+    make_word_windows,
+    tag_metrics,
+    token_labels,
+    word_logits,
+)
 from ds_roberta.finetuning.examples import Columns
-from ds_roberta.finetuning.sentences import Sentence, read_conll, table_sentences, tag_names
+from ds_roberta.finetuning.sentences import Sentence, are_of_entities, read_conll, table_sentences, tag_names
 from ds_roberta.finetuning.tables import read_splits, read_table
 from ds_roberta.finetuning.task import NO_LABEL, Encoded, Task
 
@@ -25,8 +32,8 @@ COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")
 def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
     """
     Raises:
-        UserError: as `read_splits`, `parse_conll` and `table_sentences`, or a type of entities is not in the training
-            sentences.
+        UserError: as `read_splits`, `parse_conll` and `table_sentences`, or a type of entities, or a tag that marks
+            none, is not in the training sentences.
     """
     splits = read_splits(
         data,
@@ -35,6 +42,11 @@ def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
         of_table=lambda table: table_sentences(table, columns.text, columns.label),
     )
     names = tag_names(splits["train"])
+    if len(names) < 2:
+        raise UserError(
+            f"the training sentences have only the tag {names[0]!r}: token classification needs two at least"
+        )
+    of_entities = are_of_entities(names)
     for split, sentences in splits.items():
         _check_tags(split, sentences, names)
     head = {
@@ -46,26 +58,28 @@ def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
         model=transformers.RobertaForTokenClassification,
         head=head,
         splits=splits,
-        encode=partial(_encode, names=names),
+        encode=partial(_encode, names=names, measure=entity_metrics if of_entities else tag_metrics),
         loss=batch_loss,
         collator=transformers.DataCollatorForTokenClassification,
-        metrics=("f1", "precision", "recall", "accuracy"),
+        metrics=("f1", "precision", "recall", "accuracy") if of_entities else ("accuracy", "macro_f1"),
         tokenizer_options={"add_prefix_space": True},  # so that whole texts begin with a word as in fine-tuning
         results={"label_names": names},
     )
 
 
 def _check_tags(split: str, sentences: list[Sentence], names: list[str]) -> None:
-    """Refuse an entity type that is not in training, which is another labelling; of a known type an unseen tag, such
-    as I- where all training entities are of one word, is missed and told."""
-    types = {name.partition("-")[2] for name in names}
+    """Refuse a tag or an entity type that is not in training, which is another labelling; of a known type an unseen
+    tag, such as I- where all training entities are of one word, is missed and told."""
+    of_entities = are_of_entities(names)
+    kind = "entity type" if of_entities else "tag"
+    types = {name.partition("-")[2] for name in names} if of_entities else set(names)
     unseen: dict[str, str] = {}
     for sentence in sentences:
         for tag in set(sentence.tags).difference(names):
             unseen.setdefault(tag, sentence.place)
-            type_ = tag.partition("-")[2]
+            type_ = tag.partition("-")[2] if of_entities else tag
             if type_ not in types:
-                problem = unknown_key_message("entity type", type_, types - {""})
+                problem = unknown_key_message(kind, type_, types - {""})
                 raise UserError(
                     f"{sentence.place}: {problem}; no training sentence has it: mend its tags or remove the sentence"
                 )
@@ -102,6 +116,7 @@ def _encode(
     sentences: list[Sentence],
     max_seq_length: int,
     names: list[str],
+    measure: Callable[[list[list[str]], list[list[str]]], dict[str, Any]],
 ) -> Encoded:
     windows = make_word_windows(tokenizer, sentences, max_seq_length)
     features = [
@@ -114,8 +129,8 @@ def _encode(
     ]
     gold = [list(sentence.tags) for sentence in sentences]
 
-    def measure(logits: Any) -> dict[str, Any]:
+    def measure_logits(logits: Any) -> dict[str, Any]:
         of_sentences = word_logits(windows, logits, len(sentences))
-        return entity_metrics(gold, [[names[tag] for tag in found.argmax(-1)] for found in of_sentences])
+        return measure(gold, [[names[tag] for tag in found.argmax(-1)] for found in of_sentences])
 
-    return Encoded(features, len(sentences), measure)
+    return Encoded(features, len(sentences), measure_logits)

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
         rows.append(json.dumps({"text": " ".join(words), "label": label}))
     folder = tmp_path_factory.mktemp("data")
     (folder / "train.jsonl").write_text("\n".join(rows[:128]))
-    for split in ("dev", "test"):
+    for split in ("dev", "dev_mismatched", "test"):
         (folder / f"{split}.jsonl").write_text("\n".join(rows[128:]))
     return folder
 
@@ -71,7 +71,8 @@ def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
     assert finetune(config) == 0
     found = results(config)
     assert found["best"]["validation"]["accuracy"] > 0.9
-    assert found["best"]["test"] == pytest.approx(found["best"]["validation"], abs=1e-6)  # the same rows
+    for split in ("test", "validation_mismatched"):
+        assert found["best"][split] == pytest.approx(found["best"]["validation"], abs=1e-6)  # the same rows
     assert len(found["settings"][0]["runs"]) == 2
     assert [path.name for path in config.output_dir.parent.iterdir()] == ["tuned"]
     classify = transformers.pipeline("text-classification", model=str(config.output_dir))

@@ -9,7 +9,7 @@ import pytest
 
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.classification import classification, regression
-from ds_roberta.finetuning.examples import Columns, Examples
+from ds_roberta.finetuning.examples import Columns, Examples, Texts
 
 ROWS = [
     {"sentence1": "kato mira", "sentence2": "vorli shendu", "label": "yes"},
@@ -17,7 +17,8 @@ ROWS = [
     {"sentence1": "tolimi", "sentence2": "karen", "label": "yes"},
 ]
 NUMBERS = [{**row, "label": number} for number, row in enumerate(ROWS)]
-EXPECTED = Examples([row["sentence1"] for row in ROWS], [row["sentence2"] for row in ROWS], [1, 0, 1])
+TEXTS = Texts([row["sentence1"] for row in ROWS], [row["sentence2"] for row in ROWS], str)
+EXPECTED = Examples(TEXTS, [1, 0, 1])
 
 
 def write(path, rows):
@@ -62,7 +63,23 @@ def test_colas_files_have_no_header(tmp_path):
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("gj04\t1\t\tKato mira.\ngj04\t0\t*\tMira kato vor.\n")
     examples = classification((str(tmp_path),), Columns()).splits["train"]
-    assert examples == Examples(["Kato mira.", "Mira kato vor."], None, [1, 0])
+    assert examples == Examples(Texts(["Kato mira.", "Mira kato vor."], None, str), [1, 0])
+
+
+def test_mnlis_two_kinds_of_validation_and_its_unlabelled_tests(tmp_path):
+    other = [{**row, "label": "no"} for row in ROWS]
+    unlabelled = [{name: row[name] for name in ("sentence1", "sentence2")} for row in ROWS]
+    names = {"train": ROWS, "dev_matched": ROWS, "dev_mismatched": other}
+    for name, rows in names.items():
+        write(tmp_path / f"{name}.tsv", rows)
+    for kind in ("matched", "mismatched"):
+        write(tmp_path / f"test_{kind}.tsv", unlabelled)
+    task = classification((str(tmp_path),), Columns())
+    assert task.splits == {
+        "train": EXPECTED,
+        "validation": EXPECTED,
+        "validation_mismatched": Examples(TEXTS, [0, 0, 0]),
+    }
 
 
 def test_columns_can_be_named_and_numbers_stay_in_order(tmp_path):

@@ -103,9 +103,11 @@ def test_numbers(ask):
     assert f"karen\n  {rows[0]['value']:.4f}\n" in shown
 
 
-def test_long_texts_are_cut_and_told(ask, caplog):
+def test_long_texts_are_cut_and_told_with_the_row(ask, caplog):
+    ask("classification", [{"text": "sulto"}, {"text": "karen " * 200}, {"text": "karen " * 99}])
+    assert "2 of 3 texts are longer than 62 tokens and are cut there, first " in caplog.text
+    assert ".jsonl, row 2\n" in caplog.text
     rows, _ = ask("classification", text="karen " * 200)
-    assert "1 of 1 texts are longer than 62 tokens" in caplog.text
     assert rows[0]["scores"] != ask("classification", text="karen " * 200, max_seq_length=40)[0][0]["scores"]
 
 
@@ -132,13 +134,16 @@ def test_tags_of_words_in_windows(ask, folders):
     assert [row["tags"] for row in from_columns] == [row["tags"] for row in rows]
 
 
-def test_a_model_whose_labels_are_no_tags_is_refused(ask, folders, tmp_path):
+def test_a_model_whose_tags_mark_no_entities_tags_each_word(ask, folders, tmp_path):
     model = transformers.RobertaForTokenClassification.from_pretrained(folders / "token-classification")
     model.config.id2label = {0: "O", 1: "NOUN", 2: "VERB"}
     shutil.copytree(folders / "token-classification", tmp_path / "tagger")
     model.save_pretrained(tmp_path / "tagger")
-    with pytest.raises(UserError, match=r"the model in .*: the tag 'NOUN' is neither O nor like B-PER"):
-        ask(tmp_path / "tagger", text="karen")
+    (row,), shown = ask(tmp_path / "tagger", text="karen, sulto")
+    assert row["words"] == ["karen", ",", "sulto"]
+    assert len(row["scores"]) == 3
+    assert "entities" not in row
+    assert shown == f"karen, sulto\n  karen/{row['tags'][0]} ,/{row['tags'][1]} sulto/{row['tags'][2]}\n"
 
 
 def test_answers_stand_in_their_context(ask):

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.sentences import parse_conll, read_conll, split_text, table_sentences, tag_names
+from ds_roberta.finetuning.sentences import (
+    are_of_entities,
+    parse_conll,
+    read_conll,
+    split_text,
+    table_sentences,
+    tag_names,
+)
 from ds_roberta.finetuning.tables import parse_table
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
@@ -39,6 +46,23 @@ def test_comments_before_a_sentence():
     assert [sentence.words for sentence in sentences] == [("a",), ("#", "b")]
 
 
+def test_tags_of_each_word():
+    sentences = parse_conll("x", "# text = a\n# SYM\na NOUN\n\nb VERB\nc SYM\n")
+    assert [(sentence.words, sentence.tags) for sentence in sentences] == [
+        (("#", "a"), ("SYM", "NOUN")),
+        (("b", "c"), ("VERB", "SYM")),
+    ]
+    assert tag_names(sentences) == ["NOUN", "SYM", "VERB"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [("O B-X PER", True), ("O B I", True), ("O", True), ("NOUN VERB", False), ("O PER", False), ("B NOUN", False)],
+)
+def test_tags_of_entities_are_told_from_those_of_words(tags, expected):
+    assert are_of_entities(tags.split()) is expected
+
+
 def test_words_alone_serve_for_predictions():
     assert [sentence.words for sentence in parse_conll("x", "a\nb\n\nc O", labelled=False)] == [("a", "b"), ("c",)]
 
@@ -50,7 +74,7 @@ def test_words_alone_serve_for_predictions():
         ("-DOCSTART- O\n\n", "'x' has no sentences"),
         ("a O\nb\n", "x, row 2 has the word 'b' but no tag"),
         ("a _ O\nb O\n", "x, row 2 has 2 columns, the rows before 3"),
-        ("a O\n\nb NOUN", "x, row 3: the tag 'NOUN' is neither O nor like B-PER"),
+        ("a O\n\nb NOUN\nc B-X", "x, row 3: the tag 'NOUN' is neither O nor like B-PER"),
         ("a O\n\tO", "x, row 2 has no word"),
     ],
 )
@@ -89,7 +113,7 @@ def test_rows_of_lists():
         ({"tokens": ["a", " "], "tags": ["O", "O"]}, "row 2: 'tokens' has ' ' as its number 2"),
         ({"tokens": ["a"], "tags": [0]}, "row 2: 'tags' has numbers: give their names, such as B-PER"),
         ({"tokens": ["a", 1], "tags": ["O", "O"]}, "row 2: 'tokens' has 1 as its number 2, not a text"),
-        ({"tokens": ["a"], "tags": ["PER"]}, "row 2: the tag 'PER' is neither O nor like B-PER"),
+        ({"tokens": ["a", "b"], "tags": ["B-X", "PER"]}, "row 2: the tag 'PER' is neither O nor like B-PER"),
         ({"tokens": ["a"]}, "row 2: 'tags' is None"),
     ],
 )

@@ -51,6 +51,26 @@ def test_a_tag_without_training_is_missed_and_told(task, tokenizer, tmp_path, ca
     assert f"validation has tags that no training sentence has: I-Y ({tmp_path}/dev.txt, row 1)" in caplog.text
 
 
+def test_tags_that_mark_no_entities_are_measured_by_word(tokenizer, tmp_path):
+    (tmp_path / "train.txt").write_text("karen NOUN\nsulto VERB\n\nminka ADV\n")
+    (tmp_path / "dev.txt").write_text("karen NOUN\nsulto NOUN\nminka VERB\n")
+    task = token_classification((str(tmp_path),), Columns())
+    assert task.results["label_names"] == ["ADV", "NOUN", "VERB"]
+    encoded = task.encode(tokenizer, task.splits["validation"], 32)
+    logits = perfect_logits(encoded, 3)
+    logits[..., 1] += 2  # everything is a noun
+    metrics = encoded.measure(logits)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["macro_f1"] == pytest.approx((0.8 + 0) / 2)
+    assert metrics["by_tag"]["VERB"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
+    (tmp_path / "dev.txt").write_text("karen NOUN\n\nsulto NOWN\n")
+    with pytest.raises(UserError, match=r"dev.txt, row 3: unknown tag 'NOWN'; did you mean 'NOUN'\?; no training"):
+        token_classification((str(tmp_path),), Columns())
+    (tmp_path / "train.txt").write_text("karen NOUN\n")
+    with pytest.raises(UserError, match="only the tag 'NOUN'"):
+        token_classification((str(tmp_path),), Columns())
+
+
 def test_an_entity_type_without_training_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text(TRAIN)
     (tmp_path / "dev.txt").write_text("karen B-X\n\nminka O\nsulto B-YY\n")
