@@ -16,6 +16,7 @@ from typing import Any
 import transformers
 
 import ds_roberta
+from ds_roberta.config import require_one_of
 from ds_roberta.distributed import Ranks, logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import check_replaceable, errors_of_the_disk, json_fingerprint, replaced_folder, write_json
@@ -70,6 +71,11 @@ class FinetuneConfig:
     max_seq_length: int | None = None
     spans: SpanOptions = field(default_factory=SpanOptions)
     deepspeed_config: Path | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("--task", self.task, TASKS)
+        if not self.settings or not self.seeds:
+            raise UserError("settings and seeds need one entry each at least")
 
 
 def finetune(config: FinetuneConfig) -> int:

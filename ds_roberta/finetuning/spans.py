@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import transformers
 
+from ds_roberta.config import require_positive
+from ds_roberta.errors import UserError
 from ds_roberta.finetuning.squad import Question
 
 MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
@@ -30,6 +32,12 @@ class SpanOptions:
     max_answer_length: int = 30
     no_answer_threshold: float = 0.5
     n_best_size: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("doc_stride", "max_answer_length", "n_best_size"):
+            require_positive(name, getattr(self, name))
+        if not 0 <= self.no_answer_threshold <= 1:
+            raise UserError(f"no_answer_threshold must be between 0 and 1, got {self.no_answer_threshold}")
 
 
 @dataclass(frozen=True)

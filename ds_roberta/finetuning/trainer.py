@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from ds_roberta.config import require_positive
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
@@ -34,6 +35,11 @@ class Setting:
     learning_rate: float
     train_batch_size: int
 
+    def __post_init__(self) -> None:
+        require_positive("train_batch_size", self.train_batch_size)
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate must be a number above 0, got {self.learning_rate}")
+
     def __str__(self) -> str:
         return f"learning rate {self.learning_rate:g}, batch {self.train_batch_size}"
 
@@ -48,6 +54,16 @@ class Recipe:
     warmup_ratio: float = 0.06
     bf16: bool = False
     fp16: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_train_epochs", "gradient_accumulation_steps"):
+            require_positive(name, getattr(self, name))
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay must be 0 or a number above it, got {self.weight_decay}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if self.bf16 and self.fp16:
+            raise UserError("bf16 and fp16 are both asked for: give one of them")
 
 
 @dataclass(frozen=True)

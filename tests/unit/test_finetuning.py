@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.classification import batch_loss
 from ds_roberta.finetuning.examples import Columns
-from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, FinetuneConfig, choose, finetune
+from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, TASKS, FinetuneConfig, choose, finetune
 from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
 from ds_roberta.finetuning.spans import SpanOptions
 from ds_roberta.finetuning.trainer import Recipe, Run, Setting
@@ -193,6 +193,26 @@ def test_settings_that_cannot_be_are_refused(config, changes, message):
     with pytest.raises(UserError, match=message):
         finetune(replace(config, **changes))
     assert not config.output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Setting(0.0, 16), "learning_rate must be a number above 0, got 0.0"),
+        (lambda: Setting(1e-4, 0), "train_batch_size must be a positive whole number, got 0"),
+        (lambda: Recipe(num_train_epochs=0), "num_train_epochs must be"),
+        (lambda: Recipe(weight_decay=float("nan")), "weight_decay must be 0 or a number above it, got nan"),
+        (lambda: Recipe(warmup_ratio=6), "warmup_ratio must be between 0 and 1, got 6"),
+        (lambda: Recipe(bf16=True, fp16=True), "bf16 and fp16 are both asked for"),
+        (lambda: SpanOptions(doc_stride=0), "doc_stride must be"),
+        (lambda: SpanOptions(no_answer_threshold=2), "no_answer_threshold must be between 0 and 1, got 2"),
+        (lambda: FinetuneConfig(Path("m"), "tagging", ("d",), Path("o")), "--task must be one of .*, got 'tagging'"),
+        (lambda: FinetuneConfig(Path("m"), TASKS[0], ("d",), Path("o"), seeds=()), "one entry each at least"),
+    ],
+)
+def test_values_from_python_that_cannot_be_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def without_a_layer(folder):
