@@ -14,7 +14,7 @@ from ds_roberta.finetuning.examples import Columns, Examples, class_examples, la
 from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
 from ds_roberta.finetuning.model import encode_examples
 from ds_roberta.finetuning.tables import read_splits
-from ds_roberta.finetuning.task import Encoded, Task
+from ds_roberta.finetuning.task import Encoded, Task, label_head
 
 
 def classification(data: tuple[str, ...], columns: Columns) -> Task:
@@ -24,16 +24,10 @@ def classification(data: tuple[str, ...], columns: Columns) -> Task:
     """
     tables = labelled(read_splits(data), columns)
     names = label_names(tables["train"], columns)
-    head = {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": "single_label_classification",
-    }
     splits = {split: class_examples(table, columns, names) for split, table in tables.items()}
     return Task(
         model=transformers.RobertaForSequenceClassification,
-        head=head,
+        head={**label_head(names), "problem_type": "single_label_classification"},
         splits=splits,
         encode=partial(_encode, measure=classification_metrics),
         loss=batch_loss,

@@ -54,3 +54,12 @@ class Task:
     metrics: tuple[str, ...]
     tokenizer_options: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+
+
+def label_head(names: list[str]) -> dict[str, Any]:
+    """The values of a head with these labels."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }

@@ -23,7 +23,7 @@ from ds_roberta.finetuning.entities import (
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.sentences import Sentence, are_of_entities, read_conll, table_sentences, tag_names
 from ds_roberta.finetuning.tables import read_splits, read_table
-from ds_roberta.finetuning.task import NO_LABEL, Encoded, Task
+from ds_roberta.finetuning.task import NO_LABEL, Encoded, Task, label_head
 
 TABLES = (".jsonl", ".parquet")
 COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")
@@ -49,14 +49,9 @@ def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
     of_entities = are_of_entities(names)
     for split, sentences in splits.items():
         _check_tags(split, sentences, names)
-    head = {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
     return Task(
         model=transformers.RobertaForTokenClassification,
-        head=head,
+        head=label_head(names),
         splits=splits,
         encode=partial(_encode, names=names, measure=entity_metrics if of_entities else tag_metrics),
         loss=batch_loss,
