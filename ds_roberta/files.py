@@ -33,9 +33,28 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+TOKENIZER_FILES = frozenset(  # that transformers writes, of any version
+    {
+        "added_tokens.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, else remove it."""
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, else remove it.
+
+    Raises:
+        UserError: `path` is a device or a pipe, which the renamed file would stand in for.
+    """
+    path = path.resolve()  # a link stays, what it points to is replaced
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"the output {str(path)!r} is a device or a pipe: give a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat among hosts
     try:
         yield temporary
@@ -50,6 +69,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def holds_only(folder: Path, names: frozenset[str]) -> bool:
+    """Whether a folder has no entry but these."""
+    return {path.name for path in folder.iterdir()} <= names
 
 
 def json_fingerprint(value: Any) -> str:

@@ -112,6 +112,8 @@ def label_values(table: Table, columns: Columns) -> list[Any]:
     for index, value in enumerate(values):
         if value is None or value == "":
             raise UserError(f"{table.place(index)} has no {label!r}: label or remove it")
+        if not isinstance(value, str | int | float) or value != value:  # NaN, which a table without a label may have
+            raise UserError(f"{table.place(index)}: {label!r} is {value!r}, not a label: label or remove the row")
     return values
 
 
@@ -125,9 +127,12 @@ def label_names(train: Table, columns: Columns) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{train.name} has only the label {min(names)!r}: classification needs two at least")
     try:
-        return sorted(names, key=float)
+        numbers = {name: float(name) for name in names}
     except ValueError:
-        return sorted(names)
+        numbers = {}
+    if not all(map(math.isfinite, numbers.values())):
+        numbers = {}  # a class may be called "nan"
+    return sorted(names, key=lambda name: (numbers.get(name, 0.0), name))
 
 
 def class_examples(table: Table, columns: Columns, names: list[str]) -> Examples:

@@ -19,13 +19,22 @@ import ds_roberta
 from ds_roberta.config import require_one_of
 from ds_roberta.distributed import Ranks, logger
 from ds_roberta.errors import UserError
-from ds_roberta.files import check_replaceable, errors_of_the_disk, json_fingerprint, replaced_folder, write_json
+from ds_roberta.files import (
+    TOKENIZER_FILES,
+    check_replaceable,
+    errors_of_the_disk,
+    holds_only,
+    json_fingerprint,
+    replaced_folder,
+    write_json,
+)
 from ds_roberta.finetuning.classification import classification, regression
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.inference import RESULTS
 from ds_roberta.finetuning.model import read_config, read_tokenizer, sequence_length
 from ds_roberta.finetuning.question_answering import question_answering
 from ds_roberta.finetuning.spans import SpanOptions
+from ds_roberta.finetuning.tables import split_entry
 from ds_roberta.finetuning.task import Task
 from ds_roberta.finetuning.token_classification import token_classification
 from ds_roberta.finetuning.trainer import (
@@ -44,7 +53,8 @@ from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
 TASKS = ("classification", "regression", "token-classification", "question-answering")
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _GATHER = "stage3_gather_16bit_weights_on_model_save"  # in whatever precision the weights have
-KIND = "a model that was fine-tuned before"
+KIND = "a model that was fine-tuned before, alone"
+MODEL_FILES = ("config.json", "model.safetensors")
 SWEEP = [Setting(rate, size) for size in (16, 32) for rate in (1e-5, 2e-5, 3e-5)]  # Liu et al. 2019, table 10
 
 
@@ -76,6 +86,9 @@ class FinetuneConfig:
         require_one_of("--task", self.task, TASKS)
         if not self.settings or not self.seeds:
             raise UserError("settings and seeds need one entry each at least")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:  # numpy's limit
+                raise UserError(f"--seeds {seed} is not within 0 and {2**32 - 1}: give another")
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -116,11 +129,14 @@ def finetune(config: FinetuneConfig) -> int:
                     run = train(problem, setting, seed, _run_folder(work, setting, seed), stop, ranks)
                     runs.setdefault(setting, []).append(run)
                     ranks.on_main(lambda: _remove_weights(work, runs, metric))
+                best = choose(runs, metric)
+                of_best = _run_folder(work, best.setting, best.seed)
+                if not ranks.on_main((of_best / MODEL_FOLDER).is_dir):  # another call, of more runs, had a better one
+                    ranks.on_main(lambda: shutil.rmtree(of_best))
+                    best = train(problem, best.setting, best.seed, of_best, stop, ranks)
             except Stopped:
                 ranks.log("stopped on request; the same command goes on from here")
                 return STOPPED_EXIT_CODE
-        best = choose(runs, metric)
-        of_best = _run_folder(work, best.setting, best.seed)
         others = {
             split: evaluate(problem, best, of_best, rows, ranks)
             for split, rows in encoded.items()
@@ -162,7 +178,8 @@ def choose(runs: dict[Setting, list[Run]], metric: str) -> Run:
 
 
 def is_finetuned_folder(folder: Path) -> bool:
-    return (folder / RESULTS).is_file() and (folder / "config.json").is_file()
+    """Whether `folder` holds what a fine-tuning wrote and nothing else, so that another may replace it."""
+    return (folder / RESULTS).is_file() and holds_only(folder, TOKENIZER_FILES | set(MODEL_FILES) | {RESULTS})
 
 
 def _ranks(with_deepspeed: bool) -> Ranks:
@@ -240,12 +257,11 @@ def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[st
     """
     check_replaceable(output, is_finetuned_folder, KIND)
     asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
-    inputs = [
-        file for given in (str(config.model), *config.data) for file in _files(Path(given.partition("=")[2] or given))
-    ]
+    work = output.parent / f".{output.name}.runs"
+    given = [config.model, *(split_entry(entry)[1] for entry in config.data)]
+    inputs = [file for path in given for file in _files(path) if not {output, work} & set(file.resolve().parents)]
     asked["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in inputs]
     plan = json_fingerprint(json.loads(json.dumps(asked, default=str)))
-    work = output.parent / f".{output.name}.runs"
     if work.exists() and not (work / plan).exists():
         logger.info(f"{work} is of another fine-tuning that was broken off: it begins anew")
         shutil.rmtree(work)
@@ -258,7 +274,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _run_folder(work: Path, setting: Setting, seed: int) -> Path:
-    return work / f"rate-{setting.learning_rate:g}-batch-{setting.train_batch_size}-seed-{seed}"
+    return work / f"rate-{setting.learning_rate!r}-batch-{setting.train_batch_size}-seed-{seed}"
 
 
 def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> None:
@@ -272,7 +288,7 @@ def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> 
 
 def _write(output: Path, model: Path, tokenizer: transformers.PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
     with replaced_folder(output, is_finetuned_folder, KIND) as partial:
-        for name in ("config.json", "model.safetensors"):
+        for name in MODEL_FILES:
             shutil.copyfile(model / name, partial / name)
         tokenizer.save_pretrained(partial)
         write_json(partial / RESULTS, results)

@@ -66,7 +66,7 @@ def open_finetuned(folder: Path, max_seq_length: int | None) -> FinetunedModel:
         model, report = MODELS[architecture].from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}): copy them again") from error
     if report["missing_keys"]:
         raise UserError(

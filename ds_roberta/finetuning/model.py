@@ -25,9 +25,12 @@ def read_config(folder: Path) -> transformers.RobertaConfig:
             "launch/finetune.py wrote as --model"
         )
     try:
-        return transformers.RobertaConfig.from_dict(content)
+        config = transformers.RobertaConfig.from_dict(content)
     except Exception as error:  # the library's validators raise their own kinds
         raise UserError(f"{str(folder / 'config.json')!r} is not a RoBERTa's ({error}): mend it") from error
+    if not isinstance(config.pad_token_id, int):
+        raise UserError(f"{str(folder / 'config.json')!r} has the pad_token_id {config.pad_token_id!r}: give its id")
+    return config
 
 
 def read_tokenizer(

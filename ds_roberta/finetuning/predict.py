@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -50,18 +51,29 @@ def predict(config: PredictConfig) -> list[Answer]:
     Raises:
         UserError: the model's folder, the input or the output is wrong.
     """
-    if config.output is not None and (config.output.is_dir() or not config.output.parent.is_dir()):
-        raise UserError(f"--output {str(config.output)!r} is a folder or lies in none: give a file in a folder")
+    if config.output is not None:
+        _check_output(config.output, config.input)
     finetuned = open_finetuned(config.model, config.max_seq_length)
     answers = make_answers(finetuned, config)
     if config.output is not None:
         write_rows(config.output, answers)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters that the terminal does not know
     try:
         for answer in answers:
             print("\n".join(answer.lines), flush=True)
     except BrokenPipeError:  # the reader has seen enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
     return answers
+
+
+def _check_output(output: Path, given: Path | None) -> None:
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {str(output)!r} is a folder or lies in none: give a file in a folder")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {str(output)!r} is a device or a pipe: give a file")
+    if given is not None and output.resolve() == given.resolve():
+        raise UserError(f"--output {str(output)!r} is the input: give another file")
 
 
 def make_answers(finetuned: FinetunedModel, config: PredictConfig) -> list[Answer]:
@@ -119,8 +131,11 @@ def _questions(config: PredictConfig) -> list[Question]:
 
 def _span_options(finetuned: FinetunedModel, threshold: float | None) -> tuple[SpanOptions, bool]:
     """How fine-tuning decoded, or the usual way; and whether there may be no answer."""
-    stored = finetuned.results.get("question_answering", {})
-    options = SpanOptions(**stored.get("options", {}))
+    stored = finetuned.results.get("question_answering") or {}
+    try:
+        options = SpanOptions(**stored.get("options", {}))
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"results.json of the model has another question_answering than is known ({error})") from error
     if threshold is not None:
         options = replace(options, no_answer_threshold=threshold)
     return options, threshold is not None or bool(stored.get("may_be_unanswerable"))

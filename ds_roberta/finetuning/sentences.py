@@ -14,6 +14,8 @@ from ds_roberta.finetuning.tables import Table, read_text
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
 OUTSIDE = "O"
+DOCUMENT_START = "-DOCSTART-"
+COLUMNS_OF_CONLL_U = 10
 ENTITY_TAG = re.compile(r"O|[BIES](-.+)?")  # IOB1, IOB2, IOBES: what seqeval's default mode reads
 WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
 
@@ -46,23 +48,29 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
 
 def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
     """A word a line, its tag in the last column, sentences apart by empty lines. Columns stand apart by tabs, or by
-    spaces in lines without tabs. Lines of `-DOCSTART-`, and those that begin a sentence with `#` and do not end in a
-    tag of the file, are passed over.
+    spaces in lines without tabs. Lines of `-DOCSTART-` are passed over, and those that begin a sentence with `#` and
+    have another number of columns or do not end in a tag of the file.
 
     Args:
         labelled: whether there must be tags; if not, all columns but the first are passed over.
 
     Raises:
-        UserError: there are no sentences, a line has no tag or another number of columns, or as `check_tags`.
+        UserError: there are no sentences, a line has no tag or another number of columns, the first column has no
+            words but numbers (CoNLL-U's), or as `check_tags`.
     """
     lines = list(enumerate(map(_columns, text.split("\n")), 1))
-    known = {columns[-1] for _, columns in lines if columns and not columns[0].startswith("#")}
+    of_words = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
+    known = {columns[-1] for columns in of_words}
+    width = len(of_words[0]) if of_words else 0
+    if width == COLUMNS_OF_CONLL_U and of_words[0][0] == "1":
+        raise UserError(
+            f"{name!r} has CoNLL-U's columns, the first of which has numbers: leave a word and its tag a line"
+        )
     sentences: list[Sentence] = []
     tagged: list[tuple[str, str]] = []
     words: list[str] = []
     tags: list[str] = []
     first = 0  # line of the sentence's first word
-    width: int | None = None
 
     def close() -> None:
         if words:
@@ -71,23 +79,23 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
             tags.clear()
 
     for number, columns in lines:
-        if not columns or columns[0] == "-DOCSTART-":
+        if not columns or columns[0] == DOCUMENT_START:
             close()
             continue
-        begins_with_hash = not words and columns[0].startswith("#") and len(columns) > 1
-        if begins_with_hash and columns[-1] not in known and not ENTITY_TAG.fullmatch(columns[-1]):
-            continue
+        if not words and len(columns) > 1 and columns[0].startswith("#"):
+            is_tagged = columns[-1] in known or ENTITY_TAG.fullmatch(columns[-1])
+            if not is_tagged or (columns[0] == "#" and width not in (0, len(columns))):
+                continue
         place = f"{name}, row {number}"
         if not columns[0].strip():
             raise UserError(f"{place} has no word in its first column: mend or remove the row")
         if labelled:
-            width = width or len(columns)
             if len(columns) < 2:
                 raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag into its last column")
-            if len(columns) != width:
-                raise UserError(f"{place} has {len(columns)} columns, the rows before {width}: mend the row")
             tags.append(columns[-1])
             tagged.append((place, columns[-1]))
+        if len(columns) != (width or len(columns)):
+            raise UserError(f"{place} has {len(columns)} columns, the first row of a word {width}: mend the row")
         first = first if words else number
         words.append(columns[0])
     close()

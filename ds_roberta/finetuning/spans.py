@@ -101,7 +101,11 @@ def make_windows(
     max_seq_length: int,
     doc_stride: int,
 ) -> list[Window]:
-    """Windows over each question's context, in order."""
+    """Windows over each question's context, in order.
+
+    Raises:
+        UserError: a question leaves no room for its context.
+    """
     asked = _encode(tokenizer, [question.question.strip() for question in questions])
     contexts = _encode(tokenizer, [question.context for question in questions])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -109,6 +113,11 @@ def make_windows(
     for index, (question, (question_ids, _), (ids, offsets)) in enumerate(zip(questions, asked, contexts, strict=True)):
         head = [bos, *question_ids[: question_room(max_seq_length)], eos, eos]
         room = max_seq_length - len(head) - 1
+        if room < 1:
+            raise UserError(
+                f"{question.place}: {max_seq_length} tokens have no room for the context behind the question: raise "
+                "--max_seq_length"
+            )
         words = [_without_space(question.context, *offset) for offset in offsets]
         for start in window_starts(len(ids), room, doc_stride):
             piece = slice(start, start + room)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.tables import Table
@@ -56,7 +57,7 @@ def read_squad(path: Path, *, labelled: bool = True) -> QuestionSet:
             stand at their `answer_start`.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = orjson.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r} ({error.strerror}): give another file") from error
     except ValueError as error:  # not UTF-8, or not JSON

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from ds_roberta.errors import UserError
 
@@ -60,13 +61,20 @@ def read_splits(
         UserError: a split is missing or there twice, or a file cannot be read.
     """
     entries = list(data)
+    for entry in entries:
+        if not (path := split_entry(entry)[1]).exists():
+            raise UserError(f"--data {str(path)!r} does not exist: give a folder or files that do")
     if len(entries) == 1 and Path(entries[0]).is_dir():
         folder = Path(entries[0])
-        if (folder / "dataset_dict.json").exists():
+        try:
+            found = sorted(folder.iterdir())
+        except OSError as error:
+            raise UserError(f"cannot read --data {str(folder)!r} ({error.strerror}): give another folder") from error
+        if folder / "dataset_dict.json" in found:
             tables = _read_dataset_dict(folder)
             _check_splits(tables, entries, suffixes)
             return {split: of_table(table) if of_table else table for split, table in tables.items()}
-        entries = [str(file) for file in sorted(folder.iterdir()) if file.suffix in suffixes and _split_of(file.stem)]
+        entries = [str(file) for file in found if file.suffix in suffixes and _split_of(file.stem)]
     files = _by_split(entries)
     _check_splits(files, data, suffixes)
     return {split: (read or read_table)(file) for split, file in files.items()}
@@ -123,11 +131,16 @@ def _split_of(stem: str) -> str | None:
     return next((split for split, prefixes in SPLIT_PREFIXES.items() if stem.startswith(prefixes)), None)
 
 
+def split_entry(entry: str) -> tuple[str | None, Path]:
+    """The split that an entry of `--data` names, as `validation=FILE` does, and the path."""
+    name, equals, rest = entry.partition("=")
+    return (name, Path(rest)) if equals and name in SPLIT_PREFIXES else (None, Path(entry))
+
+
 def _by_split(entries: Iterable[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for entry in entries:
-        name, equals, rest = entry.partition("=")
-        split, file = (name, Path(rest)) if equals and name in SPLIT_PREFIXES else (None, Path(entry))
+        split, file = split_entry(entry)
         split = split or _split_of(file.stem)
         if split is None:
             raise UserError(f"{entry!r} does not say its split: give it as train=, validation= or test={entry}")
@@ -147,8 +160,8 @@ def _parse_jsonl(name: str, lines: list[tuple[int, str]]) -> Table:
     rows, columns = [], dict[str, None]()
     for number, line in lines:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
             raise UserError(f"{name}, row {number} is not JSON ({error.msg}): mend or remove it") from error
         if not isinstance(row, dict):
             raise UserError(f"{name}, row {number} is not a JSON object: write it as {{column: value}}")
@@ -165,6 +178,9 @@ def _parse_tsv(name: str, lines: list[tuple[int, str]]) -> Table:
         columns = COLA_COLUMNS
     else:
         cells = cells[1:]
+    if len(set(columns)) < len(columns):
+        twice = next(column for column in columns if columns.count(column) > 1)
+        raise UserError(f"{name} has the column {twice!r} twice: rename one in its header")
     for number, values in cells:
         if len(values) != len(columns):
             raise UserError(
@@ -181,7 +197,7 @@ def _read_parquet(path: Path) -> Table:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
         columns = pyarrow.parquet.read_schema(path).names
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {str(path)!r} ({error}): give another file") from error
     return _not_empty(Table(str(path), tuple(columns), rows, list(range(1, len(rows) + 1))))
 
@@ -205,11 +221,16 @@ def _read_dataset_dict(folder: Path) -> dict[str, Table]:
         for column, feature in dataset.features.items():
             of_list = getattr(feature, "feature", None)
             if isinstance(feature, datasets.ClassLabel):
-                for row in rows:  # -1 marks a row without a label
-                    row[column] = None if row[column] in (None, -1) else feature.int2str(row[column])
+                for row in rows:
+                    row[column] = _class_name(feature.names, row[column])
             elif isinstance(of_list, datasets.ClassLabel):
                 for row in rows:
-                    row[column] = of_list.int2str(row[column])
+                    row[column] = row[column] and [_class_name(of_list.names, label) for label in row[column]]
         numbers = list(range(1, len(rows) + 1))
         tables[split] = _not_empty(Table(f"{folder}/{found}", tuple(dataset.column_names), rows, numbers))
     return tables
+
+
+def _class_name(names: list[str], label: int | None) -> str | None:
+    """A class's name; None where there is no label, which `datasets` marks with -1 and Trainer with -100."""
+    return names[label] if label is not None and 0 <= label < len(names) else None

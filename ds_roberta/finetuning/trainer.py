@@ -166,7 +166,7 @@ def new_model(problem: Problem, folder: Path) -> transformers.PreTrainedModel:
             output_loading_info=True,
             **problem.task.head,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}): copy them again") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -210,7 +210,7 @@ def make_trainer(
         seed=seed,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,  # beside the best
+        save_total_limit=2,  # the best and the last: with 1 Trainer removes the one that a stop has saved
         load_best_model_at_end=True,
         metric_for_best_model=problem.metric,
         greater_is_better=True,

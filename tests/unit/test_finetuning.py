@@ -115,6 +115,44 @@ def test_a_fine_tuning_that_is_stopped_and_killed_ends_as_the_unbroken_one(confi
     assert weights[0] == weights[1]
 
 
+def test_stops_within_epochs_behind_the_best_one_lose_no_step(config, monkeypatch, caplog):
+    """Each call goes on from where the one before was stopped, though the best epoch lies further back."""
+    config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=8))  # of 8 steps
+    with caplog.at_level("INFO"):
+        for _ in range(5):
+            monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(12))
+            assert finetune(config) == STOPPED_EXIT_CODE
+    assert [f"goes on from step {step}" in caplog.text for step in (12, 24, 36, 48)] == [True] * 4
+
+
+def test_a_part_of_the_runs_whose_weights_were_removed_is_trained_again(config, monkeypatch):
+    """Of two seeds' runs the worse has no weights left when a third is stopped; then it is asked for alone."""
+    config = replace(config, seeds=(0, 1, 2))
+    alone = {}
+    for seed in (0, 1):
+        run = replace(config, seeds=(seed,), output_dir=config.output_dir.with_name(f"seed-{seed}"))
+        assert finetune(run) == 0
+        alone[seed] = results(run)["best"]
+    monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2 * 23 + 3))
+    assert finetune(config) == STOPPED_EXIT_CODE
+    monkeypatch.undo()
+    (plan,) = config.output_dir.with_name(".tuned.runs").iterdir()
+    (worse,) = [seed for seed in (0, 1) if not (plan / f"rate-0.01-batch-16-seed-{seed}" / "model").exists()]
+    assert finetune(replace(config, seeds=(worse,))) == 0
+    assert results(config)["best"] == alone[worse]
+
+
+def test_an_output_within_the_data_does_not_change_the_plan(config, data, monkeypatch, tmp_path, caplog):
+    shutil.copytree(data, tmp_path / "r=1")
+    config = replace(config, data=(str(tmp_path / "r=1"),), output_dir=tmp_path / "r=1" / "tuned")
+    monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2))
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert finetune(config) == STOPPED_EXIT_CODE
+    assert "goes on from step 2" in caplog.text
+    assert "begins anew" not in caplog.text
+
+
 def test_a_changed_plan_does_not_go_on_from_the_old_one(config, monkeypatch):
     monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2))
     assert finetune(config) == STOPPED_EXIT_CODE
@@ -206,6 +244,7 @@ def test_settings_that_cannot_be_are_refused(config, changes, message):
         (lambda: Recipe(bf16=True, fp16=True), "bf16 and fp16 are both asked for"),
         (lambda: SpanOptions(doc_stride=0), "doc_stride must be"),
         (lambda: SpanOptions(no_answer_threshold=2), "no_answer_threshold must be between 0 and 1, got 2"),
+        (lambda: FinetuneConfig(Path("m"), TASKS[0], ("d",), Path("o"), seeds=(2**32,)), "--seeds 4294967296 is not"),
         (lambda: FinetuneConfig(Path("m"), "tagging", ("d",), Path("o")), "--task must be one of .*, got 'tagging'"),
         (lambda: FinetuneConfig(Path("m"), TASKS[0], ("d",), Path("o"), seeds=()), "one entry each at least"),
     ],
@@ -253,6 +292,11 @@ def test_a_folder_with_something_else_is_not_replaced(config):
     (config.output_dir / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not empty and not a model that was fine-tuned"):
         finetune(config)
+    for name in ("config.json", "results.json"):
+        (config.output_dir / name).write_text("{}")
+    with pytest.raises(UserError, match="not empty and not a model that was fine-tuned"):
+        finetune(config)
+    assert (config.output_dir / "mine.txt").read_text() == "keep"
 
 
 def test_a_deepspeed_json_is_read_before_the_work(config, tmp_path):

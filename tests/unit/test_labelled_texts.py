@@ -10,6 +10,7 @@ import pytest
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.classification import classification, regression
 from ds_roberta.finetuning.examples import Columns, Examples, Texts
+from ds_roberta.finetuning.token_classification import token_classification
 
 ROWS = [
     {"sentence1": "kato mira", "sentence2": "vorli shendu", "label": "yes"},
@@ -59,6 +60,17 @@ def test_a_saved_data_set_with_named_classes_and_an_unlabelled_test(tmp_path):
     assert task.splits == {"train": EXPECTED, "validation": EXPECTED}
 
 
+def test_a_list_of_classes_with_a_gap_is_told_with_its_row(tmp_path):
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "tags": tags})
+    rows = {"train": [{"tokens": ["a", "b"], "tags": [0, 1]}], "dev": [{"tokens": ["a", "b"], "tags": [0, -100]}]}
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(of_split, features=features) for split, of_split in rows.items()}
+    ).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="dev, row 1: 'tags' has None as its number 2"):
+        token_classification((str(tmp_path / "saved"),), Columns())
+
+
 def test_colas_files_have_no_header(tmp_path):
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("gj04\t1\t\tKato mira.\ngj04\t0\t*\tMira kato vor.\n")
@@ -104,6 +116,7 @@ def changed(row, **values):
         (classification, ROWS, changed(1, label=None), Columns(), "dev.jsonl, row 2 has no 'label'"),
         (classification, ROWS, changed(2, sentence1=None), Columns(), "dev.jsonl, row 3: 'sentence1' is None"),
         (classification, ROWS[:1], ROWS, Columns(), "only the label 'yes'"),
+        (classification, changed(1, label=["no"]), ROWS, Columns(), r"train.jsonl, row 2: 'label' is \['no'\], not a"),
         (classification, ROWS, ROWS, Columns(text="said"), "no column 'said'.*'sentence1'"),
         (classification, ROWS, ROWS, Columns(label="class"), "no column 'class'"),
         (classification, [{"a": 1}], ROWS, Columns(), "--label_column"),
@@ -129,6 +142,11 @@ def test_broken_files_are_told(tmp_path):
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\n")
     with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header 3"):
         classification((str(tmp_path),), Columns())
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence1\tlabel\na\tb\tno\n")
+    with pytest.raises(UserError, match=r"dev.tsv has the column 'sentence1' twice"):
+        classification((str(tmp_path),), Columns())
+    with pytest.raises(UserError, match=r"--data .*absent' does not exist"):
+        classification((str(tmp_path / "absent"),), Columns())
     (tmp_path / "dataset_dict.json").write_text("{")
     with pytest.raises(UserError, match="as datasets saved it"):
         classification((str(tmp_path),), Columns())

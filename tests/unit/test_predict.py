@@ -1,6 +1,7 @@
 """Predictions of folders with each kind of head: what is written, what is shown, and what is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_tags_of_words_in_windows(ask, folders):
         span = slice(entity["start_word"], entity["end_word"])
         assert entity["text"] == " ".join(words[span])
         assert all(tag != "O" for tag in rows[1]["tags"][span])
-    from_columns, _ = ask("token-classification", "sulto O\n\n" + "\n".join(words), "input.conll")
+    from_columns, _ = ask("token-classification", "sulto\n\n" + "\n".join(words), "input.conll")
     assert [row["tags"] for row in from_columns] == [row["tags"] for row in rows]
 
 
@@ -189,6 +190,9 @@ def test_questions_of_squads_file_without_answers(ask):
         ("classification", {"content": '{"a": "b"}'}, "say with --text_column"),
         ("classification", {"content": "x", "name": "input.csv"}, "cannot read .*input.csv' as a table"),
         ("token-classification", {"content": "", "name": "x.conll"}, "has no sentences"),
+        ("token-classification", {"content": "Anna saw\nBob .\nit too .", "name": "x.txt"}, "row 3 has 3 columns"),
+        ("classification", {"content": '{"text": "\\ud83d"}'}, "row 1 is not JSON .no low surrogate"),
+        ("classification", {"content": "[" * 5000}, "row 1 is not JSON .depth limit"),
         ("token-classification", {"text": " "}, "the command line: the text ' ' has no words"),
         ("question-answering", {"text": "x"}, "give --question and --context"),
         ("question-answering", {"content": '{"question": "x"}'}, "no column 'context'"),
@@ -203,6 +207,15 @@ def test_what_cannot_be_asked_is_refused(ask, task, asked, message):
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(ask, tmp_path):
     with pytest.raises(UserError, match=r"--output .* give a file in a folder"):
         ask("classification", text="x", output=tmp_path / "absent" / "x.jsonl")
+
+
+def test_an_output_that_would_stand_in_for_something_else_is_refused(ask, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a device or a pipe: give a file"):
+        ask("classification", text="x", output=tmp_path / "pipe")
+    with pytest.raises(UserError, match="is the input: give another file"):
+        ask("classification", '{"text": "x"}', output=tmp_path / "input.jsonl")
+    assert (tmp_path / "input.jsonl").read_text() == '{"text": "x"}'
 
 
 def test_damaged_folders_are_refused(ask, folders, tmp_path):

@@ -47,7 +47,7 @@ def test_comments_before_a_sentence():
 
 
 def test_tags_of_each_word():
-    sentences = parse_conll("x", "# text = a\n# SYM\na NOUN\n\nb VERB\nc SYM\n")
+    sentences = parse_conll("x", "# text = a .\n# text = a SYM\n# SYM\na NOUN\n\nb VERB\nc SYM\n")
     assert [(sentence.words, sentence.tags) for sentence in sentences] == [
         (("#", "a"), ("SYM", "NOUN")),
         (("b", "c"), ("VERB", "SYM")),
@@ -64,7 +64,9 @@ def test_tags_of_entities_are_told_from_those_of_words(tags, expected):
 
 
 def test_words_alone_serve_for_predictions():
-    assert [sentence.words for sentence in parse_conll("x", "a\nb\n\nc O", labelled=False)] == [("a", "b"), ("c",)]
+    assert [sentence.words for sentence in parse_conll("x", "a\nb\n\nc", labelled=False)] == [("a", "b"), ("c",)]
+    text = "# text = c a\na\nc\n"
+    assert [sentence.words for sentence in parse_conll("x", text, labelled=False)] == [("a", "c")]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,8 @@ def test_words_alone_serve_for_predictions():
         ("", "'x' has no sentences"),
         ("-DOCSTART- O\n\n", "'x' has no sentences"),
         ("a O\nb\n", "x, row 2 has the word 'b' but no tag"),
-        ("a _ O\nb O\n", "x, row 2 has 2 columns, the rows before 3"),
+        ("a _ O\nb O\n", "x, row 2 has 2 columns, the first row of a word 3"),
+        ("# text = a\n1\ta\ta\tX\t_\t_\t0\troot\t_\t_\n", "'x' has CoNLL-U's columns"),
         ("a O\n\nb NOUN\nc B-X", "x, row 3: the tag 'NOUN' is neither O nor like B-PER"),
         ("a O\n\tO", "x, row 2 has no word"),
     ],
