@@ -330,8 +330,8 @@ class RunConfig:
                 f"--objective rts has no next sentence prediction, which --packing {self.packing.format} is for: use "
                 "another packing, or --objective mlm"
             )
-        if self.seed < 0:
-            raise UserError(f"--seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:  # torch's generators take no more
+            raise UserError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(
                 f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "

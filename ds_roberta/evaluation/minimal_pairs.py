@@ -8,12 +8,14 @@ counted, so that who wants the other rule can have it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+import orjson
+
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.json_report import check_report_path, write_report
 from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, pseudo_log_likelihoods
@@ -96,7 +98,7 @@ def read_pairs(path: Path) -> list[Pair]:
         UserError: the file cannot be read or has no pair, or a line is no JSON object or lacks a field.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read ({error}): give a file of JSON lines in UTF-8") from error
     pairs = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -107,7 +109,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def _parse(line: str, place: str) -> Pair:
     try:
-        entry = json.loads(line)
+        entry = orjson.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({error}): a line must be an object with sentence_good, …") from error
     if not isinstance(entry, dict):
@@ -138,6 +140,12 @@ def _check_lengths(folder: RobertaFolder, pairs: Sequence[Pair], sentences: Sequ
                 f"{pairs[number // 2].place}: a sentence has {length} tokens with <s> and </s>, the model has "
                 f"{folder.max_positions} positions: shorten it or leave it out"
             )
+    longer = [number for number, sentence in enumerate(sentences) if len(sentence.ids) + 2 > folder.max_seq_length]
+    if longer:
+        logger.warning(
+            f"{len(longer)} sentences are longer than the {folder.max_seq_length} tokens that the model was trained "
+            f"on, first {pairs[longer[0] // 2].place}: its positions behind them have learned nothing"
+        )
 
 
 def _by_group(names: Sequence[str], margins: Sequence[float]) -> dict[str, Accuracy]:

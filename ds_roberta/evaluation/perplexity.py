@@ -13,7 +13,7 @@ from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
 from ds_roberta.data.words import word_starts
-from ds_roberta.distributed import Ranks
+from ds_roberta.distributed import Ranks, logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.json_report import check_report_path, write_report
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
@@ -110,6 +110,11 @@ def held_out_perplexity(
         raise UserError(
             f"--max_seq_length {packing.max_seq_length} is more than the model's {folder.max_positions} positions: "
             "give less"
+        )
+    if packing.max_seq_length > folder.max_seq_length:
+        logger.warning(
+            f"--max_seq_length {packing.max_seq_length} is more than the {folder.max_seq_length} tokens that the model "
+            "was trained on: its positions behind them have learned nothing"
         )
     check_same_ids(folder, corpus)
     tokenizer = corpus.manifest.tokenizer

@@ -139,6 +139,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             "launch/export_hf.py writes"
         )
     config = _read_json(path)
+    if "model_type" not in config and "run" in config:
+        raise UserError(f"{str(folder)!r} is a run's folder: give the model in it, such as {str(folder / 'hf')!r}")
     if config.get("model_type") != "roberta":
         raise UserError(
             f"the model in {str(folder)!r} is of the type {config.get('model_type')!r}: only 'roberta' is known here"
@@ -178,7 +180,10 @@ def read_model(folder: Path, dtype: torch.dtype) -> transformers.RobertaForMaske
 def tokenizer_length(folder: Path) -> int | None:
     """What a folder's tokenizer truncates to, `<s>` and `</s>` included, where it says so."""
     path = folder / "tokenizer_config.json"
-    return _read_json(path).get("model_max_length") if path.is_file() else None
+    length = _read_json(path).get("model_max_length") if path.is_file() else None
+    if not (length is None or (isinstance(length, int | float) and length >= 1)):
+        raise UserError(f"{str(path)!r} has the model_max_length {length!r}: give a number of tokens")
+    return None if length is None else int(length)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

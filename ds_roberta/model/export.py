@@ -10,10 +10,12 @@ import transformers
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.errors import UserError
-from ds_roberta.files import replaced_folder
+from ds_roberta.files import TOKENIZER_FILES, holds_only, replaced_folder
 from ds_roberta.model.encoder import RobertaModel
 from ds_roberta.model.objectives import MaskedLM
 
+MODEL_CARD = "README.md"
+CARD_SIGNATURE = "pretrained with ds_roberta"
 PARITY_TOLERANCE = 1e-6
 """Largest difference of float64 logits between our model and transformers' that still counts as the same model, as a
 share of the largest logit (or of 1, where all are smaller): rounding grows with the numbers."""
@@ -112,8 +114,11 @@ def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_mo
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether `folder` holds an exported model, so that another export may replace it."""
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    """Whether `folder` holds an exported model with its card and nothing else, which another export may replace."""
+    card = folder / MODEL_CARD
+    if not card.is_file() or not holds_only(folder, TOKENIZER_FILES | {"config.json", "model.safetensors", MODEL_CARD}):
+        return False
+    return CARD_SIGNATURE in card.read_text(encoding="utf-8", errors="replace")
 
 
 def export(
@@ -122,14 +127,14 @@ def export(
     tokenizer_folder: Path,
     max_seq_length: int,
     output: Path,
-    model_card: str | None = None,
+    model_card: str,
 ) -> float:
     """Write a transformers folder (`config.json`, `model.safetensors`, tokenizer), whole or not at all.
 
     Args:
         weights: fp32 parameters by name.
         max_seq_length: what the tokenizer shall truncate to.
-        model_card: the text of `README.md`, where there shall be one.
+        model_card: the text of `README.md`; with `CARD_SIGNATURE` in it another export may replace the folder.
 
     Returns:
         The parity check's largest difference of logits, as a share.
@@ -140,12 +145,11 @@ def export(
     transformers.utils.logging.disable_progress_bar()
     hf_model = to_transformers(config, weights)
     # Read back what was written: the check is of the files, not of the object they came from.
-    with replaced_folder(output, is_model_folder, "an exported model") as temporary:
+    with replaced_folder(output, is_model_folder, "an exported model alone") as temporary:
         hf_model.save_pretrained(temporary)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
         tokenizer.model_max_length = max_seq_length
         tokenizer.save_pretrained(temporary)
-        if model_card is not None:
-            (temporary / "README.md").write_text(model_card, encoding="utf-8")
+        (temporary / MODEL_CARD).write_text(model_card, encoding="utf-8")
         keywords = {} if _has_head(weights) else {"add_pooling_layer": False}
         return check_parity(config, weights, type(hf_model).from_pretrained(temporary, **keywords).eval())

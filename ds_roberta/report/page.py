@@ -16,7 +16,7 @@ from typing import Any
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from ds_roberta.report.plots import METRICS, Metric, best, describe, draw, png, show
-from ds_roberta.report.runs import Run, read_runs
+from ds_roberta.report.runs import Run, flatten, read_runs
 
 SETTINGS: dict[
     str, tuple[tuple[str | int, ...], ...]
@@ -35,6 +35,8 @@ SETTINGS: dict[
     "packing": (("run", "packing", "format"),),
     "masking": (("run", "masking", "unit"),),
     "mlm_probability": (("run", "masking", "mlm_probability"),),
+    "masking_copies": (("run", "masking", "copies"),),
+    "lr_scheduler_type": (("run", "schedule", "lr_scheduler_type"),),
     "peak learning rate": (("deepspeed", "optimizer", "params", "lr"),),
     "max_steps": (("run", "schedule", "max_steps"),),
     "warmup_steps": (("run", "schedule", "warmup_steps"),),
@@ -45,6 +47,7 @@ SETTINGS: dict[
     "commit": (("commit",),),
 }
 COUNTS = ("global_step", "consumed_samples", "consumed_tokens", "skipped_steps", "skipped_samples", "loss_spikes")
+OWN_PLACES = {"run.output_dir"}  # which differ between any two runs
 NOTHING = "–"
 PLOTS_SUFFIX = "_plots"
 
@@ -67,7 +70,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .8rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; min-width: 6rem; max-width: 22rem; }
 tbody tr:nth-child(odd) { background: var(--row); }
-tbody th { font-weight: normal; color: var(--faint); overflow-wrap: normal; }
+tbody th { font-weight: normal; color: var(--faint); overflow-wrap: break-word; }
 tr.differs td { font-weight: 600; }
 """
 
@@ -128,7 +131,7 @@ def page(runs: Sequence[Run], plots: dict[Metric, bytes]) -> str:
 
 
 def _figure(runs: Sequence[Run], metric: Metric, image: bytes) -> str:
-    lacking = [run.name for run in runs if metric.applies_to(run) and metric.of(run) is None]
+    lacking = [run.name for run in runs if metric.is_expected(run) and metric.of(run) is None]
     caption = f"<figcaption>Not recorded by {escape(', '.join(lacking))}.</figcaption>" if lacking else ""
     source = base64.b64encode(image).decode()
     text = escape(describe(runs, metric))
@@ -136,7 +139,7 @@ def _figure(runs: Sequence[Run], metric: Metric, image: bytes) -> str:
 
 
 def _missing_everywhere(runs: Sequence[Run], plots: dict[Metric, bytes]) -> str:
-    missing = [metric for metric in METRICS if metric not in plots and any(map(metric.applies_to, runs))]
+    missing = [metric for metric in METRICS if metric not in plots and any(map(metric.is_expected, runs))]
     if not missing:
         return ""
     return f"<p>Not recorded: {', '.join(f'{metric.title} ({metric.column})' for metric in missing)}.</p>"
@@ -164,7 +167,16 @@ def _last_and_best(metric: Metric, run: Run) -> str:
 def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     versions = sorted({name for run in runs for name in run.setting("versions") or {}})
     places = SETTINGS | {f"{name} (version)": (("versions", name),) for name in versions}
-    return {name: [_first(run, paths) for run in runs] for name, paths in places.items()}
+    shown = {name: [_first(run, paths) for run in runs] for name, paths in places.items()}
+    return shown | _other_differences(runs, {".".join(map(str, path)) for paths in places.values() for path in paths})
+
+
+def _other_differences(runs: Sequence[Run], shown: set[str]) -> dict[str, list[str]]:
+    """The runs' other settings, by their place in `config.json`, as far as they differ."""
+    settings = [flatten({part: run.setting(part) or {} for part in ("run", "deepspeed")}) for run in runs]
+    names = dict.fromkeys(name for of_run in settings for name in of_run)
+    rows = {name: [_text(of_run.get(name, NOTHING)) for of_run in settings] for name in names}
+    return {name: cells for name, cells in rows.items() if len(set(cells)) > 1 and name not in shown | OWN_PLACES}
 
 
 def _first(run: Run, paths: Sequence[tuple[str | int, ...]]) -> str:

@@ -23,6 +23,7 @@ class Metric:
         best: takes the best of some values; None where none is better.
         log: draw on a logarithmic axis where the values differ much.
         precision: the only one in which the metric says something; None for all.
+        of_some: only some objectives have it, so that it is not missed in a run without it.
         over: what the values are of: steps, or for `loss_by_position` positions in the sequence.
     """
 
@@ -33,6 +34,7 @@ class Metric:
     log: bool = False
     percent: bool = False
     precision: str | None = None
+    of_some: bool = False
     over: str = "step"
 
     def of(self, run: Run) -> Series | None:
@@ -44,13 +46,18 @@ class Metric:
     def applies_to(self, run: Run) -> bool:
         return self.precision is None or run.setting("precision") == self.precision
 
+    def is_expected(self, run: Run) -> bool:
+        return self.applies_to(run) and not self.of_some
+
 
 METRICS = (
     Metric("loss", "Loss", "nats a labelled token", best=min),
     Metric("eval_loss", "Held-out loss", "nats a labelled token", best=min),
+    Metric("mlm_loss", "Loss of pairs' masked tokens", "nats a masked token", best=min, of_some=True),
+    Metric("nsp_loss", "Loss of next sentence prediction", "nats a pair", best=min, of_some=True),
     Metric("loss_by_position", "Held-out loss by position", "nats a masked token", over="position"),
-    Metric("eval_detection_f1", "Replaced tokens found, held out", "F1", best=max),
-    Metric("eval_nsp_accuracy", "Next sentence prediction, held out", "accuracy", best=max, percent=True),
+    Metric("eval_detection_f1", "Replaced tokens found, held out", "F1", best=max, of_some=True),
+    Metric("eval_nsp_accuracy", "Next sentence prediction, held out", "accuracy", best=max, percent=True, of_some=True),
     Metric("learning_rate", "Learning rate", "learning rate"),
     Metric("grad_norm", "Gradient norm", "gradient norm", log=True),
     Metric("loss_scale", "Loss scale", "loss scale", log=True, precision="fp16"),

@@ -118,7 +118,11 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _is_perplexity(content: Any) -> bool:
-    return isinstance(content, dict) and BY_POSITION in content
+    """Whether it is what `launch/evaluate.py perplexity` writes, not another tool's."""
+    ranges = content.get(BY_POSITION) if isinstance(content, dict) else None
+    return isinstance(ranges, list) and all(
+        isinstance(each, dict) and {"first", "last", "loss"} <= each.keys() for each in ranges
+    )
 
 
 def _loss_by_position(ranges: list[dict[str, Any]]) -> Series:
@@ -132,7 +136,9 @@ def _in_short(content: Any) -> Any:
     """Results without what is drawn, and without every epoch of every fine-tuning, which would hide what came out."""
     if _is_perplexity(content):
         return {name: value for name, value in content.items() if name != BY_POSITION}
-    if not isinstance(content, dict) or not {"best", "settings"} <= content.keys():
+    if not isinstance(content, dict) or "best" not in content or not isinstance(content.get("settings"), list):
+        return content
+    if not all(isinstance(each, dict) for each in content["settings"]):
         return content
     settings = [{name: value for name, value in each.items() if name != "runs"} for each in content["settings"]]
     return {**content, "settings": settings}

@@ -172,7 +172,7 @@ class InitialModel:
                 run.model.vocab_size,
                 lambda text: [piece.id for piece in old.model.tokenize(text)],
             )
-            for name in VOCABULARY_PARAMETERS:
+            for name in weights.keys() & VOCABULARY_PARAMETERS:  # a checkpoint without masked-LM head has one
                 weights[name] = token_rows(weights[name], sources)
             told.append(
                 f"embeddings of {shared:,} tokens are copied, of {len(new) - shared:,} the mean of the pieces that the "

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.errors import UserError
+from ds_roberta.model.export import CARD_SIGNATURE
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 
@@ -33,6 +35,9 @@ def model_card(config: ModelConfig, state: TrainState, parameters: int, checkpoi
 
     Args:
         checkpoint: `RUN/checkpoints/global_stepN`; outside of a run's folder the card has the checkpoint's facts alone.
+
+    Raises:
+        UserError: the run's `config.json` or `metrics.jsonl` is broken.
     """
     run = checkpoint.resolve().parents[1]
     record = _read_record(run / CONFIG_NAME)
@@ -44,7 +49,7 @@ def model_card(config: ModelConfig, state: TrainState, parameters: int, checkpoi
 
 A RoBERTa encoder: {config.num_hidden_layers} layers of width {config.hidden_size} with {config.num_attention_heads} \
 heads, {parameters:,} parameters, a vocabulary of {config.vocab_size:,} tokens, sequences of at most \
-{state.trained_length} of them. It was pretrained with ds_roberta and not tuned for a task.
+{state.trained_length} of them. It was {CARD_SIGNATURE} and not tuned for a task.
 
 ```python
 from transformers import AutoModel, AutoModelForSequenceClassification{", pipeline" if has_head else ""}
@@ -64,14 +69,15 @@ It knows no more than the text it was trained on, and repeats its errors and pre
 
 def _training(state: TrainState) -> dict[str, Any]:
     identity, masking, packing = state.identity, state.identity.get("masking"), state.identity["packing"]
-    objective = "masked language modelling"
+    objective, chosen = "masked language modelling", "masked"
     if identity.get("objective") == "rts":
+        chosen = "replaced"
         objective = "random token substitution (which tokens were replaced?), whose head is not in this folder"
     if identity.get("next_sentence_prediction"):
         objective += " and next sentence prediction, whose head is not in this folder"
     facts = {
         "objective": objective,
-        "masked": _masking(masking) if masking else None,
+        chosen: _masking(masking) if masking else None,
         "sequences": f"{packing['max_seq_length']} tokens",
         "packing": packing.get("format"),
         "schedule of their length": _schedule(identity.get("max_seq_length_schedule")),
@@ -106,13 +112,17 @@ def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
     if not metrics.is_file():
         return {}
     lines = metrics.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [_parse(metrics, line) for line in lines if line.endswith("}")]  # the last may be a killed run's half
     losses = [row for row in rows if row.get("eval_loss") is not None and row["global_step"] <= state.global_step]
     if not losses:
         return {}
-    step, loss = losses[-1]["global_step"], losses[-1]["eval_loss"]
-    value = f"{loss:.4f} nats a masked token (perplexity {math.exp(min(loss, 700.0)):,.2f}), after step {step:,}"
-    return {"held-out loss": value}
+    last, loss = losses[-1], losses[-1]["eval_loss"]
+    after = f"after step {last['global_step']:,}"
+    if state.identity.get("objective") == "rts":
+        found = {"held-out loss": f"{loss:.4f} nats a token, {after}"}
+        measures = [f"{name} {last[f'eval_detection_{name}']:.3f}" for name in ("precision", "recall", "f1")]
+        return {**found, "replaced tokens found": f"{', '.join(measures)}, {after}"}
+    return {"held-out loss": f"{loss:.4f} nats a masked token (perplexity {math.exp(min(loss, 700.0)):,.2f}), {after}"}
 
 
 def _circumstances(record: dict[str, Any]) -> dict[str, str]:
@@ -148,4 +158,18 @@ def _at(value: Any, place: tuple[str | int, ...]) -> Any:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A run's `config.json`; empty where the folder is no run's."""
+    record = _parse(path, path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record if "run" in record else {}
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"{str(path)!r} is broken ({error}): mend it, or export a copy of the checkpoint alone"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} has no JSON object: mend it, or export a copy of the checkpoint alone")
+    return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from ds_roberta.training.compilation import compile_layers, resolve_torch_compil
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.initial_state import initial_state
-from ds_roberta.training.metrics import CONFIG_NAME
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.options import PretrainOptions, run_config
 from ds_roberta.training.peak import MEASURED, device_peak
@@ -158,6 +159,7 @@ def _read_inputs(
 
         initial_model = InitialModel.open(options.init_from)
     config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu(), initial_model)
+    _check_output_dir(config)
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
     return deepspeed_config, corpus, config, choose_precision(deepspeed_config), initial_model
@@ -165,6 +167,26 @@ def _read_inputs(
 
 def _make_model(config: RunConfig) -> Objective:
     return make_model(config.model, config.objective, config.packing.is_paired)
+
+
+def _check_output_dir(config: RunConfig) -> None:
+    """Refuse a folder whose own files the run's would replace."""
+    output = config.output_dir.resolve()
+    for option, folder in (("data_dir", config.data_dir), ("init_from", config.init_from)):
+        if folder is not None and folder.resolve() == output:
+            raise UserError(f"--output_dir {str(config.output_dir)!r} is --{option}: give a folder of the run's own")
+    record = output / CONFIG_NAME
+    if not record.is_file():
+        return
+    try:
+        is_runs = "run" in json.loads(record.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        is_runs = (output / METRICS_NAME).is_file()  # a run's damaged record, which is written anew
+    if not is_runs:
+        raise UserError(
+            f"--output_dir {str(config.output_dir)!r} has a {CONFIG_NAME} that is no run's, perhaps a model's: give "
+            "another folder"
+        )
 
 
 def _make_output_dir(output_dir: Path, best_step: int | None) -> None:

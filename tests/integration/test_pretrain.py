@@ -71,6 +71,16 @@ def test_the_run_records_how_it_was_made(unbroken):
     assert record["versions"]["torch"] == torch.__version__
 
 
+def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
+    line = pretrain(workspace, *SETTINGS, "--output_dir", "data/corpus", code=2).splitlines()[-1]
+    assert line == "error: --output_dir 'data/corpus' is --data_dir: give a folder of the run's own"
+    (workspace / "model").mkdir()
+    (workspace / "model/config.json").write_text('{"model_type": "roberta"}')
+    line = pretrain(workspace, *SETTINGS, "--output_dir", "model", code=2).splitlines()[-1]
+    assert "error: --output_dir 'model' has a config.json that is no run's" in line
+    assert [path.name for path in (workspace / "model").iterdir()] == ["config.json"]
+
+
 def test_length_and_batch_follow_their_schedules(workspace):
     arguments = (*SETTINGS, "--output_dir", "runs/staged", "--train_batch_size_schedule", "0:8,2:24")
     printed = pretrain(workspace, *arguments, "--max_seq_length_schedule", "0:32,3:64")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
 from ds_roberta.model import export as export_module
-from ds_roberta.model.export import export, hf_config
+from ds_roberta.model.export import CARD_SIGNATURE, export, hf_config
 from ds_roberta.model.objectives import MaskedLM
 
 LENGTH = 48
@@ -27,7 +27,7 @@ def weights(config):
 
 @pytest.fixture
 def do_export(config, weights, tokenizer_folder):
-    return lambda output: export(config, weights, tokenizer_folder, LENGTH, output)
+    return lambda output: export(config, weights, tokenizer_folder, LENGTH, output, f"It was {CARD_SIGNATURE}.")
 
 
 def assert_nothing_left(tmp_path, *expected):
@@ -59,12 +59,12 @@ def test_the_tokenizer_in_the_folder_gives_the_same_ids(tmp_path, do_export, tok
 
 def test_a_model_exported_before_is_replaced(tmp_path, weights, do_export):
     do_export(tmp_path / "model")
-    (tmp_path / "model/old.txt").write_text("of the old model")
+    (tmp_path / "model/vocab.json").write_text("of the old model")
     weights["lm_head.bias"] = weights["lm_head.bias"] + 1
     do_export(tmp_path / "model")
     model = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "model")
     assert torch.equal(model.lm_head.bias, weights["lm_head.bias"])
-    assert not (tmp_path / "model/old.txt").exists()
+    assert not (tmp_path / "model/vocab.json").exists()
     assert_nothing_left(tmp_path, "model")
 
 
@@ -156,6 +156,16 @@ def test_something_else_is_not_replaced(tmp_path, do_export):
     with pytest.raises(UserError, match=r"chapter.txt' is a file"):
         do_export(tmp_path / "thesis/chapter.txt")
     assert_nothing_left(tmp_path / "thesis", "chapter.txt")
+
+
+@pytest.mark.parametrize("damage", ["results.json", "notes.txt", "README.md"])
+def test_a_model_of_another_or_with_other_files_is_not_replaced(tmp_path, do_export, damage):
+    """Of a fine-tuning, with notes of the user's, and a downloaded one, whose card is another."""
+    do_export(tmp_path / "model")
+    (tmp_path / "model" / damage).write_text("precious")
+    with pytest.raises(UserError, match="not empty and not an exported model alone"):
+        do_export(tmp_path / "model")
+    assert (tmp_path / "model" / damage).read_text() == "precious"
 
 
 def test_an_empty_folder_is_filled(tmp_path, do_export):

@@ -26,7 +26,7 @@ def exported(tmp_path_factory, tokenizer_folder):
     config = model_config("tiny", 400, LENGTH)
     weights = {name: parameter.detach() * 2 for name, parameter in MaskedLM(config).named_parameters()}
     output = tmp_path_factory.mktemp("exported") / "model"
-    export(config, weights, tokenizer_folder, LENGTH, output)
+    export(config, weights, tokenizer_folder, LENGTH, output, "card")
     return output
 
 
@@ -172,6 +172,11 @@ def test_a_sentence_longer_than_the_model_is_refused(folder):
         score_pairs(folder, [pair("kato", "to " * 600)], "original")
 
 
+def test_sentences_behind_the_trained_positions_are_told(folder, caplog):
+    score_pairs(folder, [pair("kato", "to " * LENGTH)], "original")
+    assert f"1 sentences are longer than the {LENGTH} tokens that the model was trained on, first " in caplog.text
+
+
 def test_a_model_whose_numbers_are_not_finite_is_refused(exported):
     broken = open_roberta(exported)
     with torch.no_grad():
@@ -210,6 +215,11 @@ def without_head(folder):
         (lambda folder: (folder / "config.json").unlink(), "no model in"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda folder: change_json(folder / "config.json", model_type="bert"), "of the type 'bert'"),
+        (lambda folder: (folder / "config.json").write_text('{"run": {}}'), "is a run's folder: give .*/hf'"),
+        (
+            lambda folder: change_json(folder / "tokenizer_config.json", model_max_length="64"),
+            "the model_max_length '64': give a number",
+        ),
         (lambda folder: change_json(folder / "config.json", pad_token_id=5), "<pad> is 1.* is not the model's.*is 5"),
         (lambda folder: change_json(folder / "config.json", vocab_size=399), "400 ids.* is not the model's .399"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ds_roberta.config import model_config
+from ds_roberta.errors import UserError
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.model_card import model_card
 
@@ -64,6 +65,35 @@ def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     assert "secret" not in card
     assert (facts["torch"], facts["commit of ds_roberta"], facts["processes"]) == ("2.13.0", "c0ffee", "8")
     assert not any("None" in value for value in facts.values())
+
+
+def test_the_card_of_token_substitution_speaks_of_replaced_tokens(run):
+    detection = {
+        f"eval_detection_{name}": value for name, value in (("precision", 0.5), ("recall", 0.25), ("f1", 1 / 3))
+    }
+    (run / "metrics.jsonl").write_text(json.dumps({"global_step": 1000, "eval_loss": 0.4, **detection}))
+    identity = {**IDENTITY, "objective": "rts", "next_sentence_prediction": False}
+    card = model_card(CONFIG, TrainState(identity, 1200), 7_000_000, run / "checkpoints/global_step1200")
+    facts = table(card)
+    assert facts["replaced"] == "0.3 to 0.15 of the tokens, by span, dynamic"
+    assert facts["held-out loss"] == "0.4000 nats a token, after step 1,000"
+    assert facts["replaced tokens found"] == "precision 0.500, recall 0.250, f1 0.333, after step 1,000"
+    assert "perplexity" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", '{"run"'), ("config.json", "[]"), ("metrics.jsonl", 'loss": 1}\n')]
+)
+def test_a_broken_record_of_the_run_is_named(run, name, content):
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}' (is broken|has no JSON object).*mend it"):
+        model_card(CONFIG, TrainState(IDENTITY, 1200), 1, run / "checkpoints/global_step1200")
+
+
+def test_another_tools_config_beside_a_checkpoint_is_no_record(run):
+    (run / "config.json").write_text('{"model_type": "roberta"}')
+    card = model_card(CONFIG, TrainState(IDENTITY, 1200), 1, run / "checkpoints/global_step1200")
+    assert "# RoBERTa\n" in card
 
 
 def test_a_checkpoint_alone_has_its_own_facts(tmp_path):

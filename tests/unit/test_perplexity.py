@@ -36,7 +36,7 @@ def model():
 def exported(tmp_path_factory, model, tokenizer_folder):
     output = tmp_path_factory.mktemp("exported") / "model"
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    export(model_config("tiny", 400, LENGTH), weights, tokenizer_folder, LENGTH, output)
+    export(model_config("tiny", 400, LENGTH), weights, tokenizer_folder, LENGTH, output, "card")
     return output
 
 
@@ -134,6 +134,16 @@ def test_a_tokenizer_that_gives_other_ids_is_refused(tmp_path, corpus, exported)
 def test_a_length_beyond_the_models_positions_is_refused(corpus, exported):
     with pytest.raises(UserError, match="--max_seq_length 513 is more than the model's 512 positions"):
         evaluate_perplexity(exported, corpus.folder, 513)
+
+
+def test_positions_that_were_not_trained_are_told(corpus, exported, caplog):
+    evaluate_perplexity(exported, corpus.folder, LENGTH + 8, sequences=4)
+    assert f"more than the {LENGTH} tokens that the model was trained on" in caplog.text
+
+
+def test_a_sample_without_a_masked_token_has_no_loss(corpus, exported):
+    with pytest.raises(UserError, match="no token of the held-out sequences is masked: raise --mlm_probability"):
+        evaluate_perplexity(exported, corpus.folder, masking=MaskingConfig(mlm_probability=1e-9), sequences=1)
 
 
 def test_data_without_held_out_documents_is_refused(tmp_path, write_corpus, exported):

@@ -227,6 +227,39 @@ def test_folders_that_cannot_be_shown_are_refused(tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_every_setting_that_differs_is_shown(tmp_path):
+    settings = {"masking": {"copies": None}, "model": {"hidden_dropout_prob": 0.1}, "seed": 3}
+    a = write_run(tmp_path / "a", steps(1, loss=float), run={**settings, "output_dir": "a"})
+    settings |= {"masking": {"copies": 10}, "model": {"hidden_dropout_prob": 0.3}, "output_dir": "b"}
+    b = write_run(tmp_path / "b", steps(1, loss=float), run=settings, deepspeed={"gradient_clipping": 1.0})
+    write_report([a, b], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    cells = Cells(text)
+    assert cells.row("masking_copies") == ["–", "10"]
+    assert cells.row("run.model.hidden_dropout_prob") == ["0.1", "0.3"]
+    assert cells.row("deepspeed.gradient_clipping") == ["–", "1"]
+    assert "output_dir" not in text
+    assert "run.seed" not in text
+
+
+def test_what_only_some_objectives_have_is_not_missed_elsewhere(tmp_path):
+    pairs = write_run(tmp_path / "pairs", steps(2, loss=float, mlm_loss=float, nsp_loss=float))
+    plain = write_run(tmp_path / "plain", steps(2, loss=float))
+    write_report([pairs, plain], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert any("next sentence prediction by step" in image["alt"] for image in Cells(text).images)
+    assert "Not recorded by plain" not in text
+    assert "eval_detection_f1" not in text
+
+
+def test_results_of_another_form_are_listed_as_they_are(tmp_path):
+    run = write_run(tmp_path / "a", steps(1, loss=float))
+    (run / "evaluation.json").write_text('{"by_position": {"a": 1}}')
+    (run / "results.json").write_text('{"best": 1, "settings": {"a": 7}}')
+    write_report([run], tmp_path / "report.html")
+    assert Cells((tmp_path / "report.html").read_text()).row("settings.a") == ["7"]
+
+
 def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path):
     run = write_run(tmp_path / "a", steps(1, loss=float))
     (tmp_path / "file").write_text("")

@@ -154,7 +154,7 @@ def encoder_weights(model):
 
 def test_the_exported_folder_is_the_encoder_and_opens_everywhere(tmp_path, config, model, collator, tokenizer_folder):
     weights = encoder_weights(model)
-    assert export(config, weights, tokenizer_folder, LENGTH, tmp_path / "model") < 1e-5
+    assert export(config, weights, tokenizer_folder, LENGTH, tmp_path / "model", "card") < 1e-5
     assert json.loads((tmp_path / "model/config.json").read_text())["architectures"] == ["RobertaModel"]
     batch = collator.collate(np.arange(3), np.arange(3))
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "model").eval()
