@@ -191,6 +191,18 @@ def test_another_vocabulary_is_mapped_by_the_tokens_texts(
         begin(hub_folder, corpus, remap_token_embeddings=True)
 
 
+def test_weights_without_masked_lm_head_are_mapped_too(hub_folder, corpus, other_corpus, monkeypatch):
+    """As a checkpoint of token substitution has them."""
+    read = InitialModel._weights
+    monkeypatch.setattr(
+        InitialModel,
+        "_weights",
+        lambda self: {name: weight for name, weight in read(self).items() if not name.startswith("lm_head.")},
+    )
+    model, *_ = begin(hub_folder, other_corpus, remap_token_embeddings=True, objective="rts")
+    assert model.roberta.embeddings.word_embeddings.weight.shape[0] == 320
+
+
 def test_the_mapped_model_says_of_shared_tokens_what_it_said(
     hub_folder, corpus, other_corpus, other_tokenizer, tokenizer_folder
 ):
