@@ -175,13 +175,12 @@ def _other_differences(runs: Sequence[Run], shown: set[str]) -> dict[str, list[s
     """The runs' other settings, by their place in `config.json`, as far as they differ."""
     settings = [flatten({part: run.setting(part) or {} for part in ("run", "deepspeed")}) for run in runs]
     names = dict.fromkeys(name for of_run in settings for name in of_run)
-    rows = {name: [_text(of_run.get(name, NOTHING)) for of_run in settings] for name in names}
+    rows = {name: [_text(of_run.get(name)) for of_run in settings] for name in names}
     return {name: cells for name, cells in rows.items() if len(set(cells)) > 1 and name not in shown | OWN_PLACES}
 
 
 def _first(run: Run, paths: Sequence[tuple[str | int, ...]]) -> str:
-    values = [value for path in paths if (value := run.setting(*path)) is not None]
-    return _text(values[0]) if values else NOTHING
+    return _text(next((value for path in paths if (value := run.setting(*path)) is not None), None))
 
 
 def _results(runs: Sequence[Run]) -> list[str]:
@@ -189,12 +188,14 @@ def _results(runs: Sequence[Run]) -> list[str]:
     for file in dict.fromkeys(file for run in runs for file in run.results):
         having = [run for run in runs if file in run.results]
         keys = dict.fromkeys(key for run in having for key in run.results[file])
-        rows = {key: [_text(run.results[file].get(key, NOTHING)) for run in having] for key in keys}
+        rows = {key: [_text(run.results[file].get(key)) for run in having] for key in keys}
         parts += [f"<h2>{escape(file)}</h2>", _table(having, rows)]
     return parts
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return NOTHING
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
