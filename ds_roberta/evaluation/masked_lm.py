@@ -10,7 +10,6 @@ import numpy as np
 from ds_roberta.data.loader import Collator, MicroBatch, split_places
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.distributed import Ranks
-from ds_roberta.errors import UserError
 
 _ORDER_SEED = 0
 
@@ -40,9 +39,6 @@ class HeldOutLoss:
 
         Returns:
             None where it was told to stop.
-
-        Raises:
-            UserError: no token at all is masked.
         """
         sums, masked, sequences = np.zeros(1), 0, 0
         for part in self._parts:
@@ -53,7 +49,5 @@ class HeldOutLoss:
             masked += len(micro_batch.labels)
             sequences += micro_batch.sequences
         all_masked, all_sequences, total, *of_pairs = self._ranks.sum(masked, sequences, *sums.tolist())
-        if not all_masked:
-            raise UserError("no token of the held-out sequences is masked: raise --mlm_probability or --eval_sequences")
-        loss = total / all_masked
+        loss = total / max(all_masked, 1)
         return loss, math.exp(min(loss, 700.0)), *(each / all_sequences for each in of_pairs)

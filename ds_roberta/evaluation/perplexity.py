@@ -99,7 +99,8 @@ def held_out_perplexity(
     """The loss on a fixed sample of the validation split; see `HeldOutLoss`.
 
     Raises:
-        UserError: the corpus has no such split or another tokenizer, or the model has too few positions.
+        UserError: the corpus has no such split or another tokenizer, the model has too few positions, or no
+            token at all is masked.
     """
     if not corpus.manifest.splits.get(VALIDATION_SPLIT):
         raise UserError(
@@ -127,6 +128,8 @@ def held_out_perplexity(
     losses = _LossByPosition(folder, packing.max_seq_length)
     result = held_out.compute(losses.add)
     assert result is not None  # nobody stops it
+    if not losses.counts.any():
+        raise UserError("no token of the held-out sequences is masked: raise --mlm_probability or --eval_sequences")
     loss, perplexity = result
     return Perplexity(loss, perplexity, int(losses.counts.sum()), min(sequences, len(packed)), losses.bins())
 
