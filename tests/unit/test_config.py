@@ -169,7 +169,7 @@ def test_intervals_are_positive(name):
 
 
 def test_a_run_has_a_seed_from_0_on_and_sequences_to_evaluate():
-    with pytest.raises(UserError, match="--seed must be from 0 to 2\*\*63 - 1, got -1"):
+    with pytest.raises(UserError, match=r"--seed must be from 0 to 2\*\*63 - 1, got -1"):
         run_config(seed=-1)
     with pytest.raises(UserError, match="--eval_sequences must be a positive whole number, got 0"):
         run_config(eval_sequences=0)
