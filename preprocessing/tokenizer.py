@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import REMEDY, TokenizerInfo, check_text_is_kept
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 
@@ -30,7 +30,6 @@ TOKENIZER_FILES = (
 )
 
 _MIN_PAIR_FREQUENCY = 2
-_REMEDY = "use a byte-level BPE of the RoBERTa kind, for example one made with 'preprocess train-tokenizer'"
 _CONFIG = {
     "add_prefix_space": False,
     "bos_token": "<s>",
@@ -129,13 +128,18 @@ def copy_tokenizer(source: Path, target: Path) -> TokenizerInfo:
             _save(*models.BPE.read_file(str(vocabulary), str(merges)), target)
         info = info or TokenizerInfo.read(target)
         tokenizer = corpus_tokenizer(target, info).library
+    except UserError:
+        raise
     except Exception as error:  # the library raises no narrower type
-        raise UserError(f"cannot use the tokenizer in {str(source)!r} ({error!r}): {_REMEDY}") from error
+        raise UserError(f"cannot use the tokenizer in {str(source)!r} ({error!r}): {REMEDY}") from error
     missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if tokenizer.token_to_id(letter) is None]
     if missing:
         raise UserError(
-            f"the tokenizer in {str(source)!r} lacks {len(missing)} of the 256 bytes, so it would lose text: {_REMEDY}"
+            f"the tokenizer in {str(source)!r} lacks {len(missing)} of the 256 bytes, so it would lose text: {REMEDY}"
         )
+    change = check_text_is_kept(tokenizer, source)
+    if change is not None:
+        print(change, flush=True)
     if not (target / "tokenizer_config.json").exists():
         write_json(target / "tokenizer_config.json", _CONFIG)
     return info

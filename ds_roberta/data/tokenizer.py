@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -12,7 +13,29 @@ import xxhash
 
 from ds_roberta.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 MAX_UINT16_VOCABULARY = 1 << 16
+REMEDY = "use a tokenizer of the RoBERTa kind, for example one made with 'preprocess train-tokenizer'"
+
+_PROBES = {
+    "Latin": "Größe, naïve façade: It's 1 234,5 €",
+    "Greek": "Ξεσκεπάζω την ψυχοφθόρα",
+    "Cyrillic": "Съешь же ещё этих мягких булок",
+    "Arabic": "نَصٌّ عربيّ",
+    "Hebrew": "שָׁלוֹם עולם",
+    "Devanagari": "क्षत्रिय हिन्दी",
+    "Thai": "ภาษาไทยน้ำ",
+    "Chinese": "今天天气很好。𠮷",
+    "Japanese": "ガギグ がっこうへ行く",
+    "Korean": "한국어 각",
+    "emoji": "👩‍👩‍👧‍👦 🇩🇪 👍🏽",
+    "combining marks": "e\u0301 o\u0308\u0323",
+    "control characters": "a\x00b\x1f\x7f\u200b\ufeff",
+    "white space": "a  b\t\tc\n\n d\u00a0\u3000e ",
+}
+"""A text of each script, that a tokenizer must give back."""
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -42,28 +65,16 @@ class TokenizerInfo:
         """Read `tokenizer.json` of a Hugging Face tokenizer folder.
 
         Raises:
-            UserError: there is no such file, it is not a tokenizer, or one of RoBERTa's special tokens is missing.
+            UserError: as `tokenizer_content`; or one of RoBERTa's special tokens is missing.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(
-                f"no tokenizer in {str(folder)!r} (tokenizer.json is missing): "
-                "make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
-            )
-        try:
-            content = orjson.loads(path.read_bytes())
-            model, added = content["model"], content.get("added_tokens") or []
-            vocabulary = dict(model["vocab"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json: {error!r}") from error
+        content = tokenizer_content(folder)
+        model, added = content["model"], content.get("added_tokens") or []
+        vocabulary = dict(model["vocab"])
         vocabulary.update({token["content"]: token["id"] for token in added})
         ids = {}
         for name in ("<s>", "<pad>", "</s>", "<mask>"):
             if name not in vocabulary:
-                raise UserError(
-                    f"the tokenizer in {str(folder)!r} has no {name} token: use a tokenizer of the RoBERTa kind, "
-                    "for example one made with 'preprocess train-tokenizer'"
-                )
+                raise UserError(f"the tokenizer in {str(folder)!r} has no {name} token: {REMEDY}")
             ids[name] = vocabulary[name]
         specials = {token["id"] for token in added if token.get("special")} | set(ids.values())
         identity = {
@@ -82,3 +93,64 @@ class TokenizerInfo:
             # As `json_fingerprint`, whose canonical form this is too where there are no fractions, but much faster.
             fingerprint=xxhash.xxh3_128_hexdigest(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)),
         )
+
+
+def tokenizer_content(folder: Path) -> dict[str, Any]:
+    """The content of `tokenizer.json`, of RoBERTa's kind: the vocabulary is an object.
+
+    Raises:
+        UserError: there is no such file, it is not a tokenizer's, or that of another kind of tokenizer.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer in {str(folder)!r} (tokenizer.json is missing): "
+            "make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
+        )
+    try:
+        content: dict[str, Any] = orjson.loads(path.read_bytes())
+        obstacle = _OBSTACLES["RobertaTokenizer"](content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json: {error!r}") from error
+    if obstacle is not None:
+        raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json, but has {obstacle}: {REMEDY}")
+    return content
+
+
+def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
+    """Encode and decode texts of many scripts.
+
+    Args:
+        tokenizer: of `folder`, which neither cuts nor pads texts.
+
+    Returns:
+        What its normalizer changes, in words; None where it changes none of the texts.
+
+    Raises:
+        UserError: a text is lost: it does not come back as the normalizer leaves it, or the normalizer leaves nothing.
+    """
+    changed = []
+    for script, text in _PROBES.items():
+        text = f" {text}"  # some tokenizers put a space before a text that has none
+        kept = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        found = tokenizer.decode(ids, skip_special_tokens=False)
+        if found != kept or not kept.strip():
+            raise UserError(
+                f"the tokenizer in {str(folder)!r} would lose text ({script}: {text!r} becomes {found!r}): {REMEDY}"
+            )
+        if kept != text:
+            changed.append(f"{script} ({text.strip()!r} becomes {kept.strip()!r})")
+    return f"the tokenizer's normalizer changes text: {', '.join(changed)}" if changed else None
+
+
+def _why_not_bpe(content: dict[str, Any]) -> str | None:
+    model = content["model"]
+    kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not say
+    if kind != "BPE":
+        return f"a model of type {kind}"
+    return None if isinstance(model["vocab"], dict) else "a vocabulary that is no object"
+
+
+_OBSTACLES: dict[str, Callable[[dict[str, Any]], str | None]] = {"RobertaTokenizer": _why_not_bpe}
+"""By transformers' class of tokenizer: what a `tokenizer.json` has that one of this class cannot have, or None."""

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo, check_text_is_kept
 from ds_roberta.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -113,7 +113,7 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a folder that `TokenizerInfo.read` accepts, without truncation and padding.
 
     Raises:
-        UserError: `tokenizers` does not accept its file.
+        UserError: `tokenizers` does not accept its file, or it would lose text.
     """
     path = folder / "tokenizer.json"
     try:
@@ -123,6 +123,7 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # the letters `<mask>` in a text stay text, as they did in training
+    check_text_is_kept(tokenizer, folder)
     return tokenizer
 
 

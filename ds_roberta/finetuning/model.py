@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 
+from ds_roberta.data.tokenizer import check_text_is_kept, tokenizer_content
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation import roberta_folder
@@ -41,7 +42,8 @@ def read_tokenizer(
         options: the tokenizer's own.
 
     Raises:
-        UserError: the folder lacks its tokenizer, or the tokenizer is broken or has ids that the model lacks.
+        UserError: the folder lacks its tokenizer, or the tokenizer is broken, of another kind or has ids that the model
+            lacks.
     """
     if not (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file():
         raise UserError(f"{str(folder)!r} has no tokenizer.json: copy the tokenizer's files into the model's folder")
@@ -49,6 +51,11 @@ def read_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the libraries raise nothing more precise
         raise UserError(f"the tokenizer in {str(folder)!r} cannot be read ({error}): copy it again") from error
+    if (folder / "tokenizer.json").is_file():
+        tokenizer_content(folder)  # of one of another kind transformers makes a byte-level BPE without merges, silently
+    tokenizer.backend_tokenizer.no_truncation()  # transformers sets these two again at each call
+    tokenizer.backend_tokenizer.no_padding()
+    check_text_is_kept(tokenizer.backend_tokenizer, folder)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer in {str(folder)!r} has {len(tokenizer)} ids, the model {config.vocab_size}: "

@@ -26,6 +26,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
     f"ds_roberta.{name}"
     for name in (
         "data.shards",
+        "data.tokenizer",
         "data.packing",
         "data.order",
         "data.mixture",

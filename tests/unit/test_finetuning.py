@@ -265,6 +265,13 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(content | changes))
 
 
+def of_another_kind(folder):
+    """A tokenizer of which transformers makes one of bytes that has no merges, silently."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    model = {"type": "Unigram", "vocab": [[token, -1.0] for token in content["model"]["vocab"]], "unk_id": 3}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"model": model}))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -274,6 +281,7 @@ def change_config(folder, **changes):
         (lambda folder: change_config(folder, intermediate_size=32), "in another shape than config.json says"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "the tokenizer in .* cannot be read"),
+        (of_another_kind, "has a model of type Unigram: use a tokenizer of the RoBERTa kind"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"broken"), "weights in .* cannot be read"),
         (without_a_layer, "lack 'roberta.encoder.layer.0.output.dense.weight'"),

@@ -204,6 +204,12 @@ def without_mask(folder):
     path.write_text(path.read_text().replace("<mask>", "<musk>"))
 
 
+def of_another_kind(folder):
+    path = folder / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    change_json(path, model={"type": "WordLevel", "vocab": model["vocab"], "unk_token": "<unk>"})
+
+
 def without_head(folder):
     config = transformers.RobertaConfig(**hf_config(model_config("tiny", 400, LENGTH)).to_dict())
     transformers.RobertaModel(config).save_pretrained(folder)
@@ -224,6 +230,11 @@ def without_head(folder):
         (lambda folder: change_json(folder / "config.json", vocab_size=399), "400 ids.* is not the model's .399"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (without_mask, "has no <mask> token"),
+        (of_another_kind, "has a model of type WordLevel"),
+        (
+            lambda folder: change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Whitespace"}),
+            "would lose text .Latin",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "weights in .* cannot be read"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"none"), "weights in .* cannot be read"),
         (without_head, "lacks 'lm_head"),

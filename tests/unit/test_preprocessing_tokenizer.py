@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import models
 
 from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
@@ -126,6 +127,63 @@ def test_unusable_tokenizers_are_refused(folder, tmp_path):
     words = change(folder, tmp_path / "words", model=model, added_tokens=[])
     with pytest.raises(UserError, match="lacks 255 of the 256 bytes"):
         copy_tokenizer(words, tmp_path / "copy")
+
+
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+
+
+def model_of(kind, vocabulary):
+    """A model of another kind with the same tokens, the letters of the 256 bytes among them."""
+    if kind == "Unigram":
+        return models.Unigram([(token, -1.0) for token in vocabulary], unk_id=vocabulary["<unk>"])
+    return {"WordPiece": models.WordPiece, "WordLevel": models.WordLevel}[kind](vocabulary, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "WordLevel"])
+@pytest.mark.parametrize("splitter", [METASPACE, None])
+def test_other_kinds_that_hold_the_letters_of_all_bytes_are_refused(folder, tmp_path, kind, splitter):
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    model = json.loads(model_of(kind, vocabulary).__getstate__())
+    changes = {} if splitter is None else {"pre_tokenizer": splitter, "decoder": splitter}
+    other = change(folder, tmp_path / "other", model=model, **changes)
+    with pytest.raises(UserError, match=rf"has a model of type {kind}: use a tokenizer of the RoBERTa kind"):
+        copy_tokenizer(other, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"pre_tokenizer": METASPACE, "decoder": METASPACE}, "Latin"),  # BPE, not of bytes
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Latin"),
+        ({"decoder": None}, "Latin: .*\u0120"),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": "\\p{Thai}"}, "content": ""}}, "Thai: .* becomes ' '"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused(folder, tmp_path, changes, lost):
+    with pytest.raises(UserError, match=rf"would lose text \({lost}.*: use a tokenizer of the RoBERTa kind"):
+        copy_tokenizer(change(folder, tmp_path / "other", **changes), tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "told"),
+    [
+        (None, ""),
+        ({"type": "NFC"}, "changes text: combining marks ("),
+        ({"type": "Lowercase"}, "changes text: Latin ("),
+    ],
+)
+def test_what_a_normalizer_changes_is_told(folder, tmp_path, capsys, normalizer, told):
+    splitter = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    other = change(folder, tmp_path / "other", normalizer=normalizer, pre_tokenizer=splitter)
+    copy_tokenizer(other, tmp_path / "copy")
+    printed = capsys.readouterr().out
+    assert told in printed if told else not printed
+
+
+def test_a_file_that_does_not_name_its_model_is_of_the_kind_of_its_merges(folder, tmp_path):
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    del model["type"]
+    assert copy_tokenizer(change(folder, tmp_path / "old", model=model), tmp_path / "copy").vocab_size == 300
 
 
 def test_a_folder_with_anything_else_is_not_replaceable(folder, tmp_path):
