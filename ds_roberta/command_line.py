@@ -7,11 +7,13 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO, TypeVar
 
-from ds_roberta.errors import UserError
+from ds_roberta.errors import DiskError, UserError, user_message
 
 USER_ERROR_EXIT_CODE = 2
+PIPE_CLOSED_EXIT_CODE = 141
 Value = TypeVar("Value")
 
 
@@ -54,18 +56,61 @@ def _number(text: str, kind: Callable[[str], Value], description: str, is_allowe
     return number
 
 
-def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Run a command's body and `leave`: with its own code, or with 2 and one line on stderr for a `UserError`.
+class Messages:
+    """stderr for progress bars: what it refuses (a log on a full disk) is lost, and the work goes on."""
 
-    Under a launcher every process meets the same error; the first of each host reports it.
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Run a command's body and `leave`.
+
+    The exit code is the command's own; 2 with one line on stderr for a `UserError` and for whatever else the disk
+    refused, standard output included; or 141, as a shell has it, where the reader of our output, such as `head`, has
+    seen enough. Under a launcher every process meets the same error; the first of each host reports it. What a disk
+    refused one process of several, that one reports.
     """
     try:
         code = command() or 0
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        code = USER_ERROR_EXIT_CODE
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = PIPE_CLOSED_EXIT_CODE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        _say("interrupted")
         code = 130
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        is_shared = isinstance(error, UserError) and not isinstance(error, DiskError)
+        if not is_shared or os.environ.get("LOCAL_RANK", "0") == "0":
+            _say(f"error: {' '.join(message.split())}")
+        code = USER_ERROR_EXIT_CODE
+    for stream in (sys.stdout, sys.stderr):
+        _drop_what_is_refused(stream)
     leave(code)
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _drop_what_is_refused(stream: TextIO) -> None:
+    """Python writes what is left in a stream as it ends, and would report a failure in its own words."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

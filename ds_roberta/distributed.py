@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from ds_roberta.errors import UserError
+from ds_roberta.errors import UserError, user_message
 
 Result = TypeVar("Result")
 
@@ -65,28 +65,32 @@ class Ranks:
         return box[0]
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on rank 0; its value, or the `UserError` that it raised, on all processes."""
+        """Run `function` on rank 0; its value on all processes, or what a user is told of its error as `UserError`."""
         value, problem = None, None
         if self.is_main:
             try:
                 value = function()
-            except UserError as error:
-                problem = str(error)
+            except Exception as error:
+                problem = user_message(error)
+                if problem is None:
+                    raise
         value, problem = self.broadcast((value, problem))
         if problem is not None:
             raise UserError(problem)
         return value
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on every rank; its value here, or on all processes the first `UserError` that one raised.
+        """Run `function` on every rank; its value here, or on all processes a `UserError` where one met an error.
 
-        The message then names the hosts which it is of, unless all met the same.
+        It is the first that a user is told of; it names the hosts which it is of, unless all met the same.
         """
         value, problem = None, None
         try:
             value = function()
-        except UserError as error:
-            problem = str(error)
+        except Exception as error:
+            problem = user_message(error)
+            if problem is None:
+                raise
         problems = self.gather((socket.gethostname(), problem))
         first = next((text for _, text in problems if text is not None), None)
         if first is not None:

@@ -3,11 +3,57 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
+import shutil
 from collections.abc import Iterable
+
+_REFUSALS = {
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ENODEV", "ENOSPC", "EPERM", "EROFS", "ESTALE")
+    if hasattr(errno, name)
+}
+_RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
+_WORDS_WITHOUT_NUMBER = re.compile(
+    r"PytorchStreamWriter|inline_container\.cc.*unexpected pos|iostream error"  # torch.save
+    r"|Not enough free space to write|\d+ requested and \d+ written"  # numpy.save and tofile
+)
 
 
 class UserError(ValueError):
     """Something outside the program is wrong: the message names it, its value and the remedy, in one line."""
+
+
+class DiskError(UserError):
+    """The disk refused a file, perhaps to this process of several alone."""
+
+
+def disk_refusal(error: BaseException) -> str | None:
+    """What the disk refused, with the file where it is known; None if `error` is of another kind.
+
+    Only Python itself raises an `OSError` with a number. safetensors and tokenizers raise types of their own with the
+    number in the text, numpy and torch have none.
+    """
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return next((str(reason) for _, _, reason in error.args[0]), None)
+    if isinstance(error, OSError) and error.errno is not None:
+        name = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+        return f"{os.strerror(error.errno)}{name}" if error.errno in _REFUSALS else None
+    text = str(error)
+    if found := _RUST_NUMBER.search(text):
+        return os.strerror(int(found[1])) if int(found[1]) in _REFUSALS else None
+    if isinstance(error, OSError | RuntimeError) and _WORDS_WITHOUT_NUMBER.search(text):
+        return f"perhaps {os.strerror(errno.ENOSPC)}: {text}"
+    return None
+
+
+def user_message(error: Exception) -> str | None:
+    """What a user is told about `error`; None if it is a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    refusal = disk_refusal(error)
+    return refusal and f"the disk refused a file ({refusal}): fix this, then give the same command again"
 
 
 def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:

@@ -6,14 +6,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from ds_roberta.errors import UserError
+from ds_roberta.errors import DiskError, UserError, disk_refusal
 
 
 def sync_directory(path: Path) -> None:
@@ -69,6 +70,43 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append `line` and its end to a file, whole or not at all."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        left = f"{line}\n".encode()
+        try:
+            while left:  # a disk that is nearly full takes a part
+                left = left[file.write(left) :]
+        except BaseException:
+            file.truncate(end)
+            raise
+
+
+def honour_umask(files: Iterable[Path]) -> None:
+    """Give files the permissions that new ones get in their folders, by the umask and by a folder's default ACL.
+
+    A library that writes a temporary file and renames it leaves it to its owner alone, as safetensors 0.8 does.
+    """
+    modes: dict[Path, int] = {}
+    for file in files:
+        if file.parent not in modes:
+            modes[file.parent] = _mode_of_new_files(file.parent)
+        if stat.S_IMODE(file.stat().st_mode) != modes[file.parent]:
+            file.chmod(modes[file.parent])
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """As the system itself says: Python reads the umask only by changing it, for all threads at once."""
+    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
 def holds_only(folder: Path, names: frozenset[str]) -> bool:
@@ -137,7 +175,9 @@ def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) 
 def put_in_place(folder: Path, output: Path) -> None:
     """Make the whole `folder` durable and give it the place and name of `output`, on the same file system."""
     old = _old_folder(output)
-    for file in filter(Path.is_file, folder.rglob("*")):
+    files = list(filter(Path.is_file, folder.rglob("*")))
+    honour_umask(files)
+    for file in files:
         sync_file(file)
     try:
         if output.exists():
@@ -145,6 +185,8 @@ def put_in_place(folder: Path, output: Path) -> None:
         folder.rename(output)
         sync_directory(output.parent)
     except BaseException:
+        if output.exists() and not folder.exists():
+            output.rename(folder)
         _put_back(old, output)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -164,15 +206,27 @@ def created_parents(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def errors_of_the_disk(output: Path) -> Iterator[None]:
-    """Turn every `OSError` into a `UserError` that says that `output` cannot be written."""
+def errors_of_the_disk(output: Path, kind: str = "", remedy: str = "fix this or give another output") -> Iterator[None]:
+    """Turn every `OSError`, and what libraries make of one, into a `DiskError`: `output` cannot be written.
+
+    That nobody reads standard output any more (`BrokenPipeError`) has nothing to do with the disk.
+
+    Args:
+        kind: what the output is, such as "the plot ".
+    """
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {str(output)!r} ({os.strerror(error.errno or 0)}: {error.filename}): "
-            "give another --output or mend this"
-        ) from error
+    except (UserError, BrokenPipeError):
+        raise
+    except Exception as error:
+        reason = disk_refusal(error) or (isinstance(error, OSError) and _in_words(error))
+        if not reason:
+            raise
+        raise DiskError(f"cannot write {kind}{str(output)!r} ({reason}): {remedy}") from error
+
+
+def _in_words(error: OSError) -> str:
+    return str(error) if error.errno is None else f"{os.strerror(error.errno)}: {error.filename}"
 
 
 def _old_folder(output: Path) -> Path:

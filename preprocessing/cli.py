@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -21,9 +19,6 @@ from preprocessing.pieces import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMA
 from preprocessing.sentences import SENTENCE_KINDS
 from preprocessing.units import ShardOptions
 
-_PIPE_CLOSED_EXIT_CODE = 141
-"""What a shell reports of a command that SIGPIPE ended."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, or 2 with one line on stderr for an error that the user can mend.
@@ -33,13 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def command() -> int | None:
         options = parser().parse_args(arguments)
-        try:
-            code = options.run(options)
-            sys.stdout.flush()
-        except BrokenPipeError:  # who reads our output, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = _PIPE_CLOSED_EXIT_CODE
-        return code
+        return options.run(options)
 
     run_command(command)
 

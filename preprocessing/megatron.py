@@ -44,7 +44,7 @@ from ds_roberta.data.shards import (
     write_shard,
 )
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, replaced_folder
+from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from preprocessing.sharding import is_data_folder
 from preprocessing.tokenizer import copy_tokenizer
 
@@ -79,18 +79,20 @@ def export_split(corpus: Corpus, split_name: str, prefix: Path) -> tuple[int, in
     dtype = np.dtype("<u2" if split.values(0).dtype == np.uint16 else "<i4")
     documents = sum(info.documents for info in split.shards)
     sentences = sum(len(_lengths(split, shard)) for shard in shards)
-    try:
+    with errors_of_the_disk(prefix), created_parents(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        # The index is renamed last: without it the other file counts for nothing.
-        with atomic_path(index) as index_part, atomic_path(binary) as binary_part:
-            with binary_part.open("wb") as file:
-                for shard in shards:
-                    file.write(_without_separators(split, shard).astype(dtype, copy=False).tobytes())
-            with index_part.open("wb") as file:
-                file.write(_HEAD.pack(_MAGIC, _VERSION, _CODES[dtype], sentences, documents + 1))
-                _write_arrays(file, split, dtype.itemsize)
-    except OSError as error:
-        raise UserError(f"cannot write {str(prefix)!r} ({error.strerror}): give another --output") from error
+        try:
+            # The index is renamed last: without it the other file counts for nothing.
+            with atomic_path(index) as index_part, atomic_path(binary) as binary_part:
+                with binary_part.open("wb") as file:
+                    for shard in shards:
+                        file.write(_without_separators(split, shard).astype(dtype, copy=False).tobytes())
+                with index_part.open("wb") as file:
+                    file.write(_HEAD.pack(_MAGIC, _VERSION, _CODES[dtype], sentences, documents + 1))
+                    _write_arrays(file, split, dtype.itemsize)
+        except BaseException:
+            binary.unlink(missing_ok=True)
+            raise
     return documents, sentences
 
 

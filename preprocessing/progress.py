@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ds_roberta.command_line import Messages
+
 _LOG_SECONDS = 30.0
 """How often a bar is written into a log file."""
 
@@ -18,7 +20,16 @@ def byte_bar(total: int, what: str, done: int = 0) -> Iterator[tqdm[Any]]:
     """A bar over bytes with MB/s and the time left, on stderr; `done` were there before it began."""
     # An error is one line: a bar that has just begun is not shown yet, an older one is wiped away before it.
     every = 0.1 if sys.stderr.isatty() else _LOG_SECONDS
-    with tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, delay=0.5, mininterval=every) as bar:
+    with tqdm(
+        file=Messages(),
+        total=total,
+        initial=done,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        delay=0.5,
+        mininterval=every,
+    ) as bar:
         try:
             yield bar
         except BaseException:

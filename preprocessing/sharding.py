@@ -114,7 +114,7 @@ def run_job(
         errors_of_the_disk(output),
         created_parents(output),
         opened_job(output, plan, task, is_data_folder, "a folder of prepared data") as job,
-        _naming_what_is_kept(job, len(units)),
+        _naming_what_is_kept(job, len(units), output),
         workers,
     ):
         if job.record(FIRST_STAGE, 0) is None:
@@ -164,9 +164,10 @@ def _state(path: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _naming_what_is_kept(job: Job, units: int) -> Iterator[None]:
+def _naming_what_is_kept(job: Job, units: int, output: Path) -> Iterator[None]:
     try:
-        yield
+        with errors_of_the_disk(output):
+            yield
     except (UserError, KeyboardInterrupt) as error:
         finished = job.finished(UNITS)
         kept = f"{finished} of {units} units are kept in {job.folder.parent} for the same command"

@@ -20,6 +20,7 @@ from ds_roberta.config import PACKING_FORMATS, PackingConfig
 from ds_roberta.data.packing import pack_shard, packed_tokens
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, ShardInfo, Split
 from ds_roberta.errors import UserError
+from ds_roberta.files import atomic_path, errors_of_the_disk
 from preprocessing.progress import byte_bar
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -283,8 +284,11 @@ def plot(stats: Stats, path: Path) -> None:
     ids.plot(np.arange(1, len(frequencies) + 1), frequencies)
     ids.set(xscale="log", yscale="log", xlabel="rank of the id", ylabel="occurrences", title="Vocabulary")
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
+        with errors_of_the_disk(path, "the plot "), atomic_path(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:] or None)
+    except UserError:
+        raise
+    except ValueError as error:  # a format that matplotlib does not know
         raise UserError(
             f"cannot write the plot {str(path)!r} ({error}): give another path, such as stats.png"
         ) from error

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
-from ds_roberta.errors import UserError
+from ds_roberta.errors import UserError, user_message
 from preprocessing.tokenizer import train_bpe
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -151,11 +151,13 @@ class ThreadRanks:
         if self.is_main:
             try:
                 value = function()
-            except UserError as error:
-                problem = error
+            except Exception as error:
+                problem = user_message(error)
+                if problem is None:
+                    raise
         value, problem = self.broadcast((value, problem))
         if problem is not None:
-            raise problem
+            raise UserError(problem)
         return value
 
     def log(self, message):

@@ -31,7 +31,7 @@ from ds_roberta.data.pairs import IS_NEXT, pack_pairs
 from ds_roberta.data.sentences import cut_long_sentences, document_bounds, walk
 from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, json_fingerprint
+from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint
 
 PACKING_VERSION = 2
 _SEPARATORS_OF_A_PAIR = 2
@@ -207,7 +207,8 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
         return
     split = corpus.split(split_name)
     first_sequence, following = [0], 0
-    try:
+    remedy = "make the data folder writable for the first run at this packing and max_seq_length"
+    with errors_of_the_disk(slices_path.parent, "the packing index ", remedy):
         slices_path.parent.mkdir(exist_ok=True)
         with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
             for shard in range(len(split.shards)):
@@ -222,11 +223,6 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
                 )
         with atomic_path(first_path) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(first_sequence))
-    except OSError as error:
-        raise UserError(
-            f"cannot write the packing index into {str(slices_path.parent)!r} ({error.strerror}): make the data folder "
-            "writable for the first run at this packing and max_seq_length"
-        ) from error
 
 
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:

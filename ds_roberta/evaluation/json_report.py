@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import write_json
+from ds_roberta.files import errors_of_the_disk, write_json
 
 
 def check_report_path(path: Path | None) -> None:
@@ -23,7 +23,5 @@ def write_report(path: Path | None, report: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    try:
+    with errors_of_the_disk(path):
         write_json(path, report)
-    except OSError as error:
-        raise UserError(f"cannot write --json {str(path)!r} ({error.strerror}): give another file") from error

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path
+from ds_roberta.files import atomic_path, errors_of_the_disk
 from ds_roberta.finetuning.answers import Answer, answer_questions, answer_sentences, answer_texts
 from ds_roberta.finetuning.examples import Columns, Texts, find_texts
 from ds_roberta.finetuning.inference import FinetunedModel, open_finetuned
@@ -59,11 +58,8 @@ def predict(config: PredictConfig) -> list[Answer]:
         write_rows(config.output, answers)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # letters that the terminal does not know
-    try:
-        for answer in answers:
-            print("\n".join(answer.lines), flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+    for answer in answers:
+        print("\n".join(answer.lines), flush=True)
     return answers
 
 
@@ -91,12 +87,13 @@ def write_rows(path: Path, answers: list[Answer]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for answer in answers:
-                file.write(json.dumps(answer.row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write --output {str(path)!r} ({error.strerror}): give another file") from error
+    with (
+        errors_of_the_disk(path),
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        for answer in answers:
+            file.write(json.dumps(answer.row, ensure_ascii=False) + "\n")
 
 
 def _texts(config: PredictConfig) -> Texts:

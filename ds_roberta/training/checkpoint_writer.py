@@ -21,14 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import safetensors.torch
 import torch
 
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
-from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, sync_directory, sync_file, write_json
+from ds_roberta.errors import UserError, disk_refusal
+from ds_roberta.files import atomic_path, honour_umask, sync_directory, sync_file, write_json
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
     FORMAT_VERSION,
@@ -133,7 +132,7 @@ class CheckpointWriter:
             return
         save, self._in_flight = self._in_flight, None
         problem = save.share.exception()
-        if not isinstance(problem, OSError | safetensors.SafetensorError | None):
+        if not (problem is None or isinstance(problem, OSError) or disk_refusal(problem)):
             raise problem
         entries = self._ranks.gather(save.share.result() if problem is None else {})
         problems = [text for text in self._ranks.gather(problem and str(problem)) if text is not None]
@@ -155,9 +154,12 @@ class CheckpointWriter:
             paths.append(temporary / name)
         if self._ranks.is_main:
             write_json(temporary / TRAIN_STATE_NAME, {"format_version": FORMAT_VERSION, **asdict(state)})
-            shutil.copytree(self._tokenizer_folder, temporary / TOKENIZER_FOLDER)
+            (temporary / TOKENIZER_FOLDER).mkdir()
+            for file in self._tokenizer_folder.iterdir():
+                shutil.copyfile(file, temporary / TOKENIZER_FOLDER / file.name)
             paths += [temporary / TRAIN_STATE_NAME, *sorted((temporary / TOKENIZER_FOLDER).iterdir())]
             sync_directory(temporary / TOKENIZER_FOLDER)
+        honour_umask(paths)
         for path in paths:
             sync_file(path)
         return {str(path.relative_to(temporary)): file_entry(path) for path in paths}

@@ -13,11 +13,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from ds_roberta.files import atomic_path
+from ds_roberta.command_line import Messages
+from ds_roberta.files import append_line, atomic_path, errors_of_the_disk
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
 """Beside the metrics: all that reproduces the run, which `ds_roberta.training.run` writes."""
+_REMEDY = "fix this, then the same command goes on from the newest checkpoint"
 
 
 def memory_gb(device: torch.device) -> float:
@@ -39,7 +41,7 @@ class MetricsLog:
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("}\n")]
-            with atomic_path(self._path) as temporary:
+            with errors_of_the_disk(self._path, remedy=_REMEDY), atomic_path(self._path) as temporary:
                 kept = (line for line in whole if self._is_past(json.loads(line), global_step))
                 temporary.write_text("".join(kept), encoding="utf-8")
 
@@ -48,8 +50,13 @@ class MetricsLog:
         return row["global_step"] < global_step + ("eval_loss" not in row)
 
     def write(self, row: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a row.
+
+        Raises:
+            DiskError: it could not be written; what was there before stays.
+        """
+        with errors_of_the_disk(self._path, remedy=_REMEDY):
+            append_line(self._path, json.dumps(row))
 
 
 class Progress:
@@ -63,7 +70,9 @@ class Progress:
         self._max_steps, self._global_step, self._visible = max_steps, global_step, visible
         self._first_micro_step_end: float | None = None
         self._expected_time_said = not visible
+        self._messages = Messages()
         self._bar = tqdm(
+            file=self._messages,
             total=max_steps,
             initial=global_step,
             disable=not visible,
@@ -111,7 +120,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self._visible:
-            self._bar.write(message, file=sys.stderr)
+            self._bar.write(message, file=self._messages)
 
     def close(self) -> None:
         self._bar.close()

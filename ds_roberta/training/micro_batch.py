@@ -73,12 +73,15 @@ def find_micro_batch_size(
         size = largest_size(engine, trial, limit) if on_gpu else fastest_size(engine, trial, limit)
         kind = f"the most that fit into {MEMORY_SHARE:.0%} of the free memory" if on_gpu else "the fastest here"
         ranks.log(f"micro-batches of up to {size} sequences: {kind}, found in {time.perf_counter() - started:.1f} s")
-    if ranks.is_main:
-        finding = {"micro_batch_size": size, "conditions": conditions}
+    finding = {"micro_batch_size": size, "conditions": conditions}
+
+    def remember() -> None:
         _remember(paths[0], key, finding)
         with suppress(OSError):  # a home that cannot be written costs the next run a few seconds
             paths[-1].parent.mkdir(parents=True, exist_ok=True)
             _remember(paths[-1], key, finding)
+
+    ranks.on_main(remember)
     return size
 
 

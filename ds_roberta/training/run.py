@@ -102,8 +102,8 @@ def pretrain(options: PretrainOptions) -> int:
         checkpoint.load(engine, checkpoint_path)
     elif deepspeed_path is not None:
         deepspeed_checkpoint.load(engine, deepspeed_path, state)
-    if ranks.is_main:
-        write_json(config.output_dir / CONFIG_NAME, run_record(config, engine, plans, precision, compiled, peak))
+    record = config.output_dir / CONFIG_NAME
+    ranks.on_main(lambda: write_json(record, run_record(config, engine, plans, precision, compiled, peak)))
     tokenizer = corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":

@@ -66,7 +66,7 @@ class Trainer:
         self.last_checkpoint = last_checkpoint
         self._saved_state = copy.deepcopy(state) if last_checkpoint else None
         self._stop = StopRequest(self.ranks)
-        self._metrics = MetricsLog(config.output_dir, state.global_step) if self.ranks.is_main else None
+        self._metrics = self._open_metrics()
         self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
         self._writer = CheckpointWriter(
             engine,
@@ -107,15 +107,19 @@ class Trainer:
                     break
                 try:
                     row = self.train_step(micro_batches, began)
-                except UserError:  # a step's numbers are the same on all ranks, so all are here
+                    if row is None:
+                        return False
+                    if state.global_step % intervals.log_interval == 0 or state.global_step == schedule.max_steps:
+                        self.log(row)
+                    complete = self.evaluate_and_save()
+                except UserError:  # a step's numbers and what rank 0 met are the same on all ranks, so all are here
                     self._writer.finish()
                     raise
-                if row is None:
-                    return False
-                if state.global_step % intervals.log_interval == 0 or state.global_step == schedule.max_steps:
-                    self.log(row)
-                complete = self.evaluate_and_save()
         return complete
+
+    def _open_metrics(self) -> MetricsLog:
+        """The run's log, which rank 0 writes, cut back to the state's step."""
+        return self.ranks.on_main(lambda: MetricsLog(self.config.output_dir, self.state.global_step))
 
     @property
     def _skipped(self) -> list[SkippedPlaces]:
@@ -279,8 +283,7 @@ class Trainer:
         self.last_checkpoint = path
         self._progress.restart(step)
         self._progress.say(f"{spike}: rolled back to {path}; the data since then are left out")
-        if self._metrics is not None:
-            self._metrics = MetricsLog(self.config.output_dir, step)
+        self._metrics = self._open_metrics()
         self.save()
 
     def evaluate(self) -> bool:
@@ -319,8 +322,8 @@ class Trainer:
 
     def log(self, row: dict[str, Any]) -> None:
         """Write a row to `metrics.jsonl` and to DeepSpeed's monitors."""
-        if self._metrics is not None:
-            self._metrics.write({name: value if math.isfinite(value) else None for name, value in row.items()})
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self.ranks.on_main(lambda: self._metrics.write(finite))
         values = {
             f"Train/{name}": value for name, value in row.items() if name not in ("global_step", "consumed_samples")
         }

@@ -1,12 +1,23 @@
 """How commands read their arguments and end."""
 
+import errno
+import os
 import runpy
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
-from ds_roberta.command_line import ArgumentParser, positive, positive_number, probability, run_command, several
-from ds_roberta.errors import UserError
+from ds_roberta.command_line import (
+    ArgumentParser,
+    Messages,
+    positive,
+    positive_number,
+    probability,
+    run_command,
+    several,
+)
+from ds_roberta.errors import DiskError, UserError
 from ds_roberta.finetuning.finetune import SWEEP
 from ds_roberta.finetuning.trainer import Setting
 
@@ -45,6 +56,47 @@ def test_the_first_process_of_a_host_alone_reports(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert run(fail_with(UserError("wrong"))) == 2
     assert capsys.readouterr().err == "error: wrong\n"
+
+
+def test_what_the_disk_refuses_one_process_it_reports_itself(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run(fail_with(OSError(errno.EROFS, "", "/data/a"))) == 2
+    assert capsys.readouterr().err == (
+        "error: the disk refused a file (Read-only file system: /data/a): fix this, then give the same command again\n"
+    )
+    assert run(fail_with(DiskError("cannot write 'a'"))) == 2
+    assert capsys.readouterr().err == "error: cannot write 'a'\n"
+
+
+def test_output_that_is_refused_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert run(lambda: print("lost")) == 2
+    assert capsys.readouterr().err.startswith("error: the disk refused a file (No space left on device): ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(capsys, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert run(lambda: print("unread")) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_messages_that_are_refused_are_lost(monkeypatch):
+    """As into a log on a full disk: neither a bar nor the report of an error changes how a command ends."""
+
+    def command():
+        bar = tqdm(total=2, file=Messages())
+        bar.update(1)
+        bar.write("a line", file=bar.fp)
+        bar.close()
+        raise UserError("wrong")
+
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        assert run(command) == 2
 
 
 def test_an_interruption_is_no_traceback(capsys):

@@ -1,7 +1,9 @@
+import errno
 import logging
 import subprocess
 import sys
 
+import pytest
 import torch.distributed as dist
 
 from ds_roberta.distributed import Ranks, set_up_logging
@@ -49,6 +51,20 @@ def test_an_error_of_some_ranks_ends_all_and_names_their_hosts(on_ranks, monkeyp
 
     assert [str(error) for error in on_ranks(3, some)] == ["on node7: no data"] * 3
     assert on_ranks(3, lambda ranks: Ranks.together(ranks, lambda: ranks.rank)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("collectively", [Ranks.on_main, Ranks.together])
+def test_what_the_disk_refuses_one_process_all_hear_of(on_ranks, collectively):
+    def body(ranks):
+        def write():
+            if ranks.is_main:
+                raise OSError(errno.ENOSPC, "", "/full/file")
+
+        collectively(ranks, write)
+
+    for error in on_ranks(3, body):
+        assert type(error) is UserError
+        assert "the disk refused a file (No space left on device: /full/file)" in str(error)
 
 
 def test_ranks_that_differ_are_named(on_ranks, monkeypatch):

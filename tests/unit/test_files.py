@@ -1,10 +1,30 @@
+import contextlib
+import errno
 import json
+import os
+import resource
+import shutil
+import stat
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import safetensors.torch
+import torch
 import xxhash
+from tokenizers import Tokenizer, models
 
-from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, replaced_folder, write_json
+from ds_roberta import files
+from ds_roberta.errors import DiskError, UserError
+from ds_roberta.files import (
+    append_line,
+    atomic_path,
+    errors_of_the_disk,
+    file_checksum,
+    json_fingerprint,
+    replaced_folder,
+    write_json,
+)
 
 
 def names(folder):
@@ -140,7 +160,114 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UserError, match=r"cannot write .*give another --output"),
+        pytest.raises(UserError, match=r"cannot write .*fix this or give another output"),
         replaced_folder(tmp_path / "file/a", is_ours, "one of ours"),
     ):
         pytest.fail("there is nothing to write to")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The operating system refuses to let a file grow further, as on a full disk or over a quota."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def write_arrow(path):
+    table = pa.table({"a": np.arange(10_000)})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("size", [0, 4096])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("x" * 10_000),
+        lambda path: write_json(path, ["x" * 10_000]),
+        lambda path: shutil.copytree(path.parents[1] / "source", path),
+        lambda path: safetensors.torch.save_file({"a": torch.zeros(10_000)}, path),
+        lambda path: torch.save({"a": torch.zeros(10_000)}, path),
+        lambda path: np.save(path, np.zeros(10_000)),
+        lambda path: np.zeros(10_000).tofile(path),
+        lambda path: Tokenizer(models.BPE({str(number): number for number in range(1000)}, [])).save(str(path)),
+        write_arrow,
+    ],
+    ids=["text", "json", "copy", "safetensors", "torch", "numpy", "tofile", "tokenizer", "arrow"],
+)
+def test_a_full_disk_is_a_user_error_whatever_writes_and_leaves_what_was_there(tmp_path, write, size):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/file").write_bytes(bytes(10_000))
+    with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
+        (temporary / "file").write_text("old")
+    with (
+        files_of_at_most(size),
+        pytest.raises(DiskError, match=r"cannot write '.*/a' \(.*fix this or give another output"),
+        replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary,
+    ):
+        write(temporary / "file")
+    assert (tmp_path / "a/file").read_text() == "old"
+    assert names(tmp_path) == ["a", "source"]
+
+
+def test_errors_that_no_disk_made_stay_what_they_are():
+    for error in (UserError("wrong"), RuntimeError("of the program"), BrokenPipeError()):
+        with pytest.raises(type(error)) as caught, errors_of_the_disk("a"):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_cannot_be_made_durable_is_not_there(tmp_path, monkeypatch, replaced):
+    if replaced:
+        with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
+            (temporary / "file").write_text("old")
+
+    def refuse(folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    monkeypatch.setattr(files, "sync_directory", refuse)
+    with (
+        pytest.raises(UserError, match="Input/output error"),
+        replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary,
+    ):
+        (temporary / "file").write_text("new")
+    assert names(tmp_path) == ["a"] * replaced
+    assert not replaced or (tmp_path / "a/file").read_text() == "old"
+
+
+@pytest.mark.parametrize("room", [0, 7, 10])
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path, room):
+    path = tmp_path / "file"
+    append_line(path, "the first")
+    with files_of_at_most(10 + room):
+        if room < 10:
+            with pytest.raises(OSError, match="too large"):
+                append_line(path, "a zweite")
+            assert path.read_text() == "the first\n"
+        else:
+            append_line(path, "a zweite")
+    append_line(path, "größer")
+    assert path.read_text(encoding="utf-8").splitlines()[-1] == "größer"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_every_file_and_folder_honours_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        for _ in range(2):  # the second replaces the first
+            with replaced_folder(tmp_path / "new/a", is_ours, "one of ours") as temporary:
+                (temporary / "deep").mkdir()
+                safetensors.torch.save_file({"a": torch.zeros(1)}, temporary / "deep/weights")
+                write_json(temporary / "file", {})
+        append_line(tmp_path / "new/lines", "")
+    finally:
+        os.umask(before)
+    found = {path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").rglob("*")}
+    assert len(found) == 5
+    for path, mode in found.items():
+        assert oct(mode) == oct((0o777 if (tmp_path / path).is_dir() else 0o666) & ~mask), path

@@ -1,8 +1,10 @@
 """The training loop with a stand-in engine: stages, spikes of the loss, and going on after a break."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +17,9 @@ from ds_roberta.data.loader import LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
+from ds_roberta.files import append_line
 from ds_roberta.model.flops import flops_per_token
-from ds_roberta.training import checkpoint, guard
+from ds_roberta.training import checkpoint, guard, metrics
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.trainer import Trainer
 
@@ -230,6 +233,27 @@ def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(ma
     assert torch.equal(resumed.engine.module.weight, unbroken.engine.module.weight)
     for step, drawn in resumed.engine.places.items():
         assert drawn == unbroken.engine.places[step]
+
+
+@pytest.mark.parametrize("logged", [30, 60])
+def test_a_full_disk_under_the_metrics_ends_a_run_that_goes_on_as_the_unbroken_one(make, monkeypatch, logged):
+    whole_run = make("warn", name="whole")
+    assert whole_run.train()
+    lines = []
+
+    def append(path, line):
+        lines.append(line)
+        if len(lines) == logged:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        append_line(path, line)
+
+    monkeypatch.setattr(metrics, "append_line", append)
+    with pytest.raises(UserError, match=r"cannot write '.*metrics.jsonl' \(No space left.*goes on from the newest"):
+        make("warn").train()
+    trainer = make("warn")
+    assert trainer.state.global_step == logged // SAVE_INTERVAL * SAVE_INTERVAL
+    assert trainer.train()
+    assert rows(trainer) == rows(whole_run)
 
 
 def test_a_second_spike_since_the_same_checkpoint_stops(make):
