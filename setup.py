@@ -49,6 +49,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "rensa>=0.5",
+            "regex>=2025.10.22",  # Unicode's properties
             "ruff>=0.9",
             "scikit-learn>=1.5",
             "scipy>=1.13",

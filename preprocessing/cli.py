@@ -151,7 +151,8 @@ def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
         "--sentences",
         choices=SENTENCE_KINDS,
         default="lines",
-        help="what packing keeps whole: lines (default), or sentences inside lines too, by rules",
+        help="what packing keeps whole: lines (default), or sentences inside lines too, by rules, which know the marks "
+        "of most scripts (Thai and Lao have none)",
     )
     reading.add_argument(
         "--filter",

@@ -20,7 +20,7 @@ from preprocessing.job import Task
 from preprocessing.pieces import ReadOptions
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import byte_bar
-from preprocessing.sentences import sentences, tokenizer_lines
+from preprocessing.sentences import sentence_bytes, tokenizer_lines
 from preprocessing.sharding import Totals, run_job
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe
 from preprocessing.units import ShardOptions
@@ -141,7 +141,7 @@ def _documents(units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, t
         for piece in (piece for unit in units for piece in unit.pieces):
             account = Account()
             for document in accepted_documents(piece, options, account):
-                yield tokenizer_lines(sentences(document.text, options.sentences))
+                yield tokenizer_lines(sentence_bytes(document.text, options.sentences)).decode().split("\n")
             bad.add({piece.path: account})
             total.add(account)
             bar.update(piece.bytes)

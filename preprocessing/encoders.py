@@ -1,8 +1,6 @@
 """From documents to ids. `tokenizers` is the reference; `gigatoken`, where it is installed, gives its ids much faster.
 
-A document is its sentences, apart by `\\n`, as UTF-8. The tokenizer sees them one by one, all but the first opened by a
-space: byte-level BPE marks a word's start by the space before it, so the first word of a sentence has the form that
-it has anywhere else, and the ids of a whole document decode to readable text.
+A document is its sentences as `sentences` gives them. The tokenizer sees them one by one, as its `tokenizer_lines`.
 
 The letters of a special token in a text are text: no encoder ever makes a control id of them.
 """
@@ -26,6 +24,7 @@ import xxhash
 
 from ds_roberta.data.shards import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
+from preprocessing.sentences import tokenizer_lines
 from preprocessing.tokenizer import FIRST_SPECIAL_TOKENS, MASK_TOKEN, CorpusTokenizer, corpus_tokenizer
 
 HUGGINGFACE, GIGATOKEN, AUTO = "huggingface", "gigatoken", "auto"
@@ -89,7 +88,7 @@ class Encoder(Protocol):
         """Encode documents.
 
         Args:
-            documents: each its sentences apart by `\\n`, none of them empty or closed by white space, as UTF-8.
+            documents: as of `sentences.sentence_bytes`.
 
         Raises:
             BackendDifference: a fast backend's ids are not the reference's.
@@ -162,8 +161,9 @@ class HuggingFaceEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
-        lines = b"\n".join([document.replace(b"\n", b"\n ") for document in documents]).decode().split("\n")
-        sentence_counts = np.fromiter((document.count(b"\n") + 1 for document in documents), np.int64, len(documents))
+        texts = [tokenizer_lines(document) for document in documents]
+        lines = b"\n".join(texts).decode().split("\n")
+        sentence_counts = np.fromiter((text.count(b"\n") + 1 for text in texts), np.int64, len(texts))
         return _close_documents(*self.encode_lines(lines), sentence_counts, self._info)
 
     def encode_lines(self, lines: Sequence[str], known: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +228,7 @@ class GigatokenEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
-        text = b"\r".join([*documents, b""]).replace(b"\n", b"\n ")
+        text = b"\r".join([*map(tokenizer_lines, documents), b""])
         letters = np.frombuffer(text, np.uint8)
         if not self._characters.cover(letters):
             return self._reference.encode(documents)

@@ -89,5 +89,13 @@ class Decoder:
 
     def lines(self, sentences: list[np.ndarray]) -> list[str]:
         """The text of each sentence; the space by which all but the first open is dropped."""
-        texts = [self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in sentences]
-        return texts[:1] + [text.removeprefix(" ") for text in texts[1:]]
+        first, *others = self._decoded(sentences)
+        return [first, *(text.removeprefix(" ") for text in others)]
+
+    def text(self, sentences: list[np.ndarray]) -> str:
+        """The whole document, its sentences apart by a newline where white space is between them."""
+        first, *others = self._decoded(sentences)
+        return "".join([first, *(f"\n{text[1:]}" if text.startswith(" ") else text for text in others)])
+
+    def _decoded(self, sentences: list[np.ndarray]) -> list[str]:
+        return [self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in sentences]

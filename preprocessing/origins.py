@@ -47,7 +47,7 @@ class Origins:
         """
         if document.source is None:
             return None
-        text = "\n".join(self._decoder.lines(self._documents.sentences(document)))
+        text = self._decoder.text(self._documents.sentences(document))
         source = document.source
         try:
             return self._spans(source.path, source.start, source.end).get(_digest(text.encode("utf-8")))
@@ -71,7 +71,8 @@ class Origins:
         for item, end in zip(items, ends, strict=True):
             kept = judge(item, piece, self._options) if isinstance(item, ReadDocument) else item
             if isinstance(kept, ReadDocument):
-                yield sentence_bytes(kept.text, self._options.sentences), (item.offset, end)
+                text = sentence_bytes(kept.text, self._options.sentences)
+                yield text.replace(b"\r", b""), (item.offset, end)
 
 
 def _digest(text: bytes) -> bytes:

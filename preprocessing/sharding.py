@@ -35,6 +35,7 @@ from preprocessing.job import FIRST_STAGE, UNITS, Job, Record, Task, clear, open
 from preprocessing.lease import LeaseHeld, held_lease
 from preprocessing.plan import Unit, plan_units
 from preprocessing.progress import document_bar
+from preprocessing.sentences import RULES_VERSION
 from preprocessing.streams import file_size, open_binary, readable
 from preprocessing.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from preprocessing.units import ShardOptions, UnitResult, shard_unit, thin_unit
@@ -148,7 +149,12 @@ def _plan_fingerprint(files: Sequence[str], units: Sequence[Unit], tokenizer: Pa
         "tokenizer": {
             name: file_checksum(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).is_file()
         },
-        "options": [asdict(decisive), dedup.dedup_options(options.dedup), filter_checksum(options.read.filter)],
+        "options": [
+            asdict(decisive),
+            dedup.dedup_options(options.dedup),
+            filter_checksum(options.read.filter),
+            *([RULES_VERSION] if options.read.sentences == "rules" else []),
+        ],
     }
     return json_fingerprint(content)
 

@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
     """A document ready to be encoded."""
 
     sentences: bytes
-    """UTF-8, apart by `\\n`."""
+    """As of `sentence_bytes`."""
     source: str | None
     piece: int
     """Number of the unit's piece that holds it."""

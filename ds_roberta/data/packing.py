@@ -217,9 +217,15 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
                 following += int(np.sum(slices["next_sentence_label"] == IS_NEXT)) if packing.is_paired else 0
                 first_sequence.append(first_sequence[-1] + len(slices))
             if packing.is_paired and not following:
+                remedy = "prepare the data again with --sentences rules"
+                if corpus.manifest.options.get("sentences") == "rules":
+                    remedy = (
+                        "--sentences rules, by which the data was prepared, found no second one (Thai and Lao write no "
+                        "sentence ends): give documents with a sentence a line, or use another --packing"
+                    )
                 raise UserError(
                     f"--packing {packing.format} needs documents of several sentences, and none of the {split_name} "
-                    "split has two: prepare the data again with --sentences rules"
+                    f"split has two: {remedy}"
                 )
         with atomic_path(first_path) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(first_sequence))

@@ -1,5 +1,7 @@
 """Pairs of segments: what they are made of, and that nothing but drawn segments is seen twice or cut."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from ds_roberta.data.loader import EMPTY_PLACE, Collator
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.packing import build_index, open_index, pack_shard, packed_tokens
 from ds_roberta.data.pairs import IS_NEXT, IS_RANDOM
+from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 
 LENGTH = 64
@@ -152,5 +155,8 @@ def test_data_of_which_no_pairs_can_be_made_are_refused(tmp_path, write_corpus):
     lines = write_corpus(tmp_path / "lines", {"train": [[[np.arange(4, 14)]] * 9]})
     with pytest.raises(UserError, match=r"--packing sentence-pair needs documents of several.*--sentences rules"):
         build(lines, "sentence-pair")
+    by_rules = Corpus(lines.folder, replace(lines.manifest, options={"sentences": "rules"}))
+    with pytest.raises(UserError, match=r"found no second one \(Thai.*: give documents with a sentence a line"):
+        build(by_rules, "sentence-pair")
     with pytest.raises(UserError, match="--max_seq_length must be at least 6, got 5"):
         PackingConfig(5, "segment-pair")

@@ -19,6 +19,7 @@ from test_preprocessing_sharding import DOCUMENTS, folder_hash
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing import lease as leases
+from preprocessing import sharding
 from preprocessing.job import Job
 from preprocessing.lease import Holder, JobStopped, Lease, LeaseHeld, held_lease, is_alive
 from preprocessing.sharding import run_job, shard_corpus
@@ -175,6 +176,11 @@ def test_other_input_options_or_tokenizer_throw_the_finished_units_away(files, t
     run(replace(OPTIONS, validation_fraction=0.1), expected=[0, 1, 2])
     os.utime(copy, ns=(1, 1))
     run(replace(OPTIONS, validation_fraction=0.1), expected=[0, 1, 2])
+    rules = replace(OPTIONS, read=replace(OPTIONS.read, sentences="rules"))
+    run(rules, expected=[0, 1, 2])
+    monkeypatch.setattr(sharding, "RULES_VERSION", 0)
+    run(rules, expected=[0, 1, 2])
+    run(rules, expected=[2, 3, 4])
     assert len(list((tmp_path / ".out.partial").iterdir())) == 2  # the leases, and one plan's work
 
 

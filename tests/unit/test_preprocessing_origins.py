@@ -61,6 +61,22 @@ def test_every_document_is_found_where_it_stands(prepared):
     assert sorted(found) == sorted([TEXTS[0], *TEXTS[:10], *TEXTS[11:]])
 
 
+def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenizer_folder):
+    texts = ["今天天气很好。你去北京吗？我们走！ 好。", "今日は。\n「はい。」 そう。", "wie 「a。b」。Ja. Nein."]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    command = f"shard --input {tmp_path}/a.jsonl --tokenizer {tokenizer_folder} --output {tmp_path}/data"
+    with pytest.raises(SystemExit, match="0"):
+        main(f"{command} --workers 1 --validation_fraction 0 --sentences rules".split())
+    corpus = Corpus.open(tmp_path / "data")
+    documents, decoder = Documents(corpus, "train"), Decoder(corpus)
+    origins = Origins(corpus, documents, decoder)
+    for number, (text, sentences) in enumerate(zip(texts, (4, 3, 4), strict=True)):
+        document = documents.document(number)
+        assert len(documents.sentences(document)) == sentences
+        assert decoder.text(documents.sentences(document)).replace("\n", " ") == text.replace("\n", " ")
+        assert text_at(tmp_path / "a.jsonl", *origins.span(document)) == text
+
+
 def test_show_and_trace_name_the_place(prepared, capsys):
     with pytest.raises(SystemExit):
         main(f"show {prepared}/data --doc 1 --offsets".split())

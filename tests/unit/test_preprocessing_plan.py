@@ -13,7 +13,7 @@ from preprocessing.inputs import dataset_files, find_inputs
 from preprocessing.pieces import Document, ReadOptions
 from preprocessing.plan import plan_units
 from preprocessing.readers import read_documents
-from preprocessing.sentences import sentences
+from preprocessing.sentences import sentence_bytes
 
 
 def random_text(seed, newline):
@@ -27,7 +27,10 @@ def random_text(seed, newline):
 def found_in(units, options):
     """The sentences of every document, or why there are none."""
     items = [item for unit in units for piece in unit.pieces for item in read_documents(piece, options)]
-    return [sentences(item.text) if isinstance(item, Document) else item.reason for item in items]
+    return [
+        sentence_bytes(item.text, "lines").decode().split("\n") if isinstance(item, Document) else item.reason
+        for item in items
+    ]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])

@@ -5,7 +5,7 @@ import pytest
 from ds_roberta.errors import UserError
 from preprocessing.pieces import Document, Piece, ReadOptions
 from preprocessing.readers import read_documents
-from preprocessing.sentences import sentences, tokenizer_lines
+from preprocessing.sentences import sentence_bytes, tokenizer_lines
 
 NEWLINES = ("\n", "\r\n", "\r")
 
@@ -17,7 +17,7 @@ def read(path, data, start=0, **options):
 
 
 def documents(path, data, **options):
-    return [sentences(text) for text in read(path, data, **options)]
+    return [sentence_bytes(text, "lines").decode().split("\n") for text in read(path, data, **options)]
 
 
 @pytest.mark.parametrize("newline", NEWLINES)
@@ -87,6 +87,6 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path):
 
 
 def test_sentences_lose_trailing_white_space_and_all_but_the_first_open_with_a_space():
-    lines = sentences("one. \n\n\ttwo\t\n  \nthree")
-    assert lines == ["one.", "\ttwo", "three"]
-    assert tokenizer_lines(lines) == ["one.", " \ttwo", " three"]
+    document = sentence_bytes("one. \n\n\ttwo\t\n  \nthree", "lines")
+    assert document == b"one.\n\ttwo\nthree"
+    assert tokenizer_lines(document) == b"one.\n \ttwo\n three"
