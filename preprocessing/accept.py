@@ -14,14 +14,14 @@ from typing import Any
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum
 from preprocessing.accounts import KEPT, Account
-from preprocessing.pieces import Document, Piece, ReadOptions, Reject
+from preprocessing.pieces import Damage, Document, Piece, ReadOptions, Reject
 from preprocessing.readers import read_documents
 
 Filter = Callable[[str, dict[str, Any]], Any]
 
 
 def accepted_documents(piece: Piece, options: ReadOptions, account: Account) -> Iterator[Document]:
-    """The documents of a piece that are kept; `account` says what was kept and, by reason, what was rejected.
+    """The documents of a piece that are kept; `account` says what was kept, rejected (by reason), or is damaged.
 
     Raises:
         UserError: the file cannot be read, or the filter fails.
@@ -31,6 +31,8 @@ def accepted_documents(piece: Piece, options: ReadOptions, account: Account) -> 
             item = judge(item, piece, options)
         if isinstance(item, Reject):
             account.reject(piece.path, item)
+        elif isinstance(item, Damage):
+            account.damaged(piece.path, item)
         else:
             account.counts[KEPT] += 1
             yield item
@@ -53,7 +55,7 @@ def judge(document: Document, piece: Piece, options: ReadOptions) -> Document | 
     if length < options.min_characters:
         return Reject("too_short", document.offset)
     if length > options.max_characters:
-        return Reject("too_long", document.offset)
+        return Reject("too_long", document.offset, bytes=len(text.encode("utf-8")))
     source = document.source or piece.source or None
     if text is not document.text or source != document.source:
         document = Document(text, document.offset, document.id, source)

@@ -1,7 +1,8 @@
 """What became of every document: read = kept + rejected by reason, per input file, with the first places of bad ones.
 
 A document is *bad* where the input is broken (its bytes, its syntax, a missing column); rejects by the user's own
-options are not. Bad documents are passed over until they are more than a fraction of all.
+options are not. Bad documents are passed over until they are more than a fraction of all. Where a *file* is damaged, an
+unknown number of documents is lost: that ends a job unless it is allowed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 
 from ds_roberta.data.shards import InputInfo
 from ds_roberta.errors import UserError
-from preprocessing.formats import TABLES, known_format
-from preprocessing.pieces import Reject, unit_of_offset
+from preprocessing.formats import TABLES, TEXT, known_format
+from preprocessing.pieces import Damage, Reject, unit_of_offset
 from preprocessing.streams import Damaged, file_size, open_binary, read_blocks, readable
 
 KEPT = "kept"
@@ -28,35 +29,73 @@ REMEDIES = {
     "bad_json": "mend or remove the line",
     "bad_csv": "mend or remove the row",
     "missing_column": "name the column that holds the text with --text_column",
-    "truncated": "fetch the file again",
-    "corrupt": "fetch the file again",
 }
 """What a user can do about each kind of bad document."""
+DAMAGE_REMEDIES = {
+    "truncated": "fetch the file again",
+    "corrupt": "fetch the file again",
+    "unclosed_quote": "close the quote",
+}
+"""What a user can do about each kind of damage."""
 
 _LINES_COUNTED_UP_TO = 1 << 30
 
 
 @dataclass
 class Account:
-    """Documents of one input file, or of a part of it, and the first places of bad ones, ready for JSON."""
+    """Documents of one input file, or of a part of it, ready for JSON.
+
+    Attributes:
+        places: the first bad documents, and the first of each reason.
+        damage: the first places from which on documents are lost.
+        too_long_bytes: of the documents that are rejected as too long.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     places: list[dict[str, Any]] = field(default_factory=list)
+    damage: list[dict[str, Any]] = field(default_factory=list)
+    too_long_bytes: int = 0
 
     def reject(self, path: str, reject: Reject) -> None:
         self.counts[reject.reason] += reject.documents
-        if reject.reason in REMEDIES and len(self.places) < PLACES_AT_MOST:
-            place = {"reason": reject.reason, unit_of_offset(path): reject.offset, "detail": reject.detail}
-            self.places.append(place)
+        self.too_long_bytes += reject.bytes
+        if reject.reason in REMEDIES:
+            self._add_place(_place(path, reject))
+
+    def damaged(self, path: str, damage: Damage) -> None:
+        if damage.documents:
+            self.counts[damage.reason] += damage.documents
+        self.damage = [*self.damage, _place(path, damage)][:PLACES_AT_MOST]
 
     def add(self, other: Account) -> None:
-        """Add what stands behind this in the file."""
+        """Add what comes after this in the file."""
         self.counts += other.counts
-        self.places = [*self.places, *other.places][:PLACES_AT_MOST]
+        for place in other.places:
+            self._add_place(place)
+        self.damage = [*self.damage, *other.damage][:PLACES_AT_MOST]
+        self.too_long_bytes += other.too_long_bytes
+
+    def _add_place(self, place: dict[str, Any]) -> None:
+        if len(self.places) < PLACES_AT_MOST or place["reason"] not in {known["reason"] for known in self.places}:
+            self.places.append(place)
 
     @property
     def bad(self) -> int:
         return sum(count for reason, count in self.counts.items() if reason in REMEDIES)
+
+
+def _place(path: str, item: Reject | Damage) -> dict[str, Any]:
+    return {"reason": item.reason, unit_of_offset(path): item.offset, "detail": item.detail}
+
+
+def refuse_damage(accounts: Mapping[str, Account]) -> None:
+    """Raise a `UserError` that names the first damaged file, the place, and how much of it was read."""
+    for path, account in accounts.items():
+        for place in account.damage:
+            raise UserError(
+                f"{located(path, place)}; {DAMAGE_REMEDIES[place['reason']]}, or go on with what can be read of such "
+                "files by --allow_damaged_files"
+            )
 
 
 def total_accounts(files: Iterable[str], parts: Iterable[dict[str, Account]]) -> dict[str, Account]:
@@ -78,6 +117,8 @@ def input_infos(accounts: dict[str, Account], sources: Mapping[str, str]) -> tup
             {reason: count for reason, count in sorted(account.counts.items()) if reason != KEPT},
             sources.get(path, ""),
             tuple(account.places),
+            tuple(account.damage),
+            account.too_long_bytes,
         )
         for path, account in accounts.items()
     )
@@ -104,11 +145,12 @@ class BadDocuments:
             self.check()
 
     def check(self) -> None:
-        """Raise a `UserError` that names the file with most bad documents and the first of them."""
+        """Raise a `UserError` that names the file with most bad documents and the first of their commonest reason."""
         if self._bad > self._max_fraction * self._read:
             worst = max(self._accounts, key=lambda path: self._accounts[path].bad)  # the first of several
             account = self._accounts[worst]
-            place = account.places[0]
+            reason = max(REMEDIES, key=lambda reason: account.counts[reason])
+            place = next(place for place in account.places if place["reason"] == reason)
             raise UserError(
                 f"{self._bad} of {self._read} documents are bad, more than --max_bad_fraction {self._max_fraction}; "
                 f"most ({account.bad}) in {located(worst, place)}; {REMEDIES[place['reason']]}"
@@ -158,10 +200,26 @@ def summary_lines(infos: Sequence[InputInfo], files_at_most: int = 20) -> list[s
         lines.append(f"  {info.path}{source}: {_equation(info.documents_read, info.documents_kept, info.rejected)}")
     if len(shown) < len(infos):
         lines.append(f"  … and {len(infos) - len(shown)} more files, all of them in the manifest")
+    for info in infos:
+        lines += [f"damaged     {located(info.path, place)}" for place in info.damage]
+    if too_long := [info for info in infos if info.too_long_bytes]:
+        lines += _too_long_lines(too_long, rejected["too_long"])
     places = [(info.path, place) for info in infos for place in info.places]
     lines += [f"bad         {located(path, place)}" for path, place in places[:PLACES_AT_MOST]]
     if len(places) > PLACES_AT_MOST:
         lines.append(f"            … the first {PLACES_AT_MOST} of each file are in the manifest")
+    return lines
+
+
+def _too_long_lines(infos: Sequence[InputInfo], documents: int) -> list[str]:
+    worst = max(infos, key=lambda info: info.too_long_bytes)
+    more = f", most in {worst.path!r} ({worst.too_long_bytes} bytes)" if len(infos) > 1 else f" in {worst.path!r}"
+    lines = [
+        f"too_long    {documents} documents, {sum(info.too_long_bytes for info in infos)} bytes of text{more}: "
+        "--max_characters says what is"
+    ]
+    if known_format(worst.path).kind == TEXT:
+        lines.append("            where no blank lines separate documents, --documents line makes one of every line")
     return lines
 
 

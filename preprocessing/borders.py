@@ -44,32 +44,35 @@ def last_border(data: bytes, kind: str, complete: bool) -> int | None:
         window *= 4
 
 
-def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator[tuple[int, bytes | None]]:
+def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator[tuple[int, bytes | int]]:
     """Gather the blocks of a stream into chunks that end at borders.
 
-    A document that is longer than `longest` bytes is passed over: in its place comes its offset with None.
+    A document that is longer than `longest` bytes is passed over: in its place comes the number of its bytes.
 
     Yields:
         Offset in the stream and bytes of each chunk.
     """
-    offset, buffer, too_long = 0, b"", False
+    offset, buffer, too_long = 0, b"", None  # the last is where a document begins that is too long
     for block in blocks:
         buffer = buffer + block if buffer else block
-        if too_long:
+        if too_long is not None:
             border = first_border(buffer, kind, complete=False)
             if border is None:
                 kept = _blank_end(buffer)
                 offset, buffer = offset + len(buffer) - len(kept), kept
                 continue
-            offset, buffer, too_long = offset + border, buffer[border:], False
+            offset, buffer = offset + border, buffer[border:]
+            yield too_long, offset - too_long
+            too_long = None
         border = last_border(buffer, kind, complete=False)
         if border is not None:
             yield offset, buffer[:border]
             offset, buffer = offset + border, buffer[border:]
         elif len(buffer) > longest:
-            yield offset, None
-            too_long = True
-    if not too_long and (buffer or kind == "file"):
+            too_long = offset
+    if too_long is not None:
+        yield too_long, offset + len(buffer) - too_long
+    elif buffer or kind == "file":
         yield offset, buffer
 
 

@@ -40,6 +40,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         arguments.vocab_size,
         _read_options(arguments),
         arguments.max_bad_fraction,
+        arguments.allow_damaged_files,
     )
 
 
@@ -49,6 +50,7 @@ def _shard(arguments: argparse.Namespace) -> None:
         arguments.validation_fraction,
         max_bad_fraction=arguments.max_bad_fraction,
         dedup=arguments.dedup,
+        allow_damaged_files=arguments.allow_damaged_files,
     )
     shard(
         arguments.input,
@@ -163,8 +165,14 @@ def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
         "--max_bad_fraction",
         type=_fraction,
         default=MAX_BAD_FRACTION,
-        help="stop where more documents than this fraction are broken: not UTF-8, bad JSON, no text column, "
-        f"damaged files (default: {MAX_BAD_FRACTION})",
+        help="stop where more documents than this fraction are broken: not UTF-8, bad JSON, no text column "
+        f"(default: {MAX_BAD_FRACTION})",
+    )
+    reading.add_argument(
+        "--allow_damaged_files",
+        action="store_true",
+        help="read what can be read of files that are truncated or corrupt, or that never close a quote of a .csv; "
+        "what is lost is named at the end (default: stop at the first)",
     )
 
 

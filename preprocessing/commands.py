@@ -13,7 +13,7 @@ from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
 from preprocessing.accept import accepted_documents, load_filter
-from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, summary_lines
+from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, refuse_damage, summary_lines
 from preprocessing.encoders import AUTO
 from preprocessing.inputs import Inputs, find_inputs
 from preprocessing.job import Task
@@ -35,6 +35,7 @@ def train_tokenizer(
     vocab_size: int = ROBERTA_VOCAB_SIZE,
     options: ReadOptions | None = None,
     max_bad_fraction: float = MAX_BAD_FRACTION,
+    allow_damaged_files: bool = False,
 ) -> int:
     """Train a byte-level BPE of RoBERTa's kind on a corpus, into a folder that appears whole or not at all.
 
@@ -42,6 +43,7 @@ def train_tokenizer(
         inputs: `[NAME=]PATH` each, as `--input` takes them.
         options: how files become documents; the defaults where None.
         max_bad_fraction: of the documents, that may be broken.
+        allow_damaged_files: whether what cannot be read of damaged files may be lost.
 
     Returns:
         The number of ids: `vocab_size`, or fewer where the text has no more pairs that occur twice.
@@ -55,10 +57,12 @@ def train_tokenizer(
         )
     options = options or ReadOptions()
     _check(options)
-    units = plan_units(_find_inputs(inputs).files, options)
+    units = plan_units(_find_inputs(inputs).files, options, allow_damaged=allow_damaged_files)
     account = Account()
+    bad = BadDocuments(max_bad_fraction)
     with replaced_folder(output, is_tokenizer_folder, "a tokenizer folder") as folder:
-        size = train_bpe(_documents(units, options, BadDocuments(max_bad_fraction), account), vocab_size, folder)
+        documents = _documents(units, options, bad, allow_damaged_files, account)
+        size = train_bpe(documents, vocab_size, folder)
     if size < vocab_size:
         print(
             f"note: this text has pairs for {size} ids only, --vocab_size {vocab_size} was asked: "
@@ -136,12 +140,16 @@ def _find_inputs(inputs: Sequence[str]) -> Inputs:
     return found
 
 
-def _documents(units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, total: Account) -> Iterator[list[str]]:
+def _documents(
+    units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, allow_damaged: bool, total: Account
+) -> Iterator[list[str]]:
     with byte_bar(sum(unit.bytes for unit in units), "reading") as bar:
         for piece in (piece for unit in units for piece in unit.pieces):
             account = Account()
             for document in accepted_documents(piece, options, account):
                 yield tokenizer_lines(sentence_bytes(document.text, options.sentences)).decode().split("\n")
+            if not allow_damaged:
+                refuse_damage({piece.path: account})
             bad.add({piece.path: account})
             total.add(account)
             bar.update(piece.bytes)

@@ -1,7 +1,8 @@
-"""What passes between the plan, the readers and the accounts: pieces of files, documents, and rejects."""
+"""What passes between the plan, the readers and the accounts: pieces of files, documents, rejects and damage."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,13 +71,31 @@ class Reject(NamedTuple):
     """A document that is not kept: why, and where it begins.
 
     `offset` is a byte of the (decompressed) file, or a row of a table, both counted from 0. `documents` is above 1
-    where a known number of rows cannot be read.
+    where so many rows have it. `bytes` are those of a document that is too long.
     """
 
     reason: str
     offset: int
     detail: str = ""
     documents: int = 1
+    bytes: int = 0
+
+
+class Damage(NamedTuple):
+    """A part of a file that cannot be read: bytes that are no documents, because how many they were is unknown.
+
+    `offset` is where it begins, as in `Reject`. `documents` are the rows that are known to be lost, 0 elsewhere.
+    """
+
+    reason: str
+    offset: int
+    detail: str
+    documents: int = 0
+
+
+def share_read(read: int, total: int) -> str:
+    """In words, how much of a file was read; never more than there was."""
+    return f"{math.floor(1000 * read / total) / 10 if total else 0.0:g}% of the file was read"
 
 
 def unit_of_offset(path: str) -> str:

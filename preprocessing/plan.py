@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ds_roberta.errors import UserError
+from preprocessing.accounts import Account, refuse_damage
 from preprocessing.borders import first_border
 from preprocessing.formats import CSV, JSON_LINES, TABLES, known_format
-from preprocessing.pieces import Piece, ReadOptions
-from preprocessing.streams import file_size, open_binary, readable
+from preprocessing.pieces import Damage, Piece, ReadOptions
+from preprocessing.readers import read_documents
+from preprocessing.streams import begins_well, file_size, open_binary, readable
 from preprocessing.tables import measure_table
 
 UNIT_BYTES = 8 << 20
@@ -40,20 +42,24 @@ def plan_units(
     options: ReadOptions,
     unit_bytes: int = UNIT_BYTES,
     sources: Mapping[str, str] | None = None,
+    allow_damaged: bool = True,
 ) -> list[Unit]:
     """Cut and gather `files`, in their order, into units of about `unit_bytes`.
 
     Args:
         sources: the source's name of every file that has one.
+        allow_damaged: whether a file whose first bytes or whose index show that it is damaged is left to the readers.
 
     Raises:
-        UserError: a file cannot be read, or all are empty.
+        UserError: a file cannot be read, is of another encoding or damaged, or all are empty.
     """
     sources = sources or {}
     units: list[tuple[Piece, ...]] = []
     gathered: list[Piece] = []
     for path in files:
-        pieces = _cut(path, options, unit_bytes, sources.get(path, ""))
+        pieces, damaged = _cut(path, options, unit_bytes, sources.get(path, ""))
+        if damaged and not allow_damaged:
+            _refuse(pieces[-1], options)
         full = sum(piece.bytes for piece in [*gathered, *pieces]) > unit_bytes
         if gathered and (len(pieces) > 1 or full or gathered[0].source != pieces[0].source):
             units.append(tuple(gathered))
@@ -70,12 +76,15 @@ def plan_units(
     return plan
 
 
-def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> list[Piece]:
+def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> tuple[list[Piece], bool]:
+    """The pieces of a file, and whether it is damaged in the last of them, as far as that can be seen at once."""
     kind, compression = known_format(path)
     if kind in TABLES:
-        return _cut_table(path, options, unit_bytes, source)
+        parts, damaged = measure_table(path, options)
+        return _cut_table(path, parts, unit_bytes, source), damaged
     with readable(path), open_binary(path) as file:
         size = file_size(file)
+        damaged = not begins_well(path, file, compression)
         borders = [0]
         if compression is None and kind != CSV:
             border_kind = "json-line" if kind == JSON_LINES else options.documents
@@ -86,7 +95,7 @@ def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> list[
                 searched, found = _border_behind(file, target, size, border_kind, options.longest_raw)
                 if found and searched < size:
                     borders.append(searched)
-    return [Piece(path, start, end, source) for start, end in zip(borders, [*borders[1:], size], strict=True)]
+    return [Piece(path, start, end, source) for start, end in zip(borders, [*borders[1:], size], strict=True)], damaged
 
 
 def _border_behind(file: BinaryIO, target: int, size: int, kind: str, longest: int) -> tuple[int, bool]:
@@ -104,13 +113,20 @@ def _border_behind(file: BinaryIO, target: int, size: int, kind: str, longest: i
         length *= 4
 
 
-def _cut_table(path: str, options: ReadOptions, unit_bytes: int, source: str) -> list[Piece]:
-    parts = measure_table(path, options)
+def _cut_table(path: str, parts: Sequence[int], unit_bytes: int, source: str) -> list[Piece]:
     pieces, start, weight = [], 0, 0
     for index, part in enumerate(parts):
         if weight and weight + part > unit_bytes:
             pieces.append(Piece(path, start, index, source, weight))
             start, weight = index, 0
         weight += part
-    # A file that cannot be opened is a piece too: reading it gives the reject.
+    # A file that cannot be opened is a piece too: reading it says why.
     return [*pieces, Piece(path, start, len(parts), source, max(weight, 1))]
+
+
+def _refuse(piece: Piece, options: ReadOptions) -> None:
+    account = Account()
+    for item in read_documents(piece, options):
+        if isinstance(item, Damage):
+            account.damaged(piece.path, item)
+    refuse_damage({piece.path: account})

@@ -12,25 +12,28 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import orjson
 
 from preprocessing.borders import cut_at_borders
 from preprocessing.formats import CSV, JSON_LINES, TABLES, known_format
-from preprocessing.pieces import Document, Piece, ReadOptions, Reject
+from preprocessing.pieces import Damage, Document, Piece, ReadOptions, Reject, share_read
 from preprocessing.streams import Damaged, read_blocks
-from preprocessing.tables import read_table
+from preprocessing.tables import check_columns, read_table
 
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = rb"(?:\r\n|\r(?!\n)|\n)"
 _LINE = re.compile(_NEWLINE)
 _BLANK_LINES = re.compile(_NEWLINE + rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _BLANK_LINES_WITHOUT_RETURNS = re.compile(rb"\n[ \t\v\f]*\n(?:[ \t\v\f]*\n)*")
+_CSV_FIELD_LIMIT = (1 << 31) - 1
+"""Of the parser: how long a row is, is looked at here."""
 _LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 
 
-def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
     """Every document of a piece, in order, or why there is none.
 
     Raises:
@@ -54,9 +57,9 @@ def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Re
         yield item
 
 
-def _read_json_lines(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+def _read_json_lines(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
     for offset, chunk in _chunks(piece, "json-line", options):
-        if isinstance(chunk, Reject):
+        if not isinstance(chunk, bytes):
             yield chunk
             continue
         if offset == 0 and chunk.startswith(_BOM):
@@ -67,10 +70,10 @@ def _read_json_lines(piece: Piece, options: ReadOptions) -> Iterator[Document | 
             offset += len(line) + 1
 
 
-def _read_text(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+def _read_text(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
     kind = options.documents
     for offset, chunk in _chunks(piece, kind, options):
-        if isinstance(chunk, Reject):
+        if not isinstance(chunk, bytes):
             yield chunk
             continue
         begin = len(_BOM) if offset == 0 and chunk.startswith(_BOM) else 0
@@ -86,8 +89,8 @@ def _read_text(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject
                 yield _not_utf8(offset + place, error)
 
 
-def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int, bytes | Reject]]:
-    """Offset in the file and bytes of parts that hold whole documents; rejects for what cannot be had."""
+def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int, bytes | Reject | Damage]]:
+    """Offset in the file and bytes of parts that hold whole documents; what stands for those that cannot be had."""
     compression = known_format(piece.path).compression
     origin = piece.start if compression is None else 0
     behind = origin
@@ -95,13 +98,13 @@ def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int
         blocks = read_blocks(piece.path, piece.start, piece.end, compression)
         for offset, chunk in cut_at_borders(blocks, kind, options.longest_raw):
             offset += origin
-            if chunk is None:
-                yield offset, Reject("too_long", offset, f"more than {options.longest_raw} bytes")
+            if isinstance(chunk, int):
+                yield offset, Reject("too_long", offset, f"more than {options.longest_raw} bytes", bytes=chunk)
             else:
                 behind = offset + len(chunk)
                 yield offset, chunk
     except Damaged as damage:
-        yield behind, Reject(damage.reason, behind, damage.detail)
+        yield behind, Damage(damage.reason, behind, damage.detail)
 
 
 def _separator(kind: str, chunk: bytes) -> re.Pattern[bytes] | None:
@@ -137,6 +140,8 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
     if not isinstance(row, dict):
         return Reject("bad_json", offset, "not a JSON object")
     text = row.get(options.text_column)
+    if text is None and options.text_column in row:
+        return Document("", offset)
     if not isinstance(text, str):
         has = f"the line has {', '.join(map(repr, row)) or 'none'}"
         what = "is not a string" if options.text_column in row else f"is missing ({has})"
@@ -156,69 +161,129 @@ def _name(row: dict[str, Any], column: str | None) -> str | None:
     return None if value is None else str(value)
 
 
+class _Unclosed(Exception):
+    """A row that does not end where it should have."""
+
+
+class _TooLong(Exception):
+    """A line within a row is too long to be read."""
+
+    def __init__(self, reject: Reject):
+        super().__init__(reject.detail)
+        self.reject = reject
+
+
 class _Lines:
     """The lines of a `.csv` file for the parser, which asks for another while a quoted field is open.
 
-    `offset` is the byte behind the last line given. Bytes that are not UTF-8 pass through as lone surrogates.
+    `offset` is the byte after the last line given, `row` that at which the row begins that is being parsed. Bytes that
+    are not UTF-8 pass through as lone surrogates.
     """
 
     def __init__(self, piece: Piece, options: ReadOptions):
-        self.offset, self.too_long = 0, list[Reject]()
+        self.offset = self.row = 0
+        self.ended = False
+        self._longest = options.longest_raw
         self._lines = self._iterate(piece, options)
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        return next(self._lines)
+        if self.offset - self.row > self._longest:
+            raise _Unclosed(f"within {self._longest} bytes (more where --max_characters is higher)")
+        line = next(self._lines, None)
+        if line is None:
+            self.ended = True
+            raise StopIteration
+        if isinstance(line, Reject):
+            raise _TooLong(line)
+        return line
 
-    def _iterate(self, piece: Piece, options: ReadOptions) -> Iterator[str]:
-        for offset, chunk in _chunks(piece, "json-line", options):
+    def length(self) -> int:
+        """The bytes of the whole file, as far as it can be read; no lines are left then."""
+        with suppress(Damaged):
+            for _ in self._lines:
+                pass
+        return self.offset
+
+    def _iterate(self, piece: Piece, options: ReadOptions) -> Iterator[str | Reject]:
+        kind = "line" if _has_return_ends(piece) else "json-line"
+        for offset, chunk in _chunks(piece, kind, options):
             self.offset = offset
+            if isinstance(chunk, Damage):
+                raise Damaged(chunk.reason, chunk.detail)
             if isinstance(chunk, Reject):
-                if chunk.reason != "too_long":
-                    raise Damaged(chunk.reason, chunk.detail)
-                self.too_long.append(chunk)
+                self.offset += chunk.bytes
+                yield chunk
                 continue
             if offset == 0 and chunk.startswith(_BOM):
                 self.offset, chunk = len(_BOM), chunk[len(_BOM) :]
-            for line in chunk.splitlines(keepends=True) if b"\r" not in chunk else _json_lines(chunk):
+            lines = chunk.splitlines(keepends=True) if kind == "line" or b"\r" not in chunk else _json_lines(chunk)
+            for line in lines:
                 self.offset += len(line)
                 yield line.decode("utf-8", "surrogateescape")
+
+
+def _has_return_ends(piece: Piece) -> bool:
+    """Whether the first line of a file ends with `\\r` alone, as programs of old wrote them."""
+    try:
+        head = next(read_blocks(piece.path, piece.start, piece.end, known_format(piece.path).compression), b"")
+    except Damaged:
+        return False
+    match = _LINE.search(head)
+    return match is not None and match[0] == b"\r" and match.end() < len(head)
 
 
 def _json_lines(chunk: bytes) -> list[bytes]:
     return re.findall(rb"[^\n]*\n|[^\n]+", chunk)
 
 
-def _read_csv(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
+def _read_csv(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
     lines = _Lines(piece, options)
-    csv.field_size_limit(options.longest_raw)
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
     rows = csv.reader(lines, strict=True)
     header: list[str] | None = None
+    number = 0  # of the row, the first behind the header being 0
     while True:
-        offset = lines.offset
+        offset = lines.row = lines.offset
         try:
             row = next(rows)
         except StopIteration:
             break
-        except csv.Error as error:
+        except (csv.Error, _Unclosed) as error:
+            if lines.ended or isinstance(error, _Unclosed):
+                yield _unclosed_quote(offset, number, lines, "" if lines.ended else f" {error}")
+                break
             yield Reject("bad_csv", offset, f"not a valid row ({error})")
+            number += 1
+            continue
+        except _TooLong as error:
+            yield error.reject
+            number += 1
             continue
         except Damaged as damage:
-            yield Reject(damage.reason, offset, damage.detail)
+            yield Damage(damage.reason, offset, damage.detail)
             break
         if not row:
             continue
         if header is None:
             header = row
-            columns = [
-                row.index(c) if c in row else None
-                for c in (options.text_column, options.id_column, options.source_column)
-            ]
+            wanted = (options.text_column, options.id_column, options.source_column)
+            check_columns(piece.path, header, options)
+            columns = [row.index(column) if column in row else None for column in wanted]
         else:
             yield _csv_document(row, header, columns, offset, options.text_column)
-    yield from lines.too_long
+            number += 1
+
+
+def _unclosed_quote(offset: int, number: int, lines: _Lines, within: str) -> Damage:
+    total = lines.length()
+    detail = (
+        f"the quote that opens in row {number} is not closed{within}, so the {total - offset} bytes from this row on "
+        f"are lost, {share_read(offset, total)}"
+    )
+    return Damage("unclosed_quote", offset, detail)
 
 
 def _csv_document(

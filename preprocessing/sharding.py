@@ -28,7 +28,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from preprocessing import dedup
 from preprocessing.accept import filter_checksum
-from preprocessing.accounts import BadDocuments, input_infos, total_accounts
+from preprocessing.accounts import BadDocuments, input_infos, refuse_damage, total_accounts
 from preprocessing.encoders import AUTO, choose_backend
 from preprocessing.formats import is_url
 from preprocessing.job import FIRST_STAGE, UNITS, Job, Record, Task, clear, opened_job, publish
@@ -38,8 +38,11 @@ from preprocessing.progress import document_bar
 from preprocessing.sentences import RULES_VERSION
 from preprocessing.streams import file_size, open_binary, readable
 from preprocessing.tokenizer import TOKENIZER_FILES, copy_tokenizer
-from preprocessing.units import ShardOptions, UnitResult, shard_unit, thin_unit
+from preprocessing.units import RECORD_VERSION, ShardOptions, UnitResult, shard_unit, thin_unit
 from preprocessing.workers import Workers, local_workers
+
+FileState = tuple[int, int]
+"""Size and time of change."""
 
 
 class Totals(NamedTuple):
@@ -101,7 +104,8 @@ def run_job(
         UserError: too much bad input, a tokenizer of another kind, an output that cannot be written or is being
             written, no training document.
     """
-    units = plan_units(files, options.read, options.unit_bytes, sources)
+    states = {path: _state(path) for path in files}
+    units = plan_units(files, options.read, options.unit_bytes, sources, options.allow_damaged_files)
     output = output.resolve()  # a link stays, what it points to is replaced
     inside = [path for path in files if not is_url(path) and output in Path(path).resolve().parents]
     if inside:
@@ -110,7 +114,7 @@ def run_job(
     if not share:
         print(f"nothing to do: {len(units)} units are fewer than {task and task[1]} tasks")
         return None
-    plan = _plan_fingerprint(files, units, tokenizer, options)
+    plan = _plan_fingerprint(states, units, tokenizer, options)
     with (
         errors_of_the_disk(output),
         created_parents(output),
@@ -120,10 +124,10 @@ def run_job(
     ):
         if job.record(FIRST_STAGE, 0) is None:
             job.do(FIRST_STAGE, 0, partial(_copy_tokenizer, tokenizer))
-        finish = partial(_finish, job, files, sources or {}, units, options, backend, workers, output)
+        finish = partial(_finish, job, states, sources or {}, units, options, backend, workers, output)
         if task is None:
             return finish()
-        _run_units(job, share, options, backend, workers, None)
+        _run_units(job, states, share, options, backend, workers, None)
         left = len(units) - job.finished(UNITS)
         if left and job.folder.exists():
             print(f"task {task[0] + 1}/{task[1]} is done; {left} of {len(units)} units are left to others, the last")
@@ -138,13 +142,15 @@ def run_job(
             return None
 
 
-def _plan_fingerprint(files: Sequence[str], units: Sequence[Unit], tokenizer: Path, options: ShardOptions) -> str:
+def _plan_fingerprint(
+    states: Mapping[str, FileState], units: Sequence[Unit], tokenizer: Path, options: ShardOptions
+) -> str:
     """Identity of all that the output's bytes depend on: work is gone on with only where it is the same."""
-    # A higher --max_bad_fraction goes on from what was done under a lower one.
-    decisive = replace(options, max_bad_fraction=0.0)
+    # What may be bad or damaged is judged by the records: a job that allows more goes on from what was done.
+    decisive = replace(options, max_bad_fraction=0.0, allow_damaged_files=False)
     content = {
-        "versions": [ds_roberta.__version__, FORMAT_VERSION],
-        "inputs": [[path, *_state(path)] for path in files],
+        "versions": [ds_roberta.__version__, FORMAT_VERSION, RECORD_VERSION],
+        "inputs": [[path, *state] for path, state in states.items()],
         "units": [asdict(unit) for unit in units],
         "tokenizer": {
             name: file_checksum(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).is_file()
@@ -159,7 +165,7 @@ def _plan_fingerprint(files: Sequence[str], units: Sequence[Unit], tokenizer: Pa
     return json_fingerprint(content)
 
 
-def _state(path: str) -> tuple[int, int]:
+def _state(path: str) -> FileState:
     """Size and time of change of an input; of a URL the size alone, as not all file systems know more."""
     with readable(path):
         if not is_url(path):
@@ -197,11 +203,18 @@ def _tokenizer_info(job: Job) -> TokenizerInfo:
 
 
 def _run_units(
-    job: Job, units: Sequence[Unit], options: ShardOptions, backend: str, workers: Workers, bad: BadDocuments | None
+    job: Job,
+    states: Mapping[str, FileState],
+    units: Sequence[Unit],
+    options: ShardOptions,
+    backend: str,
+    workers: Workers,
+    bad: BadDocuments | None,
 ) -> dict[int, UnitResult]:
     """Do what is not finished of `units`; the results of all, by the units' numbers.
 
     Args:
+        states: of the inputs when they were planned.
         bad: is told of the units in the plan's order, where `units` are all of them.
     """
     records = {unit.index: job.record(UNITS, unit.index) for unit in units}
@@ -212,12 +225,21 @@ def _run_units(
     in_order = iter(units)
     following = next(in_order, None)
 
+    def refuse(result: UnitResult) -> None:
+        for path in result.accounts:
+            if not is_url(path) and _state(path) != states[path]:
+                raise UserError(f"{path!r} changed while it was read: run the command again once it is complete")
+        if not options.allow_damaged_files:
+            refuse_damage(result.accounts)
+
     def judge() -> None:
         nonlocal following
         while bad is not None and following is not None and following.index in results:
             bad.add(results[following.index].accounts)
             following = next(in_order, None)
 
+    for result in results.values():
+        refuse(result)
     judge()
     if missing:
         info = _tokenizer_info(job)
@@ -228,6 +250,7 @@ def _run_units(
         with document_bar(sum(sizes.values()), "tokenizing", done) as update:
             for index, record in workers.run(partial(_unit_step, job, info, options, backend), missing):
                 results[index] = UnitResult.from_record(record)
+                refuse(results[index])
                 update(sizes[index], results[index].documents)
                 judge()
     return results
@@ -240,7 +263,7 @@ def _unit_step(job: Job, info: TokenizerInfo, options: ShardOptions, backend: st
 
 def _finish(
     job: Job,
-    files: Sequence[str],
+    states: Mapping[str, FileState],
     sources: Mapping[str, str],
     units: Sequence[Unit],
     options: ShardOptions,
@@ -250,7 +273,7 @@ def _finish(
 ) -> tuple[Manifest, Totals]:
     """All units, and from these the output in its place."""
     bad = BadDocuments(options.max_bad_fraction)
-    results = _run_units(job, units, options, backend, workers, bad)
+    results = _run_units(job, states, units, options, backend, workers, bad)
     bad.check()
     if options.dedup != "none":
         results = _deduplicate(job, units, results, options.dedup, workers)
@@ -267,7 +290,7 @@ def _finish(
             "unit_bytes": options.unit_bytes,
             **dedup.dedup_options(options.dedup),
         },
-        inputs=input_infos(total_accounts(files, (result.accounts for result in in_order)), sources),
+        inputs=input_infos(total_accounts(states, (result.accounts for result in in_order)), sources),
         splits={split: tuple(s for r in in_order for s in r.shards[split]) for split in SPLITS},
     )
     try:

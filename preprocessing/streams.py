@@ -14,22 +14,37 @@ import zstandard
 
 from ds_roberta.errors import UserError
 from preprocessing.formats import is_url
+from preprocessing.pieces import share_read
 
 BLOCK_BYTES = 1 << 20
 _COMPRESSED_BLOCK_BYTES = 1 << 16
 _ZSTD_BLOCK_BYTES = 1 << 11
 """zstandard has no bound for what one call returns; a run of one byte grows 32,000-fold."""
+_ZSTD_LONGEST_WINDOW = 1 << 31
+"""The longest that zstd writes (`--long=31`): a worker then has 2 GiB for it, however long the file."""
+_MAGIC = {
+    "gz": (b"\x1f\x8b",),
+    "bz2": (b"BZh",),
+    "xz": (b"\xfd7zXZ\0", b"\x5d\0\0"),  # the second is of .lzma
+    "zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))),  # and skippable frames
+}
+_MAGIC_BYTES = 6
+_OTHER_ENCODINGS = {
+    "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+}
+"""By their byte-order marks."""
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gz": lambda: zlib.decompressobj(wbits=31),
     "bz2": bz2.BZ2Decompressor,
     "xz": lzma.LZMADecompressor,
-    "zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    "zst": lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_LONGEST_WINDOW).decompressobj(),
 }
 
 
 class Damaged(Exception):
-    """What follows in a file cannot be read; `reason` is that of the rejected document that begins here."""
+    """What follows in a file cannot be read: `truncated`, `corrupt` or `unclosed_quote`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -37,13 +52,13 @@ class Damaged(Exception):
 
 
 @contextmanager
-def readable(path: str) -> Iterator[None]:
-    """Turn errors of the disk or the network into a `UserError` that names `path`."""
+def readable(path: str, place: str = "") -> Iterator[None]:
+    """Turn errors of the disk or the network into a `UserError` that names `path`, and the place in it if given."""
     try:
         yield
     except OSError as error:
         why = error.strerror or f"{type(error).__name__} {error}"
-        raise UserError(f"cannot read {path!r}: {why}; make it readable or leave it out") from error
+        raise UserError(f"cannot read {path!r}{place}: {why}; make it readable or leave it out") from error
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -83,24 +98,54 @@ def read_blocks(path: str, start: int, end: int, compression: str | None) -> Ite
         Damaged: the compressed bytes end too early or are not valid.
     """
     blocks = _raw_blocks(path, start, end, BLOCK_BYTES if compression is None else _COMPRESSED_BLOCK_BYTES)
-    yield from blocks if compression is None else _decompress(blocks, compression)
+    content = blocks if compression is None else _decompress(blocks, compression, end - start)
+    for number, block in enumerate(content):
+        if number == start == 0:
+            _check_encoding(path, block)
+        yield block
+
+
+def begins_well(path: str, file: BinaryIO, compression: str | None) -> bool:
+    """Whether the first bytes of an open file are those of its kind: what they show need not wait for the reading.
+
+    Raises:
+        UserError: it is text of another encoding than UTF-8.
+    """
+    head = file.read(_MAGIC_BYTES)
+    if compression is None:
+        _check_encoding(path, head)
+        return True
+    return head.startswith(_MAGIC[compression])
+
+
+def _check_encoding(path: str, head: bytes) -> None:
+    found = next((encoding for encoding, marks in _OTHER_ENCODINGS.items() if head.startswith(marks)), None)
+    if found is None and len(head) >= 4 and [byte == 0 for byte in head[:4]] in ([False, True] * 2, [True, False] * 2):
+        found = "UTF-16LE" if head[1] == 0 else "UTF-16BE"
+    if found is not None:
+        raise UserError(
+            f"{path!r} is {found} by its first bytes, not UTF-8: "
+            f"convert it, for example with iconv -f {found} -t UTF-8, or leave it out"
+        )
 
 
 def _raw_blocks(path: str, start: int, end: int, block_bytes: int) -> Iterator[bytes]:
     with readable(path), open_binary(path) as file:
         file.seek(start)
         while start < end:
-            block = file.read(min(block_bytes, end - start))
+            with readable(path, f" at byte {start} of {end}"):
+                block = file.read(min(block_bytes, end - start))
             if not block:
                 raise UserError(f"{path!r} became shorter while it was read: run the command again once it is complete")
             start += len(block)
             yield block
 
 
-def _decompress(blocks: Iterable[bytes], compression: str) -> Iterator[bytes]:
-    """Decompress all members (frames, streams) of a file, in pieces of at most about `BLOCK_BYTES`."""
-    decompressor, complete = None, False
+def _decompress(blocks: Iterable[bytes], compression: str, size: int) -> Iterator[bytes]:
+    """Decompress all members (frames, streams) of a file of so many bytes, in pieces of at most about `BLOCK_BYTES`."""
+    decompressor, complete, read = None, False, 0
     for block in blocks:
+        before, read = read, read + len(block)
         while block:
             if decompressor is None:
                 if complete and not (block := block.lstrip(b"\0")):  # padding between members
@@ -109,13 +154,15 @@ def _decompress(blocks: Iterable[bytes], compression: str) -> Iterator[bytes]:
             try:
                 content, block = _step(decompressor, compression, block)
             except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError) as error:
-                raise Damaged("corrupt", f"the .{compression} data are damaged ({error})") from error
+                detail = f"the .{compression} data are damaged ({error}), {share_read(before, size)}"
+                raise Damaged("corrupt", detail) from error
             if content:
                 yield content
             if decompressor.eof:
                 decompressor, complete = None, True
     if decompressor is not None or not complete:
-        raise Damaged("truncated", f"the .{compression} data end before their end mark")
+        detail = f"the .{compression} data end before their end mark, all {size} bytes of the file were read"
+        raise Damaged("truncated", detail)
 
 
 def _step(decompressor: Any, compression: str, block: bytes) -> tuple[bytes, bytes]:

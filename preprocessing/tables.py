@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ds_roberta.errors import UserError
 from preprocessing.formats import PARQUET, is_url, known_format
-from preprocessing.pieces import Document, Piece, ReadOptions, Reject
+from preprocessing.pieces import Damage, Document, Piece, ReadOptions, Reject, share_read
 from preprocessing.streams import Damaged, open_binary, readable
 
 _ROWS = 128
@@ -20,36 +21,49 @@ _READ_BYTES = 1 << 20
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
-def measure_table(path: str, options: ReadOptions) -> list[int]:
-    """The bytes of every row group or record batch, by which the plan cuts; none where the file cannot be read.
+def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
+    """The bytes of every row group or record batch, by which the plan cuts, and whether the file is damaged behind.
 
     An Arrow stream behind a URL is one part: finding a place in it means reading all before it.
 
     Raises:
-        UserError: the file cannot be opened.
+        UserError: the file cannot be opened, or has a column twice of which the options speak.
     """
     try:
         if known_format(path).kind == PARQUET:
             with _parquet(path) as file:
+                check_columns(path, file.schema_arrow.names, options)
                 groups = map(file.metadata.row_group, range(file.num_row_groups))
-                return [_group_bytes(group, options.text_column) for group in groups]
+                return [_group_bytes(group, options.text_column) for group in groups], False
         with _arrow_source(path) as (source, is_file):
+            opened = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            check_columns(path, opened.schema.names, options)
             if is_file:
-                batches = pa.ipc.open_file(source).num_record_batches
-                return [source.size() // batches] * batches if batches else []
-            return [source.size()] if is_url(path) else _stream_batches(source)
+                batches = opened.num_record_batches
+                return [source.size() // batches] * batches if batches else [], False
+            return ([source.size()], False) if is_url(path) else _stream_batches(source)
     except Damaged:
-        return []
+        return [], True
 
 
-def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject]:
-    """The rows of a piece; what cannot be read is one reject, of as many documents as are known to be lost."""
+def check_columns(path: str, names: list[str], options: ReadOptions) -> None:
+    """Raise `UserError` where a column of which the options speak is there twice."""
+    for column in (options.text_column, options.id_column, options.source_column):
+        if column is not None and names.count(column) > 1:
+            raise UserError(
+                f"{path!r} has {names.count(column)} columns with the name {column!r}: rename all but one, "
+                "or leave the file out"
+            )
+
+
+def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
+    """The rows of a piece; what cannot be read is damage, of as many documents as are known to be lost."""
     batches = _parquet_batches if known_format(piece.path).kind == PARQUET else _arrow_batches
     for row, batch in batches(piece, options):
-        if isinstance(batch, Reject):
-            yield batch
-        else:
+        if isinstance(batch, pa.RecordBatch):
             yield from _rows(batch, row, options)
+        else:
+            yield batch
 
 
 @contextmanager
@@ -78,12 +92,12 @@ def _group_bytes(group: Any, column: str) -> int:
     return sizes[0] if sizes else group.total_byte_size
 
 
-def _parquet_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Reject]]:
+def _parquet_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Reject | Damage]]:
     try:
         with _parquet(piece.path) as file:
             names = file.schema_arrow.names
             wanted = [c for c in (options.text_column, options.id_column, options.source_column) if c in names]
-            rows = [file.metadata.row_group(g).num_rows for g in range(min(piece.end, file.num_row_groups))]
+            rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             for group in range(piece.start, piece.end):
                 first, done = sum(rows[:group]), 0
                 if options.text_column not in wanted:
@@ -101,10 +115,10 @@ def _parquet_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, 
                         done += batch.num_rows
                 except Damaged as damage:
                     place, lost = first + done, rows[group] - done
-                    detail = f"row group {group}: {damage.detail}"
-                    yield place, Reject(damage.reason, place, detail, lost)
+                    detail = f"row group {group} of {len(rows)} ({damage.detail}), {lost} of {sum(rows)} rows are lost"
+                    yield place, Damage(damage.reason, place, detail, lost)
     except Damaged as damage:
-        yield 0, Reject(damage.reason, 0, damage.detail)
+        yield 0, Damage(damage.reason, 0, f"{damage.detail}, {share_read(0, 1)}")
 
 
 @contextmanager
@@ -124,21 +138,24 @@ def _arrow_source(path: str) -> Iterator[tuple[Any, bool]]:
             yield source, magic == _ARROW_FILE_MAGIC
 
 
-def _stream_batches(source: Any) -> list[int]:
+def _stream_batches(source: Any) -> tuple[list[int], bool]:
     sizes: list[int] = []
+    source.seek(0)
     try:
-        for message in pa.ipc.MessageReader.open_stream(source):
-            if message.type == "record batch":
-                sizes.append(message.body.size if message.body is not None else 0)
-    except (pa.ArrowException, OSError, EOFError):
-        sizes.append(0)  # what follows is read as a damaged batch
-    return sizes
+        with _errors_of_the_content():
+            for message in pa.ipc.MessageReader.open_stream(source):
+                if message.type == "record batch":
+                    sizes.append(message.body.size if message.body is not None else 0)
+    except (Damaged, EOFError):
+        return [*sizes, 0], True  # what follows is read as a damaged batch
+    return sizes, False
 
 
-def _arrow_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Reject]]:
-    row = 0
+def _arrow_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Damage]]:
+    row, read, size = 0, 0, 1
     try:
         with _arrow_source(piece.path) as (source, is_file):
+            size = source.size()
             if is_file:
                 file = pa.ipc.open_file(source)
                 for index in range(piece.end):
@@ -147,20 +164,22 @@ def _arrow_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa
                             batch = file.get_batch(index)
                     except Damaged as damage:
                         if index >= piece.start:
-                            yield row, Reject(damage.reason, row, f"record batch {index}: {damage.detail}")
+                            detail = f"record batch {index} of {file.num_record_batches} is lost ({damage.detail})"
+                            yield row, Damage(damage.reason, row, detail)
                         continue
                     if index >= piece.start:
                         yield from _slices(batch, row)
                     row += batch.num_rows
                 return
-            # The batch behind the piece, which may be a damaged one, is not asked for.
+            # The batch after the piece, which may be a damaged one, is not asked for.
             stream = islice(pa.ipc.open_stream(source), None if is_url(piece.path) else piece.end)
             for index, batch in enumerate(stream):
+                read = source.tell()
                 if index >= piece.start:
                     yield from _slices(batch, row)
                 row += batch.num_rows
     except Damaged as damage:
-        yield row, Reject(damage.reason, row, damage.detail)
+        yield row, Damage(damage.reason, row, f"{damage.detail}, {share_read(read, size)}")
 
 
 def _slices(batch: pa.RecordBatch, row: int) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -168,7 +187,7 @@ def _slices(batch: pa.RecordBatch, row: int) -> Iterator[tuple[int, pa.RecordBat
         yield row + begin, batch.slice(begin, _ROWS)
 
 
-def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Document | Reject]:
+def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
     name = options.text_column
     if name not in batch.schema.names:
         detail = f"column {name!r} is missing (the file has {', '.join(batch.schema.names)})"
@@ -177,7 +196,8 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
     try:
         texts = _bytes_of(batch.column(name))
     except pa.ArrowException as error:
-        yield Reject("corrupt", row, " ".join(str(error).split())[:200], batch.num_rows)
+        detail = f"{' '.join(str(error).split())[:200]}, {batch.num_rows} rows are lost"
+        yield Damage("corrupt", row, detail, batch.num_rows)
         return
     if texts is None:
         detail = f"column {name!r} is not of strings but of {batch.column(name).type}"
@@ -185,9 +205,7 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
         return
     ids, sources = (_names(batch, column) for column in (options.id_column, options.source_column))
     for number, (text, identity, source) in enumerate(zip(texts, ids, sources, strict=True), row):
-        if text is None:
-            yield Reject("missing_column", number, f"column {name!r} is null")
-            continue
+        text = text or b""
         try:
             yield Document(text.decode("utf-8"), number, identity, source)
         except UnicodeDecodeError as error:
@@ -196,6 +214,8 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
 
 def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
     """The values of a column of strings as bytes, which are checked one by one; None for another type."""
+    if pa.types.is_null(column.type):
+        return [None] * len(column)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not (

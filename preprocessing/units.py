@@ -40,6 +40,8 @@ from preprocessing.sentences import sentence_bytes
 _BATCH_BYTES = 1 << 20
 _SOURCES_AT_MOST = 256
 """Of one part of a unit: each has shards of its own, which would become too many and too small."""
+RECORD_VERSION = 2
+"""Of what a unit's record holds and means: a job does not go on from another version's."""
 _PART_UNITS = 2
 """A unit that turns out larger, such as a compressed file, is written in parts of so many times `unit_bytes`."""
 
@@ -63,6 +65,7 @@ class ShardOptions:
     unit_bytes: int = UNIT_BYTES
     max_bad_fraction: float = MAX_BAD_FRACTION
     dedup: str = "none"
+    allow_damaged_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class UnitResult:
         """As JSON can hold it."""
         return {
             "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
-            "accounts": {path: [account.counts, account.places] for path, account in self.accounts.items()},
+            "accounts": {path: vars(account) for path, account in self.accounts.items()},
             "text_bytes": self.text_bytes,
             "special_documents": self.special_documents,
             "sources": self.sources,
@@ -94,7 +97,10 @@ class UnitResult:
     def from_record(cls, record: Record) -> UnitResult:
         """The inverse of `record`, behind a way through JSON."""
         shards = {split: tuple(map(ShardInfo.from_json, shards)) for split, shards in record["shards"].items()}
-        accounts = {path: Account(Counter(counts), places) for path, (counts, places) in record["accounts"].items()}
+        accounts = {
+            path: Account(**{**account, "counts": Counter(account["counts"])})
+            for path, account in record["accounts"].items()
+        }
         return cls(shards, accounts, record["text_bytes"], record["special_documents"], tuple(record["sources"]))
 
 
@@ -169,7 +175,7 @@ def thin_unit(
     """Write the staged shards of a unit again, without the documents that occur again. `documents` are in all units."""
     rows = dedup.load_rows(job, unit.index)
     keep, text_bytes, special_documents = np.ones(len(rows), bool), result.text_bytes, result.special_documents
-    accounts = {path: Account(Counter(a.counts), a.places) for path, a in result.accounts.items()}
+    accounts = {path: replace(a, counts=Counter(a.counts)) for path, a in result.accounts.items()}
     for reason, dropped in dedup.dropped_rows(job, kind, documents, unit.index).items():
         keep[dropped] = False
         text_bytes -= int(rows["bytes"][dropped].sum(dtype=np.int64))

@@ -79,7 +79,9 @@ class InputInfo:
     """What became of one input file: documents_read = documents_kept + the sum over `rejected`.
 
     `source` is the name that the user gave it, if any. `places` are the first documents that are bad: `reason`, `byte`
-    or `row` in the file, counted from 0, and `detail`.
+    or `row` in the file, counted from 0, and `detail`. `damage` are the first places, of the same form, where a
+    part of the file is lost; its documents are counted only if their number is known. `too_long_bytes` are those of the
+    documents that are rejected as too long.
     """
 
     path: str
@@ -88,6 +90,14 @@ class InputInfo:
     rejected: dict[str, int]
     source: str = ""
     places: tuple[dict[str, Any], ...] = ()
+    damage: tuple[dict[str, Any], ...] = ()
+    too_long_bytes: int = 0
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> InputInfo:
+        """The inverse of `dataclasses.asdict`, after a way through JSON."""
+        lists = {name: tuple(entry.get(name, ())) for name in ("places", "damage")}
+        return cls(**{**entry, **lists})
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,7 @@ class Manifest:
             manifest = cls(
                 tokenizer=TokenizerInfo.from_json(content["tokenizer"]),
                 options=content["options"],
-                inputs=tuple(InputInfo(**{**entry, "places": tuple(entry["places"])}) for entry in content["inputs"]),
+                inputs=tuple(map(InputInfo.from_json, content["inputs"])),
                 splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
             )
         except UserError:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+from collections import Counter
 
 import fsspec
 import numpy as np
@@ -76,15 +77,16 @@ def test_what_stands_before_the_damage_of_a_compressed_file_is_kept(tmp_path, co
         path = tmp_path / f"a.jsonl.{compression}"
         path.write_bytes(first + damage)
         found, account = read(path)
-        assert account.counts == {"kept": len(found), reason: 1}
+        assert account.counts == {"kept": len(found)}
         assert len(found) >= whole
         assert [document.text for document in found] == TEXTS[: len(found)]
-        (place,) = account.places
+        (place,) = account.damage
         assert (place["reason"], place["byte"]) == (reason, len(b"\n".join(data.split(b"\n")[: len(found)])) + 1)
+        assert (f"all {len(first + damage)} bytes" if reason == "truncated" else "% of the file") in place["detail"]
     path.write_bytes(b"")
     account = Account()
     assert list(accepted_documents(Piece(str(path), 0, 0), ReadOptions(), account)) == []
-    assert account.counts == {"truncated": 1}
+    assert (account.counts, account.damage[0]["reason"]) == ({}, "truncated")
 
 
 def test_a_stream_longer_than_any_block_is_cut_at_borders_only(tmp_path):
@@ -140,7 +142,10 @@ def test_a_corrupt_row_group_loses_its_own_rows_only(tmp_path):
     found, account = read(path)
     assert account.counts == {"kept": 800, "corrupt": 100}
     assert [document.offset for document in found] == [*range(400), *range(500, 900)]
-    assert (account.places[0]["row"], "row group 4" in account.places[0]["detail"]) == (400, True)
+    (place,) = account.damage
+    assert (place["row"], place["reason"], account.places) == (400, "corrupt", [])
+    assert "row group 4 of 9" in place["detail"]
+    assert place["detail"].endswith("100 of 900 rows are lost")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
@@ -154,7 +159,8 @@ def test_a_damaged_table_is_an_account_and_not_a_crash(tmp_path, name):
     for cut in (len(data) // 2, 5, 0):
         path.write_bytes(data[:cut])
         found, account = read(path)
-        assert account.bad == 1
+        assert len(account.damage) == 1
+        assert account.counts == Counter(kept=len(found))
         assert [document.text for document in found] == TEXTS[: len(found)]
         assert bool(found) == (name == "stream.arrow" and cut > 5)
 
@@ -173,17 +179,21 @@ def test_bytes_of_an_arrow_column_are_not_trusted(tmp_path):
         assert read(tmp_path / "a.arrow")[1].counts == counts
 
 
-def test_a_missing_column_or_value_is_counted_row_by_row(tmp_path):
-    table = pa.table({"text": ["one", None, "two"], "n": [1, 2, 3]})
+def test_a_missing_column_is_counted_row_by_row_and_null_is_an_empty_text(tmp_path):
+    table = pa.table({"text": ["one", None, "two"], "n": [1, 2, 3], "nulls": pa.nulls(3)})
     pq.write_table(table, tmp_path / "a.parquet")
-    for column, counts in [
-        ("text", {"kept": 2, "missing_column": 1}),
-        ("n", {"missing_column": 3}),
-        ("body", {"missing_column": 3}),
-    ]:
-        account = read(tmp_path / "a.parquet", text_column=column)[1]
-        assert account.counts == counts
-        assert repr(column) in account.places[0]["detail"]
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
+        for column, counts in [
+            ("text", {"kept": 2, "empty": 1}),
+            ("nulls", {"empty": 3}),
+            ("n", {"missing_column": 3}),
+            ("body", {"missing_column": 3}),
+        ]:
+            account = read(path, text_column=column)[1]
+            assert account.counts == counts
+            assert all(repr(column) in place["detail"] for place in account.places)
 
 
 def test_csv_rows_with_quotes_and_line_ends_are_documents(tmp_path):
@@ -211,9 +221,10 @@ def test_each_bad_csv_row_has_its_reason_and_place(tmp_path):
     (tmp_path / "a.csv").write_bytes(data)
     found, account = read(tmp_path / "a.csv")
     assert [document.text for document in found] == ["a\nb", "fine"]
-    assert account.counts == {"kept": 2, "bad_csv": 3, "not_utf8": 1}
+    assert account.counts == {"kept": 2, "bad_csv": 2, "not_utf8": 1}
     places = [data.index(row) for row in (b"2,x,y", b"3,caf", b'4,"ok', b'6,"open')]
-    assert [place["byte"] for place in account.places] == places
+    assert [place["byte"] for place in [*account.places, *account.damage]] == places
+    assert "row 5 is not closed, so the 14 bytes from this row on" in account.damage[0]["detail"]
 
 
 def test_files_behind_a_url_read_as_local_ones(tmp_path):

@@ -1,0 +1,247 @@
+"""What a damaged file does to a job: it ends by name, before the work where that can be seen, unless it is allowed."""
+
+import gzip
+import io
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ds_roberta.data.shards import Corpus
+from ds_roberta.errors import UserError
+from preprocessing import sharding
+from preprocessing.accept import accepted_documents
+from preprocessing.accounts import Account, BadDocuments
+from preprocessing.cli import main
+from preprocessing.pieces import Piece, ReadOptions, Reject
+from preprocessing.plan import plan_units
+
+ROWS = [{"text": f"Row {i} has {'many ' * (i % 40)}words."} for i in range(500)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+PACKED = gzip.compress(LINES)
+
+
+def run(*command):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(part) for part in command])
+    return exit_.value.code
+
+
+@pytest.fixture
+def shard(tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """A function that prepares the files in `text`: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+
+    def run_shard(*options, workers=1):
+        command = ["shard", "--input", "text", "--tokenizer", tokenizer_folder, "--output", "out"]
+        code = run(*command, "--workers", workers, *options)
+        return code, *capsys.readouterr()
+
+    return run_shard
+
+
+def account_of(path, **options):
+    options, account = ReadOptions(**options), Account()
+    kept = list(accepted_documents(Piece(str(path), 0, path.stat().st_size), options, account))
+    return kept, account
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_truncated_file_ends_the_job_and_the_option_goes_on_from_it(shard, tmp_path, workers):
+    (tmp_path / "text/a.jsonl.gz").write_bytes(PACKED[:-900])
+    (tmp_path / "text/b.txt").write_text("Another text.")
+    (tmp_path / "text/c.jsonl.gz").write_bytes(PACKED)
+    code, _, error = shard(workers=workers)
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert re.search(r"'text/a.jsonl.gz', line \d+ \(byte \d+\): .* all \d+ bytes of the file were read", error)
+    assert "--allow_damaged_files" in error
+    assert not (tmp_path / "out").exists()
+    assert "1 of 1 units are kept" in error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "shard_unit", None)  # nothing is left for it
+        code, output, error = shard("--allow_damaged_files", workers=workers)
+    assert code == 0
+    first, *others = Corpus.open("out").manifest.inputs
+    assert 0 < first.documents_read == first.documents_kept < 500
+    assert first.rejected == {}
+    assert [place["reason"] for place in first.damage] == ["truncated"]
+    assert [entry.damage for entry in others] == [(), ()]
+    assert "damaged     'text/a.jsonl.gz', line" in output
+
+
+def test_every_task_of_an_array_meets_the_damage_of_its_share(shard, tmp_path):
+    (tmp_path / "text/a.jsonl.gz").write_bytes(PACKED[:-9])
+    assert shard("--task", "1/1")[0] == 2
+    assert shard("--task", "1/1", "--allow_damaged_files")[0] == 0
+
+
+def test_a_tokenizer_is_not_trained_on_half_a_file(tmp_path, capsys):
+    (tmp_path / "a.jsonl.gz").write_bytes(PACKED[:-9])
+    command = ["train-tokenizer", "--input", tmp_path / "a.jsonl.gz", "--vocab_size", 270, "--output", tmp_path / "t"]
+    assert run(*command) == 2
+    assert "a.jsonl.gz', line" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+    assert run(*command, "--allow_damaged_files") == 0
+
+
+def parquet(cut):
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    return file.getvalue()[:cut]
+
+
+def arrow_stream(cut):
+    file = io.BytesIO()
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return file.getvalue()[:cut]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.jsonl.gz", b"<html>not found</html>", "0% of the file"),
+        ("a.jsonl.zst", b"", "all 0 bytes"),
+        ("a.parquet", parquet(-20), "0% of the file"),
+        ("a.parquet", b"", "0% of the file"),
+        ("a.arrow", arrow_stream(-3000), "row 400"),
+        ("a.txt", "Text.".encode("utf-16"), "is UTF-16 by its first bytes"),
+        ("a.jsonl", LINES.decode().encode("utf-16-le"), "is UTF-16LE by its first bytes"),
+        ("a.csv.gz", gzip.compress("text\nText".encode("utf-16")), "is UTF-16 by its first bytes"),
+    ],
+)
+def test_what_the_ends_of_a_file_show_is_told_before_the_work(shard, tmp_path, name, content, named, monkeypatch):
+    (tmp_path / "text/0.txt").write_text("A text.")
+    (tmp_path / "text" / name).write_bytes(content)
+    if not name.endswith(".csv.gz"):  # what is packed is seen when it is read
+        monkeypatch.setattr(sharding, "opened_job", None)
+    code, _, error = shard()
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert f"'text/{name}'" in error
+    assert named in error
+
+
+def test_a_zstandard_window_of_2_gib_is_read(tmp_path):
+    window = bytes([(31 - 10) << 3])
+    frame = b"\x28\xb5\x2f\xfd\0" + window + (len(LINES) << 3 | 1).to_bytes(3, "little") + LINES  # one raw block
+    (tmp_path / "a.jsonl.zst").write_bytes(frame * 2)
+    kept, account = account_of(tmp_path / "a.jsonl.zst")
+    assert [document.text for document in kept] == [row["text"] for row in ROWS] * 2
+    assert account.damage == []
+
+
+def csv_of(rows):
+    return "id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(rows))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_a_quote_that_nothing_closes_names_its_row_and_what_follows(tmp_path, newline):
+    rows = [f"row {i}" for i in range(100)]
+    rows[40] = '"unclosed'
+    data = csv_of(rows).replace("\n", newline).encode()
+    start = data.index(b"40,")
+    for name, content in (("a.csv", data), ("a.csv.gz", gzip.compress(data))):
+        (tmp_path / name).write_bytes(content)
+        kept, account = account_of(tmp_path / name)
+        assert [document.text for document in kept] == rows[:40]
+        assert account.counts == {"kept": 40}
+        (place,) = account.damage
+        assert (place["reason"], place["byte"]) == ("unclosed_quote", start)
+        assert f"row 40 is not closed, so the {len(data) - start} bytes from this row on" in place["detail"]
+        assert f"{100 * start / len(data):.0f}" in place["detail"].split()[-6]
+
+
+def test_a_quote_that_is_open_for_too_long_ends_the_reading_of_its_file(tmp_path):
+    rows = ["good", '"open', *(["x" * 1000] * 3000), '"']
+    (tmp_path / "a.csv").write_text(csv_of(rows))
+    kept, account = account_of(tmp_path / "a.csv", max_characters=1000)
+    assert [document.text for document in kept] == ["good"]
+    assert "row 1 is not closed within 1056576 bytes" in account.damage[0]["detail"]
+    kept, account = account_of(tmp_path / "a.csv")
+    assert (account.counts, account.damage) == ({"kept": 1, "too_long": 1}, [])
+
+
+def test_a_line_that_is_too_long_spoils_its_row_alone(tmp_path):
+    rows = ["good", '"a line', *["b"], "c" * 3_000_000, '"', "last"]
+    text = csv_of(rows)
+    (tmp_path / "a.csv").write_text(text)
+    kept, account = account_of(tmp_path / "a.csv", max_characters=100)
+    assert "good" in [document.text for document in kept]
+    assert not any("\n" in document.text for document in kept)  # nothing is kept with a hole
+    assert account.counts["too_long"] == 1
+    assert account.too_long_bytes > 3_000_000
+
+
+def test_a_csv_of_lone_returns_is_read_row_by_row(tmp_path):
+    rows = [f"row {i}" for i in range(2000)]
+    rows[7] = '"a\rb"'
+    (tmp_path / "a.csv").write_bytes(csv_of(rows).replace("\n", "\r").encode())
+    kept, account = account_of(tmp_path / "a.csv")
+    assert [document.text for document in kept][6:9] == ["row 6", "a\nb", "row 8"]
+    assert account.counts == {"kept": 2000}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "s.arrow", "f.arrow"])
+def test_a_column_that_is_there_twice_is_an_error_by_name(tmp_path, name):
+    table = pa.table([["x"], ["y"], ["z"]], names=["text", "text", "n"])
+    path = tmp_path / name
+    if name == "a.csv":
+        path.write_text("text,text,n\nx,y,z\n")
+    elif name == "a.parquet":
+        pq.write_table(table, path)
+    else:
+        new = pa.ipc.new_stream if name == "s.arrow" else pa.ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+    def read():
+        (unit,) = plan_units([str(path)], ReadOptions())
+        list(accepted_documents(unit.pieces[0], ReadOptions(), Account()))
+
+    with pytest.raises(UserError, match=rf"{name}' has 2 columns with the name 'text'"):
+        read()
+    options = ReadOptions(text_column="n")
+    (unit,) = plan_units([str(path)], options)
+    assert [document.text for document in accepted_documents(unit.pieces[0], options, Account())] == ["z"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(shard, tmp_path, monkeypatch):
+    path = tmp_path / "text/a.txt"
+    path.write_text("Some text.")
+    work = sharding.shard_unit
+
+    def append_and_work(*arguments):
+        path.write_text("Some text.\n\nMore text.")
+        return work(*arguments)
+
+    monkeypatch.setattr(sharding, "shard_unit", append_and_work)
+    code, _, error = shard()
+    assert code == 2
+    assert "'text/a.txt' changed while it was read" in error
+    monkeypatch.setattr(sharding, "shard_unit", work)
+    assert shard()[0] == 0
+    assert Corpus.open("out").manifest.inputs[0].documents_kept == 2
+
+
+def test_the_closing_table_says_how_much_was_too_long(shard, tmp_path):
+    (tmp_path / "text/a.txt").write_text("kept\n\n" + "line é\n" * 2000)
+    (tmp_path / "text/b.jsonl").write_text(json.dumps({"text": "x" * 5000}) + "\n")
+    code, output, _ = shard("--max_characters", "1000")
+    assert code == 0
+    assert f"too_long    2 documents, {2000 * 8 + 5000} bytes of text, most in 'text/a.txt' (16000 bytes)" in output
+    assert "--documents line" in output
+    assert [entry.too_long_bytes for entry in Corpus.open("out").manifest.inputs] == [16000, 5000]
+
+
+def test_the_remedy_fits_the_commonest_reason():
+    account = Account()
+    for reason in ["missing_column"] * 6 + ["bad_json"] * 7:
+        account.reject("a.jsonl", Reject(reason, 0, reason))
+    bad = BadDocuments(0.5)
+    bad.add({"a.jsonl": account})
+    with pytest.raises(UserError, match=r"13 of 13 .* bad_json; mend or remove the line"):
+        bad.check()
