@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from ds_roberta.errors import UserError
+from preprocessing.folders import FILE, FOLDER, is_hidden, kind_of, matches, tree
 from preprocessing.formats import READABLE, format_of, is_url
 from preprocessing.streams import file_system, readable
 from preprocessing.tokenizer import TOKENIZER_FILES
@@ -20,49 +22,61 @@ _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 _HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@([^/?]+))?(?:\?(.*))?")
 _SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 _FILE_URL = "file://"
+_IGNORED = f"ignored (not {READABLE})"
+_HIDDEN = "ignored (hidden)"
+_BROKEN = "ignored (links to nothing)"
+_OTHER = "ignored (neither files nor folders)"
+_REPEATED = "read once though given or linked more than once"
+_PassedOver = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files to read, as the user wrote them, in reading order; their sources; and what was passed over."""
+    """The files to read, as the user wrote them, in reading order; their sources; and what was passed over, by why."""
 
     files: tuple[str, ...]
-    ignored: tuple[str, ...]
-    repeated: tuple[str, ...]
+    passed_over: dict[str, tuple[str, ...]]
     sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self.passed_over.get(_IGNORED, ())
+
+    @property
+    def repeated(self) -> tuple[str, ...]:
+        return self.passed_over.get(_REPEATED, ())
 
     def notes(self) -> list[str]:
         """One line for each kind of file that was passed over."""
-        kinds = [(self.ignored, f"ignored (not {READABLE})"), (self.repeated, "read once though given more than once")]
-        return [f"{what}: {_enumerate(paths)}" for paths, what in kinds if paths]
+        return [f"{why}: {_enumerate(paths)}" for why, paths in self.passed_over.items()]
 
 
 def find_inputs(arguments: Sequence[str]) -> Inputs:
-    """Expand files, folders (recursively, sorted), globs (sorted), fsspec URLs, and data sets.
+    """Expand files, folders (recursively, sorted, through links), globs (sorted), fsspec URLs, and data sets.
 
     `NAME=PATH` gives what PATH names the source NAME. A folder that `datasets` saved, and `hf://datasets/OWNER/NAME`
     (`@REVISION`, `?config=CONFIG&split=SPLIT`) stand for the files that the `datasets` library finds in them.
 
     Raises:
-        UserError: an argument names nothing, a file of another kind, or a folder or glob without a readable file.
+        UserError: an argument names nothing, a file of another kind, or a folder or glob without a readable file; a
+            folder cannot be read, or a link within one leads to nothing and has the name of a text.
     """
     files: dict[str, str] = {}  # by real path, so that overlapping arguments read a file once
-    ignored: list[str] = []
-    repeated: list[str] = []
+    passed_over: _PassedOver = defaultdict(list)
     sources: dict[str, str] = {}
     for argument in arguments:
         source, path = _split_source(argument)
-        found, other = _expand(path)
-        ignored += other
-        for file in found:
+        for file in _expand(path, passed_over):
             identity = file if is_url(file) else os.path.realpath(file)
             if identity in files:
-                repeated.append(file)
+                passed_over[_REPEATED].append(file)
             else:
                 files[identity] = file
                 if source:
                     sources[file] = source
-    return Inputs(tuple(files.values()), tuple(dict.fromkeys(ignored)), tuple(dict.fromkeys(repeated)), sources)
+    return Inputs(
+        tuple(files.values()), {why: tuple(dict.fromkeys(paths)) for why, paths in passed_over.items()}, sources
+    )
 
 
 def _split_source(argument: str) -> tuple[str, str]:
@@ -72,32 +86,33 @@ def _split_source(argument: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _expand(argument: str) -> tuple[list[str], list[str]]:
-    """The readable files that one argument names, and the others that it holds."""
+def _expand(argument: str, passed_over: _PassedOver) -> list[str]:
+    """The readable files that one argument names."""
     hub = _HUB_DATASET.fullmatch(argument)
     if hub:
-        return _readable_of(dataset_files(hub[1], hub[2], hub[3] or ""), argument)
+        return _readable_of(dataset_files(hub[1], hub[2], hub[3] or ""), argument, passed_over)
     if argument.startswith(_FILE_URL):
         argument = argument.removeprefix(_FILE_URL)
     if is_url(argument):
-        return _expand_url(argument)
-    path = Path(argument)
-    if path.is_file():
-        return _single(path.as_posix()), []
-    if path.is_dir():
-        found = _files_of_folder(path)
+        return _expand_url(argument, passed_over)
+    kind = kind_of(argument)
+    if kind == FOLDER:
+        found = _files_of_folder(Path(argument).as_posix(), passed_over)
+    elif kind is not None:
+        return _single(Path(argument).as_posix(), kind)
     else:
-        matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
-        if not matches:
+        matched = matches(argument) if glob.has_magic(argument) else []
+        if not matched:
+            what = "a link to nothing" if os.path.islink(argument) else "no such file or folder"
             raise UserError(
-                f"no such file or folder: {argument!r}; give an existing path, folder, glob or URL as --input "
+                f"{what}: {argument!r}; give an existing path, folder, glob or URL as --input "
                 "(a data set of the hub is hf://datasets/OWNER/NAME)"
             )
-        found = [file for match in matches for file in (_files_of_folder(match) if match.is_dir() else [match])]
-    return _readable_of([file.as_posix() for file in found], argument)
+        found = [file for match in matched for file in _files_at(Path(match).as_posix(), passed_over)]
+    return _readable_of(found, argument, passed_over)
 
 
-def _expand_url(url: str) -> tuple[list[str], list[str]]:
+def _expand_url(url: str, passed_over: _PassedOver) -> list[str]:
     system, name = file_system(url)
     with readable(url):
         if glob.has_magic(name):
@@ -105,10 +120,10 @@ def _expand_url(url: str) -> tuple[list[str], list[str]]:
         elif system.isdir(name):
             found = system.find(name)
         elif system.isfile(name):
-            return _single(url), []
+            return _single(url, FILE)
         else:
             raise UserError(f"no such file or folder: {url!r}; give an existing path, folder, glob or URL as --input")
-    return _readable_of([system.unstrip_protocol(file) for file in sorted(found)], url)
+    return _readable_of([system.unstrip_protocol(file) for file in sorted(found)], url, passed_over)
 
 
 def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
@@ -140,18 +155,22 @@ def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
     return [str(file) for file in files[split]]
 
 
-def _single(path: str) -> list[str]:
+def _single(path: str, kind: str) -> list[str]:
+    if kind != FILE:
+        raise UserError(f"cannot read {path!r}: it is {kind}; give a file of text as --input")
     if format_of(path) is None:
         raise UserError(f"cannot read {path!r}: inputs are {READABLE} files, convert or rename it")
     return [path]
 
 
-def _readable_of(found: Sequence[str], argument: str) -> tuple[list[str], list[str]]:
+def _readable_of(found: Sequence[str], argument: str, passed_over: _PassedOver) -> list[str]:
     found = list(dict.fromkeys(found))
     chosen = list(filter(_is_readable, found))
     if not chosen:
         raise UserError(f"{argument!r} holds no {READABLE} file: give a folder or glob with text as --input")
-    return chosen, [file for file in found if not _is_readable(file)]
+    if len(chosen) < len(found):
+        passed_over[_IGNORED] += [file for file in found if not _is_readable(file)]
+    return chosen
 
 
 def _is_readable(path: str) -> bool:
@@ -159,10 +178,27 @@ def _is_readable(path: str) -> bool:
     return format_of(path) is not None and path.rsplit("/", 1)[-1] not in TOKENIZER_FILES
 
 
-def _files_of_folder(folder: Path) -> list[Path]:
-    if any((folder / name).is_file() for name in _SAVED_DATASET_FILES):
-        return _saved_dataset(folder)
-    return _walk(folder)
+def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
+    """The files that a path within a folder or of a glob stands for.
+
+    Raises:
+        UserError: by its name it would be read, but it is a link to nothing.
+    """
+    kind = kind_of(path)
+    if kind == FILE:
+        return [path]
+    if kind == FOLDER:
+        return _files_of_folder(path, passed_over)
+    if kind is None and _is_readable(path):
+        raise UserError(f"{path!r} is a link to nothing: restore what it points to, or remove it")
+    passed_over[_BROKEN if kind is None else _OTHER].append(path)
+    return []
+
+
+def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
+    if any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED_DATASET_FILES):
+        return [file.as_posix() for file in _saved_dataset(Path(folder))]
+    return _walk(folder, passed_over)
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
@@ -178,11 +214,21 @@ def _saved_dataset(folder: Path) -> list[Path]:
     return [folder / Path(file["filename"]).resolve().relative_to(root) for part in parts for file in part.cache_files]
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: str, passed_over: _PassedOver) -> list[str]:
     """Every visible file under `folder`, sorted by its parts: independent of the file system's order."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return sorted(visible, key=lambda path: path.parts)
+    found: list[str] = []
+    again: list[str] = []
+    hidden: list[str] = []
+    for current, names in tree(folder, again):
+        for path in (os.path.join(current, name) for name in names):
+            if is_hidden(os.path.basename(path)):
+                hidden.append(path)
+            elif kind_of(path) != FOLDER:
+                found += _files_at(path, passed_over)
+    for why, paths in ((_HIDDEN, hidden), (_REPEATED, again)):
+        if paths:
+            passed_over[why] += sorted(paths)
+    return sorted(found, key=lambda path: Path(path).parts)
 
 
 def _enumerate(paths: Sequence[str]) -> str:

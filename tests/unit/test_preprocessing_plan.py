@@ -104,7 +104,10 @@ def test_a_folder_is_read_recursively_and_sorted(folder):
     inputs = find_inputs(["text/"])
     assert inputs.files == ("text/a/z.jsonl", "text/a.txt", "text/b.txt")
     assert inputs.ignored == ("text/README.md", "text/merges.txt")
-    assert inputs.notes() == [f"ignored (not {READABLE}): text/README.md, text/merges.txt"]
+    assert inputs.notes() == [
+        "ignored (hidden): text/.hidden",
+        f"ignored (not {READABLE}): text/README.md, text/merges.txt",
+    ]
 
 
 def test_globs_are_sorted_and_keep_the_order_of_arguments(folder):

@@ -1,0 +1,111 @@
+"""Files of folders and globs: links are followed, loops end, and nothing that could be text goes without a word."""
+
+import glob
+import os
+
+import pytest
+
+from ds_roberta.errors import UserError
+from preprocessing.inputs import find_inputs
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("text/a.txt", "text/sub/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "text/sub/.e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """A function that takes the right to list a folder (also from root, whom no mode keeps out)."""
+    listdir = os.listdir
+
+    def refuse(folder):
+        def listing(path="."):
+            if os.path.realpath(path) == os.path.realpath(folder):
+                raise PermissionError(13, "Permission denied", path)
+            return listdir(path)
+
+        monkeypatch.setattr(os, "listdir", listing)
+
+    return refuse
+
+
+def test_links_to_folders_and_files_are_followed(folder):
+    (folder / "text/link").symlink_to("../elsewhere")
+    (folder / "text/file.txt").symlink_to("../elsewhere/c.txt")
+    inputs = find_inputs(["text"])
+    assert inputs.files == ("text/a.txt", "text/file.txt", "text/link/deep/d.txt", "text/sub/b.txt")
+    assert inputs.repeated == ("text/link/c.txt",)
+    assert find_inputs(["text/link"]).files == ("text/link/c.txt", "text/link/deep/d.txt")
+    assert find_inputs(["text/**/d.*"]).files == ("text/link/deep/d.txt",)
+
+
+def test_loops_of_links_end_and_a_file_keeps_its_own_path(folder):
+    (folder / "text/0").symlink_to("sub")
+    (folder / "text/again").symlink_to(".")
+    (folder / "text/sub/up").symlink_to("..")
+    (folder / "text/sub/up2").symlink_to("..")
+    for argument in ("text", "text/**/*.txt"):
+        assert find_inputs([argument]).files == ("text/a.txt", "text/sub/b.txt")
+    assert sorted(map(os.path.basename, find_inputs(["text/**"]).files)) == ["a.txt", "b.txt"]
+    notes = find_inputs(["text"]).notes()
+    assert "read once though given or linked more than once: text/0, text/again, text/sub/up, text/sub/up2" in notes
+    assert "ignored (hidden): text/sub/.e.txt" in notes
+
+
+@pytest.mark.parametrize("argument", ["text", "text/*.jsonl", "text/**/*.jsonl", "tex*"])
+def test_a_link_to_nothing_with_the_name_of_a_text_is_an_error(folder, argument):
+    (folder / "text/gone.jsonl").symlink_to("../nowhere.jsonl")
+    with pytest.raises(UserError, match=r"'text/gone\.jsonl' is a link to nothing"):
+        find_inputs([argument])
+
+
+def test_other_links_to_nothing_and_pipes_are_named(folder):
+    (folder / "text/gone").symlink_to("../nowhere")
+    (folder / "text/self").symlink_to("self")
+    os.mkfifo("text/pipe.txt")
+    for argument in ("text", "text/**", "text/*"):
+        inputs = find_inputs([argument])
+        assert inputs.files == ("text/a.txt", "text/sub/b.txt")
+        assert "ignored (links to nothing): text/gone, text/self" in inputs.notes()
+        assert "ignored (neither files nor folders): text/pipe.txt" in inputs.notes()
+    with pytest.raises(UserError, match=r"'text/pipe\.txt': it is neither a file nor a folder"):
+        find_inputs(["text/pipe.txt"])
+    with pytest.raises(UserError, match="a link to nothing: 'text/gone'"):
+        find_inputs(["text/gone"])
+
+
+@pytest.mark.parametrize("argument", ["text", "text/**/*.txt", "t*", "text/*/*.txt", "text/sub/*"])
+def test_a_folder_that_cannot_be_read_is_an_error_by_name(folder, unreadable, argument):
+    unreadable("text/sub")
+    with pytest.raises(UserError, match="cannot read 'text/sub': Permission denied"):
+        find_inputs([argument])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*",
+        "**",
+        "**/*",
+        "text/**/*.txt",
+        "*/sub/*",
+        "*/*/",
+        "text/[a-b].txt",
+        "text/sub/.*",
+        "te?t/**/sub/*.txt",
+        "*/a.*",
+    ],
+)
+def test_globs_find_what_the_standard_library_finds(folder, pattern):
+    expected = {path for path in glob.glob(pattern, recursive=True) if path.endswith(".txt") or os.path.isdir(path)}
+    files = {path for path in expected if not os.path.isdir(path)}
+    for path in expected - files:  # folders stand for all in them
+        files |= set(find_inputs([path]).files)
+    assert set(find_inputs([pattern]).files) == {os.path.normpath(path) for path in files}
+    absolute = find_inputs([os.path.join(os.getcwd(), pattern)]).files
+    assert {os.path.relpath(path) for path in absolute} == {os.path.normpath(path) for path in files}
