@@ -48,6 +48,7 @@ from ds_roberta.finetuning.trainer import (
     in_words,
     train,
 )
+from ds_roberta.model.attention import exclude_cudnn
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
 
 TASKS = ("classification", "regression", "token-classification", "question-answering")
@@ -108,6 +109,7 @@ def finetune(config: FinetuneConfig) -> int:
     ranks = _ranks(deepspeed_config is not None)
     _check(config, ranks.world_size)
     transformers.utils.logging.disable_progress_bar()
+    exclude_cudnn()
     model_config = read_config(config.model)
     max_seq_length = sequence_length(model_config, config.max_seq_length)
     task = read_task(config)

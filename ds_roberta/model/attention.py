@@ -2,6 +2,10 @@
 
 There torch's fused kernel takes twice the time of plain products in bf16, and with dropout leaves its fast path.
 
+On a GPU torch takes flash attention in 16 bits where no key is masked, else the memory-efficient kernel; never cuDNN's,
+see `exclude_cudnn`. Their forward passes repeat bit for bit. Their backward passes may add the key blocks' shares of a
+query's gradient in any order, so two runs can round differently.
+
 Shapes: B sequences, H heads, T tokens, K size of a head.
 """
 
@@ -34,6 +38,16 @@ def attention(
     if query_BHTK.device.type == "cpu":
         return plain_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
     return F.scaled_dot_product_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
+
+
+def exclude_cudnn() -> None:
+    """Keep torch from choosing cuDNN's attention in this process, transformers' models included.
+
+    torch prefers it on some GPUs (H100 among them), and it is wrong in silence: its dropout rounds the probability to
+    sixteenths (0.1 becomes 1/16 or 2/16; torch guards against that from 2.12 on: pytorch/pytorch#174245), and with a
+    mask its backward pass can give NaN at lengths of 64 mod 128 (pytorch/pytorch#196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def plain_attention(*arguments: Any) -> torch.Tensor:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 
 import torch
 from torch import nn
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.model import attention, dropout
 from ds_roberta.model.encoder import RobertaEncoder
@@ -79,8 +81,17 @@ def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
     _hide_gradients_of_new_shapes(encoder)
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils.counters["stats"]["unique_graphs"] if utils else 0
+
+
 def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
-    """Set gradients aside while a graph may be made: torch 2.13 makes none where they are not of the weight's dtype."""
+    """Set gradients aside while a graph may be made: torch 2.13 makes none where they are not of the weight's dtype.
+
+    Where there is none after all, a warning says so: torch itself goes on in silence.
+    """
     met: set[tuple[object, ...]] = set()
     hidden: list[tuple[nn.Parameter, torch.Tensor | None]] = []
 
@@ -97,6 +108,8 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
     def restore(*_: object) -> None:
         for parameter, gradient in hidden:
             parameter.grad = gradient
+        if hidden and not compiled_graphs():
+            logger.warning("torch.compile made no graph: the layers run uncompiled (TORCH_LOGS=+dynamo shows why)")
         hidden.clear()
 
     encoder.register_forward_pre_hook(hide)

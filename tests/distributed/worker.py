@@ -392,6 +392,7 @@ if __name__ == "__main__":
     set_up_logging()
     cases, corpus_folder, output = sys.argv[1:]
     all_ranks = init_distributed()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     if not on_gpu():
         get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
     for case in cases.split(","):

@@ -14,7 +14,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.model import dropout, encoder
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import compilation
-from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
+from ds_roberta.training.compilation import compile_layers, compiled_graphs, resolve_torch_compile
 
 # torch.compile looks at `.grad` of all inputs, and its own filter of this warning does not stand up to "error".
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -97,6 +97,16 @@ def test_on_a_cpu_dropout_draws_what_it_draws_without_compilation():
         counts.append(backend.frame_count)
     assert counts[0] == counts[1] > 0
     assert_same_gradients(compiled, plain, 1e-6)
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_layers_that_torch_leaves_uncompiled_are_reported(gpu_kernels, monkeypatch, caplog, disabled):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", disabled)
+    plain, compiled = make_models("eager", 0.0, torch.float32)
+    case = (32, True, True)
+    assert take(compiled, *case, 5) == take(plain, *case, 5)
+    assert compiled_graphs() == (disabled == "0")
+    assert ("the layers run uncompiled" in caplog.text) == (disabled == "1")
 
 
 @needs_compiler

@@ -68,7 +68,9 @@ def results(config):
 
 def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
     config = replace(config, recipe=Recipe(num_train_epochs=8))
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert finetune(config) == 0
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     found = results(config)
     assert found["best"]["validation"]["accuracy"] > 0.9
     for split in ("test", "validation_mismatched"):
