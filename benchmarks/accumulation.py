@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.environment import python_path
 from benchmarks.loader import commit, cpu_model
 from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
 from ds_roberta.config import PRESETS, MaskingConfig, model_config
@@ -108,7 +109,7 @@ def run_processes(stage: int, arguments: argparse.Namespace) -> list[dict[str, t
             "OMP_NUM_THREADS": "1",
             "ZERO_STAGE": str(stage),
             "RESULTS": results.name,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": python_path(),
         }
         subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, stderr=subprocess.DEVNULL)
         return json.load(results)

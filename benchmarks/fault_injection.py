@@ -29,6 +29,7 @@ import psutil
 import safetensors.torch
 import torch
 
+from benchmarks.environment import python_path
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.errors import UserError
 
@@ -37,6 +38,7 @@ STEPS = 40
 SETTINGS = f"--model tiny --max_seq_length 32 --train_batch_size 24 --learning_rate 1e-3 --max_steps {STEPS}"
 SETTINGS += " --warmup_steps 4 --save_interval 3 --eval_interval 10 --eval_sequences 64"
 SECONDS_TO_LEAVE = 60
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
 TIMES = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
 
 
@@ -46,9 +48,8 @@ def prepare(folder: Path) -> None:
         ["train-tokenizer", "--input", source, "--vocab_size", "1000", "--output", "tokenizer"],
         ["shard", "--input", source, "--tokenizer", "tokenizer", "--output", "data", "--validation_fraction", "0.05"],
     ):
-        subprocess.run(
-            [sys.executable, "-m", "preprocessing.cli", *command], cwd=folder, check=True, capture_output=True
-        )
+        command = [sys.executable, "-m", "preprocessing.cli", *command]
+        subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
 
 
 def start(folder: Path, output: str, processes: int, deepspeed_config: Path) -> subprocess.Popen[str]:
@@ -60,7 +61,7 @@ def start(folder: Path, output: str, processes: int, deepspeed_config: Path) -> 
         return subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            env=ENVIRONMENT,
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,

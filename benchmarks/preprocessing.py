@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.environment import python_path
 from ds_roberta.data.shards import SPLITS, Manifest
 
 REPOSITORY = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(REPOSITORY),
+    "PYTHONPATH": python_path(),
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.environment import python_path
 from benchmarks.loader import commit, cpu_model, example_corpus, spread
 
 REPOSITORY = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def start(launcher: str, corpus: Path, output: Path) -> dict[str, float]:
     }
     marks_path = output.with_suffix(".json")
     environment = {**os.environ, "STARTUP_MARKS": str(marks_path), "XDG_CACHE_HOME": str(corpus.parent / "cache")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = python_path()
     environment.pop("OMP_NUM_THREADS", None)  # benchmarks.loader sets it
     command = [sys.executable, *commands[launcher], MODULE, "--model", "tiny", "--train_batch_size", "32"]
     command += ["--deepspeed_config", str(REPOSITORY / "ds_configs/zero1.json"), "--data_dir", str(corpus)]

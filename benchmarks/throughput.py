@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import python_path
 from benchmarks.loader import commit, cpu_model
 from benchmarks.throughput_contenders import CONTENDERS, PEAK, VOCABULARY, Case, as_json, write_data
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig
@@ -73,7 +74,7 @@ class Contender:
             "MKL_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
             "TORCHINDUCTOR_CACHE_DIR": f"{case.folder}/inductor",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": python_path(),
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

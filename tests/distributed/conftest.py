@@ -1,15 +1,17 @@
 """A prepared corpus for the distributed tests."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.environment import REPOSITORY, python_path
 from ds_roberta.config import PackingConfig
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
 
-REPOSITORY = Path(__file__).parents[2]
 SEQUENCE_LENGTH = 32
 
 
@@ -22,7 +24,8 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["train-tokenizer", "--input", source, "--vocab_size", "1000", "--output", str(folder / "tokenizer")],
         ["shard", "--input", source, "--tokenizer", str(folder / "tokenizer"), "--output", str(folder / "data")],
     ):
-        subprocess.run(["preprocess", *command], check=True, capture_output=True)
+        command = [sys.executable, "-m", "preprocessing.cli", *command]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path()}, check=True, capture_output=True)
     corpus = Corpus.open(folder / "data")
     build_index(corpus, "train", PackingConfig(SEQUENCE_LENGTH))
     return folder / "data"

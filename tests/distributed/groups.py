@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.environment import python_path
+
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -14,7 +16,7 @@ def run_group(
 ) -> dict:
     """Run cases of worker.py, or another script, in one process group; their findings by file name."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator, "PYTHONPATH": python_path()}
     result = subprocess.run(
         [*command, str(worker), cases, str(corpus_folder), str(output)],
         env=environment,

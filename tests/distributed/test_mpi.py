@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.environment import python_path
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def start(work, output, launcher=()):
     return subprocess.Popen(
         [*launcher, sys.executable, "-m", "preprocessing.cli", *arguments, "--dedup", "exact"],
         cwd=work,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

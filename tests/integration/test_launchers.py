@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import CONFIG, PRETRAIN, REPOSITORY
+from commands import CONFIG, PRETRAIN
 from hosts import PATH, hosts, why_not
+
+from benchmarks.environment import python_path
 
 BIN = Path(sys.executable).parent
 SETTINGS = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "eth0",
-    "PYTHONPATH": str(REPOSITORY),
+    "PYTHONPATH": python_path(),
 }
 LAUNCHERS = {
     "pdsh": ["deepspeed", "--hostfile", "hostfile", "--master_addr", "node1"],

@@ -9,6 +9,8 @@ import slurm_cluster
 from commands import CONFIG, PRETRAIN, REPOSITORY, environment
 from slurm_cluster import NODES, Cluster, running_cluster
 
+from benchmarks.environment import python_path
+
 REASON = slurm_cluster.missing()
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
@@ -30,7 +32,7 @@ def cluster(workspace, tmp_path_factory):
             parent.chmod(0o755)  # munged refuses a socket in a folder that not all can enter
     with running_cluster(folder / "cluster") as running:
         running.environment.update(environment(workspace))
-        running.environment.update(PATH=slurm_cluster.SEARCH_PATH, PYTHONPATH=str(REPOSITORY), GLOO_SOCKET_IFNAME="lo")
+        running.environment.update(PATH=slurm_cluster.SEARCH_PATH, PYTHONPATH=python_path(), GLOO_SOCKET_IFNAME="lo")
         running.environment["SLURM_CONF"] = str(running.folder / "slurm.conf")
         yield running
 

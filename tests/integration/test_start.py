@@ -9,6 +9,8 @@ from socket import gethostname, socket
 import pytest
 from commands import CONFIG, PRETRAIN, REPOSITORY, environment, run
 
+from benchmarks.environment import python_path
+
 SECONDS = 60  # for two processes to import, meet, disagree and end on busy cores; none may wait for the other's limit
 
 
@@ -17,7 +19,7 @@ def start(cwd: Path, rank: int, port: int, *arguments: str, program: Path = REPO
     return subprocess.Popen(
         [sys.executable, str(PRETRAIN), "--deepspeed_config", str(CONFIG), "--output_dir", "runs/no", *arguments],
         cwd=cwd,
-        env={**environment(cwd), **place, "MASTER_PORT": str(port), "PYTHONPATH": str(program)},
+        env={**environment(cwd), **place, "MASTER_PORT": str(port), "PYTHONPATH": python_path(program)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
