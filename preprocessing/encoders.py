@@ -23,9 +23,10 @@ import psutil
 import xxhash
 
 from ds_roberta.data.shards import TokenizerInfo, token_type
+from ds_roberta.data.tokenizer import SPECIAL_TOKENS
 from ds_roberta.errors import UserError
 from preprocessing.sentences import tokenizer_lines
-from preprocessing.tokenizer import FIRST_SPECIAL_TOKENS, MASK_TOKEN, CorpusTokenizer, corpus_tokenizer
+from preprocessing.tokenizer import CorpusTokenizer, corpus_tokenizer
 
 HUGGINGFACE, GIGATOKEN, AUTO = "huggingface", "gigatoken", "auto"
 BACKENDS = (AUTO, HUGGINGFACE, GIGATOKEN)
@@ -96,7 +97,7 @@ class Encoder(Protocol):
         ...
 
 
-def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[str, str]:
+def choose_backend(requested: str, folder: Path) -> tuple[str, str]:
     """The backend for the tokenizer in `folder`, and a line that says which and why.
 
     Raises:
@@ -108,7 +109,7 @@ def choose_backend(requested: str, folder: Path, info: TokenizerInfo) -> tuple[s
         if requested == GIGATOKEN:
             raise UserError(f"--tokenizer_backend gigatoken: gigatoken is not installed; install it with {_INSTALL}")
         return HUGGINGFACE, f"{HUGGINGFACE} (gigatoken is not installed; {_INSTALL} makes this many times faster)"
-    obstacle = _obstacle(corpus_tokenizer(folder, info).content)
+    obstacle = _obstacle(corpus_tokenizer(folder).content)
     if obstacle is None:
         return GIGATOKEN, f"{GIGATOKEN} {version('gigatoken')}, compared with tokenizers {version('tokenizers')}"
     if requested == GIGATOKEN:
@@ -134,10 +135,10 @@ class SpecialLetters:
 
 def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, SpecialLetters]:
     """An encoder, and what finds the letters of special tokens."""
-    tokenizer = corpus_tokenizer(folder, info)
+    tokenizer = corpus_tokenizer(folder)
     content = tokenizer.content
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
-    letters = SpecialLetters({*FIRST_SPECIAL_TOKENS, MASK_TOKEN, *special})
+    letters = SpecialLetters({*SPECIAL_TOKENS, *special})
     reference = HuggingFaceEncoder(tokenizer, info)
     return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), letters
 

@@ -243,7 +243,7 @@ def _run_units(
     judge()
     if missing:
         info = _tokenizer_info(job)
-        backend, choice = choose_backend(backend, job.data / TOKENIZER_FOLDER, info)
+        backend, choice = choose_backend(backend, job.data / TOKENIZER_FOLDER)
         print(f"tokenizer backend: {choice}", flush=True)
         sizes = {unit.index: unit.bytes for unit in units}
         done = sum(sizes[index] for index in results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_UINT16_VOCABULARY = 1 << 16
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 REMEDY = "use a tokenizer of the RoBERTa kind, for example one made with 'preprocess train-tokenizer'"
 
-_PROBES = {
+PROBES = {
     "Latin": "Größe, naïve façade: It's 1 234,5 €",
     "Greek": "Ξεσκεπάζω την ψυχοφθόρα",
     "Cyrillic": "Съешь же ещё этих мягких булок",
@@ -98,23 +101,117 @@ class TokenizerInfo:
 def tokenizer_content(folder: Path) -> dict[str, Any]:
     """The content of `tokenizer.json`, of RoBERTa's kind: the vocabulary is an object.
 
+    Where there is no such file, it is made of `vocab.json` and `merges.txt`.
+
     Raises:
-        UserError: there is no such file, it is not a tokenizer's, or that of another kind of tokenizer.
+        UserError: there are no such files, they are not a tokenizer's, or that of another kind of tokenizer.
     """
     path = folder / "tokenizer.json"
+    if not path.is_file() and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _content_of_vocabulary(folder)
     if not path.is_file():
         raise UserError(
-            f"no tokenizer in {str(folder)!r} (tokenizer.json is missing): "
-            "make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
+            f"no tokenizer in {str(folder)!r}, which has no tokenizer.json (vocab.json or merges.txt is missing, too): "
+            "copy the model's own there, or make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
         )
     try:
         content: dict[str, Any] = orjson.loads(path.read_bytes())
         obstacle = _OBSTACLES["RobertaTokenizer"](content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} cannot be read ({str(path)!r} is not a byte-level BPE tokenizer.json: "
+            f"{error!r}): copy it again"
+        ) from error
     if obstacle is not None:
         raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json, but has {obstacle}: {REMEDY}")
     return content
+
+
+def roberta_content(vocabulary: dict[str, int], merges: list[list[str]], add_prefix_space: bool) -> dict[str, Any]:
+    """A `tokenizer.json` of RoBERTa's kind. Raises `KeyError` where a special token has no id."""
+    separator, beginning = (("</s>", vocabulary["</s>"]), ("<s>", vocabulary["<s>"]))
+    special = {name: vocabulary[name] for name in SPECIAL_TOKENS if name in vocabulary or name != "<unk>"}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted((special_token(*entry) for entry in special.items()), key=lambda token: token["id"]),
+        "normalizer": None,
+        "pre_tokenizer": byte_level(add_prefix_space),
+        "post_processor": {
+            "type": "RobertaProcessing",
+            "sep": separator,
+            "cls": beginning,
+            "trim_offsets": True,
+            "add_prefix_space": add_prefix_space,
+        },
+        "decoder": byte_level(True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+
+
+def special_token(name: str, token_id: int) -> dict[str, Any]:
+    """An entry of `added_tokens`. The mask stands for a word with the space before it, as RoBERTa's does."""
+    kind = {"single_word": False, "lstrip": name == "<mask>", "rstrip": False, "normalized": False, "special": True}
+    return {"id": token_id, "content": name, **kind}
+
+
+def byte_level(add_prefix_space: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / TOKENIZER_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))  # orjson does not know Infinity
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}): copy it again or remove it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is not a JSON object: copy it again or remove it")
+    return content
+
+
+def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
+    """Of the two files that `transformers` reads where there is no `tokenizer.json`, and of `added_tokens.json`."""
+    try:
+        vocabulary = dict(orjson.loads((folder / "vocab.json").read_bytes()))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+        further = {}
+        if (folder / "added_tokens.json").is_file():
+            further = dict(orjson.loads((folder / "added_tokens.json").read_bytes()))
+        named = {name: further.pop(name) for name in SPECIAL_TOKENS if name in further}
+        content = roberta_content({**vocabulary, **named}, merges, _asks_for_prefix_space(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"vocab.json and merges.txt in {str(folder)!r} cannot be read ({error}): {REMEDY}") from error
+    except KeyError as error:
+        raise UserError(f"the tokenizer in {str(folder)!r} has no {error.args[0]} token: {REMEDY}") from error
+    content["added_tokens"] += [
+        {**special_token(name, further[name]), "special": False} for name in sorted(further, key=further.__getitem__)
+    ]
+    return content
+
+
+def _asks_for_prefix_space(folder: Path) -> bool:
+    return read_tokenizer_config(folder).get("add_prefix_space") is True
 
 
 def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
@@ -130,7 +227,7 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
         UserError: a text is lost: it does not come back as the normalizer leaves it, or the normalizer leaves nothing.
     """
     changed = []
-    for script, text in _PROBES.items():
+    for script, text in PROBES.items():
         text = f" {text}"  # some tokenizers put a space before a text that has none
         kept = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
         ids = tokenizer.encode(text, add_special_tokens=False).ids

@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError
 
 from ds_roberta.data.tokenizer import TokenizerInfo, check_text_is_kept
+from ds_roberta.data.tokenizer_files import stated_length, training_tokenizer
 from ds_roberta.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,11 +87,6 @@ def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:
             or its parts do not fit together.
     """
     config = read_config(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"the model folder {str(folder)!r} has no tokenizer.json: put the tokenizer that it was trained with there "
-            "(launch/export_hf.py does)"
-        )
     special = TokenizerInfo.read(folder)
     pad_token_id, vocab_size = config.get("pad_token_id", 1), config.get("vocab_size", 0)
     if pad_token_id != special.pad_token_id or vocab_size < special.vocab_size:
@@ -105,7 +101,7 @@ def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:
         read_tokenizer(folder),
         special,
         max_positions,
-        min(max_positions, tokenizer_length(folder) or max_positions),
+        min(max_positions, stated_length(folder) or max_positions),
     )
 
 
@@ -115,14 +111,7 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     Raises:
         UserError: `tokenizers` does not accept its file, or it would lose text.
     """
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{str(path)!r} cannot be read ({error}): put a tokenizer that loads there") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # the letters `<mask>` in a text stay text, as they did in training
+    tokenizer = training_tokenizer(folder)
     check_text_is_kept(tokenizer, folder)
     return tokenizer
 
@@ -176,15 +165,6 @@ def read_model(folder: Path, dtype: torch.dtype) -> transformers.RobertaForMaske
             "RobertaForMaskedLM, which still has its head"
         )
     return model
-
-
-def tokenizer_length(folder: Path) -> int | None:
-    """What a folder's tokenizer truncates to, `<s>` and `</s>` included, where it says so."""
-    path = folder / "tokenizer_config.json"
-    length = _read_json(path).get("model_max_length") if path.is_file() else None
-    if not (length is None or (isinstance(length, int | float) and length >= 1)):
-        raise UserError(f"{str(path)!r} has the model_max_length {length!r}: give a number of tokens")
-    return None if length is None else int(length)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import transformers
 
 import ds_roberta
 from ds_roberta.config import require_one_of
+from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.distributed import Ranks, logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import (
@@ -50,6 +51,7 @@ from ds_roberta.finetuning.trainer import (
 )
 from ds_roberta.model.attention import exclude_cudnn
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
+from ds_roberta.transformers_folder import check_tokenizer
 
 TASKS = ("classification", "regression", "token-classification", "question-answering")
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -116,7 +118,7 @@ def finetune(config: FinetuneConfig) -> int:
     metric = config.metric or task.metrics[0]
     if metric not in task.metrics:
         raise UserError(f"--metric {metric} is not of these data: use one of {', '.join(task.metrics)}")
-    tokenizer = read_tokenizer(config.model, model_config, **task.tokenizer_options)
+    tokenizer = read_tokenizer(config.model, model_config, task.add_prefix_space)
     encoded = {split: task.encode(tokenizer, examples, max_seq_length) for split, examples in task.splits.items()}
     problem = Problem(
         config.model, tokenizer, task, encoded["train"], encoded["validation"], metric, config.recipe, deepspeed_config
@@ -159,8 +161,16 @@ def finetune(config: FinetuneConfig) -> int:
             "best": {**_entry(best), **others},
             "versions": {"ds_roberta": ds_roberta.__version__, "transformers": transformers.__version__},
         }
-        tokenizer.model_max_length = max_seq_length
-        ranks.on_main(lambda: _write(output, of_best / MODEL_FOLDER, tokenizer, results))
+
+        def write() -> None:
+            with replaced_folder(output, is_finetuned_folder, KIND) as partial:
+                for name in MODEL_FILES:
+                    shutil.copyfile(of_best / MODEL_FOLDER / name, partial / name)
+                write_tokenizer(config.model, partial, max_seq_length, task.add_prefix_space)
+                check_tokenizer(partial, config.model, task.add_prefix_space)
+                write_json(partial / RESULTS, results)
+
+        ranks.on_main(write)
         ranks.on_main(lambda: shutil.rmtree(work.parent))
     for summary in summaries:
         ranks.log(
@@ -286,14 +296,6 @@ def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> 
     for run in (run for of_setting in runs.values() for run in of_setting):
         if run not in keep:
             shutil.rmtree(_run_folder(work, run.setting, run.seed) / MODEL_FOLDER, ignore_errors=True)
-
-
-def _write(output: Path, model: Path, tokenizer: transformers.PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
-    with replaced_folder(output, is_finetuned_folder, KIND) as partial:
-        for name in MODEL_FILES:
-            shutil.copyfile(model / name, partial / name)
-        tokenizer.save_pretrained(partial)
-        write_json(partial / RESULTS, results)
 
 
 def _entry(run: Run) -> dict[str, Any]:

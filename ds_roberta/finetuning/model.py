@@ -7,11 +7,12 @@ from typing import Any
 
 import transformers
 
-from ds_roberta.data.tokenizer import check_text_is_kept, tokenizer_content
+from ds_roberta.data.tokenizer import check_text_is_kept
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation import roberta_folder
 from ds_roberta.finetuning.examples import Examples, Texts
+from ds_roberta.transformers_folder import open_tokenizer
 
 
 def read_config(folder: Path) -> transformers.RobertaConfig:
@@ -35,26 +36,17 @@ def read_config(folder: Path) -> transformers.RobertaConfig:
 
 
 def read_tokenizer(
-    folder: Path, config: transformers.RobertaConfig, **options: Any
+    folder: Path, config: transformers.RobertaConfig, add_prefix_space: bool | None = None
 ) -> transformers.PreTrainedTokenizerBase:
     """
     Args:
-        options: the tokenizer's own.
+        add_prefix_space: see `tokenizer_files.training_tokenizer`.
 
     Raises:
         UserError: the folder lacks its tokenizer, or the tokenizer is broken, of another kind or has ids that the model
             lacks.
     """
-    if not (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file():
-        raise UserError(f"{str(folder)!r} has no tokenizer.json: copy the tokenizer's files into the model's folder")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:  # the libraries raise nothing more precise
-        raise UserError(f"the tokenizer in {str(folder)!r} cannot be read ({error}): copy it again") from error
-    if (folder / "tokenizer.json").is_file():
-        tokenizer_content(folder)  # of one of another kind transformers makes a byte-level BPE without merges, silently
-    tokenizer.backend_tokenizer.no_truncation()  # transformers sets these two again at each call
-    tokenizer.backend_tokenizer.no_padding()
+    tokenizer = open_tokenizer(folder, add_prefix_space)
     check_text_is_kept(tokenizer.backend_tokenizer, folder)
     if len(tokenizer) > config.vocab_size:
         raise UserError(

@@ -41,7 +41,7 @@ class Task:
             in the whole batch, all its micro-batches together.
         collator: makes a batch of features, from the tokenizer.
         metrics: the names of those that may choose; the first does, unless another is named.
-        tokenizer_options: with which the model's tokenizer is opened, and saved.
+        add_prefix_space: with which the model's tokenizer is opened, and saved; None: with its own.
         results: what `results.json` says besides.
     """
 
@@ -52,7 +52,7 @@ class Task:
     loss: Loss
     collator: Callable[[transformers.PreTrainedTokenizerBase], Any]
     metrics: tuple[str, ...]
-    tokenizer_options: dict[str, Any] = field(default_factory=dict)
+    add_prefix_space: bool | None = None
     results: dict[str, Any] = field(default_factory=dict)
 
 

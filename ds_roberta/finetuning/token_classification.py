@@ -57,7 +57,7 @@ def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
         loss=batch_loss,
         collator=transformers.DataCollatorForTokenClassification,
         metrics=("f1", "precision", "recall", "accuracy") if of_entities else ("accuracy", "macro_f1"),
-        tokenizer_options={"add_prefix_space": True},  # so that whole texts begin with a word as in fine-tuning
+        add_prefix_space=True,  # so that whole texts begin with a word as in fine-tuning
         results={"label_names": names},
     )
 

@@ -9,10 +9,12 @@ import torch
 import transformers
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, holds_only, replaced_folder
 from ds_roberta.model.encoder import RobertaModel
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.transformers_folder import check_tokenizer
 
 MODEL_CARD = "README.md"
 CARD_SIGNATURE = "pretrained with ds_roberta"
@@ -140,16 +142,15 @@ def export(
         The parity check's largest difference of logits, as a share.
 
     Raises:
-        UserError: the weights do not fit, the logits differ, or the folder cannot be written.
+        UserError: the weights do not fit, the logits or the tokenizer differ, or the folder cannot be written.
     """
     transformers.utils.logging.disable_progress_bar()
     hf_model = to_transformers(config, weights)
     # Read back what was written: the check is of the files, not of the object they came from.
     with replaced_folder(output, is_model_folder, "an exported model alone") as temporary:
         hf_model.save_pretrained(temporary)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
-        tokenizer.model_max_length = max_seq_length
-        tokenizer.save_pretrained(temporary)
+        write_tokenizer(tokenizer_folder, temporary, max_seq_length)
+        check_tokenizer(temporary, tokenizer_folder)
         (temporary / MODEL_CARD).write_text(model_card, encoding="utf-8")
         keywords = {} if _has_head(weights) else {"add_pooling_layer": False}
         return check_parity(config, weights, type(hf_model).from_pretrained(temporary, **keywords).eval())

@@ -16,8 +16,9 @@ from ds_roberta.config import ModelConfig, RunConfig
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.data.tokenizer_files import stated_length
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.roberta_folder import read_config, read_model, read_tokenizer, tokenizer_length
+from ds_roberta.evaluation.roberta_folder import read_config, read_model, read_tokenizer
 from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.model.objectives import Objective
 from ds_roberta.model.resize import (
@@ -104,7 +105,7 @@ class InitialModel:
                 f"not the model's ({config.vocab_size} ids, <pad> is {config.pad_token_id}): put the tokenizer that it "
                 "was trained with there"
             )
-        length = min(config.max_length, tokenizer_length(folder) or config.max_length)
+        length = min(config.max_length, stated_length(folder) or config.max_length)
         return cls(folder, config, length, folder, False)
 
     def fingerprint(self) -> str:

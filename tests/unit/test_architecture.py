@@ -14,7 +14,9 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
     {"ds_roberta.finetuning"},
     {"preprocessing", "ds_roberta.training"},
     {"ds_roberta.evaluation"},
-    {"ds_roberta.model", "ds_roberta.data"},
+    {"ds_roberta.model"},
+    {"ds_roberta.transformers_folder"},
+    {"ds_roberta.data"},
     {
         f"ds_roberta.{name}"
         for name in ("command_line", "config", "deepspeed_config", "distributed", "files", "rendezvous")
@@ -27,6 +29,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
     for name in (
         "data.shards",
         "data.tokenizer",
+        "data.tokenizer_files",
         "data.packing",
         "data.order",
         "data.mixture",

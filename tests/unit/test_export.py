@@ -6,6 +6,7 @@ import transformers
 from safetensors.torch import load_file
 
 from ds_roberta.config import model_config
+from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.model import export as export_module
 from ds_roberta.model.export import CARD_SIGNATURE, export, hf_config
@@ -55,6 +56,32 @@ def test_the_tokenizer_in_the_folder_gives_the_same_ids(tmp_path, do_export, tok
     assert exported.mask_token_id in exported(text)["input_ids"]
     assert exported.model_max_length == LENGTH
     assert len(exported("kato " * 200, truncation=True)["input_ids"]) == LENGTH
+
+
+def test_a_tokenizer_that_names_no_class_is_completed(tmp_path, config, weights, tokenizer_folder):
+    """A checkpoint carries the file of the hub's RoBERTa as it is."""
+    (tmp_path / "tokenizer").mkdir()
+    for name, content in (
+        ("tokenizer.json", (tokenizer_folder / "tokenizer.json").read_bytes()),
+        ("tokenizer_config.json", b'{"model_max_length": 512}'),
+    ):
+        (tmp_path / "tokenizer" / name).write_bytes(content)
+    export(config, weights, tmp_path / "tokenizer", LENGTH, tmp_path / "model", "")
+    fill = transformers.pipeline("fill-mask", model=str(tmp_path / "model"))
+    assert type(fill.tokenizer).__name__ == "RobertaTokenizer"
+    assert fill.tokenizer.model_max_length == LENGTH
+    assert len(fill(["kato <mask>.", "miren <mask> sulpa kato."], batch_size=2)) == 2
+
+
+def test_a_tokenizer_that_opens_as_another_is_refused_and_nothing_is_written(tmp_path, do_export, monkeypatch):
+    def write_badly(source, target, *arguments):
+        write_tokenizer(source, target, *arguments)
+        (target / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+
+    monkeypatch.setattr(export_module, "write_tokenizer", write_badly)
+    with pytest.raises(UserError, match=r"uses it \(its class is TokenizersBackend, not RobertaTokenizer\)"):
+        do_export(tmp_path / "model")
+    assert_nothing_left(tmp_path)
 
 
 def test_a_model_exported_before_is_replaced(tmp_path, weights, do_export):

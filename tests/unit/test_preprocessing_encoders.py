@@ -263,8 +263,8 @@ def test_gigatoken_that_fails_is_not_used(folder, file, tmp_path, capsys, monkey
 def test_gigatoken_that_is_not_installed(folder, info, monkeypatch):
     monkeypatch.setattr(encoders, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ds_roberta\[fast\]'"):
-        choose_backend(GIGATOKEN, folder, info)
-    backend, line = choose_backend(AUTO, folder, info)
+        choose_backend(GIGATOKEN, folder)
+    backend, line = choose_backend(AUTO, folder)
     assert backend == HUGGINGFACE
     assert "not installed" in line
 
@@ -281,9 +281,8 @@ def test_another_kind_of_tokenizer_goes_by_the_reference(folder, tmp_path, monke
     monkeypatch.setattr(encoders, "find_spec", lambda name: True)
     original = json.loads((folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**original, **changes}))
-    info = TokenizerInfo.read(tmp_path)
-    backend, line = choose_backend(AUTO, tmp_path, info)
+    backend, line = choose_backend(AUTO, tmp_path)
     assert backend == HUGGINGFACE
     assert obstacle in line
     with pytest.raises(UserError, match=obstacle):
-        choose_backend(GIGATOKEN, tmp_path, info)
+        choose_backend(GIGATOKEN, tmp_path)

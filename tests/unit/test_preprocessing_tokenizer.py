@@ -107,6 +107,14 @@ def test_a_tokenizer_without_config_gets_one(folder, tmp_path):
     assert json.loads((tmp_path / "copy/tokenizer_config.json").read_text())["tokenizer_class"] == "RobertaTokenizer"
 
 
+def test_a_config_without_a_class_is_completed(folder, tmp_path):
+    bare = change(folder, tmp_path / "bare")
+    (bare / "tokenizer_config.json").write_text('{"model_max_length": 99}')
+    copy_tokenizer(bare, tmp_path / "copy")
+    copied = json.loads((tmp_path / "copy/tokenizer_config.json").read_text())
+    assert copied == {**json.loads((folder / "tokenizer_config.json").read_text()), "model_max_length": 99}
+
+
 def test_vocabulary_and_merges_alone_are_enough(folder, tmp_path):
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))

@@ -1,0 +1,204 @@
+"""A tokenizer's folder as everyone opens it: `tokenizer.json` and `tokenizer_config.json`, complete.
+
+Training reads `tokenizer.json` only, so that file is the truth. transformers also needs to be told the class and the
+special tokens, which many folders leave out: it then opens them without mask, padding and `<s>`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import orjson
+from tokenizers import Tokenizer
+
+from ds_roberta.data.tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    read_tokenizer_config,
+    special_token,
+    tokenizer_content,
+)
+from ds_roberta.errors import UserError
+from ds_roberta.files import write_json
+
+ROBERTA_CLASS, GENERIC_CLASS = "RobertaTokenizer", "PreTrainedTokenizerFast"
+NAMED_TOKENS = {
+    "bos_token": "<s>",
+    "cls_token": "<s>",
+    "eos_token": "</s>",
+    "mask_token": "<mask>",
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+}
+"""RoBERTa's special tokens by transformers' names."""
+DEFAULT_LENGTH = 512
+_KEPT = {
+    "clean_up_tokenization_spaces": (True, False),
+    "padding_side": ("left", "right"),
+    "truncation_side": ("left", "right"),
+}
+"""Settings of `tokenizer_config.json` that are kept, with their values: those that change no id."""
+_NO_LIMIT = 1e18  # transformers writes 1e30 where there is none, others infinity
+
+
+def corpus_content(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `tokenizer.json` without what must not be done to a corpus.
+
+    A file that was saved after other uses may cut texts, pad them, drop merges at random, or take the letters of a
+    special token for the token.
+    """
+    model = {**content["model"], "dropout": None}
+    added = [
+        {**token, "special": token.get("special", False) or token["content"] in SPECIAL_TOKENS}
+        for token in content.get("added_tokens") or []
+    ]
+    return {**content, "truncation": None, "padding": None, "model": model, "added_tokens": added}
+
+
+def load_tokenizer(content: dict[str, Any], folder: Path) -> Tokenizer:
+    """The library's tokenizer, to which the letters of a special token are text.
+
+    Args:
+        folder: for the message.
+
+    Raises:
+        UserError: the library refuses the content.
+    """
+    try:
+        tokenizer = Tokenizer.from_buffer(orjson.dumps(content))
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} cannot be read ({error}): replace it by the one that the model was "
+            "trained with"
+        ) from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def training_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> Tokenizer:
+    """The tokenizer of a folder as a corpus is encoded by it.
+
+    Args:
+        add_prefix_space: whether a text is given a space before its first word; None: as the folder says.
+
+    Raises:
+        UserError: the folder has no tokenizer of RoBERTa's kind.
+    """
+    return load_tokenizer(_with_prefix_space(corpus_content(tokenizer_content(folder)), add_prefix_space), folder)
+
+
+def write_tokenizer(
+    source: Path, target: Path, max_seq_length: int | None = None, add_prefix_space: bool | None = None
+) -> None:
+    """Write a folder's tokenizer, completed, into another folder.
+
+    Args:
+        source: with `tokenizer.json`, or `vocab.json` and `merges.txt`.
+        target: an existing folder.
+        max_seq_length: what it truncates to, `<s>` and `</s>` included; None: what `source` says, else 512.
+        add_prefix_space: see `training_tokenizer`.
+
+    Raises:
+        UserError: as `tokenizer_content` and `stated_length`.
+    """
+    content = completed(_with_prefix_space(corpus_content(tokenizer_content(source)), add_prefix_space))
+    length = max_seq_length or stated_length(source) or DEFAULT_LENGTH
+    write_files(content, read_tokenizer_config(source), length, target)
+
+
+def write_files(content: dict[str, Any], before: dict[str, Any], max_seq_length: int, folder: Path) -> None:
+    """Write the two files of a completed tokenizer.
+
+    Args:
+        content: of `tokenizer.json`.
+        before: what `tokenizer_config.json` said so far, some of which is kept.
+    """
+    (folder / "tokenizer.json").write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+    write_json(folder / TOKENIZER_CONFIG, tokenizer_config(content, before, max_seq_length))
+
+
+def completed(content: dict[str, Any]) -> dict[str, Any]:
+    """With all of RoBERTa's special tokens, and the processor that puts them around texts and pairs."""
+    vocabulary = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    added = {token["content"]: token for token in content["added_tokens"]}
+    for name in SPECIAL_TOKENS:
+        if name in vocabulary:
+            added[name] = {**special_token(name, vocabulary[name]), **added.get(name, {})}
+    added["<mask>"] = {**added["<mask>"], "lstrip": True}  # it stands for a word with the space before it
+    processor = {
+        "type": "RobertaProcessing",
+        "sep": ["</s>", vocabulary["</s>"]],
+        "cls": ["<s>", vocabulary["<s>"]],
+        "trim_offsets": (content.get("post_processor") or {}).get("trim_offsets", True),
+        "add_prefix_space": has_prefix_space(content),
+    }
+    return {
+        **content,
+        "added_tokens": sorted(added.values(), key=lambda token: token["id"]),
+        "post_processor": processor,
+    }
+
+
+def tokenizer_config(content: dict[str, Any], before: dict[str, Any], max_seq_length: int) -> dict[str, Any]:
+    """The `tokenizer_config.json` of a completed tokenizer; see `write_files`."""
+    added = [token["content"] for token in content["added_tokens"] if token["special"]]
+    further = [token for token in added if token not in SPECIAL_TOKENS]
+    return {
+        **{name: before[name] for name, values in _KEPT.items() if before.get(name) in values},
+        **{name: token if token in added else None for name, token in NAMED_TOKENS.items()},
+        **({"additional_special_tokens": further} if further else {}),
+        "add_prefix_space": has_prefix_space(content),
+        "errors": "replace",
+        "model_max_length": max_seq_length,
+        "tokenizer_class": class_of(content),
+        "trim_offsets": content["post_processor"]["trim_offsets"],
+    }
+
+
+def class_of(content: dict[str, Any]) -> str:
+    """transformers' class of tokenizer that gives the ids of a `tokenizer.json`.
+
+    `RobertaTokenizer` takes only vocabulary and merges from the file (transformers 5), the generic class all of it.
+    """
+    model, before = content["model"], content.get("pre_tokenizer") or {}
+    other = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not content.get("normalizer")
+    return ROBERTA_CLASS if plain and not any(model.get(name) for name in other) else GENERIC_CLASS
+
+
+def stated_length(folder: Path) -> int | None:
+    """What a folder's tokenizer truncates to, `<s>` and `</s>` included; None where it names no limit.
+
+    Raises:
+        UserError: it is not a number of tokens.
+    """
+    length = read_tokenizer_config(folder).get("model_max_length")
+    if length is None:
+        return None
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:
+        raise UserError(
+            f"{str(folder / TOKENIZER_CONFIG)!r} has the model_max_length {length!r}: give a number of tokens"
+        )
+    return int(length) if length < _NO_LIMIT else None
+
+
+def has_prefix_space(content: dict[str, Any]) -> bool:
+    """Whether a text is given a space before its first word."""
+    return any(step.get("add_prefix_space", False) for step in _byte_levels(content.get("pre_tokenizer")))
+
+
+def _with_prefix_space(content: dict[str, Any], add_prefix_space: bool | None) -> dict[str, Any]:
+    if add_prefix_space is None:
+        return content
+    before = copy.deepcopy(content.get("pre_tokenizer"))
+    for step in _byte_levels(before):
+        step["add_prefix_space"] = add_prefix_space
+    return {**content, "pre_tokenizer": before}
+
+
+def _byte_levels(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    return [step for step in steps if step.get("type") == "ByteLevel"]
