@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from ds_roberta.errors import DiskError, UserError, user_message
@@ -18,7 +19,16 @@ Value = TypeVar("Value")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with its errors in one line."""
+    """argparse's, with its errors in one line, and for text in UTF-8 alone, as the libraries open no other paths."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments = sys.argv[1:] if args is None else list(args)
+        for kind, text in (("working folder", os.getcwd()), *(("argument", argument) for argument in arguments)):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                self.error(f"the {kind} {text!r} is not UTF-8: write it in UTF-8, or rename the file or folder")
+        return super().parse_known_args(arguments, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR_EXIT_CODE, f"error: {message}; {self.prog} --help lists the options\n")
@@ -82,6 +92,8 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
     seen enough. Under a launcher every process meets the same error; the first of each host reports it. What a disk
     refused one process of several, that one reports.
     """
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name need not be UTF-8, nor a terminal know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command() or 0
         sys.stdout.flush()

@@ -67,6 +67,7 @@ def find_inputs(arguments: Sequence[str]) -> Inputs:
     for argument in arguments:
         source, path = _split_source(argument)
         for file in _expand(path, passed_over):
+            _check_name(file)
             identity = file if is_url(file) else os.path.realpath(file)
             if identity in files:
                 passed_over[_REPEATED].append(file)
@@ -231,6 +232,15 @@ def _walk(folder: str, passed_over: _PassedOver) -> list[str]:
     return sorted(found, key=lambda path: Path(path).parts)
 
 
+def _check_name(path: str) -> None:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the name {path!r} is not UTF-8, and prepared data names its inputs in UTF-8: rename the file or folder"
+        ) from error
+
+
 def _enumerate(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - _NAMED_AT_MOST} more" if len(paths) > _NAMED_AT_MOST else ""
-    return ", ".join(paths[:_NAMED_AT_MOST]) + more
+    return ", ".join(path if path.isprintable() else repr(path) for path in paths[:_NAMED_AT_MOST]) + more

@@ -146,14 +146,14 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
         has = f"the line has {', '.join(map(repr, row)) or 'none'}"
         what = "is not a string" if options.text_column in row else f"is missing ({has})"
         return Reject("missing_column", offset, f"column {options.text_column!r} {what}")
+    identity, source = _name(row, options.id_column), _name(row, options.source_column)
     if not strict:
         try:
-            text.encode("utf-8")
+            for value in (text, identity, source):
+                (value or "").encode("utf-8")
         except UnicodeEncodeError:
             return Reject("bad_json", offset, "half of a surrogate pair stands alone in a \\u escape")
-    if options.id_column is None is options.source_column:  # most often so, and there are many documents
-        return Document(text, offset)
-    return Document(text, offset, _name(row, options.id_column), _name(row, options.source_column))
+    return Document(text, offset, identity, source)
 
 
 def _name(row: dict[str, Any], column: str | None) -> str | None:

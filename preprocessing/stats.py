@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig
+from ds_roberta.data.mixture import shown_source
 from ds_roberta.data.packing import pack_shard, packed_tokens
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, ShardInfo, Split
 from ds_roberta.errors import UserError
@@ -244,7 +245,7 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
         for source, amount in split["sources"].items():
             sequences = ", ".join(f"{each['sequences']:,} of {each['max_seq_length']}" for each in amount["packing"])
             yield (
-                f"  source {source}: {amount['documents']:,} documents, {amount['tokens']:,} tokens"
+                f"  source {shown_source(source)}: {amount['documents']:,} documents, {amount['tokens']:,} tokens"
                 + (f", sequences {sequences}" if sequences else "")
             )
     inputs = sorted(content["inputs"].items(), key=lambda entry: -entry[1]["tokens"])

@@ -195,6 +195,7 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
         return
     try:
         texts = _bytes_of(batch.column(name))
+        ids, sources = (_names(batch, column) for column in (options.id_column, options.source_column))
     except pa.ArrowException as error:
         detail = f"{' '.join(str(error).split())[:200]}, {batch.num_rows} rows are lost"
         yield Damage("corrupt", row, detail, batch.num_rows)
@@ -203,13 +204,12 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
         detail = f"column {name!r} is not of strings but of {batch.column(name).type}"
         yield Reject("missing_column", row, detail, batch.num_rows)
         return
-    ids, sources = (_names(batch, column) for column in (options.id_column, options.source_column))
-    for number, (text, identity, source) in enumerate(zip(texts, ids, sources, strict=True), row):
-        text = text or b""
+    for number, row_bytes in enumerate(zip(texts, ids, sources, strict=True), row):
         try:
-            yield Document(text.decode("utf-8"), number, identity, source)
+            text, identity, source = (None if value is None else value.decode("utf-8") for value in row_bytes)
+            yield Document(text or "", number, identity, source)
         except UnicodeDecodeError as error:
-            yield Reject("not_utf8", number, f"byte 0x{text[error.start]:02x} is not UTF-8")
+            yield Reject("not_utf8", number, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
 
 
 def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
@@ -227,7 +227,17 @@ def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
     return values.to_pylist()
 
 
-def _names(batch: pa.RecordBatch, column: str | None) -> list[str | None]:
+def _names(batch: pa.RecordBatch, column: str | None) -> list[bytes | None]:
+    """Of each row, what a column other than the text's has, as UTF-8; anything but text as Python writes it."""
     if column is None or column not in batch.schema.names:
         return [None] * batch.num_rows
-    return [None if value is None else str(value) for value in batch.column(column).to_pylist()]
+    values = batch.column(column)
+    names = _bytes_of(values)
+    if names is not None:
+        return names
+    try:
+        return [None if value is None else str(value).encode("utf-8") for value in values.to_pylist()]
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"column {column!r} cannot be read as names ({values.type}: {error}): choose another column"
+        ) from error

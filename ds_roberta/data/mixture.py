@@ -13,7 +13,7 @@ long those of the others are. All is whole-number arithmetic on the place: nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
@@ -36,7 +36,7 @@ _Places = TypeVar("_Places", int, np.ndarray)
 def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int] | None:
     """The weights in `NAME=WEIGHT,NAME=WEIGHT,…` as the smallest whole numbers of the same proportions, by name.
 
-    None stays None: no weights.
+    None stays None: no weights. A name of the data's may hold `,` and `=`.
 
     Raises:
         UserError: it has another form; a name is not of the data, occurs twice, or is missing; a weight is negative or
@@ -45,8 +45,7 @@ def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int]
     if text is None:
         return None
     given: dict[str, Fraction] = {}
-    for entry in text.split(","):
-        name, _, weight = entry.rpartition("=")
+    for entry, name, weight in _entries(text, _known_sources(manifest)):
         if not name or not _WEIGHT.fullmatch(weight):
             raise UserError(
                 f"--source_weights {text!r}: {entry!r} is not NAME=WEIGHT with a number; give it such as wiki=2,books=1"
@@ -71,11 +70,34 @@ def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int]
     return weights
 
 
+def _entries(text: str, known: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """What stands between commas, its name and its weight; the longest of the known names comes first."""
+    names = "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), "[^,]*"])
+    pattern = re.compile(rf"({names})=([^,=]*)(,|\Z)")
+    place, more = 0, True
+    while more:
+        match = pattern.match(text, place)
+        if match is None:
+            yield text[place:].split(",")[0], "", ""
+            return
+        yield f"{match[1]}={match[2]}", match[1], match[2]
+        place, more = match.end(), bool(match[3])
+
+
+def _known_sources(manifest: Manifest) -> list[str]:
+    return sorted({source for split in manifest.splits for source in manifest.sources(split)})
+
+
+def shown_source(name: str) -> str:
+    """A source's name in a line of text: quoted where it has what ends a name there."""
+    return name if name.isprintable() and not set(name) & set(",=") else repr(name)
+
+
 def _check_names(given: Mapping[str, Fraction], manifest: Manifest) -> None:
     train = manifest.sources(TRAIN_SPLIT)
-    known = sorted({source for split in manifest.splits for source in manifest.sources(split)})
+    known = _known_sources(manifest)
     unnamed = sum(not shard.source for shard in manifest.splits.get(TRAIN_SPLIT, ()))
-    listed = f"the data's sources are {', '.join(known)}"
+    listed = f"the data's sources are {', '.join(map(shown_source, known))}"
     if unnamed:
         raise UserError(
             f"--source_weights needs a source for every document, but {unnamed} training shards have none"
@@ -89,8 +111,8 @@ def _check_names(given: Mapping[str, Fraction], manifest: Manifest) -> None:
     missing = [name for name in train if name not in given]
     if missing:
         raise UserError(
-            f"--source_weights does not name {', '.join(missing)}: give every source a weight, 0 to leave it out; "
-            f"{listed}"
+            f"--source_weights does not name {', '.join(map(shown_source, missing))}: give every source a weight, "
+            f"0 to leave it out; {listed}"
         )
 
 

@@ -35,6 +35,18 @@ def fail_with(error):
     return command
 
 
+def test_an_argument_that_is_not_utf_8_is_an_error_and_printing_it_is_none(capsys):
+    parser = ArgumentParser(prog="command")
+    parser.add_argument("--output")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--output", os.fsdecode(b"caf\xe9")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(r"error: the argument 'caf\udce9' is not UTF-8: write it in UTF-8")
+    assert parser.parse_args(["--output", "café"]).output == "café"
+    assert run(lambda: print(os.fsdecode(b"caf\xe9"))) == 0
+    assert capsys.readouterr().out == "caf\\udce9\n"
+
+
 def test_a_commands_own_code_is_its_exit_code():
     assert run(lambda: None) == 0
     assert run(lambda: 0) == 0

@@ -1,6 +1,7 @@
 """Sources mixed by weights: their shares, their own epochs, and the same stream wherever it is looked at."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -11,7 +12,7 @@ import pytest
 from ds_roberta.config import MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
-from ds_roberta.data.mixture import MAX_TOTAL_WEIGHT, MixedOrder, parse_source_weights, sample_order
+from ds_roberta.data.mixture import MAX_TOTAL_WEIGHT, MixedOrder, parse_source_weights, sample_order, shown_source
 from ds_roberta.data.order import BLOCK, SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.errors import UserError
@@ -221,6 +222,27 @@ def test_weights_become_the_smallest_whole_numbers(sourced, text, weights):
 def test_weights_that_are_wrong_are_told_in_one_line(sourced, text, message):
     with pytest.raises(UserError, match=message):
         parse_source_weights(text, sourced.manifest)
+
+
+@pytest.mark.parametrize("names", [("a,b=2", "a", "c\nd"), ("=", ",", "a=1,b=2"), ("a", "a,a", "web/é, =")])
+def test_a_name_may_hold_what_stands_between_names(corpus, with_sources, names):
+    manifest = with_sources(corpus, [*names, names[0], names[1]]).manifest
+    text = ",".join(f"{name}={weight}" for weight, name in enumerate(names, 1))
+    assert parse_source_weights(text, manifest) == {name: weight for weight, name in enumerate(names, 1)}
+    with pytest.raises(UserError, match=f"does not name {re.escape(shown_source(names[1]))}: "):
+        parse_source_weights(f"{names[0]}=1,{names[2]}=1", manifest)
+    with pytest.raises(UserError, match=r"unknown source 'nothing'.* the data's sources are "):
+        parse_source_weights(text + ",nothing=1", manifest)
+
+
+def test_a_name_is_quoted_where_it_would_not_stand_alone():
+    assert [shown_source(name) for name in ("wiki", "a b", "a,b", "a=b", "a\nb")] == [
+        "wiki",
+        "a b",
+        "'a,b'",
+        "'a=b'",
+        "'a\\nb'",
+    ]
 
 
 def test_a_source_that_is_held_out_alone_may_only_have_weight_0(sourced):

@@ -86,6 +86,16 @@ def test_a_folder_that_cannot_be_read_is_an_error_by_name(folder, unreadable, ar
         find_inputs([argument])
 
 
+def test_a_name_that_is_not_utf_8_is_an_error_only_where_it_would_be_read(folder):
+    name = os.fsdecode(b"text/caf\xe9.")
+    (folder / f"{name}md").touch()
+    assert find_inputs(["text"]).notes()[-1].endswith(r": 'text/caf\udce9.md'")
+    (folder / f"{name}txt").touch()
+    for argument in ("text", "text/*", f"{name}txt"):
+        with pytest.raises(UserError, match=r"'text/caf\\udce9\.txt' is not UTF-8.*: rename"):
+            find_inputs([argument])
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

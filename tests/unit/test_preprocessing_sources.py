@@ -4,6 +4,8 @@ import gzip
 import json
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_preprocessing_sharding import folder_hash
 
@@ -143,6 +145,22 @@ def test_a_trace_by_weights_draws_their_shares(files, tokenizer_folder, tmp_path
     assert Counter(row["source"] for row in rows.values()) == {"a": 75, "b": 25}
     assert run(*command.split(), "a=3,c=1") == 2
     assert "unknown source 'c'; the data's sources are a, b" in capsys.readouterr().err
+
+
+def test_a_source_that_is_no_text_is_a_bad_document(tmp_path, tokenizer_folder):
+    whole = ("x,y=2", "new\nline", 7, ["x"], "", None, "\U0001f600")
+    lines = [json.dumps({"text": f"text {i}", "from": source}) for i, source in enumerate([*whole, "\ud83d"])]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    values = pa.array([b"good", b"caf\xe9", None]).view(pa.string())
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "from": values}), tmp_path / "b.parquet")
+    chosen = options(max_bad_fraction=0.5, validation_fraction=0.0)
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
+    manifest, _ = shard_corpus(paths, tokenizer_folder, tmp_path / "out", chosen, 1)
+    first, second = manifest.inputs
+    assert (first.rejected, second.rejected) == ({"bad_json": 1}, {"not_utf8": 1})
+    assert (first.places[0]["byte"], second.places[0]["row"]) == (len("\n".join(lines[:-1])) + 1, 1)
+    assert manifest.sources("train") == sorted(["x,y=2", "new\nline", "7", "['x']", "\U0001f600", "good"])
+    assert Corpus.open(tmp_path / "out").manifest == manifest
 
 
 def test_too_many_sources_are_refused(tokenizer_folder, tmp_path):
