@@ -38,7 +38,8 @@ def disk_refusal(error: BaseException) -> str | None:
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return next((str(reason) for _, _, reason in error.args[0]), None)
     if isinstance(error, OSError) and error.errno is not None:
-        name = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+        file = error.filename2 or error.filename  # of two, a copy's target
+        name = f": {os.fsdecode(file)}" if isinstance(file, str | bytes) else ""
         return f"{os.strerror(error.errno)}{name}" if error.errno in _REFUSALS else None
     text = str(error)
     if found := _RUST_NUMBER.search(text):

@@ -166,19 +166,21 @@ def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) 
         raise UserError(f"the output {str(output)!r} is a file: give a folder as --output")
     if output.exists() and any(output.iterdir()) and not is_ours(output):
         raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output")
-    old = _old_folder(output)
-    _put_back(old, output)  # a job was killed between the two renames below
-    if old.exists():  # or behind them
-        shutil.rmtree(old)
+    mend_exchange(output)
 
 
 def put_in_place(folder: Path, output: Path) -> None:
     """Make the whole `folder` durable and give it the place and name of `output`, on the same file system."""
-    old = _old_folder(output)
     files = list(filter(Path.is_file, folder.rglob("*")))
     honour_umask(files)
     for file in files:
         sync_file(file)
+    exchange(folder, output)
+
+
+def exchange(folder: Path, output: Path) -> None:
+    """Give the durable `folder` the place and name of `output`, which is removed; on failure that stays."""
+    old = _old_folder(output)
     try:
         if output.exists():
             output.rename(old)
@@ -190,6 +192,14 @@ def put_in_place(folder: Path, output: Path) -> None:
         _put_back(old, output)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def mend_exchange(output: Path) -> None:
+    """Finish what a kill within `exchange` left of it, so that `output` is there, old or new."""
+    old = _old_folder(output)
+    _put_back(old, output)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 @contextmanager

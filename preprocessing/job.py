@@ -18,7 +18,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,9 @@ def publish(job: Job, output: Path) -> None:
 
 def clear(job: Job) -> None:
     """Remove what a published job left beside the output."""
-    # In one move, so that no other task takes what is left of the job for work to go on with.
-    job.folder.rename(job.folder.with_name("done"))
+    with suppress(OSError):  # the output is whole
+        # In one move, so that no other task takes what is left of the job for work to go on with.
+        job.folder.rename(job.folder.with_name("done"))
     shutil.rmtree(job.folder.parent, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ import torch
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
-from ds_roberta.files import atomic_path, honour_umask, sync_directory, sync_file, write_json
+from ds_roberta.files import atomic_path, exchange, honour_umask, mend_exchange, sync_directory, sync_file, write_json
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
     FORMAT_VERSION,
@@ -193,6 +193,8 @@ def errors_of_saving(target: Path) -> Iterator[None]:
 
 def mend(folder: Path, best_step: int | None) -> None:
     """Remove what killed runs left unfinished, and let `best` name what the state that a run begins with says."""
+    for path in folder.glob(".global_step*.old"):
+        mend_exchange(path.with_name(path.stem[1:]))
     for path in folder.glob(".global_step*"):
         shutil.rmtree(path)
     if best_step is not None and best_step in saved_steps(folder):
@@ -215,13 +217,9 @@ def begin(target: Path) -> None:
 
 def put_in_place(target: Path) -> None:
     """Give a durable temporary folder its name, and let `latest` name it."""
-    before = target.with_name(f".{target.name}.old")
-    if target.exists():  # the same step, whose evaluation was broken off by a stop and done after the resume
-        target.rename(before)
-    temporary_folder(target).rename(target)
-    sync_directory(target.parent)
+    # The same step may be there, whose evaluation was broken off by a stop and done after the resume.
+    exchange(temporary_folder(target), target)
     name_in(target.parent, LATEST_NAME, target)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def name_in(folder: Path, name: str, target: Path) -> None:

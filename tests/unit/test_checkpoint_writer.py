@@ -231,6 +231,16 @@ def test_files_that_may_not_grow_are_an_error_of_the_user(run, writer_of, solo_r
     checkpoint.verify(folder / "global_step1")
 
 
+def test_a_kill_while_a_step_is_saved_again_leaves_the_checkpoint_that_was_there(run):
+    folder, save = run
+    save(1)
+    (folder / "global_step1").rename(folder / ".global_step1.old")  # the new one was about to take its place
+    (folder / ".global_step1.tmp").mkdir()
+    mend(folder, None)
+    assert names(folder) == ["global_step1", "latest"]
+    checkpoint.verify(folder / "global_step1")
+
+
 def test_a_folder_that_cannot_be_made_is_a_user_error_on_all_processes(tmp_path, writer_of, on_ranks):
     (tmp_path / "run").write_text("a file")
     raise_on(on_ranks(2, lambda ranks: writer_of(FakeEngine(ranks)).save(TrainState(IDENTITY, 2))), "global_step2")
