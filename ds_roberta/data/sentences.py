@@ -13,6 +13,23 @@ def cut_long_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> t
     return piece_starts, np.minimum(piece_starts + capacity, np.repeat(ends, pieces))
 
 
+def whole_characters(cuts: np.ndarray, in_character: np.ndarray) -> np.ndarray:
+    """Places to cut, moved back out of characters.
+
+    Args:
+        cuts: (C,) int64, places in the tokens before which to cut.
+        in_character: (tokens,) bool, the token begins inside a character.
+
+    Returns:
+        (C,) int64. At most three tokens begin inside a character: a place with more of them before it, which no text
+        gives, stays.
+    """
+    moved = cuts
+    for _ in range(3):
+        moved = moved - (in_character[moved] & (moved > 0))
+    return np.where(in_character[moved], cuts, moved)
+
+
 def document_bounds(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each sentence the number of its document's first sentence and of the one behind the last: two (sentences,)."""
     # Sentences of one document touch; between documents stands a separator.

@@ -214,6 +214,29 @@ def _asks_for_prefix_space(folder: Path) -> bool:
     return read_tokenizer_config(folder).get("add_prefix_space") is True
 
 
+def token_bytes(folder: Path) -> dict[int, bytes]:
+    """What each id of the BPE stands for, as UTF-8, of which a token may hold a part of a character.
+
+    Raises:
+        UserError: as `tokenizer_content`.
+    """
+    # Byte-level BPE writes the bytes that are visible in Latin-1 as themselves, the others as letters from U+0100 on.
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): bytes([byte]) for byte in visible}
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    letters |= {chr(0x100 + number): bytes([byte]) for number, byte in enumerate(hidden)}
+    vocabulary = tokenizer_content(folder)["model"]["vocab"]
+    return {
+        number: b"".join(letters.get(letter) or letter.encode() for letter in token)
+        for token, number in vocabulary.items()
+    }
+
+
+def is_continuation(byte: int) -> bool:
+    """Whether a byte of UTF-8 continues a character that began before it."""
+    return 0x80 <= byte < 0xC0
+
+
 def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
     """Encode and decode texts of many scripts.
 

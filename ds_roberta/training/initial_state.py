@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ds_roberta.config import ModelConfig, RunConfig
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import schedule_text
+from ds_roberta.data.words import WORDS_VERSION
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
@@ -39,7 +40,7 @@ def initial_state(
         **({"next_sentence_prediction": True} if config.packing.is_paired else {}),
         **({"objective": config.objective} if config.objective != "mlm" else {}),
         "source_weights": config.source_weights,
-        "masking": asdict(config.masking),
+        "masking": {**asdict(config.masking), **({"words": WORDS_VERSION} if config.masking.unit != "token" else {})},
         "seed": config.seed,
         "train_batch_size": deepspeed_config.train_batch_size,
         "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ds_roberta.config import PackingConfig, RunConfig
@@ -18,7 +19,7 @@ from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
 from ds_roberta.data.stages import places_behind
 from ds_roberta.data.substitution import Substituter
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import share_without_spaces, word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_up_logging
 from ds_roberta.errors import UserError
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ds_roberta.training.initial_model import InitialModel
 
 EXPORT_FOLDER = "hf"
+_SAMPLE_SEQUENCES = 256
 
 
 def pretrain(options: PretrainOptions) -> int:
@@ -108,6 +110,9 @@ def pretrain(options: PretrainOptions) -> int:
     words = None
     if config.masking.unit != "token":
         words = word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+        ranks.on_main(
+            lambda: _tell_text_without_words(corpus, train_data[config.packing.max_seq_length], config, ranks)
+        )
     kind = Substituter if config.objective == "rts" else Masker
     masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
     collators = {length: Collator(packed, masker, tokenizer, length) for length, packed in train_data.items()}
@@ -213,6 +218,20 @@ def _open_data(corpus: Corpus, config: RunConfig, ranks: Ranks) -> tuple[dict[in
         ranks.log("no held-out documents: no evaluation (preprocess shard --validation_fraction makes some)")
         return train, None
     return train, packed(VALIDATION_SPLIT, config.packing)
+
+
+def _tell_text_without_words(corpus: Corpus, packed: PackedSplit, config: RunConfig, ranks: Ranks) -> None:
+    """Log the share of the data, by a sample of its sequences, in which `--masking` finds no words."""
+    sample = np.linspace(0, len(packed) - 1, min(len(packed), _SAMPLE_SEQUENCES)).astype(np.int64)
+    special_ids = corpus.manifest.tokenizer.special_ids
+    ids = np.full((len(sample), config.packing.max_seq_length), special_ids[0])
+    packed.gather(sample, ids)
+    share = share_without_spaces(corpus.folder / TOKENIZER_FOLDER, ids[~np.isin(ids, special_ids)])
+    if share >= 0.001:
+        ranks.log(
+            f"--masking {config.masking.unit}: {share:.1%} of the characters in {len(sample)} sequences are of scripts "
+            "written without spaces, where no words are known: tokens stand in for them"
+        )
 
 
 def _batch_plans(
