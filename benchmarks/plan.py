@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, plan
 from ds_roberta.config import PRESETS
 from ds_roberta.data.shards import CHUNK_BYTES, InputPiece, ShardInfo
+from ds_roberta.files import write_text
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENT = REPOSITORY / "docs/scaling.md"
@@ -173,7 +174,7 @@ def main() -> None:
         )
     arguments = vars(parser.parse_args())
     if arguments.pop("write"):
-        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+        write_text(DOCUMENT, with_tables(DOCUMENT.read_text(encoding="utf-8")))
         return
     case = Case(**arguments)
     if case.precision == "bf16" and not GPUS[case.gpu].bf16:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Any, NoReturn, TextIO, TypeVar
 
-from ds_roberta.errors import DiskError, UserError, user_message
+from ds_roberta.errors import DiskError, UserError, standard_output_is_refused, user_message
 
 USER_ERROR_EXIT_CODE = 2
 PIPE_CLOSED_EXIT_CODE = 141
@@ -98,6 +98,8 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
         code = command() or 0
         sys.stdout.flush()
     except BrokenPipeError:
+        if not standard_output_is_refused():
+            raise
         code = PIPE_CLOSED_EXIT_CODE
     except KeyboardInterrupt:
         _say("interrupted")

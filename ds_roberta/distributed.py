@@ -74,10 +74,11 @@ class Ranks:
                 problem = user_message(error)
                 if problem is None:
                     raise
-        value, problem = self.broadcast((value, problem))
+        if self.any(value is not None or problem is not None):  # most often there is nothing to tell
+            value, problem = self.broadcast((value, problem))
         if problem is not None:
             raise UserError(problem)
-        return value
+        return cast(Result, value)
 
     def together(self, function: Callable[[], Result]) -> Result:
         """Run `function` on every rank; its value here, or on all processes a `UserError` where one met an error.

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 
 _REFUSALS = {
@@ -49,12 +50,21 @@ def disk_refusal(error: BaseException) -> str | None:
     return None
 
 
+def standard_output_is_refused() -> bool:
+    """Whether an error just met may be of standard output: a full disk, or a reader that has left."""
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+    except OSError:
+        return True
+    return False
+
+
 def user_message(error: Exception) -> str | None:
     """What a user is told about `error`; None if it is a defect of the program."""
     if isinstance(error, UserError):
         return str(error)
     refusal = disk_refusal(error)
-    return refusal and f"the disk refused a file ({refusal}): fix this, then give the same command again"
+    return refusal and f"a file or standard output was refused ({refusal}): fix this, then give the same command again"
 
 
 def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from ds_roberta.errors import DiskError, UserError, disk_refusal
+from ds_roberta.errors import DiskError, UserError, disk_refusal, standard_output_is_refused
 
 
 def sync_directory(path: Path) -> None:
@@ -68,8 +68,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def append_line(path: Path, line: str) -> None:
@@ -219,18 +224,18 @@ def created_parents(path: Path) -> Iterator[None]:
 def errors_of_the_disk(output: Path, kind: str = "", remedy: str = "fix this or give another output") -> Iterator[None]:
     """Turn every `OSError`, and what libraries make of one, into a `DiskError`: `output` cannot be written.
 
-    That nobody reads standard output any more (`BrokenPipeError`) has nothing to do with the disk.
+    What standard output refuses is not of `output`, and stays as it is.
 
     Args:
         kind: what the output is, such as "the plot ".
     """
     try:
         yield
-    except (UserError, BrokenPipeError):
+    except UserError:
         raise
     except Exception as error:
         reason = disk_refusal(error) or (isinstance(error, OSError) and _in_words(error))
-        if not reason:
+        if not reason or standard_output_is_refused():
             raise
         raise DiskError(f"cannot write {kind}{str(output)!r} ({reason}): {remedy}") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk
+from ds_roberta.files import created_parents, errors_of_the_disk, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = {path.stem: path for path in sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))}
@@ -194,8 +194,7 @@ def main(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path(f"{arguments.job_name or arguments.template}.sbatch")
     with errors_of_the_disk(output), created_parents(arguments.log_dir / "of-the-job"):
         arguments.log_dir.mkdir(parents=True, exist_ok=True)  # sbatch would lose the job's output without it
-        with atomic_path(output) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output, text)
     print(f"wrote {output}")
     check(output)
     print(f"next: sbatch {shlex.quote(str(output))}; squeue --me; the logs come to {arguments.log_dir}/")

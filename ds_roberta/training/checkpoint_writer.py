@@ -27,7 +27,7 @@ import torch
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
-from ds_roberta.files import atomic_path, exchange, honour_umask, mend_exchange, sync_directory, sync_file, write_json
+from ds_roberta.files import exchange, honour_umask, mend_exchange, sync_directory, sync_file, write_json, write_text
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
     FORMAT_VERSION,
@@ -223,8 +223,7 @@ def put_in_place(target: Path) -> None:
 
 
 def name_in(folder: Path, name: str, target: Path) -> None:
-    with atomic_path(folder / name) as path:
-        path.write_text(target.name + "\n", encoding="utf-8")
+    write_text(folder / name, target.name + "\n")
 
 
 def remove(folder: Path, steps: list[int]) -> None:

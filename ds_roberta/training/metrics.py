@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ds_roberta.command_line import Messages
-from ds_roberta.files import append_line, atomic_path, errors_of_the_disk
+from ds_roberta.files import append_line, errors_of_the_disk, write_text
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
@@ -41,9 +41,9 @@ class MetricsLog:
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("}\n")]
-            with errors_of_the_disk(self._path, remedy=_REMEDY), atomic_path(self._path) as temporary:
-                kept = (line for line in whole if self._is_past(json.loads(line), global_step))
-                temporary.write_text("".join(kept), encoding="utf-8")
+            kept = (line for line in whole if self._is_past(json.loads(line), global_step))
+            with errors_of_the_disk(self._path, remedy=_REMEDY):
+                write_text(self._path, "".join(kept))
 
     @staticmethod
     def _is_past(row: dict[str, Any], global_step: int) -> bool:

@@ -74,7 +74,8 @@ def test_what_the_disk_refuses_one_process_it_reports_itself(capsys, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run(fail_with(OSError(errno.EROFS, "", "/data/a"))) == 2
     assert capsys.readouterr().err == (
-        "error: the disk refused a file (Read-only file system: /data/a): fix this, then give the same command again\n"
+        "error: a file or standard output was refused (Read-only file system: /data/a): fix this, then give the same "
+        "command again\n"
     )
     assert run(fail_with(DiskError("cannot write 'a'"))) == 2
     assert capsys.readouterr().err == "error: cannot write 'a'\n"
@@ -84,7 +85,14 @@ def test_output_that_is_refused_is_one_line_and_exit_code_2(capsys, monkeypatch)
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr("sys.stdout", full)
         assert run(lambda: print("lost")) == 2
-    assert capsys.readouterr().err.startswith("error: the disk refused a file (No space left on device): ")
+    assert capsys.readouterr().err.startswith(
+        "error: a file or standard output was refused (No space left on device): "
+    )
+
+
+def test_a_broken_pipe_of_another_kind_is_not_hidden():
+    with pytest.raises(BrokenPipeError):
+        run_command(fail_with(BrokenPipeError()))
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(capsys, monkeypatch):

@@ -64,7 +64,7 @@ def test_what_the_disk_refuses_one_process_all_hear_of(on_ranks, collectively):
 
     for error in on_ranks(3, body):
         assert type(error) is UserError
-        assert "the disk refused a file (No space left on device: /full/file)" in str(error)
+        assert "a file or standard output was refused (No space left on device: /full/file)" in str(error)
 
 
 def test_ranks_that_differ_are_named(on_ranks, monkeypatch):

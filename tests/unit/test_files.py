@@ -215,10 +215,22 @@ def test_a_full_disk_is_a_user_error_whatever_writes_and_leaves_what_was_there(t
 
 
 def test_errors_that_no_disk_made_stay_what_they_are():
-    for error in (UserError("wrong"), RuntimeError("of the program"), BrokenPipeError()):
+    for error in (UserError("wrong"), RuntimeError("of the program")):
         with pytest.raises(type(error)) as caught, errors_of_the_disk("a"):
             raise error
         assert caught.value is error
+
+
+def test_what_standard_output_refuses_is_not_the_files_fault(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full, os.fdopen(writing, "w") as closed:
+        for stream, error in ((full, OSError), (closed, BrokenPipeError)):
+            monkeypatch.setattr("sys.stdout", stream)
+            with pytest.raises(error) as caught, errors_of_the_disk("a"):
+                print("lost", flush=True)
+            assert not isinstance(caught.value, UserError)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -95,6 +95,7 @@ def refuse_each_change(produce, replaces, folder, connection):
     try:
         sys.addaudithook(refuse)
         produce(folder / "out")
+        whole = content(folder)
         for change in itertools.count(1):
             if not replaces:
                 shutil.rmtree(folder)
@@ -109,8 +110,10 @@ def refuse_each_change(produce, replaces, folder, connection):
             if state.count < change:
                 break
             shutil.rmtree(folder / ".out.partial", ignore_errors=True)  # what the same command would go on from
-            if problem and (content(folder) != before or "No space left" not in problem):
-                wrong.append((change, problem, sorted(map(str, content(folder).keys() ^ before.keys()))))
+            left = content(folder)
+            right = left == before and "No space left" in problem if problem else replaces or left == whole
+            if not right:
+                wrong.append((change, problem, sorted(map(str, left.keys() ^ before.keys()))))
         connection.send((change, wrong))
     except BaseException:
         connection.send((0, [*wrong, traceback.format_exc()]))
