@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ds_roberta.data.shards import (
+    PACKING_VERSION,
     SPLITS,
     TOKENIZER_FOLDER,
     TRAIN_SPLIT,
@@ -229,7 +230,7 @@ def import_dataset(prefixes: dict[str, Path], tokenizer: Path, output: Path) -> 
             read, kept = len(dataset.documents) - 1, sum(shard.documents for shard in splits[split])
             rejected = {_EMPTY: read - kept} if read > kept else {}
             inputs.append(InputInfo(dataset.binary.as_posix(), read, kept, rejected))
-        manifest = Manifest(info, {"format": "megatron"}, tuple(inputs), splits)
+        manifest = Manifest(info, {"format": "megatron", "packing_version": PACKING_VERSION}, tuple(inputs), splits)
         if not manifest.documents(TRAIN_SPLIT):
             raise UserError(f"{str(prefixes[TRAIN_SPLIT])!r} holds no document with tokens: give another PREFIX")
         manifest.write(folder)

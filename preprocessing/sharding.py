@@ -17,6 +17,7 @@ import ds_roberta
 from ds_roberta.data.shards import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    PACKING_VERSION,
     SPLITS,
     TOKENIZER_FOLDER,
     TRAIN_SPLIT,
@@ -289,6 +290,7 @@ def _finish(
             "validation_fraction": options.validation_fraction,
             "unit_bytes": options.unit_bytes,
             **dedup.dedup_options(options.dedup),
+            "packing_version": PACKING_VERSION,
         },
         inputs=input_infos(total_accounts(states, (result.accounts for result in in_order)), sources),
         splits={split: tuple(s for r in in_order for s in r.shards[split]) for split in SPLITS},

@@ -13,7 +13,8 @@ Formats (Liu et al. 2019, RoBERTa, section 4.2):
 * `segment-pair`, `sentence-pair` — `<s> A </s></s> B </s>`: A and B are slices of several sentences, or of one, and B
   follows A or is of another document (`pairs.py`). For next sentence prediction.
 
-A sentence longer than a sequence is cut into pieces that fill one.
+A sentence longer than a sequence is cut into pieces that fill one. No piece and no contiguous sequence ends inside a
+character, of which a token may hold a part: it is up to three tokens shorter instead.
 
 The index of a split is two files: the slices, six bytes each (pairs: 17), and the number of the first sequence of each
 shard. Both are read by memory map and written shard by shard, so that memory does not grow with the data.
@@ -28,17 +29,18 @@ import numpy as np
 
 from ds_roberta.config import PackingConfig
 from ds_roberta.data.pairs import IS_NEXT, pack_pairs
-from ds_roberta.data.sentences import cut_long_sentences, document_bounds, walk
+from ds_roberta.data.sentences import InCharacter, cut_long_sentences, document_bounds, nowhere, walk
 from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint
 
-PACKING_VERSION = 2
 _SEPARATORS_OF_A_PAIR = 2
 INDEX_FOLDER = "index"
 
 
-def pack_full_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> np.ndarray:
+def pack_full_sentences(
+    starts: np.ndarray, ends: np.ndarray, capacity: int, in_character: InCharacter = nowhere
+) -> np.ndarray:
     """Greedy packing of whole sentences.
 
     Args:
@@ -48,21 +50,23 @@ def pack_full_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> 
     Returns:
         Bounds of the slices: (sequences, 2) int64.
     """
-    starts, ends = cut_long_sentences(starts, ends, capacity)
+    starts, ends = cut_long_sentences(starts, ends, capacity, in_character)
     return _chain(starts, ends, np.searchsorted(ends, starts + capacity, side="right"))
 
 
-def pack_doc_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> np.ndarray:
+def pack_doc_sentences(
+    starts: np.ndarray, ends: np.ndarray, capacity: int, in_character: InCharacter = nowhere
+) -> np.ndarray:
     """Greedy packing of whole sentences of one document; arguments and result as of `pack_full_sentences`."""
-    starts, ends = cut_long_sentences(starts, ends, capacity)
+    starts, ends = cut_long_sentences(starts, ends, capacity, in_character)
     _, own_end = document_bounds(starts, ends)
     return _chain(starts, ends, np.minimum(np.searchsorted(ends, starts + capacity, side="right"), own_end))
 
 
-def pack_contiguous(tokens: int, capacity: int) -> np.ndarray:
-    """Slices of `capacity` tokens, the last one shorter: (sequences, 2) int64."""
-    starts = np.arange(0, tokens, capacity)
-    return np.stack([starts, np.minimum(starts + capacity, tokens)], axis=1)
+def pack_contiguous(tokens: int, capacity: int, in_character: InCharacter = nowhere) -> np.ndarray:
+    """Slices of `capacity` tokens, cut between characters, the last one shorter: (sequences, 2) int64."""
+    whole = np.arange(min(tokens, 1))
+    return np.stack(cut_long_sentences(whole, whole + tokens, capacity, in_character), axis=1)
 
 
 def _chain(starts: np.ndarray, ends: np.ndarray, following: np.ndarray) -> np.ndarray:
@@ -86,10 +90,10 @@ def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
         return slices
     if packing.format == "contiguous":
         # The separator that closes the last document would stand before the sequence's own.
-        bounds = pack_contiguous(len(split.values(shard)) - 1, packing.capacity)
+        bounds = pack_contiguous(len(split.values(shard)) - 1, packing.capacity, split.in_character(shard))
     else:
         pack = {"full-sentences": pack_full_sentences, "doc-sentences": pack_doc_sentences}[packing.format]
-        bounds = pack(*split.sentence_bounds(shard), packing.capacity)
+        bounds = pack(*split.sentence_bounds(shard), packing.capacity, split.in_character(shard))
     slices = np.empty(len(bounds), _slice_type(packing))
     slices["start"], slices["length"] = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
     return slices
@@ -186,7 +190,7 @@ def _index_paths(corpus: Corpus, split: str, packing: PackingConfig) -> tuple[Pa
     """The files of the slices and of each shard's first sequence; where the latter stands, the index is whole."""
     fingerprint = json_fingerprint(
         {
-            "version": PACKING_VERSION,
+            "version": corpus.manifest.packing_version,
             "data": corpus.manifest.fingerprint,
             "format": packing.format,
             "max_seq_length": packing.max_seq_length,

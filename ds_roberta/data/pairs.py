@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ds_roberta.data.hashing import derive_key, mix64
-from ds_roberta.data.sentences import cut_long_sentences, document_bounds, walk
+from ds_roberta.data.sentences import cut_long_sentences, document_bounds, walk, whole_characters
 from ds_roberta.data.shards import Split
 from ds_roberta.errors import UserError
 
@@ -54,7 +54,7 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
         UserError: there is no other document in the split.
     """
     # With halves the first segment of one sentence leaves room for a second one.
-    starts, ends = cut_long_sentences(*split.sentence_bounds(shard), capacity // 2)
+    starts, ends = cut_long_sentences(*split.sentence_bounds(shard), capacity // 2, split.in_character(shard))
     count, key = len(starts), derive_key("pairs", split.name, shard, capacity, longest or 0)
     number = np.arange(count)
     document_start, document_end = document_bounds(starts, ends)
@@ -82,7 +82,8 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
             drawn = _draw(key, "second", alone, count - own)
             drawn += np.where(drawn >= document_start[alone], own, 0)
         else:
-            other_starts, other_ends = cut_long_sentences(*split.sentence_bounds(other), capacity // 2)
+            bounds = split.sentence_bounds(other)
+            other_starts, other_ends = cut_long_sentences(*bounds, capacity // 2, split.in_character(other))
             _, behind = document_bounds(other_starts, other_ends)
             drawn = _draw(key, "second", alone, np.full(len(alone), len(other_starts)))
         room = capacity - (last_ends[is_random] - starts[alone])
@@ -91,8 +92,11 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
         if longest is not None:
             fitting = np.minimum(fitting, drawn + longest)
         second_starts[is_random] = other_starts[drawn]
+        second_ends[is_random] = other_ends[fitting - 1]
         # Of a first sentence that does not fit a part is taken.
-        second_ends[is_random] = np.where(fitting > drawn, other_ends[fitting - 1], limits)
+        cut = fitting == drawn
+        parts = whole_characters(limits[cut], split.in_character(other))
+        second_ends[np.flatnonzero(is_random)[cut]] = np.where(parts > other_starts[drawn[cut]], parts, limits[cut])
     return Pairs(
         starts[first], last_ends - starts[first], second_shards, second_starts, second_ends - second_starts, is_random
     )

@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+InCharacter = Callable[[np.ndarray], np.ndarray]
+"""Of places in the tokens, (N,) int64, whether the token there begins inside a character: (N,) bool."""
+_MOST_INSIDE = 3
+"""Tokens that begin inside one character: it has at most four bytes."""
 
-def cut_long_sentences(starts: np.ndarray, ends: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replace every sentence longer than `capacity` tokens by consecutive pieces of at most that length."""
+
+def nowhere(places: np.ndarray) -> np.ndarray:
+    """An `InCharacter` of tokens that are not looked at: they are cut wherever a sequence is full."""
+    return np.zeros(len(places), dtype=bool)
+
+
+def cut_long_sentences(
+    starts: np.ndarray, ends: np.ndarray, capacity: int, in_character: InCharacter = nowhere
+) -> tuple[np.ndarray, np.ndarray]:
+    """Replace every sentence longer than `capacity` tokens by consecutive pieces that fill it, cut between characters.
+
+    A piece that would end inside a character ends before it, and the next one begins there.
+    """
     pieces = np.maximum(1, -(-(ends - starts) // capacity))
+    sentence = np.repeat(np.arange(len(starts)), pieces)
     piece_number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    piece_starts = np.repeat(starts, pieces) + piece_number * capacity
-    return piece_starts, np.minimum(piece_starts + capacity, np.repeat(ends, pieces))
+    piece_starts = starts[sentence] + piece_number * capacity
+    piece_ends = np.minimum(piece_starts + capacity, ends[sentence])
+    wrong = np.unique(sentence[(piece_number > 0) & in_character(piece_starts)])
+    if not len(wrong):
+        return piece_starts, piece_ends
+    others = ~np.isin(sentence, wrong)
+    parts = [(piece_starts[others], piece_ends[others])]
+    for start, end in zip(starts[wrong].tolist(), ends[wrong].tolist(), strict=True):
+        cuts = np.array(_cuts(start, end, capacity, in_character))
+        parts.append((cuts[:-1], cuts[1:]))
+    piece_starts, piece_ends = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(piece_starts, kind="stable")
+    return piece_starts[order], piece_ends[order]
 
 
-def whole_characters(cuts: np.ndarray, in_character: np.ndarray) -> np.ndarray:
+def _cuts(start: int, end: int, capacity: int, in_character: InCharacter) -> list[int]:
+    """The bounds of one sentence's pieces: `start`, the places between characters to cut at, `end`."""
+    inside, cuts = in_character(np.arange(start, end)).tobytes(), [start]
+    while end - cuts[-1] > capacity:
+        full = cuts[-1] + capacity
+        places = range(full, max(cuts[-1], full - _MOST_INSIDE - 1), -1)
+        cuts.append(next((place for place in places if not inside[place - start]), full))
+    return [*cuts, end]
+
+
+def whole_characters(cuts: np.ndarray, in_character: InCharacter) -> np.ndarray:
     """Places to cut, moved back out of characters.
 
     Args:
         cuts: (C,) int64, places in the tokens before which to cut.
-        in_character: (tokens,) bool, the token begins inside a character.
 
     Returns:
         (C,) int64. At most three tokens begin inside a character: a place with more of them before it, which no text
         gives, stays.
     """
     moved = cuts
-    for _ in range(3):
-        moved = moved - (in_character[moved] & (moved > 0))
-    return np.where(in_character[moved], cuts, moved)
+    for _ in range(_MOST_INSIDE):
+        moved = moved - (in_character(moved) & (moved > 0))
+    return np.where(in_character(moved), cuts, moved)
 
 
 def document_bounds(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,11 +25,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ds_roberta.data.tokenizer import TokenizerInfo, token_type
+from ds_roberta.data.sentences import InCharacter, nowhere
+from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters, token_type
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, write_json
 
 FORMAT_VERSION = 2
+PACKING_VERSION = _BETWEEN_CHARACTERS = 3
+"""From this version on sequences are cut between characters."""
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
@@ -117,6 +120,11 @@ class Manifest:
         if any(map(self.sources, self.splits)):
             content["sources"] = {split: [shard.source for shard in shards] for split, shards in self.splits.items()}
         return json_fingerprint(content)
+
+    @property
+    def packing_version(self) -> int:
+        """How the data is packed: as when it was prepared, so that runs which go on find the same sequences."""
+        return int(self.options.get("packing_version", _BETWEEN_CHARACTERS - 1))
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.splits.get(split, ()))
@@ -284,8 +292,9 @@ class Split:
     Arrays come by DLPack, since pyarrow's own `to_numpy` imports pandas.
     """
 
-    def __init__(self, folder: Path, split: str, shards: Sequence[ShardInfo]):
+    def __init__(self, folder: Path, split: str, shards: Sequence[ShardInfo], between_characters: bool = False):
         self.folder, self.name, self.shards = folder, split, tuple(shards)
+        self._between_characters = between_characters
 
     @cache  # noqa: B019 - a split lives as long as its process
     def _columns(self, shard: int) -> tuple[pa.Array, pa.Array]:
@@ -306,6 +315,13 @@ class Split:
     def values(self, shard: int) -> np.ndarray:
         """All token ids of a shard, one document behind the other: (tokens,) uint16 or uint32, a view of the file."""
         return np.from_dlpack(self._columns(shard)[0].values)
+
+    def in_character(self, shard: int) -> InCharacter:
+        """Where packing must not cut the shard's values, if it can: nowhere in data of an earlier packing version."""
+        if not self._between_characters:
+            return nowhere
+        inside, values = ids_inside_characters(self.folder / TOKENIZER_FOLDER), self.values(shard)
+        return lambda places: inside[values[places]]
 
     def document_offsets(self, shard: int) -> np.ndarray:
         """Where each document begins in `values`, and the end of the last: (documents + 1,) int32."""
@@ -340,7 +356,8 @@ class Corpus:
         return cls(Path(folder), Manifest.read(Path(folder)))
 
     def split(self, name: str) -> Split:
-        return Split(self.folder, name, self.manifest.splits.get(name, ()))
+        between_characters = self.manifest.packing_version >= _BETWEEN_CHARACTERS
+        return Split(self.folder, name, self.manifest.splits.get(name, ()), between_characters)
 
 
 def _flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +231,18 @@ def token_bytes(folder: Path) -> dict[int, bytes]:
         number: b"".join(letters.get(letter) or letter.encode() for letter in token)
         for token, number in vocabulary.items()
     }
+
+
+@lru_cache(maxsize=4)
+def ids_inside_characters(folder: Path) -> np.ndarray:
+    """Which ids stand for text that begins inside a character: (vocab_size,) bool.
+
+    Raises:
+        UserError: as `TokenizerInfo.read`.
+    """
+    table = np.zeros(TokenizerInfo.read(folder).vocab_size, dtype=bool)
+    table[[number for number, data in token_bytes(folder).items() if is_continuation(data[0])]] = True
+    return table
 
 
 def is_continuation(byte: int) -> bool:

@@ -107,7 +107,7 @@ def word_bounds(flags: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.
     long = np.flatnonzero(ends - starts > MAX_WORD_TOKENS)
     if len(long):  # they are few
         cuts = cut_long_sentences(starts[long], ends[long], MAX_WORD_TOKENS)[0]
-        begins.reshape(-1)[whole_characters(cuts, flat >= _IN_CHARACTER)] = True
+        begins.reshape(-1)[whole_characters(cuts, (flat >= _IN_CHARACTER).take)] = True
         starts = np.flatnonzero(begins)
         ends = np.append(starts[1:], flat.size)
     return starts, ends

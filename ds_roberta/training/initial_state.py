@@ -31,12 +31,13 @@ def initial_state(
     ranks: Ranks,
 ) -> tuple[TrainState, Path | None, Path | None]:
     """The state to begin with, and the checkpoint that it is of: a portable one, or one of DeepSpeed's, or neither."""
+    version = corpus.manifest.packing_version
     identity = {
         "data": corpus.manifest.fingerprint,
         "tokenizer": corpus.manifest.tokenizer.fingerprint,
         "model": asdict(config.model),
         "init_from": ranks.on_main(initial_model.fingerprint) if initial_model else None,
-        "packing": asdict(config.packing),
+        "packing": {**asdict(config.packing), **({"version": version} if version > 2 else {})},
         **({"next_sentence_prediction": True} if config.packing.is_paired else {}),
         **({"objective": config.objective} if config.objective != "mlm" else {}),
         "source_weights": config.source_weights,

@@ -1,7 +1,9 @@
 import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig
 from ds_roberta.data.packing import (
@@ -13,7 +15,8 @@ from ds_roberta.data.packing import (
     pack_full_sentences,
 )
 from ds_roberta.data.sentences import cut_long_sentences
-from ds_roberta.data.shards import Corpus
+from ds_roberta.data.shards import PACKING_VERSION, Corpus
+from ds_roberta.data.tokenizer import token_bytes
 from ds_roberta.errors import UserError
 
 SEPARATOR = 2
@@ -103,6 +106,58 @@ def test_long_sentences_are_cut_into_full_pieces():
     starts, ends = cut_long_sentences(np.array([0, 10, 13]), np.array([10, 13, 21]), 4)
     assert starts.tolist() == [0, 4, 8, 10, 13, 17]
     assert ends.tolist() == [4, 8, 10, 13, 17, 21]
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 4, 7, 32])
+def test_long_sentences_are_cut_between_characters(capacity):
+    rng = np.random.default_rng(capacity)
+    characters = rng.integers(1, 5, size=3000)  # tokens of each
+    inside = np.ones(characters.sum(), dtype=bool)
+    inside[np.cumsum(characters) - characters] = False
+    ends = np.flatnonzero(np.append(~inside[1:], True) & (rng.random(len(inside)) < 0.05)) + 1
+    ends = np.append(ends, len(inside)) if ends[-1] < len(inside) else ends
+    starts = np.append(0, ends[:-1])
+    expected = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        while end - start > capacity:
+            cut = start + capacity
+            while inside[cut] and cut > start:
+                cut -= 1
+            cut = cut if cut > start else start + capacity  # a character longer than a sequence
+            expected.append((start, cut))
+            start = cut
+        expected.append((start, end))
+    found = cut_long_sentences(starts, ends, capacity, inside.take)
+    assert list(zip(*(bounds.tolist() for bounds in found), strict=True)) == expected
+    plain = cut_long_sentences(starts, ends, capacity)
+    assert np.array_equal(plain[0], found[0]) == (capacity == 1)
+    nothing_inside = cut_long_sentences(starts, ends, capacity, np.zeros(len(inside), bool).take)
+    assert np.array_equal(plain, nothing_inside)
+
+
+@pytest.mark.parametrize("form", PACKING_FORMATS)
+def test_no_sequence_is_cut_inside_a_character(tmp_path, write_corpus, tokenizer_folder, form):
+    tokenizer, rng = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")), np.random.default_rng(0)
+    text = ["".join(rng.choice(list("我们去北京ёжик🙂ab "), size=n)) for n in rng.integers(1, 60, size=90)]
+    sentences = [np.array(tokenizer.encode(sentence).ids[1:-1]) for sentence in text]
+    assert min(map(len, sentences)) > 0
+    before = write_corpus(tmp_path / "c", {"train": [[sentences[i : i + 3] for i in range(0, 90, 3)]]})
+    after = Corpus(before.folder, replace(before.manifest, options={"packing_version": PACKING_VERSION}))
+    pieces, broken = token_bytes(tokenizer_folder), []
+    for corpus in (before, after):
+        packed, values = build(corpus, 25, form=form), corpus.split("train").values(0)
+        broken.append(0)
+        for shards, starts, ends in packed.segments(np.arange(len(packed))):
+            assert not shards.any()
+            assert (ends > starts).all()
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+                try:
+                    b"".join(pieces[id_] for id_ in values[start:end].tolist()).decode()
+                except UnicodeDecodeError:
+                    broken[-1] += end - start > 3  # a drawn segment may have less room than a character needs
+    assert broken[0] > 0
+    assert broken[1] == 0
+    assert len(index_files(before)) == 4
 
 
 def test_packing_nothing_gives_nothing():

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ds_roberta.data.shards import Corpus
+from ds_roberta.data.shards import PACKING_VERSION, Corpus
 from preprocessing.cli import main
 from preprocessing.lookup import Decoder, Documents
 from preprocessing.origins import Origins
@@ -68,6 +68,7 @@ def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenize
     with pytest.raises(SystemExit, match="0"):
         main(f"{command} --workers 1 --validation_fraction 0 --sentences rules".split())
     corpus = Corpus.open(tmp_path / "data")
+    assert corpus.manifest.packing_version == PACKING_VERSION
     documents, decoder = Documents(corpus, "train"), Decoder(corpus)
     origins = Origins(corpus, documents, decoder)
     for number, (text, sentences) in enumerate(zip(texts, (4, 3, 4), strict=True)):
