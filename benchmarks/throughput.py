@@ -1,10 +1,11 @@
 """Our trainer beside its peers on the same model, data, batch, threads and allocator: tokens per second of one device.
 
-    python -m benchmarks.throughput
+    python -m benchmarks.throughput                            # on random ids
+    python -m benchmarks.throughput --data_dir data/corpus     # real text with its padding, which is not counted
 
 Every contender is a process of its own (`benchmarks.throughput_contenders`), and they train in turn, a round after the
-other. Needs `accelerate` for transformers' Trainer and a C++ compiler for torch.compile; without one of them its row
-says so. Writes a Markdown table with the hardware, the versions and the commit.
+other. After each round the Markdown table, with the hardware, the versions and the commit, is written as far as it is.
+Needs `accelerate` for transformers' Trainer and a C++ compiler for torch.compile; without one of them its row says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,28 +30,35 @@ import torch
 
 from benchmarks.environment import python_path
 from benchmarks.loader import commit, cpu_model
-from benchmarks.throughput_contenders import CONTENDERS, PEAK, VOCABULARY, Case, as_json, write_data
-from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig
+from benchmarks.throughput_contenders import CONTENDERS, PEAK, Case, as_json, write_data, write_rows
+from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, PackingConfig
+from ds_roberta.data.packing import build_index
+from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.model.flops import flops_per_token
 
 REPOSITORY = Path(__file__).parents[1]
 MICRO_BATCH_TOKENS = {"tiny": 2_048, "small": 2_048, "base": 2_048, "large": 1_024}
 """On a CPU: so few that two peers fit into 24 GB, and the slowest takes less than a minute a step."""
 GPU_MICRO_BATCH_TOKENS = 16_384
-ALIVE = 2
-SEQUENCES = 512
+GPU_STEPS = 20
+"""So many that a round on a GPU takes seconds."""
+SEQUENCES, ROWS = 512, 8_192  # at least, of random ids; at most, of a user's text for peers
 OURS = "ours-bf16"
 DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name and name != "ours-fp16"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What some steps took; `seconds` are the device's: of all threads on CPUs, between events on a GPU."""
+    """What some steps took; `seconds` are the device's: of all threads on CPUs, between events on a GPU.
+
+    `graphs` are those that torch.compile had made by then.
+    """
 
     tokens: int
     seconds: float
     wall: float
     peak_bytes: int
+    graphs: int
 
 
 @dataclass(frozen=True)
@@ -120,10 +128,16 @@ def main() -> None:
     )
     parser.add_argument("--micro_batch_tokens", type=int, help="for all contenders (default: by the model)")
     parser.add_argument("--micro_steps", type=int, default=2, help="of a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1, help="timed in each round (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=GPU_STEPS if torch.cuda.is_available() else 1,
+        help="timed in each round (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each contender (default: %(default)s)")
     parser.add_argument("--contenders", nargs="+", default=DEFAULT_CONTENDERS, choices=list(CONTENDERS))
+    parser.add_argument("--data_dir", type=Path, help="made by 'preprocess shard' (default: full rows of random ids)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/throughput.md")
     arguments = parser.parse_args()
     lengths = arguments.max_seq_length or [
@@ -132,31 +146,59 @@ def main() -> None:
     if len(lengths) != len(arguments.model):
         parser.error(f"--max_seq_length needs {len(arguments.model)} values, one for each --model")
     loads, peaks, tables = [os.getloadavg()[0]], [], []
+    report = ""
     for model, length in zip(arguments.model, lengths, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             tokens = arguments.micro_batch_tokens
             if tokens is None:
                 tokens = GPU_MICRO_BATCH_TOKENS if torch.cuda.is_available() else MICRO_BATCH_TOKENS.get(model, 2_048)
-            case = Case(model, length, max(1, tokens // length), arguments.micro_steps, folder)
-            write_data(Path(folder), length, max(SEQUENCES, 4 * case.train_batch_size))
-            outcomes, peak = measure(case, arguments)
-        masked_share = MaskingConfig.mlm_probability * (length - SPECIAL_TOKENS_PER_SEQUENCE) / length
-        flops = flops_per_token(case.config, length, masked_share)
-        loads.append(os.getloadavg()[0])
+            case = prepare(model, length, max(1, tokens // length), arguments, Path(folder))
+            flops = flops_per_token(case.config, length, masked_share(case))
+            for outcomes, peak in measure(case, arguments):
+                loads.append(os.getloadavg()[0])
+                of_model = section(case, outcomes, flops, peak)
+                # After each round: a run takes minutes, and may be broken off.
+                report = "\n".join(lines(arguments, [*tables, *of_model], [*peaks, peak], loads)) + "\n"
+                arguments.output.write_text(report, encoding="utf-8")
+        tables += of_model
         peaks.append(peak)
-        tables += [
-            f"## {model}, {length} tokens",
-            "",
-            f"A step is {case.micro_batch_size} sequences x {case.micro_steps} micro-steps; "
-            f"{flops / 1e6:,.0f} MFLOP of useful work a token.",
-            "",
-            *table(outcomes, flops, peak),
-            "",
-        ]
-        # After each model: a run takes minutes, and may be broken off.
-        report = "\n".join(lines(arguments, tables, peaks, loads)) + "\n"
-        arguments.output.write_text(report, encoding="utf-8")
     print(report)
+
+
+def prepare(model: str, length: int, micro_batch_size: int, arguments: argparse.Namespace, folder: Path) -> Case:
+    """What all train, its data written into `folder`, or indexed where the user gave some."""
+    data, rows = arguments.data_dir or folder / "data", ROWS
+    case = Case(model, length, micro_batch_size, arguments.micro_steps, str(folder), str(data))
+    if arguments.data_dir is None:
+        rows = max(SEQUENCES, 4 * case.train_batch_size)
+        data.mkdir()
+        write_data(data, length, rows)
+    else:
+        corpus = Corpus.open(data)
+        case = replace(case, packing=PackingConfig.format, vocab_size=corpus.manifest.tokenizer.vocab_size)
+        build_index(corpus, TRAIN_SPLIT, PackingConfig(length, case.packing))
+    return replace(case, filled=write_rows(case, rows))
+
+
+def masked_share(case: Case) -> float:
+    """Of the tokens."""
+    return MaskingConfig.mlm_probability * (1 - SPECIAL_TOKENS_PER_SEQUENCE / (case.max_seq_length * case.filled))
+
+
+def section(case: Case, outcomes: Sequence[Outcome], flops: float, peak: float) -> list[str]:
+    """A model's part of the report."""
+    what = "full sequences of random ids"
+    if case.packing != "contiguous":
+        what = f"text of {Path(case.data).name}: {case.filled:.1%} of the places hold tokens, the rest is padding"
+    return [
+        f"## {case.model}, {case.max_seq_length} tokens",
+        "",
+        f"A step is {case.micro_batch_size} sequences x {case.micro_steps} micro-steps, {what}; a vocabulary of "
+        f"{case.vocab_size:,}, {flops / 1e6:,.0f} MFLOP of useful work a token.",
+        "",
+        *table(outcomes, flops, peak),
+        "",
+    ]
 
 
 def model_size(text: str) -> str:
@@ -187,17 +229,17 @@ def lines(
     yield from tables
     yield (
         f"Medians of {arguments.rounds} rounds of {arguments.steps} step(s) after one of warm-up, with the lowest and "
-        f"highest; in each round the processes train in turn, at most {ALIVE} of them alive. *Device*: tokens per "
+        f"highest; in each round the processes train in turn, at most {alive()} of them alive. *Device*: tokens per "
         f"{second}{'' if on_gpu else ', all threads'}. *Useful*: the work of the model as `flops_per_token` counts it, "
         f"the vocabulary at masked tokens alone, whatever a contender computes beside it. *Utilisation*: its share of "
         f"the largest rate of bf16 matrix products measured in the same run "
         f"({' and '.join(f'{peak / 1e9:,.0f}' for peak in peaks)} GFLOP/s), for fp32 too. *Memory*: the highest "
-        f"{'allocated on the GPU' if on_gpu else 'resident set of the process'}."
+        f"{'allocated on the GPU' if on_gpu else 'resident set of the process'}. *Graphs*: those of torch.compile."
     )
     yield ""
     yield (
-        f"All: RobertaForMaskedLM's architecture, a vocabulary of {VOCABULARY:,}, dropout 0.1, 15% masked, full "
-        "sequences of random ids, the same micro-batches, AdamW, no clipping, glibc's malloc told to keep freed memory."
+        "All: RobertaForMaskedLM's architecture, dropout 0.1, 15% masked, the same micro-batches, AdamW, no clipping, "
+        "glibc's malloc told to keep freed memory. Padding is never counted as tokens."
     )
     yield ""
     device = f"{torch.cuda.get_device_name()}, " if on_gpu else ""
@@ -217,14 +259,20 @@ def versions() -> Iterator[str]:
             yield f"no {name}"
 
 
-def measure(case: Case, arguments: argparse.Namespace) -> tuple[list[Outcome], float]:
-    """All contenders' rounds, and the device's peak in FLOP/s.
+def alive() -> int:
+    """How many contenders are measured by turns: side by side they meet the same noise of a CPU."""
+    return 1 if torch.cuda.is_available() else 2
+
+
+def measure(case: Case, arguments: argparse.Namespace) -> Iterator[tuple[list[Outcome], float]]:
+    """After each round, all contenders' rounds so far and the device's peak in FLOP/s.
 
     All would not fit into memory at a time, so they come in groups, each with a process that measures the peak.
     """
-    outcomes, peaks = [], []
-    for first in range(0, len(arguments.contenders), ALIVE):
-        names = [*arguments.contenders[first : first + ALIVE], PEAK]
+    outcomes: list[Outcome] = []
+    peaks = []
+    for first in range(0, len(arguments.contenders), alive()):
+        names = [*arguments.contenders[first : first + alive()], PEAK]
         processes = [Contender(name, case, arguments.threads) for name in names]
         *trainers, peak = processes
         try:
@@ -237,11 +285,12 @@ def measure(case: Case, arguments: argparse.Namespace) -> tuple[list[Outcome], f
                     if not trainer.unavailable:
                         rounds[trainer.name].append(Measured(**trainer.take(arguments.steps)))
                         print(case.model, trainer.name, rounds[trainer.name][-1], file=sys.stderr, flush=True)
+                of_group = [Outcome(each.name, tuple(rounds[each.name]), each.unavailable) for each in trainers]
+                yield [*outcomes, *of_group], max(peaks)
         finally:
             for process in processes:
                 process.close()
-        outcomes += [Outcome(each.name, tuple(rounds[each.name]), each.unavailable) for each in trainers]
-    return outcomes, max(peaks)
+        outcomes += of_group
 
 
 def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Iterator[str]:
@@ -253,23 +302,23 @@ def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Itera
         outcome.name: [each.tokens / each.seconds for each in outcome.rounds] for outcome in outcomes if outcome.rounds
     }
     columns = ("trainer", "precision", "tokens/s, device", "tokens/s, wall", "useful GFLOP/s", "utilisation", "memory")
-    yield f"| {' | '.join((*columns, 'ours in bf16 is'))} |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield f"| {' | '.join((*columns, 'graphs', 'ours in bf16 is'))} |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for outcome in outcomes:
         description, precision, _ = CONTENDERS[outcome.name]
         if outcome.name not in rates:
-            yield f"| {description} | {precision} | {outcome.unavailable} | | | | | |"
+            yield f"| {description} | {precision} | {outcome.unavailable} | | | | | | |"
             continue
         rate = statistics.median(rates[outcome.name])
         wall = statistics.median(each.tokens / each.wall for each in outcome.rounds)
-        memory = max(each.peak_bytes for each in outcome.rounds)
+        memory, graphs = max(each.peak_bytes for each in outcome.rounds), outcome.rounds[-1].graphs
         compared = ""
         if OURS in rates and outcome.name != OURS:
             compared = f"{statistics.median(rates[OURS]) / rate:.1f}x"
         yield (
             f"| {description} | {precision} | {rate:,.0f} ({min(rates[outcome.name]):,.0f} to "
             f"{max(rates[outcome.name]):,.0f}) | {wall:,.0f} | {rate * flops / 1e9:,.1f} | "
-            f"{rate * flops / peak_flops:.1%} | {memory / 1e9:.1f} GB | {compared} |"
+            f"{rate * flops / peak_flops:.1%} | {memory / 1e9:.1f} GB | {graphs} | {compared} |"
         )
 
 

@@ -26,6 +26,7 @@ import torch
 
 from ds_roberta.config import PRESETS, MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
 from ds_roberta.distributed import keep_freed_memory
+from ds_roberta.training.compilation import compiled_graphs
 
 VOCABULARY = 50_265
 SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": VOCABULARY - 1}  # RoBERTa's ids
@@ -43,9 +44,11 @@ class Case:
 
     Attributes:
         model: a preset's name, or LAYERSxHIDDENxHEADS such as 8x384x6.
-        folder: of the data, from `write_data`.
+        folder: of what contenders write, with the `rows` of transformers' contenders.
         micro_batch_size: sequences.
         micro_steps: of a step.
+        data: a data folder, indexed for `packing`.
+        filled: the share of a step's places that hold tokens; the others are padding.
     """
 
     model: str
@@ -53,13 +56,17 @@ class Case:
     micro_batch_size: int
     micro_steps: int
     folder: str
+    data: str
+    packing: str = "contiguous"
+    vocab_size: int = VOCABULARY
+    filled: float = 1.0
 
     @property
     def config(self) -> ModelConfig:
         if self.model in PRESETS:
-            return model_config(self.model, VOCABULARY, self.max_seq_length)
+            return model_config(self.model, self.vocab_size, self.max_seq_length)
         layers, hidden_size, heads = map(int, self.model.split("x"))
-        of_the_length = model_config("tiny", VOCABULARY, self.max_seq_length)
+        of_the_length = model_config("tiny", self.vocab_size, self.max_seq_length)
         sizes = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
         return replace(of_the_length, **sizes, intermediate_size=4 * hidden_size)
 
@@ -87,7 +94,9 @@ class Gate:
         seconds, wall = self._lap()
         gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self._answer({"tokens": self._tokens * self._ordered, "seconds": seconds, "wall": wall, "peak_bytes": peak})
+        tokens = self._tokens * self._ordered
+        found = {"tokens": tokens, "seconds": seconds, "wall": wall, "peak_bytes": peak, "graphs": compiled_graphs()}
+        self._answer(found)
         self._await_order()
 
     def _await_order(self) -> None:
@@ -121,8 +130,7 @@ def device() -> torch.device:
 
 
 def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
-    """Full sequences of random ids, as a data folder of ours and as rows for `datasets`, and their tokenizer."""
-    import datasets
+    """A data folder of full sequences of random ids, and their tokenizer."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -144,16 +152,32 @@ def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
     document = np.append(inner.flatten(), tokenizer.eos_token_id)
     shard = write_shard(folder, TRAIN_SPLIT, 0, [document], [np.array([len(document) - 1])], VOCABULARY)
     Manifest(tokenizer, {}, (), {TRAIN_SPLIT: (shard,)}).write(folder)
-    build_index(Corpus.open(folder), TRAIN_SPLIT, packing(max_seq_length))
-    rows = np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (tokenizer.bos_token_id, tokenizer.eos_token_id)))
-    special = np.zeros_like(rows)
-    special[:, [0, -1]] = 1
-    columns = {"input_ids": rows, "attention_mask": np.ones_like(rows), "special_tokens_mask": special}
-    datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()}).save_to_disk(folder / "rows")
+    build_index(Corpus.open(folder), TRAIN_SPLIT, PackingConfig(max_seq_length, "contiguous"))
 
 
-def packing(max_seq_length: int) -> PackingConfig:
-    return PackingConfig(max_seq_length, "contiguous")
+def write_rows(case: Case, most: int) -> float:
+    """The first of the packed sequences, padded, as rows for `datasets`, up to `most`; how full they are."""
+    import datasets
+
+    from ds_roberta.data.packing import open_index
+    from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+
+    corpus = Corpus.open(case.data)
+    packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(case.max_seq_length, case.packing))
+    tokenizer, count = corpus.manifest.tokenizer, min(len(packed), most)
+    rows = np.full((count, case.max_seq_length), tokenizer.pad_token_id)
+    rows[:, 0] = tokenizer.bos_token_id
+    lengths = packed.gather(np.arange(count), rows) + 2
+    rows[np.arange(count), lengths - 1] = tokenizer.eos_token_id
+    is_token = np.arange(case.max_seq_length) < lengths[:, None]
+    columns = {
+        "input_ids": rows,
+        "attention_mask": is_token.astype(np.int64),
+        "special_tokens_mask": np.isin(rows, tokenizer.special_ids).astype(np.int64),
+    }
+    rows_of_lists = datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()})
+    rows_of_lists.save_to_disk(Path(case.folder) / "rows")
+    return float(is_token.mean())
 
 
 def hf_parts(case: Case, attention: str) -> tuple[Any, Any, Any]:
@@ -165,7 +189,7 @@ def hf_parts(case: Case, attention: str) -> tuple[Any, Any, Any]:
 
     config = hf_config(case.config)
     config._attn_implementation = attention
-    tokenizer = AutoTokenizer.from_pretrained(Path(case.folder) / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(Path(case.data) / "tokenizer")
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MaskingConfig.mlm_probability)
     return RobertaForMaskedLM(config), datasets.load_from_disk(str(Path(case.folder) / "rows")), collator
 
@@ -301,8 +325,8 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     if resolve_torch_compile("auto", settings.zero_stage, on_gpu()):
         compile_layers(engine.module.roberta.encoder)
     engine.set_batch(BatchPlan(case.train_batch_size, case.micro_batch_size, ranks.world_size))
-    corpus = Corpus.open(case.folder)
-    packed = open_index(corpus, TRAIN_SPLIT, packing(case.max_seq_length))
+    corpus = Corpus.open(case.data)
+    packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(case.max_seq_length, case.packing))
     tokenizer = corpus.manifest.tokenizer
     collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, 0), tokenizer, case.max_seq_length)
     stage = Stage(0, case.max_seq_length, case.train_batch_size)
@@ -331,6 +355,9 @@ def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
 
 
 CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]]] = {
+    "ours-bf16": ("**ds_roberta**", "bf16", lambda c, g: ours(c, g, "bf16")),
+    "ours-fp16": ("**ds_roberta**", "fp16", lambda c, g: ours(c, g, "fp16")),
+    "ours-fp32": ("**ds_roberta**", "fp32", lambda c, g: ours(c, g, "fp32")),
     "run_mlm-fp32": ("transformers Trainer (run_mlm), sdpa", "fp32", lambda c, g: run_mlm(c, g, "fp32", "sdpa")),
     "run_mlm-bf16": ("transformers Trainer (run_mlm), sdpa", "bf16", lambda c, g: run_mlm(c, g, "bf16", "sdpa")),
     "run_mlm-fp32-eager": (
@@ -358,9 +385,6 @@ CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]
         "bf16",
         lambda c, g: deepspeed_loop(c, g, "eager"),
     ),
-    "ours-fp32": ("**ds_roberta**", "fp32", lambda c, g: ours(c, g, "fp32")),
-    "ours-fp16": ("**ds_roberta**", "fp16", lambda c, g: ours(c, g, "fp16")),
-    "ours-bf16": ("**ds_roberta**", "bf16", lambda c, g: ours(c, g, "bf16")),
 }
 """By name: what it is, its precision, and the function that trains until its gate ends the process."""
 PEAK = "peak"
@@ -381,7 +405,8 @@ def main(name: str, case_json: str) -> NoReturn:
         if name == PEAK:
             matrix_product(answer)
         else:
-            CONTENDERS[name][2](case, lambda: Gate(answer, case.train_batch_size * case.max_seq_length))
+            tokens = round(case.train_batch_size * case.max_seq_length * case.filled)
+            CONTENDERS[name][2](case, lambda: Gate(answer, tokens))
     except Unavailable as reason:
         sys.stdin.readline()
         answer({"unavailable": str(reason)})

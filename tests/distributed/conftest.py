@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from groups import SEQUENCE_LENGTH
 
 from benchmarks.environment import REPOSITORY, python_path
 from ds_roberta.config import PackingConfig
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
-
-SEQUENCE_LENGTH = 32
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,28 @@ from pathlib import Path
 
 from benchmarks.environment import python_path
 
+SEQUENCE_LENGTH = 32  # of which `corpus_folder` has the index
 WORKER = Path(__file__).with_name("worker.py")
 
 
 def run_group(
-    processes: int, cases: str, corpus_folder: Path, output: Path, accelerator: str = "cpu", worker: Path = WORKER
+    processes: int,
+    cases: str,
+    corpus_folder: Path,
+    output: Path,
+    accelerator: str = "cpu",
+    worker: Path = WORKER,
+    length: int = SEQUENCE_LENGTH,
 ) -> dict:
     """Run cases of worker.py, or another script, in one process group; their findings by file name."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator, "PYTHONPATH": python_path()}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": accelerator,
+        "SEQUENCE_LENGTH": str(length),
+        "PYTHONPATH": python_path(),
+    }
     result = subprocess.run(
         [*command, str(worker), cases, str(corpus_folder), str(output)],
         env=environment,
