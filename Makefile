@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install quickstart test check format clean
+.PHONY: install quickstart test unit check format clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,11 @@ quickstart: install
 
 test: install
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest
+
+# All tests are collected, those of tests/unit run.
+unit: install
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q --collect-only >/dev/null
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest tests/unit
 
 check: install
 	$(BIN)/ruff check .

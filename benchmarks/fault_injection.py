@@ -6,7 +6,8 @@
 Every kill is SIGKILL to the launcher and all its processes at a random moment: while starting, within a micro-step,
 within a save, between an evaluation and the save of the best. With --signal it is SIGTERM or SIGUSR1 to one process, as
 schedulers send them; all must then save and leave within a minute. The runs pass when the final state, weights, both
-Adam moments and all metrics but times are bit-identical (dropout is on).
+Adam moments and all metrics but times are bit-identical (dropout is on; sequences have 32 tokens, one block of
+keys, so that a GPU's attention rounds alike as well).
 """
 
 from __future__ import annotations

@@ -16,8 +16,11 @@ from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import compilation
 from ds_roberta.training.compilation import compile_layers, compiled_graphs, resolve_torch_compile
 
-# torch.compile looks at `.grad` of all inputs, and its own filter of this warning does not stand up to "error".
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    # torch.compile looks at `.grad` of all inputs, and its own filter of this warning does not stand up to "error".
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0"),
+]
 CASES = [(length, padded, training) for length in (32, 48) for padded in (False, True) for training in (True, False)]
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
 
