@@ -381,22 +381,6 @@ def micro_batch(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     (folder / "micro_batch.json").write_text(json.dumps(content))
 
 
-CASES = {
-    function.__name__: function
-    for function in (
-        partition,
-        reference,
-        resume,
-        elastic,
-        overflow,
-        overflow_at_the_floor,
-        trials,
-        accumulation,
-        compilation,
-        micro_batch,
-    )
-}
-
 if __name__ == "__main__":
     set_up_logging()
     cases, corpus_folder, output = sys.argv[1:]
@@ -405,5 +389,5 @@ if __name__ == "__main__":
     if not on_gpu():
         get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
     for case in cases.split(","):
-        CASES[case](all_ranks, Corpus.open(corpus_folder), Path(output))
+        globals()[case](all_ranks, Corpus.open(corpus_folder), Path(output))
     leave(0)
