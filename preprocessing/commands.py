@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from preprocessing.inputs import Inputs, find_inputs
 from preprocessing.job import Task
 from preprocessing.pieces import ReadOptions
 from preprocessing.plan import Unit, plan_units
-from preprocessing.progress import byte_bar
+from preprocessing.progress import clock, document_bar
 from preprocessing.sentences import sentence_bytes, tokenizer_lines
 from preprocessing.sharding import Totals, run_job
 from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe
@@ -60,8 +60,11 @@ def train_tokenizer(
     units = plan_units(_find_inputs(inputs).files, options, allow_damaged=allow_damaged_files)
     account = Account()
     bad = BadDocuments(max_bad_fraction)
-    with replaced_folder(output, is_tokenizer_folder, "a tokenizer folder") as folder:
-        documents = _documents(units, options, bad, allow_damaged_files, account)
+    with (
+        replaced_folder(output, is_tokenizer_folder, "a tokenizer folder") as folder,
+        clock("learning merges") as start_clock,
+    ):
+        documents = _documents(units, options, bad, allow_damaged_files, account, start_clock)
         size = train_bpe(documents, vocab_size, folder)
     if size < vocab_size:
         print(
@@ -141,22 +144,29 @@ def _find_inputs(inputs: Sequence[str]) -> Inputs:
 
 
 def _documents(
-    units: Sequence[Unit], options: ReadOptions, bad: BadDocuments, allow_damaged: bool, total: Account
+    units: Sequence[Unit],
+    options: ReadOptions,
+    bad: BadDocuments,
+    allow_damaged: bool,
+    total: Account,
+    at_the_end: Callable[[], None],
 ) -> Iterator[list[str]]:
-    with byte_bar(sum(unit.bytes for unit in units), "reading") as bar:
+    with document_bar(sum(unit.bytes for unit in units), "reading") as update:
         for piece in (piece for unit in units for piece in unit.pieces):
             account = Account()
             for document in accepted_documents(piece, options, account):
+                update(0, 1)
                 yield tokenizer_lines(sentence_bytes(document.text, options.sentences)).decode().split("\n")
             if not allow_damaged:
                 refuse_damage({piece.path: account})
             bad.add({piece.path: account})
             total.add(account)
-            bar.update(piece.bytes)
+            update(piece.bytes, 0)
     bad.check()
     if not total.counts[KEPT]:
         raise UserError("the corpus is empty: no document with text in it; give files with text as --input")
     print("learning merges …", flush=True)
+    at_the_end()
 
 
 def _workers(workers: int | None) -> AbstractContextManager[Workers | None]:

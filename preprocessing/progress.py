@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from ds_roberta.command_line import Messages
 
 _LOG_SECONDS = 30.0
 """How often a bar is written into a log file."""
+_DELAY_SECONDS = 0.5
+"""What ends before shows no bar."""
 
 
 @contextmanager
@@ -27,14 +30,36 @@ def byte_bar(total: int, what: str, done: int = 0) -> Iterator[tqdm[Any]]:
         desc=what,
         unit="B",
         unit_scale=True,
-        delay=0.5,
+        delay=_DELAY_SECONDS,
         mininterval=every,
+        miniters=0,
     ) as bar:
         try:
             yield bar
         except BaseException:
             bar.leave = False
             raise
+
+
+@contextmanager
+def clock(what: str) -> Iterator[Callable[[], None]]:
+    """Show on stderr how long something takes that gives no other sign; yields a function that begins it."""
+    ended = threading.Event()
+
+    def show() -> None:
+        every = 1.0 if sys.stderr.isatty() else _LOG_SECONDS
+        shape = "{desc}: {elapsed}"
+        with tqdm(file=Messages(), desc=what, bar_format=shape, delay=_DELAY_SECONDS, mininterval=0, miniters=0) as bar:
+            while not ended.wait(every):
+                bar.update(0)
+
+    thread = threading.Thread(target=show, daemon=True)
+    try:
+        yield thread.start
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
 
 
 @contextmanager

@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
 )
 
 _MIN_PAIR_FREQUENCY = 2
+_LONGEST_WORD = 1024
+"""In bytes. No word of a language is as long: random letters, a genome or base64 without digits can be."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,16 @@ def is_tokenizer_folder(folder: Path) -> bool:
 def train_bpe(documents: Iterable[list[str]], vocab_size: int, folder: Path) -> int:
     """Train a byte-level BPE on the lines of documents and save it in `folder`.
 
-    Special tokens are not looked for in the text: their letters are split as any others, so no merge can make one.
+    Special tokens are not looked for in the text: their letters are split as any others, so no merge can make one. Of
+    words longer than 1,024 bytes the parts of that length are learned from, because the library's time grows with the
+    square of a word's length.
 
     Returns:
         The number of ids: `vocab_size`, or fewer where the text has no more pairs that occur twice.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(_LONGEST_WORD)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,  # <mask> comes last, behind the merges
         min_frequency=_MIN_PAIR_FREQUENCY,

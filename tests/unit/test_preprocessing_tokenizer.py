@@ -1,9 +1,10 @@
 """Training, copying and applying RoBERTa tokenizers."""
 
 import json
+from pathlib import Path
 
 import pytest
-from tokenizers import models
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
@@ -36,6 +37,32 @@ def change(folder, target, **changes):
     content = json.loads((folder / "tokenizer.json").read_text())
     (target / "tokenizer.json").write_text(json.dumps({**content, **changes}))
     return target
+
+
+def test_words_are_bounded_and_ordinary_text_gives_what_it_gave(tmp_path):
+    text = (Path(__file__).parents[2] / "examples/corpus/ethan-frome.txt").read_text(encoding="utf-8")
+    lines = [paragraph.split("\n") for paragraph in text[:60_000].split("\n\n")]
+    reference = Tokenizer(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=999,
+        min_frequency=2,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    reference.train_from_iterator(iter(lines), trainer)
+    (tmp_path / "a").mkdir()
+    train_bpe(iter(lines), 1000, tmp_path / "a")
+    trained = json.loads((tmp_path / "a/tokenizer.json").read_text())["model"]
+    expected = json.loads(reference.to_str())["model"]
+    assert trained["merges"] == expected["merges"]
+    assert trained["vocab"] == {**expected["vocab"], "<mask>": 999}
+
+    (tmp_path / "b").mkdir()
+    train_bpe(iter([["a" * 9999]]), 300, tmp_path / "b")
+    trained = json.loads((tmp_path / "b/tokenizer.json").read_text())["model"]
+    assert max(map(len, trained["vocab"])) == 1024  # the next merge would be of a longer word
 
 
 def test_special_ids_are_those_of_roberta(folder):
