@@ -241,7 +241,7 @@ def ids_inside_characters(folder: Path) -> np.ndarray:
         UserError: as `TokenizerInfo.read`.
     """
     table = np.zeros(TokenizerInfo.read(folder).vocab_size, dtype=bool)
-    table[[number for number, data in token_bytes(folder).items() if is_continuation(data[0])]] = True
+    table[[number for number, data in token_bytes(folder).items() if data and is_continuation(data[0])]] = True
     return table
 
 

@@ -32,17 +32,13 @@ _OTHER, _KATAKANA, _ALONE, _SPACE = range(4)
 _RANGES = {
     _KATAKANA: ((0x30A1, 0x30FA), (0x30FC, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F)),
     _ALONE: (
-        *((0x0E01, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19FF), (0x1A20, 0x1AAF)),  # Thai to Myanmar, Khmer, Tai
-        *((0x1B00, 0x1B7F), (0xA980, 0xA9FF), (0xAA60, 0xAADF)),  # Balinese, Javanese, more of Myanmar and Tai
-        *(
-            (0x2E80, 0x30A0),
-            (0x30FB, 0x30FB),
-            (0x3190, 0x31EF),
-            (0x3200, 0x4DBF),
-            (0x4E00, 0x9FFF),
-        ),  # Chinese, Japanese
-        *((0xF900, 0xFAFF), (0xFE30, 0xFE4F), (0x20000, 0x3FFFF)),
-        *((0xFF01, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF65)),  # wide punctuation
+        # Thai, Lao, Tibetan, Myanmar, Khmer, Tai, Balinese, Javanese
+        *((0x0E01, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19FF), (0x1A20, 0x1AAF), (0x1B00, 0x1B7F), (0xA980, 0xA9FF)),
+        (0xAA60, 0xAADF),
+        # Chinese and Japanese, with their wide punctuation
+        *((0x2E80, 0x30A0), (0x30FB, 0x30FB), (0x3190, 0x31EF), (0x3200, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),
+        *((0xFE30, 0xFE4F), (0xFF01, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF65)),
+        (0x20000, 0x3FFFF),
     ),
 }
 _MARKS = (
@@ -70,7 +66,7 @@ _WORD_BEGINS = np.array([_begins(key) for key in range(64)])
 
 
 def word_starts(tokenizer_folder: Path, vocab_size: int) -> np.ndarray:
-    """What of each id tells where words begin: (vocab_size,) uint8, whose lowest bit says that it begins with a space.
+    """What `word_bounds` must know of each id: (vocab_size,) uint8, whose lowest bit says that it begins with a space.
 
     Raises:
         UserError: the tokenizer marks no beginnings of words.
@@ -116,7 +112,7 @@ def word_bounds(flags: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.
 def share_without_spaces(tokenizer_folder: Path, ids: np.ndarray) -> float:
     """Of the characters that ordinary `ids` stand for, (N,) integers, the share in scripts written without spaces."""
     pieces = token_bytes(tokenizer_folder)
-    text = b"".join(map(pieces.__getitem__, ids.tolist())).decode(errors="ignore")
+    text = b"".join(pieces.get(id_, b"") for id_ in ids.tolist()).decode(errors="ignore")  # added tokens have none
     counts = Counter("".join(text.split()))
     ranges = _RANGES[_KATAKANA] + _RANGES[_ALONE]
     without = sum(count for character, count in counts.items() if _within(ord(character), ord(character), ranges))
