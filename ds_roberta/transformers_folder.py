@@ -1,10 +1,19 @@
-"""A transformers folder of a RoBERTa and its tokenizer: the one place where they are opened and checked."""
+"""A transformers folder of a RoBERTa: the one place where its config, weights and tokenizer are opened and checked."""
 
 from __future__ import annotations
 
+import json
+import pickle
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import safetensors
+import torch
 import transformers
 
 from ds_roberta.data.tokenizer import (
@@ -12,14 +21,184 @@ from ds_roberta.data.tokenizer import (
     REMEDY,
     SPECIAL_TOKENS,
     TokenizerInfo,
+    check_text_is_kept,
     read_tokenizer_config,
     tokenizer_content,
 )
-from ds_roberta.data.tokenizer_files import NAMED_TOKENS, class_of, training_tokenizer, write_tokenizer
+from ds_roberta.data.tokenizer_files import (
+    NAMED_TOKENS,
+    class_of,
+    stated_length,
+    training_tokenizer,
+    write_tokenizer,
+)
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 
 MOST_PIECES = 2000
 """Tokens of the vocabulary, at most, whose text is compared."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""transformers' names of a file of weights; with `.index.json` the file that names several."""
+_KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute", "quantization_config": None}
+"""Settings of a RoBERTa's config that make another model of it, with the one value that is known here."""
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes of plain numbers by safetensors' names."""
+Model = TypeVar("Model", bound=transformers.PreTrainedModel)
+
+
+@dataclass(frozen=True)
+class TransformersFolder:
+    """A folder whose config and tokenizer fit together; the weights are not read yet.
+
+    Attributes:
+        max_positions: the most tokens that a sequence may have, `<s>` and `</s>` included.
+        max_seq_length: the length that was trained, as far as the folder says: what its tokenizer truncates to, at most
+            `max_positions`.
+    """
+
+    path: Path
+    config: transformers.RobertaConfig
+    special: TokenizerInfo
+    max_positions: int
+    max_seq_length: int
+
+    def sequence_length(self, asked: int | None) -> int:
+        """The length that is asked for, or the one that was trained; more than that is told in a warning.
+
+        Raises:
+            UserError: the model has fewer positions.
+        """
+        if asked is None:
+            return self.max_seq_length
+        if asked > self.max_positions:
+            raise UserError(
+                f"--max_seq_length {asked} is more than the model's {self.max_positions} positions: give less"
+            )
+        if asked > self.max_seq_length:
+            logger.warning(
+                f"--max_seq_length {asked} is more than the {self.max_seq_length} tokens that the model was trained on;"
+                " later positions have learned nothing"
+            )
+        return asked
+
+
+def open_folder(folder: Path) -> TransformersFolder:
+    """Read a folder as `save_pretrained` writes it, or as a model hub has it.
+
+    Raises:
+        UserError: it is no such folder, not of RoBERTa's architecture, without weights or tokenizer, or its parts do
+            not fit together.
+    """
+    config = _read_config(folder)
+    weights_files(folder)
+    special = TokenizerInfo.read(folder)
+    check_text_is_kept(training_tokenizer(folder), folder)
+    if config.pad_token_id != special.pad_token_id or config.vocab_size < special.vocab_size:
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} ({special.vocab_size} ids, <pad> is {special.pad_token_id}) is not the "
+            f"model's ({config.vocab_size} ids, <pad> is {config.pad_token_id}): put the tokenizer that it was trained "
+            "with there"
+        )
+    positions = config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts from the pad id on
+    if positions < 1:
+        raise UserError(
+            f"{str(folder / 'config.json')!r} has {config.max_position_embeddings} position embeddings, too few: copy "
+            "the model again"
+        )
+    return TransformersFolder(folder, config, special, positions, min(positions, stated_length(folder) or positions))
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights, of those that transformers takes.
+
+    Raises:
+        UserError: there are none, or their index is damaged or names a file that is missing.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(_read_json(index)["weight_map"].values()))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{str(index)!r} is no index of weights ({error!r}): copy the model again") from error
+            for part in names:
+                if Path(part).name != part or not (folder / part).is_file():
+                    raise UserError(f"{str(index)!r} names {part!r}, which is missing there: copy the whole model")
+            return [folder / part for part in names]
+    known = ", ".join((*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)))
+    raise UserError(f"no weights in {str(folder)!r} ({known}): give the folder of a whole model")
+
+
+def read_model(
+    folder: Path,
+    model_class: type[Model],
+    dtype: torch.dtype = torch.float32,
+    new_head: dict[str, Any] | None = None,
+) -> Model:
+    """The model of a folder, on the CPU; of pickled weights nothing but tensors is read.
+
+    Args:
+        new_head: the values in the configuration of a head that is new where the folder has none of its shape; None:
+            the folder has the head.
+
+    Raises:
+        UserError: there are no weights, they are damaged or no plain floating-point numbers, or some are missing.
+    """
+    files = weights_files(folder)
+    try:
+        for path in files:
+            _check_dtypes(path)
+        with quiet():
+            model, report = model_class.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **(new_head or {}),
+            )
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the pickled weights in {str(folder)!r} are damaged or hold more than tensors, which could run code: "
+            "give model.safetensors"
+        ) from error
+    except Exception as error:  # the libraries raise nothing more precise
+        raise UserError(
+            f"the weights in {str(folder)!r} cannot be read ({error}): export or copy them again"
+        ) from error
+    missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    of_encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+    if of_encoder:
+        raise UserError(
+            f"the weights in {str(folder)!r} lack {of_encoder[0]!r} or have it in another shape than config.json says: "
+            "copy the model's files again"
+        )
+    if missing and new_head is None:
+        remedy = "fine-tune it with launch/finetune.py"
+        if model_class is transformers.RobertaForMaskedLM:
+            remedy = "give the folder of a pretrained RobertaForMaskedLM, which still has its head"
+        raise UserError(
+            f"the model in {str(folder)!r} lacks {missing[0]!r} or has it in another shape than its config: {remedy}"
+        )
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing but errors and shows no bars."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def open_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> transformers.PreTrainedTokenizerBase:
@@ -97,3 +276,53 @@ def _difference(folder: Path, training: Path, add_prefix_space: bool | None) -> 
     if opened("He sat at the <mask>.")["input_ids"] != [bos, *ids("He sat at the"), mask, *ids("."), eos]:
         return "a text with <mask> has other ids"
     return None
+
+
+def _read_config(folder: Path) -> transformers.RobertaConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"no model in {str(folder)!r} (config.json is missing): give a local transformers folder, such as "
+            "launch/export_hf.py writes"
+        )
+    content = _read_json(path)
+    if "model_type" not in content and "run" in content:
+        raise UserError(f"{str(folder)!r} is a run's folder: give the model in it, such as {str(folder / 'hf')!r}")
+    if content.get("model_type") != "roberta":
+        raise UserError(
+            f"the model in {str(folder)!r} is of the type {content.get('model_type')!r}: only 'roberta' is known here"
+        )
+    for name, known in _KNOWN_SETTINGS.items():
+        if content.get(name, known) != known:
+            raise UserError(f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} is known here")
+    try:
+        config = transformers.RobertaConfig.from_dict(content)
+    except Exception as error:  # the library's validators raise their own kinds
+        raise UserError(f"{str(path)!r} is not a RoBERTa's ({error}): copy the model again") from error
+    if not isinstance(config.pad_token_id, int):
+        raise UserError(f"{str(path)!r} has the pad_token_id {config.pad_token_id!r}: give its id")
+    return config
+
+
+def _check_dtypes(path: Path) -> None:
+    """Raise `UserError` where weights are stored as other than plain floating-point numbers: quantised, for example."""
+    if path.suffix == ".bin":
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    else:
+        with safetensors.safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
+            dtypes = {name: _FLOATS.get(kind) or file.get_tensor(name).dtype for name, kind in kinds.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in _FLOATS.values() and not name.endswith("position_ids"):
+            raise UserError(f"{name!r} in {str(path)!r} is of dtype {dtype}: give weights in fp32, fp16 or bf16")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}): export or copy the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is not a JSON object: export or copy the model again")
+    return content

@@ -33,7 +33,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_column", help="default: sentence, text, or the first of a pair such as sentence1")
     parser.add_argument("--text_pair_column", help="default: the second of such a pair, where there is one")
     parser.add_argument("--label_column", help="default: label, or GLUE's names for it")
-    parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: the model's positions")
+    parser.add_argument(
+        "--max_seq_length", type=positive, help="in tokens; default: the length that the model was trained with"
+    )
     parser.add_argument("--seeds", type=several(whole_number), default=(0,), help="such as 0,1,2; default: 0")
     parser.add_argument("--metric", help="which chooses; default: accuracy, pearson or f1")
     parser.add_argument("--sweep", action="store_true", help="batches of 16 and 32 by rates of 1e-5, 2e-5 and 3e-5")

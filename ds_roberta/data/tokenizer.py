@@ -112,8 +112,8 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
         return _content_of_vocabulary(folder)
     if not path.is_file():
         raise UserError(
-            f"no tokenizer in {str(folder)!r}, which has no tokenizer.json (vocab.json or merges.txt is missing, too): "
-            "copy the model's own there, or make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
+            f"no tokenizer in {str(folder)!r} (tokenizer.json is missing, and so is vocab.json or merges.txt): copy "
+            "the model's own there, or make one with 'preprocess train-tokenizer --input TEXT --output DIR'"
         )
     try:
         content: dict[str, Any] = orjson.loads(path.read_bytes())

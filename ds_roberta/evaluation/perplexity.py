@@ -12,12 +12,13 @@ from ds_roberta.data.loader import Collator, MicroBatch
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.data.words import word_starts
-from ds_roberta.distributed import Ranks, logger
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.json_report import check_report_path, write_report
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
-from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta, read_tokenizer
+from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
 
 POSITIONS_OF_A_BIN = 64
 _MICRO_BATCH_TOKENS = 4096
@@ -107,16 +108,7 @@ def held_out_perplexity(
             f"the data in {str(corpus.folder)!r} has no held-out documents: "
             "prepare it with 'preprocess shard --validation_fraction'"
         )
-    if packing.max_seq_length > folder.max_positions:
-        raise UserError(
-            f"--max_seq_length {packing.max_seq_length} is more than the model's {folder.max_positions} positions: "
-            "give less"
-        )
-    if packing.max_seq_length > folder.max_seq_length:
-        logger.warning(
-            f"--max_seq_length {packing.max_seq_length} is more than the {folder.max_seq_length} tokens that the model "
-            "was trained on: its positions behind them have learned nothing"
-        )
+    folder.sequence_length(packing.max_seq_length)
     check_same_ids(folder, corpus)
     tokenizer = corpus.manifest.tokenizer
     words = None if masking.unit == "token" else word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
@@ -140,7 +132,7 @@ def check_same_ids(folder: RobertaFolder, corpus: Corpus) -> None:
     Vocabularies are compared, not fingerprints: the same ids may come from files that differ in settings that do not
     concern them, as copies made by several versions of transformers do.
     """
-    of_data = read_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
+    of_data = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
     of_model = folder.tokenizer.get_vocab(with_added_tokens=True)
     different = sorted(set(of_data.items()) ^ set(of_model.items()))
     if different:

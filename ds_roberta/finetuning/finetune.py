@@ -32,7 +32,7 @@ from ds_roberta.files import (
 from ds_roberta.finetuning.classification import classification, regression
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.inference import RESULTS
-from ds_roberta.finetuning.model import read_config, read_tokenizer, sequence_length
+from ds_roberta.finetuning.model import sequence_length
 from ds_roberta.finetuning.question_answering import question_answering
 from ds_roberta.finetuning.spans import SpanOptions
 from ds_roberta.finetuning.tables import split_entry
@@ -51,7 +51,7 @@ from ds_roberta.finetuning.trainer import (
 )
 from ds_roberta.model.attention import exclude_cudnn
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
-from ds_roberta.transformers_folder import check_tokenizer
+from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer
 
 TASKS = ("classification", "regression", "token-classification", "question-answering")
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -68,7 +68,7 @@ class FinetuneConfig:
     Attributes:
         data: see `tables.read_splits`.
         metric: the metric on the validation examples that chooses; None: the first of `Task.metrics`.
-        max_seq_length: in tokens; None: the model's positions.
+        max_seq_length: in tokens; None: the length that the model was trained with.
         spans: of question answering.
     """
 
@@ -112,13 +112,12 @@ def finetune(config: FinetuneConfig) -> int:
     _check(config, ranks.world_size)
     transformers.utils.logging.disable_progress_bar()
     exclude_cudnn()
-    model_config = read_config(config.model)
-    max_seq_length = sequence_length(model_config, config.max_seq_length)
+    max_seq_length = sequence_length(open_folder(config.model), config.max_seq_length)
     task = read_task(config)
     metric = config.metric or task.metrics[0]
     if metric not in task.metrics:
         raise UserError(f"--metric {metric} is not of these data: use one of {', '.join(task.metrics)}")
-    tokenizer = read_tokenizer(config.model, model_config, task.add_prefix_space)
+    tokenizer = open_tokenizer(config.model, task.add_prefix_space)
     encoded = {split: task.encode(tokenizer, examples, max_seq_length) for split, examples in task.splits.items()}
     problem = Problem(
         config.model, tokenizer, task, encoded["train"], encoded["validation"], metric, config.recipe, deepspeed_config

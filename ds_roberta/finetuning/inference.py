@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.model import read_config, read_tokenizer, sequence_length
+from ds_roberta.finetuning.model import sequence_length
+from ds_roberta.transformers_folder import open_folder, open_tokenizer, read_model
 
 RESULTS = "results.json"
 MODELS = {
@@ -46,38 +46,27 @@ def open_finetuned(folder: Path, max_seq_length: int | None) -> FinetunedModel:
     """Read a folder with a head; the model goes to the GPU where there is one.
 
     Args:
-        max_seq_length: None stands for the tokenizer's, which is the one of fine-tuning, or else all positions.
+        max_seq_length: None stands for the one of fine-tuning.
 
     Raises:
         UserError: it is no such folder, its parts do not fit together, or it has fewer positions.
     """
-    config = read_config(folder)
+    opened = open_folder(folder)
+    config = opened.config
     architecture = (config.architectures or [""])[0]
     if architecture not in MODELS:
         raise UserError(
             f"{str(folder)!r} holds a {architecture or 'model without a name'}, which has no head for predictions: "
             "fine-tune it with launch/finetune.py"
         )
-    tokenizer = read_tokenizer(folder, config)
-    positions = sequence_length(config, max_seq_length)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        model, report = MODELS[architecture].from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}): copy them again") from error
-    if report["missing_keys"]:
-        raise UserError(
-            f"the model in {str(folder)!r} lacks {min(report['missing_keys'])!r}: fine-tune it with launch/finetune.py"
-        )
+    length = sequence_length(opened, max_seq_length)
+    model = read_model(folder, MODELS[architecture])
     return FinetunedModel(
         _task(architecture, config),
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
-        tokenizer,
+        open_tokenizer(folder),
         [config.id2label[index] for index in range(config.num_labels)],
-        max_seq_length or min(positions, tokenizer.model_max_length),
+        length,
         _results(folder),
     )
 

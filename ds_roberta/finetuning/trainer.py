@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from ds_roberta.config import require_positive
 from ds_roberta.distributed import Ranks
@@ -19,6 +18,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 from ds_roberta.finetuning.task import Encoded, Task
 from ds_roberta.training.preemption import StopRequest
+from ds_roberta.transformers_folder import read_model
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}  # as in pretraining, Liu et al. 2019, table 9
 EVALUATION_BATCH_SIZE = 32
@@ -153,30 +153,9 @@ def new_model(problem: Problem, folder: Path) -> transformers.PreTrainedModel:
     """A folder's encoder, with a new head unless the folder holds one of the same shape.
 
     Raises:
-        UserError: the weights cannot be read, or are not all there but for the head.
+        UserError: as `read_model`.
     """
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that the head is new is no news
-    try:
-        model, report = problem.task.model.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **problem.task.head,
-        )
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}): copy them again") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    anew = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    of_encoder = sorted(key for key in anew if key.startswith(f"{model.base_model_prefix}."))
-    if of_encoder:
-        raise UserError(
-            f"the weights in {str(folder)!r} lack {of_encoder[0]!r} or have it in another shape than config.json says: "
-            "copy the model's files again"
-        )
+    model = read_model(folder, problem.task.model, new_head=problem.task.head)
     model._weight_conversions = None  # under ZeRO-3 transformers 5.23 would save LayerNorm's old names, gamma and beta
     return model
 

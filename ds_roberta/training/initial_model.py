@@ -8,17 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import safetensors
 import torch
-from transformers import RobertaConfig
+from transformers import RobertaForMaskedLM
 
 from ds_roberta.config import ModelConfig, RunConfig
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
 from ds_roberta.data.stages import TRAIN_STATE_NAME
-from ds_roberta.data.tokenizer import TokenizerInfo
-from ds_roberta.data.tokenizer_files import stated_length
+from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.roberta_folder import read_config, read_model, read_tokenizer
 from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.model.objectives import Objective
 from ds_roberta.model.resize import (
@@ -29,17 +26,10 @@ from ds_roberta.model.resize import (
     token_sources,
 )
 from ds_roberta.training import checkpoint
+from ds_roberta.transformers_folder import open_folder, read_model, weights_files
 
-_SAFETENSORS, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
-_KNOWN_SETTINGS = {
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "tie_word_embeddings": True,
-    "is_decoder": False,
-    "quantization_config": None,
-}
+_KNOWN_SETTINGS = {"hidden_act": "gelu", "tie_word_embeddings": True}
 """Settings of transformers' `RobertaConfig` of which our encoder knows one value."""
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -83,36 +73,21 @@ class InitialModel:
 
     @classmethod
     def _open_transformers(cls, folder: Path) -> InitialModel:
-        content = read_config(folder)
-        if not _weights_files(folder):
-            raise UserError(
-                f"no weights in {str(folder)!r} ({_SAFETENSORS} or {_PICKLED}): give the folder of a whole model"
-            )
+        opened = open_folder(folder)
         for name, known in _KNOWN_SETTINGS.items():
-            if content.get(name, known) != known:
+            found = getattr(opened.config, name, known)
+            if found != known:
                 raise UserError(
-                    f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} can be trained here"
+                    f"the model in {str(folder)!r} has {name} {found!r}: only {known!r} can be trained here"
                 )
-        try:
-            settings = RobertaConfig.from_dict(content)
-            config = ModelConfig(**{field.name: getattr(settings, field.name) for field in fields(ModelConfig)})
-        except Exception as error:  # the library's validators raise their own kinds
-            raise UserError(f"{str(folder / 'config.json')!r} is not a RoBERTa's ({error}): mend it") from error
-        tokenizer = TokenizerInfo.read(folder)
-        if tokenizer.pad_token_id != config.pad_token_id or tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer in {str(folder)!r} ({tokenizer.vocab_size} ids, <pad> is {tokenizer.pad_token_id}) is "
-                f"not the model's ({config.vocab_size} ids, <pad> is {config.pad_token_id}): put the tokenizer that it "
-                "was trained with there"
-            )
-        length = min(config.max_length, stated_length(folder) or config.max_length)
-        return cls(folder, config, length, folder, False)
+        config = ModelConfig(**{field.name: getattr(opened.config, field.name) for field in fields(ModelConfig)})
+        return cls(folder, config, opened.max_seq_length, folder, False)
 
     def fingerprint(self) -> str:
         """Of the weights as they are stored, wherever the folder lies."""
         if self.is_checkpoint:
             return file_checksum(self.folder / checkpoint.MANIFEST_NAME)
-        return json_fingerprint({path.name: file_checksum(path) for path in _weights_files(self.folder)})
+        return json_fingerprint({path.name: file_checksum(path) for path in weights_files(self.folder)})
 
     def resized(
         self, corpus: Corpus, max_seq_length: int, extend_positions: bool, remap_token_embeddings: bool
@@ -165,8 +140,8 @@ class InitialModel:
             if not bool(weight.isfinite().all()):
                 raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
         if self._other_token(corpus):
-            old = read_tokenizer(self.tokenizer_folder)
-            new = read_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
+            old = training_tokenizer(self.tokenizer_folder)
+            new = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
             sources, shared = token_sources(
                 old.get_vocab(with_added_tokens=True),
                 new,
@@ -203,38 +178,18 @@ class InitialModel:
         if self.is_checkpoint:
             checkpoint.verify(self.folder)
             return checkpoint.weights(self.folder)
-        model = read_model(self.folder, torch.float32)
-        _check_dtypes(self.folder)
+        model = read_model(self.folder, RobertaForMaskedLM)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def _other_token(self, corpus: Corpus) -> str | None:
         """A token whose id differs in the data's vocabulary, in words, or None where both are the same."""
-        of_data = read_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
-        of_model = read_tokenizer(self.tokenizer_folder).get_vocab(with_added_tokens=True)
+        of_data = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
+        of_model = training_tokenizer(self.tokenizer_folder).get_vocab(with_added_tokens=True)
         different = sorted(set(of_data.items()) ^ set(of_model.items()))
         if not different:
             return None
         token = different[0][0]
         return f"the token {token!r} has the id {of_data.get(token)} there, {of_model.get(token)} in the model"
-
-
-def _weights_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_SAFETENSORS)) or sorted(folder.glob(_PICKLED))
-
-
-def _check_dtypes(folder: Path) -> None:
-    """Raise `UserError` where weights are stored as other than plain floating-point numbers: quantised, for example."""
-    for path in _weights_files(folder):
-        if path.suffix == ".bin":
-            tensors = torch.load(path, weights_only=True, mmap=True)
-        else:
-            tensors = safetensors.safe_open(path, framework="pt")
-        for name in tensors.keys():  # noqa: SIM118 - safetensors' file is not a dict
-            tensor = tensors[name] if path.suffix == ".bin" else tensors.get_tensor(name)
-            if tensor.dtype not in _FLOATS and not name.endswith("position_ids"):
-                raise UserError(
-                    f"{name!r} in {str(path)!r} is of dtype {tensor.dtype}: give weights in fp32, fp16 or bf16"
-                )
 
 
 def _copy(weights: dict[str, torch.Tensor], model: Objective, folder: Path) -> tuple[list[str], list[str]]:

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from ds_roberta.config import ModelConfig, PackingConfig
 from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.roberta_folder import read_tokenizer
 from ds_roberta.model.objectives import make_model
-from ds_roberta.training import initial_model as initial_model_module
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.options import PretrainOptions, run_config
 from preprocessing.tokenizer import train_bpe
@@ -68,7 +68,7 @@ def other_corpus(tmp_path_factory, corpus, other_tokenizer):
     """The corpus as if it had been made with that tokenizer."""
     folder = tmp_path_factory.mktemp("other") / "corpus"
     shutil.copytree(other_tokenizer, folder / TOKENIZER_FOLDER)
-    tokenizer = initial_model_module.TokenizerInfo.read(folder / TOKENIZER_FOLDER)
+    tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
     return SimpleNamespace(folder=folder, manifest=SimpleNamespace(tokenizer=tokenizer))
 
 
@@ -172,7 +172,7 @@ def test_another_vocabulary_is_mapped_by_the_tokens_texts(
         begin(hub_folder, other_corpus)
     model, run, told = begin(hub_folder, other_corpus, remap_token_embeddings=True)
     assert run.model.vocab_size == 320
-    old, new = read_tokenizer(tokenizer_folder), read_tokenizer(other_tokenizer)
+    old, new = training_tokenizer(tokenizer_folder), training_tokenizer(other_tokenizer)
     before, now = old.get_vocab(), new.get_vocab()
     shared = before.keys() & now.keys()
     assert 261 < len(shared) < 320
@@ -209,7 +209,7 @@ def test_the_mapped_model_says_of_shared_tokens_what_it_said(
     """The logits of the same text, in tokens that both vocabularies have, are the same numbers."""
     model, *_ = begin(hub_folder, other_corpus, remap_token_embeddings=True, **LONG)
     expected, *_ = begin(hub_folder, corpus, **LONG)
-    before, now = read_tokenizer(tokenizer_folder).get_vocab(), read_tokenizer(other_tokenizer).get_vocab()
+    before, now = training_tokenizer(tokenizer_folder).get_vocab(), training_tokenizer(other_tokenizer).get_vocab()
     tokens = sorted((before.keys() & now.keys()) - {"<pad>"})
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(2))[:60]
     mask = torch.ones(1, 60, dtype=torch.bool)
@@ -280,7 +280,7 @@ def a_run(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (no_weights, r"no weights in .*model\*\.safetensors"),
+        (no_weights, r"no weights in .*model\.safetensors"),
         (no_config, "config.json is missing"),
         (no_tokenizer, "tokenizer.json is missing"),
         (other_setting(model_type="bert"), "of the type 'bert'"),

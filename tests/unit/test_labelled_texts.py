@@ -7,10 +7,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.classification import classification, regression
 from ds_roberta.finetuning.examples import Columns, Examples, Texts
+from ds_roberta.finetuning.model import encode
 from ds_roberta.finetuning.token_classification import token_classification
+from ds_roberta.transformers_folder import open_tokenizer
 
 ROWS = [
     {"sentence1": "kato mira", "sentence2": "vorli shendu", "label": "yes"},
@@ -150,3 +153,24 @@ def test_broken_files_are_told(tmp_path):
     (tmp_path / "dataset_dict.json").write_text("{")
     with pytest.raises(UserError, match="as datasets saved it"):
         classification((str(tmp_path),), Columns())
+
+
+LETTERS = ["kato </s> miren<mask>", "<s>", " <pad> <unk>", "<pad>" * 40]
+
+
+@pytest.mark.parametrize("read", [classification, regression])
+def test_the_letters_of_special_tokens_stay_text(tmp_path, tokenizer_folder, read):
+    """As in pretraining, and in predictions, which are encoded by the same function."""
+    rows = [{"sentence1": text, "sentence2": text, "label": number % 2} for number, text in enumerate(LETTERS)]
+    task = read(write_splits(tmp_path, rows), Columns())
+    tokenizer = open_tokenizer(tokenizer_folder)
+    features = task.encode(tokenizer, task.splits["train"], 512).features
+    expected = [training_tokenizer(tokenizer_folder).encode(text, add_special_tokens=False).ids for text in LETTERS]
+    assert [feature["input_ids"] for feature in features] == [[0, *ids, 2, 2, *ids, 2] for ids in expected]
+    assert not {0, 1, 2, 3, 399} & {token for ids in expected for token in ids}
+    assert tokenizer("kato <mask>")["input_ids"][-2:] == [399, 2]  # for others the tokenizer opens as usual
+
+
+def test_texts_that_are_cut_are_counted_with_their_letters(tokenizer_folder, caplog):
+    encode(open_tokenizer(tokenizer_folder), Texts(["<mask>" * 3, "kato"], None, str), 8)
+    assert "1 of 2 texts are longer than 8 tokens and are cut there, first 0" in caplog.text
