@@ -33,6 +33,7 @@ from ds_roberta.config import PRESETS, MaskingConfig, model_config
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import leave
+from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 
 REPOSITORY = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         measure(arguments)
-    arguments.output.write_text("\n".join(lines(arguments)) + "\n", encoding="utf-8")
+    write_text(arguments.output, "\n".join(lines(arguments)) + "\n")
     print(arguments.output.read_text(encoding="utf-8"))
 
 

@@ -30,6 +30,7 @@ from ds_roberta.config import PRESETS, IntervalConfig, model_config
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
@@ -62,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         report = "\n".join(lines(arguments.models, arguments.repetitions, Path(folder))) + "\n"
     print(report)
-    arguments.output.write_text(report, encoding="utf-8")
+    write_text(arguments.output, report)
 
 
 def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:

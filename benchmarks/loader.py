@@ -36,6 +36,7 @@ from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, Corpus, Manifest, ShardInfo, write_shard
 from ds_roberta.data.words import word_starts
+from ds_roberta.files import write_text
 from preprocessing.cli import main as preprocess
 
 REPOSITORY = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def main() -> None:
         report = "\n".join(lines(arguments.corpus or example_corpus(folder), folder, arguments.repetitions)) + "\n"
     print(report)
     arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(report, encoding="utf-8")
+    write_text(arguments.output, report)
 
 
 def lines(corpus_folder: Path, folder: Path, repetitions: int) -> Iterator[str]:

@@ -34,6 +34,7 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave
+from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
@@ -58,7 +59,7 @@ def main() -> None:
         with plain_operations():
             plain = [losses(corpus, ranks, arguments.steps, dropout) for dropout in (0.0, DROPOUT)]
             plain.append(losses(corpus, ranks, arguments.steps, DROPOUT, dropout_seed=1))
-    arguments.output.write_text("\n".join(lines(own, plain)) + "\n", encoding="utf-8")
+    write_text(arguments.output, "\n".join(lines(own, plain)) + "\n")
     print(arguments.output.read_text(encoding="utf-8"))
 
 

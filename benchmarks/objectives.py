@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.loader import commit, cpu_model
 from ds_roberta.config import OBJECTIVES
+from ds_roberta.files import write_text
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "ds_configs/zero1.json"
@@ -47,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         lines = compare(options, Path(folder))
-    options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(options.output, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from benchmarks.environment import python_path
 from ds_roberta.data.shards import SPLITS, Manifest
+from ds_roberta.files import write_text
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLE_COPIES = 10
@@ -80,7 +81,7 @@ def main() -> None:
     report = "\n".join(lines) + "\n"
     print(report)
     arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(report, encoding="utf-8")
+    write_text(arguments.output, report)
 
 
 def run(name: str, corpus: Path, tokenizer: Path, folder: Path) -> Run:

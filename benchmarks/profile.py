@@ -42,6 +42,7 @@ from ds_roberta.config import PRESETS, IntervalConfig
 from ds_roberta.data.loader import MicroBatch, TrainLoader
 from ds_roberta.distributed import Ranks, leave
 from ds_roberta.errors import UserError
+from ds_roberta.files import write_text
 from ds_roberta.training import run
 from ds_roberta.training.checkpoint_writer import CheckpointWriter
 from ds_roberta.training.device import init_distributed, on_gpu
@@ -231,7 +232,7 @@ def main(arguments: argparse.Namespace) -> int:
         if ranks.is_main and code == 0:
             report = "\n".join(lines(arguments, probe, options.output_dir, ranks)) + "\n"
             print(report)
-            arguments.output.write_text(report, encoding="utf-8")
+            write_text(arguments.output, report)
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.environment import python_path
 from benchmarks.loader import commit, cpu_model, example_corpus, spread
+from ds_roberta.files import write_text
 
 REPOSITORY = Path(__file__).parents[1]
 MODULE = "benchmarks.startup_marks"  # not its path: modules here have names of the standard library's
@@ -40,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = "\n".join(lines(arguments.repetitions, Path(folder))) + "\n"
     print(report)
-    arguments.output.write_text(report, encoding="utf-8")
+    write_text(arguments.output, report)
 
 
 def lines(repetitions: int, folder: Path) -> Iterator[str]:

@@ -34,6 +34,7 @@ from benchmarks.throughput_contenders import CONTENDERS, PEAK, Case, as_json, wr
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, PackingConfig
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+from ds_roberta.files import write_text
 from ds_roberta.model.flops import flops_per_token
 
 REPOSITORY = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ def main() -> None:
                 of_model = section(case, outcomes, flops, peak)
                 # After each round: a run takes minutes, and may be broken off.
                 report = "\n".join(lines(arguments, [*tables, *of_model], [*peaks, peak], loads)) + "\n"
-                arguments.output.write_text(report, encoding="utf-8")
+                write_text(arguments.output, report)
         tables += of_model
         peaks.append(peak)
     print(report)

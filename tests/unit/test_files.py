@@ -15,7 +15,7 @@ import xxhash
 from tokenizers import Tokenizer, models
 
 from ds_roberta import files
-from ds_roberta.errors import DiskError, UserError
+from ds_roberta.errors import DiskError, UserError, disk_refusal
 from ds_roberta.files import (
     append_line,
     atomic_path,
@@ -206,10 +206,11 @@ def test_a_full_disk_is_a_user_error_whatever_writes_and_leaves_what_was_there(t
         (temporary / "file").write_text("old")
     with (
         files_of_at_most(size),
-        pytest.raises(DiskError, match=r"cannot write '.*/a' \(.*fix this or give another output"),
+        pytest.raises(DiskError, match=r"cannot write '.*/a' \(.*fix this or give another output") as caught,
         replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary,
     ):
         write(temporary / "file")
+    assert disk_refusal(caught.value.__cause__)  # it is known wherever it is met
     assert (tmp_path / "a/file").read_text() == "old"
     assert names(tmp_path) == ["a", "source"]
 

@@ -77,6 +77,9 @@ def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
         assert found["best"][split] == pytest.approx(found["best"]["validation"], abs=1e-6)  # the same rows
     assert len(found["settings"][0]["runs"]) == 2
     assert [path.name for path in config.output_dir.parent.iterdir()] == ["tuned"]
+    (config.output_dir.parent / "new").touch()
+    permissions = (config.output_dir.parent / "new").stat().st_mode
+    assert {path.stat().st_mode for path in config.output_dir.iterdir()} == {permissions}
     classify = transformers.pipeline("text-classification", model=str(config.output_dir))
     assert [classify(text)[0]["label"] for text in ("karen vorpali minka", "karen sulto minka")] == ["1", "0"]
 
