@@ -35,6 +35,7 @@ DAMAGE_REMEDIES = {
     "truncated": "fetch the file again",
     "corrupt": "fetch the file again",
     "unclosed_quote": "close the quote",
+    "json_array": "convert the file, for example with jq -c '.[]'",
 }
 """What a user can do about each kind of damage."""
 

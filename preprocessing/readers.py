@@ -125,7 +125,7 @@ def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iter
         yield begin, data[begin:]
 
 
-def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | Reject:
+def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | Reject | Damage:
     strict = True
     try:
         row = orjson.loads(raw)
@@ -137,6 +137,9 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
             return _not_utf8(offset, error)
         except (ValueError, RecursionError) as error:
             return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
+    if isinstance(row, list) and any(isinstance(item, dict) for item in row):
+        detail = f"an array of {len(row)} documents in one line ({len(raw)} bytes), where each should have its own"
+        return Damage("json_array", offset, detail)
     if not isinstance(row, dict):
         return Reject("bad_json", offset, "not a JSON object")
     text = row.get(options.text_column)

@@ -11,7 +11,7 @@ import pytest
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
-from preprocessing import sharding
+from preprocessing import sharding, streams
 from preprocessing.accept import accepted_documents
 from preprocessing.accounts import Account, BadDocuments
 from preprocessing.cli import main
@@ -225,6 +225,30 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(shard, tmp_path, monke
     monkeypatch.setattr(sharding, "shard_unit", work)
     assert shard()[0] == 0
     assert Corpus.open("out").manifest.inputs[0].documents_kept == 2
+
+
+def test_an_array_in_one_line_is_not_one_bad_document(shard, tmp_path):
+    (tmp_path / "text/a.jsonl").write_bytes(LINES + json.dumps(ROWS).encode())
+    code, _, error = shard()
+    assert code == 2
+    assert re.search(r"'text/a.jsonl', line 501 .* an array of 500 documents in one line .* jq -c '\.\[\]'", error)
+    assert shard("--allow_damaged_files")[0] == 0
+    assert Corpus.open("out").manifest.inputs[0].rejected == {}
+
+
+def test_a_read_error_names_file_and_place(shard, tmp_path, monkeypatch):
+    (tmp_path / "text/a.jsonl").write_bytes(LINES)
+
+    class Disk(io.BytesIO):
+        def read(self, size=-1):
+            if size > 1000:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    monkeypatch.setattr(streams, "open_binary", lambda path: Disk(LINES))
+    code, _, error = shard("--allow_damaged_files")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert f"'text/a.jsonl' at byte 0 of {len(LINES)}: Input/output error" in error
 
 
 def test_the_closing_table_says_how_much_was_too_long(shard, tmp_path):
