@@ -87,10 +87,10 @@ class Messages:
 def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run a command's body and `leave`.
 
-    The exit code is the command's own; 2 with one line on stderr for a `UserError` and for whatever else the disk
-    refused, standard output included; or 141, as a shell has it, where the reader of our output, such as `head`, has
-    seen enough. Under a launcher every process meets the same error; the first of each host reports it. What a disk
-    refused one process of several, that one reports.
+    The exit code is the command's own; 2 with one line on stderr (or several problems, a line each) for a `UserError`
+    and for whatever else the disk refused, standard output included; or 141, as a shell has it, where the reader of our
+    output, such as `head`, has seen enough. Under a launcher every process meets the same error; the first of each host
+    reports it. What a disk refused one process of several, that one reports.
     """
     if isinstance(sys.stdout, TextIOWrapper):  # a file's name need not be UTF-8, nor a terminal know every letter
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -110,7 +110,7 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
             raise
         is_shared = isinstance(error, UserError) and not isinstance(error, DiskError)
         if not is_shared or os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"error: {' '.join(message.split())}")
+            _say("error: " + "\n  ".join(" ".join(line.split()) for line in message))
         code = USER_ERROR_EXIT_CODE
     for stream in (sys.stdout, sys.stderr):
         _drop_what_is_refused(stream)

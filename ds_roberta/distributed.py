@@ -77,7 +77,7 @@ class Ranks:
         if self.any(value is not None or problem is not None):  # most often there is nothing to tell
             value, problem = self.broadcast((value, problem))
         if problem is not None:
-            raise UserError(problem)
+            raise UserError(*problem)
         return cast(Result, value)
 
     def together(self, function: Callable[[], Result]) -> Result:
@@ -97,7 +97,7 @@ class Ranks:
         if first is not None:
             hosts = sorted({host for host, text in problems if text == first})
             everywhere = all(text == first for _, text in problems)
-            raise UserError(first if everywhere else f"on {', '.join(hosts)}: {first}")
+            raise UserError(*first) if everywhere else UserError(f"on {', '.join(hosts)}: {first[0]}", *first[1:])
         return cast(Result, value)
 
     def check_same(self, facts: Mapping[str, Any]) -> None:

@@ -20,10 +20,17 @@ _WORDS_WITHOUT_NUMBER = re.compile(
     r"PytorchStreamWriter|inline_container\.cc.*unexpected pos|iostream error"  # torch.save
     r"|Not enough free space to write|\d+ requested and \d+ written"  # numpy.save and tofile
 )
+_LIKENESS = 0.7  # below that difflib finds neighbours that nobody meant: at 0.5 "fp32" is like "fp16"
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong: the message names it, its value and the remedy, in one line."""
+    """Something outside the program is wrong: the message names it, its value and the remedy, in one line.
+
+    Where several things are wrong at once, each further argument is a line of its own.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class DiskError(UserError):
@@ -59,16 +66,19 @@ def standard_output_is_refused() -> bool:
     return False
 
 
-def user_message(error: Exception) -> str | None:
-    """What a user is told about `error`; None if it is a defect of the program."""
+def user_message(error: Exception) -> tuple[str, ...] | None:
+    """The lines that a user is told about `error`; None if it is a defect of the program."""
     if isinstance(error, UserError):
-        return str(error)
+        return tuple(map(str, error.args))
     refusal = disk_refusal(error)
-    return refusal and f"a file or standard output was refused ({refusal}): fix this, then give the same command again"
+    if not refusal:
+        return None
+    return (f"a file or standard output was refused ({refusal}): fix this, then give the same command again",)
 
 
 def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:
     """One line naming an unknown `key` and the nearest known one."""
-    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    by_letters = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(key.lower(), by_letters, n=1, cutoff=_LIKENESS)
+    hint = f"; did you mean {by_letters[nearest[0]]!r}?" if nearest else ""
     return f"unknown {kind} {key!r}{hint}"

@@ -157,7 +157,7 @@ class ThreadRanks:
                     raise
         value, problem = self.broadcast((value, problem))
         if problem is not None:
-            raise UserError(problem)
+            raise UserError(*problem)
         return value
 
     def log(self, message):

@@ -18,6 +18,7 @@ import transformers
 import ds_roberta
 from ds_roberta.config import require_one_of
 from ds_roberta.data.tokenizer_files import write_tokenizer
+from ds_roberta.deepspeed_keys import unknown_keys
 from ds_roberta.distributed import Ranks, logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import (
@@ -229,7 +230,8 @@ def read_task(config: FinetuneConfig) -> Task:
 def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
     """
     Raises:
-        UserError: the file cannot be read, is no JSON object, or settles what the command line does.
+        UserError: the file cannot be read, is no JSON object, has a key that DeepSpeed does not know, or settles what
+            the command line does.
     """
     if path is None:
         return None
@@ -241,6 +243,8 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
         raise UserError(f"cannot read --deepspeed_config {str(path)!r} ({error}): give a JSON file") from error
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {str(path)!r} is no JSON object: see ds_configs/finetune.json")
+    if unknown := unknown_keys(content):
+        raise UserError(f"--deepspeed_config {str(path)!r}: {unknown[0]}", *unknown[1:])
     settled = [name for name in ("optimizer", "scheduler") if name in content]
     settled += [name for name in _AUTO if content.get(name, "auto") != "auto"]
     precisions = {name: content.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}

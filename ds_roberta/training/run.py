@@ -63,6 +63,8 @@ def pretrain(options: PretrainOptions) -> int:
     ranks = init_distributed(options.rendezvous_timeout)
     deepspeed_config, corpus, config, precision, initial_model = ranks.together(lambda: _read_inputs(options))
     ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
+    for note in deepspeed_config.notes:
+        ranks.log(note)
     zero_stage = deepspeed_config.zero_stage
     compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
     chosen = (

@@ -19,7 +19,15 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
     {"ds_roberta.data"},
     {
         f"ds_roberta.{name}"
-        for name in ("command_line", "config", "deepspeed_config", "distributed", "files", "rendezvous")
+        for name in (
+            "command_line",
+            "config",
+            "deepspeed_config",
+            "deepspeed_keys",
+            "distributed",
+            "files",
+            "rendezvous",
+        )
     },
     {"ds_roberta.errors", "ds_roberta"},
 ]

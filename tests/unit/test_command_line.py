@@ -61,6 +61,11 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert captured.out == ""
 
 
+def test_several_things_that_are_wrong_have_a_line_each(capsys):
+    assert run(fail_with(UserError("x.json has 2 problems:", "the one:\n fix it", "the other"))) == 2
+    assert capsys.readouterr().err == "error: x.json has 2 problems:\n  the one: fix it\n  the other\n"
+
+
 def test_the_first_process_of_a_host_alone_reports(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run(fail_with(UserError("wrong"))) == 2

@@ -1,11 +1,11 @@
-import copy
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-from ds_roberta.deepspeed_config import SECTION_KEYS, DeepSpeedConfig
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.deepspeed_keys import KEYS
 from ds_roberta.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -16,26 +16,14 @@ GPU = (("bf16", "fp16"), ("fp32", "bf16", "fp16"))
 OLD_GPU = (("fp16",), ("fp32", "fp16"))
 
 
-@pytest.fixture
-def read(tmp_path):
-    """A function that reads zero2.json with changes, given as {"section.key": value}; None removes a key."""
-
-    def read_changed(changes, **overrides):
-        content = copy.deepcopy(BASE)
-        for name, value in changes.items():
-            *sections, key = name.split(".")
-            place = content
-            for section in sections:
-                place = place.setdefault(section, {})
-            if value is None:
-                del place[key]
-            else:
-                place[key] = value
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(content))
-        return DeepSpeedConfig.read(path, **overrides)
-
-    return read_changed
+def sections(keys=KEYS, place=""):
+    """The dotted names of all sections that are taken, nested ones too."""
+    found = []
+    for key, inner in keys.items():
+        if isinstance(inner, dict):
+            name = f"{place}.{key}" if place else key
+            found += [name, *sections(inner, name)]
+    return found
 
 
 def test_there_is_a_file_for_every_stage():
@@ -68,20 +56,20 @@ def test_no_auto_is_left_for_deepspeed(path, on_gpu):
     assert resolved["optimizer"]["params"]["fused"]
 
 
-def test_only_a_gpu_has_deepspeeds_adam_for_who_asks_for_it(read):
-    config = read({"optimizer.params.torch_adam": False})
+def test_only_a_gpu_has_deepspeeds_adam_for_who_asks_for_it(read_config):
+    config = read_config({"optimizer.params.torch_adam": False})
     assert not config.resolved("fp32", on_gpu=True)["optimizer"]["params"]["torch_adam"]
     assert config.resolved("fp32", on_gpu=False)["optimizer"]["params"]["torch_adam"]
 
 
-def test_resolving_leaves_the_configuration_alone(read):
-    config = read({})
+def test_resolving_leaves_the_configuration_alone(read_config):
+    config = read_config({})
     config.resolved("fp32", on_gpu=False)
     assert config.content == BASE
 
 
-def test_offload_keeps_deepspeeds_own_adam(read):
-    resolved = read({"zero_optimization.offload_optimizer": {"device": "cpu"}}).resolved("fp32", on_gpu=False)
+def test_offload_keeps_deepspeeds_own_adam(read_config):
+    resolved = read_config({"zero_optimization.offload_optimizer": {"device": "cpu"}}).resolved("fp32", on_gpu=False)
     assert "torch_adam" not in resolved["optimizer"]["params"]
 
 
@@ -102,49 +90,56 @@ def test_offload_keeps_deepspeeds_own_adam(read):
         ("optimizer.params.beta", "betas"),
         ("tensorboard.ouput_path", "output_path"),
         ("wandb.projekt", "project"),
+        ("comet.work_space", "workspace"),
+        ("FP16", "fp16"),
+        ("zero_optimization.offload_optimizer.devise", "device"),
+        ("zero_optimization.offload_param.pinmemory", "pin_memory"),
+        ("timers.throughput.synchronised", "synchronized"),
+        ("elasticty", "elasticity"),
+        ("zero_optimization.zero_quantized_weight", "zero_quantized_weights"),
     ],
 )
-def test_a_misspelt_key_names_the_nearest(read, key, nearest):
+def test_a_misspelt_key_names_the_nearest(read_config, key, nearest):
     with pytest.raises(UserError) as caught:
-        read({key: 1})
+        read_config({key: 1})
     assert f"{key.split('.')[-1]!r}; did you mean {nearest!r}?" in str(caught.value)
     assert "config.json" in str(caught.value)
     if "." in key:
         assert key.rsplit(".", 1)[0] in str(caught.value)
 
 
-@pytest.mark.parametrize("section", [*SECTION_KEYS, "optimizer", "optimizer.params"])
+@pytest.mark.parametrize("section", sections())
 @pytest.mark.parametrize("value", [[], 3, "auto"])
-def test_a_section_must_be_an_object(read, section, value):
+def test_a_section_must_be_an_object(read_config, section, value):
     with pytest.raises(UserError, match=section):
-        read({section: value})
+        read_config({section: value})
 
 
 @pytest.mark.parametrize("key", ["scheduler", "data_types", "torch_autocast", "checkpoint"])
-def test_what_the_program_owns_is_refused_with_the_reason(read, key):
+def test_what_the_program_owns_is_refused_with_the_reason(read_config, key):
     with pytest.raises(UserError, match=f"remove '{key}': "):
-        read({key: {}})
+        read_config({key: {}})
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, 8192.0, "8", "auto", True])
-def test_a_batch_size_is_a_positive_whole_number(read, value):
+@pytest.mark.parametrize("value", [0, -1, 2.5, 8192.0, "8", True])
+def test_a_batch_size_is_a_positive_whole_number(read_config, value):
     with pytest.raises(UserError, match=r"train_batch_size must be a positive whole number, got") as caught:
-        read({"train_batch_size": value})
+        read_config({"train_batch_size": value})
     assert str(caught.value).endswith(repr(value))
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
-def test_a_micro_batch_size_is_auto_or_a_positive_whole_number(read, value):
+def test_a_micro_batch_size_is_auto_or_a_positive_whole_number(read_config, value):
     with pytest.raises(UserError, match=r"train_micro_batch_size_per_gpu .*positive whole number, got"):
-        read({"train_micro_batch_size_per_gpu": value})
-    assert read({"train_micro_batch_size_per_gpu": 16}).micro_batch_size == 16
-    assert read({"train_micro_batch_size_per_gpu": None}).micro_batch_size is None
+        read_config({"train_micro_batch_size_per_gpu": value})
+    assert read_config({"train_micro_batch_size_per_gpu": 16}).micro_batch_size == 16
+    assert read_config({"train_micro_batch_size_per_gpu": None}).micro_batch_size is None
 
 
-def test_accumulation_follows_from_the_batch(read):
-    with pytest.raises(UserError, match="gradient_accumulation_steps follows from train_batch_size"):
-        read({"gradient_accumulation_steps": 4})
-    assert "auto" not in json.dumps(read({"gradient_accumulation_steps": "auto"}).resolved("fp32", on_gpu=True))
+def test_accumulation_follows_from_the_batch(read_config):
+    with pytest.raises(UserError, match="remove 'gradient_accumulation_steps': it follows from train_batch_size"):
+        read_config({"gradient_accumulation_steps": 4})
+    assert "auto" not in json.dumps(read_config({"gradient_accumulation_steps": "auto"}).resolved("fp32", on_gpu=True))
 
 
 @pytest.mark.parametrize(
@@ -167,16 +162,16 @@ def test_accumulation_follows_from_the_batch(read):
         ({"optimizer.params.lr": "auto"}, "optimizer.params.lr must be a positive number, got 'auto'"),
         ({"optimizer.params.lr": float("nan")}, "optimizer.params.lr must be a positive number, got nan"),
         ({"optimizer.params.lr": float("inf")}, "optimizer.params.lr must be a positive number, got inf"),
-        ({"optimizer.params.eps": "auto"}, "optimizer.params.eps must not be negative, got 'auto'"),
-        ({"optimizer.params.weight_decay": -0.1}, "optimizer.params.weight_decay must not be negative, got -0.1"),
+        ({"optimizer.params.eps": "auto"}, "optimizer.params.eps must be a number from 0 up, got 'auto'"),
+        ({"optimizer.params.weight_decay": -0.1}, "optimizer.params.weight_decay must be a number from 0 up, got -0.1"),
         ({"optimizer.params.betas": "auto"}, "optimizer.params.betas must be two numbers"),
         ({"optimizer.params.betas": [0.9]}, "optimizer.params.betas must be two numbers"),
         ({"optimizer.params.betas": [0.9, 1.0]}, "optimizer.params.betas must be two numbers"),
     ],
 )
-def test_a_wrong_value_is_named(read, changes, message):
+def test_a_wrong_value_is_named(read_config, changes, message):
     with pytest.raises(UserError) as caught:
-        read(changes)
+        read_config(changes)
     assert message in str(caught.value)
 
 
@@ -195,8 +190,8 @@ def test_a_wrong_value_is_named(read, changes, message):
         ({"zero_optimization.stage": 0}, CPU, "fp32"),
     ],
 )
-def test_precision_is_the_jsons_or_the_devices(read, changes, device, expected):
-    assert read(changes).precision(*device) == expected
+def test_precision_is_the_jsons_or_the_devices(read_config, changes, device, expected):
+    assert read_config(changes).precision(*device) == expected
 
 
 @pytest.mark.parametrize(
@@ -210,30 +205,30 @@ def test_precision_is_the_jsons_or_the_devices(read, changes, device, expected):
         ({"zero_optimization.stage": 0}, GPU, "bf16 needs zero_optimization.stage 1, 2 or 3"),
     ],
 )
-def test_a_precision_that_cannot_be_is_refused(read, changes, device, message):
+def test_a_precision_that_cannot_be_is_refused(read_config, changes, device, message):
     with pytest.raises(UserError) as caught:
-        read(changes).precision(*device)
+        read_config(changes).precision(*device)
     assert message in str(caught.value)
 
 
-def test_the_command_line_overrides_batch_size_and_learning_rate(read):
-    config = read({}, train_batch_size=64, learning_rate=1e-4)
+def test_the_command_line_overrides_batch_size_and_learning_rate(read_config):
+    config = read_config({}, train_batch_size=64, learning_rate=1e-4)
     assert (config.train_batch_size, config.learning_rate) == (64, 1e-4)
     assert config.resolved("fp32", on_gpu=True)["optimizer"]["params"]["lr"] == 1e-4
-    assert read({"train_batch_size": None}, train_batch_size=64).train_batch_size == 64
+    assert read_config({"train_batch_size": None}, train_batch_size=64).train_batch_size == 64
 
 
 @pytest.mark.parametrize("value", [0, -1])
-def test_overrides_are_checked_too(read, value):
+def test_overrides_are_checked_too(read_config, value):
     with pytest.raises(UserError, match="train_batch_size must be a positive whole number"):
-        read({}, train_batch_size=value)
+        read_config({}, train_batch_size=value)
     with pytest.raises(UserError, match="lr must be a positive number"):
-        read({}, learning_rate=float(value))
+        read_config({}, learning_rate=float(value))
     with pytest.raises(UserError, match="lr must be a positive number"):
-        read({}, learning_rate=math.nan)
+        read_config({}, learning_rate=math.nan)
 
 
-def test_keys_that_are_known_pass(read):
+def test_keys_that_are_known_pass(read_config):
     changes = {
         "tensorboard": {"enabled": True, "output_path": "logs", "job_name": "run"},
         "zero_optimization": {
@@ -244,7 +239,7 @@ def test_keys_that_are_known_pass(read):
         },
         "fp16": {"enabled": "auto", "initial_scale_power": 12, "loss_scale_window": 500},
     }
-    resolved = read(changes).resolved("fp16", on_gpu=True)
+    resolved = read_config(changes).resolved("fp16", on_gpu=True)
     assert resolved["fp16"] == {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 500}
     assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert resolved["tensorboard"] == changes["tensorboard"]

@@ -1,0 +1,392 @@
+"""Every key that DeepSpeed knows in its JSON: those that are taken, with what their values must be, and the others.
+
+DeepSpeed ignores a misspelt key at the top level and in several sections, and answers one elsewhere with pydantic's
+text. A test compares these tables with DeepSpeed's own models, so that a key of its next version is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ds_roberta.errors import unknown_key_message
+
+AUTO = "auto"
+REQUIRED = ("train_batch_size", "gradient_clipping", "optimizer.params.lr")
+"""Keys without a default, by their dotted names."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value must be: `requirement` ends the sentence "KEY must …"."""
+
+    requirement: str
+    accepts: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class NotTaken:
+    """A key of DeepSpeed's that this trainer refuses.
+
+    It passes, and says nothing, where it is switched off or has one of the values `ours`.
+
+    Args:
+        keys: what a section may hold when it is switched off; None: whatever it likes.
+    """
+
+    reason: str
+    ours: tuple[Any, ...] = ()
+    keys: tuple[str, ...] | None = None
+
+    def passes(self, value: Any) -> bool:
+        # 1 == True, yet a number is no switch.
+        return is_off(value) or any(type(value) is type(own) and value == own for own in self.ours)
+
+
+Section: TypeAlias = "dict[str, Kind | NotTaken | Section]"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number: no bool, no "auto", no NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_off(value: Any) -> bool:
+    """Whether a JSON value switches something off: false, null, or a section that does."""
+    if not isinstance(value, dict):
+        return value is False or value is None
+    return value.get("enabled") is False or (value != {} and all(part == {} or is_off(part) for part in value.values()))
+
+
+def _is_whole(value: Any) -> bool:
+    return is_number(value) and value == int(value)  # 5e8 is a float in JSON
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+_FLAG = Kind("be true or false", lambda value: isinstance(value, bool))
+_FLAG_OR_AUTO = Kind('be true, false or "auto"', lambda value: isinstance(value, bool) or value == AUTO)
+_COUNT = Kind("be a whole number from 1 up", lambda value: _is_whole(value) and value >= 1)
+_WHOLE = Kind("be a whole number from 0 up", lambda value: _is_whole(value) and value >= 0)
+_NUMBER = Kind("be a number from 0 up", lambda value: is_number(value) and value >= 0)
+_TEXT = Kind("be a text", lambda value: isinstance(value, str))
+_TEXT_OR_NULL = Kind("be a text or null", lambda value: value is None or isinstance(value, str))
+_BETAS = Kind(
+    "be two numbers from 0 on and below 1",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value),
+)
+
+_FP32_SUMS = "gradients are always summed and reduced in fp32"
+_PRECISION = "precision is set by fp16.enabled and bf16.enabled"
+_FP32_STATES = "the optimizer's weights and moments are always fp32"
+_DATA = "the data and its order are the program's own"
+_CHECKPOINTS = "checkpoints are written in the program's own portable format"
+_DENSE = "the encoder's weights and gradients are dense and whole"
+_UNROUNDED = "weights and gradients travel unrounded"
+_PARALLEL = "a run is data-parallel, by ZeRO; its model is not split otherwise"
+_NVME = 'nothing is offloaded to NVMe here; "device": "cpu" keeps it in host memory'
+_UNTESTED = "it is not tested with this trainer's exact sums and checkpoints"
+_GONE = "DeepSpeed has removed it"
+_OTHER_OPTIMIZER = "it belongs to another optimizer than AdamW"
+_IDLE = "what DeepSpeed counts begins at 0 at every start and includes rehearsals"
+
+_MONITOR: Section = {"enabled": _FLAG, "output_path": _TEXT, "job_name": _TEXT}
+
+KEYS: Section = {
+    "train_batch_size": Kind("be a positive whole number", _is_positive_int),
+    "train_micro_batch_size_per_gpu": Kind(
+        'be "auto" or a positive whole number', lambda value: value == AUTO or _is_positive_int(value)
+    ),
+    "gradient_accumulation_steps": NotTaken(
+        "it follows from train_batch_size, the micro-batch and the number of processes", (AUTO,)
+    ),
+    "gradient_clipping": Kind("be a number, 0.0 for none", lambda value: is_number(value) and value >= 0),
+    "optimizer": {
+        "type": _TEXT,
+        "params": {
+            "lr": Kind("be a positive number", lambda value: is_number(value) and value > 0),
+            "betas": _BETAS,
+            "eps": _NUMBER,
+            "weight_decay": _NUMBER,
+            "torch_adam": _FLAG,
+            "adam_w_mode": _FLAG,
+            "adamw_mode": NotTaken("write adam_w_mode"),
+            "bias_correction": NotTaken("Adam's bias is always corrected", (True,)),
+            "amsgrad": NotTaken("checkpoints hold Adam's two moments, not AMSGrad's third"),
+            "max_grad_norm": NotTaken("write gradient_clipping, at the top level of the file", (0, 0.0)),
+            "fused": NotTaken("torch's fused kernel is always used", (True,)),
+            "foreach": NotTaken("torch's fused kernel is always used"),
+            "maximize": NotTaken("a loss is minimized"),
+            "capturable": NotTaken("the optimizer is not part of a CUDA graph"),
+            "differentiable": NotTaken("nothing differentiates through the optimizer"),
+            "set_grad_none": NotTaken("DeepSpeed frees the gradients itself", (True,)),
+            "fp32_optimizer_states": NotTaken(_FP32_STATES, (True,)),
+            "fp32_optimizer_states_in_cpu": NotTaken(_FP32_STATES, (True,)),
+            "momentum": NotTaken(_OTHER_OPTIMIZER),
+            "freeze_step": NotTaken(_OTHER_OPTIMIZER),
+            "cuda_aware": NotTaken(_OTHER_OPTIMIZER),
+            "comm_backend_name": NotTaken(_OTHER_OPTIMIZER),
+            "max_coeff": NotTaken(_OTHER_OPTIMIZER),
+            "min_coeff": NotTaken(_OTHER_OPTIMIZER),
+            "muon_lr": NotTaken(_OTHER_OPTIMIZER),
+            "adam_lr": NotTaken(_OTHER_OPTIMIZER),
+            "ns_method": NotTaken(_OTHER_OPTIMIZER),
+        },
+        "legacy_fusion": NotTaken(_UNTESTED),
+    },
+    "fp16": {
+        "enabled": _FLAG_OR_AUTO,
+        "loss_scale": _NUMBER,
+        "initial_scale_power": _WHOLE,
+        "loss_scale_window": _COUNT,
+        "hysteresis": _COUNT,
+        "consecutive_hysteresis": _FLAG,
+        "min_loss_scale": _COUNT,
+        "auto_cast": NotTaken("the model's inputs are token ids, which are not cast"),
+        "fp16_master_weights_and_grads": NotTaken(_FP32_STATES),
+    },
+    "bf16": {
+        "enabled": _FLAG_OR_AUTO,
+        "check_grad_overflow": NotTaken("a gradient that is not finite is always looked for", (True,)),
+        "immediate_grad_update": NotTaken("gradients are reduced and applied once a step"),
+        "bf16_master_weights_and_grads": NotTaken(_FP32_STATES),
+        "bf16_optimizer_states": NotTaken(_FP32_STATES),
+    },
+    "zero_optimization": {
+        "stage": Kind("be 0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3),
+        "contiguous_gradients": _FLAG,
+        "reduce_scatter": _FLAG,
+        "reduce_bucket_size": _COUNT,
+        "use_multi_rank_bucket_allreduce": _FLAG,
+        "allgather_partitions": _FLAG,
+        "allgather_bucket_size": _WHOLE,
+        "overlap_comm": Kind("be true, false or null", lambda value: value is None or isinstance(value, bool)),
+        "offload_param": {
+            "device": Kind('be "none" or "cpu"', lambda value: value in ("none", "cpu")),
+            "pin_memory": _FLAG,
+            "max_in_cpu": NotTaken(_NVME),
+            "nvme_path": NotTaken(_NVME),
+            "buffer_count": NotTaken(_NVME),
+            "buffer_size": NotTaken(_NVME),
+        },
+        "offload_optimizer": {
+            "device": Kind('be "none" or "cpu"', lambda value: value in ("none", "cpu")),
+            "pin_memory": _FLAG,
+            "nvme_path": NotTaken(_NVME),
+            "buffer_count": NotTaken(_NVME),
+            "pipeline_read": NotTaken(_NVME),
+            "pipeline_write": NotTaken(_NVME),
+            "fast_init": NotTaken(_NVME),
+            "ratio": NotTaken("the optimizer is offloaded whole or not at all", (1, 1.0)),
+            "super_offload": NotTaken(_UNTESTED),
+            "cpuadam_cores_perc": NotTaken("it is for super_offload"),
+        },
+        "sub_group_size": _COUNT,
+        "stage3_prefetch_bucket_size": _WHOLE,
+        "stage3_param_persistence_threshold": _WHOLE,
+        "stage3_model_persistence_threshold": _WHOLE,
+        "stage3_max_live_parameters": _WHOLE,
+        "stage3_max_reuse_distance": _WHOLE,
+        "stage3_module_granularity_threshold": _WHOLE,
+        "stage3_use_all_reduce_for_fetch_params": _FLAG,
+        "stage3_allgather_sequential": _FLAG,
+        "round_robin_gradients": _FLAG,
+        "log_trace_cache_warnings": _FLAG,
+        "enable_sanity_checks": _FLAG,
+        "stage3_gather_16bit_weights_on_model_save": NotTaken("exported weights are whole at every stage", (True,)),
+        "stage3_gather_fp16_weights_on_model_save": NotTaken("exported weights are whole at every stage", (True,)),
+        "compute_grad_norm": NotTaken("each step's row has the gradient's norm", (True,)),
+        "load_from_fp32_weights": NotTaken("a resume always goes on from the fp32 weights", (True,)),
+        "elastic_checkpoint": NotTaken(_CHECKPOINTS),
+        "ignore_unused_parameters": NotTaken("every parameter has a gradient", (True,)),
+        "zero_hpz_partition_size": NotTaken(_UNTESTED, (1,)),
+        "zero_quantized_weights": NotTaken(_UNROUNDED),
+        "zero_quantized_nontrainable_weights": NotTaken(_UNROUNDED),
+        "zero_quantized_gradients": NotTaken(_UNROUNDED),
+        "zenflow": NotTaken("every step applies the whole gradient"),
+        "legacy_stage1": NotTaken(_UNTESTED),
+        "parameter_alignment": NotTaken(_UNTESTED),
+        "memory_efficient_linear": NotTaken(_UNTESTED, (True,)),
+        "pipeline_loading_checkpoint": NotTaken(_CHECKPOINTS),
+        "override_module_apply": NotTaken(_UNTESTED, (True,)),
+        "save_muon_momentum_buffer_in_memory": NotTaken(_OTHER_OPTIMIZER),
+        "leaf_module": NotTaken("the encoder has no branches that ZeRO-3 could not follow"),
+        "cpu_offload": NotTaken('write "offload_optimizer": {"device": "cpu"}'),
+        "cpu_offload_param": NotTaken('write "offload_param": {"device": "cpu"}'),
+        "cpu_offload_use_pin_memory": NotTaken("write pin_memory in offload_optimizer or offload_param"),
+        "mics_shard_size": NotTaken(_GONE, (-1,)),
+        "mics_hierarchical_params_gather": NotTaken(_GONE),
+        "zeropp_loco_param": NotTaken(_GONE),
+    },
+    "zero_allow_untested_optimizer": _FLAG,
+    "zero_force_ds_cpu_optimizer": _FLAG,
+    "wall_clock_breakdown": _FLAG,
+    "disable_python_gc": _FLAG,
+    "log_level": Kind(
+        "be debug, info, warning, error or critical",
+        lambda value: value in ("debug", "info", "warning", "error", "critical"),
+    ),
+    "tensorboard": _MONITOR,
+    "csv_monitor": _MONITOR,
+    "wandb": {"enabled": _FLAG, "group": _TEXT_OR_NULL, "team": _TEXT_OR_NULL, "project": _TEXT},
+    "comet": {
+        "enabled": _FLAG,
+        "samples_log_interval": _COUNT,
+        "project": _TEXT_OR_NULL,
+        "workspace": _TEXT_OR_NULL,
+        "api_key": _TEXT_OR_NULL,
+        "experiment_name": _TEXT_OR_NULL,
+        "experiment_key": _TEXT_OR_NULL,
+        "online": Kind("be true, false or null", lambda value: value is None or isinstance(value, bool)),
+        "mode": _TEXT_OR_NULL,
+    },
+    "steps_per_print": NotTaken(f"{_IDLE}; --log_interval says how often a step's row is written"),
+    "timers": {
+        "throughput": {
+            "enabled": NotTaken("nothing prints it; tokens_per_second is in metrics.jsonl"),
+            "synchronized": NotTaken("nothing prints it; tokens_per_second is in metrics.jsonl", (True,)),
+        }
+    },
+    "flops_profiler": NotTaken(
+        f"{_IDLE}; mfu is in metrics.jsonl, and `python -m benchmarks.profile` says where a step's time goes",
+        keys=(
+            "enabled",
+            "recompute_fwd_factor",
+            "profile_step",
+            "module_depth",
+            "top_modules",
+            "detailed",
+            "output_file",
+        ),
+    ),
+    "comms_logger": NotTaken(
+        "nothing prints what it gathers, and the device waits for each communication",
+        keys=("enabled", "verbose", "prof_all", "debug", "prof_ops"),
+    ),
+    "memory_breakdown": NotTaken("it resets the peak that memory_gb in metrics.jsonl tells"),
+    "dump_state": NotTaken("the run's config.json holds every setting"),
+    "scheduler": NotTaken("the learning rate's schedule is set by --lr_scheduler_type, --max_steps and --warmup_steps"),
+    "data_types": NotTaken(
+        _FP32_SUMS,
+        ({"grad_accum_dtype": "fp32"},),
+        ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    ),
+    "communication_data_type": NotTaken(_FP32_SUMS, ("fp32", "FP32")),
+    "seq_parallel_communication_data_type": NotTaken(_PARALLEL, ("fp32", "FP32")),
+    "prescale_gradients": NotTaken(f"{_FP32_SUMS}, where no order of dividing and adding overflows"),
+    "gradient_predivide_factor": NotTaken(f"{_FP32_SUMS}, where no order of dividing and adding overflows", (1, 1.0)),
+    "gradient_allreduce_op": NotTaken("the loss is divided by the masked tokens of all processes", ("mean",)),
+    "managed_gradient_accumulation": NotTaken("the trainer counts the micro-steps itself", (True,)),
+    "disable_allgather": NotTaken(_UNTESTED),
+    "bfloat16": NotTaken("write bf16"),
+    "amp": NotTaken(_PRECISION, keys=("enabled", "opt_level", "loss_scale", "master_weights", "keep_batchnorm_fp32")),
+    "torch_autocast": NotTaken(_PRECISION, keys=("enabled", "dtype", "lower_precision_safe_modules")),
+    "activation_checkpointing": NotTaken(
+        "the encoder does not recompute activations",
+        keys=(
+            "partition_activations",
+            "contiguous_memory_optimization",
+            "cpu_checkpointing",
+            "number_checkpoints",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        ),
+    ),
+    "aio": NotTaken(
+        _NVME,
+        keys=("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
+    ),
+    "curriculum_learning": NotTaken(f"{_DATA}; --max_seq_length_schedule begins with short sequences"),
+    "data_efficiency": NotTaken(_DATA),
+    "dataloader_drop_last": NotTaken(_DATA),
+    "checkpoint": NotTaken(_CHECKPOINTS),
+    "datastates_ckpt": NotTaken(_CHECKPOINTS),
+    "nebula": NotTaken(_CHECKPOINTS),
+    "elasticity": NotTaken("a run goes on with another number of processes by itself"),
+    "autotuning": NotTaken('the micro-batch is found where train_micro_batch_size_per_gpu is "auto"'),
+    "compression_training": NotTaken("the model is trained whole, without quantisation or pruning"),
+    "quantize_training": NotTaken("the model is trained whole, without quantisation or pruning"),
+    "eigenvalue": NotTaken("the model is trained whole, without quantisation or pruning"),
+    "weight_quantization": NotTaken("the model is trained whole, without quantisation or pruning"),
+    "progressive_layer_drop": NotTaken("the encoder always has all its layers"),
+    "sparse_gradients": NotTaken(_DENSE),
+    "sparse_attention": NotTaken("attention is over the whole sequence"),
+    "compile": NotTaken("--torch_compile says what is compiled"),
+    "graph_harvesting": NotTaken("--torch_compile says what is compiled"),
+    "hybrid_engine": NotTaken("nothing is generated in pretraining"),
+    "pipeline": NotTaken(_PARALLEL),
+    "tensor_parallel": NotTaken(_PARALLEL),
+    "expert_parallel": NotTaken(_PARALLEL),
+    "sequence_parallel_size": NotTaken(_PARALLEL, (1,)),
+    "use_data_before_expert_parallelism": NotTaken(_PARALLEL),
+    "vocabulary_size": NotTaken("the vocabulary is the tokenizer's"),
+}
+
+
+def problems(content: dict[str, Any], keys: Section = KEYS, place: str = "") -> list[str]:
+    """What is wrong with the keys and values of a JSON, each by its dotted name; required ones are held to be there."""
+    found: list[str] = []
+    for key, value in content.items():
+        name, known = f"{place}.{key}" if place else key, keys.get(key)
+        if known is None:
+            found.append(_unknown(key, keys, place))
+        elif isinstance(known, Kind):
+            if not known.accepts(value):
+                found.append(f"{name} must {known.requirement}, got {value!r}{_about_auto(name, value)}")
+        elif isinstance(known, NotTaken):
+            if not known.passes(value):
+                found.append(f"remove {name!r}: {known.reason}")
+            elif known.keys is not None and isinstance(value, dict):
+                found += [
+                    _unknown(inner, dict.fromkeys(known.keys), name) for inner in value if inner not in known.keys
+                ]
+        elif isinstance(value, dict):
+            found += problems(value, known, name)
+        elif not (value is None and key.startswith("offload_")):  # null is DeepSpeed's own default there
+            found.append(f"{name} must be a JSON object, got {value!r}")
+    return found
+
+
+def unknown_keys(content: dict[str, Any]) -> list[str]:
+    """Of a JSON that another trainer reads: only the keys that DeepSpeed does not know."""
+    return [problem for problem in problems(content) if problem.startswith("unknown key")]
+
+
+def taken(content: dict[str, Any], keys: Section = KEYS) -> dict[str, Any]:
+    """A copy of a JSON without `problems`, with the keys that are taken and no others."""
+    kept = {}
+    for key, value in content.items():
+        known = keys[key]
+        if isinstance(known, dict) and isinstance(value, dict):
+            kept[key] = taken(value, known)
+        elif not isinstance(known, NotTaken):
+            kept[key] = value
+    return kept
+
+
+def _unknown(key: str, keys: dict[str, Any], place: str) -> str:
+    message = unknown_key_message(f"key in {place}" if place else "key", key, keys)
+    homes = [home for home in _places(key, KEYS) if home != place]
+    if "did you mean" not in message and len(homes) == 1:
+        message += f": it belongs in {homes[0] or 'the top level'}"
+    return message
+
+
+def _places(key: str, keys: Section, place: str = "") -> list[str]:
+    """The dotted names of the sections that have a key."""
+    found = [place] if key in keys else []
+    for name, inner in keys.items():
+        if isinstance(inner, dict):
+            found += _places(key, inner, f"{place}.{name}" if place else name)
+    return found
+
+
+def _about_auto(name: str, value: Any) -> str:
+    if value != AUTO:
+        return ""
+    remedy = "give one" if name in REQUIRED else "give one, or remove the key for DeepSpeed's default"
+    return f", for which only transformers' Trainer finds a value: {remedy}"
