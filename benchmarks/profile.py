@@ -45,6 +45,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import write_text
 from ds_roberta.training import run
 from ds_roberta.training.checkpoint_writer import CheckpointWriter
+from ds_roberta.training.compilation import compiled_graphs
 from ds_roberta.training.device import init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
@@ -298,6 +299,7 @@ def lines(arguments: argparse.Namespace, probe: Probe, output_dir: Path, ranks: 
         f"{record['peak']['flops_per_second'] / 1e12:,.3g} TFLOP/s ({record['peak']['source']}). A step is "
         f"{plan['train_batch_size']} sequences in micro-batches of {plan['micro_batch_size']}, {ranks.world_size} "
         f"process(es), {precision}, ZeRO stage {record['deepspeed']['zero_optimization']['stage']}, "
+        f"{compiled_graphs()} graph(s) by torch.compile, "
         f"{'data of ' + arguments.data_dir.name if arguments.data_dir else 'full sequences of random ids'}."
     )
     yield ""
