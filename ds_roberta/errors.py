@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import os
 import re
+import select
 import shutil
 import sys
 from collections.abc import Iterable
@@ -60,10 +62,14 @@ def disk_refusal(error: BaseException) -> str | None:
 def standard_output_is_refused() -> bool:
     """Whether an error just met may be of standard output: a full disk, or a reader that has left."""
     try:
-        sys.stdout.flush()  # what could not be written is still there
+        sys.stdout.flush()  # what could not be written is still there, unless nothing is buffered
+        poller = select.poll()
+        poller.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in poller.poll(0))
+    except io.UnsupportedOperation:  # no file, as in a notebook
+        return False
     except OSError:
         return True
-    return False
 
 
 def user_message(error: Exception) -> tuple[str, ...] | None:

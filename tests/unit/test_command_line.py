@@ -1,6 +1,7 @@
 """How commands read their arguments and end."""
 
 import errno
+import io
 import os
 import runpy
 from pathlib import Path
@@ -45,6 +46,16 @@ def test_an_argument_that_is_not_utf_8_is_an_error_and_printing_it_is_none(capsy
     assert parser.parse_args(["--output", "café"]).output == "café"
     assert run(lambda: print(os.fsdecode(b"caf\xe9"))) == 0
     assert capsys.readouterr().out == "caf\\udce9\n"
+
+
+def test_a_reader_that_has_left_is_known_without_a_buffer_too(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with io.TextIOWrapper(open(write, "wb", buffering=0), write_through=True) as unbuffered:
+        monkeypatch.setattr("sys.stdout", unbuffered)
+        code = run(lambda: print("text"))
+        monkeypatch.undo()
+    assert code == 141
 
 
 def test_a_commands_own_code_is_its_exit_code():
