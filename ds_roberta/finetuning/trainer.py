@@ -194,6 +194,7 @@ def make_trainer(
         metric_for_best_model=problem.metric,
         greater_is_better=True,
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # a loss that is not finite ends the run, also where DeepSpeed drops its gradient
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -231,6 +232,10 @@ class _Watch(transformers.TrainerCallback):
         if self.stopped and state.global_step % (state.max_steps // args.num_train_epochs):
             # Trainer takes the stop for an epoch's end: it would measure, and perhaps choose, half an epoch's model.
             control.should_evaluate = control.should_save = control.should_log = False
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: Any, **others: Any) -> None:
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
+            raise UserError(f"the loss is {loss} in training at {self.run}: use a lower --learning_rate")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Any, **others: Any) -> None:
         found = _plain(metrics)

@@ -13,6 +13,7 @@ from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, holds_only, replaced_folder
 from ds_roberta.model.encoder import RobertaModel
+from ds_roberta.model.finite import first_not_finite, is_finite
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.transformers_folder import check_tokenizer
 
@@ -21,6 +22,8 @@ CARD_SIGNATURE = "pretrained with ds_roberta"
 PARITY_TOLERANCE = 1e-6
 """Largest difference of float64 logits between our model and transformers' that still counts as the same model, as a
 share of the largest logit (or of 1, where all are smaller): rounding grows with the numbers."""
+
+_DIVERGED = "the training has diverged, nothing was written; export an earlier checkpoint"
 
 
 ENCODER = "roberta."
@@ -78,20 +81,21 @@ def _has_head(weights: Mapping[str, torch.Tensor]) -> bool:
 def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_model: torch.nn.Module) -> float:
     """The largest difference between our logits and transformers', as a share, on random ids with padding.
 
-    Both compute in float64, which `hf_model` then is: in float32 sharp attention can enlarge the rounding of one
+    First transformers' are taken in fp32, as users take them: finite weights may be so large that they are not finite.
+    Then both compute in float64, which `hf_model` then is: in float32 sharp attention can enlarge the rounding of one
     machine beyond any tolerance.
 
     Without a masked-LM head hidden states are compared instead.
 
     Raises:
-        UserError: it is above `PARITY_TOLERANCE`, or not a number.
+        UserError: it is above `PARITY_TOLERANCE`, or not a number; or the fp32 logits are not finite.
     """
     ours = MaskedLM(config) if _has_head(weights) else RobertaModel(config)
     ours.load_state_dict(
         dict(weights) if _has_head(weights) else {name.removeprefix(ENCODER): weights[name] for name in weights}
     )
     ours.double().eval()
-    hf_model.double()
+    compared = "logits" if isinstance(ours, MaskedLM) else "hidden states"
     length = min(64, config.max_position_embeddings - config.pad_token_id - 1)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (2, length), generator=generator)
@@ -100,6 +104,10 @@ def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_mo
     input_ids[~attention_mask] = config.pad_token_id
     positions = attention_mask.flatten().nonzero().flatten()
     with torch.no_grad():
+        in_fp32 = hf_model(input_ids=input_ids, attention_mask=attention_mask)[0].flatten(0, 1)[positions]
+        if not is_finite(in_fp32):
+            raise UserError(f"the model's {compared} are not finite in fp32: {_DIVERGED}")
+        hf_model.double()
         if isinstance(ours, MaskedLM):
             mine = ours.logits(input_ids, attention_mask, positions)
         else:
@@ -107,7 +115,6 @@ def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_mo
         theirs = hf_model(input_ids=input_ids, attention_mask=attention_mask)[0].flatten(0, 1)[positions]
     difference = (mine - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
     if not difference <= PARITY_TOLERANCE:
-        compared = "logits" if isinstance(ours, MaskedLM) else "hidden states"
         raise UserError(
             f"the exported model's {compared} differ from the training model's by {difference:.3g} of the largest "
             f"(more than {PARITY_TOLERANCE:g}): nothing was written"
@@ -142,8 +149,11 @@ def export(
         The parity check's largest difference of logits, as a share.
 
     Raises:
-        UserError: the weights do not fit, the logits or the tokenizer differ, or the folder cannot be written.
+        UserError: the weights do not fit or are not finite, the logits are not or differ, the tokenizer differs, or the
+            folder cannot be written.
     """
+    if (name := first_not_finite(weights.items())) is not None:
+        raise UserError(f"{name!r} is not finite: {_DIVERGED}")
     transformers.utils.logging.disable_progress_bar()
     hf_model = to_transformers(config, weights)
     # Read back what was written: the check is of the files, not of the object they came from.

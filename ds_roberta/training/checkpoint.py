@@ -25,6 +25,7 @@ from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum
+from ds_roberta.model.finite import first_not_finite
 
 if TYPE_CHECKING:  # the format is read without DeepSpeed
     from ds_roberta.training.engine import Engine
@@ -96,7 +97,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise `UserError` unless every file of a checkpoint has the size and checksum that its manifest names."""
+    """Raise `UserError` unless all files have the sizes and checksums of the manifest, and all tensors are finite."""
     try:
         manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
         version = manifest["format_version"]
@@ -124,6 +125,12 @@ def verify(checkpoint: Path) -> None:
             raise UserError(f"the checkpoint file {str(path)!r} is damaged: the manifest has another size or checksum")
     if unlisted := {path.name for path in checkpoint.glob("state-*.safetensors")} - set(files):
         raise UserError(f"the manifest of the checkpoint {str(checkpoint)!r} does not name its file {min(unlisted)!r}")
+    key = first_not_finite((key, file.get_tensor(key)) for key, _, file in _stored(checkpoint))
+    if key is not None:
+        raise UserError(
+            f"the checkpoint {str(checkpoint)!r} is of a training that had diverged: {key!r} is not finite; go on from "
+            "an earlier one"
+        )
 
 
 def choose(resume: str, folder: Path) -> Path | None:

@@ -28,6 +28,7 @@ from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import exchange, honour_umask, mend_exchange, sync_directory, sync_file, write_json, write_text
+from ds_roberta.model.finite import first_not_finite
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
     FORMAT_VERSION,
@@ -39,6 +40,7 @@ from ds_roberta.training.checkpoint import (
     saved_steps,
     step_folder,
 )
+from ds_roberta.training.guard import LossSpike
 
 if TYPE_CHECKING:  # the format is written without DeepSpeed
     from ds_roberta.training.engine import Engine
@@ -113,11 +115,14 @@ class CheckpointWriter:
 
         Raises:
             UserError: this or the save before could not be written (a full disk, for example).
+            LossSpike: something of it is not finite, so that nothing is written.
         """
         self.finish()
         target = step_folder(self._folder, state.global_step)
-        self._ranks.on_main(lambda: begin(target))
         state, tensors = deepcopy(state), own_tensors(self._engine)
+        for key in filter(None, self._ranks.gather(first_not_finite(tensors.items()))):
+            raise LossSpike(f"{key!r} after step {state.global_step} is not finite", state.global_step)
+        self._ranks.on_main(lambda: begin(target))
         share = self._thread.submit(self._write_share, state, tensors, temporary_folder(target))
         self._in_flight = _Save(state, target, share)
         return target

@@ -10,8 +10,7 @@ stage and precision:
 * Reduction is in fp32 (`DeepSpeedConfig.resolved`).
 
 The loss of a step is the sum over its masked tokens divided by their global number, so each micro-step's sum is divided
-by that number; DeepSpeed averages over processes, which the factor `world_size` takes back. Pairs add the mean of their
-losses over the batch's sequences: one weighs as much as all masked tokens of a sequence on average.
+by that number; DeepSpeed averages over processes, which the factor `world_size` takes back.
 
 In fp16 both factors are applied once a step to the fp32 sums: within the backward pass of a batch of 8,192 sequences
 they would leave a masked token a weight of about 1e-6, times the loss scale. Measured on three layers of width 128
@@ -25,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ from torch import nn
 from ds_roberta.data.hashing import derive_key
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.distributed import Ranks
-from ds_roberta.errors import UserError
+from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import sync_file
 from ds_roberta.model.objectives import Objective
 from ds_roberta.training.batch import BatchPlan
@@ -62,7 +62,10 @@ _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the optimizer did: `skipped` where fp16 overflowed; `loss_scale` is 1 without fp16."""
+    """What the optimizer did: `skipped` where fp16's loss scale made the gradient overflow and nothing was updated.
+
+    `grad_norm` is the 2-norm before clipping, infinite where it is not finite; `loss_scale` is 1 without fp16.
+    """
 
     grad_norm: float
     skipped: bool
@@ -95,8 +98,7 @@ class Engine:
             parameter.grad_dtype = torch.float32
         if self.deepspeed.fp16_enabled():
             self._stop_where_skipping_is_no_help()
-        # Adam's moments exist only after a first update. With it behind us, a fresh start and a resumed one go the same
-        # way, and memory is measured with all that training needs.
+        # Adam's moments exist only after a first update: with it, fresh and resumed runs go the same way.
         nothing = torch.empty(0, dtype=torch.int64)
         pairs = nothing if model.is_paired else None
         self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0, pairs))
@@ -196,10 +198,8 @@ class Engine:
             def call(*arguments: Any, **keywords: Any) -> None:
                 try:
                     write(*arguments, **keywords)
-                except OSError as error:
-                    problems.append(str(error))
-                except RuntimeError as error:  # torch's words for a full disk are "unexpected pos"
-                    problems.append(f"{error} (is the disk full?)")
+                except (OSError, RuntimeError) as error:  # torch's for a full disk
+                    problems.append(disk_refusal(error) or str(error))
 
             return call
 
@@ -311,20 +311,24 @@ class Engine:
         candidates = ((getattr(p, "grad_accum", None), p.grad) for p in self.module.parameters())
         return [gradient for pair in candidates for gradient in pair if gradient is not None]
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Apply the optimizer to the accumulated gradient.
+    def step(self, learning_rate: float, loss: float = 0.0) -> StepResult:
+        """Apply the optimizer to the accumulated gradient, which is then gone; one that is not finite is discarded.
+
+        Args:
+            loss: the step's, the same on all ranks; where it is not finite, the loss scale is not to blame.
 
         Raises:
             UserError: the gradient overflows in fp16 and the loss scale cannot become smaller.
         """
+        self._loss_is_finite = math.isfinite(loss)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         grad_norm = self._unpartitioned_grad_norm() if self.zero_stage == 0 else None
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.deepspeed.step()
-        if grad_norm is None:
-            grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(grad_norm, bool(getattr(self.deepspeed.optimizer, "overflow", False)), self.loss_scale)
+        grad_norm = float(self.deepspeed.get_global_grad_norm()) if grad_norm is None else grad_norm
+        skipped = self.deepspeed.fp16_enabled() and self._loss_is_finite and self.deepspeed.optimizer.overflow
+        return StepResult(grad_norm, skipped, self.loss_scale)
 
     @property
     def loss_scale(self) -> float:
@@ -340,6 +344,8 @@ class Engine:
         scaler, update_scale = optimizer.loss_scaler, optimizer._update_scale
 
         def update_or_stop(overflow: bool) -> None:
+            if not self._loss_is_finite:
+                return
             if overflow and not self._loss_scale_can_fall:
                 floor = "at its floor (fp16.min_loss_scale)" if scaler.dynamic else "fixed (fp16.loss_scale)"
                 names = self._non_finite_gradients()

@@ -15,7 +15,21 @@ _DEVIATIONS_TO_SIGMA = 1.4826
 
 
 class LossSpike(UserError):
-    """A step's loss lies far above those before it; nothing of the step is saved."""
+    """A loss lies far above those before it, or numbers of the training are not finite; nothing of the step is saved.
+
+    Attributes:
+        problem: the message without the remedy, which a rollback does not need.
+        step: the number of the step whose data are the last drawn, counted from 1.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        step: int,
+        remedy: str = ": lower the learning rate or warm up longer, and resume from the last checkpoint",
+    ):
+        super().__init__(problem + remedy)
+        self.problem, self.step = problem, step
 
 
 def spike_limit(recent_losses: Sequence[float], threshold: float) -> float:

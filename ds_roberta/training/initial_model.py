@@ -17,6 +17,7 @@ from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
+from ds_roberta.model.finite import first_not_finite
 from ds_roberta.model.objectives import Objective
 from ds_roberta.model.resize import (
     POSITION_EMBEDDINGS,
@@ -136,9 +137,8 @@ class InitialModel:
             UserError: the weights cannot be read, are not finite, or do not fit.
         """
         weights, told = self._weights(), [f"the weights are those in {self.folder}"]
-        for name, weight in weights.items():
-            if not bool(weight.isfinite().all()):
-                raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
+        if (name := first_not_finite(weights.items())) is not None:
+            raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
         if self._other_token(corpus):
             old = training_tokenizer(self.tokenizer_folder)
             new = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)

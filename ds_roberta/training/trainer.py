@@ -87,13 +87,13 @@ class Trainer:
             while True:
                 try:
                     complete = self._take_steps()
-                    break
+                    self.save()
+                    return complete
                 except LossSpike as spike:
+                    self._writer.finish()
                     if self.config.guard.loss_spike != "rollback":
                         raise
                     self._roll_back(spike)
-            self.save()
-        return complete
 
     def _take_steps(self) -> bool:
         """Go on from the state's step to `max_steps` and its evaluation; whether no request to stop broke this off."""
@@ -148,9 +148,9 @@ class Trainer:
             The step's row of metrics, or None where the processes agreed to stop: the step is then as if never begun.
 
         Raises:
-            UserError: the loss or the gradient is not finite (in fp16, such a gradient skips the step instead).
-            LossSpike: the loss is a spike, or with "rollback" one of these is not finite; the state is as before, the
-                engine is not.
+            LossSpike: the loss is a spike, or it or the gradient is not finite (in fp16, such a gradient of a finite
+                loss skips the step instead); the state is as before, the engine is not.
+            UserError: in fp16 the gradient overflows and the loss scale cannot become smaller.
         """
         self._enter_stage()
         state, waited = self.state, time.perf_counter() - began
@@ -172,8 +172,6 @@ class Trainer:
                     micro_batch, masked, state.global_step, micro_step, last, pair_weight
                 )
                 self._progress.micro_step(micro_step, micro_steps, sums.tolist)
-        rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
-        result = self.engine.step(rate)
         loss_sum, *further_sums = self.ranks.sum(*sums.reshape(-1).tolist())
         loss = loss_sum / masked
         further = {}
@@ -183,6 +181,8 @@ class Trainer:
             nsp_loss, nsp_accuracy = (each / sequences for each in further_sums)
             further = {"mlm_loss": loss, "nsp_loss": nsp_loss, "nsp_accuracy": nsp_accuracy}
             loss += nsp_loss
+        rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
+        result = self.engine.step(rate, loss)
         self._check_loss(loss, result)
         state.recent_losses = remember(state.recent_losses, loss)
         state.global_step += 1
@@ -233,28 +233,23 @@ class Trainer:
         return evaluated
 
     def _check_loss(self, loss: float, result: StepResult) -> None:
-        """Judge the step just taken; raise as `train_step` says, or count and report a spike."""
-        state, guard = self.state, self.config.guard
-        if not (result.skipped or (math.isfinite(loss) and math.isfinite(result.grad_norm))):
+        """Judge the step just taken; raise `LossSpike` as `train_step` says, or count and report a spike."""
+        state, guard, step = self.state, self.config.guard, self.state.global_step + 1
+        if not math.isfinite(loss) or not (result.skipped or math.isfinite(result.grad_norm)):
             numbers = f"the loss ({loss}) or the gradient norm ({result.grad_norm})"
-            problem = f"{numbers} of step {state.global_step + 1} is not finite"
-            if guard.loss_spike == "rollback":
-                raise LossSpike(problem)
-            raise UserError(
-                f"{problem}: lower the learning rate or warm up longer, and resume from the last checkpoint"
-            )
+            raise LossSpike(f"{numbers} of step {step} is not finite", step)
         if guard.loss_spike_threshold is None:
             return
         limit = spike_limit(state.recent_losses, guard.loss_spike_threshold)
-        if not (math.isfinite(loss) and loss > limit):
+        if loss <= limit:
             return
-        problem = f"the loss of step {state.global_step + 1} is a spike: {loss:.4f}, above {limit:.4f}"
-        if guard.loss_spike == "rollback":
-            raise LossSpike(problem)
-        if guard.loss_spike == "stop":
+        problem = f"the loss of step {step} is a spike: {loss:.4f}, above {limit:.4f}"
+        if guard.loss_spike != "warn":
             raise LossSpike(
-                f"{problem}; nothing of it is saved: go on from the last checkpoint with --loss_spike rollback, which "
-                "leaves these data out, or with a lower learning rate"
+                problem,
+                step,
+                "; nothing of it is saved: go on from the last checkpoint with --loss_spike rollback, which leaves "
+                "these data out, or with a lower learning rate",
             )
         state.loss_spikes += 1
         self._progress.say(problem)
@@ -265,24 +260,26 @@ class Trainer:
         This is saved at once, so that a run which is broken off leaves out the same.
 
         Raises:
-            UserError: there is no checkpoint; or the run has been rolled back to it before.
+            UserError: there is no checkpoint; or it is no cure: the run has been rolled back to it before, or began so.
         """
         folder = self.config.output_dir / CHECKPOINTS_FOLDER
         path = self.ranks.on_main(lambda: checkpoint.choose("auto", folder) or self.last_checkpoint)
         if path is None:
-            raise UserError(f"{spike}; there is no checkpoint to go back to")
+            raise UserError(f"{spike.problem}; there is no checkpoint to go back to")
         spiked, skipped = self.state, self._skipped
         self.state = checkpoint.load(self.engine, path)
         self.state.identity = spiked.identity
         step = self.state.global_step
         if any(entry.global_step == step for entry in self._skipped):
-            raise UserError(f"{spike}; it is the second one since step {step}: leaving out data does not help")
-        skipped = skip(self.loader.stages, step, self._skipped, spiked.global_step + 1, skipped)
+            raise UserError(f"{spike.problem}; it is the second one since step {step}: leaving out data does not help")
+        if spike.step == step:
+            raise UserError(f"{spike.problem}, as {str(path)!r} left it: go on from an earlier one, by --resume")
+        skipped = skip(self.loader.stages, step, self._skipped, spike.step, skipped)
         self.state.skipped_places = [asdict(entry) for entry in skipped]
         self.state.loss_spikes = spiked.loss_spikes + 1
         self.last_checkpoint = path
         self._progress.restart(step)
-        self._progress.say(f"{spike}: rolled back to {path}; the data since then are left out")
+        self._progress.say(f"{spike.problem}: rolled back to {path}; the data since then are left out")
         self._metrics = self._open_metrics()
         self.save()
 
@@ -293,6 +290,9 @@ class Trainer:
 
         Returns:
             Whether it was not broken off by a request to stop.
+
+        Raises:
+            LossSpike: the loss is not finite: the model is of no use, whatever the loss of training says.
         """
         if self._held_out is None:
             return True
@@ -301,6 +301,10 @@ class Trainer:
             return False
         loss, perplexity, *further = result
         state = self.state
+        if not math.isfinite(loss):
+            raise LossSpike(
+                f"the held-out loss ({loss}) after step {state.global_step} is not finite", state.global_step
+            )
         lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
         if state.global_step and loss < lowest:
             state.best_eval_loss, state.best_step = loss, state.global_step
@@ -330,14 +334,17 @@ class Trainer:
         self.engine.write_monitor(values, self.state.consumed_samples)
 
     def save(self) -> None:
-        """Begin to write a checkpoint unless this state has one; it is `last_checkpoint` when the writer is done."""
+        """Begin to write a checkpoint unless this state has one; it is `last_checkpoint` when the writer is done.
+
+        Raises:
+            LossSpike: a weight or a moment is not finite: the step's update was too large, whatever its loss was.
+        """
         state = self.state
         if self._saved_state == state:
             return
         state.loss_scaler = self.engine.loss_scaler_state
-        self._writer.finish()
+        self.last_checkpoint = self._writer.save(state)
         if self.config.save_deepspeed_checkpoint:
             folder = self.config.output_dir / deepspeed_checkpoint.FOLDER
             deepspeed_checkpoint.save(self.engine, state, folder, self.config.intervals.keep_last)
-        self.last_checkpoint = self._writer.save(state)
         self._saved_state = copy.deepcopy(state)

@@ -81,6 +81,32 @@ def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
     assert [path.name for path in (workspace / "model").iterdir()] == ["config.json"]
 
 
+def test_a_run_that_diverges_ends_with_its_finite_checkpoint_and_no_model(workspace):
+    arguments = (*SETTINGS, "--learning_rate", "1e20", "--warmup_steps", "0", "--save_interval", "1")
+    printed = pretrain(workspace, *arguments, "--output_dir", "runs/diverged", code=2)
+    assert printed.splitlines()[-1].startswith(
+        "error: the loss (nan) or the gradient norm (inf) of step 2 is not finite"
+    )
+    assert "Traceback" not in printed
+    output = workspace / "runs/diverged"
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["global_step1", "latest"]
+    exported = run(
+        *(
+            sys.executable,
+            REPOSITORY / "launch/export_hf.py",
+            "--checkpoint",
+            output,
+            "--output",
+            workspace / "model_of_it",
+        ),
+        cwd=workspace,
+        code=2,
+    )
+    assert "the model's logits are not finite in fp32: the training has diverged, nothing was written" in exported
+    assert not (workspace / "model_of_it").exists()
+
+
 def test_length_and_batch_follow_their_schedules(workspace):
     arguments = (*SETTINGS, "--output_dir", "runs/staged", "--train_batch_size_schedule", "0:8,2:24")
     printed = pretrain(workspace, *arguments, "--max_seq_length_schedule", "0:32,3:64")

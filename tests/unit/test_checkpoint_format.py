@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_engine import IDENTITY, FakeEngine, equal
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
@@ -132,6 +133,23 @@ def test_weights_that_the_manifest_does_not_name_are_noticed(tmp_path, save):
     shutil.copy(path / "state-00000-of-00002.safetensors", path / "state-00000-of-00001.safetensors")
     with pytest.raises(UserError, match=r"does not name its file 'state-00000-of-00001.safetensors'"):
         checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["weight.0.bias", "exp_avg_sq.0.bias"])
+def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, save, key, value):
+    """As an earlier version could write one: its checksums are right."""
+    earlier, path = save(tmp_path, 2), save(tmp_path, 3)
+    (file,) = (file for file in path.glob("state-*.safetensors") if key in load_file(file))
+    tensors = load_file(file)
+    tensors[key][-1] = value
+    save_file(tensors, file)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][file.name] = checkpoint.file_entry(file)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"diverged: '{key}' is not finite; go on from an earlier one"):
+        checkpoint.choose(str(path), tmp_path)
+    assert checkpoint.choose("auto", tmp_path) == earlier
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"format_version": 1}', '{"format_version": 1, "files": 3}'])

@@ -1,6 +1,8 @@
 """Writing while training goes on: what is copied, when it is complete, and what is left where it cannot be."""
 
 import errno
+import itertools
+import math
 import os
 import resource
 import shutil
@@ -8,12 +10,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from fake_engine import IDENTITY, FakeEngine, equal
 
 from ds_roberta.errors import UserError
 from ds_roberta.training import checkpoint, checkpoint_writer
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention, mend
+from ds_roberta.training.guard import LossSpike
 
 KEEP_ALL = Retention(10)
 
@@ -44,13 +48,14 @@ def gate(monkeypatch):
     """Holds the threads of the named ranks before they write, until it is opened."""
 
     class Gate:
-        ranks, opened = (), threading.Event()
+        ranks, opened, passed = (), threading.Event(), threading.Event()
 
     write = checkpoint_writer.safetensors.torch.save_file
 
     def held(tensors, path):
         if int(path.name[6:11]) in Gate.ranks:
-            assert Gate.opened.wait(timeout=20)
+            Gate.opened.wait(timeout=20)
+            Gate.passed.set()
         write(tensors, path)
 
     monkeypatch.setattr(checkpoint_writer.safetensors.torch, "save_file", held)
@@ -116,12 +121,21 @@ def test_it_is_complete_at_the_first_poll_after_that(writer_of, solo_ranks):
     assert solo_ranks.messages[-1] == f"saved {path}"
 
 
-def test_the_next_save_waits_for_the_one_in_flight(writer_of, solo_ranks):
+def test_the_next_save_waits_for_the_one_in_flight(writer_of, solo_ranks, gate, monkeypatch):
+    gate.ranks, happened = (0,), []
+    for name in ("begin", "put_in_place"):
+        function = getattr(checkpoint_writer, name)
+        monkeypatch.setattr(
+            checkpoint_writer,
+            name,
+            lambda target, name=name, function=function: (happened.append((name, target.name)), function(target)),
+        )
+    threading.Timer(0.3, gate.opened.set).start()
     with writer_of(FakeEngine(solo_ranks)) as writer:
         first = writer.save(TrainState(IDENTITY, 1))
         second = writer.save(TrainState(IDENTITY, 2))
         checkpoint.verify(first)
-        assert not second.exists() or (second.parent / "latest").read_text() == "global_step2\n"
+    assert happened == [(name, f"global_step{step}") for step in (1, 2) for name in ("begin", "put_in_place")]
     assert (second.parent / "latest").read_text() == "global_step2\n"
 
 
@@ -158,7 +172,11 @@ def test_an_interrupt_waits_for_nothing(tmp_path, writer_of, solo_ranks, gate):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_run()
+    assert not gate.passed.is_set()
     gate.opened.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint"):
+            thread.join()
     assert not (tmp_path / "run/global_step1").exists()
 
 
@@ -196,22 +214,68 @@ def test_no_checkpoint_appears_where_a_process_could_not_write(
     checkpoint.verify(folder / "global_step1")
 
 
-@pytest.mark.parametrize("function", ["write_json", "sync_file", "sync_directory", "name_in"])
+@pytest.mark.parametrize(
+    ("function", "call", "newest"),
+    [
+        ("write_json", 0, 1),  # the state
+        ("write_json", 1, 1),  # the manifest
+        ("sync_file", 0, 1),
+        ("sync_file", 2, 1),
+        ("sync_directory", 0, 1),
+        ("name_in", 0, 2),  # it has its name by then
+    ],
+)
 def test_a_disk_that_is_full_at_any_point_is_one_error_on_all_processes(
-    run, writer_of, on_ranks, monkeypatch, function
+    run, writer_of, on_ranks, monkeypatch, function, call, newest
 ):
     folder, save = run
     save(1)
-    monkeypatch.setattr(checkpoint_writer, function, full)
+    calls, original = itertools.count(), getattr(checkpoint_writer, function)
+    monkeypatch.setattr(
+        checkpoint_writer, function, lambda *arguments: full() if next(calls) >= call else original(*arguments)
+    )
 
     def body(ranks):
         with writer_of(FakeEngine(ranks)) as writer:
             writer.save(TrainState(IDENTITY, 2))
 
     raise_on(on_ranks(2, body), "No space left")
-    assert checkpoint.choose("auto", folder).name in ("global_step1", "global_step2")
-    assert not [name for name in names(folder) if name.startswith(".")]
+    assert checkpoint.choose("auto", folder).name == f"global_step{newest}"
+    assert names(folder) == [*(f"global_step{step}" for step in range(1, newest + 1)), "latest"]
+    assert (folder / "latest").read_text() == "global_step1\n"
     checkpoint.verify(folder / "global_step1")
+
+
+@pytest.mark.parametrize("key", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_on_one_process_is_one_error_on_all_and_nothing_is_written(
+    run, writer_of, on_ranks, key, value
+):
+    folder, save = run
+    save(1)
+
+    def body(ranks):
+        engine = FakeEngine(ranks)
+        for parameter in engine.module.parameters():  # each is written by one process
+            engine.full_tensors(parameter)[key].view(-1)[-1] = value if ranks.rank == 1 else 0.0
+        with writer_of(engine) as writer:
+            writer.save(TrainState(IDENTITY, 2))
+
+    results = on_ranks(2, body)
+    assert [type(result) for result in results] == [LossSpike] * 2
+    assert str(results[0]) == str(results[1])
+    assert f"'{key}." in str(results[0])
+    assert "after step 2 is not finite" in str(results[0])
+    assert names(folder) == ["global_step1", "latest"]
+
+
+def test_the_largest_finite_numbers_are_saved(writer_of, solo_ranks):
+    engine = FakeEngine(solo_ranks)
+    for parameter in engine.module.parameters():
+        parameter.data.fill_(torch.finfo(torch.float32).max)
+    with writer_of(engine) as writer:
+        path = writer.save(TrainState(IDENTITY, 2))
+    checkpoint.verify(path)
 
 
 def test_files_that_may_not_grow_are_an_error_of_the_user(run, writer_of, solo_ranks):

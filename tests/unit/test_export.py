@@ -169,7 +169,15 @@ def test_large_logits_may_differ_by_their_rounding(tmp_path, weights, do_export)
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path, weights, do_export):
     weights["lm_head.bias"] = weights["lm_head.bias"].clone().fill_(float("nan"))
-    with pytest.raises(UserError, match="by nan"):
+    with pytest.raises(UserError, match=r"'lm_head.bias' is not finite: the training has diverged"):
+        do_export(tmp_path / "model")
+    assert_nothing_left(tmp_path)
+
+
+def test_finite_weights_of_a_model_whose_logits_are_not_are_refused(tmp_path, weights, do_export):
+    """In float64, in which the models are compared, they are finite."""
+    weights.update({name: weight * 1e18 for name, weight in weights.items() if name.endswith("dense.weight")})
+    with pytest.raises(UserError, match="the model's logits are not finite in fp32: the training has diverged"):
         do_export(tmp_path / "model")
     assert_nothing_left(tmp_path)
 

@@ -230,7 +230,7 @@ def test_the_setting_with_the_best_median_is_chosen_and_its_best_run():
         ({"recipe": Recipe(gradient_accumulation_steps=3)}, "batch of 16 cannot be divided.*multiple of 3"),
         ({"max_seq_length": 63}, "--max_seq_length 63 is more than the model's 62 positions"),
         ({"max_seq_length": 7}, "--max_seq_length must be at least 8, got 7"),
-        ({"settings": (Setting(1e30, 16),)}, "the loss is .* use a lower --learning_rate"),
+        ({"settings": (Setting(1e30, 16),)}, "the loss is nan in training at .* use a lower --learning_rate"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(config, changes, message):

@@ -93,7 +93,7 @@ class FakeEngine:
         spike = sum(self._spikes.get(place, 0.0) for place in places)
         return self.module.weight.detach().sum() * len(places) + 0.01 * noise + spike
 
-    def step(self, rate):
+    def step(self, rate, loss):
         self.module.weight.data -= rate * self._gradient
         self._gradient = 0.0
         self.applied_steps += 1

@@ -1,0 +1,229 @@
+"""Trainer's guards and counters on real engines: `torchrun --nproc_per_node N guards_worker.py CASES CORPUS FOLDER`.
+
+One engine of each ZeRO stage and precision takes many short runs, each from the same first checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from worker import BATCH, LENGTH, make, save, small_model
+
+from ds_roberta.config import GuardConfig, IntervalConfig, MaskingConfig, PackingConfig, RunConfig, ScheduleConfig
+from ds_roberta.data.loader import Collator
+from ds_roberta.data.masking import evaluation_masker
+from ds_roberta.data.packing import open_index
+from ds_roberta.data.shards import Corpus
+from ds_roberta.data.stages import make_stages
+from ds_roberta.distributed import Ranks, leave, set_up_logging
+from ds_roberta.errors import UserError
+from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.training import checkpoint, deepspeed_checkpoint, guard
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
+from ds_roberta.training.trainer import Trainer
+
+COMBINATIONS = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
+ALSO_RARE = ("0-fp32", "2-bf16", "3-fp16")
+POLICIES = ("off", "warn", "stop")
+STEPS, SAVE_INTERVAL, HURT_STEP = 4, 2, 2
+FP16 = {"enabled": True, "initial_scale_power": 12, "hysteresis": 1}
+IDENTITY = {"packing": {"max_seq_length": LENGTH}}
+
+
+class Lab:
+    """Runs of one engine, in which something goes wrong once."""
+
+    def __init__(self, ranks: Ranks, corpus: Corpus, folder: Path, stage: int, precision: str):
+        self.ranks, self.corpus, self.folder = ranks, corpus, folder
+        changes = {"fp16": FP16} if precision == "fp16" else {}
+        self.engine, self.loader = make(ranks, corpus, stage, precision, 6, dropout=0.1, **changes)
+        state = TrainState(IDENTITY, loss_scaler=self.engine.loss_scaler_state)
+        self.first = save(self.engine, corpus, folder / "first", state)
+
+    def run(self, name: str, hurt=contextlib.nullcontext, policy="warn", rate=1e-3, path: Path | None = None, **others):
+        """A run from the first checkpoint, or from `path`: how it ended, and what is left of it.
+
+        Args:
+            hurt: makes a context in which it goes wrong.
+            others: of `IntervalConfig` and `RunConfig`.
+        """
+        names = ("save_interval", "eval_interval", "keep_last")
+        intervals = {"save_interval": SAVE_INTERVAL, "eval_interval": STEPS, "keep_last": 9}
+        intervals |= {key: others.pop(key) for key in names if key in others}
+        config = RunConfig(
+            data_dir=self.corpus.folder,
+            output_dir=self.folder / name,
+            model_name="small",
+            model=small_model(self.corpus, 0.1),
+            packing=PackingConfig(LENGTH),
+            schedule=ScheduleConfig(STEPS, 0),
+            stages=make_stages(LENGTH, BATCH, None, None),
+            intervals=IntervalConfig(**intervals),
+            guard=GuardConfig(policy),
+            **others,
+        )
+        self.ranks.on_main(lambda: config.output_dir.mkdir(exist_ok=True))
+        state = checkpoint.load(self.engine, path or self.first)
+        tokenizer = self.corpus.manifest.tokenizer
+        packed = open_index(self.corpus, "train", PackingConfig(LENGTH))
+        collator = Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, LENGTH)
+        held_out = HeldOutLoss(collator, 8, 8, self.ranks)
+        trainer = Trainer(config, rate, self.engine, self.loader, held_out, state, path, 1e9)
+        error = None
+        try:
+            with hurt():
+                assert trainer.train()
+        except UserError as problem:
+            error = str(problem)
+        errors = self.ranks.gather(error)
+        assert errors == [error] * self.ranks.world_size
+        folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
+        saved = sorted(checkpoint.saved_steps(folder))
+        for step in saved if self.ranks.is_main else []:
+            checkpoint.verify(checkpoint.step_folder(folder, step))
+        self.ranks.barrier()
+        lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
+        return {
+            "error": error,
+            "saved": saved,
+            "hidden": [path.name for path in folder.glob(".*")],
+            "state": asdict(trainer.state),
+            "applied_steps": self.engine.applied_steps,
+            "steps": [row["global_step"] for row in rows],
+            "losses": [row["loss"] for row in rows],
+            "counted": [[row["skipped_steps"], row["loss_spikes"], row["loss_scale"]] for row in rows],
+        }
+
+    @contextlib.contextmanager
+    def patched(self, name: str, replacement):
+        original = getattr(self.engine, name)
+        setattr(self.engine, name, replacement(original))
+        try:
+            yield
+        finally:
+            setattr(self.engine, name, original)
+
+    def loss_times(self, factor: float, at_step: int = HURT_STEP):
+        """The loss of one micro-step on the last rank is multiplied, the first time that the run comes by."""
+        waiting = [self.ranks.rank == self.ranks.world_size - 1]
+
+        def replacement(forward_backward):
+            def changed(micro_batch, denominator, global_step, micro_step, *rest):
+                if global_step != at_step or micro_step != 0 or not waiting[0]:
+                    return forward_backward(micro_batch, denominator, global_step, micro_step, *rest)
+                waiting[0] = False
+                with self.patched("_loss_sum", lambda loss_sum: lambda batch: loss_sum(batch) * factor):
+                    return forward_backward(micro_batch, denominator, global_step, micro_step, *rest)
+
+            return changed
+
+        return self.patched("forward_backward", replacement)
+
+    @contextlib.contextmanager
+    def infinite_gradient(self, at_step: int = HURT_STEP):
+        """Of one parameter, on the last rank alone, while the loss stays finite; once."""
+        step, waiting = [0], [self.ranks.rank == self.ranks.world_size - 1]
+
+        def remember(forward_backward):
+            def changed(micro_batch, denominator, global_step, *rest):
+                step[0] = global_step
+                return forward_backward(micro_batch, denominator, global_step, *rest)
+
+            return changed
+
+        def hook(gradient):
+            if step[0] != at_step or not waiting[0]:
+                return gradient
+            waiting[0] = False
+            return torch.full_like(gradient, torch.inf)
+
+        handle = dict(self.engine.module.named_parameters())["lm_head.bias"].register_hook(hook)
+        with self.patched("forward_backward", remember):
+            yield
+        handle.remove()
+
+    def infinite_weight(self, at_step: int = HURT_STEP, key: str = "weight"):
+        """After one step's update one number of one parameter is infinite; once."""
+        calls = []
+
+        def replacement(step):
+            def changed(*arguments):
+                result = step(*arguments)
+                calls.append(1)
+                if len(calls) == at_step + 1:
+                    parameter = dict(self.engine.module.named_parameters())["lm_head.bias"]
+                    tensors = {name: value.clone() for name, value in self.engine.full_tensors(parameter).items()}
+                    tensors[key][-1] = torch.inf
+                    self.engine.set_tensors(parameter, tensors)
+                return result
+
+            return changed
+
+        return self.patched("step", replacement)
+
+    def nan_held_out_loss(self, call: int):
+        """Of the evaluation of that number, counted from 0."""
+        calls = []
+
+        def replacement(evaluate):
+            def changed(micro_batch):
+                calls.append(1)
+                return math.nan if len(calls) == call + 1 else evaluate(micro_batch)
+
+            return changed
+
+        return self.patched("evaluate", replacement)
+
+
+def guards(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """At every stage and precision: what ends a run, what is rolled back, what is counted, and what is saved of it."""
+    guard.WINDOW = 2
+    findings = {}
+    for number, (stage, precision) in enumerate(COMBINATIONS):
+        name = f"{stage}-{precision}"
+        lab = Lab(ranks, corpus, ranks.broadcast(folder / name), stage, precision)
+        found = {"diverged": lab.run("diverged", rate=1e20, save_interval=1)}
+        policy = POLICIES[number % len(POLICIES)]
+        found["nan"] = lab.run("nan", partial(lab.loss_times, math.nan), policy)
+        found["rollback"] = lab.run("rollback", partial(lab.loss_times, math.nan), "rollback")
+        found["gradient"] = lab.run("gradient", lab.infinite_gradient)
+        if name in ALSO_RARE:
+            found |= rare(lab)
+        findings[name] = found
+    if ranks.is_main:
+        (folder / "guards.json").write_text(json.dumps(findings))
+
+
+def rare(lab: Lab) -> dict:
+    """What depends little on stage and precision."""
+    found = {"resumed": lab.run("resumed", path=lab.folder / "rollback/checkpoints/global_step2", policy="rollback")}
+    final = [
+        checkpoint.weights(lab.folder / run / f"checkpoints/global_step{STEPS}") for run in ("rollback", "resumed")
+    ]
+    found["resumed"]["equal"] = all(torch.equal(value, final[1][key]) for key, value in final[0].items())
+    found["spike"] = lab.run("spike", partial(lab.loss_times, 1e3), "warn")
+    for key in ("weight", "exp_avg_sq"):
+        hurt = partial(lab.infinite_weight, key=key)
+        found[key] = lab.run(key, hurt, save_interval=1, save_deepspeed_checkpoint=True)
+        theirs = lab.folder / key / deepspeed_checkpoint.FOLDER
+        found[key]["deepspeed"] = sorted(checkpoint.saved_steps(theirs))
+    found["weight rollback"] = lab.run("weight-back", lab.infinite_weight, "rollback", save_interval=1)
+    found["held-out"] = lab.run("held-out", partial(lab.nan_held_out_loss, 2), eval_interval=2)
+    return found
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    _, corpus_folder, output = sys.argv[1:]
+    all_ranks = init_distributed()
+    if not on_gpu():
+        get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
+    guards(all_ranks, Corpus.open(corpus_folder), Path(output))
+    leave(0)

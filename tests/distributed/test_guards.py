@@ -1,0 +1,102 @@
+"""What the trainer promises of numbers that are not finite, with real engines at every ZeRO stage and precision."""
+
+from pathlib import Path
+
+import pytest
+from groups import run_group
+
+COMBINATIONS = ["0-fp32", *(f"{stage}-{precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
+RARE = ("0-fp32", "2-bf16", "3-fp16")
+LOST = "lower the learning rate or warm up longer, and resume from the last checkpoint"
+
+
+@pytest.fixture(scope="module")
+def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Runs of two processes, 4 steps each, saved every 2; what goes wrong does so in the third, on rank 1."""
+    output = tmp_path_factory.mktemp("findings")
+    worker = Path(__file__).with_name("guards_worker.py")
+    return run_group(2, "guards", corpus_folder, output, worker=worker)["guards"]
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_run_that_diverges_ends_and_keeps_its_last_finite_checkpoint(findings, name):
+    found = findings[name]["diverged"]
+    assert f"of step 2 is not finite: {LOST}" in found["error"]
+    assert found["saved"] == [1]  # and verified to be finite
+    assert found["state"]["global_step"] == 1
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_loss_that_is_no_number_ends_a_run_that_does_not_roll_back(findings, name):
+    found = findings[name]["nan"]
+    assert found["error"].startswith("the loss (nan) or the gradient norm (")
+    assert found["error"].endswith(f"of step 3 is not finite: {LOST}")
+    assert (found["saved"], found["steps"], found["hidden"]) == ([2], [1, 2], [])
+    assert found["state"]["skipped_steps"] == 0  # in fp16 too, where it is no overflow that a lower scale cures
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_run_that_rolls_back_leaves_out_the_data_of_such_a_loss(findings, name):
+    found = findings[name]["rollback"]
+    assert (found["error"], found["saved"], found["steps"]) == (None, [2, 4], [1, 2, 3, 4])
+    assert found["applied_steps"] == 4
+    state = found["state"]
+    assert (state["loss_spikes"], state["skipped_steps"], state["consumed_samples"]) == (1, 0, 4 * 22)
+    (places,) = state["skipped_places"]
+    assert (places["global_step"], places["first_place"], places["end_place"]) == (2, 2 * 22, 3 * 22)
+    scale = 2.0**12 if name.endswith("fp16") else 1.0
+    assert found["counted"] == [[0, 0, scale]] * 2 + [[0, 1, scale]] * 2
+    assert state["best_step"] == 4
+    assert state["recent_losses"] == found["losses"][-2:]
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_gradient_that_is_not_finite_is_skipped_in_fp16_alone(findings, name):
+    found = findings[name]["gradient"]
+    if name.endswith("fp16"):
+        assert (found["error"], found["saved"]) == (None, [2, 4])
+        assert found["counted"] == [[0, 0, 2.0**12]] * 2 + [[1, 0, 2.0**11]] * 2
+        assert found["state"]["loss_scaler"]["cur_scale"] == 2.0**11
+        assert (found["state"]["global_step"], found["applied_steps"]) == (4, 3)
+    else:
+        assert "or the gradient norm (inf) of step 3 is not finite" in found["error"]
+        assert (found["saved"], found["steps"]) == ([2], [1, 2])
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_run_that_was_rolled_back_and_resumed_is_bit_identical(findings, name):
+    unbroken, found = findings[name]["rollback"], findings[name]["resumed"]
+    assert found["equal"]
+    assert found["losses"] == unbroken["losses"][2:]
+    assert found["state"] == unbroken["state"]
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_finite_spike_is_counted(findings, name):
+    found = findings[name]["spike"]
+    assert (found["error"], found["saved"]) == (None, [2, 4])
+    assert [spikes for _, spikes, _ in found["counted"]] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("key", ["weight", "exp_avg_sq"])
+@pytest.mark.parametrize("name", RARE)
+def test_what_is_not_finite_is_never_saved(findings, name, key):
+    """It became so in the update of step 3, whose loss was finite."""
+    found = findings[name][key]
+    assert found["error"] == f"'{key}.lm_head.bias' after step 3 is not finite: {LOST}"
+    assert (found["saved"], found["deepspeed"], found["hidden"]) == ([1, 2], [1, 2], [])
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_weight_that_is_not_finite_is_rolled_back(findings, name):
+    found = findings[name]["weight rollback"]
+    assert (found["error"], found["saved"], found["steps"]) == (None, [1, 2, 3, 4], [1, 2, 3, 4])
+    (places,) = found["state"]["skipped_places"]
+    assert (places["first_place"], places["end_place"]) == (2 * 22, 3 * 22)
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(findings, name):
+    found = findings[name]["held-out"]
+    assert f"the held-out loss (nan) after step 4 is not finite: {LOST}" in found["error"]
+    assert (found["saved"], found["state"]["best_step"]) == ([2], 2)
