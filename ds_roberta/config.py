@@ -316,6 +316,8 @@ class RunConfig:
     resume: str = "auto"
     save_deepspeed_checkpoint: bool = False
     torch_compile: str = "auto"
+    no_decay_bias_and_norm: bool = False
+    """Whether the JSON's weight decay leaves out biases and LayerNorms."""
     objective: str = "mlm"
     """Of `OBJECTIVES`: masked language modelling, or random token substitution."""
     init_from: Path | None = None

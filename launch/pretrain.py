@@ -93,6 +93,11 @@ def parse_arguments(words: Sequence[str] | None = None) -> PretrainOptions:
     add("train_batch_size", int, "overrides the JSON's")
     add("train_batch_size_schedule", str, "STEP:SIZE pairs, the last of the batch size, such as 0:1024,5000:8192")
     add("learning_rate", float, "overrides the JSON's peak")
+    parser.add_argument(
+        "--no_decay_bias_and_norm",
+        action="store_true",
+        help="the JSON's weight decay leaves out biases and LayerNorms (the paper's does not)",
+    )
     add("hidden_dropout_prob", float, "dropout of hidden states (default: 0.1, or as the model of --init_from had)")
     add("attention_probs_dropout_prob", float, "dropout of attention weights (default: the same)")
     add("rendezvous_timeout", float, "seconds for which processes wait for each other at the start")

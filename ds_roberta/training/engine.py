@@ -26,7 +26,6 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,8 @@ from ds_roberta.files import sync_file
 from ds_roberta.model.objectives import Objective
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.device import without_compiler
+from ds_roberta.training.step_result import StepResult
+from ds_roberta.training.weight_decay import Groups
 
 FP16_LOSS_UNIT = 4_096
 """Masked tokens by which the loss is divided within fp16's backward pass: about those of a micro-batch."""
@@ -60,26 +61,15 @@ _NAMES_SHOWN = 3
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What the optimizer did: `skipped` where fp16's loss scale made the gradient overflow and nothing was updated.
-
-    `grad_norm` is the 2-norm before clipping, infinite where it is not finite; `loss_scale` is 1 without fp16.
-    """
-
-    grad_norm: float
-    skipped: bool
-    loss_scale: float
-
-
 class Engine:
     """A model in a DeepSpeed engine, stepped once per global batch."""
 
-    def __init__(self, model: Objective, config: dict[str, Any], ranks: Ranks, seed: int):
+    def __init__(self, model: Objective, config: dict[str, Any], ranks: Ranks, seed: int, groups: Groups = None):
         """
         Args:
             config: from `DeepSpeedConfig.resolved`.
             seed: the run's; dropout derives from it.
+            groups: of the parameters, as torch's optimizers take them, where they differ.
 
         Raises:
             UserError: DeepSpeed refuses the configuration.
@@ -89,7 +79,7 @@ class Engine:
         try:
             # DeepSpeed prints memory figures to stdout.
             with contextlib.redirect_stdout(io.StringIO()), without_compiler():
-                self.deepspeed, *_ = deepspeed.initialize(model=model, config=config)
+                self.deepspeed, *_ = deepspeed.initialize(model=model, config=config, model_parameters=groups)
         except (ValueError, AssertionError) as error:
             raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
         self.device = torch.device(get_accelerator().current_device_name())
@@ -102,6 +92,7 @@ class Engine:
         nothing = torch.empty(0, dtype=torch.int64)
         pairs = nothing if model.is_paired else None
         self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0, pairs))
+        self._link_moments()
 
     @property
     def module(self) -> nn.Module:
@@ -223,7 +214,11 @@ class Engine:
             self.deepspeed.load_checkpoint(str(folder), tag=tag)
         except Exception as error:  # whatever pickle makes of a damaged file
             raise UserError(f"DeepSpeed cannot load the checkpoint {str(folder / tag)!r}: {error!r}") from error
-        if self.zero_stage in (1, 2):  # DeepSpeed forgets to link the moments that it loaded with their parameters
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """With their parameters: DeepSpeed forgets those that it loaded, and all groups' but the first."""
+        if self.zero_stage in (1, 2):
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -48,6 +48,7 @@ def initial_state(
         "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
         # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
         **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
+        "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before there was the option
         "decay_type": config.schedule.decay_type,
     }
     allowed = [] if allow_change is None else allow_change.split(",")

@@ -134,6 +134,7 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
         "optimizer": (*deepspeed, "optimizer", "type"),
         "peak learning rate": (*optimizer, "lr"),
         "weight decay": (*optimizer, "weight_decay"),
+        "biases and LayerNorms not decayed": ("run", "no_decay_bias_and_norm"),
         "shape of the learning rate": ("run", "schedule", "lr_scheduler_type"),
         "warm-up steps": ("run", "schedule", "warmup_steps"),
         "precision": ("precision",),

@@ -73,6 +73,7 @@ class PretrainOptions:
     allow_change: str | None = None
     train_batch_size: int | None = None
     learning_rate: float | None = None
+    no_decay_bias_and_norm: bool = False
     hidden_dropout_prob: float | None = None
     attention_probs_dropout_prob: float | None = None
     rendezvous_timeout: float = RENDEZVOUS_TIMEOUT
@@ -128,6 +129,7 @@ def run_config(
         resume=options.resume,
         save_deepspeed_checkpoint=options.save_deepspeed_checkpoint,
         torch_compile=options.torch_compile,
+        no_decay_bias_and_norm=options.no_decay_bias_and_norm,
         objective=options.objective,
     )
 

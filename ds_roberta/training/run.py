@@ -42,6 +42,7 @@ from ds_roberta.training.preemption import STOPPED_EXIT_CODE
 from ds_roberta.training.record import run_record
 from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.trainer import Trainer
+from ds_roberta.training.weight_decay import without_bias_and_norm
 
 if TYPE_CHECKING:
     from ds_roberta.training.initial_model import InitialModel
@@ -89,7 +90,8 @@ def pretrain(options: PretrainOptions) -> int:
     if initial_model is not None and checkpoint_path is None and deepspeed_path is None:
         for line in ranks.together(lambda: initial_model.initialize(model, config, corpus)):
             ranks.log(line)
-    engine = Engine(model, deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed)
+    groups = without_bias_and_norm(model) if config.no_decay_bias_and_norm else None
+    engine = Engine(model, deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed, groups)
     plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
     for stage, plan in zip(config.stages, plans, strict=True):
         begin = f"from step {stage.first_step}: " if stage.first_step else ""
@@ -167,6 +169,11 @@ def _read_inputs(
         initial_model = InitialModel.open(options.init_from)
     config = run_config(options, corpus, deepspeed_config.train_batch_size, on_gpu(), initial_model)
     _check_output_dir(config)
+    if config.no_decay_bias_and_norm and not deepspeed_config.content["optimizer"]["params"].get("weight_decay"):
+        raise UserError(
+            f"--no_decay_bias_and_norm does nothing: {deepspeed_config.source!r} has no optimizer.params.weight_decay "
+            "above 0: give one there, or remove the option"
+        )
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
     return deepspeed_config, corpus, config, choose_precision(deepspeed_config), initial_model

@@ -32,9 +32,10 @@ from ds_roberta.training.guard import LossSpike, remember, spike_limit
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
 from ds_roberta.training.preemption import StopRequest
 from ds_roberta.training.schedule import learning_rate
+from ds_roberta.training.step_result import StepResult
 
 if TYPE_CHECKING:  # the loop is tested without DeepSpeed
-    from ds_roberta.training.engine import Engine, StepResult
+    from ds_roberta.training.engine import Engine
 
 
 class Trainer:

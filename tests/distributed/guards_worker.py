@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from worker import BATCH, LENGTH, make, save, small_model
+from worker import BATCH, LENGTH, SEED, make, parameters, save, small_model, train
 
 from ds_roberta.config import GuardConfig, IntervalConfig, MaskingConfig, PackingConfig, RunConfig, ScheduleConfig
 from ds_roberta.data.loader import Collator
@@ -23,6 +23,7 @@ from ds_roberta.data.stages import make_stages
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.model.objectives import make_model
 from ds_roberta.training import checkpoint, deepspeed_checkpoint, guard
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
@@ -219,11 +220,51 @@ def rare(lab: Lab) -> dict:
     return found
 
 
+def weight_decay(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Three steps without decay of biases and LayerNorms, the third again from a checkpoint, against torch's AdamW."""
+    differences = {}
+    params = {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.5}
+    for stage in (0, 1, 2, 3):
+        changes = {"optimizer": {"type": "AdamW", "params": params}}
+        engine, loader = make(ranks, corpus, stage, "fp32", 6, decay_all=False, **changes)
+        torch.manual_seed(SEED)
+        plain = make_model(small_model(corpus, 0.0), "mlm", False).to(engine.device)
+        named = list(plain.named_parameters())
+        is_left_out = [name.endswith("bias") or "norm" in name.lower() for name, _ in named]
+        groups = [{"params": [p for (_, p), out in zip(named, is_left_out, strict=True) if not out]}]
+        groups += [{"params": [p for (_, p), out in zip(named, is_left_out, strict=True) if out], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, **{**params, "betas": tuple(params["betas"])})
+        for step in range(3):
+            micro_batches = loader.micro_batches(step)
+            (masked,) = ranks.sum(sum(len(batch.labels) for batch in micro_batches))
+            for batch in micro_batches:
+                (plain(*batch.to(engine.device).model_inputs) / masked).backward()
+            for parameter in plain.parameters():
+                torch.distributed.all_reduce(parameter.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        train(engine, loader, 0, 2)
+        path = save(engine, corpus, folder / f"decay-{stage}", TrainState(IDENTITY, global_step=2))
+        train(engine, loader, 2, 3)
+        final = parameters(engine)
+        checkpoint.load(engine, path)
+        train(engine, loader, 2, 3)
+        again = parameters(engine)
+        differences[stage] = {
+            "from torch": max(float(abs(p.detach().cpu().numpy() - final[name]).max()) for name, p in named),
+            "resumed": max(float(abs(again[name] - value).max()) for name, value in final.items()),
+        }
+    if ranks.is_main:
+        (folder / "weight_decay.json").write_text(json.dumps(differences))
+
+
 if __name__ == "__main__":
     set_up_logging()
-    _, corpus_folder, output = sys.argv[1:]
+    cases, corpus_folder, output = sys.argv[1:]
     all_ranks = init_distributed()
     if not on_gpu():
         get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
-    guards(all_ranks, Corpus.open(corpus_folder), Path(output))
+    for case in (guards, weight_decay):
+        if case.__name__ in cases.split(","):
+            case(all_ranks, Corpus.open(corpus_folder), Path(output))
     leave(0)

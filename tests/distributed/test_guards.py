@@ -15,7 +15,8 @@ def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     """Runs of two processes, 4 steps each, saved every 2; what goes wrong does so in the third, on rank 1."""
     output = tmp_path_factory.mktemp("findings")
     worker = Path(__file__).with_name("guards_worker.py")
-    return run_group(2, "guards", corpus_folder, output, worker=worker)["guards"]
+    found = run_group(2, "guards,weight_decay", corpus_folder, output, worker=worker)
+    return {**found["guards"], "weight_decay": found["weight_decay"]}
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -100,3 +101,11 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best(findings, name):
     found = findings[name]["held-out"]
     assert f"the held-out loss (nan) after step 4 is not finite: {LOST}" in found["error"]
     assert (found["saved"], found["state"]["best_step"]) == ([2], 2)
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_weight_decay_that_leaves_out_biases_and_norms_is_torchs_of_two_groups(findings, stage):
+    """Decay of all would move LayerNorms by 1.5e-3."""
+    found = findings["weight_decay"][stage]
+    assert found["from torch"] < 1e-4
+    assert found["resumed"] == 0.0

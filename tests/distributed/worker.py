@@ -34,6 +34,7 @@ from ds_roberta.training.compilation import compile_layers
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_size
+from ds_roberta.training.weight_decay import without_bias_and_norm
 
 SEED, BATCH = 3, 22  # 22 sequences: neither 3 nor 4 processes divide them
 LENGTH = int(os.environ["SEQUENCE_LENGTH"])
@@ -61,6 +62,7 @@ def make(
     dropout: float = 0.0,
     packing: PackingConfig = PackingConfig(LENGTH),  # noqa: B008 - it is frozen
     objective: str = "mlm",
+    decay_all: bool = True,
     **changes,
 ):
     """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them.
@@ -74,7 +76,9 @@ def make(
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
     model = make_model(small_model(corpus, dropout), objective, packing.is_paired)
-    engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED)
+    engine = Engine(
+        model, config.resolved(precision, on_gpu()), ranks, SEED, None if decay_all else without_bias_and_norm(model)
+    )
     plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
     packed = open_index(corpus, "train", packing)

@@ -83,14 +83,15 @@ def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
 
 def test_a_run_that_diverges_ends_with_its_finite_checkpoint_and_no_model(workspace):
     arguments = (*SETTINGS, "--learning_rate", "1e20", "--warmup_steps", "0", "--save_interval", "1")
-    printed = pretrain(workspace, *arguments, "--output_dir", "runs/diverged", code=2)
+    printed = pretrain(workspace, *arguments, "--no_decay_bias_and_norm", "--output_dir", "runs/diverged", code=2)
     assert printed.splitlines()[-1].startswith(
         "error: the loss (nan) or the gradient norm (inf) of step 2 is not finite"
     )
     assert "Traceback" not in printed
     output = workspace / "runs/diverged"
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert not (output / "hf").exists()
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["global_step1", "latest"]
+    assert json.loads((output / "config.json").read_text())["run"]["no_decay_bias_and_norm"] is True
     exported = run(
         *(
             sys.executable,
