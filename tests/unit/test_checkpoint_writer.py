@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import math
 import os
 import resource
 import shutil
@@ -10,14 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from fake_engine import IDENTITY, FakeEngine, equal
 
 from ds_roberta.errors import UserError
 from ds_roberta.training import checkpoint, checkpoint_writer
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention, mend
-from ds_roberta.training.guard import LossSpike
 
 KEEP_ALL = Retention(10)
 
@@ -244,38 +241,6 @@ def test_a_disk_that_is_full_at_any_point_is_one_error_on_all_processes(
     assert names(folder) == [*(f"global_step{step}" for step in range(1, newest + 1)), "latest"]
     assert (folder / "latest").read_text() == "global_step1\n"
     checkpoint.verify(folder / "global_step1")
-
-
-@pytest.mark.parametrize("key", ["weight", "exp_avg", "exp_avg_sq"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_on_one_process_is_one_error_on_all_and_nothing_is_written(
-    run, writer_of, on_ranks, key, value
-):
-    folder, save = run
-    save(1)
-
-    def body(ranks):
-        engine = FakeEngine(ranks)
-        for parameter in engine.module.parameters():  # each is written by one process
-            engine.full_tensors(parameter)[key].view(-1)[-1] = value if ranks.rank == 1 else 0.0
-        with writer_of(engine) as writer:
-            writer.save(TrainState(IDENTITY, 2))
-
-    results = on_ranks(2, body)
-    assert [type(result) for result in results] == [LossSpike] * 2
-    assert str(results[0]) == str(results[1])
-    assert f"'{key}." in str(results[0])
-    assert "after step 2 is not finite" in str(results[0])
-    assert names(folder) == ["global_step1", "latest"]
-
-
-def test_the_largest_finite_numbers_are_saved(writer_of, solo_ranks):
-    engine = FakeEngine(solo_ranks)
-    for parameter in engine.module.parameters():
-        parameter.data.fill_(torch.finfo(torch.float32).max)
-    with writer_of(engine) as writer:
-        path = writer.save(TrainState(IDENTITY, 2))
-    checkpoint.verify(path)
 
 
 def test_files_that_may_not_grow_are_an_error_of_the_user(run, writer_of, solo_ranks):
