@@ -37,7 +37,7 @@ from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_siz
 from ds_roberta.training.weight_decay import without_bias_and_norm
 
 SEED, BATCH = 3, 22  # 22 sequences: neither 3 nor 4 processes divide them
-LENGTH = int(os.environ["SEQUENCE_LENGTH"])
+LENGTH = int(os.environ.get("SEQUENCE_LENGTH", "32"))
 REPOSITORY = Path(__file__).parents[2]
 
 
