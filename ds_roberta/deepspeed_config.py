@@ -17,6 +17,7 @@ from ds_roberta.deepspeed_keys import AUTO, problems, taken
 from ds_roberta.errors import UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+_MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 
 _OPTIMIZER_TYPES = ("adam", "adamw")  # in any case, as DeepSpeed takes them
 _OTHERS = (
@@ -108,12 +109,12 @@ class DeepSpeedConfig:
         return precision
 
     def resolved(self, precision: str, on_gpu: bool) -> dict[str, Any]:
-        """The configuration that DeepSpeed is given: no "auto" left, gradients summed and reduced in fp32.
+        """The configuration that DeepSpeed is given: no "auto" left, gradients summed and reduced in fp32, no monitors.
 
         Batch sizes are set later (`Engine.set_batch`), when the micro-batch is known; DeepSpeed would also refuse a
         `train_batch_size` that the processes do not divide.
         """
-        content = copy.deepcopy(taken(self.content))
+        content = {key: value for key, value in copy.deepcopy(taken(self.content)).items() if key not in _MONITORS}
         del content["train_batch_size"]
         content["train_micro_batch_size_per_gpu"] = content["gradient_accumulation_steps"] = 1
         for name in ("fp16", "bf16"):
@@ -141,6 +142,12 @@ class DeepSpeedConfig:
                 "round the gradients, which are summed in fp32, to the weights' precision"
             ]
         return []
+
+    @property
+    def monitors(self) -> dict[str, dict[str, Any]]:
+        """The sections of the monitors that are switched on."""
+        sections = {name: self.content.get(name) or {} for name in _MONITORS}
+        return {name: section for name, section in sections.items() if section.get("enabled")}
 
     @property
     def _offloads_optimizer(self) -> bool:

@@ -95,6 +95,8 @@ class CheckpointWriter:
         self._retention, self._say = retention, say or self._ranks.log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: _Save | None = None
+        self.saved_step = 0
+        """Of the last checkpoint that this writer completed; 0 for none."""
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -142,6 +144,7 @@ class CheckpointWriter:
         entries = self._ranks.gather(save.share.result() if problem is None else {})
         problems = [text for text in self._ranks.gather(problem and str(problem)) if text is not None]
         self._ranks.on_main(lambda: self._complete(save, entries, problems))
+        self.saved_step = save.state.global_step
         self._say(f"saved {save.target}")
 
     def finish(self) -> None:

@@ -99,7 +99,7 @@ class Engine:
         return self.deepspeed.module
 
     def set_batch(self, plan: BatchPlan) -> None:
-        """Tell DeepSpeed the sizes of a step, by which its timers and monitors count."""
+        """Tell DeepSpeed the sizes of a step, by which its timers count."""
         self.deepspeed.set_train_micro_batch_size(plan.micro_batch_size)
         self.deepspeed.set_train_batch_size(plan.micro_batch_size * plan.accumulation_steps * plan.world_size)
 
@@ -378,11 +378,6 @@ class Engine:
             sums = self._loss_sum(micro_batch).tolist()
         self.deepspeed.train()
         return sums
-
-    def write_monitor(self, values: dict[str, float], consumed_samples: int) -> None:
-        """Send values to the monitors of the DeepSpeed JSON (TensorBoard, CSV, Weights & Biases)."""
-        if self.ranks.is_main and self.deepspeed.monitor.enabled:
-            self.deepspeed.monitor.write_events([(name, value, consumed_samples) for name, value in values.items()])
 
     def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         return self.deepspeed(*micro_batch.to(self.device).model_inputs)

@@ -45,6 +45,12 @@ class MetricsLog:
             with errors_of_the_disk(self._path, remedy=_REMEDY):
                 write_text(self._path, "".join(kept))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far."""
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
     @staticmethod
     def _is_past(row: dict[str, Any], global_step: int) -> bool:
         return row["global_step"] < global_step + ("eval_loss" not in row)

@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 
 
 def run_record(
-    config: RunConfig, engine: Engine, plans: list[BatchPlan], precision: str, compiled: bool, peak: Peak
+    config: RunConfig,
+    engine: Engine,
+    monitors: dict[str, Any],
+    plans: list[BatchPlan],
+    precision: str,
+    compiled: bool,
+    peak: Peak,
 ) -> dict[str, Any]:
     """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
     return {
         "run": config.as_json(),
         "deepspeed": engine.config,
+        "monitors": monitors,
         "batches": [asdict(plan) for plan in plans],
         "precision": precision,
         "compiled": compiled,

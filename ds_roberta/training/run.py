@@ -36,6 +36,7 @@ from ds_roberta.training.engine import Engine
 from ds_roberta.training.initial_state import initial_state
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
+from ds_roberta.training.monitors import Monitors, require_packages
 from ds_roberta.training.options import PretrainOptions, run_config
 from ds_roberta.training.peak import MEASURED, device_peak
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE
@@ -66,6 +67,7 @@ def pretrain(options: PretrainOptions) -> int:
     ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
     for note in deepspeed_config.notes:
         ranks.log(note)
+    ranks.on_main(lambda: require_packages(deepspeed_config.monitors))
     zero_stage = deepspeed_config.zero_stage
     compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
     chosen = (
@@ -78,6 +80,8 @@ def pretrain(options: PretrainOptions) -> int:
         config, corpus, deepspeed_config, precision, options.allow_change, initial_model, ranks
     )
     ranks.on_main(lambda: _make_output_dir(config.output_dir, state.best_step))
+    monitors = Monitors(config.output_dir, deepspeed_config.monitors, config.guard.loss_spike == "rollback")
+    ranks.on_main(lambda: monitors.open(ranks.log))
     train_data, held_out_data = _open_data(corpus, config, ranks)
     orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train_data.items()}
     for length, order in orders.items():
@@ -109,7 +113,8 @@ def pretrain(options: PretrainOptions) -> int:
     elif deepspeed_path is not None:
         deepspeed_checkpoint.load(engine, deepspeed_path, state)
     record = config.output_dir / CONFIG_NAME
-    ranks.on_main(lambda: write_json(record, run_record(config, engine, plans, precision, compiled, peak)))
+    settings = (deepspeed_config.monitors, plans, precision, compiled, peak)
+    ranks.on_main(lambda: write_json(record, run_record(config, engine, *settings)))
     tokenizer = corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":
@@ -144,8 +149,14 @@ def pretrain(options: PretrainOptions) -> int:
         state,
         checkpoint_path,
         peak.flops_per_second,
+        monitors,
     )
-    if not trainer.train():
+    complete = False
+    try:
+        complete = trainer.train()
+    finally:
+        monitors.close(complete)
+    if not complete:
         ranks.log("stopped on request; the same command goes on from here")
         return STOPPED_EXIT_CODE
     last = trainer.last_checkpoint

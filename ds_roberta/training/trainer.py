@@ -30,6 +30,7 @@ from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.guard import LossSpike, remember, spike_limit
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
+from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.preemption import StopRequest
 from ds_roberta.training.schedule import learning_rate
 from ds_roberta.training.step_result import StepResult
@@ -46,6 +47,7 @@ class Trainer:
         held_out: None where there is no validation split.
         last_checkpoint: the portable one that `state` is of; None for a fresh run.
         peak_flops: FLOP/s of one device at most.
+        monitors: as opened; who opened them closes them.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Trainer:
         state: TrainState,
         last_checkpoint: Path | None,
         peak_flops: float,
+        monitors: Monitors,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.ranks: Ranks = engine.ranks
@@ -67,8 +70,9 @@ class Trainer:
         self.last_checkpoint = last_checkpoint
         self._saved_state = copy.deepcopy(state) if last_checkpoint else None
         self._stop = StopRequest(self.ranks)
-        self._metrics = self._open_metrics()
+        self._monitors = monitors
         self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
+        self._metrics = self._open_metrics()
         self._writer = CheckpointWriter(
             engine,
             config.data_dir / TOKENIZER_FOLDER,
@@ -119,8 +123,14 @@ class Trainer:
         return complete
 
     def _open_metrics(self) -> MetricsLog:
-        """The run's log, which rank 0 writes, cut back to the state's step."""
-        return self.ranks.on_main(lambda: MetricsLog(self.config.output_dir, self.state.global_step))
+        """The run's log, which rank 0 writes, cut back to the state's step, as its monitors are."""
+
+        def open_metrics() -> MetricsLog:
+            metrics = MetricsLog(self.config.output_dir, self.state.global_step)
+            self._monitors.start(metrics, self.state.global_step, self._progress.say)
+            return metrics
+
+        return self.ranks.on_main(open_metrics)
 
     @property
     def _skipped(self) -> list[SkippedPlaces]:
@@ -226,6 +236,7 @@ class Trainer:
         """
         state, intervals = self.state, self.config.intervals
         self._writer.poll()
+        self._monitors.saved(self._writer.saved_step)
         due = state.global_step % intervals.eval_interval == 0 or state.global_step == self.config.schedule.max_steps
         evaluated = self.evaluate() if due else True
         is_best = state.best_step == state.global_step
@@ -326,13 +337,10 @@ class Trainer:
         return True
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write a row to `metrics.jsonl` and to DeepSpeed's monitors."""
+        """Write a row to `metrics.jsonl` and to the monitors."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self.ranks.on_main(lambda: self._metrics.write(finite))
-        values = {
-            f"Train/{name}": value for name, value in row.items() if name not in ("global_step", "consumed_samples")
-        }
-        self.engine.write_monitor(values, self.state.consumed_samples)
+        self._monitors.write(finite)
 
     def save(self) -> None:
         """Begin to write a checkpoint unless this state has one; it is `last_checkpoint` when the writer is done.

@@ -21,6 +21,7 @@ from ds_roberta.files import append_line
 from ds_roberta.model.flops import flops_per_token
 from ds_roberta.training import checkpoint, guard, metrics
 from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.trainer import Trainer
 
 STEPS, SAVE_INTERVAL, WINDOW = 60, 25, 8
@@ -105,9 +106,6 @@ class FakeEngine:
     def set_tensors(self, parameter, values):
         parameter.data.copy_(values["weight"])
 
-    def write_monitor(self, values, consumed_samples):
-        pass
-
 
 @pytest.fixture
 def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
@@ -136,7 +134,9 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         engine = FakeEngine(solo_ranks, dict.fromkeys(spikes, height), interrupted_at)
         path = checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
         state = TrainState({}) if path is None else checkpoint.load(engine, path)
-        return Trainer(config, 1e-3, engine, loader, None, state, path, PEAK_FLOPS)
+        return Trainer(
+            config, 1e-3, engine, loader, None, state, path, PEAK_FLOPS, Monitors(config.output_dir, {}, False)
+        )
 
     return make
 

@@ -1,0 +1,234 @@
+"""TensorBoard, CSV files and Weights & Biases, by the DeepSpeed JSON's own sections and at the places DeepSpeed uses.
+
+DeepSpeed itself is not given the sections: it would add series of its own, against a sample counter that begins again
+with every start. Here x is `global_step`, and a series has each step once. `metrics.jsonl` is the record: when a run
+starts, resumes or rolls back, every monitor is brought to what is left of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ds_roberta.errors import UserError
+from ds_roberta.files import append_line, atomic_path, errors_of_the_disk, write_json
+from ds_roberta.training.wandb_monitor import WandbMonitor
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from ds_roberta.training.metrics import MetricsLog
+
+Point = tuple[int, dict[str, float]]
+"""A step and values at it by their series' names."""
+
+RECORD_NAME = "monitors.json"
+"""In the run's folder: the id by which W&B and the monitors' folders know the run."""
+OWNER_NAME = ".run_id"
+"""In a monitor's folder: the id of the run that writes there."""
+_PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
+_FILES = {"tensorboard": "*tfevents*", "csv_monitor": "Train_*.csv"}
+
+
+def point(row: dict[str, Any]) -> Point:
+    """A row of `metrics.jsonl` as monitors show it; null, which stands for what is not finite, is NaN."""
+    values = {f"Train/{name}": math.nan if value is None else value for name, value in row.items()}
+    return int(values.pop("Train/global_step")), values
+
+
+def require_packages(sections: dict[str, Any]) -> None:
+    """Raise `UserError` where a monitor that is switched on cannot work here.
+
+    Args:
+        sections: `DeepSpeedConfig.monitors`.
+    """
+    if "comet" in sections:
+        raise UserError("comet is not supported: set comet.enabled to false, and wandb, tensorboard or csv_monitor on")
+    for section in sections.keys() & _PACKAGES.keys():
+        module, package = _PACKAGES[section]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"{section}.enabled is true, but {package} cannot be imported ({error}): pip install {package}, or set "
+                f"{section}.enabled to false"
+            ) from error
+
+
+class Monitor(Protocol):
+    def start(self, points: list[Point], global_step: int) -> None:
+        """Hold `points`, the run's so far, and nothing else; the next ones follow the step `global_step`."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def saved(self, global_step: int) -> None:
+        """Take note that no step up to `global_step` is taken back."""
+        return None
+
+    def close(self, complete: bool) -> None:
+        return None
+
+
+class Monitors:
+    """The monitors of a run on the rank that opened them; on the others every method does nothing.
+
+    One that fails while the run goes on (a full disk, a lost service) is left out until the next start, with a line.
+    """
+
+    def __init__(self, output_dir: Path, sections: dict[str, Any], may_roll_back: bool):
+        """
+        Args:
+            sections: `DeepSpeedConfig.monitors`.
+            may_roll_back: whether steps may be taken back while the run goes on.
+        """
+        self._output_dir, self._sections, self._may_roll_back = output_dir, sections, may_roll_back
+        self._open: dict[str, Monitor] = {}
+        self._say: Callable[[str], object] = print
+
+    def open(self, say: Callable[[str], object]) -> None:
+        """Take the folders and the W&B run.
+
+        Raises:
+            UserError: a folder cannot be written or is another run's; W&B is not logged in.
+        """
+        self._say = say
+        if not self._sections:
+            return
+        run_id = self._run_id()
+        for name, section in self._sections.items():
+            if name == "wandb":
+                monitor = WandbMonitor.open(section, run_id, self._may_roll_back, say)
+                if monitor is not None:
+                    self._open[name] = monitor
+            else:
+                # DeepSpeed's defaults: below the folder in which the run is started.
+                folder = Path(section.get("output_path", ""), section.get("job_name", "DeepSpeedJobName"))
+                _take_folder(folder, name, run_id)
+                self._open[name] = CsvMonitor(folder) if name == "csv_monitor" else TensorBoardMonitor(folder)
+
+    def start(self, metrics: MetricsLog, global_step: int, say: Callable[[str], object]) -> None:
+        """Bring every monitor to a log that stands at `global_step`; messages go to `say` from now on."""
+        self._say = say
+        if self._open:
+            points = [point(row) for row in metrics.rows()]
+            self._each(lambda monitor: monitor.start(points, global_step))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Show a row of `metrics.jsonl`."""
+        step, values = point(row)
+        self._each(lambda monitor: monitor.write(step, values))
+
+    def saved(self, global_step: int) -> None:
+        """Say that a checkpoint of `global_step` is complete: a rollback goes no further back."""
+        self._each(lambda monitor: monitor.saved(global_step))
+
+    def close(self, complete: bool) -> None:
+        """
+        Args:
+            complete: whether the run is; else its last step may yet get an evaluation.
+        """
+        self._each(lambda monitor: monitor.close(complete))
+        self._open = {}
+
+    def _each(self, call: Callable[[Monitor], None]) -> None:
+        for name, monitor in list(self._open.items()):
+            try:
+                call(monitor)
+            except Exception as error:  # whatever a library raises, a run of days must not end for it
+                del self._open[name]
+                self._say(f"{name} fails and is left out until the next start: {error!r}")
+
+    def _run_id(self) -> str:
+        path = self._output_dir / RECORD_NAME
+        if not path.exists():
+            with errors_of_the_disk(path):
+                write_json(path, {"run_id": secrets.token_hex(4)})
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(path)!r} is damaged: remove it, and the monitors begin a new run") from error
+
+
+def _take_folder(folder: Path, section: str, run_id: str) -> None:
+    """Make a monitor's folder this run's, or raise `UserError`."""
+    owner = folder / OWNER_NAME
+    with errors_of_the_disk(folder, remedy=f"change {section}.output_path"):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = owner.read_text(encoding="utf-8").strip() if owner.exists() else None
+        if found != run_id and any(folder.glob(_FILES[section])):
+            raise UserError(
+                f"{section} would mix two runs: {str(folder)!r} has the files of another; choose another "
+                f"{section}.job_name or output_path, or remove the folder"
+            )
+        with atomic_path(owner) as temporary:
+            temporary.write_text(run_id + "\n", encoding="utf-8")
+
+
+class CsvMonitor(Monitor):
+    """A file for each series, with the columns `global_step` and the series' own name."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._paths: dict[str, Path] = {}
+
+    def start(self, points: list[Point], global_step: int) -> None:
+        lines: dict[str, list[str]] = {}
+        for step, values in points:
+            for name, value in values.items():
+                lines.setdefault(name, []).append(f"{step},{value!r}")
+        self._paths = {name: self._begin(name, rows) for name, rows in lines.items()}
+        for path in set(self._folder.glob(_FILES["csv_monitor"])) - set(self._paths.values()):
+            path.unlink()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            line = f"{step},{value!r}"
+            if name in self._paths:
+                append_line(self._paths[name], line)
+            else:
+                self._paths[name] = self._begin(name, [line])
+
+    def _begin(self, name: str, lines: list[str]) -> Path:
+        path = self._folder / f"{name.replace('/', '_')}.csv"
+        with atomic_path(path) as temporary:
+            temporary.write_text("\n".join([f"global_step,{name.split('/')[-1]}", *lines, ""]), encoding="utf-8")
+        return path
+
+
+class TensorBoardMonitor(Monitor):
+    """Event files; those of a start hide what earlier ones hold from the step on that it begins with."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def start(self, points: list[Point], global_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.close(complete=False)
+        # The step that a run stands at is hidden, too: its evaluation is done again.
+        hide_from = global_step if any(self._folder.glob(_FILES["tensorboard"])) else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=hide_from)
+        for step, values in points:
+            if hide_from is None or step >= hide_from:
+                self._add(self._writer, step, values)
+        self._writer.flush()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        assert self._writer is not None
+        self._add(self._writer, step, values)
+        self._writer.flush()  # a kill loses what waits
+
+    def close(self, complete: bool) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    @staticmethod
+    def _add(writer: SummaryWriter, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
