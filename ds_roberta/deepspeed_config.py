@@ -17,7 +17,7 @@ from ds_roberta.deepspeed_keys import AUTO, problems, taken
 from ds_roberta.errors import UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-_MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
+_MONITORS = ("tensorboard", "csv_monitor", "wandb")
 
 _OPTIMIZER_TYPES = ("adam", "adamw")  # in any case, as DeepSpeed takes them
 _OTHERS = (

@@ -233,17 +233,20 @@ KEYS: Section = {
     "tensorboard": _MONITOR,
     "csv_monitor": _MONITOR,
     "wandb": {"enabled": _FLAG, "group": _TEXT_OR_NULL, "team": _TEXT_OR_NULL, "project": _TEXT},
-    "comet": {
-        "enabled": _FLAG,
-        "samples_log_interval": _COUNT,
-        "project": _TEXT_OR_NULL,
-        "workspace": _TEXT_OR_NULL,
-        "api_key": _TEXT_OR_NULL,
-        "experiment_name": _TEXT_OR_NULL,
-        "experiment_key": _TEXT_OR_NULL,
-        "online": Kind("be true, false or null", lambda value: value is None or isinstance(value, bool)),
-        "mode": _TEXT_OR_NULL,
-    },
+    "comet": NotTaken(
+        "use wandb, tensorboard or csv_monitor",
+        keys=(
+            "enabled",
+            "samples_log_interval",
+            "project",
+            "workspace",
+            "api_key",
+            "experiment_name",
+            "experiment_key",
+            "online",
+            "mode",
+        ),
+    ),
     "steps_per_print": NotTaken(f"{_IDLE}; --log_interval says how often a step's row is written"),
     "timers": {
         "throughput": {

@@ -47,8 +47,6 @@ def require_packages(sections: dict[str, Any]) -> None:
     Args:
         sections: `DeepSpeedConfig.monitors`.
     """
-    if "comet" in sections:
-        raise UserError("comet is not supported: set comet.enabled to false, and wandb, tensorboard or csv_monitor on")
     for section in sections.keys() & _PACKAGES.keys():
         module, package = _PACKAGES[section]
         try:

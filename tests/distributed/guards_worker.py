@@ -27,6 +27,7 @@ from ds_roberta.model.objectives import make_model
 from ds_roberta.training import checkpoint, deepspeed_checkpoint, guard
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
+from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.trainer import Trainer
 
 COMBINATIONS = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
@@ -75,7 +76,9 @@ class Lab:
         packed = open_index(self.corpus, "train", PackingConfig(LENGTH))
         collator = Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, LENGTH)
         held_out = HeldOutLoss(collator, 8, 8, self.ranks)
-        trainer = Trainer(config, rate, self.engine, self.loader, held_out, state, path, 1e9)
+        trainer = Trainer(
+            config, rate, self.engine, self.loader, held_out, state, path, 1e9, Monitors(config.output_dir, {}, False)
+        )
         error = None
         try:
             with hurt():

@@ -90,7 +90,6 @@ def test_offload_keeps_deepspeeds_own_adam(read_config):
         ("optimizer.params.beta", "betas"),
         ("tensorboard.ouput_path", "output_path"),
         ("wandb.projekt", "project"),
-        ("comet.work_space", "workspace"),
         ("FP16", "fp16"),
         ("zero_optimization.offload_optimizer.devise", "device"),
         ("zero_optimization.offload_param.pinmemory", "pin_memory"),
@@ -115,7 +114,7 @@ def test_a_section_must_be_an_object(read_config, section, value):
         read_config({section: value})
 
 
-@pytest.mark.parametrize("key", ["scheduler", "data_types", "torch_autocast", "checkpoint"])
+@pytest.mark.parametrize("key", ["scheduler", "data_types", "torch_autocast", "checkpoint", "comet"])
 def test_what_the_program_owns_is_refused_with_the_reason(read_config, key):
     with pytest.raises(UserError, match=f"remove '{key}': "):
         read_config({key: {}})

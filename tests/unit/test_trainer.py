@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series
 from torch import nn
 
 from ds_roberta.config import GuardConfig, IntervalConfig, PackingConfig, RunConfig, ScheduleConfig, model_config
@@ -112,7 +113,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
     """A function that makes a trainer as a run does, from the newest checkpoint where there is one."""
     monkeypatch.setattr(guard, "WINDOW", WINDOW)
 
-    def make(policy, spikes=(SPIKE,), name="run", interrupted_at=None, height=100.0, **intervals):
+    def make(policy, spikes=(SPIKE,), name="run", interrupted_at=None, height=100.0, monitors=None, **intervals):
         config = RunConfig(
             data_dir=corpus_folder,
             output_dir=tmp_path / name,
@@ -135,7 +136,15 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         path = checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
         state = TrainState({}) if path is None else checkpoint.load(engine, path)
         return Trainer(
-            config, 1e-3, engine, loader, None, state, path, PEAK_FLOPS, Monitors(config.output_dir, {}, False)
+            config,
+            1e-3,
+            engine,
+            loader,
+            None,
+            state,
+            path,
+            PEAK_FLOPS,
+            monitors or Monitors(config.output_dir, {}, False),
         )
 
     return make
@@ -254,6 +263,21 @@ def test_a_full_disk_under_the_metrics_ends_a_run_that_goes_on_as_the_unbroken_o
     assert trainer.state.global_step == logged // SAVE_INTERVAL * SAVE_INTERVAL
     assert trainer.train()
     assert rows(trainer) == rows(whole_run)
+
+
+def test_after_a_rollback_the_monitors_show_each_step_once_with_the_value_that_holds(make, tmp_path):
+    place = {"enabled": True, "output_path": str(tmp_path)}
+    sections = {"tensorboard": {**place, "job_name": "tb"}, "csv_monitor": {**place, "job_name": "csv"}}
+    (tmp_path / "run").mkdir()
+    monitors = Monitors(tmp_path / "run", sections, may_roll_back=True)
+    monitors.open(pytest.fail)
+    trainer = make("rollback", monitors=monitors)
+    assert trainer.train()
+    assert trainer.state.loss_spikes == 1
+    expected = expected_series(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert list(expected["Train/loss"]) == list(range(1, STEPS + 1))
+    assert_same_series(csv_series(tmp_path / "csv"), expected)
+    assert_same_series(tensorboard_series(tmp_path / "tb"), expected, tolerance=1e-6)
 
 
 def test_a_second_spike_since_the_same_checkpoint_stops(make):

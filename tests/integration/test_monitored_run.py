@@ -1,0 +1,64 @@
+"""What monitors show of a run that was killed, by their own readers."""
+
+import json
+import signal
+
+import pytest
+from commands import CONFIG, ENVIRONMENT, PRETRAIN, pretrain, pretrain_until, run
+from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series, wandb_series
+
+SETTINGS = ("--max_seq_length", "32", "--train_batch_size", "8", "--learning_rate", "1e-3", "--max_steps", "7")
+SETTINGS += ("--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "16", "--warmup_steps", "2")
+TIMES = {f"Train/{name}" for name in ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")}
+
+
+@pytest.fixture(scope="module")
+def config(workspace):
+    """A DeepSpeed JSON with all monitors, below the folder in which the commands run."""
+    place = {"enabled": True, "output_path": "monitors"}
+    content = json.loads(CONFIG.read_text())
+    content |= {"tensorboard": {**place, "job_name": "tb"}, "csv_monitor": {**place, "job_name": "csv"}}
+    content |= {"wandb": {"enabled": True, "project": "p", "group": "g"}}
+    path = workspace / "monitored.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, workspace):
+    for name, value in {"MODE": "offline", "CACHE_DIR": workspace / "cache"}.items():
+        monkeypatch.setitem(ENVIRONMENT, f"WANDB_{name}", str(value))
+
+
+def test_each_step_is_shown_once_after_a_kill(workspace, config):
+    output = workspace / "runs/monitored"
+    arguments = (*SETTINGS, "--output_dir", output, "--deepspeed_config", config)
+
+    def fifth_step_has_its_row() -> bool:
+        metrics = output / "metrics.jsonl"
+        return metrics.exists() and '"global_step": 5, "loss"' in metrics.read_text()
+
+    code, _ = pretrain_until(workspace, fifth_step_has_its_row, signal.SIGKILL, *arguments)
+    assert code == -signal.SIGKILL
+    assert "resuming from" in pretrain(workspace, *arguments)
+    expected = expected_series(json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
+    assert list(expected["Train/loss"]) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(expected["Train/eval_loss"]) == [0, 3, 6, 7]
+    assert_same_series(csv_series(workspace / "monitors/csv"), expected)
+    assert_same_series(tensorboard_series(workspace / "monitors/tb"), expected, tolerance=1e-6)
+    found = wandb_series(workspace / "wandb", "p", "g")
+    assert found.keys() == expected.keys()
+    for name in TIMES:  # steps that were taken again took another time
+        assert list(found.pop(name)) == list(expected.pop(name))
+    assert_same_series(found, expected, tolerance=1e-12)
+
+
+def test_a_missing_package_is_one_line_for_all_processes_before_any_work(workspace, config, monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    command = ("deepspeed", "--num_accelerators", "2", PRETRAIN, "--deepspeed_config", config, *SETTINGS)
+    printed = run(*command, "--output_dir", workspace / "runs/unmonitored", cwd=workspace, code=2)
+    (line,) = [line for line in printed.splitlines() if "error: " in line]
+    assert line.endswith("(No module named 'wandb'): pip install wandb, or set wandb.enabled to false")
+    assert "Traceback" not in printed
+    assert not (workspace / "runs/unmonitored").exists()
