@@ -41,23 +41,6 @@ def point(row: dict[str, Any]) -> Point:
     return int(values.pop("Train/global_step")), values
 
 
-def require_packages(sections: dict[str, Any]) -> None:
-    """Raise `UserError` where a monitor that is switched on cannot work here.
-
-    Args:
-        sections: `DeepSpeedConfig.monitors`.
-    """
-    for section in sections.keys() & _PACKAGES.keys():
-        module, package = _PACKAGES[section]
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(
-                f"{section}.enabled is true, but {package} cannot be imported ({error}): pip install {package}, or set "
-                f"{section}.enabled to false"
-            ) from error
-
-
 class Monitor(Protocol):
     def start(self, points: list[Point], global_step: int) -> None:
         """Hold `points`, the run's so far, and nothing else; the next ones follow the step `global_step`."""
@@ -88,24 +71,39 @@ class Monitors:
         self._open: dict[str, Monitor] = {}
         self._say: Callable[[str], object] = print
 
-    def open(self, say: Callable[[str], object]) -> None:
-        """Take the folders and the W&B run.
+    def check(self) -> None:
+        """Look for the packages and at the folders, and write nothing.
 
         Raises:
-            UserError: a folder cannot be written or is another run's; W&B is not logged in.
+            UserError: a package is missing, or a folder has another run's files.
+        """
+        run_id = self._run_id()
+        for name in self._sections.keys() & _PACKAGES.keys():
+            _import(name)
+        for name in self._sections.keys() & _FILES.keys():
+            _check_owner(_folder(self._sections[name]), name, run_id)
+
+    def open(self, say: Callable[[str], object]) -> None:
+        """Take the folders and the W&B run; the run's folder must be there.
+
+        Raises:
+            UserError: a folder cannot be written; nobody is logged in to W&B.
         """
         self._say = say
         if not self._sections:
             return
         run_id = self._run_id()
+        if run_id is None:
+            run_id = secrets.token_hex(4)
+            with errors_of_the_disk(self._record):
+                write_json(self._record, {"run_id": run_id})
         for name, section in self._sections.items():
             if name == "wandb":
                 monitor = WandbMonitor.open(section, run_id, self._may_roll_back, say)
                 if monitor is not None:
                     self._open[name] = monitor
             else:
-                # DeepSpeed's defaults: below the folder in which the run is started.
-                folder = Path(section.get("output_path", ""), section.get("job_name", "DeepSpeedJobName"))
+                folder = _folder(section)
                 _take_folder(folder, name, run_id)
                 self._open[name] = CsvMonitor(folder) if name == "csv_monitor" else TensorBoardMonitor(folder)
 
@@ -141,29 +139,50 @@ class Monitors:
                 del self._open[name]
                 self._say(f"{name} fails and is left out until the next start: {error!r}")
 
-    def _run_id(self) -> str:
-        path = self._output_dir / RECORD_NAME
-        if not path.exists():
-            with errors_of_the_disk(path):
-                write_json(path, {"run_id": secrets.token_hex(4)})
+    @property
+    def _record(self) -> Path:
+        return self._output_dir / RECORD_NAME
+
+    def _run_id(self) -> str | None:
+        if not self._record.exists():
+            return None
         try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+            return str(json.loads(self._record.read_text(encoding="utf-8"))["run_id"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(path)!r} is damaged: remove it, and the monitors begin a new run") from error
+            raise UserError(f"{str(self._record)!r} is damaged: remove it, and the monitors begin a new run") from error
+
+
+def _import(section: str) -> None:
+    module, package = _PACKAGES[section]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{section}.enabled is true, but {package} cannot be imported ({error}): pip install {package}, or set "
+            f"{section}.enabled to false"
+        ) from error
+
+
+def _folder(section: dict[str, Any]) -> Path:
+    """Where DeepSpeed writes with this section: by default below the folder in which the run is started."""
+    return Path(section.get("output_path", ""), section.get("job_name", "DeepSpeedJobName"))
+
+
+def _check_owner(folder: Path, section: str, run_id: str | None) -> None:
+    owner = folder / OWNER_NAME
+    found = owner.read_text(encoding="utf-8").strip() if owner.is_file() else None
+    if (found is None or found != run_id) and any(folder.glob(_FILES[section])):
+        raise UserError(
+            f"{section} would mix two runs: {str(folder)!r} has the files of another; choose another "
+            f"{section}.job_name or output_path, or remove the folder"
+        )
 
 
 def _take_folder(folder: Path, section: str, run_id: str) -> None:
     """Make a monitor's folder this run's, or raise `UserError`."""
-    owner = folder / OWNER_NAME
     with errors_of_the_disk(folder, remedy=f"change {section}.output_path"):
         folder.mkdir(parents=True, exist_ok=True)
-        found = owner.read_text(encoding="utf-8").strip() if owner.exists() else None
-        if found != run_id and any(folder.glob(_FILES[section])):
-            raise UserError(
-                f"{section} would mix two runs: {str(folder)!r} has the files of another; choose another "
-                f"{section}.job_name or output_path, or remove the folder"
-            )
-        with atomic_path(owner) as temporary:
+        with atomic_path(folder / OWNER_NAME) as temporary:
             temporary.write_text(run_id + "\n", encoding="utf-8")
 
 

@@ -36,7 +36,7 @@ from ds_roberta.training.engine import Engine
 from ds_roberta.training.initial_state import initial_state
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
-from ds_roberta.training.monitors import Monitors, require_packages
+from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.options import PretrainOptions, run_config
 from ds_roberta.training.peak import MEASURED, device_peak
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE
@@ -67,7 +67,8 @@ def pretrain(options: PretrainOptions) -> int:
     ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
     for note in deepspeed_config.notes:
         ranks.log(note)
-    ranks.on_main(lambda: require_packages(deepspeed_config.monitors))
+    monitors = Monitors(config.output_dir, deepspeed_config.monitors, config.guard.loss_spike == "rollback")
+    ranks.on_main(monitors.check)
     zero_stage = deepspeed_config.zero_stage
     compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
     chosen = (
@@ -80,7 +81,6 @@ def pretrain(options: PretrainOptions) -> int:
         config, corpus, deepspeed_config, precision, options.allow_change, initial_model, ranks
     )
     ranks.on_main(lambda: _make_output_dir(config.output_dir, state.best_step))
-    monitors = Monitors(config.output_dir, deepspeed_config.monitors, config.guard.loss_spike == "rollback")
     ranks.on_main(lambda: monitors.open(ranks.log))
     train_data, held_out_data = _open_data(corpus, config, ranks)
     orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train_data.items()}

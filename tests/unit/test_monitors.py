@@ -7,7 +7,7 @@ from monitor_readers import assert_same_series, csv_series, expected_series, ten
 
 from ds_roberta.errors import UserError
 from ds_roberta.training.metrics import MetricsLog
-from ds_roberta.training.monitors import RECORD_NAME, Monitors, require_packages
+from ds_roberta.training.monitors import RECORD_NAME, Monitors
 from ds_roberta.training.wandb_monitor import WandbMonitor, last_recorded_step, log_records
 
 
@@ -29,6 +29,7 @@ def run(tmp_path, sections, monkeypatch):
 
     def run(first, last, attempt=0, say=pytest.fail):
         monitors = Monitors(output, sections, may_roll_back=False)
+        monitors.check()
         monitors.open(say)
         log = MetricsLog(output, first)
         monitors.start(log, first, say)
@@ -57,6 +58,7 @@ def test_each_step_is_shown_once_with_its_last_value(run, tmp_path):
     assert_monitors_show(run(4, 5, attempt=2), folder)  # ends before the lost steps
     assert_monitors_show(run(0, 2, attempt=3), folder)  # from the beginning, without the evaluation at 3
     assert_monitors_show(run(2, 8, attempt=4), folder)
+    assert_monitors_show(run(0, 0, attempt=5), folder)  # a series without a step is gone
 
 
 @pytest.mark.parametrize("lost", [1, 20, 60])
@@ -83,7 +85,7 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(run, sections, tmp
     for name in sections:
         other = Monitors(tmp_path / "other", {name: sections[name]}, may_roll_back=False)
         with pytest.raises(UserError, match=f"{name} would mix two runs.*choose another {name}.job_name"):
-            other.open(pytest.fail)
+            other.check()
     assert {path: path.read_bytes() for path in (tmp_path / "monitors").rglob("*") if path.is_file()} == before
 
 
@@ -112,12 +114,12 @@ def test_a_monitor_that_fails_is_told_once_and_the_others_go_on(run, sections, t
     assert_monitors_show(run(6, 7), tmp_path / "monitors")
 
 
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path):
     for section, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UserError, match=rf"{section}.enabled is true.*pip install {section}"):
-            require_packages({section: {"enabled": True}})
-    require_packages({"csv_monitor": {"enabled": True}})
+            Monitors(tmp_path, {section: {"enabled": True}}, may_roll_back=False).check()
+    assert not list(tmp_path.iterdir())
 
 
 class FakeRun:
