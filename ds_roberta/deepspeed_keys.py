@@ -30,7 +30,7 @@ class Kind:
 class NotTaken:
     """A key of DeepSpeed's that this trainer refuses.
 
-    It passes, and says nothing, where it is switched off or has one of the values `ours`.
+    It passes, and says nothing, where it has one of the values `ours`, or is switched off where true is none of them.
 
     Args:
         keys: what a section may hold when it is switched off; None: whatever it likes.
@@ -42,7 +42,9 @@ class NotTaken:
 
     def passes(self, value: Any) -> bool:
         # 1 == True, yet a number is no switch.
-        return is_off(value) or any(type(value) is type(own) and value == own for own in self.ours)
+        if any(type(value) is type(own) and value == own for own in self.ours):
+            return True
+        return is_off(value) and not any(own is True for own in self.ours)
 
 
 Section: TypeAlias = "dict[str, Kind | NotTaken | Section]"
@@ -251,7 +253,7 @@ KEYS: Section = {
     "timers": {
         "throughput": {
             "enabled": NotTaken("nothing prints it; tokens_per_second is in metrics.jsonl"),
-            "synchronized": NotTaken("nothing prints it; tokens_per_second is in metrics.jsonl", (True,)),
+            "synchronized": NotTaken("nothing prints it; tokens_per_second is in metrics.jsonl", (True, False)),
         }
     },
     "flops_profiler": NotTaken(

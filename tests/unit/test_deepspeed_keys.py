@@ -76,6 +76,20 @@ def test_a_key_of_deepspeed_that_is_not_taken_is_refused_and_told_as_that_alone(
     assert found.startswith(f"remove {key!r}: ")
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "optimizer.params.bias_correction",
+        "bf16.check_grad_overflow",
+        "zero_optimization.compute_grad_norm",
+        "managed_gradient_accumulation",
+    ],
+)
+def test_what_is_always_on_cannot_be_switched_off(read_config, key):
+    assert problems_of(read_config, {key: False})[0].startswith(f"remove {key!r}: ")
+    read_config({key: True})
+
+
 @pytest.mark.parametrize("key", ["fp32", "stag", "deepspeed", "zero_optimization.lr_scheduler", "bf16.loss"])
 def test_a_key_that_is_like_no_other_has_no_suggestion(read_config, key):
     (found,) = problems_of(read_config, {key: 1})
@@ -106,6 +120,7 @@ def test_a_key_in_the_wrong_place_names_the_right_one(read_config):
         {"bf16.check_grad_overflow": True},
         {"seq_parallel_communication_data_type": "fp32", "gradient_accumulation_steps": "auto"},
         {"timers": {"throughput": {"enabled": False, "synchronized": True}}},
+        {"timers": {"throughput": {"enabled": False, "synchronized": False}}},
     ],
 )
 def test_a_value_that_says_what_is_so_anyway_passes_and_is_not_passed_on(read_config, changes):
