@@ -106,6 +106,12 @@ class DeepSpeedConfig:
         if precision != "fp32" and self.zero_stage == 0:
             # DeepSpeed 0.19 does not scale the fp16 loss there and takes a dummy step at the start.
             raise UserError(f"{self.source}: {precision} needs zero_optimization.stage 1, 2 or 3, it is 0")
+        if precision != "fp32" and self.zero_stage == 2 and self._is_offloaded("offload_optimizer"):
+            # DeepSpeed's buffers for gradients on the host have the weights' dtype there.
+            raise UserError(
+                f"{self.source}: zero_optimization.offload_optimizer at stage 2 would round the gradients, which are "
+                f"summed in fp32, to {precision}: take stage 1 or 3, or leave the optimizer on the device"
+            )
         return precision
 
     def resolved(self, precision: str, on_gpu: bool) -> dict[str, Any]:
@@ -125,9 +131,10 @@ class DeepSpeedConfig:
             # Buckets of DeepSpeed's contiguous buffers have the weights' dtype and would round the fp32 sums.
             content["zero_optimization"]["contiguous_gradients"] = False
         params = content["optimizer"]["params"]
-        if not self._offloads_optimizer and (not on_gpu or params.get("torch_adam", True)):
+        if self._is_offloaded("offload_optimizer") or not on_gpu or params.get("torch_adam", True):
             # torch's fused Adam needs no compiler; DeepSpeed's FusedAdam is built by nvcc at the first start, and its
-            # CPU build is not bit-reproducible. So that is for a GPU and who says "torch_adam": false.
+            # CPU builds, for offloading too, are not bit-reproducible. So that is for a GPU and who says "torch_adam":
+            # false.
             params.update(torch_adam=True, fused=True)
         # Nothing prints its rates, and on a GPU it waits for the device at every micro-step.
         content["timers"] = {"throughput": {"enabled": False}}
@@ -149,9 +156,8 @@ class DeepSpeedConfig:
         sections = {name: self.content.get(name) or {} for name in _MONITORS}
         return {name: section for name, section in sections.items() if section.get("enabled")}
 
-    @property
-    def _offloads_optimizer(self) -> bool:
-        offload = self.content.get("zero_optimization", {}).get("offload_optimizer") or {}
+    def _is_offloaded(self, section: str) -> bool:
+        offload = _section(_section(self.content, "zero_optimization"), section)
         return offload.get("device", "none") != "none"
 
     def _check(self) -> None:
@@ -186,6 +192,22 @@ class DeepSpeedConfig:
             found.append(f"optimizer.type must be one of Adam, AdamW, got {optimizer.get('type')!r}{about}")
         if type_ == "adamw" and self._params.get("adam_w_mode") is False:
             found.append('optimizer.params.adam_w_mode is false, but optimizer.type is AdamW: write "Adam", or true')
+        return [*found, *self._contradictions_of_offloading()]
+
+    def _contradictions_of_offloading(self) -> list[str]:
+        found = []
+        stage = _section(self.content, "zero_optimization").get("stage", 0)
+        if self._is_offloaded("offload_param") and stage != 3:
+            found.append(f"zero_optimization.offload_param needs stage 3, it is {stage!r}: remove it or raise the stage")
+        if not self._is_offloaded("offload_optimizer"):
+            return found
+        if stage not in (1, 2, 3):
+            found.append(f"zero_optimization.offload_optimizer needs stage 1, 2 or 3, it is {stage!r}")
+        if self._params.get("torch_adam") is False:
+            found.append(
+                "optimizer.params.torch_adam is false, but zero_optimization.offload_optimizer takes torch's Adam: "
+                "a run does not resume bit-identically with DeepSpeed's own for host memory; remove it or set it to true"
+            )
         return found
 
     @property

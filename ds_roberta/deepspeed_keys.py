@@ -96,6 +96,7 @@ _GONE = "DeepSpeed has removed it"
 _OTHER_OPTIMIZER = "it belongs to another optimizer than AdamW"
 _IDLE = "what DeepSpeed counts begins at 0 at every start and includes rehearsals"
 
+_OFFLOAD_DEVICE = Kind('be "none" or "cpu" (nothing is offloaded to NVMe here)', lambda value: value in ("none", "cpu"))
 _MONITOR: Section = {"enabled": _FLAG, "output_path": _TEXT, "job_name": _TEXT}
 
 KEYS: Section = {
@@ -168,7 +169,7 @@ KEYS: Section = {
         "allgather_bucket_size": _WHOLE,
         "overlap_comm": Kind("be true, false or null", lambda value: value is None or isinstance(value, bool)),
         "offload_param": {
-            "device": Kind('be "none" or "cpu"', lambda value: value in ("none", "cpu")),
+            "device": _OFFLOAD_DEVICE,
             "pin_memory": _FLAG,
             "max_in_cpu": NotTaken(_NVME),
             "nvme_path": NotTaken(_NVME),
@@ -176,7 +177,7 @@ KEYS: Section = {
             "buffer_size": NotTaken(_NVME),
         },
         "offload_optimizer": {
-            "device": Kind('be "none" or "cpu"', lambda value: value in ("none", "cpu")),
+            "device": _OFFLOAD_DEVICE,
             "pin_memory": _FLAG,
             "nvme_path": NotTaken(_NVME),
             "buffer_count": NotTaken(_NVME),

@@ -22,7 +22,7 @@ _WORDS_WITHOUT_NUMBER = re.compile(
     r"PytorchStreamWriter|inline_container\.cc.*unexpected pos|iostream error"  # torch.save
     r"|Not enough free space to write|\d+ requested and \d+ written"  # numpy.save and tofile
 )
-_LIKENESS = 0.7  # below that difflib finds neighbours that nobody meant: at 0.5 "fp32" is like "fp16"
+_LIKENESS = 0.65  # below that difflib finds neighbours that nobody meant: at 0.5 "fp32" is like "fp16"
 
 
 class UserError(ValueError):

@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import MutableMapping
 from datetime import timedelta
+from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 
 from ds_roberta.errors import UserError
+from ds_roberta.files import write_text
 
 RENDEZVOUS_TIMEOUT = 300.0
 """Seconds for which processes wait for each other at the start; importing from a busy file system takes long."""
@@ -59,7 +63,9 @@ def first_host(nodes: str) -> str:
 def meet(limit: float) -> None:
     """Wait until all ranks have come to MASTER_ADDR:MASTER_PORT; call before `torch.distributed` is initialised.
 
-    MPI's own start has seen to that already, and a process alone has nobody to wait for.
+    MPI's own start has seen to that already, and a process alone has nobody to wait for. Where the `deepspeed` launcher
+    started all ranks on this host, they take a free port, whatever MASTER_PORT says: its default, 29500, would serve one
+    run of a host only.
 
     Args:
         limit: seconds.
@@ -68,12 +74,20 @@ def meet(limit: float) -> None:
         UserError: they have not all come within `limit` seconds.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
+    if not all(name in os.environ for name in names):
         return
-    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    place = f"{os.environ['MASTER_ADDR']}:{port}"
-    host, deadline, came = socket.gethostname(), time.monotonic() + limit, 0
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which holds the store itself
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size == 1:
+        if not has_agent:
+            os.environ["MASTER_PORT"] = "0"
+        return
+    host, deadline, came = socket.gethostname(), time.monotonic() + limit, 0
+    file = None if has_agent else _port_file()
+    if file is not None:
+        os.environ["MASTER_PORT"] = "0" if rank == 0 else str(_read_port(file, deadline))
+    port = int(os.environ["MASTER_PORT"])
+    place = f"{os.environ['MASTER_ADDR']}:{port}"
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -83,6 +97,9 @@ def meet(limit: float) -> None:
             wait_for_workers=False,
             multi_tenant=True,
         )
+        if file is not None and rank == 0:
+            os.environ["MASTER_PORT"] = str(store.port)
+            write_text(file, str(store.port))
         # torch's own store for the process group shares rank 0's server as long as this one lives.
         _stores.append(store)
         key = f"ds_roberta/came/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -95,13 +112,39 @@ def meet(limit: float) -> None:
             what = "cannot serve" if rank == 0 else "did not reach rank 0"
             raise UserError(
                 f"rank {rank} on {host} {what} at {place} (MASTER_ADDR:MASTER_PORT) within {limit:g} s: see whether "
-                "that host runs, its name is known here, and the port is free and not behind a firewall"
+                "that host runs, its name is known here, and the port is free (deepspeed "
+                "--master_port names another) and not behind a firewall"
             ) from error
+    finally:
+        if file is not None and rank == 0:
+            file.unlink(missing_ok=True)
     if came < world_size:
         raise UserError(
             f"only {came} of {world_size} ranks came to {place} within {limit:g} s (told by rank {rank} on {host}): "
             "see the logs of the others and whether their hosts answer, or give them longer by --rendezvous_timeout"
         )
+
+
+def _port_file() -> Path | None:
+    """Where rank 0 tells the port that it chose; None unless the `deepspeed` launcher started all ranks on this host.
+
+    The ranks are that launcher's children: its number and the time it began name the file.
+    """
+    if os.environ.get("LOCAL_SIZE") != os.environ["WORLD_SIZE"]:
+        return None
+    launcher = psutil.Process(os.getppid())
+    return Path(tempfile.gettempdir()) / f"ds_roberta-{launcher.pid}-{launcher.create_time():.2f}.port"
+
+
+def _read_port(file: Path, deadline: float) -> int:
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank 0 wrote no port into {str(file)!r} in time: see its log, or give it longer by "
+                "--rendezvous_timeout"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return int(file.read_text(encoding="utf-8"))
 
 
 _stores: list[dist.TCPStore] = []

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -37,6 +38,7 @@ from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_siz
 from ds_roberta.training.weight_decay import without_bias_and_norm
 
 SEED, BATCH = 3, 22  # 22 sequences: neither 3 nor 4 processes divide them
+RESUMED = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16"))
 LENGTH = int(os.environ.get("SEQUENCE_LENGTH", "32"))
 REPOSITORY = Path(__file__).parents[2]
 
@@ -88,6 +90,13 @@ def make(
     order = SampleOrder(len(packed), SEED)
     loader = TrainLoader([LoaderStage(only, collator, order, micro_batch_size)], ranks.rank, ranks.world_size)
     return engine, loader
+
+
+def zero(stage: int, offloaded: bool) -> dict[str, Any]:
+    """The JSON's section of ZeRO, with the optimizer (and at stage 3 the weights) in host memory or not."""
+    host = {"device": "cpu", "pin_memory": False}
+    sections = {"offload_optimizer": host, **({"offload_param": host} if stage == 3 else {})}
+    return {"zero_optimization": {"stage": stage, **(sections if offloaded else {})}}
 
 
 def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_masked: int = 1) -> list[dict[str, float]]:
@@ -179,9 +188,11 @@ def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     cases = [(stage, "fp32", size) for stage in (0, 1, 2, 3) for size in (3, 4)]
     cases += [(1, "bf16", 4), (2, "bf16", 4), (3, "bf16", 4), (2, "bf16", 1)]
     cases += [(1, "fp16", 4), (2, "fp16", 4), (3, "fp16", 4)]
-    for stage, precision, micro_batch_size in cases:
-        engine, loader = make(ranks, corpus, stage, precision, micro_batch_size)
-        name = f"{stage}-{precision}-{micro_batch_size}"
+    if ranks.world_size == 2:
+        cases += [(*case, "offloaded") for case in ((1, "bf16", 4), (2, "fp32", 4), (3, "fp32", 4), (3, "bf16", 4))]
+    for stage, precision, micro_batch_size, *offloaded in cases:
+        engine, loader = make(ranks, corpus, stage, precision, micro_batch_size, **zero(stage, bool(offloaded)))
+        name = "-".join((f"{stage}-{precision}-{micro_batch_size}", *offloaded))
         findings[name] = train(engine, loader, 0, 5)
         final = parameters(engine)
         if ranks.is_main:
@@ -208,9 +219,12 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     The portable checkpoint is still being written while the unbroken run goes on.
     """
     findings = {}
-    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16")):
-        name = f"{stage}-{precision}"
-        unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+    cases = [(stage, precision, False) for stage, precision in RESUMED]
+    cases += [(1, "fp32", True), (1, "bf16", True), (2, "fp32", True), (3, "fp32", True), (3, "bf16", True)]
+    for stage, precision, offloaded in cases:
+        name = f"{stage}-{precision}{'-offloaded' if offloaded else ''}"
+        changes = zero(stage, offloaded)
+        unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, **changes)
         rows = train(unbroken, loader, 0, 2)
         state = TrainState({"case": name}, global_step=2, loss_scaler=unbroken.loss_scaler_state)
         theirs = deepspeed_checkpoint.save(unbroken, state, folder / f"{name}-deepspeed", keep_last=2)
@@ -219,7 +233,7 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
             rows += train(unbroken, loader, 2, 4)
         findings[name] = {"unbroken": [row["loss"] for row in rows[2:]]}
         for layout in ("portable", "deepspeed"):
-            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, **changes)
             if layout == "portable":
                 checkpoint.verify(path)
                 assert checkpoint.load(resumed, path) == state

@@ -68,9 +68,44 @@ def test_resolving_leaves_the_configuration_alone(read_config):
     assert config.content == BASE
 
 
-def test_offload_keeps_deepspeeds_own_adam(read_config):
-    resolved = read_config({"zero_optimization.offload_optimizer": {"device": "cpu"}}).resolved("fp32", on_gpu=False)
-    assert "torch_adam" not in resolved["optimizer"]["params"]
+OFFLOAD = {"zero_optimization.offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_an_offloaded_optimizer_is_torchs_too(read_config, on_gpu):
+    resolved = read_config({**OFFLOAD, "zero_optimization.stage": 3}).resolved("fp32", on_gpu)
+    assert resolved["optimizer"]["params"]["torch_adam"]
+    assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_offloading_that_would_round_gradients_is_refused(read_config, precision):
+    for stage in (1, 3):
+        changes = {**OFFLOAD, "zero_optimization.stage": stage, f"{precision}.enabled": True}
+        assert read_config(changes).precision((precision,), ("fp32", precision)) == precision
+    config = read_config({**OFFLOAD, "zero_optimization.stage": 2, f"{precision}.enabled": True})
+    with pytest.raises(UserError, match=rf"at stage 2 would round the gradients.*to {precision}: take stage 1 or 3"):
+        config.precision((precision,), ("fp32", precision))
+    assert read_config({**OFFLOAD, "zero_optimization.stage": 2}).precision((), ("fp32",)) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offload_param": {"device": "cpu"}, "stage": 2}, "offload_param needs stage 3, it is 2"),
+        ({"offload_param": {"device": "cpu"}}, "offload_param needs stage 3"),
+        ({"offload_optimizer": {"device": "cpu"}, "stage": 0}, "offload_optimizer needs stage 1, 2 or 3, it is 0"),
+        ({"offload_optimizer": {"device": "nvme"}}, "device must be .*NVMe here.*got 'nvme'"),
+    ],
+)
+def test_offloading_that_would_do_nothing_is_refused(read_config, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_config({f"zero_optimization.{key}": value for key, value in changes.items()})
+
+
+def test_deepspeeds_own_adam_for_host_memory_is_refused(read_config):
+    with pytest.raises(UserError, match="torch_adam is false, but zero_optimization.offload_optimizer takes torch's"):
+        read_config({**OFFLOAD, "optimizer.params.torch_adam": False})
 
 
 @pytest.mark.parametrize(
