@@ -198,7 +198,9 @@ class DeepSpeedConfig:
         found = []
         stage = _section(self.content, "zero_optimization").get("stage", 0)
         if self._is_offloaded("offload_param") and stage != 3:
-            found.append(f"zero_optimization.offload_param needs stage 3, it is {stage!r}: remove it or raise the stage")
+            found.append(
+                f"zero_optimization.offload_param needs stage 3, it is {stage!r}: remove it or raise the stage"
+            )
         if not self._is_offloaded("offload_optimizer"):
             return found
         if stage not in (1, 2, 3):
@@ -206,7 +208,7 @@ class DeepSpeedConfig:
         if self._params.get("torch_adam") is False:
             found.append(
                 "optimizer.params.torch_adam is false, but zero_optimization.offload_optimizer takes torch's Adam: "
-                "a run does not resume bit-identically with DeepSpeed's own for host memory; remove it or set it to true"
+                "with DeepSpeed's own for host memory no run resumes bit-identically; remove it or set it to true"
             )
         return found
 

@@ -64,8 +64,8 @@ def meet(limit: float) -> None:
     """Wait until all ranks have come to MASTER_ADDR:MASTER_PORT; call before `torch.distributed` is initialised.
 
     MPI's own start has seen to that already, and a process alone has nobody to wait for. Where the `deepspeed` launcher
-    started all ranks on this host, they take a free port, whatever MASTER_PORT says: its default, 29500, would serve one
-    run of a host only.
+    started all ranks on this host, they take a free port, whatever MASTER_PORT says: its default, 29500, would serve
+    only one run of a host.
 
     Args:
         limit: seconds.

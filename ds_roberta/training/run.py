@@ -33,6 +33,7 @@ from ds_roberta.training.checkpoint_writer import mend
 from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
+from ds_roberta.training.fused_adam import compilation_notice
 from ds_roberta.training.initial_state import initial_state
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
@@ -95,7 +96,10 @@ def pretrain(options: PretrainOptions) -> int:
         for line in ranks.together(lambda: initial_model.initialize(model, config, corpus)):
             ranks.log(line)
     groups = without_bias_and_norm(model) if config.no_decay_bias_and_norm else None
-    engine = Engine(model, deepspeed_config.resolved(precision, on_gpu()), ranks, config.seed, groups)
+    resolved = deepspeed_config.resolved(precision, on_gpu())
+    if (notice := compilation_notice(resolved)) is not None:
+        ranks.log(notice)
+    engine = Engine(model, resolved, ranks, config.seed, groups)
     plans = _batch_plans(config, deepspeed_config, engine, precision, checkpoint_path)
     for stage, plan in zip(config.stages, plans, strict=True):
         begin = f"from step {stage.first_step}: " if stage.first_step else ""

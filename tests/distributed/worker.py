@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import numpy as np
@@ -38,7 +37,6 @@ from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_siz
 from ds_roberta.training.weight_decay import without_bias_and_norm
 
 SEED, BATCH = 3, 22  # 22 sequences: neither 3 nor 4 processes divide them
-RESUMED = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16"))
 LENGTH = int(os.environ.get("SEQUENCE_LENGTH", "32"))
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,15 +63,18 @@ def make(
     packing: PackingConfig = PackingConfig(LENGTH),  # noqa: B008 - it is frozen
     objective: str = "mlm",
     decay_all: bool = True,
+    offloaded: bool = False,
     **changes,
 ):
     """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them.
 
-    `changes` are entries of the DeepSpeed JSON.
+    `offloaded` puts the optimizer and at stage 3 the weights into host memory; `changes` are entries of the JSON.
     """
     path = REPOSITORY / "ds_configs" / f"zero{max(stage, 1)}.json"
     config = DeepSpeedConfig.read(path, train_batch_size=BATCH, learning_rate=1e-3)
     config.content["zero_optimization"]["stage"] = stage
+    on_host = ("offload_optimizer", "offload_param")[: 1 + stage // 3] if offloaded else ()
+    config.content["zero_optimization"] |= {key: {"device": "cpu"} for key in on_host}
     config.content.update(changes)
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
@@ -90,13 +91,6 @@ def make(
     order = SampleOrder(len(packed), SEED)
     loader = TrainLoader([LoaderStage(only, collator, order, micro_batch_size)], ranks.rank, ranks.world_size)
     return engine, loader
-
-
-def zero(stage: int, offloaded: bool) -> dict[str, Any]:
-    """The JSON's section of ZeRO, with the optimizer (and at stage 3 the weights) in host memory or not."""
-    host = {"device": "cpu", "pin_memory": False}
-    sections = {"offload_optimizer": host, **({"offload_param": host} if stage == 3 else {})}
-    return {"zero_optimization": {"stage": stage, **(sections if offloaded else {})}}
 
 
 def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_masked: int = 1) -> list[dict[str, float]]:
@@ -186,13 +180,10 @@ def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """Five steps of every ZeRO stage and precision; findings and final parameters go to files."""
     findings = {}
     cases = [(stage, "fp32", size) for stage in (0, 1, 2, 3) for size in (3, 4)]
-    cases += [(1, "bf16", 4), (2, "bf16", 4), (3, "bf16", 4), (2, "bf16", 1)]
-    cases += [(1, "fp16", 4), (2, "fp16", 4), (3, "fp16", 4)]
-    if ranks.world_size == 2:
-        cases += [(*case, "offloaded") for case in ((1, "bf16", 4), (2, "fp32", 4), (3, "fp32", 4), (3, "bf16", 4))]
-    for stage, precision, micro_batch_size, *offloaded in cases:
-        engine, loader = make(ranks, corpus, stage, precision, micro_batch_size, **zero(stage, bool(offloaded)))
-        name = "-".join((f"{stage}-{precision}-{micro_batch_size}", *offloaded))
+    cases += [(stage, precision, 4) for precision in ("bf16", "fp16") for stage in (1, 2, 3)] + [(2, "bf16", 1)]
+    for stage, precision, micro_batch_size in cases:
+        engine, loader = make(ranks, corpus, stage, precision, micro_batch_size)
+        name = f"{stage}-{precision}-{micro_batch_size}"
         findings[name] = train(engine, loader, 0, 5)
         final = parameters(engine)
         if ranks.is_main:
@@ -219,12 +210,11 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     The portable checkpoint is still being written while the unbroken run goes on.
     """
     findings = {}
-    cases = [(stage, precision, False) for stage, precision in RESUMED]
-    cases += [(1, "fp32", True), (1, "bf16", True), (2, "fp32", True), (3, "fp32", True), (3, "bf16", True)]
-    for stage, precision, offloaded in cases:
+    in_place = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16"))
+    on_host = ((1, "bf16"), (2, "fp32"), (3, "bf16"))
+    for stage, precision, offloaded in [(*c, False) for c in in_place] + [(*c, True) for c in on_host]:
         name = f"{stage}-{precision}{'-offloaded' if offloaded else ''}"
-        changes = zero(stage, offloaded)
-        unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, **changes)
+        unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, offloaded=offloaded)
         rows = train(unbroken, loader, 0, 2)
         state = TrainState({"case": name}, global_step=2, loss_scaler=unbroken.loss_scaler_state)
         theirs = deepspeed_checkpoint.save(unbroken, state, folder / f"{name}-deepspeed", keep_last=2)
@@ -233,7 +223,7 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
             rows += train(unbroken, loader, 2, 4)
         findings[name] = {"unbroken": [row["loss"] for row in rows[2:]]}
         for layout in ("portable", "deepspeed"):
-            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, **changes)
+            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, offloaded=offloaded)
             if layout == "portable":
                 checkpoint.verify(path)
                 assert checkpoint.load(resumed, path) == state
@@ -395,8 +385,7 @@ def micro_batch(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     for _ in range(2):
         engine.rehearse(full_micro_batch(size, 512, MaskingConfig()))
     peak = torch.cuda.max_memory_allocated(engine.device)
-    content = {"size": size, "peak": peak, "free": free, "seconds": seconds}
-    (folder / "micro_batch.json").write_text(json.dumps(content))
+    (folder / "micro_batch.json").write_text(json.dumps({"size": size, "peak": peak, "free": free, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_offloading_that_would_do_nothing_is_refused(read_config, changes, messa
 
 
 def test_deepspeeds_own_adam_for_host_memory_is_refused(read_config):
-    with pytest.raises(UserError, match="torch_adam is false, but zero_optimization.offload_optimizer takes torch's"):
+    with pytest.raises(UserError, match=r"torch_adam is false, but zero_optimization.offload_optimizer takes torch's"):
         read_config({**OFFLOAD, "optimizer.params.torch_adam": False})
 
 

@@ -1,5 +1,10 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
+from benchmarks.environment import python_path
 from ds_roberta import rendezvous
 from ds_roberta.errors import UserError
 from ds_roberta.rendezvous import check_world_size, first_host, set_ranks
@@ -74,3 +79,39 @@ def test_a_run_of_fewer_processes_than_were_started_is_refused(monkeypatch, envi
 def test_a_task_of_srun_may_start_several_processes(monkeypatch):
     monkeypatch.setattr(rendezvous.os, "environ", {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2"})
     check_world_size(8)
+
+
+LAUNCHER = """
+import os, subprocess, sys
+ranks = [
+    subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "RANK": str(rank)}, text=True,
+                     stdout=subprocess.PIPE)
+    for rank in (0, 1)
+]
+print(*sorted({rank.communicate()[0].strip() for rank in ranks}))
+"""
+RANK = """
+import os
+from ds_roberta.rendezvous import meet
+meet(60)
+print(os.environ["MASTER_PORT"])
+"""
+
+
+def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(tmp_path):
+    """As under the `deepspeed` launcher, which gives both the same port."""
+    told = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    environment = {**os.environ, **told, "TMPDIR": str(tmp_path), "PYTHONPATH": python_path()}
+    command = [sys.executable, "-c", LAUNCHER, RANK]
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    ports = [run.communicate(timeout=120)[0].split() for run in runs]
+    assert [len(found) for found in ports] == [1, 1]
+    assert ports[0] != ports[1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_alone_needs_no_port_of_the_launcher(monkeypatch):
+    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    monkeypatch.setattr(rendezvous.os, "environ", told)
+    rendezvous.meet(1)
+    assert told["MASTER_PORT"] == "0"
