@@ -35,7 +35,7 @@ def run_group(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
     assert result.returncode == 0, result.stderr[-6000:]
     return {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}

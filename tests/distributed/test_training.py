@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from groups import run_group
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for four groups, which are slow where bf16 is emulated
 WORLD_SIZES = (1, 2, 3, 4)
 
 
