@@ -21,7 +21,7 @@ def csv_series(folder):
 
     found = {}
     for path in folder.glob("*.csv"):
-        table = pandas.read_csv(path)
+        table = pandas.read_csv(path, float_precision="round_trip")
         name = path.stem.removeprefix("Train_")
         assert list(table.columns) == ["global_step", name]
         found[f"Train/{name}"] = {step: list(group[name]) for step, group in table.groupby("global_step")}
