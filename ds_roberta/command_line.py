@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with its errors in one line, and for text in UTF-8 alone, as the libraries open no other paths."""
+    """argparse's, with its errors in one line, and only for text in UTF-8, as the libraries open no other paths."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else list(args)

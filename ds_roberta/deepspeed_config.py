@@ -179,7 +179,7 @@ class DeepSpeedConfig:
         return found
 
     def _contradictions(self) -> list[str]:
-        """What no key says alone."""
+        """Problems of several keys together."""
         found = []
         optimizer = _section(self.content, "optimizer")
         type_ = str(optimizer.get("type")).lower()

@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """The disk refused a file, perhaps to this process of several alone."""
+    """The disk refused a file, perhaps only to this one of several processes."""
 
 
 def disk_refusal(error: BaseException) -> str | None:

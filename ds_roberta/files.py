@@ -93,7 +93,7 @@ def append_line(path: Path, line: str) -> None:
 def honour_umask(files: Iterable[Path]) -> None:
     """Give files the permissions that new ones get in their folders, by the umask and by a folder's default ACL.
 
-    A library that writes a temporary file and renames it leaves it to its owner alone, as safetensors 0.8 does.
+    A library that writes a temporary file and renames it leaves it readable only by its owner, as safetensors 0.8 does.
     """
     modes: dict[Path, int] = {}
     for file in files:

@@ -247,7 +247,7 @@ def _read_csv(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject 
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     rows = csv.reader(lines, strict=True)
     header: list[str] | None = None
-    number = 0  # of the row, the first behind the header being 0
+    number = 0  # of the row, 0 for the first after the header
     while True:
         offset = lines.row = lines.offset
         try:

@@ -22,7 +22,7 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 
 
 def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
-    """The bytes of every row group or record batch, by which the plan cuts, and whether the file is damaged behind.
+    """The bytes of every row group or record batch, by which the plan cuts, and whether the file is damaged after them.
 
     An Arrow stream behind a URL is one part: finding a place in it means reading all before it.
 
