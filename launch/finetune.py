@@ -16,8 +16,8 @@ from ds_roberta.command_line import (
 from ds_roberta.distributed import leave, set_up_logging
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.finetune import SWEEP, TASKS, FinetuneConfig, finetune
+from ds_roberta.finetuning.one_run import Recipe, Setting
 from ds_roberta.finetuning.spans import SpanOptions
-from ds_roberta.finetuning.trainer import Recipe, Setting
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,9 +13,9 @@ from ds_roberta.finetuning.entities import find_entities, make_word_windows, wor
 from ds_roberta.finetuning.examples import Texts
 from ds_roberta.finetuning.inference import FinetunedModel, logits
 from ds_roberta.finetuning.model import encode
-from ds_roberta.finetuning.sentences import Sentence, are_of_entities
 from ds_roberta.finetuning.spans import Decoded, SpanOptions, cut_questions, decode_all, make_windows
 from ds_roberta.finetuning.squad import Question
+from ds_roberta.finetuning.tagged_sentences import Sentence, are_of_entities
 
 
 @dataclass(frozen=True)

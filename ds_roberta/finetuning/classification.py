@@ -11,9 +11,9 @@ import transformers
 from torch.nn import functional
 
 from ds_roberta.finetuning.examples import Columns, Examples, class_examples, label_names, labelled, number_examples
+from ds_roberta.finetuning.labelled_tables import read_splits
 from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
 from ds_roberta.finetuning.model import encode_examples
-from ds_roberta.finetuning.tables import read_splits
 from ds_roberta.finetuning.task import Encoded, Task, label_head
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from ds_roberta.finetuning.sentences import Sentence
+from ds_roberta.finetuning.tagged_sentences import Sentence
 from ds_roberta.finetuning.task import NO_LABEL
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.tables import Table
+from ds_roberta.finetuning.labelled_tables import Table
 from ds_roberta.finetuning.task import NO_LABEL
 
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and those of its sets on the web

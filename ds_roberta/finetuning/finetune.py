@@ -33,13 +33,9 @@ from ds_roberta.files import (
 from ds_roberta.finetuning.classification import classification, regression
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.inference import RESULTS
+from ds_roberta.finetuning.labelled_tables import split_entry
 from ds_roberta.finetuning.model import sequence_length
-from ds_roberta.finetuning.question_answering import question_answering
-from ds_roberta.finetuning.spans import SpanOptions
-from ds_roberta.finetuning.tables import split_entry
-from ds_roberta.finetuning.task import Task
-from ds_roberta.finetuning.token_classification import token_classification
-from ds_roberta.finetuning.trainer import (
+from ds_roberta.finetuning.one_run import (
     MODEL_FOLDER,
     Problem,
     Recipe,
@@ -50,6 +46,10 @@ from ds_roberta.finetuning.trainer import (
     in_words,
     train,
 )
+from ds_roberta.finetuning.question_answering import question_answering
+from ds_roberta.finetuning.spans import SpanOptions
+from ds_roberta.finetuning.task import Task
+from ds_roberta.finetuning.token_classification import token_classification
 from ds_roberta.model.attention import exclude_cudnn
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer
@@ -67,7 +67,7 @@ class FinetuneConfig:
     """What a fine-tuning is asked for.
 
     Attributes:
-        data: see `tables.read_splits`.
+        data: see `labelled_tables.read_splits`.
         metric: the metric on the validation examples that chooses; None: the first of `Task.metrics`.
         max_seq_length: in tokens; None: the length that the model was trained with.
         spans: of question answering.

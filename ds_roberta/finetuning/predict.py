@@ -13,11 +13,11 @@ from ds_roberta.files import atomic_path, errors_of_the_disk
 from ds_roberta.finetuning.answers import Answer, answer_questions, answer_sentences, answer_texts
 from ds_roberta.finetuning.examples import Columns, Texts, find_texts
 from ds_roberta.finetuning.inference import FinetunedModel, open_finetuned
+from ds_roberta.finetuning.labelled_tables import read_table
 from ds_roberta.finetuning.question_answering import read_questions
-from ds_roberta.finetuning.sentences import WORD_COLUMNS, Sentence, read_conll, split_text, table_sentences
 from ds_roberta.finetuning.spans import SpanOptions
 from ds_roberta.finetuning.squad import Question
-from ds_roberta.finetuning.tables import read_table
+from ds_roberta.finetuning.tagged_sentences import WORD_COLUMNS, Sentence, read_conll, split_text, table_sentences
 
 COMMAND_LINE = "the command line"  # where a single text stands, for messages
 

@@ -12,10 +12,10 @@ import transformers
 from torch.nn import functional
 
 from ds_roberta.distributed import logger
+from ds_roberta.finetuning.labelled_tables import read_splits, read_table
 from ds_roberta.finetuning.spans import SpanOptions, cut_questions, decode_all, make_windows, span_labels
 from ds_roberta.finetuning.squad import Question, QuestionSet, read_squad, table_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
-from ds_roberta.finetuning.tables import read_splits, read_table
 from ds_roberta.finetuning.task import Encoded, Task
 
 TABLES = (".jsonl", ".parquet")

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.tables import Table
+from ds_roberta.finetuning.labelled_tables import Table
 
 COLUMNS = ("question", "context", "answers")
 

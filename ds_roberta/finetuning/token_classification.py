@@ -21,8 +21,8 @@ from ds_roberta.finetuning.entities import (
     word_logits,
 )
 from ds_roberta.finetuning.examples import Columns
-from ds_roberta.finetuning.sentences import Sentence, are_of_entities, read_conll, table_sentences, tag_names
-from ds_roberta.finetuning.tables import read_splits, read_table
+from ds_roberta.finetuning.labelled_tables import read_splits, read_table
+from ds_roberta.finetuning.tagged_sentences import Sentence, are_of_entities, read_conll, table_sentences, tag_names
 from ds_roberta.finetuning.task import NO_LABEL, Encoded, Task, label_head
 
 TABLES = (".jsonl", ".parquet")

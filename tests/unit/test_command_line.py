@@ -20,7 +20,7 @@ from ds_roberta.command_line import (
 )
 from ds_roberta.errors import DiskError, UserError
 from ds_roberta.finetuning.finetune import SWEEP
-from ds_roberta.finetuning.trainer import Setting
+from ds_roberta.finetuning.one_run import Setting
 
 
 def run(command):

@@ -12,7 +12,7 @@ from ds_roberta.finetuning.entities import (
     word_logits,
     word_spans,
 )
-from ds_roberta.finetuning.sentences import Sentence
+from ds_roberta.finetuning.tagged_sentences import Sentence
 
 NAMES = ["O", "B-X", "I-X"]
 

@@ -19,8 +19,8 @@ from ds_roberta.finetuning.classification import batch_loss
 from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, TASKS, FinetuneConfig, choose, finetune
 from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
+from ds_roberta.finetuning.one_run import Recipe, Run, Setting
 from ds_roberta.finetuning.spans import SpanOptions
-from ds_roberta.finetuning.trainer import Recipe, Run, Setting
 from ds_roberta.training.preemption import StopRequest
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from ds_roberta.errors import UserError
+from ds_roberta.finetuning.labelled_tables import parse_table
 from ds_roberta.finetuning.squad import parse_squad, read_squad, table_questions
-from ds_roberta.finetuning.tables import parse_table
 
 CONTEXT = "The tower was built in 1889 by Gustave Eiffel."
 FIRST = {

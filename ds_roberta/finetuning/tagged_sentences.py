@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.tables import Table, read_text
+from ds_roberta.finetuning.labelled_tables import Table, read_text
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")

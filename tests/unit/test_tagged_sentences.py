@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.sentences import (
+from ds_roberta.finetuning.labelled_tables import parse_table
+from ds_roberta.finetuning.tagged_sentences import (
     are_of_entities,
     parse_conll,
     read_conll,
@@ -13,7 +14,6 @@ from ds_roberta.finetuning.sentences import (
     table_sentences,
     tag_names,
 )
-from ds_roberta.finetuning.tables import parse_table
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
 
