@@ -8,15 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
-from preprocessing import megatron, show, stats, trace, verify
-from preprocessing.accounts import MAX_BAD_FRACTION
 from preprocessing.commands import ROBERTA_VOCAB_SIZE, shard, train_tokenizer
 from preprocessing.dedup import DEDUP_KINDS
-from preprocessing.encoders import AUTO, BACKENDS
-from preprocessing.formats import READABLE
-from preprocessing.job import Task
-from preprocessing.pieces import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMALIZATIONS, ReadOptions
-from preprocessing.sentences import SENTENCE_KINDS
+from preprocessing.jobs.job import Task
+from preprocessing.prepared import megatron, show, stats, trace, verify
+from preprocessing.reading.accounts import MAX_BAD_FRACTION
+from preprocessing.reading.documents import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMALIZATIONS, ReadOptions
+from preprocessing.reading.formats import READABLE
+from preprocessing.tokens.encoders import AUTO, BACKENDS
+from preprocessing.tokens.sentence_splitting import SENTENCE_KINDS
 from preprocessing.units import ShardOptions
 
 

@@ -12,19 +12,19 @@ from pathlib import Path
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
-from preprocessing.accept import accepted_documents, load_filter
-from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, refuse_damage, summary_lines
-from preprocessing.encoders import AUTO
-from preprocessing.inputs import Inputs, find_inputs
-from preprocessing.job import Task
-from preprocessing.pieces import ReadOptions
-from preprocessing.plan import Unit, plan_units
-from preprocessing.progress import clock, document_bar
-from preprocessing.sentences import sentence_bytes, tokenizer_lines
+from preprocessing.jobs.job import Task
+from preprocessing.jobs.progress import clock, document_bar
+from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
+from preprocessing.reading.accept import accepted_documents, load_filter
+from preprocessing.reading.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, refuse_damage, summary_lines
+from preprocessing.reading.documents import ReadOptions
+from preprocessing.reading.inputs import Inputs, find_inputs
+from preprocessing.reading.planning import Unit, plan_units
 from preprocessing.sharding import Totals, run_job
-from preprocessing.tokenizer import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe
+from preprocessing.tokens.bpe import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe
+from preprocessing.tokens.encoders import AUTO
+from preprocessing.tokens.sentence_splitting import sentence_bytes, tokenizer_lines
 from preprocessing.units import ShardOptions
-from preprocessing.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
 
 ROBERTA_VOCAB_SIZE = 50265
 

@@ -28,19 +28,19 @@ from ds_roberta.data.shards import (
 from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from preprocessing import dedup
-from preprocessing.accept import filter_checksum
-from preprocessing.accounts import BadDocuments, input_infos, refuse_damage, total_accounts
-from preprocessing.encoders import AUTO, choose_backend
-from preprocessing.formats import is_url
-from preprocessing.job import FIRST_STAGE, UNITS, Job, Record, Task, clear, opened_job, publish
-from preprocessing.lease import LeaseHeld, held_lease
-from preprocessing.plan import Unit, plan_units
-from preprocessing.progress import document_bar
-from preprocessing.sentences import RULES_VERSION
-from preprocessing.streams import file_size, open_binary, readable
-from preprocessing.tokenizer import TOKENIZER_FILES, copy_tokenizer
+from preprocessing.jobs.job import FIRST_STAGE, UNITS, Job, Record, Task, clear, opened_job, publish
+from preprocessing.jobs.lease import LeaseHeld, held_lease
+from preprocessing.jobs.progress import document_bar
+from preprocessing.jobs.workers import Workers, local_workers
+from preprocessing.reading.accept import filter_checksum
+from preprocessing.reading.accounts import BadDocuments, input_infos, refuse_damage, total_accounts
+from preprocessing.reading.formats import is_url
+from preprocessing.reading.planning import Unit, plan_units
+from preprocessing.reading.streams import file_size, open_binary, readable
+from preprocessing.tokens.bpe import TOKENIZER_FILES, copy_tokenizer
+from preprocessing.tokens.encoders import AUTO, choose_backend
+from preprocessing.tokens.sentence_splitting import RULES_VERSION
 from preprocessing.units import RECORD_VERSION, ShardOptions, UnitResult, shard_unit, thin_unit
-from preprocessing.workers import Workers, local_workers
 
 FileState = tuple[int, int]
 """Size and time of change."""

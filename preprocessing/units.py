@@ -29,13 +29,13 @@ from ds_roberta.data.shards import (
 )
 from ds_roberta.errors import UserError
 from preprocessing import dedup
-from preprocessing.accept import accepted_documents
-from preprocessing.accounts import KEPT, MAX_BAD_FRACTION, Account
-from preprocessing.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, SpecialLetters, make_encoder
-from preprocessing.job import Record
-from preprocessing.pieces import ReadOptions
-from preprocessing.plan import UNIT_BYTES, Unit
-from preprocessing.sentences import sentence_bytes
+from preprocessing.jobs.job import Record
+from preprocessing.reading.accept import accepted_documents
+from preprocessing.reading.accounts import KEPT, MAX_BAD_FRACTION, Account
+from preprocessing.reading.documents import ReadOptions
+from preprocessing.reading.planning import UNIT_BYTES, Unit
+from preprocessing.tokens.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, SpecialLetters, make_encoder
+from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 _BATCH_BYTES = 1 << 20
 _SOURCES_AT_MOST = 256

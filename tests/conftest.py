@@ -12,7 +12,7 @@ import torch
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
 from ds_roberta.errors import UserError, user_message
-from preprocessing.tokenizer import train_bpe
+from preprocessing.tokens.bpe import train_bpe
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # on busy cores, threads of small operations wait for each other

@@ -17,7 +17,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import make_model
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.options import PretrainOptions, run_config
-from preprocessing.tokenizer import train_bpe
+from preprocessing.tokens.bpe import train_bpe
 
 LENGTH = 48
 TOKENS = 400

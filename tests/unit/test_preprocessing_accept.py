@@ -5,10 +5,10 @@ import gzip
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing import accounts
-from preprocessing.accept import accepted_documents, load_filter
-from preprocessing.accounts import Account, BadDocuments, input_infos, located, summary_lines, total_accounts
-from preprocessing.pieces import Piece, ReadOptions, Reject
+from preprocessing.reading import accounts
+from preprocessing.reading.accept import accepted_documents, load_filter
+from preprocessing.reading.accounts import Account, BadDocuments, input_infos, located, summary_lines, total_accounts
+from preprocessing.reading.documents import Piece, ReadOptions, Reject
 
 
 def accept(path, content, source="", **options):

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from preprocessing import borders
-from preprocessing.borders import cut_at_borders
-from preprocessing.pieces import Document, Piece, ReadOptions
-from preprocessing.readers import read_documents
+from preprocessing.reading import borders
+from preprocessing.reading.borders import cut_at_borders
+from preprocessing.reading.documents import Document, Piece, ReadOptions
+from preprocessing.reading.readers import read_documents
 
 
 @pytest.fixture

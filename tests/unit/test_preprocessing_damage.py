@@ -11,12 +11,13 @@ import pytest
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
-from preprocessing import sharding, streams
-from preprocessing.accept import accepted_documents
-from preprocessing.accounts import Account, BadDocuments
+from preprocessing import sharding
 from preprocessing.cli import main
-from preprocessing.pieces import Piece, ReadOptions, Reject
-from preprocessing.plan import plan_units
+from preprocessing.reading import streams
+from preprocessing.reading.accept import accepted_documents
+from preprocessing.reading.accounts import Account, BadDocuments
+from preprocessing.reading.documents import Piece, ReadOptions, Reject
+from preprocessing.reading.planning import plan_units
 
 ROWS = [{"text": f"Row {i} has {'many ' * (i % 40)}words."} for i in range(500)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

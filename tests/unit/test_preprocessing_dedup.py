@@ -12,7 +12,7 @@ from test_preprocessing_sharding import folder_hash
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing import dedup, units
-from preprocessing.pieces import ReadOptions
+from preprocessing.reading.documents import ReadOptions
 from preprocessing.sharding import shard_corpus
 from preprocessing.units import ShardOptions
 

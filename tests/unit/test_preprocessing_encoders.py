@@ -11,8 +11,11 @@ from tokenizers import Tokenizer
 
 from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
-from preprocessing import encoders, units
-from preprocessing.encoders import (
+from preprocessing import units
+from preprocessing.sharding import shard_corpus
+from preprocessing.tokens import encoders
+from preprocessing.tokens.bpe import train_bpe
+from preprocessing.tokens.encoders import (
     AUTO,
     BACKENDS,
     GIGATOKEN,
@@ -22,8 +25,6 @@ from preprocessing.encoders import (
     choose_backend,
     make_encoder,
 )
-from preprocessing.sharding import shard_corpus
-from preprocessing.tokenizer import train_bpe
 from preprocessing.units import ShardOptions
 
 SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing.inputs import find_inputs
+from preprocessing.reading.inputs import find_inputs
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from preprocessing.accept import accepted_documents
-from preprocessing.accounts import Account
-from preprocessing.pieces import Piece, ReadOptions
-from preprocessing.plan import plan_units
+from preprocessing.reading.accept import accepted_documents
+from preprocessing.reading.accounts import Account
+from preprocessing.reading.documents import Piece, ReadOptions
+from preprocessing.reading.planning import plan_units
 
 TEXTS = [f"Document {i}\nhas é, two \u2028 lines{' and words' * (i % 70)}" for i in range(900)]
 COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}

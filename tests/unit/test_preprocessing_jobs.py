@@ -18,13 +18,13 @@ from test_preprocessing_sharding import DOCUMENTS, folder_hash
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
-from preprocessing import lease as leases
 from preprocessing import sharding
-from preprocessing.job import Job
-from preprocessing.lease import Holder, JobStopped, Lease, LeaseHeld, held_lease, is_alive
+from preprocessing.jobs import lease as leases
+from preprocessing.jobs.job import Job
+from preprocessing.jobs.lease import Holder, JobStopped, Lease, LeaseHeld, held_lease, is_alive
+from preprocessing.jobs.workers import is_mpi, local_workers, slurm_task
 from preprocessing.sharding import run_job, shard_corpus
 from preprocessing.units import ShardOptions
-from preprocessing.workers import is_mpi, local_workers, slurm_task
 
 OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000, dedup="exact")
 FORK = multiprocessing.get_context("fork")

@@ -12,10 +12,10 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing.cli import main
-from preprocessing.lookup import Decoder, Documents
+from preprocessing.prepared.show import document_numbers
+from preprocessing.prepared.stats import corpus_stats
+from preprocessing.prepared.stored_documents import Decoder, Documents
 from preprocessing.sharding import shard_corpus
-from preprocessing.show import document_numbers
-from preprocessing.stats import corpus_stats
 from preprocessing.units import ShardOptions
 
 TEXTS = [

@@ -8,9 +8,9 @@ import pytest
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
-from preprocessing import megatron
 from preprocessing.cli import main
-from preprocessing.megatron import IndexedDataset, export_split, import_dataset
+from preprocessing.prepared import megatron
+from preprocessing.prepared.megatron import IndexedDataset, export_split, import_dataset
 
 CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 

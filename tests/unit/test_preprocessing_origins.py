@@ -10,8 +10,8 @@ import pytest
 
 from ds_roberta.data.shards import PACKING_VERSION, Corpus
 from preprocessing.cli import main
-from preprocessing.lookup import Decoder, Documents
-from preprocessing.origins import Origins
+from preprocessing.prepared.origins import Origins
+from preprocessing.prepared.stored_documents import Decoder, Documents
 
 TEXTS = [f"document {number}\n  of   three lines, {'é' * (number % 5)}\nand no more" for number in range(30)]
 

@@ -8,12 +8,12 @@ import fsspec
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing.formats import READABLE
-from preprocessing.inputs import dataset_files, find_inputs
-from preprocessing.pieces import Document, ReadOptions
-from preprocessing.plan import plan_units
-from preprocessing.readers import read_documents
-from preprocessing.sentences import sentence_bytes
+from preprocessing.reading.documents import Document, ReadOptions
+from preprocessing.reading.formats import READABLE
+from preprocessing.reading.inputs import dataset_files, find_inputs
+from preprocessing.reading.planning import plan_units
+from preprocessing.reading.readers import read_documents
+from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 
 def random_text(seed, newline):

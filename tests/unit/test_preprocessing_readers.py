@@ -3,9 +3,9 @@
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing.pieces import Document, Piece, ReadOptions
-from preprocessing.readers import read_documents
-from preprocessing.sentences import sentence_bytes, tokenizer_lines
+from preprocessing.reading.documents import Document, Piece, ReadOptions
+from preprocessing.reading.readers import read_documents
+from preprocessing.tokens.sentence_splitting import sentence_bytes, tokenizer_lines
 
 NEWLINES = ("\n", "\r\n", "\r")
 

@@ -7,8 +7,8 @@ import unicodedata
 import pytest
 import regex
 
-from preprocessing import sentences as module
-from preprocessing.sentences import sentence_bytes, tokenizer_lines
+from preprocessing.tokens import sentence_splitting as module
+from preprocessing.tokens.sentence_splitting import sentence_bytes, tokenizer_lines
 
 
 def sentences(text, kind):

@@ -11,9 +11,9 @@ import pytest
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
-from preprocessing.pieces import ReadOptions
+from preprocessing.reading.documents import ReadOptions
 from preprocessing.sharding import shard_corpus
-from preprocessing.tokenizer import train_bpe
+from preprocessing.tokens.bpe import train_bpe
 from preprocessing.units import ShardOptions, split_of
 
 DOCUMENTS = [

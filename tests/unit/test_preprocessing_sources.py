@@ -13,11 +13,11 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing import units
 from preprocessing.cli import main
-from preprocessing.lookup import Decoder, Documents
-from preprocessing.pieces import ReadOptions
+from preprocessing.prepared.stored_documents import Decoder, Documents
+from preprocessing.prepared.verify import verify
+from preprocessing.reading.documents import ReadOptions
 from preprocessing.sharding import shard_corpus
 from preprocessing.units import ShardOptions, split_of
-from preprocessing.verify import verify
 
 SOURCES = ("wiki", "books", None, "web/é, =")
 TEXTS = [f"Text {i} says {'ka to mi ' * (i % 17)}so\nand ends." for i in range(120)]

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
-from preprocessing.encoders import HUGGINGFACE, make_encoder
-from preprocessing.tokenizer import copy_tokenizer, is_tokenizer_folder, train_bpe
+from preprocessing.tokens.bpe import copy_tokenizer, is_tokenizer_folder, train_bpe
+from preprocessing.tokens.encoders import HUGGINGFACE, make_encoder
 
 SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"
 TEXT = [["Hello world, hello there.", " The world is round."], [SPECIAL_LETTERS] * 5, ["Grüße, 世界 🙂"]] * 20

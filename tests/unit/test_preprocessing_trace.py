@@ -16,12 +16,12 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.errors import UserError
 from preprocessing.cli import main
-from preprocessing.lookup import Decoder, Documents
-from preprocessing.pieces import Piece as ReadPiece
-from preprocessing.pieces import ReadOptions
-from preprocessing.readers import read_documents
+from preprocessing.prepared.stored_documents import Decoder, Documents
+from preprocessing.prepared.trace import BatchTracer
+from preprocessing.reading.documents import Piece as ReadPiece
+from preprocessing.reading.documents import ReadOptions
+from preprocessing.reading.readers import read_documents
 from preprocessing.sharding import shard_corpus
-from preprocessing.trace import BatchTracer
 from preprocessing.units import ShardOptions
 
 LENGTH, SEED = 16, 9  # short, so that there are sequences for several lanes

@@ -11,7 +11,7 @@ from ds_roberta.data import shards
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing.cli import main
-from preprocessing.verify import shard_problems, verify
+from preprocessing.prepared.verify import shard_problems, verify
 
 CHUNK = 4096
 

@@ -8,7 +8,7 @@ from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.data.tokenizer import token_bytes
 from ds_roberta.data.words import MAX_WORD_TOKENS, share_without_spaces, word_bounds, word_starts
 from ds_roberta.errors import UserError
-from preprocessing.tokenizer import train_bpe
+from preprocessing.tokens.bpe import train_bpe
 
 
 def bounds(begins, special):

@@ -27,8 +27,8 @@ from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.metrics import MetricsLog
 from preprocessing.commands import shard, train_tokenizer
-from preprocessing.megatron import export_split
-from preprocessing.stats import corpus_stats, plot
+from preprocessing.prepared.megatron import export_split
+from preprocessing.prepared.stats import corpus_stats, plot
 
 FORK = multiprocessing.get_context("fork")  # a hook of the interpreter stays for ever
 

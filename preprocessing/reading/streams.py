@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import zstandard
 
 from ds_roberta.errors import UserError
-from preprocessing.formats import is_url
-from preprocessing.pieces import share_read
+from preprocessing.reading.documents import share_read
+from preprocessing.reading.formats import is_url
 
 BLOCK_BYTES = 1 << 20
 _COMPRESSED_BLOCK_BYTES = 1 << 16

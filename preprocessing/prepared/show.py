@@ -9,9 +9,9 @@ from typing import Any
 
 from ds_roberta.data.shards import SPLITS, TRAIN_SPLIT, Corpus
 from ds_roberta.errors import UserError
-from preprocessing.formats import TABLES, format_of
-from preprocessing.lookup import Decoder, Document, Documents
-from preprocessing.origins import OFFSETS_HELP, Origins
+from preprocessing.prepared.origins import OFFSETS_HELP, Origins
+from preprocessing.prepared.stored_documents import Decoder, Document, Documents
+from preprocessing.reading.formats import TABLES, format_of
 
 
 def show(

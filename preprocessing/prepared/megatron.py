@@ -47,7 +47,7 @@ from ds_roberta.data.shards import (
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from preprocessing.sharding import is_data_folder
-from preprocessing.tokenizer import copy_tokenizer
+from preprocessing.tokens.bpe import copy_tokenizer
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")

@@ -25,8 +25,8 @@ import xxhash
 from ds_roberta.data.shards import TokenizerInfo, token_type
 from ds_roberta.data.tokenizer import SPECIAL_TOKENS
 from ds_roberta.errors import UserError
-from preprocessing.sentences import tokenizer_lines
-from preprocessing.tokenizer import CorpusTokenizer, corpus_tokenizer
+from preprocessing.tokens.bpe import CorpusTokenizer, corpus_tokenizer
+from preprocessing.tokens.sentence_splitting import tokenizer_lines
 
 HUGGINGFACE, GIGATOKEN, AUTO = "huggingface", "gigatoken", "auto"
 BACKENDS = (AUTO, HUGGINGFACE, GIGATOKEN)

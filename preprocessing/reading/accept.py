@@ -13,9 +13,9 @@ from typing import Any
 
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum
-from preprocessing.accounts import KEPT, Account
-from preprocessing.pieces import Damage, Document, Piece, ReadOptions, Reject
-from preprocessing.readers import read_documents
+from preprocessing.reading.accounts import KEPT, Account
+from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject
+from preprocessing.reading.readers import read_documents
 
 Filter = Callable[[str, dict[str, Any]], Any]
 

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ds_roberta.errors import UserError
-from preprocessing.job import Task
-from preprocessing.lease import JobStopped
+from preprocessing.jobs.job import Task
+from preprocessing.jobs.lease import JobStopped
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from preprocessing.streams import readable
+from preprocessing.reading.streams import readable
 
 FILE, FOLDER, OTHER = "file", "folder", "neither a file nor a folder"
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from ds_roberta.data.shards import InputInfo
 from ds_roberta.errors import UserError
-from preprocessing.formats import TABLES, TEXT, known_format
-from preprocessing.pieces import Damage, Reject, unit_of_offset
-from preprocessing.streams import Damaged, file_size, open_binary, read_blocks, readable
+from preprocessing.reading.documents import Damage, Reject, unit_of_offset
+from preprocessing.reading.formats import TABLES, TEXT, known_format
+from preprocessing.reading.streams import Damaged, file_size, open_binary, read_blocks, readable
 
 KEPT = "kept"
 MAX_BAD_FRACTION = 0.01

@@ -17,11 +17,11 @@ from typing import Any
 
 import orjson
 
-from preprocessing.borders import cut_at_borders
-from preprocessing.formats import CSV, JSON_LINES, TABLES, known_format
-from preprocessing.pieces import Damage, Document, Piece, ReadOptions, Reject, share_read
-from preprocessing.streams import Damaged, read_blocks
-from preprocessing.tables import check_columns, read_table
+from preprocessing.reading.borders import cut_at_borders
+from preprocessing.reading.columns import check_columns, read_table
+from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject, share_read
+from preprocessing.reading.formats import CSV, JSON_LINES, TABLES, known_format
+from preprocessing.reading.streams import Damaged, read_blocks
 
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = rb"(?:\r\n|\r(?!\n)|\n)"

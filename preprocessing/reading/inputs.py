@@ -12,10 +12,10 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from ds_roberta.errors import UserError
-from preprocessing.folders import FILE, FOLDER, is_hidden, kind_of, matches, tree
-from preprocessing.formats import READABLE, format_of, is_url
-from preprocessing.streams import file_system, readable
-from preprocessing.tokenizer import TOKENIZER_FILES
+from preprocessing.reading.folders import FILE, FOLDER, is_hidden, kind_of, matches, tree
+from preprocessing.reading.formats import READABLE, format_of, is_url
+from preprocessing.reading.streams import file_system, readable
+from preprocessing.tokens.bpe import TOKENIZER_FILES
 
 _NAMED_AT_MOST = 5
 _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)

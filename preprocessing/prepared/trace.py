@@ -23,8 +23,8 @@ from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages, places_behind, read_skipped, stage_number
 from ds_roberta.errors import UserError
-from preprocessing.lookup import Decoder, Document, Documents
-from preprocessing.origins import OFFSETS_HELP, Origins
+from preprocessing.prepared.origins import OFFSETS_HELP, Origins
+from preprocessing.prepared.stored_documents import Decoder, Document, Documents
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import xxhash
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
-from preprocessing.accept import judge
-from preprocessing.formats import TABLES, known_format
-from preprocessing.lookup import Decoder, Document, Documents
-from preprocessing.pieces import Document as ReadDocument
-from preprocessing.pieces import Piece, ReadOptions
-from preprocessing.readers import read_documents
-from preprocessing.sentences import sentence_bytes
+from preprocessing.prepared.stored_documents import Decoder, Document, Documents
+from preprocessing.reading.accept import judge
+from preprocessing.reading.documents import Document as ReadDocument
+from preprocessing.reading.documents import Piece, ReadOptions
+from preprocessing.reading.formats import TABLES, known_format
+from preprocessing.reading.readers import read_documents
+from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 OFFSETS_HELP = "give each document's own bytes (in tables: row) in its input, which is read again"
 _PARTS_KEPT = 64

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.files import check_replaceable, partial_folder, put_in_place, sync_directory, sync_file, write_json
-from preprocessing.lease import Lease, held_lease
+from preprocessing.jobs.lease import Lease, held_lease
 
 FIRST_STAGE = "tokenizer"
 """The stage that makes `data`."""

@@ -21,7 +21,7 @@ from ds_roberta.data.packing import INDEX_FOLDER
 from ds_roberta.data.shards import MANIFEST_NAME, Manifest, ShardInfo, checksums
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
-from preprocessing.progress import byte_bar
+from preprocessing.jobs.progress import byte_bar
 
 DAMAGED_EXIT_CODE = 1
 

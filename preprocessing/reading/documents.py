@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from preprocessing.formats import TABLES, known_format
+from preprocessing.reading.formats import TABLES, known_format
 
 DOCUMENT_KINDS = ("blank-line", "file", "line")
 NORMALIZATIONS = ("none", "NFC", "NFKC")
