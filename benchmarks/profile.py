@@ -38,7 +38,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from benchmarks.loader import commit, cpu_model
 from benchmarks.throughput_contenders import write_data
 from ds_roberta.command_line import ArgumentParser, run_command
-from ds_roberta.config import PRESETS, IntervalConfig
+from ds_roberta.config import PRESETS, IntervalConfig, PackingConfig
 from ds_roberta.data.loader import MicroBatch, TrainLoader
 from ds_roberta.distributed import Ranks, leave
 from ds_roberta.errors import UserError
@@ -49,7 +49,7 @@ from ds_roberta.training.compilation import compiled_graphs
 from ds_roberta.training.device import init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
-from ds_roberta.training.options import PretrainOptions
+from ds_roberta.training.settings import pretrain_options
 from ds_roberta.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -212,13 +212,13 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         ranks.on_main(lambda: prepare(arguments, folder, length, batch))
         steps = WARM_UP + arguments.steps + 1
-        options = PretrainOptions(
+        options = pretrain_options(
             deepspeed_config=folder / "deepspeed.json",
             data_dir=arguments.data_dir or folder / "data",
             output_dir=folder / "run",
             model=arguments.model,
             max_seq_length=length,
-            packing=PretrainOptions.packing if arguments.data_dir else "contiguous",
+            packing=PackingConfig.format if arguments.data_dir else "contiguous",
             max_steps=steps,
             save_interval=steps // 2 + 1,  # one save, in the middle
             eval_interval=steps,

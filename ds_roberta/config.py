@@ -6,12 +6,12 @@ JSON's; model, data, masking, sequence length, schedule, intervals, seed and pat
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
+from ds_roberta.options import Settings, must_be, option, positive_number, require_positive
 
 LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
 LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
@@ -22,6 +22,7 @@ TORCH_COMPILE = ("auto", "on", "off")
 OBJECTIVES = ("mlm", "rts")
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
+_BETWEEN_0_AND_1 = must_be("between 0 and 1", lambda share: 0 < share < 1)
 DEFAULT_DATA_DIR = Path("data/corpus")
 DEFAULT_OUTPUT_ROOT = Path("runs")
 
@@ -116,14 +117,14 @@ def model_config(
 
 
 @dataclass(frozen=True)
-class PackingConfig:
-    """Which slices of the documents are the sequences."""
+class PackingConfig(Settings):
+    """Sequences."""
 
-    max_seq_length: int
-    format: str = "full-sentences"
+    max_seq_length: int = option("tokens per sequence (default: the model's: 512, tiny 128)")
+    format: str = option("how documents become sequences", "full-sentences", name="packing", choices=PACKING_FORMATS)
 
     def __post_init__(self) -> None:
-        require_one_of("--packing", self.format, PACKING_FORMATS)
+        super().__post_init__()
         shortest = SPECIAL_TOKENS_PER_PAIR + 2 if self.is_paired else SPECIAL_TOKENS_PER_SEQUENCE + 1
         if self.max_seq_length < shortest:
             raise UserError(f"--max_seq_length must be at least {shortest}, got {self.max_seq_length}")
@@ -135,39 +136,41 @@ class PackingConfig:
 
     @property
     def capacity(self) -> int:
-        """Tokens of a sequence but for the special ones that frame it and divide a pair."""
+        """Tokens of a sequence without the special tokens that frame it and divide a pair."""
         return self.max_seq_length - (SPECIAL_TOKENS_PER_PAIR if self.is_paired else SPECIAL_TOKENS_PER_SEQUENCE)
 
 
 @dataclass(frozen=True)
-class MaskingConfig:
-    """What is masked, and how much; shares are named as in transformers' `DataCollatorForLanguageModeling`.
+class MaskingConfig(Settings):
+    """Masking; probabilities are named as in transformers' `DataCollatorForLanguageModeling`.
 
     Attributes:
-        mlm_probability_end: where given, the share moves from `mlm_probability` at the run's first step in a straight
-            line to this at its last.
-        unit: what is chosen as a whole; see `ds_roberta.data.masking`.
-        copies: fixed masks of each sequence, one an epoch by turns; where None, each epoch has its own.
+        mlm_probability_end: if given, the share moves in a straight line from `mlm_probability` at the run's first
+            step to this at its last.
+        unit: see `ds_roberta.data.masking`.
+        copies: fixed masks of each sequence, used in turn, one per epoch; if None, each epoch has its own.
     """
 
-    mlm_probability: float = 0.15
+    mlm_probability: float = option("share of the tokens to mask", 0.15, check=_BETWEEN_0_AND_1)
     mask_replace_prob: float = 0.8
     random_replace_prob: float = 0.1
-    mlm_probability_end: float | None = None
-    unit: str = "token"
-    copies: int | None = None
+    mlm_probability_end: float | None = option(
+        "share at the last step, reached in a straight line (default: no change)", None, check=_BETWEEN_0_AND_1
+    )
+    unit: str = option("what is masked as a whole", "token", name="masking", choices=MASKING_UNITS)
+    copies: int | None = option(
+        "static masking: number of fixed masks per sequence, used in turn; BERT had 10 (default: dynamic)",
+        None,
+        name="masking_copies",
+        check=require_positive,
+    )
 
     def __post_init__(self) -> None:
-        require_one_of("--masking", self.unit, MASKING_UNITS)
-        if self.copies is not None:
-            require_positive("--masking_copies", self.copies)
-            if self.mlm_probability_end is not None:
-                raise UserError(
-                    "--masking_copies fixes the masks, --mlm_probability_end moves their share: remove one of them"
-                )
-        for name, share in (("mlm_probability", self.mlm_probability), ("mlm_probability_end", self.final_probability)):
-            if not 0 < share < 1:
-                raise UserError(f"--{name} must be between 0 and 1, got {share}")
+        super().__post_init__()
+        if self.copies is not None and self.mlm_probability_end is not None:
+            raise UserError(
+                "--masking_copies fixes the masks, --mlm_probability_end moves their share: remove one of them"
+            )
         replaced = self.mask_replace_prob + self.random_replace_prob
         if min(self.mask_replace_prob, self.random_replace_prob) < 0 or replaced > 1:
             raise UserError(
@@ -177,41 +180,47 @@ class MaskingConfig:
 
     @property
     def final_probability(self) -> float:
-        """The share at the end of the run, by which it is evaluated too."""
+        """The share at the end of the run, which evaluation uses too."""
         return self.mlm_probability if self.mlm_probability_end is None else self.mlm_probability_end
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """Length of the run and shape of its learning rate, in optimizer steps; see `training.schedule.learning_rate`.
+class ScheduleConfig(Settings):
+    """Steps and learning rate; see `training.schedule.learning_rate`.
 
-    The options of a shape are None where the type has no use for them; where it has, None becomes the default.
+    The options of a shape are None if the type does not use them; otherwise None becomes the default.
 
     Attributes:
         lr_scheduler_type: named as in transformers' `SchedulerType`.
-        lr_power: exponent of "polynomial"; 1 by default, a straight line.
-        min_lr_ratio: where the decay ends, as a share of the peak; 0 by default. Not for "linear".
-        decay_steps: the last steps, in which "warmup_stable_decay" decays; a tenth of the run by default, which
-            Hu et al. (2024, MiniCPM, arXiv:2404.06395, section 4) found enough.
-        decay_type: shape of that decay; "1-sqrt" by default, the best of those that Hägele et al. (2024,
-            arXiv:2405.18392) compared.
+        lr_power: 1, the default, is a straight line.
+        min_lr_ratio: not for "linear".
+        decay_steps: a tenth of the run by default, which Hu et al. (2024, MiniCPM, arXiv:2404.06395, section 4) found
+            enough.
+        decay_type: "1-sqrt" by default, the best of those that Hägele et al. (2024, arXiv:2405.18392) compared.
     """
 
-    max_steps: int
-    warmup_steps: int
-    lr_scheduler_type: str = "linear"
-    lr_power: float | None = None
-    min_lr_ratio: float | None = None
-    decay_steps: int | None = None
-    decay_type: str | None = None
+    max_steps: int = option("optimizer steps of the run (default: the model's)", check=require_positive)
+    warmup_steps: int = option("steps of linear warm-up (default: the model's share of max_steps)")
+    lr_scheduler_type: str = option(
+        "shape of the learning rate after the warm-up", "linear", choices=LR_SCHEDULER_TYPES
+    )
+    lr_power: float | None = option("exponent of polynomial (default: 1)", None, check=positive_number)
+    min_lr_ratio: float | None = option(
+        "where polynomial, cosine and warmup_stable_decay end, as a share of the peak (default: 0)",
+        None,
+        check=must_be("from 0 to 1", lambda ratio: 0 <= ratio <= 1),
+    )
+    decay_steps: int | None = option(
+        "last steps, in which warmup_stable_decay decays (default: a tenth of max_steps)", None
+    )
+    decay_type: str | None = option("shape of that decay (default: 1-sqrt)", None, choices=LR_DECAY_TYPES)
 
     def __post_init__(self) -> None:
-        require_positive("--max_steps", self.max_steps)
+        super().__post_init__()
         if not 0 <= self.warmup_steps <= self.max_steps:
             raise UserError(
                 f"--warmup_steps must be from 0 to max_steps ({self.max_steps}), got {self.warmup_steps}: give both"
             )
-        require_one_of("--lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULER_TYPES)
         longest_decay = self.max_steps - self.warmup_steps
         used: dict[str, dict[str, Any]] = {
             "linear": {},
@@ -229,16 +238,10 @@ class ScheduleConfig:
                 object.__setattr__(self, name, defaults.get(name))
             elif name not in defaults:
                 raise UserError(f"--{name} does nothing with --lr_scheduler_type {self.lr_scheduler_type}: remove it")
-        if self.lr_power is not None and not 0 < self.lr_power < math.inf:
-            raise UserError(f"--lr_power must be a positive number, got {self.lr_power}")
-        if self.min_lr_ratio is not None and not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"--min_lr_ratio must be from 0 to 1, got {self.min_lr_ratio}")
         if self.decay_steps is not None and not 0 <= self.decay_steps <= longest_decay:
             raise UserError(
                 f"--decay_steps must be from 0 to max_steps - warmup_steps ({longest_decay}), got {self.decay_steps}"
             )
-        if self.decay_type is not None:
-            require_one_of("--decay_type", self.decay_type, LR_DECAY_TYPES)
 
 
 @dataclass(frozen=True)
@@ -255,53 +258,56 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
-    """What is done about a spike of the loss; see `ds_roberta.training.guard`.
+class GuardConfig(Settings):
+    """Spikes of the loss; see `ds_roberta.training.guard`.
 
     Attributes:
-        loss_spike_threshold: how far a loss may lie above the median of the steps before, in robust standard
-            deviations; 10 by default, None where nothing is watched.
+        loss_spike_threshold: None if nothing is watched.
     """
 
-    loss_spike: str = "warn"
-    loss_spike_threshold: float | None = None
+    loss_spike: str = option("what to do about a spike of the loss", "warn", choices=LOSS_SPIKE_POLICIES)
+    loss_spike_threshold: float | None = option(
+        "robust standard deviations above the recent median (default: 10)", None, check=positive_number
+    )
 
     def __post_init__(self) -> None:
-        require_one_of("--loss_spike", self.loss_spike, LOSS_SPIKE_POLICIES)
+        super().__post_init__()
         if self.loss_spike == "off":
             if self.loss_spike_threshold is not None:
                 raise UserError("--loss_spike_threshold does nothing with --loss_spike off: remove it")
-            return
-        if self.loss_spike_threshold is None:
+        elif self.loss_spike_threshold is None:
             object.__setattr__(self, "loss_spike_threshold", 10.0)
-        elif not 0 < self.loss_spike_threshold < math.inf:
-            raise UserError(f"--loss_spike_threshold must be a positive number, got {self.loss_spike_threshold}")
 
 
 @dataclass(frozen=True)
-class IntervalConfig:
-    """How often things happen, in optimizer steps."""
+class IntervalConfig(Settings):
+    """Intervals, in optimizer steps."""
 
-    save_interval: int = 1_000
-    eval_interval: int = 1_000
-    log_interval: int = 1
-    keep_last: int = 3
-    keep_every: int | None = None
+    save_interval: int = option("steps between checkpoints", 1_000, check=require_positive)
+    eval_interval: int = option("steps between evaluations on the held-out split", 1_000, check=require_positive)
+    log_interval: int = option("steps between rows of metrics.jsonl", 1, check=require_positive)
+    keep_last: int = option(
+        "number of newest checkpoints to keep; the one with the lowest held-out loss is also kept",
+        3,
+        check=require_positive,
+    )
+    keep_every: int | None = option(
+        "also keep the checkpoint of every multiple of this many steps (default: none)", None, check=require_positive
+    )
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None:
-                require_positive(f"--{name}", value)
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """The run; all its settings, as config.json keeps them.
 
-@dataclass(frozen=True)
-class RunConfig:
-    """All that the command line decides."""
+    Attributes:
+        model_name: the preset's name, or that of the folder that the run begins with.
+        source_weights: by source; if None, every sequence is trained on equally often.
+    """
 
-    data_dir: Path
-    output_dir: Path
+    data_dir: Path = option("folder made by 'preprocess shard'", DEFAULT_DATA_DIR)
+    output_dir: Path = option("the run's folder (default: runs/MODEL)")
     model_name: str
-    """The preset's name, or that of the folder that the run begins with."""
     model: ModelConfig
     packing: PackingConfig
     schedule: ScheduleConfig
@@ -309,31 +315,42 @@ class RunConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    source_weights: dict[str, int] | None = None
-    """Of each source's sequences, by its name; where None, every sequence is trained on equally often."""
-    seed: int = 0
-    eval_sequences: int = 2_048
-    resume: str = "auto"
-    save_deepspeed_checkpoint: bool = False
-    torch_compile: str = "auto"
-    no_decay_bias_and_norm: bool = False
-    """Whether the JSON's weight decay leaves out biases and LayerNorms."""
-    objective: str = "mlm"
-    """Of `OBJECTIVES`: masked language modelling, or random token substitution."""
-    init_from: Path | None = None
-    """The model that a fresh run begins with, instead of random weights."""
+    source_weights: dict[str, int] | None = option(
+        "each source's share of the sequences: NAME=WEIGHT,… (default: all sequences equally often)", None, type=str
+    )
+    seed: int = option(
+        "of weights, order, masks and dropout",
+        0,
+        check=must_be("from 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),  # torch's generators take no more
+    )
+    eval_sequences: int = option("most held-out sequences to evaluate on", 2_048, check=require_positive)
+    resume: str = option(
+        "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder; one in DeepSpeed's own "
+        "layout contains pickles, which can run code: name only one that you trust",
+        "auto",
+    )
+    save_deepspeed_checkpoint: bool = option(
+        "at each save, also write one in DeepSpeed's own layout (deepspeed_checkpoints/); training waits for it",
+        False,
+    )
+    torch_compile: str = option(
+        "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
+    )
+    no_decay_bias_and_norm: bool = option(
+        "the JSON's weight decay leaves out biases and LayerNorms (the paper's does not)", False
+    )
+    objective: str = option("mlm: predict masked tokens; rts: find randomly replaced ones", "mlm", choices=OBJECTIVES)
+    init_from: Path | None = option(
+        "start from this model instead: a transformers folder or one of our checkpoints", None
+    )
 
     def __post_init__(self) -> None:
-        require_positive("--eval_sequences", self.eval_sequences)
-        require_one_of("--torch_compile", self.torch_compile, TORCH_COMPILE)
-        require_one_of("--objective", self.objective, OBJECTIVES)
+        super().__post_init__()
         if self.objective == "rts" and self.packing.is_paired:
             raise UserError(
                 f"--objective rts has no next sentence prediction, which --packing {self.packing.format} is for: use "
                 "another packing, or --objective mlm"
             )
-        if not 0 <= self.seed < 2**63:  # torch's generators take no more
-            raise UserError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(
                 f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "
@@ -343,15 +360,3 @@ class RunConfig:
     def as_json(self) -> dict[str, Any]:
         tree = asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in tree.items()}
-
-
-def require_positive(name: str, value: object) -> None:
-    """Raise `UserError` unless `value` is a positive whole number."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} must be a positive whole number, got {value!r}")
-
-
-def require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise `UserError` unless `value` is known."""
-    if value not in known:
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
-from ds_roberta.config import MASKING_UNITS, PACKING_FORMATS, MaskingConfig, PackingConfig, RunConfig, require_positive
+from ds_roberta.config import MaskingConfig, RunConfig
 from ds_roberta.distributed import keep_freed_memory, set_up_logging
 from ds_roberta.evaluation.minimal_pairs import evaluate_minimal_pairs
 from ds_roberta.evaluation.perplexity import evaluate_perplexity
 from ds_roberta.evaluation.pseudo_likelihood import METRICS
 from ds_roberta.evaluation.roberta_folder import PRECISIONS
+from ds_roberta.options import add_options, require_positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,11 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     perplexity = commands.add_parser("perplexity", help="held-out masked-LM loss on a data folder")
     add_common(perplexity)
     perplexity.add_argument("--data", type=Path, required=True, help="folder made by 'preprocess shard'")
-    perplexity.add_argument("--max_seq_length", type=int, help="tokens a sequence (default: the model folder's)")
-    perplexity.add_argument("--packing", choices=PACKING_FORMATS, default=PackingConfig.format)
-    perplexity.add_argument("--masking", choices=MASKING_UNITS, default=MaskingConfig.unit)
-    perplexity.add_argument("--mlm_probability", type=float, default=MaskingConfig.mlm_probability)
-    perplexity.add_argument("--eval_sequences", type=int, default=RunConfig.eval_sequences, help="at most")
+    add_options(
+        perplexity, RunConfig, only=("max_seq_length", "packing", "masking", "mlm_probability", "eval_sequences")
+    )
     return parser.parse_args()
 
 

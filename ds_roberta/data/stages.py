@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_roberta.config import PackingConfig, Stage, require_positive
+from ds_roberta.config import PackingConfig, Stage
 from ds_roberta.errors import UserError
+from ds_roberta.options import require_positive
 
 TRAIN_STATE_NAME = "train_state.json"
 """The file of a checkpoint that holds `TrainState`."""

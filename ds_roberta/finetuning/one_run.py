@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from ds_roberta.config import require_positive
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 from ds_roberta.finetuning.task import Encoded, Task
+from ds_roberta.options import require_positive
 from ds_roberta.training.preemption import StopRequest
 from ds_roberta.transformers_folder import read_model
 

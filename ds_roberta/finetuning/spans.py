@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import transformers
 
-from ds_roberta.config import require_positive
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.squad import Question
+from ds_roberta.options import require_positive
 
 MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
 

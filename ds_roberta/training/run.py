@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, replace
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,11 +39,11 @@ from ds_roberta.training.initial_state import initial_state
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.monitors import Monitors
-from ds_roberta.training.options import PretrainOptions, run_config
 from ds_roberta.training.peak import MEASURED, device_peak
 from ds_roberta.training.preemption import STOPPED_EXIT_CODE
 from ds_roberta.training.record import run_record
 from ds_roberta.training.schedule import mlm_probability
+from ds_roberta.training.settings import run_config
 from ds_roberta.training.trainer import Trainer
 from ds_roberta.training.weight_decay import without_bias_and_norm
 
@@ -53,7 +54,7 @@ EXPORT_FOLDER = "hf"
 _SAMPLE_SEQUENCES = 256
 
 
-def pretrain(options: PretrainOptions) -> int:
+def pretrain(options: Namespace) -> int:
     """Pretrain, or go on pretraining, and export the model.
 
     Returns:
@@ -65,7 +66,7 @@ def pretrain(options: PretrainOptions) -> int:
     set_up_logging()
     ranks = init_distributed(options.rendezvous_timeout)
     deepspeed_config, corpus, config, precision, initial_model = ranks.together(lambda: _read_inputs(options))
-    ranks.check_same(shared_facts(asdict(options), deepspeed_config, corpus, precision))
+    ranks.check_same(shared_facts(vars(options), deepspeed_config, corpus, precision))
     for note in deepspeed_config.notes:
         ranks.log(note)
     monitors = Monitors(config.output_dir, deepspeed_config.monitors, config.guard.loss_spike == "rollback")
@@ -172,7 +173,7 @@ def pretrain(options: PretrainOptions) -> int:
 
 
 def _read_inputs(
-    options: PretrainOptions,
+    options: Namespace,
 ) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
     """The JSON, the data, the run's settings, its precision and the model to go on with, as this host has them."""
     deepspeed_config = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.config import require_positive
 from ds_roberta.data import shards
 from ds_roberta.data.packing import INDEX_FOLDER
 from ds_roberta.data.shards import MANIFEST_NAME, Manifest, ShardInfo, checksums
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
+from ds_roberta.options import require_positive
 from preprocessing.jobs.progress import byte_bar
 
 DAMAGED_EXIT_CODE = 1

@@ -26,6 +26,7 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
             "deepspeed_keys",
             "distributed",
             "files",
+            "options",
             "rendezvous",
         )
     },
@@ -47,6 +48,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "errors",
         "files",
         "config",
+        "options",
     )
 }
 MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine", "ds_roberta.training.device"}

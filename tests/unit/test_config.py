@@ -12,10 +12,10 @@ from ds_roberta.config import (
     RunConfig,
     ScheduleConfig,
     model_config,
-    require_positive,
 )
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
+from ds_roberta.options import require_positive
 
 
 def run_config(**changes):

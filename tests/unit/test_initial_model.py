@@ -16,7 +16,7 @@ from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import make_model
 from ds_roberta.training.initial_model import InitialModel
-from ds_roberta.training.options import PretrainOptions, run_config
+from ds_roberta.training.settings import pretrain_options, run_config
 from preprocessing.tokens.bpe import train_bpe
 
 LENGTH = 48
@@ -76,7 +76,7 @@ def begin(folder, corpus, packing=PackingConfig.format, **options):
     """The model and its configuration of a run that begins with a folder, as `run.pretrain` makes it."""
     initial = InitialModel.open(folder)
     given = {"max_steps": 100, "output_dir": folder.parent / "run", "packing": packing, **options}
-    run = run_config(PretrainOptions(folder, corpus.folder, init_from=folder, **given), corpus, 8, False, initial)
+    run = run_config(pretrain_options(folder, init_from=folder, **given), corpus, 8, False, initial)
     torch.manual_seed(5)
     model = make_model(run.model, run.objective, run.packing.is_paired).eval()
     told = initial.initialize(model, run, corpus)
@@ -233,7 +233,7 @@ def test_options_that_do_not_fit_the_model_are_named(hub_folder, corpus, options
 
 
 def test_options_of_the_initial_model_need_one(corpus):
-    options = PretrainOptions(corpus.folder, corpus.folder, extend_positions=True)
+    options = pretrain_options(corpus.folder, extend_positions=True)
     with pytest.raises(UserError, match="--extend_positions is for the model of --init_from"):
         run_config(options, corpus, 8, False, None)
 

@@ -1,0 +1,125 @@
+"""The options of `launch/pretrain.py`, and the run's settings that follow from them, the model and the data."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_roberta.config import DEFAULT_OUTPUT_ROOT, PRESETS, ModelConfig, RunConfig, model_config
+from ds_roberta.data.mixture import parse_source_weights
+from ds_roberta.data.shards import Corpus
+from ds_roberta.data.stages import make_stages
+from ds_roberta.errors import UserError, unknown_key_message
+from ds_roberta.options import Settings, option, options_of
+from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
+
+if TYPE_CHECKING:  # it needs transformers, which a run that starts from random weights does not
+    from ds_roberta.training.initial_model import InitialModel
+
+CONTINUED_WARMUP_SHARE = 0.06
+"""Of the steps, if a run continues from a model: as in domain-adaptive pretraining (Gururangan et al. 2020)."""
+
+
+@dataclass(frozen=True)
+class StartOptions(Settings):
+    """The start; config.json has what these options led to."""
+
+    deepspeed_config: Path = option("DeepSpeed JSON; see ds_configs/", required=True)
+    train_batch_size: int | None = option("overrides the JSON's", None)
+    learning_rate: float | None = option("overrides the JSON's peak", None)
+    model: str | None = option("size (default: base with a GPU, tiny without)", None, choices=PRESETS)
+    hidden_dropout_prob: float | None = option(
+        "dropout of hidden states (default: 0.1, or that of the model of --init_from)", None
+    )
+    attention_probs_dropout_prob: float | None = option("dropout of attention weights (default: the same)", None)
+    extend_positions: bool = option(
+        "for sequences longer than those of --init_from: the learned positions are repeated", False
+    )
+    remap_token_embeddings: bool = option(
+        "for data of another tokenizer than that of --init_from: embeddings are copied by the tokens' texts", False
+    )
+    max_seq_length_schedule: str | None = option(
+        "STEP:LENGTH pairs, the last with --max_seq_length, such as 0:128,9000:512", None
+    )
+    train_batch_size_schedule: str | None = option(
+        "STEP:SIZE pairs, the last with the batch size, such as 0:1024,5000:8192", None
+    )
+    allow_change: str | None = option("what may differ from the checkpoint's run, such as seed,masking.unit", None)
+    rendezvous_timeout: float = option("seconds that processes wait for each other at the start", RENDEZVOUS_TIMEOUT)
+
+
+def pretrain_options(deepspeed_config: Path, **given: Any) -> Namespace:
+    """The options of `launch/pretrain.py` by their names, completed by their defaults.
+
+    Raises:
+        TypeError: there is no such option.
+    """
+    defaults = {each.name: each.default for group in (StartOptions, RunConfig) for each in options_of(group)}
+    for name in given:
+        if name not in defaults:
+            raise TypeError(unknown_key_message("option", name, defaults))
+    return Namespace(**{**defaults, **given, "deepspeed_config": deepspeed_config})
+
+
+def run_config(
+    options: Namespace, corpus: Corpus, train_batch_size: int, has_gpu: bool, initial: InitialModel | None
+) -> RunConfig:
+    """The run's settings, completed from the model's preset, or from the model to continue from, and the batch size.
+
+    Raises:
+        UserError: a value is out of its range, missing, or of no use.
+    """
+    name, model, defaults = (
+        _of_preset(options, corpus, has_gpu) if initial is None else _of_initial(options, corpus, initial)
+    )
+    values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
+    dropout = {name: values[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    stages = make_stages(
+        values["max_seq_length"], train_batch_size, options.max_seq_length_schedule, options.train_batch_size_schedule
+    )
+    return RunConfig.from_options(
+        values,
+        model_name=name,
+        model=replace(model, **{name: value for name, value in dropout.items() if value is not None}),
+        stages=stages,
+        source_weights=parse_source_weights(options.source_weights, corpus.manifest),
+    )
+
+
+def _of_preset(options: Namespace, corpus: Corpus, has_gpu: bool) -> tuple[str, ModelConfig, dict[str, Any]]:
+    """Name and architecture of the model, and the defaults of the options that depend on it."""
+    for name in ("extend_positions", "remap_token_embeddings"):
+        if getattr(options, name):
+            raise UserError(f"--{name} is for the model of --init_from: give this, or remove it")
+    name = options.model or ("base" if has_gpu else "tiny")
+    preset, tokenizer = PRESETS[name], corpus.manifest.tokenizer
+    max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
+    max_steps = preset.max_steps if options.max_steps is None else options.max_steps
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return (
+        name,
+        model_config(name, tokenizer.vocab_size, max_seq_length, *special),
+        {
+            "output_dir": DEFAULT_OUTPUT_ROOT / name,
+            "max_seq_length": max_seq_length,
+            "max_steps": max_steps,
+            "warmup_steps": min(preset.warmup_steps, max_steps * preset.warmup_steps // preset.max_steps),
+        },
+    )
+
+
+def _of_initial(options: Namespace, corpus: Corpus, initial: InitialModel) -> tuple[str, ModelConfig, dict[str, Any]]:
+    """As `_of_preset`, of the model to continue from."""
+    if options.model is not None:
+        raise UserError(f"--model {options.model} does nothing with --init_from, whose model it is: remove one of them")
+    if options.output_dir is None or options.max_steps is None:
+        raise UserError(
+            "--init_from has no run's recipe: give --output_dir and --max_steps (12500 of 2,048 sequences in "
+            "domain-adaptive pretraining, Gururangan et al. 2020)"
+        )
+    max_seq_length = initial.learned_positions if options.max_seq_length is None else options.max_seq_length
+    model = initial.resized(corpus, max_seq_length, options.extend_positions, options.remap_token_embeddings)
+    warmup_steps = int(CONTINUED_WARMUP_SHARE * options.max_steps)
+    return initial.folder.resolve().name, model, {"max_seq_length": max_seq_length, "warmup_steps": warmup_steps}
