@@ -135,31 +135,26 @@ def add_options(parser: argparse.ArgumentParser, group: type[Settings], only: Co
 
 
 def options_tables(parser: argparse.ArgumentParser) -> str:
-    """Markdown for docs/options.md: a table for each heading of a command's help."""
-    lines = []
+    """Markdown for docs/options.md: a table for each heading of a command's help, then those of its subcommands."""
+    tables: dict[str | None, list[str]] = {}
+    commands = []
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-        for action in actions:
+        for action in group._group_actions:
             if isinstance(action, argparse._SubParsersAction):
-                for name, command in action.choices.items():
-                    lines += [f"### {name}", "", options_tables(command)]
-        rows = [_row(action) for action in actions if not isinstance(action, _WITHOUT_ROW)]
-        if rows:
-            title = [] if group.title in _PLAIN_TITLES else [f"**{group.title}**", ""]
-            lines += [*title, "| option | meaning |", "|---|---|", *rows, ""]
-    return "\n".join(lines)
-
-
-_WITHOUT_ROW = (argparse._HelpAction, argparse._SubParsersAction)
-_PLAIN_TITLES = ("options", "positional arguments")
+                commands += [f"### {name}\n\n{options_tables(each)}" for name, each in action.choices.items()]
+            elif action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
+                title = None if group.title in ("options", "positional arguments") else group.title
+                tables.setdefault(title, []).append(_row(action))
+    head = "| option | meaning | one of |\n|---|---|---|\n"
+    texts = [(f"**{title}**\n\n" if title else "") + head + "".join(rows) for title, rows in tables.items()]
+    return "\n".join([*texts, *commands])
 
 
 def _row(action: argparse.Action) -> str:
-    name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
-    values = "" if action.choices is None else f" {', '.join(f'`{choice}`' for choice in action.choices)}:"
-    needed = " required;" if action.required and action.option_strings else ""
-    text = (action.help or "") % vars(action)
-    return f"| `{name}` |{needed}{values} {text} |".replace("  ", " ")
+    name = " ".join([*action.option_strings, *([str(action.metavar)] if action.metavar else [])]) or action.dest
+    needed = " (required)" if action.required and action.option_strings else ""
+    choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
+    return f"| `{name}`{needed} | {(action.help or '') % vars(action)} | {choices} |\n"
 
 
 def _heading(group: type[Settings]) -> str:

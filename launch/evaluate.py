@@ -13,8 +13,11 @@ from ds_roberta.evaluation.roberta_folder import PRECISIONS
 from ds_roberta.options import add_options, require_positive
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description="Evaluate a local RoBERTa folder, exported or downloaded, without training it.")
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="evaluate.py",
+        description="Evaluate a local RoBERTa folder, exported or downloaded, without training it.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     pairs = commands.add_parser("minimal-pairs", help="is the acceptable sentence of a pair the likelier one (BLiMP)")
@@ -25,10 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     perplexity = commands.add_parser("perplexity", help="held-out masked-LM loss on a data folder")
     add_common(perplexity)
     perplexity.add_argument("--data", type=Path, required=True, help="folder made by 'preprocess shard'")
-    add_options(
-        perplexity, RunConfig, only=("max_seq_length", "packing", "masking", "mlm_probability", "eval_sequences")
-    )
-    return parser.parse_args()
+    perplexity.add_argument("--max_seq_length", type=int, help="tokens per sequence (default: the model folder's)")
+    add_options(perplexity, RunConfig, only=("packing", "masking", "mlm_probability", "eval_sequences"))
+    return parser
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     set_up_logging()
     keep_freed_memory()
     run_command(lambda: evaluate(arguments))

@@ -1,6 +1,5 @@
 """Export a checkpoint to a transformers folder: `python launch/export_hf.py --checkpoint DIR --output DIR`."""
 
-import argparse
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
@@ -8,17 +7,19 @@ from ds_roberta.distributed import set_up_logging
 from ds_roberta.training.export import export_checkpoint
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description="Export a checkpoint to a Hugging Face transformers folder.")
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="export_hf.py", description="Export a checkpoint to a Hugging Face transformers folder."
+    )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run's folder (its newest good checkpoint), or one checkpoint"
     )
     parser.add_argument("--best", action="store_true", help="of a run's folder, the one of the lowest held-out loss")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     set_up_logging()
     run_command(lambda: export_checkpoint(arguments.checkpoint, arguments.output, arguments.best))

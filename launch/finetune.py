@@ -20,8 +20,10 @@ from ds_roberta.finetuning.one_run import Recipe, Setting
 from ds_roberta.finetuning.spans import SpanOptions
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description="Fine-tune an exported transformers folder on labelled texts.")
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="finetune.py", description="Fine-tune an exported transformers folder on labelled texts."
+    )
     parser.add_argument("--model", type=Path, required=True, help="the transformers folder to begin from")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument(
@@ -76,6 +78,11 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     precision.add_argument("--fp16", action="store_true", help=f"compute in fp16 on a GPU; {of_deepspeed}")
     parser.add_argument("--deepspeed_config", type=Path, help="train by DeepSpeed; see ds_configs/finetune.json")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     arguments = parser.parse_args(words)
     if arguments.sweep and (arguments.learning_rate or arguments.train_batch_size):
         parser.error("--sweep has its own batches and rates: leave out --learning_rate and --train_batch_size")

@@ -9,8 +9,10 @@ from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description="Labels, numbers, entities or answers from a fine-tuned transformers folder.")
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="predict.py", description="Labels, numbers, entities or answers from a fine-tuned transformers folder."
+    )
     parser.add_argument("--model", type=Path, required=True, help="the folder that launch/finetune.py wrote")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
@@ -31,6 +33,11 @@ def parse_arguments() -> argparse.Namespace:
         "--no_answer_threshold", type=probability,
         help="the probability of 'no answer' above which it is the answer to a question; default: as in fine-tuning",
     )  # fmt: skip
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser()
     arguments = parser.parse_args()
     if (arguments.question is None) != (arguments.context is None):
         parser.error("--question and --context go together: give both")

@@ -1,6 +1,5 @@
 """Show runs side by side on one HTML page: `python launch/report.py runs/A runs/B --output report.html`."""
 
-import argparse
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
@@ -8,8 +7,10 @@ from ds_roberta.distributed import set_up_logging
 from ds_roberta.report.page import write_report
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description="Show runs side by side on one HTML page, which needs no network.")
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="report.py", description="Show runs side by side on one HTML page, which needs no network."
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--output",
@@ -17,10 +18,10 @@ def parse_arguments() -> argparse.Namespace:
         default=Path("report.html"),
         help="the page to write (default: report.html); its plots lie as PNGs beside it, in STEM_plots",
     )
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     set_up_logging()
     run_command(lambda: write_report(arguments.runs, arguments.output))

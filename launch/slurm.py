@@ -35,8 +35,9 @@ _NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # what needs no quotes, neither for bash nor behind #SBATCH
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
+        prog="slurm.py",
         description="Write a SLURM job file from a template and check it.",
         epilog="What stands behind -- goes to launch/pretrain.py, launch/finetune.py or preprocess shard.",
         allow_abbrev=False,
@@ -58,8 +59,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="(default: %(default)s)")
     parser.add_argument("--setup", default="", help="a bash command before the job's, such as 'module load cuda'")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
     own, command = split_command(sys.argv[1:])
-    arguments = parser.parse_args(own)
+    arguments = make_parser().parse_args(own)
     arguments.arguments = command
     return arguments
 

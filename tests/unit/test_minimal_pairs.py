@@ -132,7 +132,7 @@ def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
     words += ["--metric", "within_word_l2r", "--precision", "bf16"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "minimal-pairs", *map(str, words)])
     script = runpy.run_path(str(Path(__file__).parents[2] / "launch/evaluate.py"))
-    script["evaluate"](script["parse_arguments"]())
+    script["evaluate"](script["make_parser"]().parse_args())
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["metric"], report["precision"]) == ("within_word_l2r", "bf16")
     assert report["phenomena"]["order"]["pairs"] == 2

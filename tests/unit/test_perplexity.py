@@ -111,7 +111,7 @@ def test_the_command_passes_its_options_on(tmp_path, corpus, exported, monkeypat
     words = ["--model", exported, "--data", corpus.folder, "--json", path, "--precision", "bf16", *options.split()]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "perplexity", *map(str, words)])
     script = runpy.run_path(str(Path(__file__).parents[2] / "launch/evaluate.py"))
-    script["evaluate"](script["parse_arguments"]())
+    script["evaluate"](script["make_parser"]().parse_args())
     report = json.loads(path.read_text())
     assert report["packing"] == {"max_seq_length": 40, "format": "doc-sentences"}
     assert (report["masking"]["unit"], report["masking"]["mlm_probability"]) == ("span", 0.3)
