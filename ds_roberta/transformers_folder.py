@@ -137,7 +137,7 @@ def read_model(
     dtype: torch.dtype = torch.float32,
     new_head: dict[str, Any] | None = None,
 ) -> Model:
-    """The model of a folder, on the CPU; of pickled weights nothing but tensors is read.
+    """The model of a folder, on the CPU; a `RobertaModel` without pooler. Of pickled weights only tensors are read.
 
     Args:
         new_head: the values in the configuration of a head that is new where the folder has none of its shape; None:
@@ -157,7 +157,7 @@ def read_model(
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **(new_head or {}),
+                **({"add_pooling_layer": False} if model_class is transformers.RobertaModel else new_head or {}),
             )
     except UserError:
         raise

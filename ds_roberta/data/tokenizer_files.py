@@ -169,6 +169,20 @@ def class_of(content: dict[str, Any]) -> str:
     return ROBERTA_CLASS if plain and not any(model.get(name) for name in other) else GENERIC_CLASS
 
 
+def other_token(data: Path, model: Path) -> str | None:
+    """A token whose id differs between the tokenizers of two folders, in words; None if they give the same ids.
+
+    Vocabularies are compared, not fingerprints: files that give the same ids may differ in settings that change none,
+    as copies made by several versions of transformers do.
+    """
+    in_data, in_model = (training_tokenizer(folder).get_vocab(with_added_tokens=True) for folder in (data, model))
+    different = sorted(in_data.items() ^ in_model.items())
+    if not different:
+        return None
+    token = different[0][0]
+    return f"the token {token!r} has the id {in_data.get(token)} there, {in_model.get(token)} in the model"
+
+
 def stated_length(folder: Path) -> int | None:
     """What a folder's tokenizer truncates to, `<s>` and `</s>` included; None where it names no limit.
 

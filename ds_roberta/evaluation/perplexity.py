@@ -12,7 +12,7 @@ from ds_roberta.data.loader import Collator, MicroBatch
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
-from ds_roberta.data.tokenizer_files import training_tokenizer
+from ds_roberta.data.tokenizer_files import other_token
 from ds_roberta.data.words import word_starts
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
@@ -109,7 +109,11 @@ def held_out_perplexity(
             "prepare it with 'preprocess shard --validation_fraction'"
         )
     folder.sequence_length(packing.max_seq_length)
-    check_same_ids(folder, corpus)
+    if difference := other_token(corpus.folder / TOKENIZER_FOLDER, folder.path):
+        raise UserError(
+            f"the data in {str(corpus.folder)!r} was made with another tokenizer than the model's ({difference}): "
+            "prepare the text again with 'preprocess shard --tokenizer MODEL'"
+        )
     tokenizer = corpus.manifest.tokenizer
     words = None if masking.unit == "token" else word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     build_index(corpus, VALIDATION_SPLIT, packing)
@@ -124,24 +128,6 @@ def held_out_perplexity(
         raise UserError("no token of the held-out sequences is masked: raise --mlm_probability or --eval_sequences")
     loss, perplexity = result
     return Perplexity(loss, perplexity, int(losses.counts.sum()), min(sequences, len(packed)), losses.bins())
-
-
-def check_same_ids(folder: RobertaFolder, corpus: Corpus) -> None:
-    """Raise `UserError` unless the ids of the data mean the same to the model.
-
-    Vocabularies are compared, not fingerprints: the same ids may come from files that differ in settings that do not
-    concern them, as copies made by several versions of transformers do.
-    """
-    of_data = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
-    of_model = folder.tokenizer.get_vocab(with_added_tokens=True)
-    different = sorted(set(of_data.items()) ^ set(of_model.items()))
-    if different:
-        token = different[0][0]
-        raise UserError(
-            f"the data in {str(corpus.folder)!r} was made with another tokenizer than the model's (the token {token!r} "
-            f"has the id {of_data.get(token)} there, {of_model.get(token)} in the model): prepare the text again with "
-            "'preprocess shard --tokenizer MODEL'"
-        )
 
 
 class _LossByPosition:

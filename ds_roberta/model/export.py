@@ -15,7 +15,7 @@ from ds_roberta.files import TOKENIZER_FILES, holds_only, replaced_folder
 from ds_roberta.model.encoder import RobertaModel
 from ds_roberta.model.finite import first_not_finite, is_finite
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.transformers_folder import check_tokenizer
+from ds_roberta.transformers_folder import check_tokenizer, quiet, read_model
 
 MODEL_CARD = "README.md"
 CARD_SIGNATURE = "pretrained with ds_roberta"
@@ -154,13 +154,12 @@ def export(
     """
     if (name := first_not_finite(weights.items())) is not None:
         raise UserError(f"{name!r} is not finite: {_DIVERGED}")
-    transformers.utils.logging.disable_progress_bar()
     hf_model = to_transformers(config, weights)
     # Read back what was written: the check is of the files, not of the object they came from.
     with replaced_folder(output, is_model_folder, "an exported model alone") as temporary:
-        hf_model.save_pretrained(temporary)
+        with quiet():
+            hf_model.save_pretrained(temporary)
         write_tokenizer(tokenizer_folder, temporary, max_seq_length)
         check_tokenizer(temporary, tokenizer_folder)
         (temporary / MODEL_CARD).write_text(model_card, encoding="utf-8")
-        keywords = {} if _has_head(weights) else {"add_pooling_layer": False}
-        return check_parity(config, weights, type(hf_model).from_pretrained(temporary, **keywords).eval())
+        return check_parity(config, weights, read_model(temporary, type(hf_model)).eval())

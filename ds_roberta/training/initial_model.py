@@ -14,7 +14,7 @@ from transformers import RobertaForMaskedLM
 from ds_roberta.config import ModelConfig, RunConfig
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
 from ds_roberta.data.stages import TRAIN_STATE_NAME
-from ds_roberta.data.tokenizer_files import training_tokenizer
+from ds_roberta.data.tokenizer_files import other_token, training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.model.finite import first_not_finite
@@ -110,7 +110,7 @@ class InitialModel:
                 f"--extend_positions does nothing with --max_seq_length {max_seq_length}, as {where} was trained with "
                 f"{learned} positions: remove it or raise the length"
             )
-        difference = self._other_token(corpus)
+        difference = other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder)
         if difference and not remap_token_embeddings:
             raise UserError(
                 f"the data in {str(corpus.folder)!r} was made with another tokenizer than {where} ({difference}): "
@@ -139,7 +139,7 @@ class InitialModel:
         weights, told = self._weights(), [f"the weights are those in {self.folder}"]
         if (name := first_not_finite(weights.items())) is not None:
             raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
-        if self._other_token(corpus):
+        if other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder):
             old = training_tokenizer(self.tokenizer_folder)
             new = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
             sources, shared = token_sources(
@@ -180,16 +180,6 @@ class InitialModel:
             return checkpoint.weights(self.folder)
         model = read_model(self.folder, RobertaForMaskedLM)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def _other_token(self, corpus: Corpus) -> str | None:
-        """A token whose id differs in the data's vocabulary, in words, or None where both are the same."""
-        of_data = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
-        of_model = training_tokenizer(self.tokenizer_folder).get_vocab(with_added_tokens=True)
-        different = sorted(set(of_data.items()) ^ set(of_model.items()))
-        if not different:
-            return None
-        token = different[0][0]
-        return f"the token {token!r} has the id {of_data.get(token)} there, {of_model.get(token)} in the model"
 
 
 def _copy(weights: dict[str, torch.Tensor], model: Objective, folder: Path) -> tuple[list[str], list[str]]:
