@@ -14,7 +14,7 @@ from preprocessing.jobs.job import Task
 from preprocessing.prepared import megatron, show, stats, trace, verify
 from preprocessing.reading.accounts import MAX_BAD_FRACTION
 from preprocessing.reading.documents import DOCUMENT_KINDS, MAX_CHARACTERS, NEWLINES, NORMALIZATIONS, ReadOptions
-from preprocessing.reading.formats import READABLE
+from preprocessing.reading.streams import READABLE
 from preprocessing.tokens.encoders import AUTO, BACKENDS
 from preprocessing.tokens.sentence_splitting import SENTENCE_KINDS
 from preprocessing.units import ShardOptions

@@ -15,8 +15,16 @@ from ds_roberta.files import replaced_folder
 from preprocessing.jobs.job import Task
 from preprocessing.jobs.progress import clock, document_bar
 from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
-from preprocessing.reading.accept import accepted_documents, load_filter
-from preprocessing.reading.accounts import KEPT, MAX_BAD_FRACTION, Account, BadDocuments, refuse_damage, summary_lines
+from preprocessing.reading.accounts import (
+    KEPT,
+    MAX_BAD_FRACTION,
+    Account,
+    BadDocuments,
+    kept_documents,
+    load_filter,
+    refuse_damage,
+    summary_lines,
+)
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.inputs import Inputs, find_inputs
 from preprocessing.reading.planning import Unit, plan_units
@@ -154,7 +162,7 @@ def _documents(
     with document_bar(sum(unit.bytes for unit in units), "reading") as update:
         for piece in (piece for unit in units for piece in unit.pieces):
             account = Account()
-            for document in accepted_documents(piece, options, account):
+            for document in kept_documents(piece, options, account):
                 update(0, 1)
                 yield tokenizer_lines(sentence_bytes(document.text, options.sentences)).decode().split("\n")
             if not allow_damaged:

@@ -26,18 +26,26 @@ from ds_roberta.data.shards import (
     TokenizerInfo,
 )
 from ds_roberta.errors import UserError
-from ds_roberta.files import created_parents, errors_of_the_disk, file_checksum, json_fingerprint
+from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from preprocessing import dedup
-from preprocessing.jobs.job import FIRST_STAGE, UNITS, Job, Record, Task, clear, opened_job, publish
-from preprocessing.jobs.lease import LeaseHeld, held_lease
+from preprocessing.jobs.job import (
+    FIRST_STAGE,
+    UNITS,
+    Job,
+    LeaseHeld,
+    Record,
+    Task,
+    clear,
+    held_lease,
+    opened_job,
+    publish,
+)
 from preprocessing.jobs.progress import document_bar
 from preprocessing.jobs.workers import Workers, local_workers
-from preprocessing.reading.accept import filter_checksum
-from preprocessing.reading.accounts import BadDocuments, input_infos, refuse_damage, total_accounts
-from preprocessing.reading.formats import is_url
+from preprocessing.reading.accounts import BadDocuments, filter_checksum, input_infos, refuse_damage, total_accounts
 from preprocessing.reading.planning import Unit, plan_units
-from preprocessing.reading.streams import file_size, open_binary, readable
-from preprocessing.tokens.bpe import TOKENIZER_FILES, copy_tokenizer
+from preprocessing.reading.streams import file_size, is_url, open_binary, readable
+from preprocessing.tokens.bpe import copy_tokenizer
 from preprocessing.tokens.encoders import AUTO, choose_backend
 from preprocessing.tokens.sentence_splitting import RULES_VERSION
 from preprocessing.units import RECORD_VERSION, ShardOptions, UnitResult, shard_unit, thin_unit

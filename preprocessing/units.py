@@ -30,8 +30,7 @@ from ds_roberta.data.shards import (
 from ds_roberta.errors import UserError
 from preprocessing import dedup
 from preprocessing.jobs.job import Record
-from preprocessing.reading.accept import accepted_documents
-from preprocessing.reading.accounts import KEPT, MAX_BAD_FRACTION, Account
+from preprocessing.reading.accounts import KEPT, MAX_BAD_FRACTION, Account, kept_documents
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.planning import UNIT_BYTES, Unit
 from preprocessing.tokens.encoders import HUGGINGFACE, BackendDifference, Encoded, Encoder, SpecialLetters, make_encoder
@@ -140,7 +139,7 @@ def _tokenize_unit(
     documents = (
         Prepared(sentence_bytes(document.text, options.read.sentences), document.source, number)
         for number, piece in enumerate(unit.pieces)
-        for document in accepted_documents(piece, options.read, accounts[piece.path])
+        for document in kept_documents(piece, options.read, accounts[piece.path])
     )
     writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
     text_bytes = part_bytes = special_documents = part = 0

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ds_roberta.errors import UserError
-from preprocessing.jobs.job import Task
-from preprocessing.jobs.lease import JobStopped
+from preprocessing.jobs.job import JobStopped, Task
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -9,15 +9,14 @@ from typing import Any
 
 from ds_roberta.data.shards import SPLITS, TRAIN_SPLIT, Corpus
 from ds_roberta.errors import UserError
-from preprocessing.prepared.origins import OFFSETS_HELP, Origins
-from preprocessing.prepared.stored_documents import Decoder, Document, Documents
-from preprocessing.reading.formats import TABLES, format_of
+from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origins, StoredDocument, StoredDocuments
+from preprocessing.reading.streams import TABLES, format_of
 
 
 def show(
-    documents: Documents,
+    documents: StoredDocuments,
     decoder: Decoder,
-    document: Document,
+    document: StoredDocument,
     with_ids: bool = False,
     origins: Origins | None = None,
 ) -> Iterator[str]:
@@ -79,7 +78,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
 def _show(arguments: argparse.Namespace) -> None:
     corpus = Corpus.open(arguments.data_dir)
-    documents, decoder = Documents(corpus, arguments.split), Decoder(corpus)
+    documents, decoder = StoredDocuments(corpus, arguments.split), Decoder(corpus)
     origins = Origins(corpus, documents, decoder) if arguments.offsets else None
     for number in document_numbers(arguments.doc, len(documents)):
         print("\n".join(show(documents, decoder, documents.document(number), arguments.ids, origins)))

@@ -6,18 +6,29 @@ The documents of a split are numbered from 0 through its shards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import numpy as np
+import xxhash
 from tokenizers import Tokenizer, decoders
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, InputPiece
 from ds_roberta.errors import UserError
+from preprocessing.reading.accounts import kept_or_rejected
+from preprocessing.reading.documents import Document, Piece, ReadOptions
+from preprocessing.reading.readers import read_documents
+from preprocessing.reading.streams import TABLES, known_format
+from preprocessing.tokens.sentence_splitting import sentence_bytes
+
+OFFSETS_HELP = "give each document's own bytes (in tables: row) in its input, which is read again"
+_PARTS_KEPT = 64
+_Spans = dict[bytes, tuple[int, int | None]]
 
 
 @dataclass(frozen=True)
-class Document:
+class StoredDocument:
     """One document: `shard` counts from 0 within the split, `start … end` are its place in the shard's values.
 
     `source` is the part of an input that it came from, None where the manifest does not know.
@@ -32,7 +43,7 @@ class Document:
     source: InputPiece | None
 
 
-class Documents:
+class StoredDocuments:
     """The documents of one split.
 
     Raises:
@@ -49,7 +60,7 @@ class Documents:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def document(self, number: int) -> Document:
+    def document(self, number: int) -> StoredDocument:
         """The document of this number, counted from the end where negative. Raises `UserError` where there is none."""
         if not -len(self) <= number < len(self):
             raise UserError(
@@ -60,24 +71,24 @@ class Documents:
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
         return self._at(shard, number - int(self._first[shard]))
 
-    def overlapping(self, shard: int, start: int, end: int) -> Iterator[Document]:
+    def overlapping(self, shard: int, start: int, end: int) -> Iterator[StoredDocument]:
         """The documents that have tokens in `start … end` of a shard's values."""
         offsets = self.split.document_offsets(shard)
         first, last = np.searchsorted(offsets, [start, end - 1], side="right") - 1
         return (self._at(shard, row) for row in range(int(first), int(last) + 1))
 
-    def sentences(self, document: Document) -> list[np.ndarray]:
+    def sentences(self, document: StoredDocument) -> list[np.ndarray]:
         """The ids of each sentence, without the separator: views of the file."""
         values = self.split.values(document.shard)
         bounds = [document.start, *(document.start + self.split.sentence_ends(document.shard, document.row)).tolist()]
         return [values[start:end] for start, end in pairwise(bounds)]
 
-    def _at(self, shard: int, row: int) -> Document:
+    def _at(self, shard: int, row: int) -> StoredDocument:
         info = self.split.shards[shard]
         start, end = self.split.document_offsets(shard)[row : row + 2].tolist()
         behind = accumulate(piece.documents for piece in info.pieces)
         source = next((piece for piece, last in zip(info.pieces, behind, strict=True) if row < last), None)
-        return Document(int(self._first[shard]) + row, shard, info.file, row, start, end, source)
+        return StoredDocument(int(self._first[shard]) + row, shard, info.file, row, start, end, source)
 
 
 class Decoder:
@@ -99,3 +110,54 @@ class Decoder:
 
     def _decoded(self, sentences: list[np.ndarray]) -> list[str]:
         return [self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in sentences]
+
+
+class Origins:
+    """Finds documents in the inputs that their data was made of."""
+
+    def __init__(self, corpus: Corpus, documents: StoredDocuments, decoder: Decoder):
+        known = {field.name for field in fields(ReadOptions)}
+        options = corpus.manifest.options
+        self._options = ReadOptions(**{name: value for name, value in options.items() if name in known})
+        self._documents, self._decoder = documents, decoder
+        self._spans = lru_cache(maxsize=_PARTS_KEPT)(self._read)
+
+    def span(self, document: StoredDocument) -> tuple[int, int | None] | None:
+        """Where the document begins in its input and where what follows it does: bytes of the (decompressed) file or,
+        in tables, rows. Of documents with the same text in one part it is the first.
+
+        The end is None at the end of a compressed file; all is None where the input is not known or no longer holds
+        the text.
+        """
+        if document.source is None:
+            return None
+        text = self._decoder.text(self._documents.sentences(document))
+        source = document.source
+        try:
+            return self._spans(source.path, source.start, source.end).get(_digest(text.encode("utf-8")))
+        except UserError:  # the input is not where it was
+            return None
+
+    def _read(self, path: str, start: int, end: int) -> _Spans:
+        found: _Spans = {}
+        for text, place in self._kept(Piece(path, start, end)):
+            found.setdefault(_digest(text), place)
+        return found
+
+    def _kept(self, piece: Piece) -> Iterator[tuple[bytes, tuple[int, int | None]]]:
+        kind, compression = known_format(piece.path)
+        items = list(read_documents(piece, self._options))
+        offsets = [item.offset for item in items]
+        if kind in TABLES:
+            ends: list[int | None] = [offset + 1 for offset in offsets]
+        else:
+            ends = [*(following for _, following in pairwise(offsets)), None if compression else piece.end]
+        for item, end in zip(items, ends, strict=True):
+            kept = kept_or_rejected(item, piece, self._options) if isinstance(item, Document) else item
+            if isinstance(kept, Document):
+                text = sentence_bytes(kept.text, self._options.sentences)
+                yield text.replace(b"\r", b""), (item.offset, end)
+
+
+def _digest(text: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(text)

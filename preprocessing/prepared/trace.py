@@ -24,8 +24,7 @@ from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages, places_behind, read_skipped, stage_number
 from ds_roberta.errors import UserError
 from ds_roberta.options import require_positive
-from preprocessing.prepared.origins import OFFSETS_HELP, Origins
-from preprocessing.prepared.stored_documents import Decoder, Document, Documents
+from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origins, StoredDocument, StoredDocuments
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class TracedSequence:
     source: str
     start: int
     end: int
-    documents: tuple[Document, ...]
+    documents: tuple[StoredDocument, ...]
 
 
 class BatchTracer:
@@ -70,7 +69,7 @@ class BatchTracer:
             raise UserError(f"--seed must not be negative, got {seed}")
         self._corpus, self._packing, self._stages, self._seed = corpus, packing, stages, seed
         self._source_weights, self._skipped = source_weights, skipped
-        self.documents = Documents(corpus, TRAIN_SPLIT)
+        self.documents = StoredDocuments(corpus, TRAIN_SPLIT)
         self._data = cache(self._open)
 
     def _open(self, max_seq_length: int) -> tuple[PackedSplit, SampleOrder]:

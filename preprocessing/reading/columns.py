@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ds_roberta.errors import UserError
-from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject, share_read
-from preprocessing.reading.formats import PARQUET, is_url, known_format
-from preprocessing.reading.streams import Damaged, open_binary, readable
+from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject
+from preprocessing.reading.streams import PARQUET, Damaged, is_url, known_format, open_binary, readable, share_read
 
 _ROWS = 128
 """Rows taken at a time: of web pages a megabyte or two."""

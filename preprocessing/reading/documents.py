@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from preprocessing.reading.formats import TABLES, known_format
 
 DOCUMENT_KINDS = ("blank-line", "file", "line")
 NORMALIZATIONS = ("none", "NFC", "NFKC")
@@ -91,13 +88,3 @@ class Damage(NamedTuple):
     offset: int
     detail: str
     documents: int = 0
-
-
-def share_read(read: int, total: int) -> str:
-    """In words, how much of a file was read; never more than there was."""
-    return f"{math.floor(1000 * read / total) / 10 if total else 0.0:g}% of the file was read"
-
-
-def unit_of_offset(path: str) -> str:
-    """What an `offset` in a file counts."""
-    return "row" if known_format(path).kind in TABLES else "byte"

@@ -14,12 +14,19 @@ from typing import BinaryIO
 
 from ds_roberta.errors import UserError
 from preprocessing.reading.accounts import Account, refuse_damage
-from preprocessing.reading.borders import first_border
 from preprocessing.reading.columns import measure_table
 from preprocessing.reading.documents import Damage, Piece, ReadOptions
-from preprocessing.reading.formats import CSV, JSON_LINES, TABLES, known_format
-from preprocessing.reading.readers import read_documents
-from preprocessing.reading.streams import begins_well, file_size, open_binary, readable
+from preprocessing.reading.readers import first_border, read_documents
+from preprocessing.reading.streams import (
+    CSV,
+    JSON_LINES,
+    TABLES,
+    begins_well,
+    file_size,
+    known_format,
+    open_binary,
+    readable,
+)
 
 UNIT_BYTES = 8 << 20
 _SEARCH_BYTES = 1 << 16

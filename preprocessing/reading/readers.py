@@ -1,7 +1,7 @@
 """From the bytes of a file to documents: text, or a located reason why a piece of the file is not one.
 
 A `.txt` file is cut into documents by blank lines, by every line, or not at all; a `.jsonl` file holds one a line and
-a `.csv` file one a row, the text in a column; `tables` reads `.parquet` and `.arrow`. Line ends are normalised to
+a `.csv` file one a row, the text in a column; `columns` reads `.parquet` and `.arrow`. Line ends are normalised to
 `\\n`, a byte-order mark at a file's start is dropped; nothing else of the text changes here. Documents are found in
 the bytes and decoded one by one, so that a bad byte spoils only its own.
 """
@@ -11,17 +11,15 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import orjson
 
-from preprocessing.reading.borders import cut_at_borders
 from preprocessing.reading.columns import check_columns, read_table
-from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject, share_read
-from preprocessing.reading.formats import CSV, JSON_LINES, TABLES, known_format
-from preprocessing.reading.streams import Damaged, read_blocks
+from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject
+from preprocessing.reading.streams import CSV, JSON_LINES, TABLES, Damaged, known_format, read_blocks, share_read
 
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = rb"(?:\r\n|\r(?!\n)|\n)"
@@ -31,6 +29,13 @@ _BLANK_LINES_WITHOUT_RETURNS = re.compile(rb"\n[ \t\v\f]*\n(?:[ \t\v\f]*\n)*")
 _CSV_FIELD_LIMIT = (1 << 31) - 1
 """Of the parser: how long a row is, is looked at here."""
 _LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
+_BLANK_LINE = re.compile(_NEWLINE + rb"[ \t\v\f]*" + _NEWLINE)
+_JSON_LINE = re.compile(rb"\n")
+_LAST_WINDOW = 1 << 14
+_LONGEST_BLANK = 1 << 20
+
+BORDERS = {"blank-line": _BLANK_LINE, "line": _LINE, "json-line": _JSON_LINE, "file": None}
+"""By kind of document: what stands before a border; nothing where a file is one document."""
 
 
 def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
@@ -307,3 +312,72 @@ def _csv_document(
 
 def _not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
     return Reject("not_utf8", offset + error.start, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
+
+
+def first_border(data: bytes, kind: str, complete: bool) -> int | None:
+    """The offset behind the first thing that separates documents; None where there is none.
+
+    Args:
+        complete: whether nothing follows `data`; else a `\\r` at its end may be half of a `\\r\\n`.
+    """
+    pattern = BORDERS[kind]
+    match = pattern.search(data, 0, _usable(data, complete)) if pattern else None
+    return match.end() if match else None
+
+
+def last_border(data: bytes, kind: str, complete: bool) -> int | None:
+    """The offset behind the last thing that separates documents; None where there is none."""
+    pattern, end, window = BORDERS[kind], _usable(data, complete), _LAST_WINDOW
+    if pattern is None:
+        return None
+    if pattern is _JSON_LINE:
+        return data.rfind(b"\n") + 1 or None
+    while True:
+        begin = max(0, end - window)
+        last = None
+        for match in pattern.finditer(data, begin, end):
+            last = match.end()
+        if last is not None or begin == 0:
+            return last
+        window *= 4
+
+
+def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator[tuple[int, bytes | int]]:
+    """Gather the blocks of a stream into chunks that end at borders.
+
+    A document that is longer than `longest` bytes is passed over: in its place comes the number of its bytes.
+
+    Yields:
+        Offset in the stream and bytes of each chunk.
+    """
+    offset, buffer, too_long = 0, b"", None  # the last is where a document begins that is too long
+    for block in blocks:
+        buffer = buffer + block if buffer else block
+        if too_long is not None:
+            border = first_border(buffer, kind, complete=False)
+            if border is None:
+                kept = _blank_end(buffer)
+                offset, buffer = offset + len(buffer) - len(kept), kept
+                continue
+            offset, buffer = offset + border, buffer[border:]
+            yield too_long, offset - too_long
+            too_long = None
+        border = last_border(buffer, kind, complete=False)
+        if border is not None:
+            yield offset, buffer[:border]
+            offset, buffer = offset + border, buffer[border:]
+        elif len(buffer) > longest:
+            too_long = offset
+    if too_long is not None:
+        yield too_long, offset + len(buffer) - too_long
+    elif buffer or kind == "file":
+        yield offset, buffer
+
+
+def _usable(data: bytes, complete: bool) -> int:
+    return len(data) - (not complete and data.endswith(b"\r"))
+
+
+def _blank_end(data: bytes) -> bytes:
+    """The white space that ends `data`, in which a border may begin."""
+    return data[max(len(data.rstrip(b" \t\v\f\r\n")), len(data) - _LONGEST_BLANK) :]

@@ -1,20 +1,31 @@
-"""Bytes of files, local or behind an fsspec URL, decompressed on the way, in blocks and in constant memory."""
+"""Files as streams of bytes, local or at an fsspec URL, decompressed in blocks and in constant memory.
+
+What the name of a file says is here too: its format, its compression, and whether it is a URL.
+"""
 
 from __future__ import annotations
 
 import bz2
 import lzma
+import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
 from ds_roberta.errors import UserError
-from preprocessing.reading.documents import share_read
-from preprocessing.reading.formats import is_url
+
+TEXT, JSON_LINES, CSV, PARQUET, ARROW = "txt", "jsonl", "csv", "parquet", "arrow"
+TABLES = (PARQUET, ARROW)
+"""Formats of columns, with a compression of their own: their places are rows."""
+COMPRESSIONS = ("gz", "zst", "bz2", "xz")
+READABLE = ".txt, .jsonl or .csv (plain or ." + ", .".join(COMPRESSIONS) + "), .parquet or .arrow"
+
+_NAME = re.compile(rf"\.({TEXT}|{JSON_LINES}|{CSV})(?:\.({'|'.join(COMPRESSIONS)}))?$|\.({'|'.join(TABLES)})$")
 
 BLOCK_BYTES = 1 << 20
 _COMPRESSED_BLOCK_BYTES = 1 << 16
@@ -43,12 +54,42 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 }
 
 
+class Format(NamedTuple):
+    """`compression` is None for a plain file and for tables."""
+
+    kind: str
+    compression: str | None
+
+
+def format_of(path: str) -> Format | None:
+    """The format that the end of a name tells, None where it is none of ours."""
+    match = _NAME.search(path.lower())
+    return Format(match[1] or match[3], match[2]) if match else None
+
+
+def known_format(path: str) -> Format:
+    """The format of a file that was chosen as an input."""
+    found = format_of(path)
+    assert found is not None, path
+    return found
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is fsspec's to open, such as `s3://bucket/text.jsonl`."""
+    return "://" in path
+
+
 class Damaged(Exception):
     """What follows in a file cannot be read: `truncated`, `corrupt` or `unclosed_quote`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
+
+
+def share_read(read: int, total: int) -> str:
+    """In words, how much of a file was read; never more than there was."""
+    return f"{math.floor(1000 * read / total) / 10 if total else 0.0:g}% of the file was read"
 
 
 @contextmanager

@@ -15,18 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from ds_roberta.data.tokenizer import REMEDY, SPECIAL_TOKENS, TokenizerInfo, check_text_is_kept, roberta_content
 from ds_roberta.data.tokenizer_files import DEFAULT_LENGTH, corpus_content, write_files, write_tokenizer
 from ds_roberta.errors import UserError
+from ds_roberta.files import TOKENIZER_FILES, holds_only
 
 *FIRST_SPECIAL_TOKENS, MASK_TOKEN = SPECIAL_TOKENS
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-
 _MIN_PAIR_FREQUENCY = 2
 _LONGEST_WORD = 1024
 """In bytes. No word of a language is as long: random letters, a genome or base64 without digits can be."""
@@ -60,8 +52,7 @@ def _load(file: bytes) -> CorpusTokenizer:
 
 def is_tokenizer_folder(folder: Path) -> bool:
     """Whether `folder` holds a tokenizer and nothing else, so that replacing it loses nothing else."""
-    names = {path.name for path in folder.iterdir()}
-    return "tokenizer.json" in names and names <= set(TOKENIZER_FILES)
+    return (folder / "tokenizer.json").is_file() and holds_only(folder, TOKENIZER_FILES)
 
 
 def train_bpe(documents: Iterable[list[str]], vocab_size: int, folder: Path) -> int:

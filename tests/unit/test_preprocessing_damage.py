@@ -14,8 +14,7 @@ from ds_roberta.errors import UserError
 from preprocessing import sharding
 from preprocessing.cli import main
 from preprocessing.reading import streams
-from preprocessing.reading.accept import accepted_documents
-from preprocessing.reading.accounts import Account, BadDocuments
+from preprocessing.reading.accounts import Account, BadDocuments, kept_documents
 from preprocessing.reading.documents import Piece, ReadOptions, Reject
 from preprocessing.reading.planning import plan_units
 
@@ -46,7 +45,7 @@ def shard(tokenizer_folder, tmp_path, monkeypatch, capsys):
 
 def account_of(path, **options):
     options, account = ReadOptions(**options), Account()
-    kept = list(accepted_documents(Piece(str(path), 0, path.stat().st_size), options, account))
+    kept = list(kept_documents(Piece(str(path), 0, path.stat().st_size), options, account))
     return kept, account
 
 
@@ -201,13 +200,13 @@ def test_a_column_that_is_there_twice_is_an_error_by_name(tmp_path, name):
 
     def read():
         (unit,) = plan_units([str(path)], ReadOptions())
-        list(accepted_documents(unit.pieces[0], ReadOptions(), Account()))
+        list(kept_documents(unit.pieces[0], ReadOptions(), Account()))
 
     with pytest.raises(UserError, match=rf"{name}' has 2 columns with the name 'text'"):
         read()
     options = ReadOptions(text_column="n")
     (unit,) = plan_units([str(path)], options)
-    assert [document.text for document in accepted_documents(unit.pieces[0], options, Account())] == ["z"]
+    assert [document.text for document in kept_documents(unit.pieces[0], options, Account())] == ["z"]
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(shard, tmp_path, monkeypatch):

@@ -19,9 +19,8 @@ from test_preprocessing_sharding import DOCUMENTS, folder_hash
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing import sharding
-from preprocessing.jobs import lease as leases
-from preprocessing.jobs.job import Job
-from preprocessing.jobs.lease import Holder, JobStopped, Lease, LeaseHeld, held_lease, is_alive
+from preprocessing.jobs import job as leases
+from preprocessing.jobs.job import Holder, Job, JobStopped, Lease, LeaseHeld, held_lease, is_alive
 from preprocessing.jobs.workers import is_mpi, local_workers, slurm_task
 from preprocessing.sharding import run_job, shard_corpus
 from preprocessing.units import ShardOptions

@@ -13,7 +13,7 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing import units
 from preprocessing.cli import main
-from preprocessing.prepared.stored_documents import Decoder, Documents
+from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
 from preprocessing.prepared.verify import verify
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.sharding import shard_corpus
@@ -39,7 +39,7 @@ def files(tmp_path):
 def documents_by_source(folder, split):
     """The decoded documents of a split by the source of their shards, in order."""
     corpus = Corpus.open(folder)
-    documents, decoder, found = Documents(corpus, split), Decoder(corpus), {}
+    documents, decoder, found = StoredDocuments(corpus, split), Decoder(corpus), {}
     for document in map(documents.document, range(len(documents))):
         source = documents.split.shards[document.shard].source
         found.setdefault(source, []).append("\n".join(decoder.lines(documents.sentences(document))))

@@ -16,7 +16,7 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.errors import UserError
 from preprocessing.cli import main
-from preprocessing.prepared.stored_documents import Decoder, Documents
+from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
 from preprocessing.prepared.trace import BatchTracer
 from preprocessing.reading.documents import Piece as ReadPiece
 from preprocessing.reading.documents import ReadOptions
@@ -157,7 +157,7 @@ def test_every_document_is_traced_to_the_piece_that_holds_it(prepared, capsys):
     assert len({row["input"] for row in rows}) == 4
     assert len({(row["input"], row["input_start"]) for row in rows}) > 6
     split = corpus.split("train")
-    decoder, documents = Decoder(corpus), Documents(corpus, "train")
+    decoder, documents = Decoder(corpus), StoredDocuments(corpus, "train")
     for row in rows:
         piece = ReadPiece(row["input"], row["input_start"], row["input_end"])
         document = documents.document(row["document"])
@@ -204,7 +204,7 @@ def test_slices_are_where_gather_reads(corpus):
 
 
 def test_documents_are_found_by_any_of_their_tokens(corpus):
-    documents = Documents(corpus, "train")
+    documents = StoredDocuments(corpus, "train")
     document = documents.document(405)
     for start, end in ((document.start, document.end), (document.start, document.start + 1), (document.end - 1,) * 2):
         assert list(documents.overlapping(document.shard, start, max(end, start + 1))) == [document]

@@ -6,8 +6,16 @@ import pytest
 
 from ds_roberta.errors import UserError
 from preprocessing.reading import accounts
-from preprocessing.reading.accept import accepted_documents, load_filter
-from preprocessing.reading.accounts import Account, BadDocuments, input_infos, located, summary_lines, total_accounts
+from preprocessing.reading.accounts import (
+    Account,
+    BadDocuments,
+    input_infos,
+    kept_documents,
+    load_filter,
+    located,
+    summary_lines,
+    total_accounts,
+)
 from preprocessing.reading.documents import Piece, ReadOptions, Reject
 
 
@@ -15,7 +23,7 @@ def accept(path, content, source="", **options):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     account = Account()
     piece = Piece(str(path), 0, path.stat().st_size, source)
-    return list(accepted_documents(piece, ReadOptions(**options), account)), account
+    return list(kept_documents(piece, ReadOptions(**options), account)), account
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import pytest
 
 from ds_roberta.data.shards import PACKING_VERSION, Corpus
 from preprocessing.cli import main
-from preprocessing.prepared.origins import Origins
-from preprocessing.prepared.stored_documents import Decoder, Documents
+from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
 
 TEXTS = [f"document {number}\n  of   three lines, {'é' * (number % 5)}\nand no more" for number in range(30)]
 
@@ -52,7 +51,7 @@ def prepared(tmp_path_factory, tokenizer_folder):
 
 def test_every_document_is_found_where_it_stands(prepared):
     corpus = Corpus.open(prepared / "data")
-    documents = Documents(corpus, "train")
+    documents = StoredDocuments(corpus, "train")
     origins, found = Origins(corpus, documents, Decoder(corpus)), []
     for number in range(len(documents)):
         document = documents.document(number)
@@ -69,7 +68,7 @@ def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenize
         main(f"{command} --workers 1 --validation_fraction 0 --sentences rules".split())
     corpus = Corpus.open(tmp_path / "data")
     assert corpus.manifest.packing_version == PACKING_VERSION
-    documents, decoder = Documents(corpus, "train"), Decoder(corpus)
+    documents, decoder = StoredDocuments(corpus, "train"), Decoder(corpus)
     origins = Origins(corpus, documents, decoder)
     for number, (text, sentences) in enumerate(zip(texts, (4, 3, 4), strict=True)):
         document = documents.document(number)
@@ -92,7 +91,7 @@ def test_show_and_trace_name_the_place(prepared, capsys):
 
 def test_an_input_that_is_gone_has_no_places(prepared, tmp_path):
     corpus = Corpus.open(prepared / "data")
-    documents = Documents(corpus, "train")
+    documents = StoredDocuments(corpus, "train")
     origins = Origins(corpus, documents, Decoder(corpus))
     (prepared / "input").rename(tmp_path / "elsewhere")
     assert origins.span(documents.document(0)) is None

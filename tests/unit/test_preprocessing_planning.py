@@ -9,10 +9,10 @@ import pytest
 
 from ds_roberta.errors import UserError
 from preprocessing.reading.documents import Document, ReadOptions
-from preprocessing.reading.formats import READABLE
 from preprocessing.reading.inputs import dataset_files, find_inputs
 from preprocessing.reading.planning import plan_units
 from preprocessing.reading.readers import read_documents
+from preprocessing.reading.streams import READABLE
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 

@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from preprocessing.reading.accept import accepted_documents
-from preprocessing.reading.accounts import Account
+from preprocessing.reading.accounts import Account, kept_documents
 from preprocessing.reading.documents import Piece, ReadOptions
 from preprocessing.reading.planning import plan_units
 
@@ -31,7 +30,7 @@ def read(path, unit_bytes=20_000, **options):
     for unit in plan_units([str(path)], options, unit_bytes):
         for piece in unit.pieces:
             part = Account()
-            found += accepted_documents(piece, options, part)
+            found += kept_documents(piece, options, part)
             account.add(part)
     return found, account
 
@@ -85,7 +84,7 @@ def test_what_stands_before_the_damage_of_a_compressed_file_is_kept(tmp_path, co
         assert (f"all {len(first + damage)} bytes" if reason == "truncated" else "% of the file") in place["detail"]
     path.write_bytes(b"")
     account = Account()
-    assert list(accepted_documents(Piece(str(path), 0, 0), ReadOptions(), account)) == []
+    assert list(kept_documents(Piece(str(path), 0, 0), ReadOptions(), account)) == []
     assert (account.counts, account.damage[0]["reason"]) == ({}, "truncated")
 
 

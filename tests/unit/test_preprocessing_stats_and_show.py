@@ -14,7 +14,7 @@ from ds_roberta.errors import UserError
 from preprocessing.cli import main
 from preprocessing.prepared.show import document_numbers
 from preprocessing.prepared.stats import corpus_stats
-from preprocessing.prepared.stored_documents import Decoder, Documents
+from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
 from preprocessing.sharding import shard_corpus
 from preprocessing.units import ShardOptions
 
@@ -45,7 +45,7 @@ def test_documents_are_decoded_as_they_were(prepared):
     corpus = Corpus.open(prepared[0])
     decoder, found = Decoder(corpus), Counter()
     for split in ("train", "validation"):
-        documents = Documents(corpus, split)
+        documents = StoredDocuments(corpus, split)
         assert len(documents) == corpus.manifest.documents(split) > 5
         for number in range(len(documents)):
             document = documents.document(number)
@@ -92,7 +92,7 @@ def test_a_document_or_split_that_is_not_there_is_a_user_error(prepared, capsys)
     assert run(f"show {prepared[0]} --doc 1000") == 2
     assert "no document 1000 in split 'train'" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no split 'test' in .* it has train, validation"):
-        Documents(Corpus.open(prepared[0]), "test")
+        StoredDocuments(Corpus.open(prepared[0]), "test")
 
 
 def test_stats_count_what_is_there(prepared, capsys):
