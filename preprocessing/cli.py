@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ds_roberta.command_line import ArgumentParser, run_command
+from ds_roberta.command_line import ArgumentParser, fraction, positive, run_command
 from preprocessing.commands import ROBERTA_VOCAB_SIZE, shard, train_tokenizer
 from preprocessing.dedup import DEDUP_KINDS
 from preprocessing.jobs.job import Task
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train-tokenizer", parents=[reading], help="train a byte-level BPE of RoBERTa's kind")
     train.add_argument(
-        "--vocab_size", type=_positive, default=ROBERTA_VOCAB_SIZE, help="ids (default: RoBERTa's %(default)s)"
+        "--vocab_size", type=positive, default=ROBERTA_VOCAB_SIZE, help="ids (default: RoBERTa's %(default)s)"
     )
     train.add_argument("--output", type=Path, required=True, metavar="DIR")
     train.set_defaults(run=_train_tokenizer)
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     sharding = commands.add_parser("shard", parents=[reading], help="tokenize text into memory-mapped shards")
     sharding.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="a RoBERTa tokenizer's folder")
     sharding.add_argument("--output", type=Path, required=True, metavar="DIR")
-    sharding.add_argument("--workers", type=_positive, metavar="N", help="worker processes (default: all cores)")
+    sharding.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: all cores)")
     sharding.add_argument(
         "--task",
         type=_task,
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
         help="drop documents that occur again: exact copies, or near ones (MinHash) too (default: none)",
     )
     sharding.add_argument(
-        "--validation_fraction", type=_fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
+        "--validation_fraction", type=fraction, default=0.01, help="documents held out, 0 ≤ F < 1 (default: 0.01)"
     )
     sharding.add_argument(
         "--tokenizer_backend",
@@ -142,10 +142,10 @@ def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
         default="universal",
         help=r"what ends a line: \n, \r\n and \r (default), or Unicode's other line and paragraph ends too",
     )
-    reading.add_argument("--min_characters", type=_positive, default=1, help="shorter documents are rejected")
+    reading.add_argument("--min_characters", type=positive, default=1, help="shorter documents are rejected")
     reading.add_argument(
         "--max_characters",
-        type=_positive,
+        type=positive,
         default=MAX_CHARACTERS,
         help=f"longer documents are rejected; a worker's memory grows with it (default: {MAX_CHARACTERS})",
     )
@@ -163,7 +163,7 @@ def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
     )
     reading.add_argument(
         "--max_bad_fraction",
-        type=_fraction,
+        type=fraction,
         default=MAX_BAD_FRACTION,
         help="stop where more documents than this fraction are broken: not UTF-8, bad JSON, no text column "
         f"(default: {MAX_BAD_FRACTION})",
@@ -176,27 +176,11 @@ def _add_reading_arguments(reading: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or int(value) == 0:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a positive whole number")
-    return int(value)
-
-
 def _task(value: str) -> Task:
     number, _, count = value.partition("/")
     if not all(part.isascii() and part.isdigit() for part in (number, count)) or not 1 <= int(number) <= int(count):
         raise argparse.ArgumentTypeError(f"{value!r} is not a share: give a number and a count, such as 1/8 … 8/8")
     return int(number) - 1, int(count)
-
-
-def _fraction(value: str) -> float:
-    try:
-        fraction = float(value)
-    except ValueError:
-        fraction = -1.0
-    if not 0 <= fraction < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a fraction: give a number from 0 to below 1, such as 0.01")
-    return fraction
 
 
 if __name__ == "__main__":

@@ -13,16 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ds_roberta.config import RunConfig
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
+from ds_roberta.options import options_of
 from ds_roberta.report.plots import METRICS, Metric, best, describe, draw, png, show
 from ds_roberta.report.runs import Run, flatten, read_runs
 
-SETTINGS: dict[
-    str, tuple[tuple[str | int, ...], ...]
-] = {  # by name: where config.json says it, an older run's place last
+SETTINGS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # by name: places in config.json, an older run's last
     "model": (("run", "model_name"),),
-    "begun with": (("run", "init_from"),),
     "layers": (("run", "model", "num_hidden_layers"),),
     "hidden size": (("run", "model", "hidden_size"),),
     "precision": (("precision",),),
@@ -30,18 +29,8 @@ SETTINGS: dict[
     "train_batch_size": (("batches", -1, "train_batch_size"), ("batch", "train_batch_size")),
     "micro-batch": (("batches", -1, "micro_batch_size"), ("batch", "micro_batch_size")),
     "processes": (("batches", -1, "world_size"), ("batch", "world_size")),
-    "max_seq_length": (("run", "packing", "max_seq_length"),),
-    "objective": (("run", "objective"),),
-    "packing": (("run", "packing", "format"),),
-    "masking": (("run", "masking", "unit"),),
-    "mlm_probability": (("run", "masking", "mlm_probability"),),
-    "masking_copies": (("run", "masking", "copies"),),
-    "lr_scheduler_type": (("run", "schedule", "lr_scheduler_type"),),
     "peak learning rate": (("deepspeed", "optimizer", "params", "lr"),),
-    "max_steps": (("run", "schedule", "max_steps"),),
-    "warmup_steps": (("run", "schedule", "warmup_steps"),),
-    "seed": (("run", "seed"),),
-    "data": (("run", "data_dir"),),
+    **{each.name: (("run", *each.place),) for each in options_of(RunConfig) if each.name != "output_dir"},
     "device": (("device",),),
     "compiled": (("compiled",),),
     "commit": (("commit",),),
