@@ -1,7 +1,7 @@
-"""The DeepSpeed JSON: read, checked key by key, and completed for the machine that is there.
+"""The DeepSpeed JSON: read, checked key by key, and completed for this machine.
 
-DeepSpeed ignores a misspelt key in silence, so every key is held against the known ones (`deepspeed_keys`) here, before
-any work, and all problems of a file are told at once. `"auto"` stands where the machine decides:
+DeepSpeed silently ignores a misspelt key, so every key is compared with the known ones (`deepspeed_keys`) here, before
+any work, and all problems of a file are reported at once. `"auto"` leaves a value to the machine:
 `train_micro_batch_size_per_gpu`, `fp16.enabled`, `bf16.enabled`.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.deepspeed_keys import AUTO, problems, taken
+from ds_roberta.deepspeed_keys import AUTO, accepted_part, problems
 from ds_roberta.errors import UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _MONITORS = ("tensorboard", "csv_monitor", "wandb")
 
-_OPTIMIZER_TYPES = ("adam", "adamw")  # in any case, as DeepSpeed takes them
+_OPTIMIZER_TYPES = ("adam", "adamw")  # in upper or lower case, as in DeepSpeed
 _OTHERS = (
     *("adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd"),
     *("onebitadam", "zerooneadam", "onebitlamb", "sgd", "rmsprop", "adamax", "nadam", "radam", "adafactor"),
@@ -40,7 +40,7 @@ class DeepSpeedConfig:
         """Read a JSON file.
 
         Raises:
-            UserError: it is missing, no JSON object, or a key or value in it is wrong.
+            UserError: it is missing, is not a JSON object, or has a wrong key or value.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
@@ -53,7 +53,7 @@ class DeepSpeedConfig:
         except ValueError as error:
             raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
         if not isinstance(content, dict):
-            raise UserError(f"{str(path)!r} must hold a JSON object, it holds a {type(content).__name__}")
+            raise UserError(f"{str(path)!r} must be a JSON object, not of type {type(content).__name__}")
         if train_batch_size is not None:
             content["train_batch_size"] = train_batch_size
         config = cls(content, str(path))
@@ -69,7 +69,7 @@ class DeepSpeedConfig:
 
     @property
     def micro_batch_size(self) -> int | None:
-        """`train_micro_batch_size_per_gpu`, None where it is "auto"."""
+        """`train_micro_batch_size_per_gpu`; None if it is "auto"."""
         value = self.content.get("train_micro_batch_size_per_gpu", AUTO)
         return None if value == AUTO else value
 
@@ -85,42 +85,44 @@ class DeepSpeedConfig:
         """One of `PRECISIONS`.
 
         Args:
-            preferred: low precisions that "auto" switches on, on this device; the first that the JSON leaves to it.
-            supported: precisions that the device has.
+            preferred: low precisions that "auto" can switch on here; the first that the JSON sets to "auto" is used.
+            supported: precisions that the device supports.
 
         Raises:
-            UserError: one is asked for that the device or the ZeRO stage has not, or both at once.
+            UserError: the JSON asks for one that the device or the ZeRO stage does not support, or for both.
         """
         asked = {name: self.content.get(name, {}).get("enabled", False) for name in ("fp16", "bf16")}
         if asked["fp16"] is True and asked["bf16"] is True:
-            raise UserError(f"{self.source}: fp16.enabled and bf16.enabled exclude each other; leave one at true")
+            raise UserError(f"{self.source}: fp16.enabled and bf16.enabled exclude each other: set only one to true")
         for name, enabled in asked.items():
             if enabled is True and name not in supported:
                 raise UserError(
                     f"{self.source}: {name}.enabled is true, but this device has no {name}: "
-                    f'set it to "auto" or false (the device has {", ".join(supported)})'
+                    f'set it to "auto" or false (it supports {", ".join(supported)})'
                 )
         explicit = [name for name, enabled in asked.items() if enabled is True]
         automatic = [name for name in preferred if asked[name] == AUTO]
         precision = [*explicit, *automatic, "fp32"][0]
         if precision != "fp32" and self.zero_stage == 0:
-            # DeepSpeed 0.19 does not scale the fp16 loss there and takes a dummy step at the start.
-            raise UserError(f"{self.source}: {precision} needs zero_optimization.stage 1, 2 or 3, it is 0")
+            # At stage 0, DeepSpeed 0.19 does not scale the fp16 loss and takes a dummy step at the start.
+            raise UserError(f"{self.source}: {precision} needs zero_optimization.stage 1, 2 or 3, but it is 0")
         if precision != "fp32" and self.zero_stage == 2 and self._is_offloaded("offload_optimizer"):
-            # DeepSpeed's buffers for gradients on the host have the weights' dtype there.
+            # There, DeepSpeed's buffers for gradients on the host have the weights' dtype.
             raise UserError(
                 f"{self.source}: zero_optimization.offload_optimizer at stage 2 would round the gradients, which are "
-                f"summed in fp32, to {precision}: take stage 1 or 3, or leave the optimizer on the device"
+                f"summed in fp32, to {precision}: use stage 1 or 3, or leave the optimizer on the device"
             )
         return precision
 
     def resolved(self, precision: str, on_gpu: bool) -> dict[str, Any]:
-        """The configuration that DeepSpeed is given: no "auto" left, gradients summed and reduced in fp32, no monitors.
+        """The configuration passed to DeepSpeed: no "auto" left, gradients summed and reduced in fp32, no monitors.
 
-        Batch sizes are set later (`Engine.set_batch`), when the micro-batch is known; DeepSpeed would also refuse a
-        `train_batch_size` that the processes do not divide.
+        Batch sizes are set later (`Engine.set_batch`), when the micro-batch is known; DeepSpeed would also reject a
+        `train_batch_size` that is not a multiple of the number of processes.
         """
-        content = {key: value for key, value in copy.deepcopy(taken(self.content)).items() if key not in _MONITORS}
+        content = {
+            key: value for key, value in copy.deepcopy(accepted_part(self.content)).items() if key not in _MONITORS
+        }
         del content["train_batch_size"]
         content["train_micro_batch_size_per_gpu"] = content["gradient_accumulation_steps"] = 1
         for name in ("fp16", "bf16"):
@@ -132,17 +134,17 @@ class DeepSpeedConfig:
             content["zero_optimization"]["contiguous_gradients"] = False
         params = content["optimizer"]["params"]
         if self._is_offloaded("offload_optimizer") or not on_gpu or params.get("torch_adam", True):
-            # torch's fused Adam needs no compiler; DeepSpeed's FusedAdam is built by nvcc at the first start, and its
-            # CPU builds, for offloading too, are not bit-reproducible. So that is for a GPU and who says "torch_adam":
-            # false.
+            # torch's fused Adam needs no compiler. DeepSpeed's FusedAdam is built by nvcc at the first start, and its
+            # CPU versions, used for offloading too, are not bit-reproducible: it is used only on a GPU, with
+            # "torch_adam": false.
             params.update(torch_adam=True, fused=True)
-        # Nothing prints its rates, and on a GPU it waits for the device at every micro-step.
+        # Nothing prints its rates, and it synchronizes with the GPU at every micro-step.
         content["timers"] = {"throughput": {"enabled": False}}
         return content
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the log: what is set otherwise than the file says."""
+        """Lines for the log: settings that differ from the file's."""
         if self.content.get("zero_optimization", {}).get("contiguous_gradients"):
             return [
                 f"{self.source}: zero_optimization.contiguous_gradients is set to false: DeepSpeed's buffers would "
@@ -152,7 +154,7 @@ class DeepSpeedConfig:
 
     @property
     def monitors(self) -> dict[str, dict[str, Any]]:
-        """The sections of the monitors that are switched on."""
+        """The sections of the enabled monitors."""
         sections = {name: self.content.get(name) or {} for name in _MONITORS}
         return {name: section for name, section in sections.items() if section.get("enabled")}
 
@@ -161,7 +163,7 @@ class DeepSpeedConfig:
         return offload.get("device", "none") != "none"
 
     def _check(self) -> None:
-        """Raise one `UserError` of all that is wrong."""
+        """Raise one `UserError` with everything that is wrong."""
         found = [*problems(self.content), *self._missing(), *self._contradictions()]
         if len(found) == 1:
             raise UserError(f"{self.source}: {found[0]}")
@@ -173,7 +175,7 @@ class DeepSpeedConfig:
         if "train_batch_size" not in self.content:
             found.append("train_batch_size is missing; the paper's is 8192")
         if "gradient_clipping" not in self.content:
-            found.append("gradient_clipping is missing; say it (0.0 is the paper's): DeepSpeed's default changed")
+            found.append("gradient_clipping is missing; set it (0.0 is the paper's): DeepSpeed's default has changed")
         if "lr" not in self._params:
             found.append("optimizer.params.lr must be a positive number, got None")
         return found
@@ -185,7 +187,7 @@ class DeepSpeedConfig:
         type_ = str(optimizer.get("type")).lower()
         if type_ not in _OPTIMIZER_TYPES:
             about = (
-                "; the portable checkpoints and the bit-identical resume are of Adam's moments"
+                "; portable checkpoints and bit-identical resume support only Adam's moments"
                 if type_ in _OTHERS
                 else ""
             )
@@ -199,16 +201,16 @@ class DeepSpeedConfig:
         stage = _section(self.content, "zero_optimization").get("stage", 0)
         if self._is_offloaded("offload_param") and stage != 3:
             found.append(
-                f"zero_optimization.offload_param needs stage 3, it is {stage!r}: remove it or raise the stage"
+                f"zero_optimization.offload_param needs stage 3, but it is {stage!r}: remove it or raise the stage"
             )
         if not self._is_offloaded("offload_optimizer"):
             return found
         if stage not in (1, 2, 3):
-            found.append(f"zero_optimization.offload_optimizer needs stage 1, 2 or 3, it is {stage!r}")
+            found.append(f"zero_optimization.offload_optimizer needs stage 1, 2 or 3, but it is {stage!r}")
         if self._params.get("torch_adam") is False:
             found.append(
-                "optimizer.params.torch_adam is false, but zero_optimization.offload_optimizer takes torch's Adam: "
-                "with DeepSpeed's own for host memory no run resumes bit-identically; remove it or set it to true"
+                "optimizer.params.torch_adam is false, but zero_optimization.offload_optimizer uses torch's Adam: "
+                "with DeepSpeed's own CPU Adam no run resumes bit-identically; remove it or set it to true"
             )
         return found
 
@@ -218,7 +220,7 @@ class DeepSpeedConfig:
 
 
 def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of a JSON that is not checked yet; empty where it is no object."""
+    """A section of a JSON that is not checked yet; empty if it is not an object."""
     value = content.get(name)
     return value if isinstance(value, dict) else {}
 

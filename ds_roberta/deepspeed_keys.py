@@ -1,7 +1,7 @@
-"""Every key that DeepSpeed knows in its JSON: those that are taken, with what their values must be, and the others.
+"""Every key that DeepSpeed knows in its JSON: those accepted here, with what their values must be, and those refused.
 
-DeepSpeed ignores a misspelt key at the top level and in several sections, and answers one elsewhere with pydantic's
-text. A test compares these tables with DeepSpeed's own models, so that a key of its next version is noticed.
+DeepSpeed ignores a misspelt key at the top level and in several sections, and rejects one elsewhere with pydantic's
+error. A test compares these tables with DeepSpeed's own models, so that new keys of its next version are noticed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class NotTaken:
+class Refused:
     """A key of DeepSpeed's that this trainer refuses.
 
-    It passes, and says nothing, where it has one of the values `ours`, or is switched off where true is none of them.
+    It passes silently if its value is one of `ours`, or if it is switched off and true is not one of them.
 
     Args:
-        keys: what a section may hold when it is switched off; None: whatever it likes.
+        keys: what a section may contain when it is switched off; None: anything.
     """
 
     reason: str
@@ -41,17 +41,17 @@ class NotTaken:
     keys: tuple[str, ...] | None = None
 
     def passes(self, value: Any) -> bool:
-        # 1 == True, yet a number is no switch.
+        # 1 == True, but a number is not a switch.
         if any(type(value) is type(own) and value == own for own in self.ours):
             return True
         return is_off(value) and not any(own is True for own in self.ours)
 
 
-Section: TypeAlias = "dict[str, Kind | NotTaken | Section]"
+Section: TypeAlias = "dict[str, Kind | Refused | Section]"
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number: no bool, no "auto", no NaN."""
+    """Whether a JSON value is a finite number: not a bool, "auto" or NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -72,13 +72,13 @@ def _is_positive_int(value: Any) -> bool:
 
 _FLAG = Kind("be true or false", lambda value: isinstance(value, bool))
 _FLAG_OR_AUTO = Kind('be true, false or "auto"', lambda value: isinstance(value, bool) or value == AUTO)
-_COUNT = Kind("be a whole number from 1 up", lambda value: _is_whole(value) and value >= 1)
-_WHOLE = Kind("be a whole number from 0 up", lambda value: _is_whole(value) and value >= 0)
-_NUMBER = Kind("be a number from 0 up", lambda value: is_number(value) and value >= 0)
-_TEXT = Kind("be a text", lambda value: isinstance(value, str))
-_TEXT_OR_NULL = Kind("be a text or null", lambda value: value is None or isinstance(value, str))
+_COUNT = Kind("be a whole number, at least 1", lambda value: _is_whole(value) and value >= 1)
+_WHOLE = Kind("be a whole number, at least 0", lambda value: _is_whole(value) and value >= 0)
+_NUMBER = Kind("be a number, at least 0", lambda value: is_number(value) and value >= 0)
+_TEXT = Kind("be a string", lambda value: isinstance(value, str))
+_TEXT_OR_NULL = Kind("be a string or null", lambda value: value is None or isinstance(value, str))
 _BETAS = Kind(
-    "be two numbers from 0 on and below 1",
+    "be two numbers, at least 0 and below 1",
     lambda value: isinstance(value, list) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value),
 )
 
@@ -88,13 +88,13 @@ _FP32_STATES = "the optimizer's weights and moments are always fp32"
 _DATA = "the data and its order are the program's own"
 _CHECKPOINTS = "checkpoints are written in the program's own portable format"
 _DENSE = "the encoder's weights and gradients are dense and whole"
-_UNROUNDED = "weights and gradients travel unrounded"
-_PARALLEL = "a run is data-parallel, by ZeRO; its model is not split otherwise"
+_UNROUNDED = "weights and gradients are communicated unrounded"
+_PARALLEL = "a run is data-parallel, with ZeRO; its model is not split in any other way"
 _NVME = 'nothing is offloaded to NVMe here; "device": "cpu" keeps it in host memory'
 _UNTESTED = "it is not tested with this trainer's exact sums and checkpoints"
 _GONE = "DeepSpeed has removed it"
 _OTHER_OPTIMIZER = "it belongs to another optimizer than AdamW"
-_IDLE = "what DeepSpeed counts begins at 0 at every start and includes rehearsals"
+_IDLE = "DeepSpeed's counts start from 0 at every start and include rehearsals"
 
 _OFFLOAD_DEVICE = Kind('be "none" or "cpu" (nothing is offloaded to NVMe here)', lambda value: value in ("none", "cpu"))
 _MONITOR: Section = {"enabled": _FLAG, "output_path": _TEXT, "job_name": _TEXT}
@@ -104,7 +104,7 @@ KEYS: Section = {
     "train_micro_batch_size_per_gpu": Kind(
         'be "auto" or a positive whole number', lambda value: value == AUTO or _is_positive_int(value)
     ),
-    "gradient_accumulation_steps": NotTaken(
+    "gradient_accumulation_steps": Refused(
         "it follows from train_batch_size, the micro-batch and the number of processes", (AUTO,)
     ),
     "gradient_clipping": Kind("be a number, 0.0 for none", lambda value: is_number(value) and value >= 0),
@@ -117,29 +117,29 @@ KEYS: Section = {
             "weight_decay": _NUMBER,
             "torch_adam": _FLAG,
             "adam_w_mode": _FLAG,
-            "adamw_mode": NotTaken("write adam_w_mode"),
-            "bias_correction": NotTaken("Adam's bias is always corrected", (True,)),
-            "amsgrad": NotTaken("checkpoints hold Adam's two moments, not AMSGrad's third"),
-            "max_grad_norm": NotTaken("write gradient_clipping, at the top level of the file", (0, 0.0)),
-            "fused": NotTaken("torch's fused kernel is always used", (True,)),
-            "foreach": NotTaken("torch's fused kernel is always used"),
-            "maximize": NotTaken("a loss is minimized"),
-            "capturable": NotTaken("the optimizer is not part of a CUDA graph"),
-            "differentiable": NotTaken("nothing differentiates through the optimizer"),
-            "set_grad_none": NotTaken("DeepSpeed frees the gradients itself", (True,)),
-            "fp32_optimizer_states": NotTaken(_FP32_STATES, (True,)),
-            "fp32_optimizer_states_in_cpu": NotTaken(_FP32_STATES, (True,)),
-            "momentum": NotTaken(_OTHER_OPTIMIZER),
-            "freeze_step": NotTaken(_OTHER_OPTIMIZER),
-            "cuda_aware": NotTaken(_OTHER_OPTIMIZER),
-            "comm_backend_name": NotTaken(_OTHER_OPTIMIZER),
-            "max_coeff": NotTaken(_OTHER_OPTIMIZER),
-            "min_coeff": NotTaken(_OTHER_OPTIMIZER),
-            "muon_lr": NotTaken(_OTHER_OPTIMIZER),
-            "adam_lr": NotTaken(_OTHER_OPTIMIZER),
-            "ns_method": NotTaken(_OTHER_OPTIMIZER),
+            "adamw_mode": Refused("write adam_w_mode"),
+            "bias_correction": Refused("Adam's bias is always corrected", (True,)),
+            "amsgrad": Refused("checkpoints contain Adam's two moments, not AMSGrad's third"),
+            "max_grad_norm": Refused("write gradient_clipping, at the top level of the file", (0, 0.0)),
+            "fused": Refused("torch's fused kernel is always used", (True,)),
+            "foreach": Refused("torch's fused kernel is always used"),
+            "maximize": Refused("a loss is minimized"),
+            "capturable": Refused("the optimizer is not part of a CUDA graph"),
+            "differentiable": Refused("nothing differentiates through the optimizer"),
+            "set_grad_none": Refused("DeepSpeed frees the gradients itself", (True,)),
+            "fp32_optimizer_states": Refused(_FP32_STATES, (True,)),
+            "fp32_optimizer_states_in_cpu": Refused(_FP32_STATES, (True,)),
+            "momentum": Refused(_OTHER_OPTIMIZER),
+            "freeze_step": Refused(_OTHER_OPTIMIZER),
+            "cuda_aware": Refused(_OTHER_OPTIMIZER),
+            "comm_backend_name": Refused(_OTHER_OPTIMIZER),
+            "max_coeff": Refused(_OTHER_OPTIMIZER),
+            "min_coeff": Refused(_OTHER_OPTIMIZER),
+            "muon_lr": Refused(_OTHER_OPTIMIZER),
+            "adam_lr": Refused(_OTHER_OPTIMIZER),
+            "ns_method": Refused(_OTHER_OPTIMIZER),
         },
-        "legacy_fusion": NotTaken(_UNTESTED),
+        "legacy_fusion": Refused(_UNTESTED),
     },
     "fp16": {
         "enabled": _FLAG_OR_AUTO,
@@ -149,15 +149,15 @@ KEYS: Section = {
         "hysteresis": _COUNT,
         "consecutive_hysteresis": _FLAG,
         "min_loss_scale": _COUNT,
-        "auto_cast": NotTaken("the model's inputs are token ids, which are not cast"),
-        "fp16_master_weights_and_grads": NotTaken(_FP32_STATES),
+        "auto_cast": Refused("the model's inputs are token ids, which are not cast"),
+        "fp16_master_weights_and_grads": Refused(_FP32_STATES),
     },
     "bf16": {
         "enabled": _FLAG_OR_AUTO,
-        "check_grad_overflow": NotTaken("a gradient that is not finite is always looked for", (True,)),
-        "immediate_grad_update": NotTaken("gradients are reduced and applied once a step"),
-        "bf16_master_weights_and_grads": NotTaken(_FP32_STATES),
-        "bf16_optimizer_states": NotTaken(_FP32_STATES),
+        "check_grad_overflow": Refused("gradients are always checked for values that are not finite", (True,)),
+        "immediate_grad_update": Refused("gradients are reduced and applied once per step"),
+        "bf16_master_weights_and_grads": Refused(_FP32_STATES),
+        "bf16_optimizer_states": Refused(_FP32_STATES),
     },
     "zero_optimization": {
         "stage": Kind("be 0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3),
@@ -171,22 +171,22 @@ KEYS: Section = {
         "offload_param": {
             "device": _OFFLOAD_DEVICE,
             "pin_memory": _FLAG,
-            "max_in_cpu": NotTaken(_NVME),
-            "nvme_path": NotTaken(_NVME),
-            "buffer_count": NotTaken(_NVME),
-            "buffer_size": NotTaken(_NVME),
+            "max_in_cpu": Refused(_NVME),
+            "nvme_path": Refused(_NVME),
+            "buffer_count": Refused(_NVME),
+            "buffer_size": Refused(_NVME),
         },
         "offload_optimizer": {
             "device": _OFFLOAD_DEVICE,
             "pin_memory": _FLAG,
-            "nvme_path": NotTaken(_NVME),
-            "buffer_count": NotTaken(_NVME),
-            "pipeline_read": NotTaken(_NVME),
-            "pipeline_write": NotTaken(_NVME),
-            "fast_init": NotTaken(_NVME),
-            "ratio": NotTaken("the optimizer is offloaded whole or not at all", (1, 1.0)),
-            "super_offload": NotTaken(_UNTESTED),
-            "cpuadam_cores_perc": NotTaken("it is for super_offload"),
+            "nvme_path": Refused(_NVME),
+            "buffer_count": Refused(_NVME),
+            "pipeline_read": Refused(_NVME),
+            "pipeline_write": Refused(_NVME),
+            "fast_init": Refused(_NVME),
+            "ratio": Refused("the optimizer is offloaded whole or not at all", (1, 1.0)),
+            "super_offload": Refused(_UNTESTED),
+            "cpuadam_cores_perc": Refused("it is for super_offload"),
         },
         "sub_group_size": _COUNT,
         "stage3_prefetch_bucket_size": _WHOLE,
@@ -200,30 +200,30 @@ KEYS: Section = {
         "round_robin_gradients": _FLAG,
         "log_trace_cache_warnings": _FLAG,
         "enable_sanity_checks": _FLAG,
-        "stage3_gather_16bit_weights_on_model_save": NotTaken("exported weights are whole at every stage", (True,)),
-        "stage3_gather_fp16_weights_on_model_save": NotTaken("exported weights are whole at every stage", (True,)),
-        "compute_grad_norm": NotTaken("each step's row has the gradient's norm", (True,)),
-        "load_from_fp32_weights": NotTaken("a resume always goes on from the fp32 weights", (True,)),
-        "elastic_checkpoint": NotTaken(_CHECKPOINTS),
-        "ignore_unused_parameters": NotTaken("every parameter has a gradient", (True,)),
-        "zero_hpz_partition_size": NotTaken(_UNTESTED, (1,)),
-        "zero_quantized_weights": NotTaken(_UNROUNDED),
-        "zero_quantized_nontrainable_weights": NotTaken(_UNROUNDED),
-        "zero_quantized_gradients": NotTaken(_UNROUNDED),
-        "zenflow": NotTaken("every step applies the whole gradient"),
-        "legacy_stage1": NotTaken(_UNTESTED),
-        "parameter_alignment": NotTaken(_UNTESTED),
-        "memory_efficient_linear": NotTaken(_UNTESTED, (True,)),
-        "pipeline_loading_checkpoint": NotTaken(_CHECKPOINTS),
-        "override_module_apply": NotTaken(_UNTESTED, (True,)),
-        "save_muon_momentum_buffer_in_memory": NotTaken(_OTHER_OPTIMIZER),
-        "leaf_module": NotTaken("the encoder has no branches that ZeRO-3 could not follow"),
-        "cpu_offload": NotTaken('write "offload_optimizer": {"device": "cpu"}'),
-        "cpu_offload_param": NotTaken('write "offload_param": {"device": "cpu"}'),
-        "cpu_offload_use_pin_memory": NotTaken("write pin_memory in offload_optimizer or offload_param"),
-        "mics_shard_size": NotTaken(_GONE, (-1,)),
-        "mics_hierarchical_params_gather": NotTaken(_GONE),
-        "zeropp_loco_param": NotTaken(_GONE),
+        "stage3_gather_16bit_weights_on_model_save": Refused("exported weights are whole at every stage", (True,)),
+        "stage3_gather_fp16_weights_on_model_save": Refused("exported weights are whole at every stage", (True,)),
+        "compute_grad_norm": Refused("each step's row has the gradient's norm", (True,)),
+        "load_from_fp32_weights": Refused("a resume always continues from the fp32 weights", (True,)),
+        "elastic_checkpoint": Refused(_CHECKPOINTS),
+        "ignore_unused_parameters": Refused("every parameter has a gradient", (True,)),
+        "zero_hpz_partition_size": Refused(_UNTESTED, (1,)),
+        "zero_quantized_weights": Refused(_UNROUNDED),
+        "zero_quantized_nontrainable_weights": Refused(_UNROUNDED),
+        "zero_quantized_gradients": Refused(_UNROUNDED),
+        "zenflow": Refused("every step applies the whole gradient"),
+        "legacy_stage1": Refused(_UNTESTED),
+        "parameter_alignment": Refused(_UNTESTED),
+        "memory_efficient_linear": Refused(_UNTESTED, (True,)),
+        "pipeline_loading_checkpoint": Refused(_CHECKPOINTS),
+        "override_module_apply": Refused(_UNTESTED, (True,)),
+        "save_muon_momentum_buffer_in_memory": Refused(_OTHER_OPTIMIZER),
+        "leaf_module": Refused("the encoder has no branches that ZeRO-3 could not follow"),
+        "cpu_offload": Refused('write "offload_optimizer": {"device": "cpu"}'),
+        "cpu_offload_param": Refused('write "offload_param": {"device": "cpu"}'),
+        "cpu_offload_use_pin_memory": Refused("write pin_memory in offload_optimizer or offload_param"),
+        "mics_shard_size": Refused(_GONE, (-1,)),
+        "mics_hierarchical_params_gather": Refused(_GONE),
+        "zeropp_loco_param": Refused(_GONE),
     },
     "zero_allow_untested_optimizer": _FLAG,
     "zero_force_ds_cpu_optimizer": _FLAG,
@@ -236,7 +236,7 @@ KEYS: Section = {
     "tensorboard": _MONITOR,
     "csv_monitor": _MONITOR,
     "wandb": {"enabled": _FLAG, "group": _TEXT_OR_NULL, "team": _TEXT_OR_NULL, "project": _TEXT},
-    "comet": NotTaken(
+    "comet": Refused(
         "use wandb, tensorboard or csv_monitor",
         keys=(
             "enabled",
@@ -250,15 +250,15 @@ KEYS: Section = {
             "mode",
         ),
     ),
-    "steps_per_print": NotTaken(f"{_IDLE}; --log_interval says how often a step's row is written"),
+    "steps_per_print": Refused(f"{_IDLE}; --log_interval sets how often a step's row is written"),
     "timers": {
         "throughput": {
-            "enabled": NotTaken("nothing prints it; tokens_per_second is in metrics.jsonl"),
-            "synchronized": NotTaken("nothing prints it; tokens_per_second is in metrics.jsonl", (True, False)),
+            "enabled": Refused("nothing prints it; tokens_per_second is in metrics.jsonl"),
+            "synchronized": Refused("nothing prints it; tokens_per_second is in metrics.jsonl", (True, False)),
         }
     },
-    "flops_profiler": NotTaken(
-        f"{_IDLE}; mfu is in metrics.jsonl, and `python -m benchmarks.profile` says where a step's time goes",
+    "flops_profiler": Refused(
+        f"{_IDLE}; mfu is in metrics.jsonl, and `python -m benchmarks.profile` shows where a step's time goes",
         keys=(
             "enabled",
             "recompute_fwd_factor",
@@ -269,29 +269,29 @@ KEYS: Section = {
             "output_file",
         ),
     ),
-    "comms_logger": NotTaken(
-        "nothing prints what it gathers, and the device waits for each communication",
+    "comms_logger": Refused(
+        "nothing prints what it collects, and it makes the device wait for each communication",
         keys=("enabled", "verbose", "prof_all", "debug", "prof_ops"),
     ),
-    "memory_breakdown": NotTaken("it resets the peak that memory_gb in metrics.jsonl tells"),
-    "dump_state": NotTaken("the run's config.json holds every setting"),
-    "scheduler": NotTaken("the learning rate's schedule is set by --lr_scheduler_type, --max_steps and --warmup_steps"),
-    "data_types": NotTaken(
+    "memory_breakdown": Refused("it resets the peak that memory_gb in metrics.jsonl reports"),
+    "dump_state": Refused("the run's config.json has every setting"),
+    "scheduler": Refused("the learning rate's schedule is set by --lr_scheduler_type, --max_steps and --warmup_steps"),
+    "data_types": Refused(
         _FP32_SUMS,
         ({"grad_accum_dtype": "fp32"},),
         ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
     ),
-    "communication_data_type": NotTaken(_FP32_SUMS, ("fp32", "FP32")),
-    "seq_parallel_communication_data_type": NotTaken(_PARALLEL, ("fp32", "FP32")),
-    "prescale_gradients": NotTaken(f"{_FP32_SUMS}, where no order of dividing and adding overflows"),
-    "gradient_predivide_factor": NotTaken(f"{_FP32_SUMS}, where no order of dividing and adding overflows", (1, 1.0)),
-    "gradient_allreduce_op": NotTaken("the loss is divided by the masked tokens of all processes", ("mean",)),
-    "managed_gradient_accumulation": NotTaken("the trainer counts the micro-steps itself", (True,)),
-    "disable_allgather": NotTaken(_UNTESTED),
-    "bfloat16": NotTaken("write bf16"),
-    "amp": NotTaken(_PRECISION, keys=("enabled", "opt_level", "loss_scale", "master_weights", "keep_batchnorm_fp32")),
-    "torch_autocast": NotTaken(_PRECISION, keys=("enabled", "dtype", "lower_precision_safe_modules")),
-    "activation_checkpointing": NotTaken(
+    "communication_data_type": Refused(_FP32_SUMS, ("fp32", "FP32")),
+    "seq_parallel_communication_data_type": Refused(_PARALLEL, ("fp32", "FP32")),
+    "prescale_gradients": Refused(f"{_FP32_SUMS}, where no order of dividing and adding overflows"),
+    "gradient_predivide_factor": Refused(f"{_FP32_SUMS}, where no order of dividing and adding overflows", (1, 1.0)),
+    "gradient_allreduce_op": Refused("the loss is divided by the masked tokens of all processes", ("mean",)),
+    "managed_gradient_accumulation": Refused("the trainer counts the micro-steps itself", (True,)),
+    "disable_allgather": Refused(_UNTESTED),
+    "bfloat16": Refused("write bf16"),
+    "amp": Refused(_PRECISION, keys=("enabled", "opt_level", "loss_scale", "master_weights", "keep_batchnorm_fp32")),
+    "torch_autocast": Refused(_PRECISION, keys=("enabled", "dtype", "lower_precision_safe_modules")),
+    "activation_checkpointing": Refused(
         "the encoder does not recompute activations",
         keys=(
             "partition_activations",
@@ -302,39 +302,39 @@ KEYS: Section = {
             "profile",
         ),
     ),
-    "aio": NotTaken(
+    "aio": Refused(
         _NVME,
         keys=("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
     ),
-    "curriculum_learning": NotTaken(f"{_DATA}; --max_seq_length_schedule begins with short sequences"),
-    "data_efficiency": NotTaken(_DATA),
-    "dataloader_drop_last": NotTaken(_DATA),
-    "checkpoint": NotTaken(_CHECKPOINTS),
-    "datastates_ckpt": NotTaken(_CHECKPOINTS),
-    "nebula": NotTaken(_CHECKPOINTS),
-    "elasticity": NotTaken("a run goes on with another number of processes by itself"),
-    "autotuning": NotTaken('the micro-batch is found where train_micro_batch_size_per_gpu is "auto"'),
-    "compression_training": NotTaken("the model is trained whole, without quantisation or pruning"),
-    "quantize_training": NotTaken("the model is trained whole, without quantisation or pruning"),
-    "eigenvalue": NotTaken("the model is trained whole, without quantisation or pruning"),
-    "weight_quantization": NotTaken("the model is trained whole, without quantisation or pruning"),
-    "progressive_layer_drop": NotTaken("the encoder always has all its layers"),
-    "sparse_gradients": NotTaken(_DENSE),
-    "sparse_attention": NotTaken("attention is over the whole sequence"),
-    "compile": NotTaken("--torch_compile says what is compiled"),
-    "graph_harvesting": NotTaken("--torch_compile says what is compiled"),
-    "hybrid_engine": NotTaken("nothing is generated in pretraining"),
-    "pipeline": NotTaken(_PARALLEL),
-    "tensor_parallel": NotTaken(_PARALLEL),
-    "expert_parallel": NotTaken(_PARALLEL),
-    "sequence_parallel_size": NotTaken(_PARALLEL, (1,)),
-    "use_data_before_expert_parallelism": NotTaken(_PARALLEL),
-    "vocabulary_size": NotTaken("the vocabulary is the tokenizer's"),
+    "curriculum_learning": Refused(f"{_DATA}; --max_seq_length_schedule begins with short sequences"),
+    "data_efficiency": Refused(_DATA),
+    "dataloader_drop_last": Refused(_DATA),
+    "checkpoint": Refused(_CHECKPOINTS),
+    "datastates_ckpt": Refused(_CHECKPOINTS),
+    "nebula": Refused(_CHECKPOINTS),
+    "elasticity": Refused("a run can continue with another number of processes without it"),
+    "autotuning": Refused('the micro-batch is found if train_micro_batch_size_per_gpu is "auto"'),
+    "compression_training": Refused("the model is trained whole, without quantisation or pruning"),
+    "quantize_training": Refused("the model is trained whole, without quantisation or pruning"),
+    "eigenvalue": Refused("the model is trained whole, without quantisation or pruning"),
+    "weight_quantization": Refused("the model is trained whole, without quantisation or pruning"),
+    "progressive_layer_drop": Refused("the encoder always has all its layers"),
+    "sparse_gradients": Refused(_DENSE),
+    "sparse_attention": Refused("attention covers the whole sequence"),
+    "compile": Refused("--torch_compile says what is compiled"),
+    "graph_harvesting": Refused("--torch_compile says what is compiled"),
+    "hybrid_engine": Refused("nothing is generated in pretraining"),
+    "pipeline": Refused(_PARALLEL),
+    "tensor_parallel": Refused(_PARALLEL),
+    "expert_parallel": Refused(_PARALLEL),
+    "sequence_parallel_size": Refused(_PARALLEL, (1,)),
+    "use_data_before_expert_parallelism": Refused(_PARALLEL),
+    "vocabulary_size": Refused("the vocabulary is the tokenizer's"),
 }
 
 
 def problems(content: dict[str, Any], keys: Section = KEYS, place: str = "") -> list[str]:
-    """What is wrong with the keys and values of a JSON, each by its dotted name; required ones are held to be there."""
+    """What is wrong with the keys and values of a JSON, each by its dotted name; missing keys are not looked for."""
     found: list[str] = []
     for key, value in content.items():
         name, known = f"{place}.{key}" if place else key, keys.get(key)
@@ -343,7 +343,7 @@ def problems(content: dict[str, Any], keys: Section = KEYS, place: str = "") -> 
         elif isinstance(known, Kind):
             if not known.accepts(value):
                 found.append(f"{name} must {known.requirement}, got {value!r}{_about_auto(name, value)}")
-        elif isinstance(known, NotTaken):
+        elif isinstance(known, Refused):
             if not known.passes(value):
                 found.append(f"remove {name!r}: {known.reason}")
             elif known.keys is not None and isinstance(value, dict):
@@ -358,18 +358,18 @@ def problems(content: dict[str, Any], keys: Section = KEYS, place: str = "") -> 
 
 
 def unknown_keys(content: dict[str, Any]) -> list[str]:
-    """Of a JSON that another trainer reads: only the keys that DeepSpeed does not know."""
+    """Only the keys that DeepSpeed does not know, for a JSON that another trainer reads."""
     return [problem for problem in problems(content) if problem.startswith("unknown key")]
 
 
-def taken(content: dict[str, Any], keys: Section = KEYS) -> dict[str, Any]:
-    """A copy of a JSON without `problems`, with the keys that are taken and no others."""
+def accepted_part(content: dict[str, Any], keys: Section = KEYS) -> dict[str, Any]:
+    """A copy of a JSON that has no `problems`, with only the keys that are accepted."""
     kept = {}
     for key, value in content.items():
         known = keys[key]
         if isinstance(known, dict) and isinstance(value, dict):
-            kept[key] = taken(value, known)
-        elif not isinstance(known, NotTaken):
+            kept[key] = accepted_part(value, known)
+        elif not isinstance(known, Refused):
             kept[key] = value
     return kept
 
@@ -395,4 +395,4 @@ def _about_auto(name: str, value: Any) -> str:
     if value != AUTO:
         return ""
     remedy = "give one" if name in REQUIRED else "give one, or remove the key for DeepSpeed's default"
-    return f", for which only transformers' Trainer finds a value: {remedy}"
+    return f", which only transformers' Trainer can resolve: {remedy}"

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-from ds_roberta.deepspeed_keys import KEYS, NotTaken
+from ds_roberta.deepspeed_keys import KEYS, Refused
 
 MODELS = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -38,7 +38,7 @@ def known(place):
     keys = KEYS
     for part in place.split("."):
         keys = keys[part]
-    return set(keys.keys or ()) if isinstance(keys, NotTaken) else set(keys)
+    return set(keys.keys or ()) if isinstance(keys, Refused) else set(keys)
 
 
 class Asked(dict):

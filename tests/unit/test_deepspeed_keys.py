@@ -3,7 +3,7 @@
 import pytest
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.deepspeed_keys import KEYS, NotTaken, problems, unknown_keys
+from ds_roberta.deepspeed_keys import KEYS, Refused, problems, unknown_keys
 from ds_roberta.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_all_problems_of_a_file_are_told_at_once(read_config):
         "remove 'scheduler'",
         "zero_optimization.reduce_bucket_size must be a whole number",
         "unknown key in zero_optimization.offload_optimizer 'devise'",
-        "remove 'elasticity': a run goes on with another number of processes",
+        "remove 'elasticity': a run can continue with another number of processes",
         "unknown key 'gradient_cliping'",
     ):
         assert len([line for line in found if line.startswith(expected)]) == 1, expected
@@ -50,9 +50,7 @@ def test_all_problems_of_a_file_are_told_at_once(read_config):
 
 def test_auto_that_nothing_fills_in_says_so(read_config):
     (found,) = problems_of(read_config, {"zero_optimization.reduce_bucket_size": "auto"})
-    assert found.endswith(
-        "only transformers' Trainer finds a value: give one, or remove the key for DeepSpeed's default"
-    )
+    assert found.endswith("only transformers' Trainer can resolve: give one, or remove the key for DeepSpeed's default")
     (found,) = problems_of(read_config, {"train_batch_size": "auto"})
     assert found.startswith(
         "train_batch_size must be a positive whole number, got 'auto', for which only transformers'"
@@ -63,7 +61,7 @@ def test_auto_that_nothing_fills_in_says_so(read_config):
 def not_taken(keys=KEYS, place=""):
     for key, known in keys.items():
         name = f"{place}.{key}" if place else key
-        if isinstance(known, NotTaken):
+        if isinstance(known, Refused):
             yield name
         elif isinstance(known, dict):
             yield from not_taken(known, name)
