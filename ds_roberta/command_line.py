@@ -1,4 +1,4 @@
-"""What every command shares: how its arguments are read and how it ends."""
+"""What every command shares: how it reads its arguments and how it ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with its errors in one line, and only for text in UTF-8, as the libraries open no other paths."""
+    """argparse's, with one-line errors; it accepts only UTF-8, since the libraries cannot open other paths."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else list(args)
@@ -35,12 +35,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """From 0 up; as argparse's `type`, like the following."""
+    """At least 0; a `type` for argparse, like those below."""
     return _number(text, int, "a whole number", lambda number: number >= 0)
 
 
 def positive(text: str) -> int:
-    return _number(text, int, "a whole number from 1 up", lambda number: number >= 1)
+    return _number(text, int, "a whole number, at least 1", lambda number: number >= 1)
 
 
 def positive_number(text: str) -> float:
@@ -56,7 +56,7 @@ def fraction(text: str) -> float:
 
 
 def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
-    """The type of values of one kind with commas between them."""
+    """A `type` for comma-separated values of one kind."""
     return lambda text: tuple(kind(part) for part in text.split(","))
 
 
@@ -71,7 +71,7 @@ def _number(text: str, kind: Callable[[str], Value], description: str, is_allowe
 
 
 class Messages:
-    """stderr for progress bars: what it refuses (a log on a full disk) is lost, and the work goes on."""
+    """stderr for progress bars: output that it refuses (a log on a full disk) is lost, and the work continues."""
 
     def __init__(self) -> None:
         self._stream = sys.stderr
@@ -91,12 +91,14 @@ class Messages:
 def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run a command's body and `leave`.
 
-    The exit code is the command's own; 2 with one line on stderr (or several problems, a line each) for a `UserError`
-    and for whatever else the disk refused, standard output included; or 141, as a shell has it, where the reader of our
-    output, such as `head`, has seen enough. Under a launcher every process meets the same error; the first of each host
-    reports it. What a disk refused one process of several, that one reports.
+    The exit code is the command's own; or 2, after one line on stderr (or a line for each of several problems), for a
+    `UserError` or a write that the disk or standard output refused; or 141, as in a shell, if the reader of our output,
+    such as `head`, has closed it. Under a launcher, every process meets the same error and the first on each host
+    reports it; a process whose own write the disk refused reports it itself.
     """
-    if isinstance(sys.stdout, TextIOWrapper):  # a file's name need not be UTF-8, nor a terminal know every letter
+    if isinstance(
+        sys.stdout, TextIOWrapper
+    ):  # a file's name may not be UTF-8, and a terminal may not have every character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command() or 0
@@ -127,7 +129,7 @@ def _say(line: str) -> None:
 
 
 def _drop_what_is_refused(stream: TextIO) -> None:
-    """Python writes what is left in a stream as it ends, and would report a failure in its own words."""
+    """At exit, Python would flush what is left in a stream and report a failure in its own words."""
     try:
         stream.flush()
     except OSError:

@@ -1,7 +1,7 @@
-"""The settings of a run, one frozen tree of dataclasses; what the DeepSpeed JSON owns is in `deepspeed_config`.
+"""A run's settings, one frozen tree of dataclasses; what the DeepSpeed JSON owns is in `deepspeed_config`.
 
-Nothing has two owners: batch sizes, precision, ZeRO, optimizer, peak learning rate, clipping and monitors are the
-JSON's; model, data, masking, sequence length, schedule, intervals, seed and paths are here.
+Each setting has one owner: batch sizes, precision, ZeRO, optimizer, peak learning rate, clipping and monitors belong to
+the JSON; model, data, masking, sequence length, schedule, intervals, seed and paths belong here.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ class ScheduleConfig(Settings):
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that share the length of their sequences and their number.
+    """Consecutive steps with the same sequence length and batch size.
 
     Attributes:
         first_step: counted from 0; the stage lasts until the next one begins.

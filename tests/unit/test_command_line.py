@@ -151,14 +151,14 @@ def test_a_defect_of_the_program_is_not_hidden():
     ("kind", "text", "expected"),
     [
         (positive, "7", 7),
-        (positive, "0", "'0' is not a whole number from 1 up"),
-        (positive, "1.5", "'1.5' is not a whole number from 1 up"),
+        (positive, "0", "'0' is not a whole number, at least 1"),
+        (positive, "1.5", "'1.5' is not a whole number, at least 1"),
         (positive_number, "2e-5", 2e-5),
         (positive_number, "inf", "'inf' is not a number above 0"),
         (probability, "0", 0),
         (probability, "1.1", "'1.1' is not between 0 and 1"),
         (several(positive), "16,32", (16, 32)),
-        (several(positive), "16,", "'' is not a whole number from 1 up"),
+        (several(positive), "16,", "'' is not a whole number, at least 1"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(kind, text, expected, capsys):

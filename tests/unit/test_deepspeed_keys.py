@@ -52,9 +52,7 @@ def test_auto_that_nothing_fills_in_says_so(read_config):
     (found,) = problems_of(read_config, {"zero_optimization.reduce_bucket_size": "auto"})
     assert found.endswith("only transformers' Trainer can resolve: give one, or remove the key for DeepSpeed's default")
     (found,) = problems_of(read_config, {"train_batch_size": "auto"})
-    assert found.startswith(
-        "train_batch_size must be a positive whole number, got 'auto', for which only transformers'"
-    )
+    assert found.startswith("train_batch_size must be a positive whole number, got 'auto', which only transformers'")
     assert found.endswith("give one")
 
 
