@@ -30,7 +30,7 @@ from benchmarks.environment import python_path
 from benchmarks.loader import commit, cpu_model
 from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
 from ds_roberta.config import PRESETS, MaskingConfig, model_config
-from ds_roberta.data.loader import MicroBatch
+from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import leave
 from ds_roberta.files import write_text
@@ -163,13 +163,13 @@ def random_micro_batch(vocab_size: int, length: int, sequences: int) -> MicroBat
 
 
 def engine_loop(engine, batches: list[MicroBatch]) -> Step:  # type: ignore[no-untyped-def]  # DeepSpeed is not imported
-    masked = sum(len(batch.labels) for batch in batches) * engine.ranks.world_size
+    counts = Counts.total([batch.counts for batch in batches], engine.ranks)
 
     def step() -> tuple[float, float]:
         began = time.process_time()
         with engine.accumulation():
             for number, batch in enumerate(batches):
-                engine.forward_backward(batch, masked, 0, number, number == len(batches) - 1)
+                engine.forward_backward(batch, counts, 0, number, number == len(batches) - 1)
                 if number == len(batches) - 2:
                     # The last micro-step reduces, at stage 1.
                     micro_steps = (time.process_time() - began) * len(batches) / (len(batches) - 1)
@@ -190,8 +190,7 @@ def plain_loop(model: nn.Module, batches: list[MicroBatch]) -> Step:
     def step() -> tuple[float, float]:
         began = time.process_time()
         for number, batch in enumerate(batches):
-            loss = model(batch.input_ids, batch.attention_mask, batch.masked_positions, batch.labels)
-            (loss / masked).backward()
+            (model(batch)["loss"] / masked).backward()
             if number == len(batches) - 2:
                 micro_steps = (time.process_time() - began) * len(batches) / (len(batches) - 1)
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters])

@@ -134,7 +134,7 @@ def step_of(engine: Engine, length: int) -> Callable[[], None]:
 
     def step() -> None:
         with engine.accumulation():
-            engine.forward_backward(micro_batch, masked, 0, 0, last=True)
+            engine.forward_backward(micro_batch, micro_batch.counts, 0, 0, last=True)
         engine.step(1e-5)
 
     return step

@@ -8,7 +8,7 @@ data sheets'; what is assumed stands in the constants below and in `Case`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -18,7 +18,6 @@ import torch
 from benchmarks.throughput_contenders import VOCABULARY
 from ds_roberta.config import SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig, model_config
 from ds_roberta.model.dropout import Dropout
-from ds_roberta.model.flops import flops_per_token
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint_writer import owners
@@ -138,13 +137,13 @@ def saved_bytes(config: ModelConfig, length: int, sequences: int) -> int:
         return values
 
     batch = full_micro_batch(sequences, length, MaskingConfig())
-    inputs = (batch.input_ids.to("meta"), None, batch.masked_positions.to("meta"), batch.labels.to("meta"))
+    tensors = {name: getattr(batch, name).to("meta") for name in ("input_ids", "masked_positions", "labels")}
     with (
         mock.patch("ds_roberta.model.encoder.attention", lambda query, key, value, *_: _Flash.apply(query, key, value)),
         mock.patch.object(Dropout, "forward", count_mask),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        model(*inputs)
+        model(replace(batch, **tensors, attention_mask=None))
     return masks + sum(storage.nbytes() for storage in storages.values())
 
 
@@ -242,7 +241,7 @@ def plan(case: Case) -> Plan:
     rows = batch.micro_batch_size * micro_steps if batch else 0
     length = case.max_seq_length
     masked_share = MaskingConfig.mlm_probability * (length - SPECIAL_TOKENS_PER_SEQUENCE) / length
-    flops = rows * length * flops_per_token(config, length, masked_share)
+    flops = rows * length * MaskedLM.flops_per_token(config, length, masked_share)
     shares = [0] * world
     for size, owner in zip(sizes, owners(sizes, world), strict=True):
         shares[owner] += 12 * size

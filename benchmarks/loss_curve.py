@@ -102,9 +102,9 @@ def losses(corpus: Corpus, ranks: Ranks, steps: int, dropout: float, dropout_see
     curve = []
     for step, (batch,) in enumerate(loader.steps(0, steps)):
         with engine.accumulation():
-            loss_sum = engine.forward_backward(batch, len(batch.labels), step, 0, last=True)
+            sums = engine.forward_backward(batch, batch.counts, step, 0, last=True)
         engine.step(learning_rate(schedule, PEAK, step + 1))
-        curve.append(loss_sum.item() / len(batch.labels))
+        curve.append(sums["loss"].item() / len(batch.labels))
     return curve
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loader import commit, cpu_model
-from ds_roberta.config import OBJECTIVES
 from ds_roberta.files import write_text
+from ds_roberta.model.objectives import SUMMARIES as OBJECTIVES
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "ds_configs/zero1.json"
@@ -69,14 +69,14 @@ def compare(options: argparse.Namespace, folder: Path) -> list[str]:
         run = folder / objective
         rows = pretrain(options, objective, steps, run)
         rate = statistics.median(tokens[objective])
-        ratio = rate / statistics.median(tokens[OBJECTIVES[0]])
+        ratio = rate / statistics.median(tokens["mlm"])
         spent = sum(row["step_seconds"] for row in rows)
         table.append(
             f"| {objective} | {rate:,.0f} | {ratio:.2f} | {steps:,} | {spent:,.0f} | {rows[-1]['consumed_tokens']:,} | "
             f"{accuracies(options, run / 'hf', folder / f'{objective}-tuned')} |"
         )
     untrained = folder / "untrained"
-    pretrain(options, OBJECTIVES[0], 1, untrained, learning_rate=1e-12)
+    pretrain(options, "mlm", 1, untrained, learning_rate=1e-12)
     tuned = accuracies(options, untrained / "hf", folder / "untrained-tuned")
     table.append(f"| not pretrained | | | 0 | 0 | 0 | {tuned} |")
     vocabulary = json.loads((options.data_dir / "manifest.json").read_text())["tokenizer"]["vocab_size"]

@@ -137,7 +137,7 @@ class Probe:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         stages: list[tuple[type, str, str]] = [
-            (Engine, "_loss_sum", FORWARD),
+            (Engine, "_forward", FORWARD),
             (DeepSpeedEngine, "backward", BACKWARD),
             (DeepSpeedEngine, "allreduce_gradients", REDUCTION),
             (Engine, "step", OPTIMIZER),

@@ -35,7 +35,7 @@ from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfi
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.files import write_text
-from ds_roberta.model.flops import flops_per_token
+from ds_roberta.model.objectives import MaskedLM
 
 REPOSITORY = Path(__file__).parents[1]
 MICRO_BATCH_TOKENS = {"tiny": 2_048, "small": 2_048, "base": 2_048, "large": 1_024}
@@ -154,7 +154,7 @@ def main() -> None:
             if tokens is None:
                 tokens = GPU_MICRO_BATCH_TOKENS if torch.cuda.is_available() else MICRO_BATCH_TOKENS.get(model, 2_048)
             case = prepare(model, length, max(1, tokens // length), arguments, Path(folder))
-            flops = flops_per_token(case.config, length, masked_share(case))
+            flops = MaskedLM.flops_per_token(case.config, length, masked_share(case))
             for outcomes, peak in measure(case, arguments):
                 loads.append(os.getloadavg()[0])
                 of_model = section(case, outcomes, flops, peak)

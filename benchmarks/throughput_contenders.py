@@ -305,7 +305,7 @@ def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) ->
 
 def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     """The parts as `ds_roberta.training.run` makes them, stepped as the trainer does."""
-    from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+    from ds_roberta.data.loader import Collator, Counts, LoaderStage, TrainLoader
     from ds_roberta.data.masking import training_masker
     from ds_roberta.data.order import SampleOrder
     from ds_roberta.data.packing import open_index
@@ -333,12 +333,12 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     loader = TrainLoader([LoaderStage(stage, collator, SampleOrder(len(packed), 0), case.micro_batch_size)])
     gate = make_gate()
     for step, batches in enumerate(loader.steps(0, _MANY)):
-        masked = sum(len(batch.labels) for batch in batches)
+        counts = Counts.total([batch.counts for batch in batches], ranks)
         loss_sum = torch.zeros((), device=engine.device)
         with engine.accumulation():
             for micro_step, batch in enumerate(batches):
                 last = micro_step == len(batches) - 1
-                loss_sum += engine.forward_backward(batch, masked, step, micro_step, last)
+                loss_sum += engine.forward_backward(batch, counts, step, micro_step, last)["loss"]
         engine.step(LEARNING_RATE)
         loss_sum.item()
         gate()

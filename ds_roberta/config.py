@@ -19,7 +19,6 @@ LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 TORCH_COMPILE = ("auto", "on", "off")
-OBJECTIVES = ("mlm", "rts")
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
 _BETWEEN_0_AND_1 = must_be("between 0 and 1", lambda share: 0 < share < 1)
@@ -302,6 +301,7 @@ class RunConfig(Settings):
 
     Attributes:
         model_name: the preset's name, or that of the folder that the run begins with.
+        objective: the name of one in `ds_roberta.model.objectives`.
         source_weights: by source; if None, every sequence is trained on equally often.
     """
 
@@ -339,18 +339,13 @@ class RunConfig(Settings):
     no_decay_bias_and_norm: bool = option(
         "the JSON's weight decay leaves out biases and LayerNorms (the paper's does not)", False
     )
-    objective: str = option("mlm: predict masked tokens; rts: find randomly replaced ones", "mlm", choices=OBJECTIVES)
+    objective: str = "mlm"
     init_from: Path | None = option(
         "start from this model instead: a transformers folder or one of our checkpoints", None
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.objective == "rts" and self.packing.is_paired:
-            raise UserError(
-                f"--objective rts has no next sentence prediction, which --packing {self.packing.format} is for: use "
-                "another packing, or --objective mlm"
-            )
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(
                 f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "

@@ -50,6 +50,10 @@ class Ranks:
         """The values' sums over all processes, in float64."""
         return self._reduce(list(values), dist.ReduceOp.SUM)
 
+    def sum_each(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+        """The sums of named scalars over all processes."""
+        return dict(zip(values, self.sum(*map(float, values.values())), strict=True))
+
     def min(self, value: int) -> int:
         return int(self._reduce([float(value)], dist.ReduceOp.MIN)[0])
 

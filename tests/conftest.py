@@ -134,6 +134,9 @@ class ThreadRanks:
     def abort(self):
         self._barrier.abort()
 
+    def sum_each(self, values):
+        return dict(zip(values, self.sum(*map(float, values.values())), strict=True))
+
     def broadcast(self, value):
         return self.gather(value)[0]
 

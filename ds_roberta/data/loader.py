@@ -5,9 +5,10 @@ Shapes: B sequences of a micro-batch, T tokens a sequence, M masked tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +19,38 @@ from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
 from ds_roberta.data.shards import TokenizerInfo, token_type
 from ds_roberta.data.stages import SkippedPlaces, places_behind, stage_number
+from ds_roberta.distributed import Ranks
 
 EMPTY_PLACE = -1
 """Fills up a micro-batch where the batch does not divide: a row without labels, so without weight."""
 
 
+class Counts(NamedTuple):
+    """How many labels, tokens that are not padding, and sequences a micro-batch or a whole batch has."""
+
+    labels: float
+    tokens: float
+    sequences: float
+
+    @classmethod
+    def total(cls, counts: Iterable[Counts], ranks: Ranks) -> Counts:
+        """Their sum over all processes; a collective call.
+
+        A batch of a few very short sequences may have no label: it counts as one, so that loss and gradient are 0.
+        """
+        labels, tokens, sequences = ranks.sum(*map(sum, zip(*counts, strict=True)))
+        return cls(max(labels, 1), tokens, sequences)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Model inputs.
+    """Inputs and labels of the model.
 
     Attributes:
         input_ids: (B, T) int64, with replacements where masked.
         attention_mask: (B, T) bool, true at tokens and false at padding; None where no row has padding.
-        masked_positions: (M,) int64, flat positions b * T + t of the tokens to predict.
-        labels: (M,) int64, their true ids.
+        masked_positions: (M,) int64, flat positions b * T + t of the labelled tokens.
+        labels: (M,) int64, from the masker: their true ids, or whether they were replaced.
         tokens: tokens that are not padding.
         sequences: rows that are not empty places.
         next_sentence_labels: (sequences,) int64 of pairs, see `PackedSplit.next_sentence_labels`; else None.
@@ -46,10 +65,8 @@ class MicroBatch:
     next_sentence_labels: torch.Tensor | None = None
 
     @property
-    def model_inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """The arguments of the objective's `forward`."""
-        inputs = (self.input_ids, self.attention_mask, self.masked_positions, self.labels)
-        return inputs if self.next_sentence_labels is None else (*inputs, self.next_sentence_labels)
+    def counts(self) -> Counts:
+        return Counts(len(self.labels), self.tokens, self.sequences)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; the copies to a GPU do not wait for it."""

@@ -16,12 +16,15 @@ The word or span at the border of the share is taken or left at random, so that 
 chosen tokens 80% become `<mask>`, 10% a random ordinary token, 10% stay (Devlin et al. 2019, BERT, section 3.1); in
 `span` one draw decides so for all tokens of a span.
 
-Shapes: B sequences, T tokens a sequence, N = B * T, W words, M masked tokens of the B sequences.
+Random token substitution chooses tokens in the same way and replaces all of them; see `Substituter`.
+
+Shapes: B sequences, T tokens a sequence, N = B * T, W words, M labelled tokens of the B sequences.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,6 +90,11 @@ class Masker:
         self._special_runs = list(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
         self._word_starts = word_starts
         self._ordinary_ids = np.flatnonzero(~is_special)
+
+    @staticmethod
+    def largest_share(config: MaskingConfig) -> float:
+        """The largest share of a sequence's tokens that have a label at any step of a run."""
+        return max(config.mlm_probability, config.final_probability)
 
     def mask(
         self, input_ids: np.ndarray, places: np.ndarray, mlm_probability: float | None = None
@@ -156,6 +164,36 @@ class Masker:
         to_random = positions[(fate >= masked_below) & (fate < random_below)]
         bits = _hash_positions(row_keys, to_random, sequence_length) & np.uint64(0xFFFFFFFF)
         flat_ids[to_random] = self._ordinary_ids[bits * np.uint64(len(self._ordinary_ids)) >> np.uint64(32)]
+
+
+class Substituter(Masker):
+    """A `Masker` that puts random tokens at all chosen positions and labels all ordinary tokens: were they replaced?
+
+    The random tokens are drawn evenly from the ordinary ones (Di Liello et al. 2022, "Effective Pretraining Objectives
+    for Transformer-based Autoencoders", Findings of EMNLP), where ELECTRA (Clark et al. 2020) asks a second model. A
+    token that is drawn for itself counts as not replaced, as in ELECTRA (section 2).
+    """
+
+    def __init__(self, config: MaskingConfig, *arguments: Any):
+        super().__init__(replace(config, mask_replace_prob=0.0, random_replace_prob=1.0), *arguments)
+
+    @staticmethod
+    def largest_share(config: MaskingConfig) -> float:
+        return 1.0
+
+    def mask(
+        self, input_ids: np.ndarray, places: np.ndarray, mlm_probability: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Replace tokens, in place; arguments as of `Masker.mask`.
+
+        Returns:
+            Flat positions of all tokens that are not special, rising, and 1 for each that changed, else 0: two (M,)
+            int64.
+        """
+        original = input_ids.copy()
+        super().mask(input_ids, places, mlm_probability)
+        ordinary = np.flatnonzero(~self._specials(original))
+        return ordinary, (input_ids != original).reshape(-1)[ordinary].astype(np.int64)
 
 
 def training_masker(

@@ -16,9 +16,10 @@ from ds_roberta.data.tokenizer_files import other_token
 from ds_roberta.data.words import word_starts
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
+from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.evaluation.json_report import check_report_path, write_report
-from ds_roberta.evaluation.masked_lm import HeldOutLoss
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
+from ds_roberta.model.objectives import MaskedLM
 
 POSITIONS_OF_A_BIN = 64
 _MICRO_BATCH_TOKENS = 4096
@@ -97,7 +98,7 @@ def evaluate_perplexity(
 def held_out_perplexity(
     folder: RobertaFolder, corpus: Corpus, packing: PackingConfig, masking: MaskingConfig, sequences: int
 ) -> Perplexity:
-    """The loss on a fixed sample of the validation split; see `HeldOutLoss`.
+    """The loss on a fixed sample of the validation split; see `HeldOutSample`.
 
     Raises:
         UserError: the corpus has no such split or another tokenizer, the model has too few positions, or no
@@ -120,14 +121,15 @@ def held_out_perplexity(
     packed = open_index(corpus, VALIDATION_SPLIT, packing)
     collator = Collator(packed, evaluation_masker(masking, tokenizer, words), tokenizer, packing.max_seq_length)
     micro_batch_size = max(1, _MICRO_BATCH_TOKENS // packing.max_seq_length)
-    held_out = HeldOutLoss(collator, sequences, micro_batch_size, Ranks(0, 1, 0, None))
+    sample = HeldOutSample(collator, sequences, micro_batch_size, Ranks(0, 1, 0, None))
     losses = _LossByPosition(folder, packing.max_seq_length)
-    result = held_out.compute(losses.add)
+    result = sample.evaluate(losses.add)
     assert result is not None  # nobody stops it
     if not losses.counts.any():
         raise UserError("no token of the held-out sequences is masked: raise --mlm_probability or --eval_sequences")
-    loss, perplexity = result
-    return Perplexity(loss, perplexity, int(losses.counts.sum()), min(sequences, len(packed)), losses.bins())
+    found = MaskedLM.evaluation(*result)
+    masked_tokens = int(losses.counts.sum())
+    return Perplexity(found["loss"], found["perplexity"], masked_tokens, min(sequences, len(packed)), losses.bins())
 
 
 class _LossByPosition:
@@ -137,15 +139,15 @@ class _LossByPosition:
         self._folder, self._length = folder, max_seq_length
         self.sums, self.counts = np.zeros(max_seq_length), np.zeros(max_seq_length, dtype=np.int64)
 
-    def add(self, micro_batch: MicroBatch) -> float:
-        """The sum of a micro-batch's losses."""
+    def add(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """The sum of a micro-batch's losses, as `MaskedLM` names it."""
         losses = -self._folder.log_likelihoods(
             micro_batch.input_ids, micro_batch.attention_mask, micro_batch.masked_positions, micro_batch.labels
         ).double()
         positions = micro_batch.masked_positions.numpy() % self._length
         self.sums += np.bincount(positions, losses.numpy(), self._length)
         self.counts += np.bincount(positions, minlength=self._length)
-        return float(losses.sum())
+        return {"loss": float(losses.sum())}
 
     def bins(self) -> tuple[PositionBin, ...]:
         found = []

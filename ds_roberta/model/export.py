@@ -24,10 +24,8 @@ PARITY_TOLERANCE = 1e-6
 share of the largest logit (or of 1, where all are smaller): rounding grows with the numbers."""
 
 _DIVERGED = "the training has diverged, nothing was written; export an earlier checkpoint"
-
-
-ENCODER = "roberta."
-"""How the names of the encoder's parameters begin in a model with a head."""
+ENCODER, MASKED_LM_HEAD = "roberta.", "lm_head."
+"""How the names of the parameters that transformers' models have begin in ours."""
 
 
 def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
@@ -57,7 +55,7 @@ def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) ->
     Raises:
         UserError: a parameter is missing, superfluous or of another shape.
     """
-    if _has_head(weights):
+    if has_masked_lm_head(weights):
         model = transformers.RobertaForMaskedLM(hf_config(config))
         expected = dict(model.named_parameters())
     else:
@@ -74,8 +72,18 @@ def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) ->
     return model.eval()
 
 
-def _has_head(weights: Mapping[str, torch.Tensor]) -> bool:
-    return any(name.startswith("lm_head.") for name in weights)
+def known_to_transformers(name: str) -> bool:
+    """Whether a parameter belongs to the encoder or the masked-LM head: other heads are not exported."""
+    return name.startswith((ENCODER, MASKED_LM_HEAD))
+
+
+def has_masked_lm_head(weights: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.startswith(MASKED_LM_HEAD) for name in weights)
+
+
+def compared_outputs(weights: Mapping[str, torch.Tensor]) -> str:
+    """What `check_parity` compares, in words."""
+    return "logits" if has_masked_lm_head(weights) else "hidden states"
 
 
 def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_model: torch.nn.Module) -> float:
@@ -90,12 +98,15 @@ def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_mo
     Raises:
         UserError: it is above `PARITY_TOLERANCE`, or not a number; or the fp32 logits are not finite.
     """
-    ours = MaskedLM(config) if _has_head(weights) else RobertaModel(config)
-    ours.load_state_dict(
-        dict(weights) if _has_head(weights) else {name.removeprefix(ENCODER): weights[name] for name in weights}
-    )
+    ours: MaskedLM | RobertaModel
+    if has_masked_lm_head(weights):
+        ours = MaskedLM(config)
+        ours.load_state_dict(weights)
+    else:
+        ours = RobertaModel(config)
+        ours.load_state_dict({name.removeprefix(ENCODER): weights[name] for name in weights})
     ours.double().eval()
-    compared = "logits" if isinstance(ours, MaskedLM) else "hidden states"
+    compared = compared_outputs(weights)
     length = min(64, config.max_position_embeddings - config.pad_token_id - 1)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (2, length), generator=generator)

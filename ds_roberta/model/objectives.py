@@ -1,20 +1,110 @@
-"""What the encoder is trained to do: a module that maps a micro-batch to a sum of losses.
+"""What the encoder is trained to do. An objective is one class here, listed in `OBJECTIVES`.
 
-Shapes: B sequences, T tokens, D hidden size, V vocabulary, M masked tokens.
+Shapes: B sequences, T tokens, D hidden size, V vocabulary, M labelled tokens.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_roberta.config import ModelConfig
+from ds_roberta.config import ModelConfig, PackingConfig
+from ds_roberta.data.loader import Counts, MicroBatch
+from ds_roberta.data.masking import Masker, Substituter
+from ds_roberta.errors import UserError
 from ds_roberta.model.cross_entropy import linear_cross_entropy
 from ds_roberta.model.encoder import RobertaModel, initialize_weights
+from ds_roberta.options import require_one_of
 
-NEXT_SENTENCE_HEAD, SUBSTITUTION_HEAD = "next_sentence_head.", "substitution_head."
-"""How the names of parameters begin that transformers' models do not have."""
+
+class Objective(nn.Module):
+    """An encoder with a head and a loss.
+
+    `forward` returns sums over a micro-batch, which are added up over micro-steps and processes. The other methods say
+    what the sums of a whole batch mean.
+
+    Attributes:
+        name: the choice of `--objective`.
+        summary: of the option's help.
+        description: what the model card says of it.
+        chosen: what happens to the tokens that masking chooses, in one word.
+        masker: prepares the inputs and labels.
+        is_paired: whether it needs a packing of pairs; one name may stand for two objectives, with pairs and without.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    description: ClassVar[str]
+    chosen: ClassVar[str] = "masked"
+    masker: ClassVar[type[Masker]] = Masker
+    is_paired: ClassVar[bool] = False
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.roberta = RobertaModel(config)
+
+    def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Named sums, each a float32 scalar; losses in nats, with a gradient, and counts without one."""
+        raise NotImplementedError
+
+    @staticmethod
+    def weigh(sums: Mapping[str, torch.Tensor], counts: Counts) -> torch.Tensor:
+        """The scalar to differentiate, for one micro-batch's sums.
+
+        Args:
+            counts: of the step's whole batch; the engine divides the result by its labels.
+        """
+        return sums["loss"]
+
+    @staticmethod
+    def metrics(sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        """The columns of a step in `metrics.jsonl`, the first of them its `loss`."""
+        return {"loss": sums["loss"] / counts.labels}
+
+    @classmethod
+    def evaluation(cls, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        """The columns of an evaluation, without their prefix `eval_`; the lowest `loss` marks the best checkpoint."""
+        return cls.metrics(sums, counts)
+
+    @staticmethod
+    def report(evaluation: Mapping[str, float]) -> dict[str, str]:
+        """An evaluation in words, for the log and the model card."""
+        return {"held-out loss": f"{evaluation['loss']:.4f} nats a token"}
+
+    @staticmethod
+    def head_parameters(config: ModelConfig) -> int:
+        """Elements of the matrices that each labelled token's hidden state is multiplied by."""
+        raise NotImplementedError
+
+    @classmethod
+    def flops_per_token(cls, config: ModelConfig, length: int, labelled_share: float) -> float:
+        """Floating-point operations of training that a token of a full sequence needs, forward and backward.
+
+        A matrix of P parameters takes 2 P operations a token forward (a multiplication and an addition each) and twice
+        that backward (gradients of input and of weights): 6 P, as Kaplan et al. (2020, arXiv:2001.08361, section 2.1)
+        count. With hidden size D a layer has 4 D² in attention's projections and 2 · 4 D² in the MLP. The two products
+        of attention (QKᵀ and weights · V) take D multiplications each for every one of the T tokens seen: 2 · 2 · D · T
+        forward, 12 D T in all. The head works on labelled tokens only. Look-ups of embeddings, biases, normalisation,
+        softmax, dropout and the optimizer are not counted, nor is the head of pairs (D² a sequence).
+
+        Args:
+            length: T, the tokens of a sequence; for shorter ones this counts more attention than they need.
+            labelled_share: of all tokens, `<s>` and `</s>` included, that have a label.
+        """
+        hidden = config.hidden_size
+        layer = 6 * (4 * hidden**2 + 2 * hidden * config.intermediate_size) + 12 * hidden * length
+        return config.num_hidden_layers * layer + labelled_share * (6 * cls.head_parameters(config))
+
+    @classmethod
+    def identity(cls) -> dict[str, Any]:
+        """What a run's identity says of it; see `objective_of`. Masked language modelling was there first: nothing."""
+        pairs = {"next_sentence_prediction": True} if cls.is_paired else {}
+        return pairs if cls.name == MaskedLM.name else {**pairs, "objective": cls.name}
 
 
 class MaskedLMHead(nn.Module):
@@ -36,15 +126,15 @@ class MaskedLMHead(nn.Module):
         return linear_cross_entropy(transformed_MD, word_embeddings_VD, self.bias, labels_M)
 
 
-class MaskedLM(nn.Module):
+class MaskedLM(Objective):
     """Masked language modelling; parameter names and numbers of transformers' `RobertaForMaskedLM`."""
 
-    is_paired = False
-    labels_all_tokens = False
+    name = "mlm"
+    summary = "predict masked tokens"
+    description = "masked language modelling"
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.roberta = RobertaModel(config)
+        super().__init__(config)
         self.lm_head = MaskedLMHead(config)
         initialize_weights(self, config.initializer_range)
 
@@ -57,31 +147,35 @@ class MaskedLM(nn.Module):
         """Vocabulary logits at flat positions b * T + t only: (M, V) in the parameters' dtype."""
         return self._masked_lm(self.roberta(input_ids_BT, attention_mask_BT), positions_M)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        masked_positions: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> torch.Tensor:
-        """The sum (not the mean: the step divides by its global number) of the masked tokens' cross-entropies.
-
-        Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, T) bool or None.
-            masked_positions: (M,) int64, flat.
-            labels: (M,) int64.
-
-        Returns:
-            A float32 scalar, in nats.
-        """
-        return self._masked_lm(self.roberta(input_ids, attention_mask), masked_positions, labels)
+    def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """`loss`: the masked tokens' cross-entropies."""
+        hidden_BTD = self.roberta(batch.input_ids, batch.attention_mask)
+        return {"loss": self._masked_lm(hidden_BTD, batch.masked_positions, batch.labels)}
 
     def _masked_lm(
         self, hidden_BTD: torch.Tensor, positions_M: torch.Tensor, labels_M: torch.Tensor | None = None
     ) -> torch.Tensor:
         hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
         return self.lm_head(hidden_MD, self.roberta.embeddings.word_embeddings.weight, labels_M)
+
+    @classmethod
+    def evaluation(cls, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        loss = sums["loss"] / counts.labels
+        return {"loss": loss, "perplexity": perplexity(loss)}
+
+    @staticmethod
+    def report(evaluation: Mapping[str, float]) -> dict[str, str]:
+        loss = evaluation["loss"]
+        return {"held-out loss": f"{loss:.4f} nats a masked token (perplexity {perplexity(loss):,.2f})"}
+
+    @staticmethod
+    def head_parameters(config: ModelConfig) -> int:
+        return config.hidden_size**2 + config.hidden_size * config.vocab_size
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean cross-entropy in nats; finite even if the model has diverged."""
+    return math.exp(min(loss, 700.0))
 
 
 class NextSentenceHead(nn.Module):
@@ -100,6 +194,7 @@ class NextSentenceHead(nn.Module):
 class MaskedLMWithNextSentence(MaskedLM):
     """Masked language modelling and next sentence prediction of pairs (Devlin et al. 2019, section 3.1)."""
 
+    description = "masked language modelling and next sentence prediction, whose head is not in this folder"
     is_paired = True
 
     def __init__(self, config: ModelConfig):
@@ -107,29 +202,47 @@ class MaskedLMWithNextSentence(MaskedLM):
         self.next_sentence_head = NextSentenceHead(config)
         initialize_weights(self.next_sentence_head, config.initializer_range)
 
-    def forward(  # type: ignore[override]  # its micro-batches have labels of their own
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        masked_positions: torch.Tensor,
-        labels: torch.Tensor,
-        next_sentence_labels: torch.Tensor,
-    ) -> torch.Tensor:
-        """What `MaskedLM` gives, and two sums of next sentence prediction.
-
-        Args:
-            next_sentence_labels: (sequences,) int64, of the first rows; those behind are empty places.
-
-        Returns:
-            (3,) float32: the masked tokens' cross-entropies, the pairs' cross-entropies, both in nats, and how many
-            pairs are predicted right, which has no gradient.
+    def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """`mlm_loss` and `nsp_loss`: the masked tokens' and the pairs' cross-entropies; `nsp_correct`: pairs predicted
+        correctly.
         """
-        hidden_BTD = self.roberta(input_ids, attention_mask)
-        masked_lm = self._masked_lm(hidden_BTD, masked_positions, labels)
-        logits = self.next_sentence_head(hidden_BTD[: len(next_sentence_labels), 0]).float()
-        next_sentence = F.cross_entropy(logits, next_sentence_labels, reduction="sum")
-        correct = (logits.argmax(-1) == next_sentence_labels).sum().float()
-        return torch.stack([masked_lm, next_sentence, correct])
+        labels = batch.next_sentence_labels
+        assert labels is not None
+        hidden_BTD = self.roberta(batch.input_ids, batch.attention_mask)
+        masked_lm = self._masked_lm(hidden_BTD, batch.masked_positions, batch.labels)
+        logits = self.next_sentence_head(hidden_BTD[: len(labels), 0]).float()  # the rows after them are empty places
+        return {
+            "mlm_loss": masked_lm,
+            "nsp_loss": F.cross_entropy(logits, labels, reduction="sum"),
+            "nsp_correct": (logits.argmax(-1) == labels).sum().float(),
+        }
+
+    @staticmethod
+    def weigh(sums: Mapping[str, torch.Tensor], counts: Counts) -> torch.Tensor:
+        return sums["mlm_loss"] + counts.labels / counts.sequences * sums["nsp_loss"]
+
+    @staticmethod
+    def metrics(sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        mlm_loss, nsp_loss = sums["mlm_loss"] / counts.labels, sums["nsp_loss"] / counts.sequences
+        return {
+            "loss": mlm_loss + nsp_loss,
+            "mlm_loss": mlm_loss,
+            "nsp_loss": nsp_loss,
+            "nsp_accuracy": sums["nsp_correct"] / counts.sequences,
+        }
+
+    @classmethod
+    def evaluation(cls, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        """Its `loss` is the masked tokens' alone, which runs without pairs have too."""
+        metrics = cls.metrics(sums, counts)
+        loss = metrics["mlm_loss"]
+        pairs = {name: metrics[name] for name in ("nsp_loss", "nsp_accuracy")}
+        return {"loss": loss, "perplexity": perplexity(loss), **pairs}
+
+    @staticmethod
+    def report(evaluation: Mapping[str, float]) -> dict[str, str]:
+        pairs = "loss {nsp_loss:.4f}, accuracy {nsp_accuracy:.2%}".format_map(evaluation)
+        return {**MaskedLM.report(evaluation), "next sentence prediction": pairs}
 
 
 class SubstitutionHead(nn.Module):
@@ -145,66 +258,90 @@ class SubstitutionHead(nn.Module):
         return self.classifier(F.gelu(self.dense(hidden_MD)))[:, 0]
 
 
-class RandomTokenSubstitution(nn.Module):
-    """Telling replaced tokens from others (see `data.substitution`); no vocabulary projection is held or computed."""
+class RandomTokenSubstitution(Objective):
+    """Random token substitution (see `data.masking.Substituter`), without a projection to the vocabulary."""
 
-    is_paired = False
-    labels_all_tokens = True
+    name = "rts"
+    summary = "find randomly replaced tokens"
+    description = "random token substitution (which tokens were replaced?), whose head is not in this folder"
+    chosen = "replaced"
+    masker = Substituter
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.roberta = RobertaModel(config)
+        super().__init__(config)
         self.substitution_head = SubstitutionHead(config)
         initialize_weights(self, config.initializer_range)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        positions: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> torch.Tensor:
-        """The sum of the tokens' binary cross-entropies, and what `detection` needs.
-
-        Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, T) bool or None.
-            positions: (M,) int64, flat, of the ordinary tokens.
-            labels: (M,) int64, 1 where replaced, else 0.
-
-        Returns:
-            (4,) float32: the loss in nats, and without gradient how many are told to be replaced and are, how many are
-            told to be, how many are.
+    def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """`loss`: the ordinary tokens' binary cross-entropies; and how many of them are predicted to be replaced
+        (`predicted`), are replaced (`replaced`), and both (`found`).
         """
-        hidden_MD = self.roberta(input_ids, attention_mask).flatten(0, 1).index_select(0, positions)
-        logits_M = self.substitution_head(hidden_MD).float()
-        loss = F.binary_cross_entropy_with_logits(logits_M, labels.float(), reduction="sum")
-        told = logits_M > 0
-        counts = [(told & (labels == 1)).sum(), told.sum(), (labels == 1).sum()]
-        return torch.stack([loss, *(count.float() for count in counts)])
+        hidden_BTD = self.roberta(batch.input_ids, batch.attention_mask)
+        logits_M = self.substitution_head(hidden_BTD.flatten(0, 1).index_select(0, batch.masked_positions)).float()
+        predicted, replaced = logits_M > 0, batch.labels == 1
+        return {
+            "loss": F.binary_cross_entropy_with_logits(logits_M, batch.labels.float(), reduction="sum"),
+            "found": (predicted & replaced).sum().float(),
+            "predicted": predicted.sum().float(),
+            "replaced": replaced.sum().float(),
+        }
+
+    @staticmethod
+    def metrics(sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        """Precision, recall and F1 are 0 where they would be 0 / 0. Accuracy would say little: five of six tokens are
+        not replaced.
+        """
+
+        def ratio(part: float, whole: float) -> float:
+            return part / whole if whole else 0.0
+
+        found, predicted, replaced = sums["found"], sums["predicted"], sums["replaced"]
+        return {
+            "loss": sums["loss"] / counts.labels,
+            "detection_precision": ratio(found, predicted),
+            "detection_recall": ratio(found, replaced),
+            "detection_f1": ratio(2 * found, predicted + replaced),
+        }
+
+    @staticmethod
+    def report(evaluation: Mapping[str, float]) -> dict[str, str]:
+        measures = [f"{name} {evaluation[f'detection_{name}']:.3f}" for name in ("precision", "recall", "f1")]
+        return {**Objective.report(evaluation), "replaced tokens found": ", ".join(measures)}
+
+    @staticmethod
+    def head_parameters(config: ModelConfig) -> int:
+        return config.hidden_size**2 + config.hidden_size
 
 
-def detection(right: float, told: float, replaced: float) -> dict[str, float]:
-    """Precision, recall and F1 of "replaced", from counts or anything that is proportional to them; 0 for 0 / 0.
+OBJECTIVES: tuple[type[Objective], ...] = (MaskedLM, MaskedLMWithNextSentence, RandomTokenSubstitution)
+SUMMARIES = {objective.name: objective.summary for objective in OBJECTIVES}
+"""The choices of `--objective`."""
 
-    Accuracy would say little: five of six tokens are not replaced.
+
+def find_objective(name: str, packing: PackingConfig) -> type[Objective]:
+    """The objective of a run.
+
+    Raises:
+        UserError: the name is unknown, or its objective needs another packing.
     """
-
-    def ratio(part: float, whole: float) -> float:
-        return part / whole if whole else 0.0
-
-    return {
-        "detection_precision": ratio(right, told),
-        "detection_recall": ratio(right, replaced),
-        "detection_f1": ratio(2 * right, told + replaced),
-    }
-
-
-Objective = MaskedLM | RandomTokenSubstitution
+    require_one_of("--objective", name, SUMMARIES)
+    objective = _find(name, packing.is_paired)
+    if objective is None:
+        raise UserError(
+            f"--objective {name} cannot be trained with --packing {packing.format}: choose another packing or another "
+            "objective"
+        )
+    return objective
 
 
-def make_model(config: ModelConfig, objective: str, is_paired: bool) -> Objective:
-    """The model of a run, by `RunConfig.objective` and by whether its sequences are pairs."""
-    if objective == "rts":
-        return RandomTokenSubstitution(config)
-    return MaskedLMWithNextSentence(config) if is_paired else MaskedLM(config)
+def objective_of(identity: Mapping[str, Any]) -> type[Objective]:
+    """The objective of a checkpoint's run, from its identity; raises `UserError` if this version does not have it."""
+    name = identity.get("objective", MaskedLM.name)
+    objective = _find(name, bool(identity.get("next_sentence_prediction")))
+    if objective is None:
+        raise UserError(f"the checkpoint's objective {name!r} is unknown: use the version of ds_roberta that wrote it")
+    return objective
+
+
+def _find(name: str, is_paired: bool) -> type[Objective] | None:
+    return next((each for each in OBJECTIVES if each.name == name and each.is_paired == is_paired), None)

@@ -28,6 +28,7 @@ from ds_roberta.files import file_checksum
 from ds_roberta.model.finite import first_not_finite
 
 if TYPE_CHECKING:  # the format is read without DeepSpeed
+    from ds_roberta.data.loader import Counts
     from ds_roberta.training.engine import Engine
 
 FORMAT_VERSION = 1
@@ -70,6 +71,13 @@ class TrainState:
     loss_spikes: int = 0
     skipped_places: list[dict[str, int]] = field(default_factory=list)
     learned_positions: int = 0
+
+    def count_step(self, counts: Counts, skipped: bool) -> None:
+        """Count an optimizer step on a batch of `counts`."""
+        self.global_step += 1
+        self.skipped_steps += skipped
+        self.consumed_samples += int(counts.sequences)
+        self.consumed_tokens += int(counts.tokens)
 
     @property
     def trained_length(self) -> int:

@@ -9,8 +9,8 @@ stage and precision:
   sums must be had before they are reduced.
 * Reduction is in fp32 (`DeepSpeedConfig.resolved`).
 
-The loss of a step is the sum over its masked tokens divided by their global number, so each micro-step's sum is divided
-by that number; DeepSpeed averages over processes, which the factor `world_size` takes back.
+The loss of a step is the sum over its labelled tokens divided by their global number, so each micro-step's sum is
+divided by that number; DeepSpeed averages over processes, which the factor `world_size` undoes.
 
 In fp16 both factors are applied once a step to the fp32 sums: within the backward pass of a batch of 8,192 sequences
 they would leave a masked token a weight of about 1e-6, times the loss scale. Measured on three layers of width 128
@@ -44,7 +44,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from ds_roberta.data.hashing import derive_key
-from ds_roberta.data.loader import MicroBatch
+from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import sync_file
@@ -90,12 +90,11 @@ class Engine:
             self._stop_where_skipping_is_no_help()
         # Adam's moments exist only after a first update: with it, fresh and resumed runs go the same way.
         nothing = torch.empty(0, dtype=torch.int64)
-        pairs = nothing if model.is_paired else None
-        self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0, pairs))
+        self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0, nothing))
         self._link_moments()
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Objective:
         return self.deepspeed.module
 
     def set_batch(self, plan: BatchPlan) -> None:
@@ -226,7 +225,7 @@ class Engine:
         """Take a step with a loss of weight zero at learning rate 0 and forget it: nothing of the training changes."""
         applied_steps, loss_scaler_state = self.applied_steps, self.loss_scaler_state
         with self.accumulation():
-            self.forward_backward(micro_batch, float("inf"), 0, 0, last=True)
+            self._micro_step(micro_batch, Counts(1, 1, 1), 0.0, last=True)
         self.step(0.0)
         self.applied_steps, self.loss_scaler_state = applied_steps, loss_scaler_state
 
@@ -264,38 +263,36 @@ class Engine:
             yield
 
     def forward_backward(
-        self,
-        micro_batch: MicroBatch,
-        loss_denominator: float,
-        global_step: int,
-        micro_step: int,
-        last: bool,
-        next_sentence_weight: float = 1.0,
-    ) -> torch.Tensor:
+        self, micro_batch: MicroBatch, counts: Counts, global_step: int, micro_step: int, last: bool
+    ) -> dict[str, torch.Tensor]:
         """One micro-step within `accumulation`.
 
         Args:
-            loss_denominator: masked tokens of the whole global batch.
+            counts: of the whole global batch.
             last: whether the step's gradient is complete after this micro-step.
-            next_sentence_weight: of a pair's loss in terms of a masked token's; 0 where there are no pairs.
 
         Returns:
-            The model's sum of losses, or its sums of pairs: float32, detached, on the device.
+            The objective's sums, detached, on the device.
         """
         # Nothing of the generator's state needs to be saved: a resumed step draws the same dropout.
         torch.manual_seed(derive_key("dropout", self._seed, global_step, micro_step, self.ranks.rank) >> 1)
+        return self._micro_step(micro_batch, counts, self.ranks.world_size / counts.labels, last)
+
+    def _micro_step(
+        self, micro_batch: MicroBatch, counts: Counts, weight: float, last: bool
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradient of the micro-batch's loss times `weight`, which is the same in all micro-steps of a step."""
         if not self._reduces_at_the_end:
             self.deepspeed.set_gradient_accumulation_boundary(last)
-        sums = self._loss_sum(micro_batch)
-        loss_sum = sums[0] + next_sentence_weight * sums[1] if sums.ndim else sums
-        weight = self.ranks.world_size / loss_denominator
+        sums = self._forward(micro_batch)
+        loss_sum = self.module.weigh(sums, counts)
         if not self.deepspeed.fp16_enabled():
             self.deepspeed.backward(loss_sum * weight, scale_wrt_gas=False)
         else:
             self.deepspeed.backward(loss_sum / FP16_LOSS_UNIT, scale_wrt_gas=False)
             if last:
                 torch._foreach_mul_(self._gradient_sums(), weight * FP16_LOSS_UNIT)
-        return sums.detach()
+        return {name: value.detach() for name, value in sums.items()}
 
     @property
     def _reduces_at_the_end(self) -> bool:
@@ -371,16 +368,16 @@ class Engine:
             if not bool(torch.isfinite(safe_get_full_grad(parameter)).all())
         ]
 
-    def evaluate(self, micro_batch: MicroBatch) -> float | list[float]:
-        """The sum of a micro-batch's losses, or the sums of pairs, without dropout and gradient."""
+    def evaluate(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """The objective's sums without dropout and gradient."""
         self.deepspeed.eval()
         with torch.no_grad():
-            sums = self._loss_sum(micro_batch).tolist()
+            sums = {name: float(value) for name, value in self._forward(micro_batch).items()}
         self.deepspeed.train()
         return sums
 
-    def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
-        return self.deepspeed(*micro_batch.to(self.device).model_inputs)
+    def _forward(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return self.deepspeed(micro_batch.to(self.device))
 
     def _unpartitioned_grad_norm(self) -> float:
         # A CPU's fp32 norm of a large matrix is off by up to a thousandth.

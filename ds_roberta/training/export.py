@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ds_roberta.config import ModelConfig
 from ds_roberta.distributed import logger
-from ds_roberta.model.export import export
-from ds_roberta.model.objectives import NEXT_SENTENCE_HEAD, SUBSTITUTION_HEAD
+from ds_roberta.model.export import compared_outputs, export, known_to_transformers
 from ds_roberta.training import checkpoint
 from ds_roberta.training.model_card import model_card
 
@@ -23,19 +20,16 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
     path = checkpoint.best(folder) if best else checkpoint.newest(folder)
     state = checkpoint.read_state(path)
     config = ModelConfig(**state.identity["model"])
-    heads = (NEXT_SENTENCE_HEAD, SUBSTITUTION_HEAD)
-    weights = {name: weight for name, weight in checkpoint.weights(path).items() if not name.startswith(heads)}
+    weights = checkpoint.weights(path)
+    left_out = {name.split(".")[0]: weights.pop(name) for name in list(weights) if not known_to_transformers(name)}
     difference = export(
         config,
         weights,
         path / checkpoint.TOKENIZER_FOLDER,
         state.trained_length,
         output,
-        model_card(config, state, sum(map(torch.Tensor.numel, weights.values())), path),
+        model_card(config, state, weights, path),
     )
-    without, compared = "", "logits"
-    if state.identity.get("next_sentence_prediction"):
-        without = ", without the head of next sentence prediction"
-    if state.identity.get("objective") == "rts":
-        without, compared = ", the encoder alone", "hidden states"
+    without = f", without {' and '.join(left_out)}" if left_out else ""
+    compared = compared_outputs(weights)
     logger.info(f"exported {path} to {output}{without}; its {compared} equal transformers' within {difference:.1g}")

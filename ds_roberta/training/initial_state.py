@@ -13,6 +13,7 @@ from ds_roberta.data.words import WORDS_VERSION
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
+from ds_roberta.model.objectives import find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.identity import check_identity
@@ -38,8 +39,7 @@ def initial_state(
         "model": asdict(config.model),
         "init_from": ranks.on_main(initial_model.fingerprint) if initial_model else None,
         "packing": {**asdict(config.packing), **({"version": version} if version > 2 else {})},
-        **({"next_sentence_prediction": True} if config.packing.is_paired else {}),
-        **({"objective": config.objective} if config.objective != "mlm" else {}),
+        **find_objective(config.objective, config.packing).identity(),
         "source_weights": config.source_weights,
         "masking": {**asdict(config.masking), **({"words": WORDS_VERSION} if config.masking.unit != "token" else {})},
         "seed": config.seed,

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_roberta.config import MaskingConfig, ModelConfig
+from ds_roberta.config import MaskingConfig, ModelConfig, RunConfig
 from ds_roberta.data.loader import MicroBatch
+from ds_roberta.data.masking import Masker
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint, write_json
 from ds_roberta.model.objectives import Objective
@@ -92,7 +93,7 @@ def finding_conditions(
     masking: MaskingConfig,
     precision: str,
     limit: int,
-    objective: str = "mlm",
+    objective: str = RunConfig.objective,
 ) -> dict[str, Any]:
     """All that a finding depends on, as JSON; a collective call."""
     return {
@@ -203,10 +204,8 @@ class Trial:
 
     def run(self, size: int) -> None:
         """One micro-step of `size` sequences."""
-        batch = full_micro_batch(
-            size, self.max_seq_length, self._masking, self._model.is_paired, self._model.labels_all_tokens
-        ).to(self._device)
-        self._model(*batch.model_inputs).sum().backward()
+        batch = full_micro_batch(size, self.max_seq_length, self._masking, self._model.masker).to(self._device)
+        self._model.weigh(self._model(batch), batch.counts).backward()
 
     def fits(self, size: int) -> bool:
         """Whether a micro-step of `size` sequences stays within the memory it may fill."""
@@ -231,11 +230,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def full_micro_batch(
-    size: int, max_seq_length: int, masking: MaskingConfig, is_paired: bool = False, labels_all_tokens: bool = False
+    size: int, max_seq_length: int, masking: MaskingConfig, masker: type[Masker] = Masker
 ) -> MicroBatch:
     """Sequences without padding, but with its mask, and with the most labelled tokens of the run."""
-    share = 1.0 if labels_all_tokens else max(masking.mlm_probability, masking.final_probability)
-    masked = math.ceil(share * max_seq_length)
+    masked = math.ceil(masker.largest_share(masking) * max_seq_length)
     positions = torch.arange(size)[:, None] * max_seq_length + torch.arange(masked)
     return MicroBatch(
         input_ids=torch.zeros(size, max_seq_length, dtype=torch.int64),
@@ -244,7 +242,7 @@ def full_micro_batch(
         labels=torch.zeros(size * masked, dtype=torch.int64),
         tokens=size * max_seq_length,
         sequences=size,
-        next_sentence_labels=torch.zeros(size, dtype=torch.int64) if is_paired else None,
+        next_sentence_labels=torch.zeros(size, dtype=torch.int64),
     )
 
 

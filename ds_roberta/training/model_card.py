@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_roberta.config import ModelConfig
 from ds_roberta.errors import UserError
-from ds_roberta.model.export import CARD_SIGNATURE
+from ds_roberta.model.export import CARD_SIGNATURE, has_masked_lm_head
+from ds_roberta.model.objectives import objective_of
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 
@@ -30,10 +33,11 @@ _FILL_MASK_EXAMPLE = """pipeline("fill-mask", model="THIS_FOLDER")("The answer i
 """
 
 
-def model_card(config: ModelConfig, state: TrainState, parameters: int, checkpoint: Path) -> str:
+def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, torch.Tensor], checkpoint: Path) -> str:
     """The text of `README.md` in the form of Hugging Face's model cards.
 
     Args:
+        weights: those exported, by parameter name.
         checkpoint: `RUN/checkpoints/global_stepN`; outside of a run's folder the card has the checkpoint's facts alone.
 
     Raises:
@@ -43,7 +47,7 @@ def model_card(config: ModelConfig, state: TrainState, parameters: int, checkpoi
     record = _read_record(run / CONFIG_NAME)
     facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    has_head = state.identity.get("objective", "mlm") == "mlm"
+    has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
     return f"""{_HEADER.format(task=_FILL_MASK if has_head else _ENCODER)}
 # {run.name if record else "RoBERTa"}
 
@@ -69,15 +73,10 @@ It knows no more than the text it was trained on, and repeats its errors and pre
 
 def _training(state: TrainState) -> dict[str, Any]:
     identity, masking, packing = state.identity, state.identity.get("masking"), state.identity["packing"]
-    objective, chosen = "masked language modelling", "masked"
-    if identity.get("objective") == "rts":
-        chosen = "replaced"
-        objective = "random token substitution (which tokens were replaced?), whose head is not in this folder"
-    if identity.get("next_sentence_prediction"):
-        objective += " and next sentence prediction, whose head is not in this folder"
+    objective = objective_of(identity)
     facts = {
-        "objective": objective,
-        chosen: _masking(masking) if masking else None,
+        "objective": objective.description,
+        objective.chosen: _masking(masking) if masking else None,
         "sequences": f"{packing['max_seq_length']} tokens",
         "packing": packing.get("format"),
         "schedule of their length": _schedule(identity.get("max_seq_length_schedule")),
@@ -116,13 +115,10 @@ def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
     losses = [row for row in rows if row.get("eval_loss") is not None and row["global_step"] <= state.global_step]
     if not losses:
         return {}
-    last, loss = losses[-1], losses[-1]["eval_loss"]
-    after = f"after step {last['global_step']:,}"
-    if state.identity.get("objective") == "rts":
-        found = {"held-out loss": f"{loss:.4f} nats a token, {after}"}
-        measures = [f"{name} {last[f'eval_detection_{name}']:.3f}" for name in ("precision", "recall", "f1")]
-        return {**found, "replaced tokens found": f"{', '.join(measures)}, {after}"}
-    return {"held-out loss": f"{loss:.4f} nats a masked token (perplexity {math.exp(min(loss, 700.0)):,.2f}), {after}"}
+    last = losses[-1]
+    evaluation = {name.removeprefix("eval_"): value for name, value in last.items()}
+    report = objective_of(state.identity).report(evaluation)
+    return {name: f"{text}, after step {last['global_step']:,}" for name, text in report.items()}
 
 
 def _circumstances(record: dict[str, Any]) -> dict[str, str]:

@@ -14,19 +14,18 @@ import torch
 
 from ds_roberta.config import PackingConfig, RunConfig
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
-from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
+from ds_roberta.data.masking import evaluation_masker, training_masker
 from ds_roberta.data.mixture import MixedOrder, sample_order
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
 from ds_roberta.data.stages import places_behind
-from ds_roberta.data.substitution import Substituter
 from ds_roberta.data.words import share_without_spaces, word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.files import write_json
-from ds_roberta.model.objectives import Objective, make_model
+from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.agreement import shared_facts
 from ds_roberta.training.batch import BatchPlan
@@ -127,8 +126,7 @@ def pretrain(options: Namespace) -> int:
         ranks.on_main(
             lambda: _tell_text_without_words(corpus, train_data[config.packing.max_seq_length], config, ranks)
         )
-    kind = Substituter if config.objective == "rts" else Masker
-    masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
+    masker = training_masker(config.masking, tokenizer, config.seed, words, model.masker)
     collators = {length: Collator(packed, masker, tokenizer, length) for length, packed in train_data.items()}
     loader = TrainLoader(
         [
@@ -142,9 +140,9 @@ def pretrain(options: Namespace) -> int:
     )
     held_out = None
     if held_out_data is not None:
-        masker = evaluation_masker(config.masking, tokenizer, words, kind)
+        masker = evaluation_masker(config.masking, tokenizer, words, model.masker)
         collator = Collator(held_out_data, masker, tokenizer, config.packing.max_seq_length)
-        held_out = HeldOutLoss(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
+        held_out = HeldOutSample(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
     trainer = Trainer(
         config,
         deepspeed_config.learning_rate,
@@ -196,7 +194,7 @@ def _read_inputs(
 
 
 def _make_model(config: RunConfig) -> Objective:
-    return make_model(config.model, config.objective, config.packing.is_paired)
+    return find_objective(config.objective, config.packing)(config.model)
 
 
 def _check_output_dir(config: RunConfig) -> None:

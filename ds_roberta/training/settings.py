@@ -12,6 +12,7 @@ from ds_roberta.data.mixture import parse_source_weights
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError, unknown_key_message
+from ds_roberta.model.objectives import SUMMARIES, find_objective
 from ds_roberta.options import Settings, option, options_of
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 
@@ -47,6 +48,9 @@ class StartOptions(Settings):
         "STEP:SIZE pairs, the last with the batch size, such as 0:1024,5000:8192", None
     )
     allow_change: str | None = option("what may differ from the checkpoint's run, such as seed,masking.unit", None)
+    objective: str = option(
+        "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()), RunConfig.objective, choices=SUMMARIES
+    )
     rendezvous_timeout: float = option("seconds that processes wait for each other at the start", RENDEZVOUS_TIMEOUT)
 
 
@@ -79,13 +83,16 @@ def run_config(
     stages = make_stages(
         values["max_seq_length"], train_batch_size, options.max_seq_length_schedule, options.train_batch_size_schedule
     )
-    return RunConfig.from_options(
+    config = RunConfig.from_options(
         values,
         model_name=name,
         model=replace(model, **{name: value for name, value in dropout.items() if value is not None}),
         stages=stages,
         source_weights=parse_source_weights(options.source_weights, corpus.manifest),
+        objective=options.objective,
     )
+    find_objective(config.objective, config.packing)  # raises if they do not fit
+    return config
 
 
 def _of_preset(options: Namespace, corpus: Corpus, has_gpu: bool) -> tuple[str, ModelConfig, dict[str, Any]]:

@@ -16,14 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_roberta.config import RunConfig
-from ds_roberta.data.loader import LoaderStage, MicroBatch, TrainLoader
+from ds_roberta.data.loader import Counts, LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, skip
-from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.masked_lm import HeldOutLoss
-from ds_roberta.model.flops import flops_per_token
-from ds_roberta.model.objectives import detection
+from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
@@ -56,14 +53,14 @@ class Trainer:
         peak_learning_rate: float,
         engine: Engine,
         loader: TrainLoader,
-        held_out: HeldOutLoss | None,
+        held_out: HeldOutSample | None,
         state: TrainState,
         last_checkpoint: Path | None,
         peak_flops: float,
         monitors: Monitors,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
-        self.ranks: Ranks = engine.ranks
+        self.ranks, self.objective = engine.ranks, engine.module
         self._peak_learning_rate = peak_learning_rate
         self._peak_flops = peak_flops * self.ranks.world_size
         self._held_out = held_out
@@ -165,52 +162,46 @@ class Trainer:
         """
         self._enter_stage()
         state, waited = self.state, time.perf_counter() - began
-        masked, tokens, sequences = self.ranks.sum(
-            sum(len(micro_batch.labels) for micro_batch in micro_batches),
-            sum(micro_batch.tokens for micro_batch in micro_batches),
-            sum(micro_batch.sequences for micro_batch in micro_batches),
-        )
-        masked = max(masked, 1)  # a batch of a few very short sequences may have none: its loss and gradient are zero
-        sums = torch.zeros((), device=self.engine.device)
-        pair_weight = masked / sequences if self.config.packing.is_paired else 0.0
-        micro_steps = len(micro_batches)
+        counts = Counts.total([micro_batch.counts for micro_batch in micro_batches], self.ranks)
+        sums: dict[str, torch.Tensor] = {}
         with self.engine.accumulation():
             for micro_step, micro_batch in enumerate(micro_batches):
                 if self._stop.agreed():
                     return None
-                last = micro_step == micro_steps - 1
-                sums = sums + self.engine.forward_backward(
-                    micro_batch, masked, state.global_step, micro_step, last, pair_weight
-                )
-                self._progress.micro_step(micro_step, micro_steps, sums.tolist)
-        loss_sum, *further_sums = self.ranks.sum(*sums.reshape(-1).tolist())
-        loss = loss_sum / masked
-        further = {}
-        if self.config.objective == "rts":
-            further = detection(*further_sums)
-        elif further_sums:
-            nsp_loss, nsp_accuracy = (each / sequences for each in further_sums)
-            further = {"mlm_loss": loss, "nsp_loss": nsp_loss, "nsp_accuracy": nsp_accuracy}
-            loss += nsp_loss
+                last = micro_step == len(micro_batches) - 1
+                more = self.engine.forward_backward(micro_batch, counts, state.global_step, micro_step, last)
+                sums = {name: sums.get(name, 0.0) + value for name, value in more.items()}
+                self._progress.micro_step(micro_step, len(micro_batches), next(iter(sums.values())).item)
+        metrics = self.objective.metrics(self.ranks.sum_each(sums), counts)
         rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
-        result = self.engine.step(rate, loss)
-        self._check_loss(loss, result)
-        state.recent_losses = remember(state.recent_losses, loss)
-        state.global_step += 1
-        state.skipped_steps += result.skipped
-        state.consumed_samples += int(sequences)
-        state.consumed_tokens += int(tokens)
-        seconds = time.perf_counter() - began
+        result = self.engine.step(rate, metrics["loss"])
+        self._check_loss(metrics["loss"], result)
+        state.recent_losses = remember(state.recent_losses, metrics["loss"])
+        state.count_step(counts, result.skipped)
+        return self._row(metrics, rate, result, counts, waited, time.perf_counter() - began)
+
+    def _row(
+        self,
+        metrics: dict[str, float],
+        rate: float,
+        result: StepResult,
+        counts: Counts,
+        waited: float,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """The step just taken as a row of `metrics.jsonl`; the progress bar shows some of it."""
+        assert self._stage is not None
+        state, length = self.state, self._stage.stage.max_seq_length
+        flops = self.objective.flops_per_token(self.config.model, length, counts.labels / counts.tokens)
         row = {
             "global_step": state.global_step,
-            "loss": loss,
-            **further,
+            **metrics,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
-            "tokens_per_second": tokens / seconds,
-            "mfu": self._useful_flops(tokens, masked) / seconds / self._peak_flops,
+            "tokens_per_second": counts.tokens / seconds,
+            "mfu": counts.tokens * flops / seconds / self._peak_flops,
             "step_seconds": seconds,
             "data_wait_share": waited / seconds,
             "memory_gb": memory_gb(self.engine.device),
@@ -219,14 +210,8 @@ class Trainer:
             "skipped_samples": sum(entry.end_place - entry.first_place for entry in self._skipped),
             "loss_spikes": state.loss_spikes,
         }
-        self._progress.step(state.global_step, loss, row["tokens_per_second"], row["mfu"], seconds)
+        self._progress.step(state.global_step, row["loss"], row["tokens_per_second"], row["mfu"], seconds)
         return row
-
-    def _useful_flops(self, tokens: float, masked: float) -> float:
-        """Of a step of the stage, for its tokens that are not padding."""
-        assert self._stage is not None
-        length = self._stage.stage.max_seq_length
-        return tokens * flops_per_token(self.config.model, length, masked / tokens, self.config.objective)
 
     def evaluate_and_save(self) -> bool:
         """Between two steps: do what is due, and let the save in flight go on.
@@ -308,11 +293,11 @@ class Trainer:
         """
         if self._held_out is None:
             return True
-        result = self._held_out.compute(self.engine.evaluate, self._stop.agreed)
+        result = self._held_out.evaluate(self.engine.evaluate, self._stop.agreed)
         if result is None:
             return False
-        loss, perplexity, *further = result
-        state = self.state
+        state, evaluation = self.state, self.objective.evaluation(*result)
+        loss = evaluation["loss"]
         if not math.isfinite(loss):
             raise LossSpike(
                 f"the held-out loss ({loss}) after step {state.global_step} is not finite", state.global_step
@@ -320,20 +305,9 @@ class Trainer:
         lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
         if state.global_step and loss < lowest:
             state.best_eval_loss, state.best_step = loss, state.global_step
-        row = {"global_step": state.global_step, "eval_loss": loss}
-        told = f"step {state.global_step}: held-out loss {loss:.4f}"
-        if self.config.objective == "rts":
-            measures = detection(*further)
-            row |= {f"eval_{name}": value for name, value in measures.items()}
-            told += "; replaced tokens: precision {:.2%}, recall {:.2%}, F1 {:.2%}".format(*measures.values())
-        else:
-            row["eval_perplexity"] = perplexity
-            told += f", perplexity {perplexity:.2f}"
-        if self.config.packing.is_paired:
-            row["eval_nsp_loss"], row["eval_nsp_accuracy"] = further
-            told += f"; next sentence: loss {further[0]:.4f}, accuracy {further[1]:.2%}"
-        self.log(row)
-        self._progress.say(told)
+        self.log({"global_step": state.global_step, **{f"eval_{name}": value for name, value in evaluation.items()}})
+        report = "; ".join(f"{name} {text}" for name, text in self.objective.report(evaluation).items())
+        self._progress.say(f"step {state.global_step}: {report}")
         return True
 
     def log(self, row: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import make_stages
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.masked_lm import HeldOutLoss
-from ds_roberta.model.objectives import make_model
+from ds_roberta.evaluation.held_out import HeldOutSample
+from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint, deepspeed_checkpoint, guard
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
@@ -75,7 +75,7 @@ class Lab:
         tokenizer = self.corpus.manifest.tokenizer
         packed = open_index(self.corpus, "train", PackingConfig(LENGTH))
         collator = Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, LENGTH)
-        held_out = HeldOutLoss(collator, 8, 8, self.ranks)
+        held_out = HeldOutSample(collator, 8, 8, self.ranks)
         trainer = Trainer(
             config, rate, self.engine, self.loader, held_out, state, path, 1e9, Monitors(config.output_dir, {}, False)
         )
@@ -119,12 +119,12 @@ class Lab:
         waiting = [self.ranks.rank == self.ranks.world_size - 1]
 
         def replacement(forward_backward):
-            def changed(micro_batch, denominator, global_step, micro_step, *rest):
+            def changed(micro_batch, counts, global_step, micro_step, *rest):
                 if global_step != at_step or micro_step != 0 or not waiting[0]:
-                    return forward_backward(micro_batch, denominator, global_step, micro_step, *rest)
+                    return forward_backward(micro_batch, counts, global_step, micro_step, *rest)
                 waiting[0] = False
-                with self.patched("_loss_sum", lambda loss_sum: lambda batch: loss_sum(batch) * factor):
-                    return forward_backward(micro_batch, denominator, global_step, micro_step, *rest)
+                with self.patched("_forward", lambda forward: lambda batch: {"loss": forward(batch)["loss"] * factor}):
+                    return forward_backward(micro_batch, counts, global_step, micro_step, *rest)
 
             return changed
 
@@ -136,9 +136,9 @@ class Lab:
         step, waiting = [0], [self.ranks.rank == self.ranks.world_size - 1]
 
         def remember(forward_backward):
-            def changed(micro_batch, denominator, global_step, *rest):
+            def changed(micro_batch, counts, global_step, *rest):
                 step[0] = global_step
-                return forward_backward(micro_batch, denominator, global_step, *rest)
+                return forward_backward(micro_batch, counts, global_step, *rest)
 
             return changed
 
@@ -231,7 +231,7 @@ def weight_decay(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         changes = {"optimizer": {"type": "AdamW", "params": params}}
         engine, loader = make(ranks, corpus, stage, "fp32", 6, decay_all=False, **changes)
         torch.manual_seed(SEED)
-        plain = make_model(small_model(corpus, 0.0), "mlm", False).to(engine.device)
+        plain = MaskedLM(small_model(corpus, 0.0)).to(engine.device)
         named = list(plain.named_parameters())
         is_left_out = [name.endswith("bias") or "norm" in name.lower() for name, _ in named]
         groups = [{"params": [p for (_, p), out in zip(named, is_left_out, strict=True) if not out]}]
@@ -241,7 +241,7 @@ def weight_decay(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
             micro_batches = loader.micro_batches(step)
             (masked,) = ranks.sum(sum(len(batch.labels) for batch in micro_batches))
             for batch in micro_batches:
-                (plain(*batch.to(engine.device).model_inputs) / masked).backward()
+                (plain(batch.to(engine.device))["loss"] / masked).backward()
             for parameter in plain.parameters():
                 torch.distributed.all_reduce(parameter.grad)
             optimizer.step()

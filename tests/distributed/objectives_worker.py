@@ -2,13 +2,14 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from worker import LENGTH, digests, make, parameters, save
 
 from ds_roberta.config import PackingConfig
-from ds_roberta.data.loader import TrainLoader
+from ds_roberta.data.loader import Counts, TrainLoader
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.distributed import Ranks, leave, set_up_logging
@@ -22,26 +23,21 @@ OBJECTIVES = {"pairs": {"packing": PAIRS}, "rts": {"objective": "rts"}}
 
 
 def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[dict]:
-    """Steps `first` … `last - 1` as the trainer takes them: the model's sums (see the objectives' `forward`), each over
-    what it is counted in, the gradient's norm, and the data."""
+    """Steps `first` … `last - 1` as the trainer takes them: the sums and metrics, the gradient's norm, the data."""
     rows = []
     for step in range(first, last):
         micro_batches = loader.micro_batches(step)
-        labels, sequences = engine.ranks.sum(
-            sum(len(batch.labels) for batch in micro_batches), sum(batch.sequences for batch in micro_batches)
-        )
-        is_paired = micro_batches[0].next_sentence_labels is not None
-        sums = np.zeros(3 if is_paired else 4)
+        counts = Counts.total([batch.counts for batch in micro_batches], engine.ranks)
+        sums = Counter()
         with engine.accumulation():
             for number, batch in enumerate(micro_batches):
-                last_one = number == len(micro_batches) - 1
-                weight = labels / sequences if is_paired else 0.0
-                sums += engine.forward_backward(batch, labels, step, number, last_one, weight).numpy()
+                sums.update(engine.forward_backward(batch, counts, step, number, number == len(micro_batches) - 1))
         result = engine.step(1e-3)
-        loss, *further = engine.ranks.sum(*sums.tolist())
+        all_sums = engine.ranks.sum_each(sums)
         rows.append(
             {
-                "sums": [loss / labels, *(each / (sequences if is_paired else labels) for each in further)],
+                "sums": all_sums,
+                "metrics": engine.module.metrics(all_sums, counts),
                 "grad_norm": result.grad_norm,
                 "data": sorted(digest for own in engine.ranks.gather(digests(micro_batches)) for digest in own),
             }

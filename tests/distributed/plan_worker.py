@@ -66,7 +66,7 @@ def count(ranks: Ranks, stage: int) -> tuple[dict, Engine]:
     with Traffic() as traffic:
         with engine.accumulation():
             for micro_step in range(MICRO_STEPS):
-                engine.forward_backward(batch, 10, 0, micro_step, micro_step == MICRO_STEPS - 1)
+                engine.forward_backward(batch, batch.counts, 0, micro_step, micro_step == MICRO_STEPS - 1)
                 if micro_step == 0:
                     held = {"weights": weight_bytes(engine), "fp32": fp32_bytes() - before}
         engine.step(1e-4)

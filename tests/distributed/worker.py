@@ -16,16 +16,15 @@ import torch
 from deepspeed.runtime.comm import coalesced_collectives
 
 from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
-from ds_roberta.data.loader import Collator, LoaderStage, MicroBatch, TrainLoader
-from ds_roberta.data.masking import Masker, training_masker
+from ds_roberta.data.loader import Collator, Counts, LoaderStage, MicroBatch, TrainLoader
+from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
 from ds_roberta.data.shards import Corpus
-from ds_roberta.data.substitution import Substituter
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.model.objectives import MaskedLM, make_model
+from ds_roberta.model.objectives import MaskedLM, find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
@@ -78,15 +77,15 @@ def make(
     config.content.update(changes)
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
-    model = make_model(small_model(corpus, dropout), objective, packing.is_paired)
+    model = find_objective(objective, packing)(small_model(corpus, dropout))
     engine = Engine(
         model, config.resolved(precision, on_gpu()), ranks, SEED, None if decay_all else without_bias_and_norm(model)
     )
     plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
     engine.set_batch(plan)
     packed = open_index(corpus, "train", packing)
-    kind = Substituter if objective == "rts" else Masker
-    collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, SEED, kind=kind), tokenizer, LENGTH)
+    masker = training_masker(MaskingConfig(), tokenizer, SEED, kind=model.masker)
+    collator = Collator(packed, masker, tokenizer, LENGTH)
     only = Stage(0, LENGTH, config.train_batch_size)
     order = SampleOrder(len(packed), SEED)
     loader = TrainLoader([LoaderStage(only, collator, order, micro_batch_size)], ranks.rank, ranks.world_size)
@@ -102,16 +101,16 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_maske
     rows = []
     for step in range(first, last):
         micro_batches = loader.micro_batches(step)
-        (masked,) = engine.ranks.sum(sum(len(batch.labels) for batch in micro_batches))
-        masked *= more_masked
+        counts = Counts.total([batch.counts for batch in micro_batches], engine.ranks)
+        counts = counts._replace(labels=counts.labels * more_masked)
         loss_sum = 0.0
         with Reductions() as reductions:
             with engine.accumulation():
                 for micro_step, batch in enumerate(micro_batches):
                     last_one = micro_step == len(micro_batches) - 1
-                    loss_sum += float(engine.forward_backward(batch, masked, step, micro_step, last_one))
+                    loss_sum += float(engine.forward_backward(batch, counts, step, micro_step, last_one)["loss"])
             result = engine.step(1e-3)
-        loss = engine.ranks.sum(loss_sum)[0] / masked
+        loss = engine.ranks.sum(loss_sum)[0] / counts.labels
         rows.append(
             {
                 "loss": loss,
@@ -308,11 +307,11 @@ class OutOfMemoryInBackward(MaskedLM):
 
     largest = 0
 
-    def forward(self, input_ids, *arguments):
-        loss = super().forward(input_ids, *arguments)
-        if len(input_ids) > self.largest:
-            loss.register_hook(self._fail)
-        return loss
+    def forward(self, batch):
+        sums = super().forward(batch)
+        if len(batch.input_ids) > self.largest:
+            sums["loss"].register_hook(self._fail)
+        return sums
 
     @staticmethod
     def _fail(gradient):

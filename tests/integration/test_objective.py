@@ -30,7 +30,7 @@ def test_a_stopped_run_ends_as_the_unbroken_one_and_its_encoder_is_used(workspac
     line = pretrain(workspace, *SETTINGS[2:], "--output_dir", "rts-broken", code=2).splitlines()[-1]
     assert "its objective is 'rts'" in line
     printed = pretrain(workspace, *SETTINGS, "--output_dir", "rts-broken")
-    assert "the encoder alone; its hidden states equal transformers'" in printed
+    assert "without substitution_head; its hidden states equal transformers'" in printed
     found = rows(whole)
     assert rows(workspace / "rts-broken") == found
     evaluations = [row for row in found if "eval_loss" in row]
@@ -48,4 +48,4 @@ def test_a_stopped_run_ends_as_the_unbroken_one_and_its_encoder_is_used(workspac
 
 def test_pairs_have_no_place_in_it(workspace):
     output = pretrain(workspace, *SETTINGS, "--packing", "segment-pair", "--output_dir", "rts-pairs", code=2)
-    assert "--objective rts has no next sentence prediction" in output.splitlines()[-1]
+    assert "--objective rts cannot be trained with --packing segment-pair" in output.splitlines()[-1]

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.data.loader import MicroBatch
 from ds_roberta.errors import UserError
 from ds_roberta.model import dropout, encoder
 from ds_roberta.model.objectives import MaskedLM
@@ -64,7 +65,7 @@ def take(model, length, padded, training, masked, seed=5):
         mask[1, length // 2 :] = False
     model.train(training)
     with torch.set_grad_enabled(training):
-        loss = model(input_ids, mask, torch.arange(masked), torch.randint(4, 99, (masked,)))
+        loss = model(MicroBatch(input_ids, mask, torch.arange(masked), torch.randint(4, 99, (masked,)), 0, 0))["loss"]
     if training:
         (loss / max(masked, 1)).backward()
     return loss.detach()

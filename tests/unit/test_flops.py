@@ -1,7 +1,7 @@
 import pytest
 
 from ds_roberta.config import ModelConfig
-from ds_roberta.model.flops import flops_per_token
+from ds_roberta.model.objectives import MaskedLM
 
 
 def test_useful_work_is_that_of_the_matrices_counted_by_hand():
@@ -13,4 +13,4 @@ def test_useful_work_is_that_of_the_matrices_counted_by_hand():
         forward += 2 * 8 * 32 + 2 * 32 * 8  # MLP
         forward += 2 * 8 * length + 2 * length * 8  # a token's scores over both heads, and its sum of values
     forward += 0.135 * (2 * 8 * 8 + 2 * 8 * 100)  # the head
-    assert flops_per_token(config, length, 0.135) == pytest.approx(3 * forward)
+    assert MaskedLM.flops_per_token(config, length, 0.135) == pytest.approx(3 * forward)

@@ -14,7 +14,7 @@ from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
-from ds_roberta.model.objectives import make_model
+from ds_roberta.model.objectives import find_objective
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.settings import pretrain_options, run_config
 from preprocessing.tokens.bpe import train_bpe
@@ -78,7 +78,7 @@ def begin(folder, corpus, packing=PackingConfig.format, **options):
     given = {"max_steps": 100, "output_dir": folder.parent / "run", "packing": packing, **options}
     run = run_config(pretrain_options(folder, init_from=folder, **given), corpus, 8, False, initial)
     torch.manual_seed(5)
-    model = make_model(run.model, run.objective, run.packing.is_paired).eval()
+    model = find_objective(run.objective, run.packing)(run.model).eval()
     told = initial.initialize(model, run, corpus)
     return model, run, told
 

@@ -34,11 +34,11 @@ class Limited(MaskedLM):
         super().__init__(MODEL)
         self.limit, self.error, self.sizes = limit, error, []
 
-    def forward(self, input_ids, *arguments):
-        self.sizes.append(len(input_ids))
-        if len(input_ids) > self.limit:
+    def forward(self, batch):
+        self.sizes.append(batch.sequences)
+        if batch.sequences > self.limit:
             raise self.error
-        return super().forward(input_ids, *arguments)
+        return super().forward(batch)
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -3,6 +3,7 @@ import torch
 import transformers
 
 from ds_roberta.config import PRESETS, model_config
+from ds_roberta.data.loader import MicroBatch
 from ds_roberta.model.export import hf_config
 from ds_roberta.model.objectives import MaskedLM
 
@@ -39,6 +40,10 @@ def batch():
     positions = (labels_BT != -100).flatten().nonzero().flatten()
     assert len(positions) > 10
     return ids, mask, positions, labels_BT.flatten()[positions], labels_BT
+
+
+def loss_sum(model, ids, mask, positions, labels):
+    return model(MicroBatch(ids, mask, positions, labels, tokens=0, sequences=len(ids)))["loss"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -100,7 +105,7 @@ def test_the_loss_is_the_sum_of_which_transformers_gives_the_mean(pair, batch):
     ours, theirs = pair
     ids, mask, positions, labels, labels_BT = batch
     with torch.no_grad():
-        mine = ours(ids, mask, positions, labels)
+        mine = loss_sum(ours, ids, mask, positions, labels)
         expected = theirs(input_ids=ids, attention_mask=mask, labels=labels_BT).loss
     assert mine.dtype == torch.float32
     assert mine.shape == ()
@@ -112,7 +117,7 @@ def test_gradients_of_all_parameters_equal_those_of_transformers(pair, batch):
     ids, mask, positions, labels, labels_BT = batch
     for model in pair:
         model.zero_grad(set_to_none=True)
-    (ours(ids, mask, positions, labels) / len(labels)).backward()
+    (loss_sum(ours, ids, mask, positions, labels) / len(labels)).backward()
     theirs(input_ids=ids, attention_mask=mask, labels=labels_BT).loss.backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
@@ -129,7 +134,7 @@ def test_no_labels_give_a_zero_loss_and_zero_gradients_for_all_parameters(pair, 
     ids, mask, *_ = batch
     ours.zero_grad(set_to_none=True)
     nothing = torch.empty(0, dtype=torch.int64)
-    loss = ours(ids, mask, nothing, nothing)
+    loss = loss_sum(ours, ids, mask, nothing, nothing)
     assert loss.item() == 0
     loss.backward()
     for name, parameter in ours.named_parameters():
@@ -145,7 +150,7 @@ def test_empty_places_change_neither_loss_nor_gradient(pair, batch):
     for extra in (0, 2):
         ours.zero_grad(set_to_none=True)
         more_ids = torch.cat([ids, *[empty_row] * extra])
-        loss = ours(more_ids, torch.cat([mask, *[empty_row != 1] * extra]), positions, labels)
+        loss = loss_sum(ours, more_ids, torch.cat([mask, *[empty_row != 1] * extra]), positions, labels)
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in ours.parameters()]))
     assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-6)
@@ -158,7 +163,7 @@ def test_the_loss_of_a_bf16_model_is_summed_in_fp32(config, batch):
     model = MaskedLM(config).bfloat16().eval()
     with torch.no_grad():
         assert model.logits(ids, mask, positions).dtype == torch.bfloat16
-        assert model(ids, mask, positions, labels).dtype == torch.float32
+        assert loss_sum(model, ids, mask, positions, labels).dtype == torch.float32
 
 
 def test_dropout_is_on_in_training_alone(batch):
@@ -168,9 +173,9 @@ def test_dropout_is_on_in_training_alone(batch):
         model = MaskedLM(model_config("tiny", VOCABULARY, 128, **dict(zip(names, dropouts, strict=True))))
         model.train()
         with torch.no_grad():
-            trained = {model(ids, mask, positions, labels).item() for _ in range(3)}
+            trained = {loss_sum(model, ids, mask, positions, labels).item() for _ in range(3)}
             model.eval()
-            evaluated = {model(ids, mask, positions, labels).item() for _ in range(3)}
+            evaluated = {loss_sum(model, ids, mask, positions, labels).item() for _ in range(3)}
         assert len(trained) == (3 if any(dropouts) else 1)
         assert len(evaluated) == 1
 

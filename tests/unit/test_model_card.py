@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
@@ -24,6 +25,10 @@ IDENTITY = {
 }
 
 
+def weights(head, parameters):
+    return {f"{head}.bias": torch.empty(parameters, device="meta")}
+
+
 def table(card):
     lines = card.split("|---|---|\n")[1].splitlines()
     return dict(line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines)
@@ -33,7 +38,10 @@ def table(card):
 def run(tmp_path):
     folder = tmp_path / "domain"
     folder.mkdir()
-    rows = [{"global_step": s, "eval_loss": 9.0 - s / 500} for s in (0, 500, 1000, 1500)] + [{"global_step": 1500}]
+    rows = [
+        {"global_step": s, "eval_loss": 9.0 - s / 500, "eval_nsp_loss": 0.5, "eval_nsp_accuracy": 0.8}
+        for s in (0, 500, 1000, 1500)
+    ] + [{"global_step": 1500}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"global')
     record = {
         "run": {"data_dir": "/home/me/secret/wiki", "init_from": "models/roberta-base"},
@@ -48,7 +56,7 @@ def run(tmp_path):
 
 def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     state = TrainState(IDENTITY, 1200, 307_200, 250_000_000)
-    card = model_card(CONFIG, state, 7_000_000, run / "checkpoints/global_step1200")
+    card = model_card(CONFIG, state, weights("lm_head", 7_000_000), run / "checkpoints/global_step1200")
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
     assert "\n# domain\n" in card
     assert "7,000,000 parameters" in card
@@ -60,6 +68,7 @@ def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     assert facts["schedule of their length"] == "0:128,900:1024"
     assert "schedule of their number" not in facts
     assert facts["held-out loss"] == "7.0000 nats a masked token (perplexity 1,096.63), after step 1,000"
+    assert facts["next sentence prediction"] == "loss 0.5000, accuracy 80.00%, after step 1,000"
     assert (facts["began with"], facts["data"]) == ("weights of checksum f00d", "fingerprint da7a")
     assert (facts["folder of the data"], facts["folder that it began with"]) == ("wiki", "roberta-base")
     assert "secret" not in card
@@ -73,12 +82,15 @@ def test_the_card_of_token_substitution_speaks_of_replaced_tokens(run):
     }
     (run / "metrics.jsonl").write_text(json.dumps({"global_step": 1000, "eval_loss": 0.4, **detection}))
     identity = {**IDENTITY, "objective": "rts", "next_sentence_prediction": False}
-    card = model_card(CONFIG, TrainState(identity, 1200), 7_000_000, run / "checkpoints/global_step1200")
+    card = model_card(
+        CONFIG, TrainState(identity, 1200), weights("roberta", 7_000_000), run / "checkpoints/global_step1200"
+    )
     facts = table(card)
     assert facts["replaced"] == "0.3 to 0.15 of the tokens, by span, dynamic"
     assert facts["held-out loss"] == "0.4000 nats a token, after step 1,000"
     assert facts["replaced tokens found"] == "precision 0.500, recall 0.250, f1 0.333, after step 1,000"
     assert "perplexity" not in card
+    assert "fill-mask" not in card
 
 
 @pytest.mark.parametrize(
@@ -87,18 +99,18 @@ def test_the_card_of_token_substitution_speaks_of_replaced_tokens(run):
 def test_a_broken_record_of_the_run_is_named(run, name, content):
     (run / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}' (is broken|has no JSON object).*mend it"):
-        model_card(CONFIG, TrainState(IDENTITY, 1200), 1, run / "checkpoints/global_step1200")
+        model_card(CONFIG, TrainState(IDENTITY, 1200), weights("lm_head", 1), run / "checkpoints/global_step1200")
 
 
 def test_another_tools_config_beside_a_checkpoint_is_no_record(run):
     (run / "config.json").write_text('{"model_type": "roberta"}')
-    card = model_card(CONFIG, TrainState(IDENTITY, 1200), 1, run / "checkpoints/global_step1200")
+    card = model_card(CONFIG, TrainState(IDENTITY, 1200), weights("lm_head", 1), run / "checkpoints/global_step1200")
     assert "# RoBERTa\n" in card
 
 
 def test_a_checkpoint_alone_has_its_own_facts(tmp_path):
     state = TrainState({"packing": {"max_seq_length": 64}}, 7, consumed_tokens=9)
-    card = model_card(CONFIG, state, 1, tmp_path / "checkpoints/global_step7")
+    card = model_card(CONFIG, state, weights("lm_head", 1), tmp_path / "checkpoints/global_step7")
     assert "# RoBERTa\n" in card
     facts = table(card)
     assert (facts["steps"], facts["tokens seen"], facts["began with"]) == ("7", "9", "random weights")

@@ -13,7 +13,7 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.words import word_starts
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.evaluation.perplexity import evaluate_perplexity, held_out_perplexity
 from ds_roberta.evaluation.roberta_folder import open_roberta
 from ds_roberta.model.export import export
@@ -59,9 +59,10 @@ def training_loss(model, corpus, packing, masking, ranks):
     def loss_sum(batch):
         masked.append(len(batch.labels))
         with torch.no_grad():
-            return model(batch.input_ids, batch.attention_mask, batch.masked_positions, batch.labels).item()
+            return {"loss": model(batch)["loss"].item()}
 
-    return HeldOutLoss(collator, SEQUENCES, 3, ranks).compute(loss_sum), sum(masked)
+    found = HeldOutSample(collator, SEQUENCES, 3, ranks).evaluate(loss_sum)
+    return MaskedLM.evaluation(*found), sum(masked)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,10 @@ def training_loss(model, corpus, packing, masking, ranks):
     ],
 )
 def test_an_exported_model_has_the_loss_that_its_training_logs(corpus, model, folder, solo_ranks, packing, masking):
-    (loss, perplexity), masked = training_loss(model, corpus, packing, masking, solo_ranks)
+    expected, masked = training_loss(model, corpus, packing, masking, solo_ranks)
     result = held_out_perplexity(folder, corpus, packing, masking, SEQUENCES)
-    assert result.loss == pytest.approx(loss, rel=1e-5)
-    assert result.perplexity == pytest.approx(perplexity, rel=1e-4)
+    assert result.loss == pytest.approx(expected["loss"], rel=1e-5)
+    assert result.perplexity == pytest.approx(expected["perplexity"], rel=1e-4)
     assert (result.masked_tokens, result.sequences) == (masked, SEQUENCES)
 
 

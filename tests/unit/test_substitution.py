@@ -10,16 +10,14 @@ import transformers
 from sklearn.metrics import precision_recall_fscore_support
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
-from ds_roberta.data.loader import EMPTY_PLACE, Collator
-from ds_roberta.data.masking import evaluation_masker, training_masker
+from ds_roberta.data.loader import EMPTY_PLACE, Collator, Counts
+from ds_roberta.data.masking import Substituter, evaluation_masker, training_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TokenizerInfo
-from ds_roberta.data.substitution import Substituter
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.roberta_folder import open_roberta
-from ds_roberta.model.export import check_parity, export, hf_config, to_transformers
-from ds_roberta.model.flops import flops_per_token
-from ds_roberta.model.objectives import SUBSTITUTION_HEAD, RandomTokenSubstitution, detection, make_model
+from ds_roberta.model.export import check_parity, export, hf_config, known_to_transformers, to_transformers
+from ds_roberta.model.objectives import MaskedLM, RandomTokenSubstitution
 from ds_roberta.training.micro_batch import full_micro_batch
 
 LENGTH, ROWS = 32, 3000
@@ -80,7 +78,7 @@ def config():
 @pytest.fixture(scope="module")
 def model(config):
     torch.manual_seed(0)
-    model = make_model(config, "rts", is_paired=False).eval()
+    model = RandomTokenSubstitution(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -105,51 +103,57 @@ def test_losses_gradients_and_counts_are_those_of_a_plain_computation(config, mo
     logits = head.classifier(F.gelu(head.dense(hidden))).squeeze(-1)
     expected = F.binary_cross_entropy_with_logits(logits, batch.labels.float())
     expected.backward()
-    sums = model(*batch.model_inputs)
-    assert sums[0].item() / len(batch.labels) == pytest.approx(expected.item(), rel=1e-5)
+    sums = model(batch)
+    found = model.metrics({name: value.item() for name, value in sums.items()}, batch.counts)
+    assert found.pop("loss") == pytest.approx(expected.item(), rel=1e-5)
     model.zero_grad()
-    (sums[0] / len(batch.labels)).backward()
+    (model.weigh(sums, batch.counts) / len(batch.labels)).backward()
     for name, parameter in theirs.named_parameters():
         ours = dict(model.roberta.named_parameters())[name].grad
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-6)
     model.zero_grad()
-    told = (logits > 0).long()
-    assert sums[1:].tolist() == [(told & batch.labels).sum(), told.sum(), batch.labels.sum()]
-    precision, recall, f1, _ = precision_recall_fscore_support(batch.labels, told, average="binary")
-    assert list(detection(*sums[1:].tolist()).values()) == pytest.approx([precision, recall, f1])
+    predicted = (logits > 0).long()
+    assert sums["found"] == (predicted & batch.labels).sum()
+    assert sums["predicted"] == predicted.sum()
+    assert sums["replaced"] == batch.labels.sum()
+    precision, recall, f1, _ = precision_recall_fscore_support(batch.labels, predicted, average="binary")
+    expected = {"detection_precision": precision, "detection_recall": recall, "detection_f1": f1}
+    assert found == pytest.approx(expected)
 
 
 def test_counts_of_nothing_have_no_measure():
-    assert detection(0, 0, 0) == {"detection_precision": 0.0, "detection_recall": 0.0, "detection_f1": 0.0}
+    sums = dict.fromkeys(("loss", "found", "predicted", "replaced"), 0.0)
+    assert set(RandomTokenSubstitution.metrics(sums, Counts(1, 1, 1)).values()) == {0.0}
 
 
 def test_empty_places_have_no_weight(model, collator):
     places = np.array([0, 1, 2, EMPTY_PLACE])
     padded = collator.collate(places.clip(min=0), places)
     alone = collator.collate(places[:3], places[:3])
-    torch.testing.assert_close(model(*padded.model_inputs), model(*alone.model_inputs))
+    torch.testing.assert_close(model(padded), model(alone))
     nothing = collator.collate(np.zeros(2, dtype=np.int64), np.full(2, EMPTY_PLACE))
-    assert model(*nothing.model_inputs).tolist() == [0.0] * 4
+    assert model(nothing) == dict.fromkeys(("loss", "found", "predicted", "replaced"), 0.0)
 
 
 def test_a_trial_of_micro_batches_labels_all_tokens(model):
-    batch = full_micro_batch(2, LENGTH, MaskingConfig(), labels_all_tokens=model.labels_all_tokens)
+    batch = full_micro_batch(2, LENGTH, MaskingConfig(), model.masker)
     assert len(batch.labels) == 2 * LENGTH
-    assert model(*batch.model_inputs).shape == (4,)
+    assert model(batch)["loss"] > 0
 
 
 def test_the_model_has_no_vocabulary_projection(config):
     width, names = config.hidden_size, dict(RandomTokenSubstitution(config).named_parameters())
     assert {name for name in names if not name.startswith("roberta.")} == {
-        f"{SUBSTITUTION_HEAD}{module}.{kind}" for module in ("dense", "classifier") for kind in ("weight", "bias")
+        f"substitution_head.{module}.{kind}" for module in ("dense", "classifier") for kind in ("weight", "bias")
     }
-    difference = flops_per_token(config, LENGTH, 0.15) - flops_per_token(config, LENGTH, 0.9, "rts")
+    difference = MaskedLM.flops_per_token(config, LENGTH, 0.15)
+    difference -= RandomTokenSubstitution.flops_per_token(config, LENGTH, 0.9)
     assert difference == pytest.approx(6 * (0.15 * (width**2 + 400 * width) - 0.9 * (width**2 + width)))
 
 
 def encoder_weights(model):
     named = model.named_parameters()
-    return {name: value.detach() for name, value in named if not name.startswith(SUBSTITUTION_HEAD)}
+    return {name: value.detach() for name, value in named if known_to_transformers(name)}
 
 
 def test_the_exported_folder_is_the_encoder_and_opens_everywhere(tmp_path, config, model, collator, tokenizer_folder):

@@ -19,7 +19,7 @@ from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
 from ds_roberta.files import append_line
-from ds_roberta.model.flops import flops_per_token
+from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint, guard, metrics
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.monitors import Monitors
@@ -63,12 +63,19 @@ class Interrupted(Exception):
     """Stands in for a kill."""
 
 
+class OneWeight(MaskedLM):
+    """The objective's numbers, without its encoder."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.ones(1, 1))
+
+
 class FakeEngine:
     """A model of one number, whose loss is that and some noise of each place, and much more at the spikes' places."""
 
     def __init__(self, ranks, spikes, interrupted_at=None):
-        self.ranks, self.device, self.module = ranks, torch.device("cpu"), nn.Linear(1, 1, bias=False)
-        self.module.weight.data.fill_(1.0)
+        self.ranks, self.device, self.module = ranks, torch.device("cpu"), OneWeight()
         self.moments = {key: torch.zeros(1, 1) for key in ("exp_avg", "exp_avg_sq")}
         self.applied_steps, self.loss_scaler_state, self.micro_batch_sizes = 0, {}, []
         self._spikes, self._interrupted_at, self._calls = spikes, interrupted_at, 0
@@ -81,7 +88,7 @@ class FakeEngine:
     def accumulation(self):
         return contextlib.nullcontext()
 
-    def forward_backward(self, micro_batch, denominator, global_step, micro_step, last, next_sentence_weight):
+    def forward_backward(self, micro_batch, counts, global_step, micro_step, last):
         if micro_step == 0:
             self.places[global_step] = []
             self._calls += 1
@@ -91,9 +98,9 @@ class FakeEngine:
         places = [(length, place) for place in micro_batch.input_ids.flatten().tolist()]
         self.places[global_step] += places
         noise = sum(math.sin(place * length) for _, place in places)
-        self._gradient += noise / denominator
+        self._gradient += noise / counts.labels
         spike = sum(self._spikes.get(place, 0.0) for place in places)
-        return self.module.weight.detach().sum() * len(places) + 0.01 * noise + spike
+        return {"loss": self.module.weight.detach().sum() * len(places) + 0.01 * noise + spike}
 
     def step(self, rate, loss):
         self.module.weight.data -= rate * self._gradient
@@ -185,8 +192,8 @@ def test_utilisation_is_of_each_steps_own_tokens_masks_and_length(make):
     assert trainer.train()
     lines = (trainer.config.output_dir / "metrics.jsonl").read_text().splitlines()
     for row, batch, length in [(json.loads(lines[0]), 4, 4), (json.loads(lines[-1]), 12, 8)]:
-        useful = batch * length * flops_per_token(trainer.config.model, length, 1 / length)  # one masked a sequence
-        assert row["mfu"] * row["step_seconds"] * PEAK_FLOPS == pytest.approx(useful)
+        per_token = MaskedLM.flops_per_token(trainer.config.model, length, 1 / length)  # one masked a sequence
+        assert row["mfu"] * row["step_seconds"] * PEAK_FLOPS == pytest.approx(batch * length * per_token)
 
 
 @pytest.mark.parametrize(("policy", "counted"), [("off", 0), ("warn", 1)])

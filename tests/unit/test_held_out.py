@@ -7,7 +7,8 @@ from ds_roberta.config import MaskingConfig, PackingConfig
 from ds_roberta.data.loader import Collator
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.evaluation.masked_lm import HeldOutLoss
+from ds_roberta.evaluation.held_out import HeldOutSample
+from ds_roberta.model.objectives import MaskedLM
 
 LENGTH = 32
 
@@ -22,22 +23,22 @@ def collator(corpus):
 
 def label_loss(micro_batch):
     """Stands in for a model's loss."""
-    return float((micro_batch.labels % 7).sum())
+    return {"loss": float((micro_batch.labels % 7).sum())}
 
 
 def compute(collator, on_ranks, sequences, micro_batch_size, world_size, calls=None):
     def body(ranks):
-        held_out = HeldOutLoss(collator, sequences, micro_batch_size, ranks)
+        sample = HeldOutSample(collator, sequences, micro_batch_size, ranks)
         number = []
 
         def loss_sum(micro_batch):
             number.append(len(micro_batch.input_ids))
             return label_loss(micro_batch)
 
-        result = held_out.compute(loss_sum)
+        result = sample.evaluate(loss_sum)
         if calls is not None:
             calls.append(number)
-        return result
+        return tuple(MaskedLM.evaluation(*result).values())
 
     return on_ranks(world_size, body)
 
@@ -74,9 +75,10 @@ def test_the_sample_is_drawn_from_the_whole_split_and_at_most_all_of_it(collator
 
 
 def test_a_model_that_has_diverged_has_a_finite_perplexity(collator, on_ranks):
-    ((loss, perplexity),) = on_ranks(1, lambda ranks: HeldOutLoss(collator, 5, 5, ranks).compute(lambda _: 1e9))
-    assert loss > 700
-    assert math.isfinite(perplexity)
+    (found,) = on_ranks(1, lambda ranks: HeldOutSample(collator, 5, 5, ranks).evaluate(lambda _: {"loss": 1e9}))
+    evaluation = MaskedLM.evaluation(*found)
+    assert evaluation["loss"] > 700
+    assert math.isfinite(evaluation["perplexity"])
 
 
 def test_a_sample_without_a_masked_token_has_loss_zero(tmp_path, write_corpus, on_ranks):
