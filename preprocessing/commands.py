@@ -32,7 +32,7 @@ from preprocessing.sharding import Totals, run_job
 from preprocessing.tokens.bpe import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe
 from preprocessing.tokens.encoders import AUTO
 from preprocessing.tokens.sentence_splitting import sentence_bytes, tokenizer_lines
-from preprocessing.units import ShardOptions
+from preprocessing.units import ShardOptions, require_fraction
 
 ROBERTA_VOCAB_SIZE = 50265
 
@@ -63,6 +63,7 @@ def train_tokenizer(
         raise UserError(
             f"--vocab_size {vocab_size} is too small: 256 bytes and 5 special tokens need at least {MIN_VOCAB_SIZE}"
         )
+    require_fraction("--max_bad_fraction", max_bad_fraction)
     options = options or ReadOptions()
     _check(options)
     units = plan_units(_find_inputs(inputs).files, options, allow_damaged=allow_damaged_files)

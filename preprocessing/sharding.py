@@ -41,7 +41,7 @@ from preprocessing.jobs.job import (
     publish,
 )
 from preprocessing.jobs.progress import document_bar
-from preprocessing.jobs.workers import Workers, local_workers
+from preprocessing.jobs.workers import Workers
 from preprocessing.reading.accounts import BadDocuments, filter_checksum, input_infos, refuse_damage, total_accounts
 from preprocessing.reading.planning import Unit, plan_units
 from preprocessing.reading.streams import file_size, is_url, open_binary, readable
@@ -62,28 +62,12 @@ class Totals(NamedTuple):
 
 
 def is_data_folder(folder: Path) -> bool:
-    """Whether `folder` was written by `shard_corpus`, so that it may be replaced."""
+    """Whether `folder` was written by `run_job`, so that it may be replaced."""
     try:
         content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         return {"format_version", "fingerprint", "splits"} <= content.keys()
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def shard_corpus(
-    files: Sequence[str],
-    tokenizer: Path,
-    output: Path,
-    options: ShardOptions,
-    workers: int,
-    sources: Mapping[str, str] | None = None,
-    backend: str = AUTO,
-) -> tuple[Manifest, Totals]:
-    """As `run_job`, on so many processes of this machine."""
-    with local_workers(workers) as local:
-        result = run_job(files, tokenizer, output, options, local, sources, backend)
-    assert result is not None
-    return result
 
 
 def run_job(

@@ -28,6 +28,7 @@ from ds_roberta.data.shards import (
     write_shard,
 )
 from ds_roberta.errors import UserError
+from ds_roberta.options import Settings, must_be, option
 from preprocessing import dedup
 from preprocessing.jobs.job import Record
 from preprocessing.reading.accounts import KEPT, MAX_BAD_FRACTION, Account, kept_documents
@@ -55,16 +56,34 @@ class Prepared(NamedTuple):
     """Number of the unit's piece that holds it."""
 
 
+require_fraction = must_be("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
 @dataclass(frozen=True)
-class ShardOptions:
-    """All that the output's bytes depend on beside the input and the tokenizer; and how much of it may be bad."""
+class ShardOptions(Settings):
+    """How documents become shards; with the input and the tokenizer, all that the output's bytes depend on.
+
+    How much of the input may be bad is here too.
+    """
 
     read: ReadOptions = field(default_factory=ReadOptions)
-    validation_fraction: float = 0.01
+    validation_fraction: float = option("fraction of the documents that is held out", 0.01, check=require_fraction)
     unit_bytes: int = UNIT_BYTES
-    max_bad_fraction: float = MAX_BAD_FRACTION
-    dedup: str = "none"
-    allow_damaged_files: bool = False
+    max_bad_fraction: float = option(
+        "stop if more than this fraction of the documents is broken: not UTF-8, bad JSON, no text column",
+        MAX_BAD_FRACTION,
+        check=require_fraction,
+    )
+    dedup: str = option(
+        "which repeated documents to drop: exact copies, or also near copies (MinHash)",
+        "none",
+        choices=dedup.DEDUP_KINDS,
+    )
+    allow_damaged_files: bool = option(
+        "read what can be read of truncated or corrupt files and of .csv files with an unclosed quote, and list what "
+        "is lost at the end, instead of stopping at the first",
+        False,
+    )
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-DOCUMENT_KINDS = ("blank-line", "file", "line")
-NORMALIZATIONS = ("none", "NFC", "NFKC")
-NEWLINES = ("universal", "unicode")
-MAX_CHARACTERS = 2_000_000
-"""The longest document by default: one document lies in a worker's memory, with its tokens, as a whole."""
+from ds_roberta.options import Settings, option, require_positive
 
 
 @dataclass(frozen=True)
-class ReadOptions:
+class ReadOptions(Settings):
     """How files become documents; the output's bytes depend on these."""
 
-    documents: str = "blank-line"
-    text_column: str = "text"
-    id_column: str | None = None
-    source_column: str | None = None
-    normalization: str = "none"
-    newlines: str = "universal"
-    min_characters: int = 1
-    max_characters: int = MAX_CHARACTERS
-    sentences: str = "lines"
-    filter: str | None = None
+    documents: str = option(
+        "what separates documents in a .txt file: blank lines, nothing (the file is one), or the end of each line",
+        "blank-line",
+        choices=("blank-line", "file", "line"),
+    )
+    text_column: str = option("key or column that holds the text", "text")
+    id_column: str | None = option("column that holds a document's id, for --filter", None)
+    source_column: str | None = option(
+        "column that holds a document's source, for --filter and training's --source_weights", None
+    )
+    normalization: str = option("Unicode normalization", "none", choices=("none", "NFC", "NFKC"))
+    newlines: str = option(
+        r"what ends a line: \n, \r\n and \r, or Unicode's other line and paragraph ends too",
+        "universal",
+        choices=("universal", "unicode"),
+    )
+    min_characters: int = option("shorter documents are rejected", 1, check=require_positive)
+    max_characters: int = option(
+        "longer documents are rejected; each worker holds a whole document and its tokens in memory",
+        2_000_000,
+        check=require_positive,
+    )
+    sentences: str = option(
+        "what packing keeps whole: lines, or also sentences within lines, found by rules that know the marks of most "
+        "scripts (Thai and Lao have none)",
+        "lines",
+        choices=("lines", "rules"),
+    )
+    filter: str | None = option(
+        "called with the text and {'id', 'source'} of each document; True keeps it, False or a reason rejects it",
+        None,
+        metavar="MODULE:FUNCTION",
+    )
 
     @property
     def longest_raw(self) -> int:

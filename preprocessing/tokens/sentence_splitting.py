@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 
-SENTENCE_KINDS = ("lines", "rules")
 RULES_VERSION = 2
 """Raised with every change of what `rules` finds."""
 

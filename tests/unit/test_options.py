@@ -14,6 +14,7 @@ import pytest
 from ds_roberta.command_line import ArgumentParser
 from ds_roberta.errors import UserError
 from ds_roberta.options import Settings, add_options, must_be, option, options_tables
+from preprocessing.cli import parser as preprocess_parser
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs/options.md"
@@ -26,7 +27,7 @@ SCRIPTS = ("pretrain", "finetune", "predict", "evaluate", "export_hf", "report",
 
 def page():
     """The text of docs/options.md."""
-    parsers = {"preprocess": runpy.run_module("preprocessing.cli")["parser"]()}
+    parsers = {"preprocess": preprocess_parser()}
     for name in SCRIPTS:
         parsers[f"launch/{name}.py"] = runpy.run_path(str(REPOSITORY / f"launch/{name}.py"))["make_parser"]()
     return "\n".join([INTRODUCTION, *(f"## {name}\n\n{options_tables(parser)}" for name, parser in parsers.items())])

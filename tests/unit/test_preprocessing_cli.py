@@ -78,10 +78,10 @@ SHARD = "shard --workers 1 --tokenizer tok --output out"
         (f"{SHARD} --input text --max_characters 5", "50 too_long"),
         (f"{SHARD} --input text --min_characters 9 --max_characters 5", "9 is above --max_characters 5"),
         (f"{SHARD} --input text --filter nosuch:f", "'nosuch:f'"),
-        (f"{SHARD} --input text --max_bad_fraction 2", "'2'"),
+        (f"{SHARD} --input text --max_bad_fraction 2", "--max_bad_fraction must be at least 0 and below 1, got 2.0"),
         (f"{SHARD} --input other", "'other'"),
-        (f"{SHARD} --input text --validation_fraction 1", "'1'"),
-        (f"{SHARD} --input text --validation_fraction nan", "'nan'"),
+        (f"{SHARD} --input text --validation_fraction 1", "got 1.0"),
+        (f"{SHARD} --input text --validation_fraction nan", "got nan"),
         (f"{SHARD} --input text --workers 0", "'0'"),
         (f"{SHARD} --input text --workers 1.5", "'1.5'"),
         (f"{SHARD} --input text --documents page", "'page'"),
@@ -99,6 +99,8 @@ SHARD = "shard --workers 1 --tokenizer tok --output out"
         ("train-tokenizer --input blank.txt --vocab_size 280 --output out", "empty"),
         ("train-tokenizer --input text --vocab_size 280 --output other", "other' is not empty"),
         ("train-tokenizer --input text --vocab 280", "--output"),
+        ("train-tokenizer --input text --vocab_size 280 --output out --max_bad_fraction 2", "got 2.0"),
+        (f"{SHARD} --input text --min_characters 0", "--min_characters must be a positive whole number, got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, line, named):

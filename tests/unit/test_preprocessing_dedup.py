@@ -7,13 +7,13 @@ import random
 
 import numpy as np
 import pytest
+from prepare import prepare_corpus
 from test_preprocessing_sharding import folder_hash
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing import dedup, units
 from preprocessing.reading.documents import ReadOptions
-from preprocessing.sharding import shard_corpus
 from preprocessing.units import ShardOptions
 
 RNG = random.Random(5)
@@ -38,7 +38,7 @@ def prepare(folder, files, tokenizer, dedup, workers=1, name="out"):
     from tokenizers import Tokenizer
 
     options = ShardOptions(validation_fraction=0.3, unit_bytes=3000, dedup=dedup)
-    manifest, totals = shard_corpus(files, tokenizer, folder / name, options, workers)
+    manifest, totals = prepare_corpus(files, tokenizer, folder / name, options, workers)
     corpus, decoder = Corpus.open(folder / name), Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     found = []
     for split_name in ("train", "validation"):
@@ -107,7 +107,7 @@ def test_parts_and_sources_of_a_large_unit_are_counted_again(tokenizer_folder, t
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     options = ShardOptions(ReadOptions(source_column="from"), 0.0, 3000, dedup="exact")
     # The first of a text is from site i % 3; its copy, 60 lines on, is from the same.
-    manifest, _ = shard_corpus([str(tmp_path / "a.jsonl.gz")], tokenizer_folder, tmp_path / "out", options, 1)
+    manifest, _ = prepare_corpus([str(tmp_path / "a.jsonl.gz")], tokenizer_folder, tmp_path / "out", options, 1)
     shards = manifest.splits["train"]
     assert len(shards) == 15  # three of each of eight parts: those of the last three held copies alone
     for site in range(3):

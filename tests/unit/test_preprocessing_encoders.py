@@ -7,12 +7,12 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from prepare import prepare_corpus
 from tokenizers import Tokenizer
 
 from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.errors import UserError
 from preprocessing import units
-from preprocessing.sharding import shard_corpus
 from preprocessing.tokens import encoders
 from preprocessing.tokens.bpe import train_bpe
 from preprocessing.tokens.encoders import (
@@ -220,7 +220,7 @@ def test_the_shards_do_not_depend_on_the_backend(folder, file, tmp_path, capsys)
     pytest.importorskip("gigatoken")
     totals = {}
     for backend in BACKENDS:
-        _, totals[backend] = shard_corpus([file], folder, tmp_path / backend, OPTIONS, 1, backend=backend)
+        _, totals[backend] = prepare_corpus([file], folder, tmp_path / backend, OPTIONS, 1, backend=backend)
     assert content(tmp_path / HUGGINGFACE) == content(tmp_path / GIGATOKEN) == content(tmp_path / AUTO)
     assert totals[HUGGINGFACE] == totals[GIGATOKEN]
     assert totals[AUTO].special_documents > 20
@@ -230,7 +230,7 @@ def test_the_shards_do_not_depend_on_the_backend(folder, file, tmp_path, capsys)
 
 def test_a_unit_on_which_the_backends_differ_is_done_again_loudly(folder, file, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gigatoken")
-    _, expected = shard_corpus([file], folder, tmp_path / "reference", OPTIONS, 1, backend=HUGGINGFACE)
+    _, expected = prepare_corpus([file], folder, tmp_path / "reference", OPTIONS, 1, backend=HUGGINGFACE)
     calls = []
 
     def differ_late(self, text, *_):
@@ -240,7 +240,7 @@ def test_a_unit_on_which_the_backends_differ_is_done_again_loudly(folder, file, 
 
     monkeypatch.setattr(encoders.GigatokenEncoder, "_compare", differ_late)
     monkeypatch.setattr(units, "_BATCH_BYTES", 1000)
-    _, totals = shard_corpus([file], folder, tmp_path / "fast", OPTIONS, 1, backend=GIGATOKEN)
+    _, totals = prepare_corpus([file], folder, tmp_path / "fast", OPTIONS, 1, backend=GIGATOKEN)
     assert content(tmp_path / "fast") == content(tmp_path / "reference")
     assert totals == expected
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning: gigatoken" in line]
@@ -250,13 +250,13 @@ def test_a_unit_on_which_the_backends_differ_is_done_again_loudly(folder, file, 
 
 def test_gigatoken_that_fails_is_not_used(folder, file, tmp_path, capsys, monkeypatch):
     gigatoken = pytest.importorskip("gigatoken")
-    shard_corpus([file], folder, tmp_path / "reference", OPTIONS, 1, backend=HUGGINGFACE)
+    prepare_corpus([file], folder, tmp_path / "reference", OPTIONS, 1, backend=HUGGINGFACE)
 
     def fail(data):
         raise ValueError("odd merges")
 
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", fail)
-    shard_corpus([file], folder, tmp_path / "fast", OPTIONS, 1, backend=GIGATOKEN)
+    prepare_corpus([file], folder, tmp_path / "fast", OPTIONS, 1, backend=GIGATOKEN)
     assert content(tmp_path / "fast") == content(tmp_path / "reference")
     assert "cannot load this tokenizer (ValueError('odd merges'))" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prepare import prepare_corpus
 from test_preprocessing_sharding import DOCUMENTS, folder_hash
 
 from ds_roberta.data.shards import Corpus
@@ -22,7 +23,7 @@ from preprocessing import sharding
 from preprocessing.jobs import job as leases
 from preprocessing.jobs.job import Holder, Job, JobStopped, Lease, LeaseHeld, held_lease, is_alive
 from preprocessing.jobs.workers import is_mpi, local_workers, slurm_task
-from preprocessing.sharding import run_job, shard_corpus
+from preprocessing.sharding import run_job
 from preprocessing.units import ShardOptions
 
 OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000, dedup="exact")
@@ -47,7 +48,7 @@ def tokenizer(tokenizer_folder):
 def expected(files, tokenizer, tmp_path_factory):
     """The hash of an undisturbed job's output."""
     out = tmp_path_factory.mktemp("expected") / "out"
-    shard_corpus(files, tokenizer, out, OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
     assert Corpus.open(out).manifest.documents("train") < len(DOCUMENTS)
     return folder_hash(out)
 
@@ -69,7 +70,7 @@ def die_at(event, files, tokenizer, out, reached):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    shard_corpus(files, tokenizer, out, OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
     os._exit(0)
 
 
@@ -91,7 +92,7 @@ def test_a_job_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        shard_corpus(files, tokenizer, out, OPTIONS, workers=1)
+        prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
         assert folder_hash(out) == expected, f"killed at change {event} of {events}"
         assert names(tmp_path) == ["out", "undisturbed"]
 
@@ -99,11 +100,11 @@ def test_a_job_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(
 DRIVER = """
 import json, sys
 from pathlib import Path
-from preprocessing.sharding import shard_corpus
+from preprocessing.commands import shard
 from preprocessing.units import ShardOptions
 files, tokenizer, out, workers = json.loads(sys.argv[1])
 options = ShardOptions(validation_fraction=0.2, unit_bytes=4000, dedup="exact")
-shard_corpus(files, Path(tokenizer), Path(out), options, workers)
+shard(files, Path(tokenizer), Path(out), options, workers)
 """
 
 
@@ -133,7 +134,7 @@ def test_a_killed_process_group_goes_on_from_its_finished_units(files, tokenizer
         assert finished.items() <= records.items(), "a finished unit was done again"
         finished = records
     assert len(finished) >= 4
-    shard_corpus(files, tokenizer, out, OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
     assert folder_hash(out) == expected
 
 
@@ -167,7 +168,7 @@ def test_other_input_options_or_tokenizer_throw_the_finished_units_away(files, t
     def run(options=OPTIONS, expected=None):
         done.clear()
         with pytest.raises(UserError, match="cannot write"):
-            shard_corpus(chosen, tokenizer, tmp_path / "out", options, workers=1)
+            prepare_corpus(chosen, tokenizer, tmp_path / "out", options, workers=1)
         assert done == expected
 
     run(expected=[0, 1, 2])
@@ -189,9 +190,9 @@ def test_a_second_job_is_refused_while_the_first_lives(files, tokenizer, expecte
     with held_lease(tmp_path / ".out.partial/leases", "another plan", None, out):
         message = rf"process {os.getpid()} on {socket.gethostname()}, since .*; wait for it, end it"
         with pytest.raises(LeaseHeld, match=message):
-            shard_corpus(files, tokenizer, out, OPTIONS, workers=1)
+            prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
         assert len(list((tmp_path / ".out.partial/leases").iterdir())) == 1
-    shard_corpus(files, tokenizer, out, OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
     assert folder_hash(out) == expected
     assert names(tmp_path) == ["out"]
 
@@ -278,7 +279,7 @@ def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected
         assert run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(1, 3)) is None
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".out.partial/*/units/*.json")}
     assert len(before) == 2
-    shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     assert folder_hash(tmp_path / "out") == expected
 
 

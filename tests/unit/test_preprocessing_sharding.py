@@ -7,12 +7,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from prepare import prepare_corpus
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
 from preprocessing.reading.documents import ReadOptions
-from preprocessing.sharding import shard_corpus
 from preprocessing.tokens.bpe import train_bpe
 from preprocessing.units import ShardOptions, split_of
 
@@ -65,7 +65,7 @@ def folder_hash(folder):
 
 
 def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer, tmp_path):
-    manifest, totals = shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    manifest, totals = prepare_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     found = texts(tmp_path / "out", tokenizer)
     expected = {"train": [], "validation": []}
     for text in DOCUMENTS:
@@ -80,13 +80,13 @@ def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer
 def test_the_bytes_do_not_depend_on_the_workers(files, tokenizer, tmp_path):
     hashes = set()
     for workers in (1, 2, 3):
-        shard_corpus(files, tokenizer, tmp_path / f"out {workers}", OPTIONS, workers)
+        prepare_corpus(files, tokenizer, tmp_path / f"out {workers}", OPTIONS, workers)
         hashes.add(folder_hash(tmp_path / f"out {workers}"))
     assert len(hashes) == 1
 
 
 def test_the_manifest_accounts_for_every_document(files, tokenizer, tmp_path):
-    shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     inputs = Corpus.open(tmp_path / "out").manifest.inputs
     counts = [(entry.path, entry.documents_read, entry.documents_kept, entry.rejected) for entry in inputs]
     assert counts == list(zip(files, (100, 10, 91), (100, 10, 90), ({}, {}, {"empty": 1}), strict=True))
@@ -95,7 +95,7 @@ def test_the_manifest_accounts_for_every_document(files, tokenizer, tmp_path):
 def test_the_validation_split_does_not_move_when_the_corpus_grows(files, tokenizer, tmp_path):
     small = [*files[1:]]
     for name, chosen in (("small", small), ("large", files)):
-        shard_corpus(chosen, tokenizer, tmp_path / name, OPTIONS, workers=1)
+        prepare_corpus(chosen, tokenizer, tmp_path / name, OPTIONS, workers=1)
     before, after = (texts(tmp_path / name, tokenizer) for name in ("small", "large"))
     assert before["validation"]
     for split in ("train", "validation"):
@@ -103,14 +103,14 @@ def test_the_validation_split_does_not_move_when_the_corpus_grows(files, tokeniz
 
 
 def test_no_validation_split_where_none_is_wanted(files, tokenizer, tmp_path):
-    manifest, _ = shard_corpus(files, tokenizer, tmp_path / "out", ShardOptions(validation_fraction=0.0), workers=1)
+    manifest, _ = prepare_corpus(files, tokenizer, tmp_path / "out", ShardOptions(validation_fraction=0.0), workers=1)
     assert manifest.documents("train") == len(DOCUMENTS)
     assert not (tmp_path / "out/validation").exists()
 
 
 def test_datasets_opens_the_folder(files, tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets")
-    shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     opened = datasets.load_from_disk(str(tmp_path / "out"))
     split = Corpus.open(tmp_path / "out").split("train")
     assert opened["train"][0]["input_ids"] == split.values(0)[: split.document_offsets(0)[1]].tolist()
@@ -120,7 +120,7 @@ def test_datasets_opens_the_folder(files, tokenizer, tmp_path):
 def test_a_document_longer_than_a_batch_of_others_is_one_row(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("word " * 300_000 + "\n\nshort\n")
-    manifest, _ = shard_corpus([str(path)], tokenizer, tmp_path / "out", ShardOptions(validation_fraction=0.0), 1)
+    manifest, _ = prepare_corpus([str(path)], tokenizer, tmp_path / "out", ShardOptions(validation_fraction=0.0), 1)
     assert manifest.documents("train") == 2
 
 
@@ -130,38 +130,38 @@ def test_a_failed_job_keeps_its_finished_units_and_the_old_output(files, tokeniz
     bad.write_bytes(b"good\n\nbad \xff\n" + b"filler\n\n" * 1000)
     strict = replace(OPTIONS, max_bad_fraction=0.0)
     with pytest.raises(UserError, match="no tokenizer"):
-        shard_corpus(files, tmp_path, tmp_path / "new/out", strict, workers)
+        prepare_corpus(files, tmp_path, tmp_path / "new/out", strict, workers)
     assert not (tmp_path / "new").exists()
 
-    shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     before = folder_hash(tmp_path / "out")
     with pytest.raises(UserError, match=r"1 of 1202 .*line 3 .*UTF-8.*10 of 10 units are kept"):
-        shard_corpus([*files, str(bad)], tokenizer, tmp_path / "out", strict, workers)
+        prepare_corpus([*files, str(bad)], tokenizer, tmp_path / "out", strict, workers)
     assert folder_hash(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".out.partial"]
 
     # Another plan has no use for them.
-    shard_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers)
+    prepare_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers)
     assert folder_hash(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_prepared_data_is_replaced_and_other_folders_are_not(files, tokenizer, tmp_path):
     out = tmp_path / "out"
-    shard_corpus(files, tokenizer, out, OPTIONS, workers=1)
-    shard_corpus(files[:1], tokenizer, out, OPTIONS, workers=1)
+    prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
+    prepare_corpus(files[:1], tokenizer, out, OPTIONS, workers=1)
     assert len(Corpus.open(out).manifest.inputs) == 1
     # The tokenizer of the very folder that is replaced can be used again.
-    shard_corpus(files[:1], out / "tokenizer", out, OPTIONS, workers=1)
+    prepare_corpus(files[:1], out / "tokenizer", out, OPTIONS, workers=1)
     assert len(Corpus.open(out).manifest.inputs) == 1
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other/manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(UserError, match="not empty"):
-        shard_corpus(files, tokenizer, tmp_path / "other", OPTIONS, workers=1)
+        prepare_corpus(files, tokenizer, tmp_path / "other", OPTIONS, workers=1)
     (out / "raw.txt").write_text("text")
     with pytest.raises(UserError, match="lies in the output"):
-        shard_corpus([str(out / "raw.txt")], tokenizer, out, OPTIONS, workers=1)
+        prepare_corpus([str(out / "raw.txt")], tokenizer, out, OPTIONS, workers=1)
 
 
 def test_leftovers_of_a_killed_job_are_cleared_and_its_old_output_comes_back(tmp_path):
@@ -185,15 +185,15 @@ def test_no_document_for_training_is_an_error(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(next(text for text in DOCUMENTS if split_of(text, 0.2) == "validation"))
     with pytest.raises(UserError, match=r"--validation_fraction 0\.2"):
-        shard_corpus([str(path)], tokenizer, tmp_path / "out", OPTIONS, workers=1)
+        prepare_corpus([str(path)], tokenizer, tmp_path / "out", OPTIONS, workers=1)
     path.write_text("\u00a0\n\n")
     with pytest.raises(UserError, match="empty"):
-        shard_corpus([str(path)], tokenizer, tmp_path / "out", OPTIONS, workers=1)
+        prepare_corpus([str(path)], tokenizer, tmp_path / "out", OPTIONS, workers=1)
 
 
 def test_the_kind_of_documents_is_part_of_the_options(files, tokenizer, tmp_path):
     options = ShardOptions(ReadOptions("line"), 0.0)
-    manifest, _ = shard_corpus(files[:1], tokenizer, tmp_path / "out", options, workers=1)
+    manifest, _ = prepare_corpus(files[:1], tokenizer, tmp_path / "out", options, workers=1)
     assert manifest.documents("train") == 300
     assert Corpus.open(tmp_path / "out").manifest.options["documents"] == "line"
 
@@ -204,7 +204,7 @@ def test_a_large_compressed_file_becomes_several_shards(tokenizer, tmp_path, mon
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     files = [str(tmp_path / "a.jsonl.gz")]
     options = replace(OPTIONS, unit_bytes=2000)
-    manifest, _ = shard_corpus(files, tokenizer, tmp_path / "out", options, 1, sources={files[0]: "books"})
+    manifest, _ = prepare_corpus(files, tokenizer, tmp_path / "out", options, 1, sources={files[0]: "books"})
     names = [shard.file for shard in manifest.splits["train"]]
     assert names[:2] == ["train/shard-00000.arrow", "train/shard-00000-00001.arrow"]
     assert len(names) > 3
@@ -219,7 +219,7 @@ def test_bad_documents_are_passed_over_and_stand_in_the_manifest(files, tokenize
     bad.write_bytes(b"good\n\nbad \xff\n\nlast")
     folders = [tmp_path / f"out {workers}" for workers in (1, 2)]
     for workers, folder in enumerate(folders, 1):
-        shard_corpus([*files, str(bad)], tokenizer, folder, OPTIONS, workers)
+        prepare_corpus([*files, str(bad)], tokenizer, folder, OPTIONS, workers)
     entry = Corpus.open(folders[0]).manifest.inputs[-1]
     assert (entry.documents_read, entry.documents_kept, entry.rejected) == (3, 2, {"not_utf8": 1})
     assert entry.places == ({"reason": "not_utf8", "byte": 10, "detail": "byte 0xff is not UTF-8"},)

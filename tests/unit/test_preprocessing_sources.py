@@ -7,6 +7,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prepare import prepare_corpus
 from test_preprocessing_sharding import folder_hash
 
 from ds_roberta.data.shards import Corpus
@@ -16,7 +17,6 @@ from preprocessing.cli import main
 from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
 from preprocessing.prepared.verify import verify
 from preprocessing.reading.documents import ReadOptions
-from preprocessing.sharding import shard_corpus
 from preprocessing.units import ShardOptions, split_of
 
 SOURCES = ("wiki", "books", None, "web/é, =")
@@ -55,14 +55,14 @@ def run(*command):
 @pytest.mark.parametrize("dedup", ["none", "exact"])
 def test_the_bytes_do_not_depend_on_the_workers(files, tokenizer_folder, tmp_path, dedup):
     for workers in (1, 3):
-        shard_corpus(files, tokenizer_folder, tmp_path / f"{workers}", options(unit_bytes=2000, dedup=dedup), workers)
+        prepare_corpus(files, tokenizer_folder, tmp_path / f"{workers}", options(unit_bytes=2000, dedup=dedup), workers)
     assert folder_hash(tmp_path / "1") == folder_hash(tmp_path / "3")
 
 
 @pytest.mark.parametrize("dedup", ["none", "exact"])
 def test_every_shard_is_of_one_source(files, tokenizer_folder, tmp_path, monkeypatch, dedup):
     monkeypatch.setattr(units, "_BATCH_BYTES", 500)  # so that the compressed file has parts
-    shard_corpus(files, tokenizer_folder, tmp_path / "out", options(unit_bytes=2000, dedup=dedup), 1)
+    prepare_corpus(files, tokenizer_folder, tmp_path / "out", options(unit_bytes=2000, dedup=dedup), 1)
     for split in ("train", "validation"):
         expected = {}
         for text, source in zip(TEXTS, FOUND, strict=True):
@@ -85,7 +85,7 @@ def test_copies_go_from_the_shards_of_their_source(files, tokenizer_folder, tmp_
     (tmp_path / "d.jsonl").write_text("".join(copies[:5]) + json.dumps({"text": "of wiki", "from": "wiki"}))
     paths = [*files, str(tmp_path / "c.jsonl"), str(tmp_path / "d.jsonl")]
     # All small files share a unit, so that shards lose some of their documents, all or none.
-    shard_corpus(paths, tokenizer_folder, tmp_path / "out", options(validation_fraction=0.0, dedup="exact"), 1)
+    prepare_corpus(paths, tokenizer_folder, tmp_path / "out", options(validation_fraction=0.0, dedup="exact"), 1)
     found = documents_by_source(tmp_path / "out", "train")
     assert found["copies"] == ["its own"]
     assert found["wiki"] == [*(t for t, s in zip(TEXTS, FOUND, strict=True) if s == "wiki"), "of wiki"]
@@ -96,7 +96,7 @@ def test_names_of_sources_belong_to_the_identity_and_their_absence_changes_nothi
     manifests = []
     for name, sources in (("none", {}), ("one", dict.fromkeys(files, "x")), ("other", dict.fromkeys(files, "y"))):
         chosen = options(read=ReadOptions())
-        manifests.append(shard_corpus(files, tokenizer_folder, tmp_path / name, chosen, 1, sources)[0])
+        manifests.append(prepare_corpus(files, tokenizer_folder, tmp_path / name, chosen, 1, sources)[0])
     assert len({manifest.fingerprint for manifest in manifests}) == 3
     assert [manifest.sources("train") for manifest in manifests] == [[], ["x"], ["y"]]
     checksums = [[shard.checksum for shard in manifest.splits["train"]] for manifest in manifests]
@@ -107,7 +107,7 @@ def test_what_reads_shards_knows_their_sources(files, tokenizer_folder, tmp_path
     import datasets
 
     out = tmp_path / "out"
-    shard_corpus(files, tokenizer_folder, out, options(), 1)
+    prepare_corpus(files, tokenizer_folder, out, options(), 1)
     assert verify(out) == []
     opened = datasets.load_from_disk(str(out))
     assert {split: len(rows) for split, rows in opened.items()} == {
@@ -137,7 +137,7 @@ def test_what_reads_shards_knows_their_sources(files, tokenizer_folder, tmp_path
 
 def test_a_trace_by_weights_draws_their_shares(files, tokenizer_folder, tmp_path, capsys):
     sources = {files[0]: "a", files[1]: "b"}
-    shard_corpus(files, tokenizer_folder, tmp_path / "out", options(read=ReadOptions()), 1, sources)
+    prepare_corpus(files, tokenizer_folder, tmp_path / "out", options(read=ReadOptions()), 1, sources)
     command = f"trace {tmp_path}/out --step 3 --train_batch_size 100 --max_seq_length 16 --json --source_weights"
     capsys.readouterr()
     assert run(*command.split(), "a=3,b=1") == 0
@@ -155,7 +155,7 @@ def test_a_source_that_is_no_text_is_a_bad_document(tmp_path, tokenizer_folder):
     pq.write_table(pa.table({"text": ["one", "two", "three"], "from": values}), tmp_path / "b.parquet")
     chosen = options(max_bad_fraction=0.5, validation_fraction=0.0)
     paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
-    manifest, _ = shard_corpus(paths, tokenizer_folder, tmp_path / "out", chosen, 1)
+    manifest, _ = prepare_corpus(paths, tokenizer_folder, tmp_path / "out", chosen, 1)
     first, second = manifest.inputs
     assert (first.rejected, second.rejected) == ({"bad_json": 1}, {"not_utf8": 1})
     assert (first.places[0]["byte"], second.places[0]["row"]) == (len("\n".join(lines[:-1])) + 1, 1)
@@ -167,5 +167,5 @@ def test_too_many_sources_are_refused(tokenizer_folder, tmp_path):
     lines = [json.dumps({"text": f"text {i}", "from": f"https://{i}"}) for i in range(400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"more than 256 sources in one part of .*a\.jsonl"):
-        shard_corpus([str(tmp_path / "a.jsonl")], tokenizer_folder, tmp_path / "out", options(), 1)
+        prepare_corpus([str(tmp_path / "a.jsonl")], tokenizer_folder, tmp_path / "out", options(), 1)
     assert not (tmp_path / "out").exists()

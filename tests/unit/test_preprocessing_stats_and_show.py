@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from prepare import prepare_corpus
 from tokenizers import Tokenizer
 
 from ds_roberta.config import PackingConfig
@@ -15,7 +16,6 @@ from preprocessing.cli import main
 from preprocessing.prepared.show import document_numbers
 from preprocessing.prepared.stats import corpus_stats
 from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
-from preprocessing.sharding import shard_corpus
 from preprocessing.units import ShardOptions
 
 TEXTS = [
@@ -31,7 +31,7 @@ def prepared(tmp_path_factory, tokenizer_folder):
     (folder / "b.txt").write_text("\n\n".join(TEXTS[50:]), encoding="utf-8")
     files = [str(folder / name) for name in ("a.txt", "b.txt")]
     options = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
-    _, totals = shard_corpus(files, tokenizer_folder, folder / "data", options, workers=1)
+    _, totals = prepare_corpus(files, tokenizer_folder, folder / "data", options, workers=1)
     return folder / "data", totals.text_bytes
 
 

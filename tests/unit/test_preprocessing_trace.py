@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from prepare import prepare_corpus
 
 from ds_roberta.config import MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
@@ -21,7 +22,6 @@ from preprocessing.prepared.trace import BatchTracer
 from preprocessing.reading.documents import Piece as ReadPiece
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.readers import read_documents
-from preprocessing.sharding import shard_corpus
 from preprocessing.units import ShardOptions
 
 LENGTH, SEED = 16, 9  # short, so that there are sequences for several lanes
@@ -143,7 +143,7 @@ def prepared(tmp_path_factory, tokenizer_folder):
         (folder / name).write_text(text)
     options = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
     files = [str(folder / name) for name in counts]
-    shard_corpus(files, tokenizer_folder, folder / "data", options, workers=1)
+    prepare_corpus(files, tokenizer_folder, folder / "data", options, workers=1)
     return folder / "data"
 
 
