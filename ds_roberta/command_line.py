@@ -51,10 +51,6 @@ def probability(text: str) -> float:
     return _number(text, float, "between 0 and 1", lambda number: 0 <= number <= 1)
 
 
-def fraction(text: str) -> float:
-    return _number(text, float, "a fraction: a number from 0 to below 1, such as 0.01", lambda number: 0 <= number < 1)
-
-
 def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
     """A `type` for comma-separated values of one kind."""
     return lambda text: tuple(kind(part) for part in text.split(","))
