@@ -1,6 +1,7 @@
 """The house's rules, read from the source: who may import whom, who may import DeepSpeed, how long a file may be."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -134,3 +135,34 @@ def test_no_imports_go_in_a_circle():
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_AT_MOST
+
+
+def names_in_the_readmes_tree():
+    """Paths of the folders and modules that the tree under "The house" names."""
+    tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## The house")[2].split("```")[1]
+    paths, top = set(), ""
+    for line in tree.splitlines()[1:]:
+        names, text = re.match(r" *(\S+(?: \S+)*)  ?(.*)", line).groups()
+        parent = f"{top}/" if line.startswith(" ") else ""
+        first, *others = (f"{parent}{name.rstrip('/')}" for name in re.findall(r"\w+(?:/|\.py)", names))
+        top = top if parent else first
+        for name in re.findall(r"\w+(?:/|\.py)", text):  # inside the row's folder, or beside its module
+            inside = f"{first}/{name.rstrip('/')}"
+            others.append(inside if (REPOSITORY / inside).exists() else f"{parent}{name.rstrip('/')}")
+        paths |= {first, *others}
+    return paths
+
+
+def test_the_documents_name_every_room_and_nothing_else():
+    packages = {str(path.parent.relative_to(REPOSITORY)) for path in FILES.values()}
+    at_the_top = {str(path.relative_to(REPOSITORY)) for path in FILES.values() if path.stem != "__init__"}
+    at_the_top = {path for path in at_the_top if path.count("/") == 1 and not path.startswith("launch/")}
+    tree = names_in_the_readmes_tree()
+    assert packages | at_the_top <= tree
+    assert [path for path in tree if not (REPOSITORY / path).exists()] == []
+    text = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = {
+        name.rstrip("/") for name in re.findall(r"^\| `([^`]+)` \|", text.partition("## The rooms")[2], re.MULTILINE)
+    }
+    assert packages - {"ds_roberta"} <= rooms
+    assert [room for room in rooms if not list(REPOSITORY.glob(room))] == []
