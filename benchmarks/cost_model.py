@@ -19,9 +19,8 @@ from benchmarks.throughput_contenders import VOCABULARY
 from ds_roberta.config import SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig, model_config
 from ds_roberta.model.dropout import Dropout
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint_writer import owners
-from ds_roberta.training.micro_batch import MEMORY_SHARE, full_micro_batch
+from ds_roberta.training.micro_batch import MEMORY_SHARE, BatchPlan, full_micro_batch
 from ds_roberta.training.peak import data_sheet_rate
 
 CONTEXT_BYTES = 2_000_000_000

@@ -36,10 +36,10 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave
 from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
-from ds_roberta.training.schedule import learning_rate
+from ds_roberta.training.micro_batch import BatchPlan
+from ds_roberta.training.optimizer import learning_rate
 
 REPOSITORY = Path(__file__).parents[1]
 LENGTH, SEQUENCES = 128, 8

@@ -312,10 +312,10 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
     from ds_roberta.deepspeed_config import DeepSpeedConfig
     from ds_roberta.model.objectives import MaskedLM
-    from ds_roberta.training.batch import BatchPlan
     from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
     from ds_roberta.training.device import init_distributed, on_gpu
     from ds_roberta.training.engine import Engine
+    from ds_roberta.training.micro_batch import BatchPlan
 
     if precision == "fp16" and device().type == "cpu":
         raise Unavailable("no fp16 on a CPU")

@@ -185,7 +185,7 @@ class MaskingConfig(Settings):
 
 @dataclass(frozen=True)
 class ScheduleConfig(Settings):
-    """Steps and learning rate; see `training.schedule.learning_rate`.
+    """Steps and learning rate; see `training.optimizer.learning_rate`.
 
     The options of a shape are None if the type does not use them; otherwise None becomes the default.
 
@@ -258,7 +258,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class GuardConfig(Settings):
-    """Spikes of the loss; see `ds_roberta.training.guard`.
+    """Spikes of the loss; see `ds_roberta.training.loss_spikes`.
 
     Attributes:
         loss_spike_threshold: None if nothing is watched.

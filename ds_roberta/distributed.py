@@ -10,10 +10,12 @@ import contextlib
 import ctypes
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -24,6 +26,9 @@ from ds_roberta.errors import UserError, user_message
 Result = TypeVar("Result")
 
 logger = logging.getLogger("ds_roberta")
+STOPPED_EXIT_CODE = 85
+"""Exit code of a run that was asked to stop and saved: start the same command again to go on."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -140,6 +145,36 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=operation, group=self.control_group)
         return tensor.tolist()
+
+
+class StopRequest:
+    """Remembers a signal until all processes have agreed on it. A context manager: handlers are put back at its end.
+
+    The first signal asks for a checkpoint and a clean end; a second Ctrl-C ends the process at once. (A launcher
+    passes Ctrl-C on as SIGTERM, which therefore does not count as the second.)
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+        self._received: signal.Signals | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; call on all processes at the same place."""
+        return self._ranks.any(self._received is not None)
 
 
 def keep_freed_memory() -> None:

@@ -18,7 +18,7 @@ import transformers
 import ds_roberta
 from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.deepspeed_keys import unknown_keys
-from ds_roberta.distributed import Ranks, logger
+from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, StopRequest, logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import (
     TOKENIZER_FILES,
@@ -51,7 +51,6 @@ from ds_roberta.finetuning.task import Task
 from ds_roberta.finetuning.token_classification import token_classification
 from ds_roberta.model.attention import exclude_cudnn
 from ds_roberta.options import require_one_of
-from ds_roberta.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer
 
 TASKS = ("classification", "regression", "token-classification", "question-answering")

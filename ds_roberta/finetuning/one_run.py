@@ -12,12 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from ds_roberta.distributed import Ranks
+from ds_roberta.distributed import Ranks, StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 from ds_roberta.finetuning.task import Encoded, Task
 from ds_roberta.options import require_positive
-from ds_roberta.training.preemption import StopRequest
 from ds_roberta.transformers_folder import read_model
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}  # as in pretraining, Liu et al. 2019, table 9

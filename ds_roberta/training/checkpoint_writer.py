@@ -40,7 +40,7 @@ from ds_roberta.training.checkpoint import (
     saved_steps,
     step_folder,
 )
-from ds_roberta.training.guard import LossSpike
+from ds_roberta.training.loss_spikes import LossSpike
 
 if TYPE_CHECKING:  # the format is written without DeepSpeed
     from ds_roberta.training.engine import Engine

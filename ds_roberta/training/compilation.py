@@ -11,6 +11,9 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +22,7 @@ from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.model import attention, dropout
 from ds_roberta.model.encoder import RobertaEncoder
+from ds_roberta.training.metrics import duration
 
 _GRAPHS_AT_MOST = 256
 """torch gives up after 8 and goes on uncompiled: a length takes 4, with or without padding, trained or evaluated."""
@@ -114,3 +118,27 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
 
     encoder.register_forward_pre_hook(hide)
     encoder.register_forward_hook(restore, always_call=True)
+
+
+def compilation_notice(config: dict[str, Any]) -> str | None:
+    """What is logged before DeepSpeed compiles FusedAdam; None where torch's Adam is taken, which is compiled already.
+
+    A start that is killed while it compiles leaves a lock, for which all later ones wait in silence.
+
+    Args:
+        config: from `DeepSpeedConfig.resolved`.
+    """
+    if config["optimizer"]["params"].get("torch_adam", False):
+        return None
+    from torch.utils import cpp_extension  # it takes a moment
+
+    lock = Path(cpp_extension._get_build_directory("fused_adam", verbose=False)) / "lock"
+    notice = "DeepSpeed compiles its FusedAdam (torch_adam is false) unless it did before: that takes minutes"
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except OSError:
+        return notice
+    return (
+        f"{notice}; the lock {str(lock)!r} is {duration(max(age, 0.0))} old: another start is compiling, or one was "
+        "killed, and then this one waits until you remove the lock"
+    )

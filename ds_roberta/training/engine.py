@@ -26,6 +26,7 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,27 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import sync_file
 from ds_roberta.model.objectives import Objective
-from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.device import without_compiler
-from ds_roberta.training.step_result import StepResult
-from ds_roberta.training.weight_decay import Groups
+from ds_roberta.training.micro_batch import BatchPlan
+from ds_roberta.training.optimizer import Groups
 
 FP16_LOSS_UNIT = 4_096
 """Masked tokens by which the loss is divided within fp16's backward pass: about those of a micro-batch."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAMES_SHOWN = 3
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the optimizer did: `skipped` where fp16's loss scale made the gradient overflow and nothing was updated.
+
+    `grad_norm` is the 2-norm before clipping, infinite where it is not finite; `loss_scale` is 1 without fp16.
+    """
+
+    grad_norm: float
+    skipped: bool
+    loss_scale: float
 
 
 class Engine:

@@ -1,14 +1,22 @@
-"""From a checkpoint to a transformers folder."""
+"""From a checkpoint to a transformers folder with a model card."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.distributed import logger
-from ds_roberta.model.export import compared_outputs, export, known_to_transformers
+from ds_roberta.errors import UserError
+from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers
+from ds_roberta.model.objectives import objective_of
 from ds_roberta.training import checkpoint
-from ds_roberta.training.model_card import model_card
+from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 
 
 def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
@@ -33,3 +41,159 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
     without = f", without {' and '.join(left_out)}" if left_out else ""
     compared = compared_outputs(weights)
     logger.info(f"exported {path} to {output}{without}; its {compared} equal transformers' within {difference:.1g}")
+
+
+_HEADER = """---
+library_name: transformers
+{task}---
+"""
+_FILL_MASK = """pipeline_tag: fill-mask
+tags:
+- roberta
+- masked-lm
+mask_token: <mask>
+"""
+_ENCODER = """tags:
+- roberta
+"""
+_FILL_MASK_EXAMPLE = """pipeline("fill-mask", model="THIS_FOLDER")("The answer is <mask>.")
+"""
+
+
+def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, torch.Tensor], checkpoint: Path) -> str:
+    """The text of `README.md` in the form of Hugging Face's model cards.
+
+    Args:
+        weights: those exported, by parameter name.
+        checkpoint: `RUN/checkpoints/global_stepN`; outside of a run's folder the card has the checkpoint's facts alone.
+
+    Raises:
+        UserError: the run's `config.json` or `metrics.jsonl` is broken.
+    """
+    run = checkpoint.resolve().parents[1]
+    record = _read_record(run / CONFIG_NAME)
+    facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
+    return f"""{_HEADER.format(task=_FILL_MASK if has_head else _ENCODER)}
+# {run.name if record else "RoBERTa"}
+
+A RoBERTa encoder: {config.num_hidden_layers} layers of width {config.hidden_size} with {config.num_attention_heads} \
+heads, {parameters:,} parameters, a vocabulary of {config.vocab_size:,} tokens, sequences of at most \
+{state.trained_length} of them. It was {CARD_SIGNATURE} and not tuned for a task.
+
+```python
+from transformers import AutoModel, AutoModelForSequenceClassification{", pipeline" if has_head else ""}
+
+{_FILL_MASK_EXAMPLE if has_head else ""}\
+AutoModel.from_pretrained("THIS_FOLDER")  # hidden states; its pooler is not trained
+AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER", num_labels=2)  # to be fine-tuned
+```
+
+It knows no more than the text it was trained on, and repeats its errors and prejudices.
+
+| of the training | |
+|---|---|
+{rows}
+"""
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    identity, masking, packing = state.identity, state.identity.get("masking"), state.identity["packing"]
+    objective = objective_of(identity)
+    facts = {
+        "objective": objective.description,
+        objective.chosen: _masking(masking) if masking else None,
+        "sequences": f"{packing['max_seq_length']} tokens",
+        "packing": packing.get("format"),
+        "schedule of their length": _schedule(identity.get("max_seq_length_schedule")),
+        "sequences a step": identity.get("train_batch_size"),
+        "schedule of their number": _schedule(identity.get("train_batch_size_schedule")),
+        "steps": f"{state.global_step:,}",
+        "sequences seen": f"{state.consumed_samples:,}",
+        "tokens seen": f"{state.consumed_tokens:,}",
+        "began with": f"weights of checksum {identity['init_from']}" if identity.get("init_from") else "random weights",
+        "data": f"fingerprint {identity['data']}" if "data" in identity else None,
+        "weights of its sources": identity.get("source_weights"),
+        "seed": identity.get("seed"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _masking(masking: dict[str, Any]) -> str:
+    share = f"{masking['mlm_probability']:g}"
+    if (last := masking.get("mlm_probability_end")) is not None:
+        share += f" to {last:g}"
+    copies = masking.get("copies")
+    return f"{share} of the tokens, by {masking['unit']}, {f'{copies} fixed masks' if copies else 'dynamic'}"
+
+
+def _schedule(text: str | None) -> str | None:
+    """Of more than one stage."""
+    return text if text and "," in text else None
+
+
+def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
+    """The last held-out loss up to the checkpoint, where the run's metrics are there."""
+    if not metrics.is_file():
+        return {}
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    rows = [_parse(metrics, line) for line in lines if line.endswith("}")]  # the last may be a killed run's half
+    losses = [row for row in rows if row.get("eval_loss") is not None and row["global_step"] <= state.global_step]
+    if not losses:
+        return {}
+    last = losses[-1]
+    evaluation = {name.removeprefix("eval_"): value for name, value in last.items()}
+    report = objective_of(state.identity).report(evaluation)
+    return {name: f"{text}, after step {last['global_step']:,}" for name, text in report.items()}
+
+
+def _circumstances(record: dict[str, Any]) -> dict[str, str]:
+    """What the run's `config.json` adds, as its last start wrote it; an earlier version's has less."""
+    deepspeed, optimizer = ("deepspeed",), ("deepspeed", "optimizer", "params")
+    places: dict[str, tuple[str | int, ...]] = {
+        "folder of the data": ("run", "data_dir"),
+        "folder that it began with": ("run", "init_from"),
+        "optimizer": (*deepspeed, "optimizer", "type"),
+        "peak learning rate": (*optimizer, "lr"),
+        "weight decay": (*optimizer, "weight_decay"),
+        "biases and LayerNorms not decayed": ("run", "no_decay_bias_and_norm"),
+        "shape of the learning rate": ("run", "schedule", "lr_scheduler_type"),
+        "warm-up steps": ("run", "schedule", "warmup_steps"),
+        "precision": ("precision",),
+        "ZeRO stage": (*deepspeed, "zero_optimization", "stage"),
+        "processes": ("batches", -1, "world_size"),
+        **{name: ("versions", name) for name in record.get("versions") or {}},
+        "commit of ds_roberta": ("commit",),
+    }
+    found = {name: _at(record, place) for name, place in places.items()}
+    for name in ("folder of the data", "folder that it began with"):
+        found[name] = found[name] and Path(found[name]).name  # where it lay is nobody's business
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _at(value: Any, place: tuple[str | int, ...]) -> Any:
+    for key in place:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A run's `config.json`; empty where the folder is no run's."""
+    record = _parse(path, path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record if "run" in record else {}
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"{str(path)!r} is broken ({error}): mend it, or export a copy of the checkpoint alone"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} has no JSON object: mend it, or export a copy of the checkpoint alone")
+    return content

@@ -16,7 +16,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.identity import check_identity
+from ds_roberta.training.facts import check_identity
 
 if TYPE_CHECKING:
     from ds_roberta.training.initial_model import InitialModel

@@ -21,30 +21,25 @@ from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPL
 from ds_roberta.data.stages import places_behind
 from ds_roberta.data.words import share_without_spaces, word_starts
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, set_up_logging
+from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.files import write_json
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
-from ds_roberta.training.agreement import shared_facts
-from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint_writer import mend
-from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
+from ds_roberta.training.compilation import compilation_notice, compile_layers, resolve_torch_compile
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
-from ds_roberta.training.fused_adam import compilation_notice
+from ds_roberta.training.facts import run_record, shared_facts
 from ds_roberta.training.initial_state import initial_state
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
-from ds_roberta.training.micro_batch import Trial, find_micro_batch_size, finding_conditions
+from ds_roberta.training.micro_batch import BatchPlan, Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.monitors import Monitors
+from ds_roberta.training.optimizer import mlm_probability, without_bias_and_norm
 from ds_roberta.training.peak import MEASURED, device_peak
-from ds_roberta.training.preemption import STOPPED_EXIT_CODE
-from ds_roberta.training.record import run_record
-from ds_roberta.training.schedule import mlm_probability
 from ds_roberta.training.settings import run_config
 from ds_roberta.training.trainer import Trainer
-from ds_roberta.training.weight_decay import without_bias_and_norm
 
 if TYPE_CHECKING:
     from ds_roberta.training.initial_model import InitialModel

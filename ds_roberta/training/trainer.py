@@ -19,21 +19,20 @@ from ds_roberta.config import RunConfig
 from ds_roberta.data.loader import Counts, LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, skip
+from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
-from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
-from ds_roberta.training.guard import LossSpike, remember, spike_limit
+from ds_roberta.training.loss_spikes import LossSpike, remember, spike_limit
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
+from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.monitors import Monitors
-from ds_roberta.training.preemption import StopRequest
-from ds_roberta.training.schedule import learning_rate
-from ds_roberta.training.step_result import StepResult
+from ds_roberta.training.optimizer import learning_rate
 
 if TYPE_CHECKING:  # the loop is tested without DeepSpeed
-    from ds_roberta.training.engine import Engine
+    from ds_roberta.training.engine import Engine, StepResult
 
 
 class Trainer:

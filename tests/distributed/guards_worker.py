@@ -24,7 +24,7 @@ from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training import checkpoint, deepspeed_checkpoint, guard
+from ds_roberta.training import checkpoint, deepspeed_checkpoint, loss_spikes
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.monitors import Monitors
@@ -188,7 +188,7 @@ class Lab:
 
 def guards(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """At every stage and precision: what ends a run, what is rolled back, what is counted, and what is saved of it."""
-    guard.WINDOW = 2
+    loss_spikes.WINDOW = 2
     findings = {}
     for number, (stage, precision) in enumerate(COMBINATIONS):
         name = f"{stage}-{precision}"

@@ -26,14 +26,13 @@ from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM, find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
-from ds_roberta.training.batch import BatchPlan
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.compilation import compile_layers
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
-from ds_roberta.training.micro_batch import Trial, full_micro_batch, largest_size
-from ds_roberta.training.weight_decay import without_bias_and_norm
+from ds_roberta.training.micro_batch import BatchPlan, Trial, full_micro_batch, largest_size
+from ds_roberta.training.optimizer import without_bias_and_norm
 
 SEED, BATCH = 3, 22  # 22 sequences: neither 3 nor 4 processes divide them
 LENGTH = int(os.environ.get("SEQUENCE_LENGTH", "32"))

@@ -1,6 +1,6 @@
 import pytest
 
-from ds_roberta.training.batch import BatchPlan
+from ds_roberta.training.micro_batch import BatchPlan
 
 
 def exhaustive(train_batch_size, largest, world_size):

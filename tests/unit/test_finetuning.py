@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.classification import batch_loss
 from ds_roberta.finetuning.examples import Columns
@@ -21,7 +22,6 @@ from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, TASKS, FinetuneCon
 from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
 from ds_roberta.finetuning.one_run import Recipe, Run, Setting
 from ds_roberta.finetuning.spans import SpanOptions
-from ds_roberta.training.preemption import StopRequest
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Trainer's

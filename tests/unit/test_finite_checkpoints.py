@@ -9,7 +9,7 @@ from fake_engine import IDENTITY, FakeEngine
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
-from ds_roberta.training.guard import LossSpike
+from ds_roberta.training.loss_spikes import LossSpike
 
 
 @pytest.mark.parametrize("key", ["weight", "exp_avg", "exp_avg_sq"])

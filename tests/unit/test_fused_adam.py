@@ -3,7 +3,7 @@
 import os
 import time
 
-from ds_roberta.training.fused_adam import compilation_notice
+from ds_roberta.training.compilation import compilation_notice
 
 
 def test_a_compilation_is_told_and_so_is_a_lock_that_a_killed_one_left(tmp_path, monkeypatch):

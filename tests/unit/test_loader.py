@@ -12,7 +12,7 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.data.words import word_starts
-from ds_roberta.training.batch import BatchPlan
+from ds_roberta.training.micro_batch import BatchPlan
 
 LENGTH = 32
 

@@ -12,7 +12,7 @@ from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.training.batch import BatchPlan
+from ds_roberta.training.micro_batch import BatchPlan
 
 WORLD_SIZE, LENGTH, LATE_STEP = 4_096, 16, 450_000
 

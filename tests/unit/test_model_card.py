@@ -8,7 +8,7 @@ import torch
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.model_card import model_card
+from ds_roberta.training.export import model_card
 
 CONFIG = model_config("tiny", 400, 1024)
 IDENTITY = {

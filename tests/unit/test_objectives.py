@@ -21,8 +21,8 @@ from ds_roberta.model import objectives
 from ds_roberta.model.encoder import initialize_weights
 from ds_roberta.model.objectives import OBJECTIVES, MaskedLM, Objective, find_objective, objective_of
 from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.export import model_card
 from ds_roberta.training.micro_batch import full_micro_batch
-from ds_roberta.training.model_card import model_card
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.trainer import Trainer
 

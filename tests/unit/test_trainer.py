@@ -20,7 +20,7 @@ from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
 from ds_roberta.files import append_line
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training import checkpoint, guard, metrics
+from ds_roberta.training import checkpoint, loss_spikes, metrics
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.trainer import Trainer
@@ -118,7 +118,7 @@ class FakeEngine:
 @pytest.fixture
 def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
     """A function that makes a trainer as a run does, from the newest checkpoint where there is one."""
-    monkeypatch.setattr(guard, "WINDOW", WINDOW)
+    monkeypatch.setattr(loss_spikes, "WINDOW", WINDOW)
 
     def make(policy, spikes=(SPIKE,), name="run", interrupted_at=None, height=100.0, monitors=None, **intervals):
         config = RunConfig(

@@ -2,7 +2,7 @@ import pytest
 
 from ds_roberta.config import model_config
 from ds_roberta.model.objectives import OBJECTIVES
-from ds_roberta.training.weight_decay import without_bias_and_norm
+from ds_roberta.training.optimizer import without_bias_and_norm
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.training.identity import check_identity
+from ds_roberta.training.facts import check_identity
 
 RUN = Path("run")
 IDENTITY = {

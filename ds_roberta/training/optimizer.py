@@ -1,8 +1,11 @@
-"""The learning rate and the share of masked tokens as pure functions of the step."""
+"""What an optimizer step is given: the learning rate, and which parameters weight decay holds for."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from torch import nn
 
 from ds_roberta.config import MaskingConfig, ScheduleConfig
 
@@ -57,3 +60,16 @@ def mlm_probability(schedule: ScheduleConfig, masking: MaskingConfig, step: int)
     """
     progress = step / max(schedule.max_steps - 1, 1)
     return masking.mlm_probability + (masking.final_probability - masking.mlm_probability) * progress
+
+
+Groups = list[dict[str, Any]] | None
+"""Of parameters, as torch's optimizers take them; None: all alike."""
+
+
+def without_bias_and_norm(model: nn.Module) -> Groups:
+    """Groups of parameters by which weight decay leaves out biases and LayerNorms, the vectors of the model."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+        {"params": [parameter for parameter in parameters if parameter.ndim == 1], "weight_decay": 0.0},
+    ]

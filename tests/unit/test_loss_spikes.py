@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from ds_roberta.training.guard import WINDOW, remember, spike_limit
+from ds_roberta.training.loss_spikes import WINDOW, remember, spike_limit
 
 
 def noisy(mean, count=WINDOW, spread=0.02):

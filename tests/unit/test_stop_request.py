@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from ds_roberta.training.preemption import StopRequest
+from ds_roberta.distributed import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

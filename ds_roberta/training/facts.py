@@ -1,0 +1,156 @@
+"""What is known of a run: what a resumed run must share, what all processes must share, the record `config.json`."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Collection
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+import ds_roberta
+from ds_roberta.config import RunConfig
+from ds_roberta.data.shards import Corpus
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.errors import UserError, unknown_key_message
+from ds_roberta.files import json_fingerprint
+from ds_roberta.training.micro_batch import BatchPlan
+from ds_roberta.training.peak import Peak
+
+if TYPE_CHECKING:
+    from ds_roberta.training.engine import Engine
+
+
+_COUNTED = "the sequences of a step are found by counting batches: some would be repeated or left out"
+_FIXED = {
+    "model": "the weights are of that architecture; --init_from can begin another run with them",
+    "next_sentence_prediction": "the weights have a head for it, or have none",
+    "objective": "the weights have its head alone; --init_from can begin another run with the encoder",
+    "train_batch_size": _COUNTED,
+    "train_batch_size_schedule": _COUNTED,
+}
+"""Parts of the identity that no resumed run may change, and why; `_CHANGEABLE` ones in them excepted."""
+_CHANGEABLE = ("model.hidden_dropout_prob", "model.attention_probs_dropout_prob")
+
+
+def check_identity(
+    checkpoint: Path, saved: dict[str, Any], current: dict[str, Any], allowed: Collection[str] = ()
+) -> list[str]:
+    """Compare the identities of the checkpoint's run and of this one.
+
+    Args:
+        allowed: names that may differ, dotted ("masking.unit") or of a whole group ("masking").
+
+    Returns:
+        A description of each difference, all of them allowed.
+
+    Raises:
+        UserError: they differ in something else, which is named; or a name in `allowed` is unknown, or of something
+            that can never change.
+    """
+    before, now = _leaves(saved), _leaves(current)
+    groups = {name.split(".")[0] for name in now}
+    for name in allowed:
+        if name not in now and name not in groups:
+            raise UserError(unknown_key_message("name in --allow_change", name, [*groups, *now]))
+        if (reason := _why_fixed(name)) is not None:
+            raise UserError(f"--allow_change {name}: it can never change in a run: {reason}")
+    changes = []
+    for name in {**now, **before}:
+        if before.get(name) == now.get(name):
+            continue
+        change = f"its {name} is {before.get(name)!r}, this run's is {now.get(name)!r}"
+        reason = _why_fixed(name)
+        if reason is None and (name in allowed or name.split(".")[0] in allowed):
+            changes.append(change)
+            continue
+        remedy = f"({reason})" if reason else f"or allow it by --allow_change {name},"
+        raise UserError(
+            f"cannot resume from {str(checkpoint)!r}: {change}; use the same, {remedy} or another --output_dir to "
+            "start anew"
+        )
+    return changes
+
+
+def _why_fixed(name: str) -> str | None:
+    return None if name in _CHANGEABLE else _FIXED.get(name.split(".")[0])
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested objects by their dotted names."""
+    leaves = {}
+    for name, value in tree.items():
+        leaves.update(_leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return leaves
+
+
+_PATHS = ("data_dir", "deepspeed_config")  # compared by content: a host may have them elsewhere
+
+
+def shared_facts(
+    options: dict[str, Any], deepspeed_config: DeepSpeedConfig, corpus: Corpus, precision: str
+) -> dict[str, str]:
+    """This process's program, options, data and precision, as a comparison between hosts shows them."""
+    return {
+        "ds_roberta": f"{ds_roberta.__version__} of source {source_fingerprint()}",
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        **{f"--{name}": str(value) for name, value in options.items() if name not in _PATHS},
+        "--deepspeed_config": f"of content {json_fingerprint(deepspeed_config.content)}",
+        "--data_dir": f"of data {corpus.manifest.fingerprint}",
+        "precision": precision,
+    }
+
+
+def source_fingerprint() -> str:
+    """A hash of this package's Python files: it tells of changes that no commit has."""
+    package = Path(ds_roberta.__file__).parent
+    digest = xxhash.xxh3_128()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def run_record(
+    config: RunConfig,
+    engine: Engine,
+    monitors: dict[str, Any],
+    plans: list[BatchPlan],
+    precision: str,
+    compiled: bool,
+    peak: Peak,
+) -> dict[str, Any]:
+    """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
+    return {
+        "run": config.as_json(),
+        "deepspeed": engine.config,
+        "monitors": monitors,
+        "batches": [asdict(plan) for plan in plans],
+        "precision": precision,
+        "compiled": compiled,
+        "device": str(engine.device),
+        "peak": asdict(peak),
+        "versions": {
+            "ds_roberta": ds_roberta.__version__,
+            "deepspeed": engine.deepspeed_version,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this program, where it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
