@@ -162,7 +162,7 @@ def _heading(group: type[Settings]) -> str:
 
 
 def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Settings)
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def _without_none(kind: Any) -> Any:

@@ -62,14 +62,16 @@ class TransformersFolder:
     max_positions: int
     max_seq_length: int
 
-    def sequence_length(self, asked: int | None) -> int:
-        """The length that is asked for, or the one that was trained; more than that is told in a warning.
+    def sequence_length(self, asked: int | None, shortest: int = 1) -> int:
+        """The length that is asked for, or the one that was trained; a warning says if it is more than that.
 
         Raises:
-            UserError: the model has fewer positions.
+            UserError: it is less than `shortest`, or the model has fewer positions.
         """
         if asked is None:
             return self.max_seq_length
+        if asked < shortest:
+            raise UserError(f"--max_seq_length must be at least {shortest}, got {asked}")
         if asked > self.max_positions:
             raise UserError(
                 f"--max_seq_length {asked} is more than the model's {self.max_positions} positions: give less"
@@ -120,7 +122,7 @@ def weights_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(_read_json(index)["weight_map"].values()))
+                names = sorted(set(read_json(index)["weight_map"].values()))
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{str(index)!r} is no index of weights ({error!r}): copy the model again") from error
             for part in names:
@@ -189,14 +191,24 @@ def read_model(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing but errors and shows no bars."""
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    """transformers logs only errors and shows no progress bars."""
+    verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers shows no progress bars."""
+    bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
 
@@ -285,7 +297,7 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
             f"no model in {str(folder)!r} (config.json is missing): give a local transformers folder, such as "
             "launch/export_hf.py writes"
         )
-    content = _read_json(path)
+    content = read_json(path)
     if "model_type" not in content and "run" in content:
         raise UserError(f"{str(folder)!r} is a run's folder: give the model in it, such as {str(folder / 'hf')!r}")
     if content.get("model_type") != "roberta":
@@ -318,7 +330,12 @@ def _check_dtypes(path: Path) -> None:
             raise UserError(f"{name!r} in {str(path)!r} is of dtype {dtype}: give weights in fp32, fp16 or bf16")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder.
+
+    Raises:
+        UserError: it cannot be read, or is not an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, positive, probability, run_command
 from ds_roberta.distributed import set_up_logging
-from ds_roberta.finetuning.examples import Columns
+from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
+from ds_roberta.options import add_options
+
+OPTIONS = ("text_column", "text_pair_column", "no_answer_threshold")  # of tasks
 
 
 def make_parser() -> ArgumentParser:
@@ -23,10 +26,9 @@ def make_parser() -> ArgumentParser:
     asked.add_argument("--text", help="one text instead of a file")
     asked.add_argument("--question", help="one question instead of a file, about --context")
     parser.add_argument("--text_pair", help="the second of a pair of texts, with --text")
-    parser.add_argument("--context", help="where the answer to --question is looked for")
-    parser.add_argument("--output", type=Path, help="also write the answers into this file, a line of JSON each")
-    parser.add_argument("--text_column", help="default: as in fine-tuning: sentence, text, tokens, …")
-    parser.add_argument("--text_pair_column", help="default: the second of a pair, where there is one")
+    parser.add_argument("--context", help="the text that answers --question")
+    parser.add_argument("--output", type=Path, help="also write the answers to this file, as JSON lines")
+    add_options(parser, Columns, only=("text_column", "text_pair_column"))
     parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: the length in fine-tuning")
     parser.add_argument("--batch_size", type=positive, default=32, help="default: %(default)s")
     parser.add_argument(
@@ -47,16 +49,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def config_of(arguments: argparse.Namespace) -> PredictConfig:
+    options = {name: vars(arguments)[name] for name in OPTIONS}
     return PredictConfig(
         model=arguments.model,
         input=arguments.input,
         text=arguments.context if arguments.text is None else arguments.text,
         text_pair=arguments.question if arguments.text is None else arguments.text_pair,
         output=arguments.output,
-        columns=Columns(arguments.text_column, arguments.text_pair_column, None),
+        task_options={name: value for name, value in options.items() if value is not None},
         max_seq_length=arguments.max_seq_length,
         batch_size=arguments.batch_size,
-        no_answer_threshold=arguments.no_answer_threshold,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from ds_roberta.errors import UserError
+from ds_roberta.options import Settings, option
 
 SPLIT_PREFIXES = {  # of the names of files; the first that fits counts
     "train": ("train",),
@@ -20,6 +21,40 @@ SPLIT_PREFIXES = {  # of the names of files; the first that fits counts
 }
 SUFFIXES = (".tsv", ".jsonl", ".parquet")
 COLA_COLUMNS = ("source", "label", "mark", "sentence")  # CoLA's files have no header
+TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and of its data sets on the web
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("premise", "hypothesis"),
+    ("#1 String", "#2 String"),
+    ("sentence", None),
+    ("text", None),
+)
+
+
+@dataclass(frozen=True)
+class Columns(Settings):
+    """The columns of tables."""
+
+    text_column: str | None = option("default: sentence, text, tokens, or the first of a pair such as sentence1", None)
+    text_pair_column: str | None = option("default: the second of such a pair, if there is one", None)
+    label_column: str | None = option("default: label, tags, or GLUE's names for it", None)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or a pair of texts.
+
+    Attributes:
+        place: of the row in its file, for messages.
+        pair: the second text of a pair.
+        label: the index of a class, or a number in regression; None: there is none.
+    """
+
+    place: str = field(compare=False)
+    text: str
+    pair: str | None = None
+    label: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,24 +78,20 @@ class Table:
 
 
 def read_splits(
-    data: Iterable[str],
-    suffixes: Sequence[str] = SUFFIXES,
-    read: Callable[[Path], Any] | None = None,
-    of_table: Callable[[Table], Any] | None = None,
+    data: Iterable[str], suffixes: Sequence[str] = SUFFIXES, read: Callable[[Path | Table], Any] | None = None
 ) -> dict[str, Any]:
-    """What `train` and `validation` hold, and the others of `SPLIT_PREFIXES` that are there.
+    """What `train` and `validation` hold, and the other splits of `SPLIT_PREFIXES` that are there.
 
     Args:
-        data: one folder with a file of each split, or saved by `datasets`; or files, each named like its split
+        data: one folder with a file for each split, or saved by `datasets`; or files, each named after its split
             (`dev.tsv`) or given as `validation=FILE`.
-        suffixes: of the files in a folder that are read.
-        read: of a file; None stands for `read_table`.
-        of_table: what stands for a table that `datasets` saved; None for the table itself.
+        suffixes: of the files to read in a folder.
+        read: reads a file, or makes the same of a table that `datasets` saved; None: `read_table`.
 
     Raises:
         UserError: a split is missing or there twice, or a file cannot be read.
     """
-    entries = list(data)
+    entries, read = list(data), read or read_table
     for entry in entries:
         if not (path := split_entry(entry)[1]).exists():
             raise UserError(f"--data {str(path)!r} does not exist: give a folder or files that do")
@@ -73,11 +104,11 @@ def read_splits(
         if folder / "dataset_dict.json" in found:
             tables = _read_dataset_dict(folder)
             _check_splits(tables, entries, suffixes)
-            return {split: of_table(table) if of_table else table for split, table in tables.items()}
+            return {split: read(table) for split, table in tables.items()}
         entries = [str(file) for file in found if file.suffix in suffixes and _split_of(file.stem)]
     files = _by_split(entries)
     _check_splits(files, data, suffixes)
-    return {split: (read or read_table)(file) for split, file in files.items()}
+    return {split: read(file) for split, file in files.items()}
 
 
 def _check_splits(found: Iterable[str], data: Iterable[str], suffixes: Sequence[str]) -> None:
@@ -89,17 +120,19 @@ def _check_splits(found: Iterable[str], data: Iterable[str], suffixes: Sequence[
             )
 
 
-def read_table(path: Path) -> Table:
-    """Read one file by its ending.
+def read_table(source: Path | Table) -> Table:
+    """Read one file by its ending; a table stays as it is.
 
     Raises:
-        UserError: it is missing, empty, broken, or of another format.
+        UserError: it is missing, empty, damaged, or of another format.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"cannot read {str(path)!r} as a table: give a file that ends in {', '.join(SUFFIXES)}")
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    return parse_table(str(path), read_text(path), path.suffix)
+    if isinstance(source, Table):
+        return source
+    if source.suffix not in SUFFIXES:
+        raise UserError(f"cannot read {str(source)!r} as a table: give a file that ends in {', '.join(SUFFIXES)}")
+    if source.suffix == ".parquet":
+        return _read_parquet(source)
+    return parse_table(str(source), read_text(source), source.suffix)
 
 
 def read_text(path: Path) -> str:
@@ -125,6 +158,46 @@ def parse_table(name: str, text: str, suffix: str) -> Table:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     table = _parse_jsonl(name, lines) if suffix == ".jsonl" else _parse_tsv(name, lines)
     return _not_empty(table)
+
+
+def find_texts(table: Table, columns: Columns) -> list[Text]:
+    """The table's texts, or its pairs of texts, without labels.
+
+    Raises:
+        UserError: a column is missing, or a row has no text.
+    """
+    text: str | None
+    if columns.text_column is not None:
+        text, pair = columns.text_column, columns.text_pair_column
+    else:
+        usual = (names for names in TEXT_COLUMNS if all(name in table.columns for name in names if name))
+        text, pair = next(usual, (None, None))
+        pair = columns.text_pair_column or pair
+    if text is None:
+        raise UserError(f"{table.name} has the columns {listed(table)}: give the one with the text as --text_column")
+    firsts = _texts(table, text)
+    seconds = [None] * len(firsts) if pair is None else _texts(table, pair)
+    return [Text(table.place(index), *texts) for index, texts in enumerate(zip(firsts, seconds, strict=True))]
+
+
+def check_column(table: Table, column: str, option: str) -> None:
+    """Raise `UserError` unless the table has the column."""
+    if column not in table.columns:
+        raise UserError(f"{table.name} has no column {column!r}: give one of {listed(table)} as {option}")
+
+
+def listed(table: Table) -> str:
+    """The columns of a table, for messages."""
+    return ", ".join(map(repr, table.columns))
+
+
+def _texts(table: Table, column: str) -> list[str]:
+    check_column(table, column, "--text_column or --text_pair_column")
+    texts = [row.get(column) for row in table.rows]
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{table.place(index)}: {column!r} is {text!r}, not a text: fix or remove the row")
+    return texts  # type: ignore[return-value]
 
 
 def _split_of(stem: str) -> str | None:

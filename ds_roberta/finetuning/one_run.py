@@ -16,7 +16,7 @@ from ds_roberta.distributed import Ranks, StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 from ds_roberta.finetuning.task import Encoded, Task
-from ds_roberta.options import require_positive
+from ds_roberta.options import Settings, must_be, option, require_positive
 from ds_roberta.transformers_folder import read_model
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}  # as in pretraining, Liu et al. 2019, table 9
@@ -24,7 +24,7 @@ EVALUATION_BATCH_SIZE = 32
 MODEL_FOLDER = "model"
 _RECORD = "run.json"
 _TRAINER_FOLDER = "trainer"
-_TRAINER_STATE = "trainer_state.json"  # which Trainer writes last into a checkpoint
+_TRAINER_STATE = "trainer_state.json"  # the last file that Trainer writes to a checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,24 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What all runs share. The defaults are those of Liu et al. 2019, table 10."""
+class Recipe(Settings):
+    """The recipe of every run; the defaults are those of Liu et al. 2019, table 10."""
 
-    num_train_epochs: int = 10
-    gradient_accumulation_steps: int = 1
-    weight_decay: float = 0.1
-    warmup_ratio: float = 0.06
-    bf16: bool = False
-    fp16: bool = False
+    num_train_epochs: int = option("passes over the training examples", 10, check=require_positive)
+    gradient_accumulation_steps: int = option("micro-batches of a batch", 1, check=require_positive)
+    weight_decay: float = option(
+        "of AdamW", 0.1, check=must_be("0 or a number above it", lambda value: 0 <= value < math.inf)
+    )
+    warmup_ratio: float = option(
+        "share of all steps", 0.06, check=must_be("between 0 and 1", lambda value: 0 <= value <= 1)
+    )
+    bf16: bool = option("compute in bf16; the weights stay fp32, with DeepSpeed its master copies", False)
+    fp16: bool = option("compute in fp16 on a GPU; the weights stay fp32, with DeepSpeed its master copies", False)
 
     def __post_init__(self) -> None:
-        for name in ("num_train_epochs", "gradient_accumulation_steps"):
-            require_positive(name, getattr(self, name))
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay must be 0 or a number above it, got {self.weight_decay}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        super().__post_init__()
         if self.bf16 and self.fp16:
-            raise UserError("bf16 and fp16 are both asked for: give one of them")
+            raise UserError("--bf16 and --fp16 are both given: choose one of them")
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ class Problem:
     """The model's folder, the task and its encoded examples.
 
     Attributes:
-        metric: the name of the one that chooses.
-        deepspeed_config: what DeepSpeed is told; None: Trainer goes without it.
+        metric: the name of the one that chooses the best epoch.
+        deepspeed_config: the content of DeepSpeed's JSON; None: Trainer works without DeepSpeed.
     """
 
     folder: Path
@@ -86,11 +85,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave; the model after its best epoch lies in `MODEL_FOLDER` of its folder.
+    """The outcome of one run; the model after its best epoch is in `MODEL_FOLDER` of its folder.
 
     Attributes:
         epochs: metrics on the validation examples after each epoch, with the `loss`.
-        best: index of the epoch with the best metric, the first of equals.
+        best: index of the epoch with the best metric, the first if several are equal.
     """
 
     setting: Setting
@@ -107,15 +106,15 @@ class Stopped(Exception):
 
 
 def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: StopRequest, ranks: Ranks) -> Run:
-    """Fine-tune from the model's weights, or go on from the folder's checkpoint; a run that ended is read.
+    """Fine-tune from the model's weights, or continue from the folder's checkpoint; a finished run is read.
 
     Args:
-        folder: the run's own, made if need be.
+        folder: the run's own, created if necessary.
         stop: asked after each step.
 
     Raises:
         UserError: the loss is no longer finite.
-        Stopped: `stop` has said so.
+        Stopped: `stop` has asked for it.
     """
     record = folder / _RECORD
     if record.exists():
@@ -124,7 +123,7 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = ranks.on_main(lambda: _last_checkpoint(folder / _TRAINER_FOLDER))
     if checkpoint is not None:
-        ranks.log(f"{setting}, seed {seed}: goes on from step {checkpoint.name.rpartition('-')[2]}")
+        ranks.log(f"{setting}, seed {seed}: continues from step {checkpoint.name.rpartition('-')[2]}")
     watch = _Watch(f"{setting}, seed {seed}", stop, ranks)
     trainer = make_trainer(problem, setting, seed, folder / _TRAINER_FOLDER, ranks.world_size)
     trainer.add_callback(watch)
@@ -144,7 +143,7 @@ def evaluate(problem: Problem, run: Run, folder: Path, encoded: Encoded, ranks: 
     trainer = make_trainer(
         problem, run.setting, run.seed, folder / _TRAINER_FOLDER, ranks.world_size, folder / MODEL_FOLDER
     )
-    trainer.compute_metrics = lambda prediction: encoded.measure(prediction.predictions)
+    trainer.compute_metrics = lambda prediction: problem.task.metrics(encoded, prediction.predictions)
     return _plain(trainer.evaluate(encoded.features))
 
 
@@ -154,7 +153,7 @@ def new_model(problem: Problem, folder: Path) -> transformers.PreTrainedModel:
     Raises:
         UserError: as `read_model`.
     """
-    model = read_model(folder, problem.task.model, new_head=problem.task.head)
+    model = read_model(folder, problem.task.model_class, new_head=problem.task.head)
     model._weight_conversions = None  # under ZeRO-3 transformers 5.23 would save LayerNorm's old names, gamma and beta
     return model
 
@@ -162,7 +161,7 @@ def new_model(problem: Problem, folder: Path) -> transformers.PreTrainedModel:
 def make_trainer(
     problem: Problem, setting: Setting, seed: int, folder: Path, world_size: int, model: Path | None = None
 ) -> transformers.Trainer:
-    """A Trainer that evaluates and saves after each epoch, keeps the best and normalises its loss as `Task.loss` says.
+    """A Trainer that evaluates and saves after each epoch, keeps the best and normalizes its loss as `Task.loss` does.
 
     Args:
         folder: of its checkpoints.
@@ -188,21 +187,21 @@ def make_trainer(
         seed=seed,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,  # the best and the last: with 1 Trainer removes the one that a stop has saved
+        save_total_limit=2,  # the best and the last: with 1, Trainer removes the one saved by a stop
         load_best_model_at_end=True,
         metric_for_best_model=problem.metric,
         greater_is_better=True,
         logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # a loss that is not finite ends the run, also where DeepSpeed drops its gradient
+        logging_nan_inf_filter=False,  # a loss that is not finite ends the run, even if DeepSpeed drops its gradient
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
-        use_cpu=not torch.cuda.is_available(),  # or several processes on CPUs would train apart
+        use_cpu=not torch.cuda.is_available(),  # otherwise several processes on CPUs would train separately
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would divide the batch anew
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would divide the batch again
     transformers.set_seed(seed)  # the head is new
     trainer = transformers.Trainer(
         new_model(problem, model or problem.folder),
@@ -210,7 +209,7 @@ def make_trainer(
         data_collator=problem.task.collator(problem.tokenizer),
         train_dataset=problem.train.features,
         eval_dataset=problem.validation.features,
-        compute_metrics=lambda prediction: problem.validation.measure(prediction.predictions),
+        compute_metrics=lambda prediction: problem.task.metrics(problem.validation, prediction.predictions),
         compute_loss_func=problem.task.loss,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -218,7 +217,7 @@ def make_trainer(
 
 
 class _Watch(transformers.TrainerCallback):
-    """Tells of each epoch, ends a run that has diverged, and has one that is asked to stop save first."""
+    """Logs each epoch, ends a run that has diverged, and makes a run that is asked to stop save first."""
 
     def __init__(self, run: str, stop: StopRequest, ranks: Ranks) -> None:
         self.run, self.stop, self.ranks, self.stopped = run, stop, ranks, False
@@ -229,7 +228,7 @@ class _Watch(transformers.TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if self.stopped and state.global_step % (state.max_steps // args.num_train_epochs):
-            # Trainer takes the stop for an epoch's end: it would measure, and perhaps choose, half an epoch's model.
+            # Trainer takes the stop for an epoch's end: it would evaluate, and perhaps choose, half an epoch's model.
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Any, **others: Any) -> None:
@@ -244,7 +243,7 @@ class _Watch(transformers.TrainerCallback):
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest that was written to its end; the others are removed, as Trainer counts them."""
+    """The newest complete checkpoint; incomplete ones are removed, since Trainer counts them."""
     whole: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         try:

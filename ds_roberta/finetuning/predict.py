@@ -5,32 +5,31 @@ from __future__ import annotations
 import io
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
 
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, errors_of_the_disk
-from ds_roberta.finetuning.answers import Answer, answer_questions, answer_sentences, answer_texts
-from ds_roberta.finetuning.examples import Columns, Texts, find_texts
-from ds_roberta.finetuning.inference import FinetunedModel, open_finetuned
-from ds_roberta.finetuning.labelled_tables import read_table
-from ds_roberta.finetuning.question_answering import read_questions
-from ds_roberta.finetuning.spans import SpanOptions
-from ds_roberta.finetuning.squad import Question
-from ds_roberta.finetuning.tagged_sentences import WORD_COLUMNS, Sentence, read_conll, split_text, table_sentences
-
-COMMAND_LINE = "the command line"  # where a single text stands, for messages
+from ds_roberta.finetuning import TASKS
+from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
+from ds_roberta.transformers_folder import open_folder, open_tokenizer, read_json, read_model
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """What is asked of a model.
+    """What a model is asked.
 
     Attributes:
-        input: a file; None: `text` alone, with `text_pair` where the task has pairs (as question of a context).
+        input: a file; None: only `text`, with `text_pair` if the task has pairs (the question about a context).
         output: where the JSON lines go; None: nowhere.
+        task_options: the task's own, by name; others are ignored. The default: as in fine-tuning.
         max_seq_length: in tokens; None: the length in fine-tuning.
-        no_answer_threshold: see `SpanOptions`; None: as in fine-tuning, where no answer was an answer.
     """
 
     model: Path
@@ -38,10 +37,22 @@ class PredictConfig:
     text: str | None = None
     text_pair: str | None = None
     output: Path | None = None
-    columns: Columns = field(default_factory=Columns)
+    task_options: dict[str, Any] = field(default_factory=dict)
     max_seq_length: int | None = None
     batch_size: int = 32
-    no_answer_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class FinetunedModel:
+    """
+    Attributes:
+        max_seq_length: in tokens, the special ones included.
+    """
+
+    task: Task
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    max_seq_length: int
 
 
 def predict(config: PredictConfig) -> list[Answer]:
@@ -52,8 +63,16 @@ def predict(config: PredictConfig) -> list[Answer]:
     """
     if config.output is not None:
         _check_output(config.output, config.input)
-    finetuned = open_finetuned(config.model, config.max_seq_length)
-    answers = make_answers(finetuned, config)
+    finetuned = open_finetuned(config.model, config.max_seq_length, config.task_options)
+    task = finetuned.task
+    if config.input is not None:
+        inputs = task.read_inputs(config.input)
+    else:
+        assert config.text is not None
+        inputs = [task.make_input(config.text, config.text_pair)]
+    encoded = task.encode(finetuned.tokenizer, inputs, finetuned.max_seq_length)
+    sequences = [feature["input_ids"] for feature in encoded.features]
+    answers = task.answer(encoded, logits(finetuned, sequences, config.batch_size))
     if config.output is not None:
         write_rows(config.output, answers)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -63,22 +82,60 @@ def predict(config: PredictConfig) -> list[Answer]:
     return answers
 
 
-def _check_output(output: Path, given: Path | None) -> None:
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {str(output)!r} is a folder or lies in none: give a file in a folder")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {str(output)!r} is a device or a pipe: give a file")
-    if given is not None and output.resolve() == given.resolve():
-        raise UserError(f"--output {str(output)!r} is the input: give another file")
+def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, Any] | None = None) -> FinetunedModel:
+    """Read a folder with a task's head; the model goes to the GPU if there is one.
+
+    Args:
+        max_seq_length: None: that of fine-tuning.
+        given: see `Task.from_model`.
+
+    Raises:
+        UserError: it is no such folder, its parts do not fit together, or the model has fewer positions.
+    """
+    opened = open_folder(folder)
+    results = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    known = [task for task in TASKS.values() if task.fits(opened.config)]
+    if not known:
+        architecture = (opened.config.architectures or ["model without a name"])[0]
+        raise UserError(
+            f"{str(folder)!r} holds a {architecture}, which has no head for predictions: fine-tune it with "
+            "launch/finetune.py"
+        )
+    task_class = next((task for task in known if task.name == results.get("task")), known[0])
+    length = opened.sequence_length(max_seq_length, SHORTEST)
+    model = read_model(folder, task_class.model_class)
+    return FinetunedModel(
+        task_class.from_model(opened.config, results, given or {}),
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
+        open_tokenizer(folder),
+        length,
+    )
 
 
-def make_answers(finetuned: FinetunedModel, config: PredictConfig) -> list[Answer]:
-    if finetuned.task == "token-classification":
-        return answer_sentences(finetuned, _sentences(config), config.batch_size)
-    if finetuned.task == "question-answering":
-        options, with_null = _span_options(finetuned, config.no_answer_threshold)
-        return answer_questions(finetuned, _questions(config), options, with_null, config.batch_size)
-    return answer_texts(finetuned, _texts(config), config.batch_size)
+def logits(finetuned: FinetunedModel, sequences: Sequence[list[int]], batch_size: int) -> Any:
+    """The model's output for each sequence of token ids, as `Task.metrics` takes it; float32.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    found: dict[int, list[np.ndarray]] = {}
+    by_length = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    for start in range(0, len(by_length), batch_size):
+        chosen = by_length[start : start + batch_size]
+        batch = finetuned.tokenizer.pad(
+            {"input_ids": [sequences[index] for index in chosen]}, padding_side="right", return_tensors="pt"
+        )
+        with torch.inference_mode():
+            output = finetuned.model(**batch.to(finetuned.model.device)).to_tuple()
+        arrays = [tensor.float().cpu().numpy() for tensor in output]
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(
+                f"the logits of the model in {finetuned.model.name_or_path!r} are not finite: its training has "
+                "diverged or its weights are damaged; fine-tune it again"
+            )
+        found |= {index: [array[row] for array in arrays] for row, index in enumerate(chosen)}
+    outputs = list(zip(*(found[index] for index in range(len(sequences))), strict=True))
+    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def write_rows(path: Path, answers: list[Answer]) -> None:
@@ -96,43 +153,10 @@ def write_rows(path: Path, answers: list[Answer]) -> None:
             file.write(json.dumps(answer.row, ensure_ascii=False) + "\n")
 
 
-def _texts(config: PredictConfig) -> Texts:
-    if config.input is None:
-        assert config.text is not None
-        pair = None if config.text_pair is None else [config.text_pair]
-        return Texts([config.text], pair, lambda index: COMMAND_LINE)
-    return find_texts(read_table(config.input), config.columns)
-
-
-def _sentences(config: PredictConfig) -> list[Sentence]:
-    if config.input is None:
-        assert config.text is not None
-        return [split_text(COMMAND_LINE, config.text)]
-    if config.input.suffix not in (".jsonl", ".parquet"):
-        return read_conll(config.input, labelled=False)
-    table = read_table(config.input)
-    column = config.columns.text or next((name for name in WORD_COLUMNS if name in table.columns), None)
-    if column is not None and any(isinstance(row.get(column), list) for row in table.rows):
-        return table_sentences(table, column, None, labelled=False)
-    texts = find_texts(table, config.columns)
-    return [split_text(texts.place(index), text) for index, text in enumerate(texts.firsts)]
-
-
-def _questions(config: PredictConfig) -> list[Question]:
-    if config.input is None:
-        if config.text is None or config.text_pair is None:
-            raise UserError("the model answers questions: give --question and --context, or --input")
-        return [Question(COMMAND_LINE, "1", config.text_pair, config.text)]
-    return read_questions(config.input, labelled=False).questions
-
-
-def _span_options(finetuned: FinetunedModel, threshold: float | None) -> tuple[SpanOptions, bool]:
-    """How fine-tuning decoded, or the usual way; and whether there may be no answer."""
-    stored = finetuned.results.get("question_answering") or {}
-    try:
-        options = SpanOptions(**stored.get("options", {}))
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"results.json of the model has another question_answering than is known ({error})") from error
-    if threshold is not None:
-        options = replace(options, no_answer_threshold=threshold)
-    return options, threshold is not None or bool(stored.get("may_be_unanswerable"))
+def _check_output(output: Path, given: Path | None) -> None:
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {str(output)!r} is a folder or lies in none: give a file in a folder")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {str(output)!r} is a device or a pipe: give a file")
+    if given is not None and output.resolve() == given.resolve():
+        raise UserError(f"--output {str(output)!r} is the input: give another file")

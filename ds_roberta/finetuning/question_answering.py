@@ -1,104 +1,378 @@
-"""Extractive question answering: the span of a context that answers a question, or none."""
+"""Extractive question answering: the span of a context that answers a question, or none.
+
+A context becomes windows of token ids, an answer their labels; the windows' logits lead back to spans of the text.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import partial
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch.nn import functional
 
 from ds_roberta.distributed import logger
-from ds_roberta.finetuning.labelled_tables import read_splits, read_table
-from ds_roberta.finetuning.spans import SpanOptions, cut_questions, decode_all, make_windows, span_labels
-from ds_roberta.finetuning.squad import Question, QuestionSet, read_squad, table_questions
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.labelled_tables import Table, read_splits, read_table
+from ds_roberta.finetuning.squad import Question, read_squad, table_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
-from ds_roberta.finetuning.task import Encoded, Task
+from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, one_line
+from ds_roberta.options import Settings, must_be, option, require_positive
 
-TABLES = (".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet")
+MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
 
 
-def question_answering(data: tuple[str, ...], options: SpanOptions) -> Task:
+@dataclass(frozen=True)
+class SpanOptions(Settings):
+    """Question answering; the defaults are those of BERT's run_squad.py.
+
+    Attributes:
+        n_best_size: candidates for the answer to a question.
     """
-    Raises:
-        UserError: as `read_splits`, `read_squad` and `table_questions`.
-    """
-    splits = read_splits(data, suffixes=(".json", *TABLES), read=read_questions, of_table=table_questions)
-    with_null = any(questions.may_be_unanswerable for questions in splits.values())
-    return Task(
-        model=transformers.RobertaForQuestionAnswering,
-        head={},
-        splits=splits,
-        encode=partial(_encode, options=options, with_null=with_null),
-        loss=batch_loss,
-        collator=transformers.DataCollatorWithPadding,
-        metrics=("f1", "exact", "best_f1", "best_exact") if with_null else ("f1", "exact_match"),
-        results={"question_answering": {"may_be_unanswerable": with_null, "options": asdict(options)}},
+
+    doc_stride: int = option(
+        "tokens between the beginnings of a context's windows, at most half a window", 128, check=require_positive
     )
+    max_answer_length: int = option("in tokens", 30, check=require_positive)
+    no_answer_threshold: float = option(
+        "if contexts need not have an answer: the probability of no answer, against the best span, above which there "
+        "is none",
+        0.5,
+        check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
+    )
+    n_best_size: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("n_best_size", self.n_best_size)
 
 
-def read_questions(path: Path, *, labelled: bool = True) -> QuestionSet:
-    """SQuAD's JSON from `.json`, rows from `.jsonl` and `.parquet`.
+@dataclass(frozen=True)
+class Window:
+    """A question with a piece of its context: `<s> question </s></s> piece </s>`.
+
+    Attributes:
+        question: the question's index.
+        first: position of the piece's first token in `input_ids`.
+        offsets: each of the piece's tokens as [start, end) in the context's characters, without white space around
+            it; a token of white space alone is empty.
+    """
+
+    question: int
+    input_ids: list[int]
+    first: int
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of the context; `score` is the sum of the logits of its first and last token."""
+
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the logits say about one question.
+
+    Attributes:
+        spans: the best spans, which do not overlap, the best first; empty where the context has no words.
+        null_score: the lowest sum of the logits at `<s>` among the windows: "no answer" must hold in all of them.
+    """
+
+    spans: tuple[Span, ...]
+    null_score: float
+
+    @property
+    def null_probability(self) -> float:
+        """Of the null answer against the best span."""
+        if not self.spans:
+            return 1.0
+        difference = min(max(self.spans[0].score - self.null_score, -700.0), 700.0)  # within exp's range
+        return 1 / (1 + math.exp(difference))
+
+    def probabilities(self, with_null: bool) -> list[float]:
+        """Each span's share among the spans, and the null answer where it is allowed."""
+        scores = [span.score for span in self.spans] + [self.null_score] * with_null
+        if not scores:
+            return []
+        powers = np.exp(np.array(scores) - max(scores))
+        return [float(power) for power in (powers / powers.sum())[: len(self.spans)]]
+
+
+class QuestionAnswering(Task):
+    """The span of a context that answers a question.
+
+    Attributes:
+        with_null: whether "no answer" is an answer.
+    """
+
+    name = "question-answering"
+    model_class = transformers.RobertaForQuestionAnswering
+    options_class = SpanOptions
+
+    def __init__(self, with_null: bool, options: SpanOptions):
+        self.with_null, self.options = with_null, options
+        self.head = {}
+        self.results = {"question_answering": {"may_be_unanswerable": with_null, "options": asdict(options)}}
+        self.metric_names = ("f1", "exact", "best_f1", "best_exact") if with_null else ("f1", "exact_match")
+
+    @classmethod
+    def from_data(
+        cls, data: tuple[str, ...], options: SpanOptions
+    ) -> tuple[QuestionAnswering, dict[str, Sequence[Question]]]:
+        splits = read_splits(data, SUFFIXES, read_questions)
+        with_null = any(question.may_be_unanswerable for questions in splits.values() for question in questions)
+        return cls(with_null, options), splits
+
+    @classmethod
+    def from_model(
+        cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
+    ) -> QuestionAnswering:
+        """Answers are chosen as in fine-tuning; with a threshold given, "no answer" is an answer."""
+        stored = results.get("question_answering") or {}
+        try:
+            options = SpanOptions(**{**stored.get("options", {}), **cls.known_options(given)})
+        except (AttributeError, TypeError) as error:
+            raise UserError(f"{RESULTS} of the model has another question_answering than is known ({error})") from error
+        return cls("no_answer_threshold" in given or bool(stored.get("may_be_unanswerable")), options)
+
+    def read_inputs(self, path: Path) -> list[Question]:
+        return read_questions(path, labelled=False)
+
+    def make_input(self, text: str, text_pair: str | None) -> Question:
+        if text_pair is None:
+            raise UserError("the model answers questions: give --question and --context, or --input")
+        return Question(COMMAND_LINE, "1", text_pair, text)
+
+    def encode(
+        self, tokenizer: transformers.PreTrainedTokenizerBase, inputs: Sequence[Question], max_seq_length: int
+    ) -> Encoded:
+        cut = cut_questions(tokenizer, inputs, max_seq_length)
+        if cut:
+            logger.warning(f"{len(cut)} of {len(inputs)} questions are cut as too long, first {inputs[cut[0]].place}")
+        windows = make_windows(tokenizer, inputs, max_seq_length, self.options.doc_stride)
+        features = [
+            {
+                "input_ids": window.input_ids,
+                "attention_mask": [1] * len(window.input_ids),
+                "labels": span_labels(window, inputs[window.question]),
+            }
+            for window in windows
+        ]
+        return Encoded(inputs, features, windows)
+
+    @staticmethod
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """
+        Args:
+            outputs: with `start_logits` and `end_logits`, (B, T).
+            labels: (B, 2), int64: the positions of an answer's first and last token.
+        """
+        logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1).float()
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        decoded = self._decode(encoded, logits)
+        golds = [question.answers for question in encoded.inputs]
+        answers = [
+            question.context[found.spans[0].start : found.spans[0].end] if found.spans else ""
+            for question, found in zip(encoded.inputs, decoded, strict=True)
+        ]
+        if not self.with_null:
+            return squad_v1_metrics(golds, answers)
+        null_probabilities = [found.null_probability for found in decoded]
+        return squad_v2_metrics(golds, answers, null_probabilities, self.options.no_answer_threshold)
+
+    def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
+        decoded = self._decode(encoded, logits)
+        return [self._answer(question, found) for question, found in zip(encoded.inputs, decoded, strict=True)]
+
+    def _decode(self, encoded: Encoded, logits: Any) -> list[Decoded]:
+        starts, ends = logits
+        return decode_all(encoded.windows, starts, ends, len(encoded.inputs), self.options)
+
+    def _answer(self, question: Question, decoded: Decoded) -> Answer:
+        candidates = [
+            {"text": question.context[span.start : span.end], "start": span.start, "end": span.end, "score": score}
+            for span, score in zip(decoded.spans, decoded.probabilities(self.with_null), strict=True)
+        ]
+        no_answer = decoded.null_probability
+        unanswered = not candidates or (self.with_null and no_answer > self.options.no_answer_threshold)
+        best = {"text": "", "start": None, "end": None, "score": no_answer} if unanswered else candidates[0]
+        row = {"id": question.id, "question": question.question, "answer": best["text"]}
+        row |= {key: best[key] for key in ("start", "end", "score")}
+        if self.with_null:
+            row |= {"no_answer_probability": no_answer, "best_answer": candidates[0]["text"] if candidates else ""}
+        place = f"{best['text']!r} (characters {best['start']} to {best['end']})"
+        line = f"  {'no answer' if unanswered else place} {best['score']:.4f}"
+        return Answer([f"{question.id}: {one_line(question.question)}", line], {**row, "candidates": candidates})
+
+
+def read_questions(source: Path | Table, *, labelled: bool = True) -> list[Question]:
+    """SQuAD's JSON from `.json`, rows from other files and tables.
 
     Raises:
         UserError: as `read_squad`, `read_table` and `table_questions`.
     """
-    if path.suffix == ".json":
-        return read_squad(path, labelled=labelled)
-    return table_questions(read_table(path), labelled=labelled)
+    if isinstance(source, Path) and source.suffix == ".json":
+        return read_squad(source, labelled=labelled)
+    return table_questions(read_table(source), labelled=labelled)
 
 
-def batch_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """The summed cross entropy of beginnings and ends over their number in the whole batch, all its micro-batches
-    together.
+def make_windows(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_seq_length: int,
+    doc_stride: int,
+) -> list[Window]:
+    """Windows over each question's context, in order.
 
-    Args:
-        outputs: with `start_logits` and `end_logits`, (B, T).
-        labels: (B, 2), int64: the positions of an answer's first and last token.
-        num_items_in_batch: the number of labels, two a sequence; None stands for these sequences alone.
+    Raises:
+        UserError: a question leaves no room for its context.
     """
-    logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1).float()
-    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+    asked = _encode(tokenizer, [question.question.strip() for question in questions])
+    contexts = _encode(tokenizer, [question.context for question in questions])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    windows = []
+    for index, (question, (question_ids, _), (ids, offsets)) in enumerate(zip(questions, asked, contexts, strict=True)):
+        head = [bos, *question_ids[: question_room(max_seq_length)], eos, eos]
+        room = max_seq_length - len(head) - 1
+        if room < 1:
+            raise UserError(
+                f"{question.place}: {max_seq_length} tokens have no room for the context behind the question: raise "
+                "--max_seq_length"
+            )
+        words = [_without_space(question.context, *offset) for offset in offsets]
+        for start in window_starts(len(ids), room, doc_stride):
+            piece = slice(start, start + room)
+            windows.append(Window(index, [*head, *ids[piece], eos], len(head), words[piece]))
+    return windows
+
+
+def question_room(max_seq_length: int) -> int:
+    """The most tokens of a question; what is behind them is cut off."""
+    return min(MAX_QUESTION_TOKENS, max_seq_length // 2)
+
+
+def cut_questions(
+    tokenizer: transformers.PreTrainedTokenizerBase, questions: Sequence[Question], max_seq_length: int
+) -> list[int]:
+    """The indices of the questions that are longer than `question_room`."""
+    asked = _encode(tokenizer, [question.question.strip() for question in questions])
+    return [index for index, (ids, _) in enumerate(asked) if len(ids) > question_room(max_seq_length)]
+
+
+def window_starts(tokens: int, room: int, doc_stride: int) -> list[int]:
+    """Where windows of `room` tokens begin: at multiples of the stride, until one reaches the end."""
+    stride = min(doc_stride, max(room // 2, 1))
+    return [0, *range(stride, tokens - room + stride, stride)] if tokens > room else [0]
+
+
+def span_labels(window: Window, question: Question) -> tuple[int, int]:
+    """Positions of the first and last token of the question's first answer; (0, 0), which is `<s>`, where the window
+    does not hold all of it."""
+    if question.start is None:
+        return 0, 0
+    start, end = _without_space(question.context, question.start, question.start + len(question.answers[0]))
+    inside = [
+        place for place, (begin, stop) in enumerate(window.offsets) if begin < stop and begin < end and stop > start
+    ]
+    if not inside or window.offsets[inside[0]][0] > start or window.offsets[inside[-1]][1] < end:
+        return 0, 0
+    return window.first + inside[0], window.first + inside[-1]
+
+
+def decode_all(
+    windows: Sequence[Window],
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    questions: int,
+    options: SpanOptions,
+) -> list[Decoded]:
+    """Each question's `decode`."""
+    of_question: list[list[int]] = [[] for _ in range(questions)]
+    for index, window in enumerate(windows):
+        of_question[window.question].append(index)
+    return [
+        decode(
+            [windows[index] for index in indices],
+            [start_logits[index] for index in indices],
+            [end_logits[index] for index in indices],
+            options,
+        )
+        for indices in of_question
+    ]
+
+
+def decode(
+    windows: Sequence[Window],
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    options: SpanOptions,
+) -> Decoded:
+    """The best spans of one question from its windows' logits, each of (T,), T at least the window's length."""
+    null_score = math.inf
+    found: list[Span] = []
+    for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
+        null_score = min(null_score, float(starts[0]) + float(ends[0]))
+        piece = slice(window.first, window.first + len(window.offsets))
+        found += _best_of_window(window, starts[piece], ends[piece], options)
+    chosen: list[Span] = []
+    for span in sorted(found, key=lambda span: (-span.score, span.start, span.end)):
+        apart = all(span.end <= other.start or span.start >= other.end for other in chosen)
+        if apart and len(chosen) < options.n_best_size:
+            chosen.append(span)
+    return Decoded(tuple(chosen), null_score)
+
+
+def _best_of_window(window: Window, starts: np.ndarray, ends: np.ndarray, options: SpanOptions) -> list[Span]:
+    """The window's best spans, which do not overlap: the best, the best beside it, and so on."""
+    tokens = len(window.offsets)
+    places = np.arange(tokens)
+    empty = np.array([begin == stop for begin, stop in window.offsets], dtype=bool)
+    starts = np.where(empty, -np.inf, starts.astype(np.float64))
+    ends = np.where(empty, -np.inf, ends.astype(np.float64))
+    longest = min(options.max_answer_length, tokens)
+    last = places[:, None] + np.arange(longest)  # (tokens, length - 1)
+    scores = np.where(last < tokens, starts[:, None] + ends[np.minimum(last, tokens - 1)], -np.inf)
+    spans: list[Span] = []
+    while len(spans) < options.n_best_size and scores.size:
+        first, more = np.unravel_index(scores.argmax(), scores.shape)
+        score = float(scores[first, more])
+        if score == -math.inf:
+            break
+        spans.append(Span(window.offsets[first][0], window.offsets[first + more][1], score))
+        scores[(places[:, None] <= first + more) & (last >= first)] = -np.inf
+    return spans
 
 
 def _encode(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    question_set: QuestionSet,
-    max_seq_length: int,
-    options: SpanOptions,
-    with_null: bool,
-) -> Encoded:
-    questions: list[Question] = question_set.questions
-    cut = cut_questions(tokenizer, questions, max_seq_length)
-    if cut:
-        logger.warning(f"{len(cut)} of {len(questions)} questions are cut as too long, first {questions[cut[0]].place}")
-    windows = make_windows(tokenizer, questions, max_seq_length, options.doc_stride)
-    features = [
-        {
-            "input_ids": window.input_ids,
-            "attention_mask": [1] * len(window.input_ids),
-            "labels": span_labels(window, questions[window.question]),
-        }
-        for window in windows
-    ]
-    golds = [question.answers for question in questions]
+    tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Each text's ids and offsets, without special tokens and without a limit."""
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        split_special_tokens=True,
+        verbose=False,
+    )
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
-    def measure(logits: Any) -> dict[str, Any]:
-        start_logits, end_logits = logits
-        decoded = decode_all(windows, start_logits, end_logits, len(questions), options)
-        answers = [
-            question.context[found.spans[0].start : found.spans[0].end] if found.spans else ""
-            for question, found in zip(questions, decoded, strict=True)
-        ]
-        if not with_null:
-            return squad_v1_metrics(golds, answers)
-        null_probabilities = [found.null_probability for found in decoded]
-        return squad_v2_metrics(golds, answers, null_probabilities, options.no_answer_threshold)
 
-    return Encoded(features, len(questions), measure)
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """[start, end) without white space at its borders: a token of RoBERTa's begins with the space before the word."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())

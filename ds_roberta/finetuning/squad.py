@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ COLUMNS = ("question", "context", "answers")
 class Question:
     """
     Attributes:
-        place: where it stands, for messages.
+        place: in its file, for messages.
         id: as in the file, else the row's number; unique in it.
-        answers: the gold answers' texts; none where the context does not answer it, or where the file does not say.
-        start: where the first answer begins in `context`, in characters; None where there is none.
+        answers: the gold answers' texts; none if the context does not answer it, or if the file does not say.
+        start: where the first answer begins in `context`, in characters; None if there is none.
+        may_be_unanswerable: whether its file is of SQuAD 2.0's kind: a context need not answer its question.
     """
 
     place: str
@@ -31,41 +32,30 @@ class Question:
     context: str
     answers: tuple[str, ...] = ()
     start: int | None = None
+    may_be_unanswerable: bool = False
 
 
-@dataclass(frozen=True)
-class QuestionSet:
-    """
-    Attributes:
-        may_be_unanswerable: whether the file is of SQuAD 2.0's kind: a context need not answer its question.
-    """
-
-    name: str
-    questions: list[Question]
-    may_be_unanswerable: bool
-
-
-def read_squad(path: Path, *, labelled: bool = True) -> QuestionSet:
+def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
     """Read SQuAD's JSON.
 
     Args:
-        labelled: whether each question must have an answer or be marked as without one. If not, answers are passed
-            over.
+        labelled: whether each question must have an answer or be marked as without one. If not, answers are
+            ignored.
 
     Raises:
-        UserError: the file cannot be read, is not of SQuAD's form, has no question or one id twice, or answers do not
-            stand at their `answer_start`.
+        UserError: the file cannot be read, is not of SQuAD's form, has no question or one id twice, or an answer is
+            not at its `answer_start`.
     """
     try:
         content = orjson.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): give another file") from error
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): choose another file") from error
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{str(path)!r} is not JSON ({error}): give a file in SQuAD's format") from error
     return parse_squad(str(path), content, labelled=labelled)
 
 
-def parse_squad(name: str, content: Any, *, labelled: bool = True) -> QuestionSet:
+def parse_squad(name: str, content: Any, *, labelled: bool = True) -> list[Question]:
     """The questions of a SQuAD file's parsed content; `name` is the file's, for messages. See `read_squad`."""
     entries = list(_entries(name, content))
     version = str(content.get("version", ""))
@@ -74,13 +64,13 @@ def parse_squad(name: str, content: Any, *, labelled: bool = True) -> QuestionSe
     for place, context, entry in entries:
         answers = _answers(place, context, entry, _list(place, entry, "answers"), second) if labelled else []
         questions.append(_question(place, _identifier(place, entry.get("id")), context, entry, answers))
-    return _question_set(name, questions, second)
+    return _checked(name, questions, second)
 
 
-def table_questions(table: Table, *, labelled: bool = True) -> QuestionSet:
-    """The questions of rows with `question`, `context` and, where there is one, `id`. A row's `answers` are as
-    `datasets` has SQuAD's, `{"text": [...], "answer_start": [...]}`, or as SQuAD's file; without any the context does
-    not answer the question.
+def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
+    """The questions of rows with `question`, `context` and, optionally, `id`. A row's `answers` are as
+    `datasets` has SQuAD's, `{"text": [...], "answer_start": [...]}`, or as SQuAD's file; a row without any is a
+    question that its context does not answer.
 
     Raises:
         UserError: as `read_squad`, or a column is missing.
@@ -88,8 +78,8 @@ def table_questions(table: Table, *, labelled: bool = True) -> QuestionSet:
     for column in COLUMNS if labelled else COLUMNS[:2]:
         if column not in table.columns:
             raise UserError(
-                f"{table.name} has no column {column!r}, but {', '.join(map(repr, table.columns))}: rename the one "
-                "that it is"
+                f"{table.name} has no column {column!r}, but {', '.join(map(repr, table.columns))}: rename "
+                "the one that has it"
             )
     questions = []
     for index, row in enumerate(table.rows):
@@ -100,12 +90,12 @@ def table_questions(table: Table, *, labelled: bool = True) -> QuestionSet:
             if isinstance(given, dict):
                 texts, starts = _list(place, given, "text"), _list(place, given, "answer_start")
                 if len(texts) != len(starts):
-                    raise UserError(f"{place}: {len(texts)} texts but {len(starts)} answer_start: mend the row")
+                    raise UserError(f"{place}: {len(texts)} texts but {len(starts)} answer_start: fix the row")
                 given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
             answers = _answers(place, _text(place, row, "context"), row, given, True)
         identifier = _identifier(place, row.get("id", table.numbers[index]))
         questions.append(_question(place, identifier, _text(place, row, "context"), row, answers))
-    return _question_set(table.name, questions, labelled and any(not question.answers for question in questions))
+    return _checked(table.name, questions, labelled and any(not question.answers for question in questions))
 
 
 def _entries(name: str, content: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -133,45 +123,46 @@ def _question(
 
 
 def _answers(place: str, context: str, entry: dict[str, Any], given: Any, may_be_none: bool) -> list[tuple[str, int]]:
-    """Texts and starts; none where the context does not answer the question."""
+    """Texts and starts; none if the context does not answer the question."""
     if not isinstance(given, list):
         raise UserError(f"{place}: 'answers' is {given!r}, not a list: give a file in SQuAD's format")
     if given and entry.get("is_impossible"):
         raise UserError(f"{place} has answers and is_impossible: remove one of them")
     if not given and not (entry.get("is_impossible") or may_be_none):
-        raise UserError(f'{place} has no answers: give one, or say "is_impossible": true')
+        raise UserError(f'{place} has no answers: give one, or set "is_impossible": true')
     answers = []
     for answer in given:
         text, start = _text(place, answer, "text"), answer.get("answer_start")
         if not isinstance(start, int) or isinstance(start, bool):
-            raise UserError(f"{place}: an answer_start is {start!r}, not a whole number: mend it")
+            raise UserError(f"{place}: an answer_start is {start!r}, not a whole number: fix it")
         if start < 0 or start + len(text) > len(context):
             raise UserError(
-                f"{place}: the answer {text!r} at answer_start {start} reaches out of its context of {len(context)} "
-                "characters: mend or remove it"
+                f"{place}: the answer {text!r} at answer_start {start} reaches beyond its context of {len(context)} "
+                "characters: fix or remove it"
             )
         if context[start : start + len(text)] != text:
             raise UserError(
-                f"{place}: the answer {text!r} does not stand at answer_start {start}, but "
-                f"{context[start : start + len(text)]!r}: mend or remove it"
+                f"{place}: the answer {text!r} is not at answer_start {start}, which has "
+                f"{context[start : start + len(text)]!r}: fix or remove it"
             )
         answers.append((text, start))
     return answers
 
 
-def _question_set(name: str, questions: list[Question], may_be_unanswerable: bool) -> QuestionSet:
+def _checked(name: str, questions: list[Question], may_be_unanswerable: bool) -> list[Question]:
+    """The questions, which are marked with their file's kind.
+
+    Raises:
+        UserError: there are none, or two have the same id.
+    """
     if not questions:
         raise UserError(f"{name!r} has no questions: give a file with some")
-    _check_ids(questions)
-    return QuestionSet(name, questions, may_be_unanswerable)
-
-
-def _check_ids(questions: Iterable[Question]) -> None:
-    seen: dict[str, Question] = {}
+    seen = set()
     for question in questions:
         if question.id in seen:
-            raise UserError(f"{question.place}: the id {question.id!r} stands in the file twice: give each its own")
-        seen[question.id] = question
+            raise UserError(f"{question.place}: the id {question.id!r} occurs twice in the file: give each its own")
+        seen.add(question.id)
+    return [replace(question, may_be_unanswerable=may_be_unanswerable) for question in questions]
 
 
 def _identifier(place: str, value: Any) -> str:
@@ -190,5 +181,5 @@ def _list(place: str, parent: Any, key: str) -> list[Any]:
 def _text(place: str, parent: Any, key: str) -> str:
     value = parent.get(key) if isinstance(parent, dict) else None
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{place}: {key!r} is {value!r}, not a text: mend or remove it")
+        raise UserError(f"{place}: {key!r} is {value!r}, not a text: fix or remove it")
     return value

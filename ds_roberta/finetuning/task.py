@@ -1,65 +1,181 @@
-"""What a kind of fine-tuning adds to what all share."""
+"""A kind of fine-tuning: what it adds to what all kinds share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
 
-NO_LABEL = -100  # which Trainer does not count and torch's cross entropy leaves out
-Features = list[dict[str, Any]]  # `input_ids`, `attention_mask` and `labels` of each sequence
-Loss = Callable[[Any, torch.Tensor, Any], torch.Tensor]
-Measure = Callable[[Any], dict[str, Any]]
+from ds_roberta.options import Settings
+
+RESULTS = "results.json"
+NO_LABEL = -100  # Trainer does not count it, and torch's cross entropy ignores it
+SHORTEST = 8  # tokens that a sequence must have room for
+COMMAND_LINE = "the command line"  # the place of a single text, for messages
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A split as the model takes it.
+    """Inputs as the model takes them.
 
     Attributes:
-        examples: their number; an example may have several features.
-        measure: from the model's outputs for all features, in order and padded, to the metrics, by name.
+        features: `input_ids`, `attention_mask` and, if the inputs have labels, `labels` of each sequence.
+        windows: for each feature, the part of an input that it holds; empty if every input is one feature.
     """
 
-    features: Features
-    examples: int
-    measure: Measure
+    inputs: Sequence[Any]
+    features: list[dict[str, Any]]
+    windows: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
-class Task:
+class Answer:
     """
     Attributes:
-        model: the transformers class, an encoder with the task's head.
-        head: the head's values in the model's configuration.
-        splits: each split's examples.
-        encode: from a split's examples to features and their measure; with the tokenizer and the length in tokens.
-        loss: of (outputs, labels, num_items_in_batch): the sum over labels of the sequences, over the number of labels
-            in the whole batch, all its micro-batches together.
-        collator: makes a batch of features, from the tokenizer.
-        metrics: the names of those that may choose; the first does, unless another is named.
-        add_prefix_space: with which the model's tokenizer is opened, and saved; None: with its own.
-        results: what `results.json` says besides.
+        lines: for people.
+        row: for programs.
     """
 
-    model: type[transformers.PreTrainedModel]
+    lines: list[str]
+    row: dict[str, Any]
+
+
+class Task(ABC):
+    """A task, made by `from_data` for fine-tuning or by `from_model` for predictions. To add one, write a subclass and
+    list it in `TASKS`.
+
+    Attributes:
+        name: the value of `--task`.
+        model_class: an encoder with the task's head.
+        options_class: the task's own options.
+        collator: makes a batch of features; called with the tokenizer.
+        add_prefix_space: how the model's tokenizer is opened and saved; None: as it is.
+        metric_names: those that may choose the best epoch and run; the first is the default.
+        head: the head's values in the model's configuration.
+        results: the task's own entries in `results.json`.
+    """
+
+    name: ClassVar[str]
+    model_class: ClassVar[type[transformers.PreTrainedModel]]
+    options_class: ClassVar[type[Settings]]
+    collator: ClassVar[Any] = transformers.DataCollatorWithPadding
+    add_prefix_space: ClassVar[bool | None] = None
+
+    metric_names: tuple[str, ...]
     head: dict[str, Any]
-    splits: dict[str, Any]
-    encode: Callable[[transformers.PreTrainedTokenizerBase, Any, int], Encoded]
-    loss: Loss
-    collator: Callable[[transformers.PreTrainedTokenizerBase], Any]
-    metrics: tuple[str, ...]
-    add_prefix_space: bool | None = None
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def from_data(cls, data: tuple[str, ...], options: Any) -> tuple[Task, dict[str, Sequence[Any]]]:
+        """The task that labelled files define, and the inputs of each split.
+
+        Args:
+            data: see `labelled_tables.read_splits`.
+            options: of `options_class`.
+
+        Raises:
+            UserError: a file cannot be read, or a row is wrong.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_model(cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]) -> Task:
+        """The task of a fine-tuned model.
+
+        Args:
+            results: what fine-tuning wrote to `results.json`; empty for a folder of another origin.
+            given: the options that were given for these predictions, by name; see `known_options`.
+        """
+
+    @classmethod
+    def fits(cls, config: transformers.RobertaConfig) -> bool:
+        """Whether a model with this configuration is one of this task."""
+        return (config.architectures or [""])[0] == cls.model_class.__name__
+
+    @classmethod
+    def known_options(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Those of the given options that the task has."""
+        names = {each.name for each in fields(cls.options_class)}
+        return {name: value for name, value in given.items() if name in names}
+
+    @abstractmethod
+    def read_inputs(self, path: Path) -> Sequence[Any]:
+        """The inputs of a file to predict; labels are ignored.
+
+        Raises:
+            UserError: the file cannot be read, or a row is wrong.
+        """
+
+    @abstractmethod
+    def make_input(self, text: str, text_pair: str | None) -> Any:
+        """The input that the command line gives.
+
+        Raises:
+            UserError: the task cannot use it.
+        """
+
+    @abstractmethod
+    def encode(
+        self, tokenizer: transformers.PreTrainedTokenizerBase, inputs: Sequence[Any], max_seq_length: int
+    ) -> Encoded:
+        """
+        Args:
+            max_seq_length: in tokens, the special ones included.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """The loss summed over these labels, divided by the number of labels in the whole batch with all its
+        micro-batches.
+
+        RoBERTa's own loss in transformers is the mean of a micro-batch whatever Trainer tells it, and Trainer (5.23)
+        assumes that it is normalized: loss and gradient would grow with `gradient_accumulation_steps`.
+
+        Args:
+            outputs: the model's, by name.
+            num_items_in_batch: None: the number of these labels.
+        """
+
+    @abstractmethod
+    def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        """The metrics of labelled inputs by name.
+
+        Args:
+            logits: an array or a list with an entry for each feature, which may be padded: (labels,), or (T, labels)
+                for tokens. If the model has two outputs, as for the starts and ends of answers, a pair of these.
+        """
+
+    @abstractmethod
+    def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
+        """What the model says about each input; `logits` as in `metrics`."""
 
 
-def label_head(names: list[str]) -> dict[str, Any]:
+def label_head(names: Sequence[str]) -> dict[str, Any]:
     """The values of a head with these labels."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def label_names(config: transformers.RobertaConfig) -> list[str]:
+    """The labels of a model, by index."""
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,70 +1,197 @@
-"""Token classification: a tag for each word, which may mark entities."""
+"""Token classification: a tag for each word, which may mark entities.
+
+Words with tags become token ids in windows over their sentences, with a label at each word's first subword; logits of
+windows become those of words again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.entities import (
-    entity_metrics,
-    make_word_windows,
-    tag_metrics,
-    token_labels,
-    word_logits,
+from ds_roberta.finetuning.labelled_tables import Columns, Table, find_texts, read_splits, read_table
+from ds_roberta.finetuning.tagged_sentences import (
+    WORD_COLUMNS,
+    Sentence,
+    are_of_entities,
+    read_conll,
+    split_text,
+    table_sentences,
+    tag_names,
 )
-from ds_roberta.finetuning.examples import Columns
-from ds_roberta.finetuning.labelled_tables import read_splits, read_table
-from ds_roberta.finetuning.tagged_sentences import Sentence, are_of_entities, read_conll, table_sentences, tag_names
-from ds_roberta.finetuning.task import NO_LABEL, Encoded, Task, label_head
+from ds_roberta.finetuning.task import (
+    COMMAND_LINE,
+    NO_LABEL,
+    Answer,
+    Encoded,
+    Task,
+    label_head,
+    label_names,
+    one_line,
+    softmax,
+)
 
 TABLES = (".jsonl", ".parquet")
 COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")
 
 
-def token_classification(data: tuple[str, ...], columns: Columns) -> Task:
+@dataclass(frozen=True)
+class WordWindow:
+    """A piece of a sentence: `<s> piece </s>`.
+
+    Attributes:
+        sentence: the sentence's index.
+        words: indices of the words that are labelled here; each word is in exactly one window.
+        positions: position of each such word's first subword in `input_ids`.
     """
-    Raises:
-        UserError: as `read_splits`, `parse_conll` and `table_sentences`, or a type of entities, or a tag that marks
-            none, is not in the training sentences.
-    """
-    splits = read_splits(
-        data,
-        suffixes=(*COLUMN_FILES, *TABLES),
-        read=partial(read_sentences, columns=columns),
-        of_table=lambda table: table_sentences(table, columns.text, columns.label),
-    )
-    names = tag_names(splits["train"])
-    if len(names) < 2:
-        raise UserError(
-            f"the training sentences have only the tag {names[0]!r}: token classification needs two at least"
+
+    sentence: int
+    input_ids: list[int]
+    words: list[int]
+    positions: list[int]
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Words [start, end) of a sentence; `score` is the mean probability of their tags."""
+
+    type: str
+    start: int
+    end: int
+    score: float
+
+
+class TokenClassification(Task):
+    """A tag for each word, one of `names`."""
+
+    name = "token-classification"
+    model_class = transformers.RobertaForTokenClassification
+    options_class = Columns
+    collator = transformers.DataCollatorForTokenClassification
+    add_prefix_space = True  # so that whole texts begin with a word as in fine-tuning
+
+    def __init__(self, names: list[str], options: Columns):
+        self.names, self.options = names, options
+        self.of_entities = are_of_entities(names)
+        self.head = label_head(names)
+        self.results = {"label_names": names}
+        self.metric_names = ("f1", "precision", "recall", "accuracy") if self.of_entities else ("accuracy", "macro_f1")
+
+    @classmethod
+    def from_data(
+        cls, data: tuple[str, ...], options: Columns
+    ) -> tuple[TokenClassification, dict[str, Sequence[Sentence]]]:
+        """
+        Raises:
+            UserError: as `read_splits`, `parse_conll` and `table_sentences`, or a type of entities, or a tag that marks
+                none, is not in the training sentences.
+        """
+        splits = read_splits(data, (*COLUMN_FILES, *TABLES), partial(read_sentences, columns=options))
+        names = tag_names(splits["train"])
+        if len(names) < 2:
+            raise UserError(
+                f"the training sentences have only the tag {names[0]!r}: token classification needs at least two"
+            )
+        for split, sentences in splits.items():
+            _check_tags(split, sentences, names)
+        return cls(names, options), splits
+
+    @classmethod
+    def from_model(
+        cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
+    ) -> TokenClassification:
+        return cls(label_names(config), Columns(**cls.known_options(given)))
+
+    def read_inputs(self, path: Path) -> list[Sentence]:
+        return read_sentences(path, self.options, labelled=False)
+
+    def make_input(self, text: str, text_pair: str | None) -> Sentence:
+        return split_text(COMMAND_LINE, text)
+
+    def encode(
+        self, tokenizer: transformers.PreTrainedTokenizerBase, inputs: Sequence[Sentence], max_seq_length: int
+    ) -> Encoded:
+        windows = make_word_windows(tokenizer, inputs, max_seq_length)
+        features = [
+            {"input_ids": window.input_ids, "attention_mask": [1] * len(window.input_ids)} for window in windows
+        ]
+        if inputs[0].tags:
+            for feature, window in zip(features, windows, strict=True):
+                feature["labels"] = token_labels(window, inputs[window.sentence], self.names)
+        return Encoded(inputs, features, windows)
+
+    @staticmethod
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """
+        Args:
+            outputs: with `logits`, (B, T, tags).
+            labels: (B, T), int64, -100 at tokens without a label.
+        """
+        loss = functional.cross_entropy(
+            outputs["logits"].float().flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
         )
-    of_entities = are_of_entities(names)
-    for split, sentences in splits.items():
-        _check_tags(split, sentences, names)
-    return Task(
-        model=transformers.RobertaForTokenClassification,
-        head=label_head(names),
-        splits=splits,
-        encode=partial(_encode, names=names, measure=entity_metrics if of_entities else tag_metrics),
-        loss=batch_loss,
-        collator=transformers.DataCollatorForTokenClassification,
-        metrics=("f1", "precision", "recall", "accuracy") if of_entities else ("accuracy", "macro_f1"),
-        add_prefix_space=True,  # so that whole texts begin with a word as in fine-tuning
-        results={"label_names": names},
-    )
+        return loss / (labels.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        measure = entity_metrics if self.of_entities else tag_metrics
+        of_sentences = word_logits(encoded.windows, logits, len(encoded.inputs))
+        return measure(
+            [list(sentence.tags) for sentence in encoded.inputs],
+            [[self.names[tag] for tag in found.argmax(-1)] for found in of_sentences],
+        )
+
+    def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
+        """Entities with their texts and places: characters if there is a text, else words. If the model's tags do not
+        mark entities, each word's tag."""
+        answers = []
+        of_sentences = word_logits(encoded.windows, logits, len(encoded.inputs))
+        for sentence, of_words in zip(encoded.inputs, of_sentences, strict=True):
+            tags = [self.names[index] for index in of_words.argmax(-1)]
+            scores = softmax(of_words).max(-1)
+            asked = {} if sentence.text is None else {"text": sentence.text}
+            if self.of_entities:
+                entities = [_entity(sentence, entity) for entity in find_entities(tags, scores)]
+                lines = [f"  {each['type']}: {each['text']!r} {_place(each)} {each['score']:.4f}" for each in entities]
+                found: dict[str, Any] = {"entities": entities}
+            else:
+                lines = ["  " + " ".join(f"{word}/{tag}" for word, tag in zip(sentence.words, tags, strict=True))]
+                found = {"scores": scores.tolist()}
+            heading = one_line(sentence.text or " ".join(sentence.words))
+            row = {**asked, "words": sentence.words, "tags": tags, **found}
+            answers.append(Answer([heading, *(lines or ["  no entities"])], row))
+        return answers
+
+
+def read_sentences(source: Path | Table, columns: Columns, *, labelled: bool = True) -> list[Sentence]:
+    """From `.jsonl`, `.parquet` and what `datasets` saved rows of lists; from other files CoNLL's columns.
+
+    Args:
+        labelled: whether words must have tags. If not, rows may also have texts instead of lists of words.
+    """
+    if isinstance(source, Path) and source.suffix not in TABLES:
+        return read_conll(source, labelled=labelled)
+    table = read_table(source)
+    if not labelled:
+        column = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
+        if column is None or not any(isinstance(row.get(column), list) for row in table.rows):
+            return [split_text(text.place, text.text) for text in find_texts(table, columns)]
+    return table_sentences(table, columns.text_column, columns.label_column, labelled=labelled)
 
 
 def _check_tags(split: str, sentences: list[Sentence], names: list[str]) -> None:
-    """Refuse a tag or an entity type that is not in training, which is another labelling; of a known type an unseen
-    tag, such as I- where all training entities are of one word, is missed and told."""
+    """Refuse a tag or an entity type that is not in training: it is another labelling. An unseen tag of a known type,
+    such as I- if all training entities have one word, cannot be predicted, of which the log warns."""
     of_entities = are_of_entities(names)
     kind = "entity type" if of_entities else "tag"
     types = {name.partition("-")[2] for name in names} if of_entities else set(names)
@@ -76,56 +203,152 @@ def _check_tags(split: str, sentences: list[Sentence], names: list[str]) -> None
             if type_ not in types:
                 problem = unknown_key_message(kind, type_, types - {""})
                 raise UserError(
-                    f"{sentence.place}: {problem}; no training sentence has it: mend its tags or remove the sentence"
+                    f"{sentence.place}: {problem}; no training sentence has it: fix its tags or remove the sentence"
                 )
     if unseen:
         tags = ", ".join(f"{tag} ({unseen[tag]})" for tag in sorted(unseen))
         logger.warning(f"{split} has tags that no training sentence has: {tags}; the model will miss them")
 
 
-def read_sentences(path: Path, columns: Columns) -> list[Sentence]:
-    """Rows of lists from `.jsonl` and `.parquet`, CoNLL's columns from other files."""
-    if path.suffix in TABLES:
-        return table_sentences(read_table(path), columns.text, columns.label)
-    return read_conll(path)
+def make_word_windows(
+    tokenizer: transformers.PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_seq_length: int
+) -> list[WordWindow]:
+    """Windows over each sentence, in order. Every word is encoded with a space before it, as RoBERTa's tokenizer does
+    with `add_prefix_space`; the end of a word that is longer than a window is cut off."""
+    room = max_seq_length - 2
+    distinct = sorted({word for sentence in sentences for word in sentence.words})
+    encoded = tokenizer(
+        [f" {word}" for word in distinct],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        split_special_tokens=True,
+        verbose=False,
+    )["input_ids"]
+    ids = {word: word_ids[:room] for word, word_ids in zip(distinct, encoded, strict=True)}
+    windows = []
+    for index, sentence in enumerate(sentences):
+        lengths = [len(ids[word]) for word in sentence.words]
+        for start, end, first, last in word_spans(lengths, room):
+            input_ids = [tokenizer.bos_token_id]
+            positions = []
+            for number in range(start, end):
+                if first <= number < last:
+                    positions.append(len(input_ids))
+                input_ids += ids[sentence.words[number]]
+            windows.append(WordWindow(index, [*input_ids, tokenizer.eos_token_id], list(range(first, last)), positions))
+    return windows
 
 
-def batch_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """The labelled words' summed cross entropy over their number in the whole batch, all its micro-batches together.
+def word_spans(lengths: Sequence[int], room: int) -> Iterator[tuple[int, int, int, int]]:
+    """Windows of at most `room` tokens over words of these lengths, each at most `room`; they overlap by up to half.
+
+    Yields:
+        start, end of the words in the window, and first, last (exclusive) of those that it labels: two windows share
+        the words that both have in halves, so that each word is seen with words on both sides.
+    """
+    start = first = 0
+    while True:
+        end, tokens = start, 0
+        while end < len(lengths) and (end == start or tokens + lengths[end] <= room):
+            tokens += lengths[end]
+            end += 1
+        if end == len(lengths):
+            yield start, end, first, end
+            return
+        following, shared = end, 0
+        most = min(room // 2, room - lengths[end])  # the next window holds one more word at least
+        while following - 1 > start and shared + lengths[following - 1] <= most:
+            following -= 1
+            shared += lengths[following]
+        last = (following + end + 1) // 2
+        yield start, end, first, last
+        start, first = following, last
+
+
+def token_labels(window: WordWindow, sentence: Sentence, names: Sequence[str]) -> list[int]:
+    """A label for each token: the tag's index at a labelled word's first subword, else -100; also where no training
+    sentence has the tag."""
+    indices = {name: index for index, name in enumerate(names)}
+    labels = [NO_LABEL] * len(window.input_ids)
+    for word, position in zip(window.words, window.positions, strict=True):
+        labels[position] = indices.get(sentence.tags[word], NO_LABEL)
+    return labels
+
+
+def word_logits(windows: Sequence[WordWindow], logits: Sequence[np.ndarray], sentences: int) -> list[np.ndarray]:
+    """Each sentence's logits, (words, tags), from its windows', each (T, tags)."""
+    found: list[list[np.ndarray]] = [[] for _ in range(sentences)]
+    for window, of_window in zip(windows, logits, strict=True):
+        found[window.sentence].append(of_window[window.positions])
+    return [np.concatenate(pieces) for pieces in found]
+
+
+def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
+    """seqeval's `precision`, `recall`, `f1` of whole entities, `accuracy` of tags, and `by_type`: the first three with
+    the number of gold entities (`support`) for each type."""
+    from seqeval.metrics.sequence_labeling import accuracy_score, get_entities, precision_recall_fscore_support
+
+    types = sorted({type_ for tags in (gold, predicted) for type_, _, _ in get_entities(tags)})
+    every = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+    by_type = precision_recall_fscore_support(gold, predicted, average=None, zero_division=0)
+    return {
+        **_measures(every),
+        "accuracy": float(accuracy_score(gold, predicted)),
+        "by_type": _by_name(types, by_type),
+    }
+
+
+def tag_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
+    """Of tags that do not mark entities: `accuracy`, `macro_f1`, and `by_tag`: precision, recall, F1 and the number of
+    words (`support`) of each that occurs in the one or the other, by scikit-learn."""
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+    words, found = list(chain.from_iterable(gold)), list(chain.from_iterable(predicted))
+    names = sorted({*words, *found})
+    by_tag = precision_recall_fscore_support(words, found, labels=names, average=None, zero_division=0)
+    return {
+        "accuracy": float(accuracy_score(words, found)),
+        "macro_f1": float(f1_score(words, found, average="macro", zero_division=0)),
+        "by_tag": _by_name(names, by_tag),
+    }
+
+
+def find_entities(tags: list[str], probabilities: np.ndarray) -> list[Entity]:
+    """seqeval's entities in a sentence's tags.
 
     Args:
-        outputs: with `logits`, (B, T, tags).
-        labels: (B, T), int64, -100 where there is no label.
-        num_items_in_batch: None stands for these sequences alone.
+        probabilities: (words,), of each tag.
     """
-    loss = functional.cross_entropy(
-        outputs["logits"].float().flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
-    )
-    return loss / (labels.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
+    from seqeval.metrics.sequence_labeling import get_entities
 
-
-def _encode(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    sentences: list[Sentence],
-    max_seq_length: int,
-    names: list[str],
-    measure: Callable[[list[list[str]], list[list[str]]], dict[str, Any]],
-) -> Encoded:
-    windows = make_word_windows(tokenizer, sentences, max_seq_length)
-    features = [
-        {
-            "input_ids": window.input_ids,
-            "attention_mask": [1] * len(window.input_ids),
-            "labels": token_labels(window, sentences[window.sentence], names),
-        }
-        for window in windows
+    return [
+        Entity(type_, start, last + 1, float(probabilities[start : last + 1].mean()))
+        for type_, start, last in get_entities(tags)
     ]
-    gold = [list(sentence.tags) for sentence in sentences]
 
-    def measure_logits(logits: Any) -> dict[str, Any]:
-        of_sentences = word_logits(windows, logits, len(sentences))
-        return measure(gold, [[names[tag] for tag in found.argmax(-1)] for found in of_sentences])
 
-    return Encoded(features, len(sentences), measure_logits)
+def _entity(sentence: Sentence, entity: Entity) -> dict[str, Any]:
+    if sentence.text is None:
+        words = sentence.words[entity.start : entity.end]
+        found = {"text": " ".join(words), "start_word": entity.start, "end_word": entity.end}
+    else:
+        start, end = sentence.offsets[entity.start][0], sentence.offsets[entity.end - 1][1]
+        found = {"text": sentence.text[start:end], "start": start, "end": end}
+    return {**found, "type": entity.type, "score": entity.score}
+
+
+def _place(entity: dict[str, Any]) -> str:
+    if "start_word" in entity:
+        return f"(words {entity['start_word']} to {entity['end_word']})"
+    return f"(characters {entity['start']} to {entity['end']})"
+
+
+def _by_name(names: list[str], measures: Sequence[Any]) -> dict[str, dict[str, float]]:
+    return {
+        name: {**_measures(of_name), "support": int(of_name[3])}
+        for name, of_name in zip(names, zip(*measures, strict=True), strict=True)
+    }
+
+
+def _measures(measures: Sequence[Any]) -> dict[str, float]:
+    return dict(zip(("precision", "recall", "f1"), map(float, measures[:3]), strict=True))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import transformers
 
-from ds_roberta.finetuning.entities import (
+from ds_roberta.finetuning.tagged_sentences import Sentence
+from ds_roberta.finetuning.token_classification import (
     entity_metrics,
     find_entities,
     make_word_windows,
@@ -12,7 +13,6 @@ from ds_roberta.finetuning.entities import (
     word_logits,
     word_spans,
 )
-from ds_roberta.finetuning.tagged_sentences import Sentence
 
 NAMES = ["O", "B-X", "I-X"]
 

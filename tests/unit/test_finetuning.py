@@ -16,12 +16,10 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.classification import batch_loss
-from ds_roberta.finetuning.examples import Columns
-from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, TASKS, FinetuneConfig, choose, finetune
-from ds_roberta.finetuning.metrics import classification_metrics, regression_metrics
+from ds_roberta.finetuning.classification import Classification, classification_metrics, regression_metrics
+from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, FinetuneConfig, choose, finetune
 from ds_roberta.finetuning.one_run import Recipe, Run, Setting
-from ds_roberta.finetuning.spans import SpanOptions
+from ds_roberta.finetuning.question_answering import SpanOptions
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Trainer's
@@ -52,13 +50,11 @@ def config(roberta_folder, data, tmp_path):
         task="classification",
         data=(str(data),),
         output_dir=tmp_path / "tuned",
-        columns=Columns(),
         settings=(Setting(1e-2, 16),),
         seeds=(0, 1),
         recipe=Recipe(num_train_epochs=3),
         metric=None,
         max_seq_length=None,
-        spans=SpanOptions(),
     )
 
 
@@ -127,7 +123,7 @@ def test_stops_within_epochs_behind_the_best_one_lose_no_step(config, monkeypatc
         for _ in range(5):
             monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(12))
             assert finetune(config) == STOPPED_EXIT_CODE
-    assert [f"goes on from step {step}" in caplog.text for step in (12, 24, 36, 48)] == [True] * 4
+    assert [f"continues from step {step}" in caplog.text for step in (12, 24, 36, 48)] == [True] * 4
 
 
 def test_a_part_of_the_runs_whose_weights_were_removed_is_trained_again(config, monkeypatch):
@@ -154,8 +150,8 @@ def test_an_output_within_the_data_does_not_change_the_plan(config, data, monkey
     with caplog.at_level("INFO"):
         for _ in range(2):
             assert finetune(config) == STOPPED_EXIT_CODE
-    assert "goes on from step 2" in caplog.text
-    assert "begins anew" not in caplog.text
+    assert "continues from step 2" in caplog.text
+    assert "starting from scratch" not in caplog.text
 
 
 def test_a_changed_plan_does_not_go_on_from_the_old_one(config, monkeypatch):
@@ -184,12 +180,12 @@ def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 2, 1, 1, 0, 2])
     whole = torch.nn.functional.cross_entropy(logits, labels)
-    parts = sum(batch_loss({"logits": logits[part]}, labels[part], 6) for part in (slice(4), slice(4, 6)))
+    parts = sum(Classification.loss({"logits": logits[part]}, labels[part], 6) for part in (slice(4), slice(4, 6)))
     torch.testing.assert_close(parts, whole)
-    torch.testing.assert_close(batch_loss({"logits": logits}, labels), whole)
+    torch.testing.assert_close(Classification.loss({"logits": logits}, labels), whole)
     numbers = torch.randn(6)
     torch.testing.assert_close(
-        batch_loss({"logits": logits[:, :1]}, numbers), torch.nn.functional.mse_loss(logits[:, 0], numbers)
+        Classification.loss({"logits": logits[:, :1]}, numbers), torch.nn.functional.mse_loss(logits[:, 0], numbers)
     )
 
 
@@ -224,9 +220,9 @@ def test_the_setting_with_the_best_median_is_chosen_and_its_best_run():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "pearson"}, "--metric pearson is not of these data"),
-        ({"seeds": (1, 1)}, "names a seed twice"),
-        ({"settings": (Setting(1e-3, 16), Setting(1e-3, 16))}, "names a value twice"),
+        ({"metric": "pearson"}, "--metric pearson does not exist for these data"),
+        ({"seeds": (1, 1)}, "has a seed twice"),
+        ({"settings": (Setting(1e-3, 16), Setting(1e-3, 16))}, "has a value twice"),
         ({"recipe": Recipe(gradient_accumulation_steps=3)}, "batch of 16 cannot be divided.*multiple of 3"),
         ({"max_seq_length": 63}, "--max_seq_length 63 is more than the model's 62 positions"),
         ({"max_seq_length": 7}, "--max_seq_length must be at least 8, got 7"),
@@ -247,12 +243,15 @@ def test_settings_that_cannot_be_are_refused(config, changes, message):
         (lambda: Recipe(num_train_epochs=0), "num_train_epochs must be"),
         (lambda: Recipe(weight_decay=float("nan")), "weight_decay must be 0 or a number above it, got nan"),
         (lambda: Recipe(warmup_ratio=6), "warmup_ratio must be between 0 and 1, got 6"),
-        (lambda: Recipe(bf16=True, fp16=True), "bf16 and fp16 are both asked for"),
+        (lambda: Recipe(bf16=True, fp16=True), "--bf16 and --fp16 are both given"),
         (lambda: SpanOptions(doc_stride=0), "doc_stride must be"),
         (lambda: SpanOptions(no_answer_threshold=2), "no_answer_threshold must be between 0 and 1, got 2"),
-        (lambda: FinetuneConfig(Path("m"), TASKS[0], ("d",), Path("o"), seeds=(2**32,)), "--seeds 4294967296 is not"),
+        (
+            lambda: FinetuneConfig(Path("m"), "regression", ("d",), Path("o"), seeds=(2**32,)),
+            "--seeds 4294967296 is not",
+        ),
         (lambda: FinetuneConfig(Path("m"), "tagging", ("d",), Path("o")), "--task must be one of .*, got 'tagging'"),
-        (lambda: FinetuneConfig(Path("m"), TASKS[0], ("d",), Path("o"), seeds=()), "one entry each at least"),
+        (lambda: FinetuneConfig(Path("m"), "regression", ("d",), Path("o"), seeds=()), "at least one entry each"),
     ],
 )
 def test_values_from_python_that_cannot_be_are_refused(make, message):
@@ -304,11 +303,11 @@ def test_folders_that_are_no_model_are_refused(config, tmp_path, damage, message
 def test_a_folder_with_something_else_is_not_replaced(config):
     config.output_dir.mkdir()
     (config.output_dir / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not empty and not a model that was fine-tuned"):
+    with pytest.raises(UserError, match="not empty and not just a model from an earlier fine-tuning"):
         finetune(config)
     for name in ("config.json", "results.json"):
         (config.output_dir / name).write_text("{}")
-    with pytest.raises(UserError, match="not empty and not a model that was fine-tuned"):
+    with pytest.raises(UserError, match="not empty and not just a model from an earlier fine-tuning"):
         finetune(config)
     assert (config.output_dir / "mine.txt").read_text() == "keep"
 
@@ -319,10 +318,10 @@ def test_a_deepspeed_json_is_read_before_the_work(config, tmp_path):
     zero3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero3}))
     for name, message in (
-        ("bad.json", "is no JSON object"),
+        ("bad.json", "is not a JSON object"),
         ("none.json", "cannot read --deepspeed_config"),
-        ("zero2.json", "settles optimizer, train_batch_size"),
-        ("zero3.json", "so that no model could be written"),
+        ("zero2.json", "sets optimizer, train_batch_size"),
+        ("zero3.json", "so no model could be written"),
     ):
         with pytest.raises(UserError, match=message):
             finetune(replace(config, deepspeed_config=tmp_path / name))

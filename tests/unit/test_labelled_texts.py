@@ -9,10 +9,9 @@ import pytest
 
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.classification import classification, regression
-from ds_roberta.finetuning.examples import Columns, Examples, Texts
-from ds_roberta.finetuning.model import encode
-from ds_roberta.finetuning.token_classification import token_classification
+from ds_roberta.finetuning.classification import Classification, Regression, encode_texts
+from ds_roberta.finetuning.labelled_tables import Columns, Text
+from ds_roberta.finetuning.token_classification import TokenClassification
 from ds_roberta.transformers_folder import open_tokenizer
 
 ROWS = [
@@ -21,8 +20,13 @@ ROWS = [
     {"sentence1": "tolimi", "sentence2": "karen", "label": "yes"},
 ]
 NUMBERS = [{**row, "label": number} for number, row in enumerate(ROWS)]
-TEXTS = Texts([row["sentence1"] for row in ROWS], [row["sentence2"] for row in ROWS], str)
-EXPECTED = Examples(TEXTS, [1, 0, 1])
+
+
+def examples(*labels):
+    return [Text("", row["sentence1"], row["sentence2"], label) for row, label in zip(ROWS, labels, strict=True)]
+
+
+EXPECTED = examples(1, 0, 1)
 
 
 def write(path, rows):
@@ -44,8 +48,8 @@ def write_splits(folder, rows, suffix=".jsonl", **others):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_examples(tmp_path, suffix):
-    task = classification(write_splits(tmp_path, ROWS, suffix), Columns())
-    assert task.splits == {"train": EXPECTED, "validation": EXPECTED}
+    task, splits = Classification.from_data(write_splits(tmp_path, ROWS, suffix), Columns())
+    assert splits == {"train": EXPECTED, "validation": EXPECTED}
     assert task.head["id2label"] == {0: "no", 1: "yes"}
 
 
@@ -59,8 +63,8 @@ def test_a_saved_data_set_with_named_classes_and_an_unlabelled_test(tmp_path):
     datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows, features=features) for split, rows in splits.items()}
     ).save_to_disk(tmp_path / "saved")
-    task = classification((str(tmp_path / "saved"),), Columns())
-    assert task.splits == {"train": EXPECTED, "validation": EXPECTED}
+    _task, splits = Classification.from_data((str(tmp_path / "saved"),), Columns())
+    assert splits == {"train": EXPECTED, "validation": EXPECTED}
 
 
 def test_a_list_of_classes_with_a_gap_is_told_with_its_row(tmp_path):
@@ -71,14 +75,14 @@ def test_a_list_of_classes_with_a_gap_is_told_with_its_row(tmp_path):
         {split: datasets.Dataset.from_list(of_split, features=features) for split, of_split in rows.items()}
     ).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="dev, row 1: 'tags' has None as its number 2"):
-        token_classification((str(tmp_path / "saved"),), Columns())
+        TokenClassification.from_data((str(tmp_path / "saved"),), Columns())
 
 
 def test_colas_files_have_no_header(tmp_path):
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("gj04\t1\t\tKato mira.\ngj04\t0\t*\tMira kato vor.\n")
-    examples = classification((str(tmp_path),), Columns()).splits["train"]
-    assert examples == Examples(Texts(["Kato mira.", "Mira kato vor."], None, str), [1, 0])
+    _, splits = Classification.from_data((str(tmp_path),), Columns())
+    assert splits["train"] == [Text("", "Kato mira.", None, 1), Text("", "Mira kato vor.", None, 0)]
 
 
 def test_mnlis_two_kinds_of_validation_and_its_unlabelled_tests(tmp_path):
@@ -89,21 +93,23 @@ def test_mnlis_two_kinds_of_validation_and_its_unlabelled_tests(tmp_path):
         write(tmp_path / f"{name}.tsv", rows)
     for kind in ("matched", "mismatched"):
         write(tmp_path / f"test_{kind}.tsv", unlabelled)
-    task = classification((str(tmp_path),), Columns())
-    assert task.splits == {
+    _task, splits = Classification.from_data((str(tmp_path),), Columns())
+    assert splits == {
         "train": EXPECTED,
         "validation": EXPECTED,
-        "validation_mismatched": Examples(TEXTS, [0, 0, 0]),
+        "validation_mismatched": examples(0, 0, 0),
     }
 
 
 def test_columns_can_be_named_and_numbers_stay_in_order(tmp_path):
     rows = [{"says": f"kato {number}", "stars": number} for number in (10, 9, 2)]
-    task = classification(write_splits(tmp_path, rows), Columns(text="says", label="stars"))
+    task, splits = Classification.from_data(
+        write_splits(tmp_path, rows), Columns(text_column="says", label_column="stars")
+    )
     assert task.results["label_names"] == ["2", "9", "10"]
-    assert task.splits["train"].labels == [2, 1, 0]
-    numbers = regression(write_splits(tmp_path, rows), Columns(text="says", label="stars"))
-    assert numbers.splits["train"].labels == [10.0, 9.0, 2.0]
+    assert [text.label for text in splits["train"]] == [2, 1, 0]
+    _, numbers = Regression.from_data(write_splits(tmp_path, rows), Columns(text_column="says", label_column="stars"))
+    assert [text.label for text in numbers["train"]] == [10.0, 9.0, 2.0]
 
 
 def changed(row, **values):
@@ -115,56 +121,62 @@ def changed(row, **values):
 @pytest.mark.parametrize(
     ("task", "train", "dev", "columns", "message"),
     [
-        (classification, ROWS, changed(1, label="maybe"), Columns(), "dev.jsonl, row 2: .*'maybe'.*no training row"),
-        (classification, ROWS, changed(1, label=None), Columns(), "dev.jsonl, row 2 has no 'label'"),
-        (classification, ROWS, changed(2, sentence1=None), Columns(), "dev.jsonl, row 3: 'sentence1' is None"),
-        (classification, ROWS[:1], ROWS, Columns(), "only the label 'yes'"),
-        (classification, changed(1, label=["no"]), ROWS, Columns(), r"train.jsonl, row 2: 'label' is \['no'\], not a"),
-        (classification, ROWS, ROWS, Columns(text="said"), "no column 'said'.*'sentence1'"),
-        (classification, ROWS, ROWS, Columns(label="class"), "no column 'class'"),
-        (classification, [{"a": 1}], ROWS, Columns(), "--label_column"),
-        (classification, ROWS, [], Columns(), "dev.jsonl' has no rows"),
-        (regression, NUMBERS, ROWS, Columns(), "dev.jsonl, row 1: the label 'yes' is not a number"),
-        (regression, NUMBERS, [*NUMBERS, {**ROWS[0], "label": -100}], Columns(), "row 4: the label -100 means none"),
+        (Classification, ROWS, changed(1, label="maybe"), Columns(), "dev.jsonl, row 2: .*'maybe'.*no training row"),
+        (Classification, ROWS, changed(1, label=None), Columns(), "dev.jsonl, row 2 has no 'label'"),
+        (Classification, ROWS, changed(2, sentence1=None), Columns(), "dev.jsonl, row 3: 'sentence1' is None"),
+        (Classification, ROWS[:1], ROWS, Columns(), "only the label 'yes'"),
+        (Classification, changed(1, label=["no"]), ROWS, Columns(), r"train.jsonl, row 2: 'label' is \['no'\], not a"),
+        (Classification, ROWS, ROWS, Columns(text_column="said"), "no column 'said'.*'sentence1'"),
+        (Classification, ROWS, ROWS, Columns(label_column="class"), "no column 'class'"),
+        (Classification, [{"a": 1}], ROWS, Columns(), "--label_column"),
+        (Classification, ROWS, [], Columns(), "dev.jsonl' has no rows"),
+        (Regression, NUMBERS, ROWS, Columns(), "dev.jsonl, row 1: the label 'yes' is not a number"),
+        (
+            Regression,
+            NUMBERS,
+            [*NUMBERS, {**ROWS[0], "label": -100}],
+            Columns(),
+            "row 4: the label -100 means no label",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_its_row(tmp_path, task, train, dev, columns, message):
     write_splits(tmp_path, train, dev=dev)
     with pytest.raises(UserError, match=message):
-        task((str(tmp_path),), columns)
+        task.from_data((str(tmp_path),), columns)
 
 
 def test_broken_files_are_told(tmp_path):
     write_splits(tmp_path, ROWS)
     (tmp_path / "dev.jsonl").write_text('{"sentence1": "a"}\n{"sentence1"\n')
     with pytest.raises(UserError, match=r"dev.jsonl, row 2 is not JSON"):
-        classification((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), Columns())
     (tmp_path / "dev.jsonl").unlink()
     with pytest.raises(UserError, match="no validation file"):
-        classification((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), Columns())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\n")
     with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header 3"):
-        classification((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), Columns())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence1\tlabel\na\tb\tno\n")
     with pytest.raises(UserError, match=r"dev.tsv has the column 'sentence1' twice"):
-        classification((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), Columns())
     with pytest.raises(UserError, match=r"--data .*absent' does not exist"):
-        classification((str(tmp_path / "absent"),), Columns())
+        Classification.from_data((str(tmp_path / "absent"),), Columns())
     (tmp_path / "dataset_dict.json").write_text("{")
     with pytest.raises(UserError, match="as datasets saved it"):
-        classification((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), Columns())
 
 
 LETTERS = ["kato </s> miren<mask>", "<s>", " <pad> <unk>", "<pad>" * 40]
 
 
-@pytest.mark.parametrize("read", [classification, regression])
-def test_the_letters_of_special_tokens_stay_text(tmp_path, tokenizer_folder, read):
+@pytest.mark.parametrize("kind", [Classification, Regression])
+def test_the_letters_of_special_tokens_stay_text(tmp_path, tokenizer_folder, kind):
     """As in pretraining, and in predictions, which are encoded by the same function."""
     rows = [{"sentence1": text, "sentence2": text, "label": number % 2} for number, text in enumerate(LETTERS)]
-    task = read(write_splits(tmp_path, rows), Columns())
+    task, splits = kind.from_data(write_splits(tmp_path, rows), Columns())
     tokenizer = open_tokenizer(tokenizer_folder)
-    features = task.encode(tokenizer, task.splits["train"], 512).features
+    features = task.encode(tokenizer, splits["train"], 512).features
     expected = [training_tokenizer(tokenizer_folder).encode(text, add_special_tokens=False).ids for text in LETTERS]
     assert [feature["input_ids"] for feature in features] == [[0, *ids, 2, 2, *ids, 2] for ids in expected]
     assert not {0, 1, 2, 3, 399} & {token for ids in expected for token in ids}
@@ -172,5 +184,6 @@ def test_the_letters_of_special_tokens_stay_text(tmp_path, tokenizer_folder, rea
 
 
 def test_texts_that_are_cut_are_counted_with_their_letters(tokenizer_folder, caplog):
-    encode(open_tokenizer(tokenizer_folder), Texts(["<mask>" * 3, "kato"], None, str), 8)
+    texts = [Text(str(number), text) for number, text in enumerate(["<mask>" * 3, "kato"])]
+    encode_texts(open_tokenizer(tokenizer_folder), texts, 8)
     assert "1 of 2 texts are longer than 8 tokens and are cut there, first 0" in caplog.text

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.examples import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
 
 CONTEXT = " ".join(f"karen{number} sulto minka" for number in range(60))
@@ -59,10 +58,8 @@ def ask(folders, tmp_path, capsys):
             "text": None,
             "text_pair": None,
             "output": tmp_path / "output.jsonl",
-            "columns": Columns(),
             "max_seq_length": None,
             "batch_size": 2,
-            "no_answer_threshold": None,
         }
         predict(PredictConfig(model=folders / task, **{**settings, **asked}))
         rows = (tmp_path / "output.jsonl").read_text().splitlines()
@@ -162,9 +159,9 @@ def test_answers_stand_in_their_context(ask):
 
 def test_no_answer_is_an_answer_where_it_is_allowed(ask, folders):
     asked = {"text": CONTEXT, "text_pair": "karen?"}
-    (answered,), _ = ask("question-answering", no_answer_threshold=1.0, **asked)
+    (answered,), _ = ask("question-answering", task_options={"no_answer_threshold": 1.0}, **asked)
     assert answered["answer"] == answered["best_answer"] != ""
-    (unanswered,), shown = ask("question-answering", no_answer_threshold=0.0, **asked)
+    (unanswered,), shown = ask("question-answering", task_options={"no_answer_threshold": 0.0}, **asked)
     assert (unanswered["answer"], unanswered["start"]) == ("", None)
     assert unanswered["best_answer"] == answered["answer"]
     assert unanswered["score"] == unanswered["no_answer_probability"] == answered["no_answer_probability"] > 0
@@ -187,7 +184,7 @@ def test_questions_of_squads_file_without_answers(ask):
         ("classification", {"text": "x", "max_seq_length": 63}, "63 is more than the model's 62 positions"),
         ("classification", {"content": ""}, "has no rows"),
         ("classification", {"content": '{"text": 1}'}, "row 1: 'text' is 1, not a text"),
-        ("classification", {"content": '{"a": "b"}'}, "say with --text_column"),
+        ("classification", {"content": '{"a": "b"}'}, "give the one with the text as --text_column"),
         ("classification", {"content": "x", "name": "input.csv"}, "cannot read .*input.csv' as a table"),
         ("token-classification", {"content": "", "name": "x.conll"}, "has no sentences"),
         ("token-classification", {"content": "Anna saw\nBob .\nit too .", "name": "x.txt"}, "row 3 has 3 columns"),

@@ -7,8 +7,7 @@ import pytest
 import torch
 import transformers
 
-from ds_roberta.finetuning.question_answering import batch_loss, question_answering
-from ds_roberta.finetuning.spans import SpanOptions
+from ds_roberta.finetuning.question_answering import QuestionAnswering, SpanOptions
 
 CONTEXT = " ".join(f"karen{number} sulto minka" for number in range(40))
 
@@ -60,18 +59,20 @@ def perfect_logits(encoded):
 
 
 def test_the_labels_as_logits_measure_as_perfect(data, tokenizer):
-    task = question_answering(data(first_version(squad("karen7 sulto", "karen39"))), SpanOptions(doc_stride=16))
-    encoded = task.encode(tokenizer, task.splits["validation"], 64)
-    assert encoded.examples == 2 < len(encoded.features)
-    assert encoded.measure(perfect_logits(encoded)) == {"exact_match": 100, "f1": 100}
-    assert task.metrics[0] == "f1"
+    task, splits = QuestionAnswering.from_data(
+        data(first_version(squad("karen7 sulto", "karen39"))), SpanOptions(doc_stride=16)
+    )
+    encoded = task.encode(tokenizer, splits["validation"], 64)
+    assert len(encoded.inputs) == 2 < len(encoded.features)
+    assert task.metrics(encoded, perfect_logits(encoded)) == {"exact_match": 100, "f1": 100}
+    assert task.metric_names[0] == "f1"
     assert not task.results["question_answering"]["may_be_unanswerable"]
 
 
 def test_questions_without_an_answer(data, tokenizer):
-    task = question_answering(data(squad("karen7 sulto", None, "karen39")), SpanOptions(doc_stride=16))
-    encoded = task.encode(tokenizer, task.splits["train"], 64)
-    metrics = encoded.measure(perfect_logits(encoded))
+    task, splits = QuestionAnswering.from_data(data(squad("karen7 sulto", None, "karen39")), SpanOptions(doc_stride=16))
+    encoded = task.encode(tokenizer, splits["train"], 64)
+    metrics = task.metrics(encoded, perfect_logits(encoded))
     assert {name: metrics[name] for name in ("exact", "HasAns_f1", "NoAns_exact", "best_f1", "NoAns_total")} == {
         "exact": 100,
         "HasAns_f1": 100,
@@ -80,7 +81,7 @@ def test_questions_without_an_answer(data, tokenizer):
         "NoAns_total": 1,
     }
     assert task.results["question_answering"]["may_be_unanswerable"]
-    assert set(task.metrics) <= set(metrics)
+    assert set(task.metric_names) <= set(metrics)
 
 
 def test_the_loss_is_that_of_transformers_over_all_micro_batches(tokenizer):
@@ -89,9 +90,9 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches(tokenizer):
     labels = torch.randint(0, 9, (4, 2))
     cross_entropy = torch.nn.functional.cross_entropy
     expected = (cross_entropy(starts, labels[:, 0]) + cross_entropy(ends, labels[:, 1])) / 2
-    torch.testing.assert_close(batch_loss({"start_logits": starts, "end_logits": ends}, labels), expected)
+    torch.testing.assert_close(QuestionAnswering.loss({"start_logits": starts, "end_logits": ends}, labels), expected)
     parts = [
-        batch_loss({"start_logits": starts[rows], "end_logits": ends[rows]}, labels[rows], labels.numel())
+        QuestionAnswering.loss({"start_logits": starts[rows], "end_logits": ends[rows]}, labels[rows], labels.numel())
         for rows in (slice(0, 1), slice(1, 4))
     ]
     torch.testing.assert_close(sum(parts), expected)
@@ -104,5 +105,5 @@ def test_a_folder_saved_by_datasets(tmp_path):
     row = {"id": "a", "title": "x", "question": "?", "context": CONTEXT, "answers": answers}
     rows = datasets.Dataset.from_list([row])
     datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(tmp_path / "saved"))
-    task = question_answering((str(tmp_path / "saved"),), SpanOptions())
-    assert task.splits["train"].questions[0].answers == ("sulto",)
+    _task, splits = QuestionAnswering.from_data((str(tmp_path / "saved"),), SpanOptions())
+    assert splits["train"][0].answers == ("sulto",)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
-from ds_roberta.finetuning.spans import (
+from ds_roberta.finetuning.question_answering import (
     SpanOptions,
     Window,
     cut_questions,

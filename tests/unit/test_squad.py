@@ -49,28 +49,28 @@ def changed(change):
 
 def test_the_first_version():
     found = parse_squad("train.json", FIRST)
-    assert [(question.id, question.answers, question.start) for question in found.questions] == [
+    assert [(question.id, question.answers, question.start) for question in found] == [
         ("a", ("1889", "in 1889"), 23),
         ("b", ("Gustave Eiffel",), 31),
     ]
-    assert not found.may_be_unanswerable
-    assert found.questions[0].question == "When was it built?"
-    assert found.questions[0].context == CONTEXT
+    assert not any(question.may_be_unanswerable for question in found)
+    assert found[0].question == "When was it built?"
+    assert found[0].context == CONTEXT
 
 
 def test_the_second_version_may_have_no_answer():
     content = changed(lambda entry: entry.update(answers=[], is_impossible=True, plausible_answers=["x"]))
     found = parse_squad("train.json", content)
-    assert found.may_be_unanswerable
-    assert (found.questions[0].answers, found.questions[0].start) == ((), None)
+    assert all(question.may_be_unanswerable for question in found)
+    assert (found[0].answers, found[0].start) == ((), None)
     marked_by_version = changed(lambda entry: entry.update(answers=[]))
     marked_by_version["version"] = "v2.0"
-    assert parse_squad("train.json", marked_by_version).questions[0].answers == ()
+    assert parse_squad("train.json", marked_by_version)[0].answers == ()
 
 
 def test_a_file_without_answers_serves_for_predictions():
     content = changed(lambda entry: entry.pop("answers"))
-    assert [question.answers for question in parse_squad("x.json", content, labelled=False).questions] == [(), ()]
+    assert [question.answers for question in parse_squad("x.json", content, labelled=False)] == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -78,19 +78,19 @@ def test_a_file_without_answers_serves_for_predictions():
     [
         (
             lambda entry: entry["answers"][0].update(answer_start=24),
-            r"'Tower'\), paragraph 1, question 'a': the answer '1889' does not stand at answer_start 24, but '889 '",
+            r"'Tower'\), paragraph 1, question 'a': the answer '1889' is not at answer_start 24, which has '889 '",
         ),
         (
             lambda entry: entry["answers"][0].update(answer_start=4400),
-            "question 'a': the answer '1889' at answer_start 4400 reaches out of its context of 46 characters",
+            "question 'a': the answer '1889' at answer_start 4400 reaches beyond its context of 46 characters",
         ),
-        (lambda entry: entry["answers"][0].update(answer_start=-1), "reaches out of its context"),
+        (lambda entry: entry["answers"][0].update(answer_start=-1), "reaches beyond its context"),
         (lambda entry: entry["answers"][0].update(answer_start="23"), "an answer_start is '23', not a whole number"),
         (lambda entry: entry["answers"][0].update(text=" "), "'text' is ' ', not a text"),
         (lambda entry: entry.update(answers=[]), "question 'a' has no answers: give one"),
         (lambda entry: entry.pop("answers"), "question 'a' has no list 'answers'"),
         (lambda entry: entry.update(is_impossible=True), "question 'a' has answers and is_impossible"),
-        (lambda entry: entry.update(id="b"), "the id 'b' stands in the file twice"),
+        (lambda entry: entry.update(id="b"), "the id 'b' occurs twice in the file"),
         (lambda entry: entry.pop("id"), "the 'id' is None, not a text"),
         (lambda entry: entry.update(question=3), "question 'a': 'question' is 3, not a text"),
     ],
@@ -129,16 +129,16 @@ def rows(*answers):
 
 def test_rows_as_the_library_datasets_has_them():
     found = table_questions(rows({"text": ["1889"], "answer_start": [23]}, [{"text": "built", "answer_start": 14}]))
-    assert [(question.id, question.answers, question.start) for question in found.questions] == [
+    assert [(question.id, question.answers, question.start) for question in found] == [
         ("q0", ("1889",), 23),
         ("q1", ("built",), 14),
     ]
-    assert not found.may_be_unanswerable
-    assert table_questions(rows({"text": ["1889"], "answer_start": [23]}, [])).may_be_unanswerable
+    assert not any(question.may_be_unanswerable for question in found)
+    assert table_questions(rows({"text": ["1889"], "answer_start": [23]}, []))[0].may_be_unanswerable
 
 
 def test_a_bad_row_is_named():
-    with pytest.raises(UserError, match=r"train.jsonl, row 2: the answer '1889' does not stand at answer_start 2"):
+    with pytest.raises(UserError, match=r"train.jsonl, row 2: the answer '1889' is not at answer_start 2,"):
         table_questions(rows({"text": ["1889"], "answer_start": [23]}, {"text": ["1889"], "answer_start": [2]}))
     with pytest.raises(UserError, match="row 1: 1 texts but 0 answer_start"):
         table_questions(rows({"text": ["1889"], "answer_start": []}))

@@ -6,18 +6,18 @@ import torch
 import transformers
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.examples import Columns
-from ds_roberta.finetuning.token_classification import batch_loss, token_classification
+from ds_roberta.finetuning.labelled_tables import Columns
+from ds_roberta.finetuning.token_classification import TokenClassification
 
 TRAIN = "karen B-X\nsulto I-X\nminka O\n\n" + "karen O\nsulto B-Y\nZyxwvut O\n" * 20
 DEV = "karen B-X\nsulto I-Y\n\nsulto B-Y\n"
 
 
 @pytest.fixture
-def task(tmp_path):
+def task_and_splits(tmp_path):
     (tmp_path / "train.txt").write_text(TRAIN)
     (tmp_path / "dev.txt").write_text(DEV)
-    return token_classification((str(tmp_path),), Columns())
+    return TokenClassification.from_data((str(tmp_path),), Columns())
 
 
 @pytest.fixture(scope="module")
@@ -34,48 +34,50 @@ def perfect_logits(encoded, tags):
     return logits
 
 
-def test_the_labels_as_logits_measure_as_perfect(task, tokenizer):
-    encoded = task.encode(tokenizer, task.splits["train"], 32)
-    assert encoded.examples == 2 < len(encoded.features)
-    metrics = encoded.measure(perfect_logits(encoded, 4))
-    assert {name: metrics[name] for name in task.metrics} == dict.fromkeys(task.metrics, 1)
+def test_the_labels_as_logits_measure_as_perfect(task_and_splits, tokenizer):
+    task, splits = task_and_splits
+    encoded = task.encode(tokenizer, splits["train"], 32)
+    assert len(encoded.inputs) == 2 < len(encoded.features)
+    metrics = task.metrics(encoded, perfect_logits(encoded, 4))
+    assert {name: metrics[name] for name in task.metric_names} == dict.fromkeys(task.metric_names, 1)
     assert metrics["by_type"]["Y"]["support"] == 20
 
 
-def test_a_tag_without_training_is_missed_and_told(task, tokenizer, tmp_path, caplog):
+def test_a_tag_without_training_is_missed_and_reported(task_and_splits, tokenizer, tmp_path, caplog):
+    task, splits = task_and_splits
     assert task.results["label_names"] == ["O", "B-X", "I-X", "B-Y"]
-    encoded = task.encode(tokenizer, task.splits["validation"], 32)
-    metrics = encoded.measure(perfect_logits(encoded, 4))
+    encoded = task.encode(tokenizer, splits["validation"], 32)
+    metrics = task.metrics(encoded, perfect_logits(encoded, 4))
     assert metrics["by_type"]["Y"] == {"precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
-    token_classification((str(tmp_path),), Columns())
+    TokenClassification.from_data((str(tmp_path),), Columns())
     assert f"validation has tags that no training sentence has: I-Y ({tmp_path}/dev.txt, row 1)" in caplog.text
 
 
 def test_tags_that_mark_no_entities_are_measured_by_word(tokenizer, tmp_path):
     (tmp_path / "train.txt").write_text("karen NOUN\nsulto VERB\n\nminka ADV\n")
     (tmp_path / "dev.txt").write_text("karen NOUN\nsulto NOUN\nminka VERB\n")
-    task = token_classification((str(tmp_path),), Columns())
+    task, splits = TokenClassification.from_data((str(tmp_path),), Columns())
     assert task.results["label_names"] == ["ADV", "NOUN", "VERB"]
-    encoded = task.encode(tokenizer, task.splits["validation"], 32)
+    encoded = task.encode(tokenizer, splits["validation"], 32)
     logits = perfect_logits(encoded, 3)
     logits[..., 1] += 2  # everything is a noun
-    metrics = encoded.measure(logits)
+    metrics = task.metrics(encoded, logits)
     assert metrics["accuracy"] == pytest.approx(2 / 3)
     assert metrics["macro_f1"] == pytest.approx((0.8 + 0) / 2)
     assert metrics["by_tag"]["VERB"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
     (tmp_path / "dev.txt").write_text("karen NOUN\n\nsulto NOWN\n")
     with pytest.raises(UserError, match=r"dev.txt, row 3: unknown tag 'NOWN'; did you mean 'NOUN'\?; no training"):
-        token_classification((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), Columns())
     (tmp_path / "train.txt").write_text("karen NOUN\n")
     with pytest.raises(UserError, match="only the tag 'NOUN'"):
-        token_classification((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), Columns())
 
 
 def test_an_entity_type_without_training_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text(TRAIN)
     (tmp_path / "dev.txt").write_text("karen B-X\n\nminka O\nsulto B-YY\n")
     with pytest.raises(UserError, match=r"dev.txt, row 3: unknown entity type 'YY'; did you mean 'Y'\?; no training"):
-        token_classification((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), Columns())
 
 
 def test_the_loss_is_that_of_transformers_over_all_micro_batches():
@@ -83,16 +85,18 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches():
     logits = torch.randn(4, 9, 3)
     labels = torch.randint(0, 3, (4, 9)).where(torch.rand(4, 9) < 0.5, torch.tensor(-100))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(batch_loss({"logits": logits}, labels), expected)
+    torch.testing.assert_close(TokenClassification.loss({"logits": logits}, labels), expected)
     count = (labels != -100).sum()
-    parts = [batch_loss({"logits": logits[rows]}, labels[rows], count) for rows in (slice(0, 1), slice(1, 4))]
+    parts = [
+        TokenClassification.loss({"logits": logits[rows]}, labels[rows], count) for rows in (slice(0, 1), slice(1, 4))
+    ]
     torch.testing.assert_close(sum(parts), expected)
 
 
 def test_files_that_are_missing_are_named(tmp_path):
     (tmp_path / "train.conll").write_text(TRAIN)
     with pytest.raises(UserError, match=r"no validation file in --data .* name a file dev with the ending .conll, "):
-        token_classification((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), Columns())
 
 
 def test_a_folder_saved_by_datasets_gives_tags_their_names(tmp_path):
@@ -102,5 +106,5 @@ def test_a_folder_saved_by_datasets_gives_tags_their_names(tmp_path):
     features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)})
     rows = datasets.Dataset.from_dict({"tokens": [["karen", "sulto"]], "ner_tags": [[1, 2]]}, features=features)
     datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(tmp_path / "saved"))
-    task = token_classification((str(tmp_path / "saved"),), Columns())
-    assert task.splits["validation"][0].tags == ("B-X", "I-X")
+    _task, splits = TokenClassification.from_data((str(tmp_path / "saved"),), Columns())
+    assert splits["validation"][0].tags == ("B-X", "I-X")

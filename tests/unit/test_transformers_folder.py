@@ -13,8 +13,8 @@ from ds_roberta.errors import UserError
 from ds_roberta.evaluation.minimal_pairs import evaluate_minimal_pairs
 from ds_roberta.evaluation.perplexity import evaluate_perplexity
 from ds_roberta.finetuning.finetune import FinetuneConfig, finetune
-from ds_roberta.finetuning.inference import open_finetuned
 from ds_roberta.finetuning.one_run import Recipe, Setting
+from ds_roberta.finetuning.predict import open_finetuned
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.transformers_folder import open_folder, quiet, read_model
 
