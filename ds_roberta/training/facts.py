@@ -14,13 +14,13 @@ import torch
 import xxhash
 
 import ds_roberta
-from ds_roberta.config import RunConfig
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.files import json_fingerprint
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.peak import Peak
+from ds_roberta.training.settings import Run
 
 if TYPE_CHECKING:
     from ds_roberta.training.engine import Engine
@@ -117,23 +117,15 @@ def source_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def run_record(
-    config: RunConfig,
-    engine: Engine,
-    monitors: dict[str, Any],
-    plans: list[BatchPlan],
-    precision: str,
-    compiled: bool,
-    peak: Peak,
-) -> dict[str, Any]:
-    """All that reproduces the run: settings, the DeepSpeed configuration as resolved, versions, commit, machine."""
+def run_record(run: Run, engine: Engine, plans: list[BatchPlan], peak: Peak) -> dict[str, Any]:
+    """What it takes to reproduce the run: settings, the resolved DeepSpeed configuration, versions, commit, machine."""
     return {
-        "run": config.as_json(),
+        "run": run.config.as_json(),
         "deepspeed": engine.config,
-        "monitors": monitors,
+        "monitors": run.deepspeed.monitors,
         "batches": [asdict(plan) for plan in plans],
-        "precision": precision,
-        "compiled": compiled,
+        "precision": run.precision,
+        "compiled": run.compiled,
         "device": str(engine.device),
         "peak": asdict(peak),
         "versions": {

@@ -1,67 +1,63 @@
-"""Where a run begins: at nothing, or at a checkpoint that fits it."""
+"""Where a run starts: from scratch, or from a checkpoint that fits it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ds_roberta.config import ModelConfig, RunConfig
-from ds_roberta.data.shards import Corpus
+from ds_roberta.config import ModelConfig
 from ds_roberta.data.stages import schedule_text
 from ds_roberta.data.words import WORDS_VERSION
-from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.facts import check_identity
+from ds_roberta.training.settings import Run
 
 if TYPE_CHECKING:
-    from ds_roberta.training.initial_model import InitialModel
+    from ds_roberta.training.engine import Engine
 
 
-def initial_state(
-    config: RunConfig,
-    corpus: Corpus,
-    deepspeed_config: DeepSpeedConfig,
-    precision: str,
-    allow_change: str | None,
-    initial_model: InitialModel | None,
-    ranks: Ranks,
-) -> tuple[TrainState, Path | None, Path | None]:
-    """The state to begin with, and the checkpoint that it is of: a portable one, or one of DeepSpeed's, or neither."""
-    version = corpus.manifest.packing_version
-    identity = {
-        "data": corpus.manifest.fingerprint,
-        "tokenizer": corpus.manifest.tokenizer.fingerprint,
-        "model": asdict(config.model),
-        "init_from": ranks.on_main(initial_model.fingerprint) if initial_model else None,
-        "packing": {**asdict(config.packing), **({"version": version} if version > 2 else {})},
-        **find_objective(config.objective, config.packing).identity(),
-        "source_weights": config.source_weights,
-        "masking": {**asdict(config.masking), **({"words": WORDS_VERSION} if config.masking.unit != "token" else {})},
-        "seed": config.seed,
-        "train_batch_size": deepspeed_config.train_batch_size,
-        "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
-        "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
-        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
-        **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
-        "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before there was the option
-        "decay_type": config.schedule.decay_type,
-    }
-    allowed = [] if allow_change is None else allow_change.split(",")
+@dataclass(frozen=True)
+class Start:
+    """The state that a run starts from, and the checkpoint that has it: portable, DeepSpeed's own, or neither."""
+
+    state: TrainState
+    checkpoint: Path | None = None
+    deepspeed_checkpoint: Path | None = None
+
+    @property
+    def is_fresh(self) -> bool:
+        return self.checkpoint is None and self.deepspeed_checkpoint is None
+
+    def load(self, engine: Engine) -> None:
+        """Give the engine the checkpoint's weights and optimizer states, if there is one; all ranks call it."""
+        if self.checkpoint is not None:
+            checkpoint.load(engine, self.checkpoint)
+        elif self.deepspeed_checkpoint is not None:
+            deepspeed_checkpoint.load(engine, self.deepspeed_checkpoint, self.state)
+
+
+def find_start(run: Run) -> Start:
+    """The start that `--resume` asks for.
+
+    Raises:
+        UserError: the checkpoint is of another run, or is not one to resume from.
+    """
+    config, ranks, initial_model = run.config, run.ranks, run.initial_model
+    identity = _identity(run)
+    allowed = [] if run.allow_change is None else run.allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
     of_deepspeed = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
     path = of_deepspeed or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
         check_identity(folder, identity, identity, allowed)
         learned = initial_model.learned_positions if initial_model else 0
-        return TrainState(identity, learned_positions=learned), None, None
+        return Start(TrainState(identity, learned_positions=learned))
     if of_deepspeed:
-        zero_stage = deepspeed_config.zero_stage
-        state = deepspeed_checkpoint.read_state(path, ranks.world_size, zero_stage, precision)
+        state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:
         state = checkpoint.read_state(path)
     state.identity["model"] = asdict(ModelConfig(**state.identity["model"]))  # what an earlier version did not store
@@ -79,4 +75,28 @@ def initial_state(
             f"{str(path)!r} is of step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
         )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
-    return (state, None, path) if of_deepspeed else (state, path, None)
+    return Start(state, deepspeed_checkpoint=path) if of_deepspeed else Start(state, checkpoint=path)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What a resumed run must share with the run of its checkpoint."""
+    config, initial_model = run.config, run.initial_model
+    version = run.corpus.manifest.packing_version
+    return {
+        "data": run.corpus.manifest.fingerprint,
+        "tokenizer": run.corpus.manifest.tokenizer.fingerprint,
+        "model": asdict(config.model),
+        "init_from": run.ranks.on_main(initial_model.fingerprint) if initial_model else None,
+        "packing": {**asdict(config.packing), **({"version": version} if version > 2 else {})},
+        **find_objective(config.objective, config.packing).identity(),
+        "source_weights": config.source_weights,
+        "masking": {**asdict(config.masking), **({"words": WORDS_VERSION} if config.masking.unit != "token" else {})},
+        "seed": config.seed,
+        "train_batch_size": run.deepspeed.train_batch_size,
+        "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
+        "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
+        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
+        **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
+        "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before there was the option
+        "decay_type": config.schedule.decay_type,
+    }

@@ -11,16 +11,41 @@ from ds_roberta.config import DEFAULT_OUTPUT_ROOT, PRESETS, ModelConfig, RunConf
 from ds_roberta.data.mixture import parse_source_weights
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import make_stages
+from ds_roberta.deepspeed_config import DeepSpeedConfig
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.model.objectives import SUMMARIES, find_objective
 from ds_roberta.options import Settings, option, options_of
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
+from ds_roberta.training.monitors import Monitors
 
 if TYPE_CHECKING:  # it needs transformers, which a run that starts from random weights does not
     from ds_roberta.training.initial_model import InitialModel
 
 CONTINUED_WARMUP_SHARE = 0.06
 """Of the steps, if a run continues from a model: as in domain-adaptive pretraining (Gururangan et al. 2020)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, read and checked; the same on every rank.
+
+    Attributes:
+        deepspeed: the JSON.
+        compiled: whether the encoder is compiled.
+        allow_change: the option.
+        initial_model: the model that a fresh run starts from, instead of random weights.
+    """
+
+    ranks: Ranks
+    config: RunConfig
+    corpus: Corpus
+    deepspeed: DeepSpeedConfig
+    precision: str
+    compiled: bool
+    allow_change: str | None
+    initial_model: InitialModel | None
+    monitors: Monitors
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,105 @@
+"""A run's sequences: training orders for each length, the held-out sequences, and how both are masked and batched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ds_roberta.config import PackingConfig
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
+from ds_roberta.data.mixture import MixedOrder, sample_order
+from ds_roberta.data.order import SampleOrder
+from ds_roberta.data.packing import PackedSplit, build_index, open_index
+from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
+from ds_roberta.data.stages import places_behind
+from ds_roberta.data.words import share_without_spaces, word_starts
+from ds_roberta.evaluation.held_out import HeldOutSample
+from ds_roberta.training.micro_batch import BatchPlan
+from ds_roberta.training.optimizer import mlm_probability
+from ds_roberta.training.settings import Run
+
+_SAMPLE_SEQUENCES = 256
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The sequences of a run.
+
+    Attributes:
+        train: by length.
+        orders: of `train`.
+        held_out: None if the data has no validation split.
+    """
+
+    train: dict[int, PackedSplit]
+    orders: dict[int, SampleOrder]
+    held_out: PackedSplit | None
+
+
+def open_data(run: Run) -> RunData:
+    """Open the sequences of a run; rank 0 writes their indices if there are none."""
+    config, ranks = run.config, run.ranks
+
+    def packed(split: str, packing: PackingConfig) -> PackedSplit:
+        ranks.on_main(lambda: build_index(run.corpus, split, packing))
+        return open_index(run.corpus, split, packing)
+
+    lengths = sorted({stage.max_seq_length for stage in config.stages})
+    train = {length: packed(TRAIN_SPLIT, replace(config.packing, max_seq_length=length)) for length in lengths}
+    held_out = None
+    if run.corpus.manifest.splits.get(VALIDATION_SPLIT):
+        held_out = packed(VALIDATION_SPLIT, config.packing)
+    else:
+        ranks.log("no held-out documents: no evaluation (preprocess shard --validation_fraction makes some)")
+    orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train.items()}
+    for length, order in orders.items():
+        if isinstance(order, MixedOrder):
+            places = places_behind(config.stages, length, config.schedule.max_steps)
+            ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
+    return RunData(train, orders, held_out)
+
+
+def make_loaders(
+    run: Run, data: RunData, plans: list[BatchPlan], kind: type[Masker]
+) -> tuple[TrainLoader, HeldOutSample | None]:
+    """The batches to train on, and the held-out sample, masked by the objective's `kind` of masker."""
+    config, ranks, tokenizer = run.config, run.ranks, run.corpus.manifest.tokenizer
+    words = None
+    if config.masking.unit != "token":
+        words = word_starts(run.corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+        ranks.on_main(lambda: _log_text_without_words(run, data.train[config.packing.max_seq_length]))
+    masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
+    collators = {length: Collator(packed, masker, tokenizer, length) for length, packed in data.train.items()}
+    loader = TrainLoader(
+        [
+            LoaderStage(
+                stage, collators[stage.max_seq_length], data.orders[stage.max_seq_length], plan.micro_batch_size
+            )
+            for stage, plan in zip(config.stages, plans, strict=True)
+        ],
+        ranks.rank,
+        ranks.world_size,
+        lambda step: mlm_probability(config.schedule, config.masking, step),
+        config.masking.copies,
+    )
+    if data.held_out is None:
+        return loader, None
+    masker = evaluation_masker(config.masking, tokenizer, words, kind)
+    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length)
+    return loader, HeldOutSample(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
+
+
+def _log_text_without_words(run: Run, packed: PackedSplit) -> None:
+    """Log the share of the data, estimated from a sample of sequences, in which `--masking` finds no words."""
+    sample = np.linspace(0, len(packed) - 1, min(len(packed), _SAMPLE_SEQUENCES)).astype(np.int64)
+    special_ids = run.corpus.manifest.tokenizer.special_ids
+    ids = np.full((len(sample), run.config.packing.max_seq_length), special_ids[0])
+    packed.gather(sample, ids)
+    share = share_without_spaces(run.corpus.folder / TOKENIZER_FOLDER, ids[~np.isin(ids, special_ids)])
+    if share >= 0.001:
+        run.ranks.log(
+            f"--masking {run.config.masking.unit}: {share:.1%} of the characters in {len(sample)} sequences are of "
+            "scripts written without spaces, where no words are known: tokens stand in for them"
+        )
