@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 
 from benchmarks.throughput_contenders import VOCABULARY
-from ds_roberta.config import SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig, model_config
+from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig, model_config
+from ds_roberta.model.architecture import config_path, read_architecture
 from ds_roberta.model.dropout import Dropout
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.checkpoint_writer import owners
@@ -72,7 +73,13 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run to plan; `interconnect` is Gbit/s for each GPU, `utilisation` the assumed share of the GPU's rate."""
+    """A run to plan.
+
+    Attributes:
+        model: a preset, or the path of a RobertaConfig, whose vocabulary then counts instead of `vocab_size`.
+        utilisation: the assumed share of the GPU's rate.
+        interconnect: Gbit/s for each GPU; None for the GPU's own.
+    """
 
     model: str = "base"
     gpus: int = 8
@@ -90,7 +97,9 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        return model_config(self.model, self.vocab_size, self.max_seq_length)
+        if self.model in PRESETS:
+            return model_config(self.model, self.vocab_size, self.max_seq_length)
+        return read_architecture(config_path(self.model))
 
 
 class _Flash(torch.autograd.Function):
@@ -265,9 +274,9 @@ def largest_micro_batch(case: Case, state: float, parameters: int, limit: int) -
     config, length = case.config, case.max_seq_length
     one = saved_bytes(config, length, 1)
     sequence = saved_bytes(config, length, 2) - one
-    # Assumed: a layer's gradients take no more than 24 values a token beside what is saved (the MLP's inner width
-    # twice, and eight of the hidden size), the head no more than two fp32 blocks of 1,024 rows and its fp32 weights.
-    passing = 2 * 24 * config.hidden_size * length
+    # Assumed: beside what is saved, a layer's gradients take no more values a token than four of the MLP's inner width
+    # and eight of the hidden size, the head no more than two fp32 blocks of 1,024 rows and its fp32 weights.
+    passing = 2 * (4 * config.intermediate_size + 8 * config.hidden_size) * length
     head = 2 * 4 * 1024 * config.vocab_size + 6 * config.vocab_size * config.hidden_size
     capacity = MEMORY_SHARE * (GPUS[case.gpu].memory - CONTEXT_BYTES) - state
     # When the gradient is reduced activations are gone, and a bucket of it is copied.

@@ -1,6 +1,7 @@
 """What a run costs before it is begun: memory, communication, time and files of a configuration, in tables.
 
     python -m benchmarks.plan --model large --gpus 512 --gpu h100
+    python -m benchmarks.plan --model my_architecture/config.json --gpus 8
     python -m benchmarks.plan --write      # the tables of docs/scaling.md
 
 Nothing is run on a GPU: `cost_model` says what is counted, what computed and what assumed.
@@ -16,9 +17,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, plan
+from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS
 from ds_roberta.data.shards import CHUNK_BYTES, InputPiece, ShardInfo
 from ds_roberta.files import write_text
+from ds_roberta.model.architecture import model_choice
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENT = REPOSITORY / "docs/scaling.md"
@@ -162,25 +165,46 @@ def with_tables(text: str) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_case(words: Sequence[str] | None = None) -> Case | None:
+    """The run that the command line describes; None for the tables of the document."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables of docs/scaling.md instead")
-    choices = {"model": list(PRESETS), "gpu": list(GPUS), "zero_stage": [1, 2, 3], "precision": ["bf16", "fp16"]}
+    choices = {"gpu": list(GPUS), "zero_stage": [1, 2, 3], "precision": ["bf16", "fp16"]}
     for field in fields(Case):
+        if field.name == "model":
+            shown = f"{', '.join(PRESETS)}, or a RobertaConfig: a config.json or its folder (default: {field.default})"
+            parser.add_argument("--model", type=model_choice, default=field.default, help=shown)
+            continue
         kind = float if field.name in ("utilisation", "interconnect") else type(field.default)
-        shown = "(default: the GPU's)" if field.default is None else "(default: %(default)s)"
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=field.default, choices=choices.get(field.name), help=shown
-        )
-    arguments = vars(parser.parse_args())
-    if arguments.pop("write"):
-        write_text(DOCUMENT, with_tables(DOCUMENT.read_text(encoding="utf-8")))
-        return
-    case = Case(**arguments)
+        own = {"interconnect": "the GPU's", "max_seq_length": f"{field.default}, or fewer as the positions allow"}
+        own["vocab_size"] = f"{field.default}, or the config's"
+        shown = f"(default: {own.get(field.name, field.default)})"
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices.get(field.name), help=shown)
+    given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+    if given.pop("write"):
+        return None
+    case = Case(**given)
     if case.precision == "bf16" and not GPUS[case.gpu].bf16:
         parser.error(f"--gpu {case.gpu} has no bf16: give --precision fp16")
+    if case.model in PRESETS:
+        return case
+    if "vocab_size" in given:
+        parser.error("--vocab_size is in the config of --model: remove it")
+    longest = case.config.max_length
+    if given.get("max_seq_length", 0) > longest:
+        parser.error(
+            f"--max_seq_length {case.max_seq_length} is more than the {longest} that --model allows: give less"
+        )
+    return replace(case, max_seq_length=min(case.max_seq_length, longest))
+
+
+def main() -> None:
+    case = parse_case()
+    if case is None:
+        write_text(DOCUMENT, with_tables(DOCUMENT.read_text(encoding="utf-8")))
+        return
     print("\n\n".join((memory_table([case]), cost_table([case]), files_table([case]), sources_table())))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

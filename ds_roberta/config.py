@@ -33,6 +33,7 @@ class ModelConfig:
     Attributes:
         max_position_embeddings: rows of the table; positions begin behind the padding's, at `pad_token_id + 1`.
         intermediate_size: width of the MLP; 0 becomes four times the hidden size, as in every size of the paper.
+        hidden_act: the MLP's activation, one of `model.encoder.ACTIVATIONS`.
     """
 
     vocab_size: int
@@ -49,6 +50,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     type_vocab_size: int = 1
     intermediate_size: int = 0
+    hidden_act: str = "gelu"
 
     @property
     def max_length(self) -> int:
@@ -119,7 +121,7 @@ def model_config(
 class PackingConfig(Settings):
     """Sequences."""
 
-    max_seq_length: int = option("tokens per sequence (default: the model's: 512, tiny 128)")
+    max_seq_length: int = option("tokens per sequence (default: 512, tiny 128, or what the positions allow)")
     format: str = option("how documents become sequences", "full-sentences", name="packing", choices=PACKING_FORMATS)
 
     def __post_init__(self) -> None:
@@ -198,8 +200,8 @@ class ScheduleConfig(Settings):
         decay_type: "1-sqrt" by default, the best of those that Hägele et al. (2024, arXiv:2405.18392) compared.
     """
 
-    max_steps: int = option("optimizer steps of the run (default: the model's)", check=require_positive)
-    warmup_steps: int = option("steps of linear warm-up (default: the model's share of max_steps)")
+    max_steps: int = option("optimizer steps of the run (default: that of the model's size)", check=require_positive)
+    warmup_steps: int = option("steps of linear warm-up (default: 6%% of max_steps, base 4.8%%)")
     lr_scheduler_type: str = option(
         "shape of the learning rate after the warm-up", "linear", choices=LR_SCHEDULER_TYPES
     )
@@ -300,7 +302,7 @@ class RunConfig(Settings):
     """The run; all its settings, as config.json keeps them.
 
     Attributes:
-        model_name: the preset's name, or that of the folder that the run begins with.
+        model_name: the preset's name, or that of the config, or of the folder that the run begins with.
         objective: the name of one in `ds_roberta.model.objectives`.
         source_weights: by source; if None, every sequence is trained on equally often.
     """

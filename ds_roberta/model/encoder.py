@@ -5,6 +5,9 @@ Shapes: B sequences, T tokens, D hidden size, H heads, K = D / H.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +15,44 @@ from torch import nn
 from ds_roberta.config import ModelConfig
 from ds_roberta.model.attention import attention
 from ds_roberta.model.dropout import Dropout
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+
+def _laplace(values: torch.Tensor) -> torch.Tensor:
+    """A Gaussian's cumulative distribution (Ma et al. 2022, MEGA, arXiv:2209.10655, section 3.3)."""
+    return 0.5 * (1 + torch.erf((values - 0.707107) / (0.282095 * 2**0.5)))
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | type[nn.Module]] = {
+    "gelu": F.gelu,
+    "gelu_10": lambda values: F.gelu(values).clamp(-10, 10),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": F.hardswish,
+    "laplace": _laplace,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda values: values,
+    "mish": F.mish,
+    "prelu": nn.PReLU,
+    "quick_gelu": lambda values: values * torch.sigmoid(1.702 * values),
+    "relu": F.relu,
+    "relu2": lambda values: F.relu(values).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "sqrtsoftplus": lambda values: F.softplus(values).sqrt(),
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+"""The functions of the MLP by transformers' names, equal up to rounding; a module where it has parameters.
+
+transformers' `xielu` is missing: it keeps its parameters in bf16.
+"""
 
 
 class RobertaEmbeddings(nn.Module):
@@ -87,9 +128,11 @@ class RobertaIntermediate(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        activation = ACTIVATIONS[config.hidden_act]
+        self.intermediate_act_fn = activation() if isinstance(activation, type) else activation
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.dense(hidden_BTD))
+        return self.intermediate_act_fn(self.dense(hidden_BTD))
 
 
 class RobertaLayer(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 import ds_roberta
+from ds_roberta.config import ModelConfig
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.errors import UserError, unknown_key_message
@@ -93,9 +94,9 @@ _PATHS = ("data_dir", "deepspeed_config")  # compared by content: a host may hav
 
 
 def shared_facts(
-    options: dict[str, Any], deepspeed_config: DeepSpeedConfig, corpus: Corpus, precision: str
+    options: dict[str, Any], deepspeed_config: DeepSpeedConfig, corpus: Corpus, model: ModelConfig, precision: str
 ) -> dict[str, str]:
-    """This process's program, options, data and precision, as a comparison between hosts shows them."""
+    """This process's program, options, data, model and precision, as a comparison between hosts shows them."""
     return {
         "ds_roberta": f"{ds_roberta.__version__} of source {source_fingerprint()}",
         "torch": torch.__version__,
@@ -103,6 +104,7 @@ def shared_facts(
         **{f"--{name}": str(value) for name, value in options.items() if name not in _PATHS},
         "--deepspeed_config": f"of content {json_fingerprint(deepspeed_config.content)}",
         "--data_dir": f"of data {corpus.manifest.fingerprint}",
+        "model": f"of architecture {json_fingerprint(asdict(model))}",
         "precision": precision,
     }
 

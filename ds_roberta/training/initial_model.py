@@ -5,7 +5,7 @@ Its architecture becomes the run's; its weights are resized for longer sequences
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.data.tokenizer_files import other_token, training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
+from ds_roberta.model.architecture import CONFIG_NAME, architecture
 from ds_roberta.model.finite import first_not_finite
 from ds_roberta.model.objectives import Objective
 from ds_roberta.model.resize import (
@@ -28,9 +29,6 @@ from ds_roberta.model.resize import (
 )
 from ds_roberta.training import checkpoint
 from ds_roberta.transformers_folder import open_folder, read_model, weights_files
-
-_KNOWN_SETTINGS = {"hidden_act": "gelu", "tie_word_embeddings": True}
-"""Settings of transformers' `RobertaConfig` of which our encoder knows one value."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,7 @@ class InitialModel:
     @classmethod
     def _open_transformers(cls, folder: Path) -> InitialModel:
         opened = open_folder(folder)
-        for name, known in _KNOWN_SETTINGS.items():
-            found = getattr(opened.config, name, known)
-            if found != known:
-                raise UserError(
-                    f"the model in {str(folder)!r} has {name} {found!r}: only {known!r} can be trained here"
-                )
-        config = ModelConfig(**{field.name: getattr(opened.config, field.name) for field in fields(ModelConfig)})
+        config = architecture(opened.config.to_dict(), folder / CONFIG_NAME)
         return cls(folder, config, opened.max_seq_length, folder, False)
 
     def fingerprint(self) -> str:

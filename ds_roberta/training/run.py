@@ -30,7 +30,7 @@ from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.optimizer import without_bias_and_norm
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.run_data import RunData, make_loaders, open_data
-from ds_roberta.training.settings import Run, run_config
+from ds_roberta.training.settings import Run, model_origin, run_config
 from ds_roberta.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -73,19 +73,15 @@ def pretrain(options: Namespace) -> int:
 def _read_settings(options: Namespace, ranks: Ranks) -> Run:
     """Read and check everything that the run is made of; nothing is written yet."""
     deepspeed, corpus, config, precision, initial_model = ranks.together(lambda: _read_inputs(options))
-    ranks.check_same(shared_facts(vars(options), deepspeed, corpus, precision))
+    ranks.check_same(shared_facts(vars(options), deepspeed, corpus, config.model, precision))
     for note in deepspeed.notes:
         ranks.log(note)
     monitors = Monitors(config.output_dir, deepspeed.monitors, config.guard.loss_spike == "rollback")
     ranks.on_main(monitors.check)
     zero_stage = deepspeed.zero_stage
     compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
-    chosen = (
-        ""
-        if options.model or initial_model
-        else f" (the default {'with' if on_gpu() else 'without'} a GPU; --model chooses)"
-    )
-    ranks.log(f"model {config.model_name}{chosen}, precision {precision}, ZeRO stage {zero_stage}")
+    origin = "" if initial_model else model_origin(options.model, config.model, on_gpu())
+    ranks.log(f"model {config.model_name}{origin}, precision {precision}, ZeRO stage {zero_stage}")
     return Run(ranks, config, corpus, deepspeed, precision, compiled, options.allow_change, initial_model, monitors)
 
 

@@ -14,6 +14,7 @@ from ds_roberta.data.stages import make_stages
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, unknown_key_message
+from ds_roberta.model.architecture import CONFIG_NAME, config_path, model_choice, read_architecture, unused_fields
 from ds_roberta.model.objectives import SUMMARIES, find_objective
 from ds_roberta.options import Settings, option, options_of
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
@@ -22,8 +23,10 @@ from ds_roberta.training.monitors import Monitors
 if TYPE_CHECKING:  # it needs transformers, which a run that starts from random weights does not
     from ds_roberta.training.initial_model import InitialModel
 
-CONTINUED_WARMUP_SHARE = 0.06
-"""Of the steps, if a run continues from a model: as in domain-adaptive pretraining (Gururangan et al. 2020)."""
+WARMUP_SHARE = 0.06
+"""Of the steps, without a preset: as for large, and in domain-adaptive pretraining (Gururangan et al. 2020)."""
+LONGEST_BY_DEFAULT = 512
+"""Tokens of a sequence, as in the paper; a config with more positions needs --max_seq_length to use them."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,14 @@ class StartOptions(Settings):
     deepspeed_config: Path = option("DeepSpeed JSON; see ds_configs/", required=True)
     train_batch_size: int | None = option("overrides the JSON's", None)
     learning_rate: float | None = option("overrides the JSON's peak", None)
-    model: str | None = option("size (default: base with a GPU, tiny without)", None, choices=PRESETS)
+    model: str | None = option(
+        f"{', '.join(PRESETS)} (default: base with a GPU, tiny without), or a transformers RobertaConfig, for an "
+        "architecture of your own: a config.json or its folder, whose weights are not read (see --init_from)",
+        None,
+        type=model_choice,
+    )
     hidden_dropout_prob: float | None = option(
-        "dropout of hidden states (default: 0.1, or that of the model of --init_from)", None
+        "dropout of hidden states (default: 0.1, or that of the config or of the model of --init_from)", None
     )
     attention_probs_dropout_prob: float | None = option("dropout of attention weights (default: the same)", None)
     extend_positions: bool = option(
@@ -100,9 +108,14 @@ def run_config(
     Raises:
         UserError: a value is out of its range, missing, or of no use.
     """
-    name, model, defaults = (
-        _of_preset(options, corpus, has_gpu) if initial is None else _of_initial(options, corpus, initial)
-    )
+    if initial is not None:
+        name, model, defaults = _of_initial(options, corpus, initial)
+    else:
+        for name in ("extend_positions", "remap_token_embeddings"):
+            if getattr(options, name):
+                raise UserError(f"--{name} is for the model of --init_from: give this, or remove it")
+        chosen = options.model or ("base" if has_gpu else "tiny")
+        name, model, defaults = (_of_preset if chosen in PRESETS else _of_config)(chosen, options, corpus)
     values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
     dropout = {name: values[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     stages = make_stages(
@@ -120,12 +133,8 @@ def run_config(
     return config
 
 
-def _of_preset(options: Namespace, corpus: Corpus, has_gpu: bool) -> tuple[str, ModelConfig, dict[str, Any]]:
+def _of_preset(name: str, options: Namespace, corpus: Corpus) -> tuple[str, ModelConfig, dict[str, Any]]:
     """Name and architecture of the model, and the defaults of the options that depend on it."""
-    for name in ("extend_positions", "remap_token_embeddings"):
-        if getattr(options, name):
-            raise UserError(f"--{name} is for the model of --init_from: give this, or remove it")
-    name = options.model or ("base" if has_gpu else "tiny")
     preset, tokenizer = PRESETS[name], corpus.manifest.tokenizer
     max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
     max_steps = preset.max_steps if options.max_steps is None else options.max_steps
@@ -142,6 +151,40 @@ def _of_preset(options: Namespace, corpus: Corpus, has_gpu: bool) -> tuple[str, 
     )
 
 
+def _of_config(chosen: str, options: Namespace, corpus: Corpus) -> tuple[str, ModelConfig, dict[str, Any]]:
+    """As `_of_preset`, of a transformers config."""
+    path = config_path(chosen)
+    model = read_architecture(path, corpus.manifest.tokenizer)
+    if options.output_dir is None or options.max_steps is None:
+        raise UserError(f"--model {chosen!r} has no run's recipe: give --output_dir and --max_steps")
+    max_seq_length = min(LONGEST_BY_DEFAULT, model.max_length)
+    if options.max_seq_length is not None:
+        max_seq_length = options.max_seq_length
+    if max_seq_length > model.max_length:
+        raise UserError(
+            f"--max_seq_length {max_seq_length} is more than the {model.max_length} tokens that {str(path)!r} allows: "
+            f"give less, or raise its max_position_embeddings, {model.max_position_embeddings}"
+        )
+    name = path.resolve().parent.name if path.name == CONFIG_NAME else path.stem
+    return name, model, {"max_seq_length": max_seq_length, "warmup_steps": int(WARMUP_SHARE * options.max_steps)}
+
+
+def model_origin(chosen: str | None, model: ModelConfig, has_gpu: bool) -> str:
+    """Where the model of a run without --init_from is from, if that may surprise; starts with a space."""
+    if chosen is None:
+        return f" (the default {'with' if has_gpu else 'without'} a GPU; --model chooses)"
+    if chosen in PRESETS:
+        return ""
+    path = config_path(chosen)
+    unused = ", ".join(unused_fields(path))
+    return (
+        f" (the architecture of {path}: {model.num_hidden_layers} layers of width {model.hidden_size}, "
+        f"{model.num_attention_heads} heads, MLP of {model.intermediate_size} with {model.hidden_act}, "
+        f"{model.vocab_size:,} ids, {model.max_length} tokens at most; the weights are random: --init_from starts from "
+        f"trained ones{f'; not used: {unused}' if unused else ''})"
+    )
+
+
 def _of_initial(options: Namespace, corpus: Corpus, initial: InitialModel) -> tuple[str, ModelConfig, dict[str, Any]]:
     """As `_of_preset`, of the model to continue from."""
     if options.model is not None:
@@ -153,5 +196,5 @@ def _of_initial(options: Namespace, corpus: Corpus, initial: InitialModel) -> tu
         )
     max_seq_length = initial.learned_positions if options.max_seq_length is None else options.max_seq_length
     model = initial.resized(corpus, max_seq_length, options.extend_positions, options.remap_token_embeddings)
-    warmup_steps = int(CONTINUED_WARMUP_SHARE * options.max_steps)
+    warmup_steps = int(WARMUP_SHARE * options.max_steps)
     return initial.folder.resolve().name, model, {"max_seq_length": max_seq_length, "warmup_steps": warmup_steps}

@@ -102,3 +102,22 @@ def test_a_new_tokenizer_is_mapped(workspace, hub):
     printed = pretrain(workspace, *arguments, "--remap_token_embeddings")
     assert "tokens are copied" in printed
     assert transformers.AutoConfig.from_pretrained(workspace / "runs/mapped/hf").vocab_size == 500
+
+
+def test_ones_own_architecture_is_pretrained_resumed_exported_and_begun_with(workspace):
+    own = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 100}
+    own |= {"hidden_act": "silu", "max_position_embeddings": 34, "hidden_dropout_prob": 0, "vocab_size": 2048}
+    (workspace / "narrow").mkdir()
+    (workspace / "narrow/config.json").write_text(json.dumps({"model_type": "roberta", "n_layer": 4, **own}))
+    arguments = ("--model", "narrow", *SETTINGS, "--output_dir", "runs/narrow")
+    printed = pretrain(workspace, *arguments, "--max_steps", "2")
+    assert "model narrow (the architecture of narrow/config.json: 3 layers of width 48, 6 heads" in printed
+    assert "; not used: n_layer), precision" in printed
+    assert "resuming from runs/narrow/checkpoints/global_step2" in pretrain(workspace, *arguments)
+    exported = json.loads((workspace / "runs/narrow/hf/config.json").read_text())
+    assert {name: exported[name] for name in own} == own
+    begun = ("--init_from", "runs/narrow/hf", *SETTINGS, "--max_steps", "1", "--output_dir", "runs/begun")
+    assert "the weights are those in runs/narrow/hf" in pretrain(workspace, *begun)
+    assert rows(workspace / "runs/begun", "eval_loss")[0] == pytest.approx(
+        rows(workspace / "runs/narrow", "eval_loss")[-1], rel=1e-3
+    )

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -295,4 +296,6 @@ def test_conditions_tell_apart_what_changes_the_size(solo_ranks):
 
     variants = [{"stage": 3}, {"precision": "fp32"}, {"limit": 16}, {"max_seq_length": 8}]
     variants.append({"model": model_config("small", 100, LENGTH)})
-    assert len({conditions(), *[conditions(**variant) for variant in variants]}) == 6
+    variants.append({"model": replace(MODEL, hidden_act="relu")})
+    assert len({conditions(), *[conditions(**variant) for variant in variants]}) == 7
+    assert "hidden_act" not in conditions()  # what was found before there were others holds
