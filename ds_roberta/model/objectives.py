@@ -87,10 +87,10 @@ class Objective(nn.Module):
 
         A matrix of P parameters takes 2 P operations a token forward (a multiplication and an addition each) and twice
         that backward (gradients of input and of weights): 6 P, as Kaplan et al. (2020, arXiv:2001.08361, section 2.1)
-        count. With hidden size D a layer has 4 D² in attention's projections and 2 · 4 D² in the MLP. The two products
-        of attention (QKᵀ and weights · V) take D multiplications each for every one of the T tokens seen: 2 · 2 · D · T
-        forward, 12 D T in all. The head works on labelled tokens only. Look-ups of embeddings, biases, normalisation,
-        softmax, dropout and the optimizer are not counted, nor is the head of pairs (D² a sequence).
+        count. With hidden size D a layer has 4 D² in attention's projections and 2 D I in an MLP of width I. The two
+        products of attention (QKᵀ and weights · V) take D multiplications each for every one of the T tokens seen:
+        2 · 2 · D · T forward, 12 D T in all. The head works on labelled tokens only. Look-ups of embeddings, biases,
+        normalisation, softmax, dropout and the optimizer are not counted, nor is the head of pairs (D² a sequence).
 
         Args:
             length: T, the tokens of a sequence; for shorter ones this counts more attention than they need.
