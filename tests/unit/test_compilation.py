@@ -118,7 +118,9 @@ def test_layers_that_torch_leaves_uncompiled_are_reported(gpu_kernels, monkeypat
 def test_inductor_computes_the_same(gpu_kernels):
     plain, compiled = make_models("inductor", 0.0, torch.float32)
     case = (32, True, True)
-    torch.testing.assert_close(take(compiled, *case, 5), take(plain, *case, 5))
+    quick = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1, "compile_threads": 1}  # g++ without optimization
+    with torch._inductor.config.patch(quick):
+        torch.testing.assert_close(take(compiled, *case, 5), take(plain, *case, 5))
     assert_same_gradients(compiled, plain, 1e-5)
 
 

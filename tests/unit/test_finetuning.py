@@ -30,16 +30,16 @@ def data(tmp_path_factory):
     """Texts whose label is whether they hold a word; the test split is the validation split."""
     rng = random.Random(0)
     rows = []
-    for _ in range(160):
+    for _ in range(80):
         words = [rng.choice(["karen", "sulto", "minka", "shendu"]) for _ in range(6)]
         label = rng.randrange(2)
         if label:
             words[rng.randrange(6)] = "vorpali"
         rows.append(json.dumps({"text": " ".join(words), "label": label}))
     folder = tmp_path_factory.mktemp("data")
-    (folder / "train.jsonl").write_text("\n".join(rows[:128]))
+    (folder / "train.jsonl").write_text("\n".join(rows[:64]))
     for split in ("dev", "dev_mismatched", "test"):
-        (folder / f"{split}.jsonl").write_text("\n".join(rows[128:]))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows[64:]))
     return folder
 
 
@@ -63,7 +63,7 @@ def results(config):
 
 
 def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
-    config = replace(config, recipe=Recipe(num_train_epochs=8))
+    config = replace(config, recipe=Recipe(num_train_epochs=16))
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert finetune(config) == 0
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -101,7 +101,7 @@ def test_a_fine_tuning_that_is_stopped_and_killed_ends_as_the_unbroken_one(confi
     assert finetune(config) == 0
     broken = replace(config, output_dir=tmp_path / "broken")
     module = "ds_roberta.finetuning.finetune"
-    for steps in (2, 12, 15):  # within an epoch, within the next one, and in the second seed's run
+    for steps in (2, 4, 8):  # within an epoch, within the next one, and in the second seed's run
         monkeypatch.setattr(f"{module}.StopRequest", lambda ranks, steps=steps: StopAfter(steps))
         assert finetune(broken) == STOPPED_EXIT_CODE
         assert not broken.output_dir.exists()
@@ -118,12 +118,12 @@ def test_a_fine_tuning_that_is_stopped_and_killed_ends_as_the_unbroken_one(confi
 
 def test_stops_within_epochs_behind_the_best_one_lose_no_step(config, monkeypatch, caplog):
     """Each call goes on from where the one before was stopped, though the best epoch lies further back."""
-    config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=8))  # of 8 steps
+    config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=8))  # of 4 steps
     with caplog.at_level("INFO"):
         for _ in range(5):
-            monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(12))
+            monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(6))
             assert finetune(config) == STOPPED_EXIT_CODE
-    assert [f"continues from step {step}" in caplog.text for step in (12, 24, 36, 48)] == [True] * 4
+    assert [f"continues from step {step}" in caplog.text for step in (6, 12, 18, 24)] == [True] * 4
 
 
 def test_a_part_of_the_runs_whose_weights_were_removed_is_trained_again(config, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_part_of_the_runs_whose_weights_were_removed_is_trained_again(config, 
         run = replace(config, seeds=(seed,), output_dir=config.output_dir.with_name(f"seed-{seed}"))
         assert finetune(run) == 0
         alone[seed] = results(run)["best"]
-    monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2 * 23 + 3))
+    monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2 * 11 + 3))
     assert finetune(config) == STOPPED_EXIT_CODE
     monkeypatch.undo()
     (plan,) = config.output_dir.with_name(".tuned.runs").iterdir()

@@ -82,19 +82,23 @@ def test_a_task_of_srun_may_start_several_processes(monkeypatch):
 
 
 LAUNCHER = """
-import os, subprocess, sys
-ranks = [
-    subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "RANK": str(rank)}, text=True,
-                     stdout=subprocess.PIPE)
-    for rank in (0, 1)
-]
-print(*sorted({rank.communicate()[0].strip() for rank in ranks}))
-"""
-RANK = """
 import os
+from multiprocessing import get_context
 from ds_roberta.rendezvous import meet
-meet(60)
-print(os.environ["MASTER_PORT"])
+
+def join(rank, barrier):
+    os.environ["RANK"] = str(rank)
+    meet(60)
+    print(os.environ["MASTER_PORT"], flush=True)
+    barrier.wait(60)  # for rank 0 serves the other
+
+fork = get_context("fork")
+barrier = fork.Barrier(2)
+ranks = [fork.Process(target=join, args=(rank, barrier)) for rank in (0, 1)]
+for rank in ranks:
+    rank.start()
+for rank in ranks:
+    rank.join()
 """
 
 
@@ -102,11 +106,12 @@ def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(t
     """As under the `deepspeed` launcher, which gives both the same port."""
     told = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     environment = {**os.environ, **told, "TMPDIR": str(tmp_path), "PYTHONPATH": python_path()}
-    command = [sys.executable, "-c", LAUNCHER, RANK]
+    command = [sys.executable, "-c", LAUNCHER]
     runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    ports = [run.communicate(timeout=120)[0].split() for run in runs]
-    assert [len(found) for found in ports] == [1, 1]
-    assert ports[0] != ports[1]
+    (first, of_first), (second, of_second) = (run.communicate(timeout=120)[0].split() for run in runs)
+    assert first == of_first
+    assert second == of_second
+    assert first != second
     assert not list(tmp_path.iterdir())
 
 

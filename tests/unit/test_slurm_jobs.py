@@ -84,6 +84,7 @@ def write(monkeypatch, tmp_path, *words):
 
 MULTI_NODE = ("pretrain_multi_node", "--nodes", "2-4", "--gpus_per_node", "8", "--time", "1-00:00:00")
 PRETRAIN = ("--deepspeed_config", "zero1.json")
+SHARD = ("--input", "x", "--tokenizer", "t", "--output", "o")
 
 
 def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp_path):
@@ -114,7 +115,7 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
         ((*MULTI_NODE, "--", *PRETRAIN, "--max_step", "9"), "behind --: unrecognized arguments: --max_step 9"),
         (("preprocess", "--tasks", "2", "--time", "1", "--", "--input", "x"), "behind --: the following arguments"),
         (("finetune", "--gpus_per_node", "1", "--time", "1", "--", "--task", "x"), "behind --: argument --task"),
-        ((*MULTI_NODE, "--setup", "if", "--", *PRETRAIN), "bash -n job.sbatch refuses"),
+        (("preprocess", "--tasks", "2", "--time", "1", "--setup", "if", "--", *SHARD), "bash -n job.sbatch refuses"),
     ],
 )
 def test_a_wrong_or_missing_value_is_one_line(monkeypatch, tmp_path, capsys, words, message):
