@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; raises `UserError` if it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): fix this") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON ({error}): fix or remove it") from error
+
+
+def value_at(tree: Any, place: Sequence[str | int]) -> Any:
+    """The value in a JSON tree at a place given by keys and indexes; None if there is no such place."""
+    for key in place:
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
+from ds_roberta.files import read_json, value_at
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
 
 logger = logging.getLogger("ds_roberta")
 BY_POSITION = "by_position"  # of launch/evaluate.py perplexity
@@ -60,13 +60,7 @@ class Run:
 
     def setting(self, *path: str | int) -> Any:
         """A value of `config.json` by its keys and indexes, or None where an older run does not have it."""
-        value: Any = self.config
-        for key in path:
-            try:
-                value = value[key]
-            except (KeyError, IndexError, TypeError):
-                return None
-        return value
+        return value_at(self.config, path)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -107,11 +101,9 @@ def _read_run(folder: Path, name: str) -> Run:
     rows, warnings = _read_metrics(folder / METRICS_NAME)
     for warning in warnings:
         logger.warning(f"{name}: {warning}")
-    config = _read_json(folder / CONFIG_NAME)
-    if not isinstance(config, dict):
-        raise UserError(f"{str(folder / CONFIG_NAME)!r} is not a JSON object: give the folder of a run")
+    config = read_record(folder / CONFIG_NAME)
     files = sorted({path for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
-    contents = {str(path.relative_to(folder)): _read_json(path) for path in files}
+    contents = {str(path.relative_to(folder)): read_json(path) for path in files}
     by_position = [content[BY_POSITION] for content in contents.values() if _is_perplexity(content)]
     results = {file: flatten(_in_short(content)) for file, content in contents.items()}
     return Run(name, rows, config, results, warnings, _loss_by_position(by_position[0]) if by_position else None)
@@ -145,47 +137,8 @@ def _in_short(content: Any) -> Any:
 
 
 def _read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
-    rows: list[dict[str, Any]] = []
-    warnings: list[str] = []
-    lines = _read_bytes(path).splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(_parse_row(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"line {number} of {str(path)!r} is broken ({error}): mend or remove it") from error
-            warnings.append(
-                f"the last line of {path.name} ({number}) is broken and left out, as a killed run leaves it"
-            )
+    rows, is_cut = read_metrics(path)
     if not rows:
         raise UserError(f"{str(path)!r} has no whole row: the run has not taken a step yet")
-    return tuple(rows), tuple(warnings)
-
-
-def _parse_row(line: bytes) -> dict[str, Any]:
-    """A row of metrics.
-
-    Raises:
-        ValueError: it is not JSON, not an object, or its values are not numbers.
-    """
-    row = json.loads(line)
-    if not isinstance(row, dict) or type(row.get("global_step")) is not int:
-        raise ValueError("not an object with a global_step")
-    for name, value in row.items():
-        if not (value is None or isinstance(value, int | float)):
-            raise ValueError(f"{name} is {value!r}, not a number")
-    return row
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON ({error}): mend or remove it") from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): mend this") from error
+    warning = f"the last line of {path.name} ({len(rows) + 1}) is broken and left out, as a killed run leaves it"
+    return tuple(rows), (warning,) if is_cut else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.distributed import logger
-from ds_roberta.errors import UserError
+from ds_roberta.files import value_at
 from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers
 from ds_roberta.model.objectives import objective_of
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
 
 
 def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
@@ -71,7 +70,9 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
         UserError: the run's `config.json` or `metrics.jsonl` is broken.
     """
     run = checkpoint.resolve().parents[1]
-    record = _read_record(run / CONFIG_NAME)
+    record = read_record(run / CONFIG_NAME) if (run / CONFIG_NAME).is_file() else {}
+    if "run" not in record:  # another program's
+        record = {}
     facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
@@ -137,9 +138,11 @@ def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
     """The last held-out loss up to the checkpoint, where the run's metrics are there."""
     if not metrics.is_file():
         return {}
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    rows = [_parse(metrics, line) for line in lines if line.endswith("}")]  # the last may be a killed run's half
-    losses = [row for row in rows if row.get("eval_loss") is not None and row["global_step"] <= state.global_step]
+    losses = [
+        row
+        for row in read_metrics(metrics)[0]
+        if row.get("eval_loss") is not None and row["global_step"] <= state.global_step
+    ]
     if not losses:
         return {}
     last = losses[-1]
@@ -166,34 +169,7 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
         **{name: ("versions", name) for name in record.get("versions") or {}},
         "commit of ds_roberta": ("commit",),
     }
-    found = {name: _at(record, place) for name, place in places.items()}
+    found = {name: value_at(record, place) for name, place in places.items()}
     for name in ("folder of the data", "folder that it began with"):
         found[name] = found[name] and Path(found[name]).name  # where it lay is nobody's business
     return {name: str(value) for name, value in found.items() if value is not None}
-
-
-def _at(value: Any, place: tuple[str | int, ...]) -> Any:
-    for key in place:
-        try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """A run's `config.json`; empty where the folder is no run's."""
-    record = _parse(path, path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return record if "run" in record else {}
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(
-            f"{str(path)!r} is broken ({error}): mend it, or export a copy of the checkpoint alone"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} has no JSON object: mend it, or export a copy of the checkpoint alone")
-    return content

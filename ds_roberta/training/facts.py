@@ -16,9 +16,12 @@ import xxhash
 import ds_roberta
 from ds_roberta.config import ModelConfig
 from ds_roberta.data.shards import Corpus
+from ds_roberta.data.stages import schedule_text
+from ds_roberta.data.words import WORDS_VERSION
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.files import json_fingerprint
+from ds_roberta.model.objectives import find_objective
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.peak import Peak
 from ds_roberta.training.settings import Run
@@ -37,6 +40,30 @@ _FIXED = {
 }
 """Parts of the identity that no resumed run may change, and why; `_CHANGEABLE` ones in them excepted."""
 _CHANGEABLE = ("model.hidden_dropout_prob", "model.attention_probs_dropout_prob")
+
+
+def run_identity(run: Run) -> dict[str, Any]:
+    """What a resumed run must share with the run of its checkpoint."""
+    config, initial_model = run.config, run.initial_model
+    version = run.corpus.manifest.packing_version
+    return {
+        "data": run.corpus.manifest.fingerprint,
+        "tokenizer": run.corpus.manifest.tokenizer.fingerprint,
+        "model": asdict(config.model),
+        "init_from": run.ranks.on_main(initial_model.fingerprint) if initial_model else None,
+        "packing": {**asdict(config.packing), **({"version": version} if version > 2 else {})},
+        **find_objective(config.objective, config.packing).identity(),
+        "source_weights": config.source_weights,
+        "masking": {**asdict(config.masking), **({"words": WORDS_VERSION} if config.masking.unit != "token" else {})},
+        "seed": config.seed,
+        "train_batch_size": run.deepspeed.train_batch_size,
+        "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
+        "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
+        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
+        **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
+        "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before there was the option
+        "decay_type": config.schedule.decay_type,
+    }
 
 
 def check_identity(

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ds_roberta.command_line import Messages
-from ds_roberta.files import append_line, errors_of_the_disk, write_text
+from ds_roberta.errors import UserError
+from ds_roberta.files import append_line, errors_of_the_disk, read_json, write_text
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
@@ -29,27 +30,60 @@ def memory_gb(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a `metrics.jsonl`, and whether its last line was left out because a killed run wrote only a part.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not an object with a `global_step` and numbers.
+    """
+    try:
+        *lines, end = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): fix this") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_parse_row(line))
+        except ValueError as error:
+            raise UserError(f"line {number} of {str(path)!r} is broken ({error}): fix or remove it") from error
+    return rows, bool(end)
+
+
+def _parse_row(line: bytes) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict) or type(row.get("global_step")) is not int:
+        raise ValueError("not an object with a global_step")
+    for name, value in row.items():
+        if not (value is None or isinstance(value, int | float)):
+            raise ValueError(f"{name} is {value!r}, not a number")
+    return row
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A run's `config.json`; raises `UserError` if it cannot be read or is not an object."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{str(path)!r} is not a JSON object: fix or remove it")
+    return record
+
+
 class MetricsLog:
     """Appends rows to `metrics.jsonl`, one JSON object a line."""
 
     def __init__(self, output_dir: Path, global_step: int):
-        """Open the log of a run that stands at `global_step`.
+        """Open the log of a run that is at `global_step`.
 
-        Rows of what the run will do again are removed: later steps, lost with a crash, and this step's evaluation.
+        Rows of what the run will do again are removed: later steps, lost in a crash, and this step's evaluation.
         """
         self._path = output_dir / METRICS_NAME
+        kept = [row for row in self.rows() if self._is_past(row, global_step)]
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")]
-            kept = (line for line in whole if self._is_past(json.loads(line), global_step))
             with errors_of_the_disk(self._path, remedy=_REMEDY):
-                write_text(self._path, "".join(kept))
+                write_text(self._path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far."""
-        if not self._path.exists():
-            return []
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        return read_metrics(self._path)[0] if self._path.exists() else []
 
     @staticmethod
     def _is_past(row: dict[str, Any], global_step: int) -> bool:

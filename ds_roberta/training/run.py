@@ -23,7 +23,6 @@ from ds_roberta.training.compilation import compilation_notice, compile_layers, 
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.facts import run_record, shared_facts
-from ds_roberta.training.initial_state import Start, find_start
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import BatchPlan, Trial, find_micro_batch_size, finding_conditions
 from ds_roberta.training.monitors import Monitors
@@ -31,6 +30,7 @@ from ds_roberta.training.optimizer import without_bias_and_norm
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.run_data import RunData, make_loaders, open_data
 from ds_roberta.training.settings import Run, model_origin, run_config
+from ds_roberta.training.start import Start, find_start
 from ds_roberta.training.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -80,7 +80,7 @@ def test_the_card_of_token_substitution_speaks_of_replaced_tokens(run):
     detection = {
         f"eval_detection_{name}": value for name, value in (("precision", 0.5), ("recall", 0.25), ("f1", 1 / 3))
     }
-    (run / "metrics.jsonl").write_text(json.dumps({"global_step": 1000, "eval_loss": 0.4, **detection}))
+    (run / "metrics.jsonl").write_text(json.dumps({"global_step": 1000, "eval_loss": 0.4, **detection}) + "\n")
     identity = {**IDENTITY, "objective": "rts", "next_sentence_prediction": False}
     card = model_card(
         CONFIG, TrainState(identity, 1200), weights("roberta", 7_000_000), run / "checkpoints/global_step1200"
@@ -98,7 +98,7 @@ def test_the_card_of_token_substitution_speaks_of_replaced_tokens(run):
 )
 def test_a_broken_record_of_the_run_is_named(run, name, content):
     (run / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name}' (is broken|has no JSON object).*mend it"):
+    with pytest.raises(UserError, match=f"{name}' is (not JSON|not a JSON object|broken).*fix or remove it"):
         model_card(CONFIG, TrainState(IDENTITY, 1200), weights("lm_head", 1), run / "checkpoints/global_step1200")
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ds_roberta.config import ModelConfig
-from ds_roberta.data.stages import schedule_text
-from ds_roberta.data.words import WORDS_VERSION
 from ds_roberta.errors import UserError
-from ds_roberta.model.objectives import find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.facts import check_identity
+from ds_roberta.training.facts import check_identity, run_identity
 from ds_roberta.training.settings import Run
 
 if TYPE_CHECKING:
@@ -47,7 +44,7 @@ def find_start(run: Run) -> Start:
         UserError: the checkpoint is of another run, or is not one to resume from.
     """
     config, ranks, initial_model = run.config, run.ranks, run.initial_model
-    identity = _identity(run)
+    identity = run_identity(run)
     allowed = [] if run.allow_change is None else run.allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
     of_deepspeed = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
@@ -76,27 +73,3 @@ def find_start(run: Run) -> Start:
         )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
     return Start(state, deepspeed_checkpoint=path) if of_deepspeed else Start(state, checkpoint=path)
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """What a resumed run must share with the run of its checkpoint."""
-    config, initial_model = run.config, run.initial_model
-    version = run.corpus.manifest.packing_version
-    return {
-        "data": run.corpus.manifest.fingerprint,
-        "tokenizer": run.corpus.manifest.tokenizer.fingerprint,
-        "model": asdict(config.model),
-        "init_from": run.ranks.on_main(initial_model.fingerprint) if initial_model else None,
-        "packing": {**asdict(config.packing), **({"version": version} if version > 2 else {})},
-        **find_objective(config.objective, config.packing).identity(),
-        "source_weights": config.source_weights,
-        "masking": {**asdict(config.masking), **({"words": WORDS_VERSION} if config.masking.unit != "token" else {})},
-        "seed": config.seed,
-        "train_batch_size": run.deepspeed.train_batch_size,
-        "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
-        "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
-        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
-        **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
-        "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before there was the option
-        "decay_type": config.schedule.decay_type,
-    }
