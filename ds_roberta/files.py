@@ -97,6 +97,23 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_output_file(option: str, path: Path | None) -> None:
+    """Raise `UserError` before the work, not after it, if an option's file could not be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"{option} {str(path)!r} is a folder or in none: choose a file in a folder that exists")
+
+
+def write_figures(path: Path | None, figures: Any) -> None:
+    """Write the results of a command as JSON, whole or not at all; nothing if there is no path.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is not None:
+        with errors_of_the_disk(path):
+            write_json(path, figures)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append `line` and its end to a file, whole or not at all."""
     with path.open("ab", buffering=0) as file:

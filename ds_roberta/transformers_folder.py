@@ -36,23 +36,23 @@ from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 
 MOST_PIECES = 2000
-"""Tokens of the vocabulary, at most, whose text is compared."""
+"""The maximum number of the vocabulary's tokens whose text is compared."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""transformers' names of a file of weights; with `.index.json` the file that names several."""
+"""transformers' names for a file of weights; with `.index.json` added, for the list of several."""
 _KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute", "quantization_config": None}
-"""Settings of a RoBERTa's config that make another model of it, with the one value that is known here."""
+"""Settings of a RoBERTa's config that make it a different model, with the only value supported here."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes of plain numbers by safetensors' names."""
+"""The floating-point dtypes by safetensors' names."""
 Model = TypeVar("Model", bound=transformers.PreTrainedModel)
 
 
 @dataclass(frozen=True)
 class TransformersFolder:
-    """A folder whose config and tokenizer fit together; the weights are not read yet.
+    """A folder whose config and tokenizer fit together; its weights have not been read.
 
     Attributes:
-        max_positions: the most tokens that a sequence may have, `<s>` and `</s>` included.
-        max_seq_length: the length that was trained, as far as the folder says: what its tokenizer truncates to, at most
+        max_positions: the maximum number of tokens in a sequence, `<s>` and `</s>` included.
+        max_seq_length: the trained length, as far as the folder says: what its tokenizer truncates to, at most
             `max_positions`.
     """
 
@@ -85,7 +85,7 @@ class TransformersFolder:
 
 
 def open_folder(folder: Path) -> TransformersFolder:
-    """Read a folder as `save_pretrained` writes it, or as a model hub has it.
+    """Read a folder as `save_pretrained` writes it, or as downloaded from a model hub.
 
     Raises:
         UserError: it is no such folder, not of RoBERTa's architecture, without weights or tokenizer, or its parts do
@@ -98,8 +98,8 @@ def open_folder(folder: Path) -> TransformersFolder:
     if config.pad_token_id != special.pad_token_id or config.vocab_size < special.vocab_size:
         raise UserError(
             f"the tokenizer in {str(folder)!r} ({special.vocab_size} ids, <pad> is {special.pad_token_id}) is not the "
-            f"model's ({config.vocab_size} ids, <pad> is {config.pad_token_id}): put the tokenizer that it was trained "
-            "with there"
+            f"model's ({config.vocab_size} ids, <pad> is {config.pad_token_id}): copy the tokenizer that it was "
+            "trained with there"
         )
     positions = config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts from the pad id on
     if positions < 1:
@@ -111,7 +111,7 @@ def open_folder(folder: Path) -> TransformersFolder:
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """The files of a folder's weights, of those that transformers takes.
+    """The files of a folder's weights, chosen as transformers does.
 
     Raises:
         UserError: there are none, or their index is damaged or names a file that is missing.
@@ -124,13 +124,15 @@ def weights_files(folder: Path) -> list[Path]:
             try:
                 names = sorted(set(read_json(index)["weight_map"].values()))
             except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{str(index)!r} is no index of weights ({error!r}): copy the model again") from error
+                raise UserError(
+                    f"{str(index)!r} is not an index of weights ({error!r}): copy the model again"
+                ) from error
             for part in names:
                 if Path(part).name != part or not (folder / part).is_file():
                     raise UserError(f"{str(index)!r} names {part!r}, which is missing there: copy the whole model")
             return [folder / part for part in names]
     known = ", ".join((*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)))
-    raise UserError(f"no weights in {str(folder)!r} ({known}): give the folder of a whole model")
+    raise UserError(f"no weights in {str(folder)!r} ({known}): choose the folder of a whole model")
 
 
 def read_model(
@@ -142,11 +144,11 @@ def read_model(
     """The model of a folder, on the CPU; a `RobertaModel` without pooler. Of pickled weights only tensors are read.
 
     Args:
-        new_head: the values in the configuration of a head that is new where the folder has none of its shape; None:
-            the folder has the head.
+        new_head: the configuration values of a head that is initialized if the folder has none of its shape; None: the
+            folder must have the head.
 
     Raises:
-        UserError: there are no weights, they are damaged or no plain floating-point numbers, or some are missing.
+        UserError: there are no weights, they are damaged or not floating-point numbers, or some are missing.
     """
     files = weights_files(folder)
     try:
@@ -166,7 +168,7 @@ def read_model(
     except pickle.UnpicklingError as error:
         raise UserError(
             f"the pickled weights in {str(folder)!r} are damaged or hold more than tensors, which could run code: "
-            "give model.safetensors"
+            "use model.safetensors"
         ) from error
     except Exception as error:  # the libraries raise nothing more precise
         raise UserError(
@@ -182,7 +184,7 @@ def read_model(
     if missing and new_head is None:
         remedy = "fine-tune it with launch/finetune.py"
         if model_class is transformers.RobertaForMaskedLM:
-            remedy = "give the folder of a pretrained RobertaForMaskedLM, which still has its head"
+            remedy = "choose the folder of a pretrained RobertaForMaskedLM, which still has its head"
         raise UserError(
             f"the model in {str(folder)!r} lacks {missing[0]!r} or has it in another shape than its config: {remedy}"
         )
@@ -231,14 +233,14 @@ def open_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> transf
 
 
 def check_tokenizer(folder: Path, training: Path, add_prefix_space: bool | None = None) -> None:
-    """Refuse a folder that transformers' `AutoTokenizer` opens as another tokenizer than the one of training.
+    """Refuse a folder that transformers' `AutoTokenizer` opens as another tokenizer than training's.
 
-    Compared are the class, the special tokens and their ids, the vocabulary, and the ids of texts of many scripts, of
-    pairs, of the letters of special tokens, and of a text with a mask in it.
+    This compares the class, the special tokens and their ids, the vocabulary, and the ids of texts in many scripts, of
+    pairs, of the letters of special tokens, and of a text with a mask.
 
     Args:
-        folder: what was written.
-        training: the tokenizer's folder in training.
+        folder: the folder that was written.
+        training: the folder of training's tokenizer.
         add_prefix_space: see `training_tokenizer`.
 
     Raises:
@@ -258,7 +260,7 @@ def check_tokenizer(folder: Path, training: Path, add_prefix_space: bool | None 
 
 
 def _difference(folder: Path, training: Path, add_prefix_space: bool | None) -> str | None:
-    """What differs, in words."""
+    """The first difference in words; None if there is none."""
     opened = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     reference, special = training_tokenizer(training, add_prefix_space), TokenizerInfo.read(training)
     expected_class = class_of(tokenizer_content(training))
@@ -294,19 +296,19 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
-            f"no model in {str(folder)!r} (config.json is missing): give a local transformers folder, such as "
+            f"no model in {str(folder)!r} (config.json is missing): choose a local transformers folder, such as "
             "launch/export_hf.py writes"
         )
     content = read_json(path)
     if "model_type" not in content and "run" in content:
-        raise UserError(f"{str(folder)!r} is a run's folder: give the model in it, such as {str(folder / 'hf')!r}")
+        raise UserError(f"{str(folder)!r} is a run's folder: choose the model in it, such as {str(folder / 'hf')!r}")
     if content.get("model_type") != "roberta":
         raise UserError(
-            f"the model in {str(folder)!r} is of the type {content.get('model_type')!r}: only 'roberta' is known here"
+            f"the model in {str(folder)!r} has the type {content.get('model_type')!r}: only 'roberta' is supported"
         )
     for name, known in _KNOWN_SETTINGS.items():
         if content.get(name, known) != known:
-            raise UserError(f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} is known here")
+            raise UserError(f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} is supported")
     try:
         config = transformers.RobertaConfig.from_dict(content)
     except Exception as error:  # the library's validators raise their own kinds
@@ -317,7 +319,7 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
 
 
 def _check_dtypes(path: Path) -> None:
-    """Raise `UserError` where weights are stored as other than plain floating-point numbers: quantised, for example."""
+    """Raise `UserError` if weights are not stored as floating-point numbers, for example quantized."""
     if path.suffix == ".bin":
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -327,7 +329,7 @@ def _check_dtypes(path: Path) -> None:
             dtypes = {name: _FLOATS.get(kind) or file.get_tensor(name).dtype for name, kind in kinds.items()}
     for name, dtype in dtypes.items():
         if dtype not in _FLOATS.values() and not name.endswith("position_ids"):
-            raise UserError(f"{name!r} in {str(path)!r} is of dtype {dtype}: give weights in fp32, fp16 or bf16")
+            raise UserError(f"{name!r} in {str(path)!r} has dtype {dtype}: use weights in fp32, fp16 or bf16")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,10 +20,10 @@ def make_parser() -> ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    pairs = commands.add_parser("minimal-pairs", help="is the acceptable sentence of a pair the likelier one (BLiMP)")
+    pairs = commands.add_parser("minimal-pairs", help="is the acceptable sentence of a pair more likely (BLiMP)")
     add_common(pairs)
     pairs.add_argument("--data", type=Path, nargs="+", required=True, help="BLiMP's .jsonl files, or folders of them")
-    pairs.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is masked beside each token")
+    pairs.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is masked besides each token")
 
     perplexity = commands.add_parser("perplexity", help="held-out masked-LM loss on a data folder")
     add_common(perplexity)
@@ -36,7 +36,7 @@ def make_parser() -> ArgumentParser:
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="a transformers folder with its tokenizer")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of weights (default: fp32)")
-    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

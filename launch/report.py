@@ -16,7 +16,7 @@ def make_parser() -> ArgumentParser:
         "--output",
         type=Path,
         default=Path("report.html"),
-        help="the page to write (default: report.html); its plots lie as PNGs beside it, in STEM_plots",
+        help="the page to write (default: report.html); its plots are PNGs beside it, in STEM_plots",
     )
     return parser
 

@@ -1,9 +1,9 @@
-"""Grammatical knowledge by minimal pairs: is the acceptable sentence likelier than the unacceptable one?
+"""Grammatical knowledge by minimal pairs: is the acceptable sentence more likely than the other?
 
-Reads BLiMP's JSON lines (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon) and, where it
-is there, `field`. A pair is right if the acceptable sentence's score is the higher one, which is BLiMP's own rule; a
-tie is therefore wrong. It says that the model does not tell the two apart, and half a point would hide that; ties are
-counted, so that who wants the other rule can have it.
+Reads BLiMP's JSON lines (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon) and,
+optionally, `field`. A pair is correct if the acceptable sentence has the higher score, which is BLiMP's own rule, so a
+tie is wrong: the model does not distinguish the two, and half a point would hide that. Ties are counted, so that the
+other rule can be applied.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import orjson
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.json_report import check_report_path, write_report
 from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
+from ds_roberta.files import check_output_file, write_figures
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A line of the data; `place` says where it stands, `field` is empty where it has none."""
+    """A line of the data; `place` is its file and line, `field` is empty if it has none."""
 
     good: str
     bad: str
@@ -57,19 +57,19 @@ def evaluate_minimal_pairs(
     Raises:
         UserError: the model, a line of the data or the JSON's path is wrong.
     """
-    check_report_path(json_path)
+    check_output_file("--json", json_path)
     pairs = [pair for path in _files(data) for pair in read_pairs(path)]
     folder = open_roberta(model, precision)
     report = score_pairs(folder, pairs, metric)
     print(_table(report))
     settings = {"model": str(model), "data": [str(path) for path in data], "metric": metric, "precision": precision}
-    write_report(json_path, {**settings, **_as_json(report)})
+    write_figures(json_path, {**settings, **_as_json(report)})
     return report
 
 
 @dataclass(frozen=True)
 class Report:
-    """`mean` is over phenomena, whatever their numbers of pairs; in BLiMP all have as many."""
+    """`mean` is over phenomena, whatever their numbers of pairs; in BLiMP all are of equal size."""
 
     phenomena: dict[str, Accuracy]
     fields: dict[str, Accuracy]
@@ -92,18 +92,18 @@ def score_pairs(folder: RobertaFolder, pairs: Sequence[Pair], metric: str) -> Re
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file of JSON lines; empty lines are passed over.
+    """The pairs of a file of JSON lines; empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read or has no pair, or a line is no JSON object or lacks a field.
+        UserError: the file cannot be read or has no pair, or a line is not a JSON object or lacks a field.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}): give a file of JSON lines in UTF-8") from error
+        raise UserError(f"{str(path)!r} cannot be read ({error}): choose a file of JSON lines in UTF-8") from error
     pairs = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
-        raise UserError(f"{str(path)!r} is empty: give a file with a pair of sentences a line")
+        raise UserError(f"{str(path)!r} is empty: choose a file with one pair of sentences per line")
     return pairs
 
 
@@ -116,7 +116,7 @@ def _parse(line: str, place: str) -> Pair:
         raise UserError(f"{place}: not a JSON object but {line[:40]!r}: a line must be one with sentence_good, …")
     for name in ("sentence_good", "sentence_bad", "UID"):
         if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise UserError(f"{place}: {name!r} is {entry.get(name)!r}: every line needs it as a text, as in BLiMP")
+            raise UserError(f"{place}: {name!r} is {entry.get(name)!r}: every line needs it as text, as in BLiMP")
     field = str(entry.get("field") or "").replace("/", "_")  # BLiMP writes syntax/semantics and syntax_semantics
     return Pair(entry["sentence_good"], entry["sentence_bad"], entry["UID"], field, place)
 
@@ -126,8 +126,8 @@ def _files(data: Sequence[Path]) -> list[Path]:
     for path in data:
         found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not found or not path.exists():
-            what = "holds no .jsonl file" if path.is_dir() else "does not exist"
-            raise UserError(f"--data {str(path)!r} {what}: give BLiMP's .jsonl files or a folder of them")
+            what = "has no .jsonl file" if path.is_dir() else "does not exist"
+            raise UserError(f"--data {str(path)!r} {what}: choose BLiMP's .jsonl files or a folder of them")
         files += found
     return files
 
@@ -144,7 +144,7 @@ def _check_lengths(folder: RobertaFolder, pairs: Sequence[Pair], sentences: Sequ
     if longer:
         logger.warning(
             f"{len(longer)} sentences are longer than the {folder.max_seq_length} tokens that the model was trained "
-            f"on, first {pairs[longer[0] // 2].place}: its positions behind them have learned nothing"
+            f"on, first {pairs[longer[0] // 2].place}: later positions have learned nothing"
         )
 
 

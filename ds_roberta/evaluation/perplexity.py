@@ -1,4 +1,4 @@
-"""Held-out masked-LM loss of a transformers folder: the number that its training logged, comparable to another's."""
+"""Held-out masked-LM loss of a transformers folder: the number that its training logged, comparable between models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ds_roberta.data.words import word_starts
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.held_out import HeldOutSample
-from ds_roberta.evaluation.json_report import check_report_path, write_report
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
+from ds_roberta.files import check_output_file, write_figures
 from ds_roberta.model.objectives import MaskedLM
 
 POSITIONS_OF_A_BIN = 64
@@ -27,7 +27,7 @@ _MICRO_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class PositionBin:
-    """Masked tokens at positions `first … last` of their sequences, `<s>` at 0, and their mean loss, None for none."""
+    """Masked tokens at positions `first … last` of their sequences (`<s>` at 0) and their mean loss, None if none."""
 
     first: int
     last: int
@@ -37,7 +37,7 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Loss in nats a masked token."""
+    """Loss in nats per masked token."""
 
     loss: float
     perplexity: float
@@ -63,14 +63,14 @@ def evaluate_perplexity(
     Args:
         model: a transformers folder.
         data: a folder made by `preprocess shard`, with held-out documents.
-        max_seq_length: of the packed sequences; the folder's own where None.
-        masking: the defaults where None.
-        sequences: size of the sample, at most.
+        max_seq_length: of the packed sequences; None: the folder's own.
+        masking: None: the defaults.
+        sequences: the largest size of the sample.
 
     Raises:
         UserError: the model, the data, their tokenizers or the JSON's path is wrong, or the length too large.
     """
-    check_report_path(json_path)
+    check_output_file("--json", json_path)
     corpus = Corpus.open(data)
     folder = open_roberta(model, precision)
     config = PackingConfig(folder.max_seq_length if max_seq_length is None else max_seq_length, packing)
@@ -91,7 +91,7 @@ def evaluate_perplexity(
         "masking": asdict(masking),
         "precision": precision,
     }
-    write_report(json_path, {**settings, **asdict(result)})
+    write_figures(json_path, {**settings, **asdict(result)})
     return result
 
 
@@ -102,7 +102,7 @@ def held_out_perplexity(
 
     Raises:
         UserError: the corpus has no such split or another tokenizer, the model has too few positions, or no
-            token at all is masked.
+            token is masked.
     """
     if not corpus.manifest.splits.get(VALIDATION_SPLIT):
         raise UserError(
@@ -124,7 +124,7 @@ def held_out_perplexity(
     sample = HeldOutSample(collator, sequences, micro_batch_size, Ranks(0, 1, 0, None))
     losses = _LossByPosition(folder, packing.max_seq_length)
     result = sample.evaluate(losses.add)
-    assert result is not None  # nobody stops it
+    assert result is not None  # nothing stops it
     if not losses.counts.any():
         raise UserError("no token of the held-out sequences is masked: raise --mlm_probability or --eval_sequences")
     found = MaskedLM.evaluation(*result)
@@ -133,7 +133,7 @@ def held_out_perplexity(
 
 
 class _LossByPosition:
-    """Sums of losses by position in the sequence, gathered while the whole is summed up."""
+    """Sums of losses by position in the sequence, collected while the total is computed."""
 
     def __init__(self, folder: RobertaFolder, max_seq_length: int):
         self._folder, self._length = folder, max_seq_length

@@ -1,11 +1,11 @@
 """Pseudo-log-likelihood of sentences under a masked language model.
 
 Each token is masked in turn and its log-probability taken; their sum is the sentence's score (Salazar et al. 2020,
-"Masked Language Model Scoring", section 2). `within_word_l2r` masks the later tokens of the token's word too, since a
-word's other pieces give it away (Kauf & Ivanova 2023, "A Better Way to Do Masked Language Model Scoring", section 2).
+"Masked Language Model Scoring", section 2). `within_word_l2r` also masks the later tokens of the token's word, since
+the rest of a word gives it away (Kauf & Ivanova 2023, "A Better Way to Do Masked Language Model Scoring", section 2).
 
-A sentence of N tokens is N masked copies. Copies of many sentences, sorted by length, fill batches of about equally
-many tokens, hardly any of which is padding.
+A sentence of N tokens is N masked copies. Copies of many sentences, sorted by length, fill batches with about the same
+number of tokens, few of which are padding.
 
 Shapes: B masked copies, T tokens a sequence.
 """
@@ -29,7 +29,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Sentence:
-    """Token ids without `<s>` and `</s>`, and the number of the word that each is of."""
+    """Token ids without `<s>` and `</s>`, and the number of each one's word."""
 
     ids: tuple[int, ...]
     words: tuple[int | None, ...]
@@ -40,9 +40,9 @@ class MaskedCopies:
     """A batch.
 
     Attributes:
-        sentences: (B,) int64, which sentence each row is a copy of.
+        sentences: (B,) int64, the sentence that each row is a copy of.
         input_ids: (B, T) int64, padded on the right.
-        columns: (B,) int64, where the token to predict stands in its row.
+        columns: (B,) int64, the position of the token to predict in its row.
         labels: (B,) int64, its id.
     """
 
@@ -61,7 +61,7 @@ def encode(folder: RobertaFolder, texts: Sequence[str]) -> list[Sentence]:
 def pseudo_log_likelihoods(
     folder: RobertaFolder, sentences: Sequence[Sentence], metric: str = "original", batch_tokens: int = BATCH_TOKENS
 ) -> np.ndarray:
-    """The score of each sentence, in nats: (sentences,) float64; equal sentences have the same.
+    """The score of each sentence, in nats: (sentences,) float64; equal sentences have equal scores.
 
     Args:
         sentences: none longer than `folder.max_positions` with its two special tokens.
@@ -90,7 +90,7 @@ def pseudo_log_likelihoods(
 def masked_copies(
     sentences: Sequence[Sentence], special: TokenizerInfo, metric: str, batch_tokens: int
 ) -> Iterator[MaskedCopies]:
-    """Every token's copy of its sentence once, longest first, so that what does not fit in memory fails at once."""
+    """Each token's copy of its sentence, longest first, so that a batch that does not fit in memory fails at once."""
     by_length = sorted(range(len(sentences)), key=lambda index: -len(sentences[index].ids))
     copies = [(index, token) for index in by_length for token in range(len(sentences[index].ids))]
     first = 0

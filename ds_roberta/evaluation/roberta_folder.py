@@ -18,7 +18,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class RobertaFolder(TransformersFolder):
-    """With the model in evaluation mode, and the tokenizer as training has it."""
+    """With the model in evaluation mode, and the tokenizer as training uses it."""
 
     model: transformers.RobertaForMaskedLM
     tokenizer: tokenizers.Tokenizer
@@ -34,11 +34,11 @@ class RobertaFolder(TransformersFolder):
         positions: torch.Tensor,
         labels: torch.Tensor,
     ) -> torch.Tensor:
-        """Log-probabilities of tokens, in nats; the vocabulary's logits are computed at their positions alone.
+        """Log-probabilities of tokens, in nats; the logits of the vocabulary are computed only at their positions.
 
         Args:
             input_ids: (B, T) int64, padded on the right: RoBERTa counts positions over what is not padding.
-            attention_mask: (B, T) bool, false at padding; None where there is none.
+            attention_mask: (B, T) bool, false at padding; None if there is none.
             positions: (M,) int64, flat: b * T + t.
             labels: (M,) int64, the token at each.
 
@@ -64,7 +64,7 @@ class RobertaFolder(TransformersFolder):
 
 
 def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:
-    """Read a folder with a masked-LM head; the model goes to the GPU where there is one.
+    """Read a folder with a masked-LM head; the model goes to the GPU if there is one.
 
     Args:
         precision: a key of `PRECISIONS`.

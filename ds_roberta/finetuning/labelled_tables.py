@@ -12,7 +12,7 @@ import orjson
 from ds_roberta.errors import UserError
 from ds_roberta.options import Settings, option
 
-SPLIT_PREFIXES = {  # of the names of files; the first that fits counts
+SPLIT_PREFIXES = {  # of file names; the first that matches counts
     "train": ("train",),
     "validation_mismatched": ("validation_mismatched", "valid_mismatched", "dev_mismatched"),  # MNLI's second
     "test_mismatched": ("test_mismatched",),
@@ -65,7 +65,7 @@ class Table:
         name: the file, for messages.
         columns: the names of the columns.
         rows: each row's values; a row of JSON lines may lack some.
-        numbers: each row's number for messages: the line, from 1, in text files, else the row, from 1.
+        numbers: each row's number for messages: in text files the line, else the row, counted from 1.
     """
 
     name: str
@@ -94,13 +94,13 @@ def read_splits(
     entries, read = list(data), read or read_table
     for entry in entries:
         if not (path := split_entry(entry)[1]).exists():
-            raise UserError(f"--data {str(path)!r} does not exist: give a folder or files that do")
+            raise UserError(f"--data {str(path)!r} does not exist: choose a folder or files that do")
     if len(entries) == 1 and Path(entries[0]).is_dir():
         folder = Path(entries[0])
         try:
             found = sorted(folder.iterdir())
         except OSError as error:
-            raise UserError(f"cannot read --data {str(folder)!r} ({error.strerror}): give another folder") from error
+            raise UserError(f"cannot read --data {str(folder)!r} ({error.strerror}): choose another folder") from error
         if folder / "dataset_dict.json" in found:
             tables = _read_dataset_dict(folder)
             _check_splits(tables, entries, suffixes)
@@ -129,7 +129,7 @@ def read_table(source: Path | Table) -> Table:
     if isinstance(source, Table):
         return source
     if source.suffix not in SUFFIXES:
-        raise UserError(f"cannot read {str(source)!r} as a table: give a file that ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"cannot read {str(source)!r} as a table: choose a file that ends in {', '.join(SUFFIXES)}")
     if source.suffix == ".parquet":
         return _read_parquet(source)
     return parse_table(str(source), read_text(source), source.suffix)
@@ -143,7 +143,7 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): give another file") from error
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): choose another file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r} is not UTF-8 at byte {error.start}: convert it") from error
     return text
@@ -205,7 +205,7 @@ def _split_of(stem: str) -> str | None:
 
 
 def split_entry(entry: str) -> tuple[str | None, Path]:
-    """The split that an entry of `--data` names, as `validation=FILE` does, and the path."""
+    """The split that an entry of `--data` names, as in `validation=FILE`, and the path."""
     name, equals, rest = entry.partition("=")
     return (name, Path(rest)) if equals and name in SPLIT_PREFIXES else (None, Path(entry))
 
@@ -216,16 +216,18 @@ def _by_split(entries: Iterable[str]) -> dict[str, Path]:
         split, file = split_entry(entry)
         split = split or _split_of(file.stem)
         if split is None:
-            raise UserError(f"{entry!r} does not say its split: give it as train=, validation= or test={entry}")
+            raise UserError(f"{entry!r} does not name its split: give it as train=, validation= or test={entry}")
         if split in files:
-            raise UserError(f"{str(files[split])!r} and {str(file)!r} are both {split}: give one of them as --data")
+            raise UserError(
+                f"{str(files[split])!r} and {str(file)!r} are both {split}: leave one of them out of --data"
+            )
         files[split] = file
     return files
 
 
 def _not_empty(table: Table) -> Table:
     if not table.rows:
-        raise UserError(f"{table.name!r} has no rows: give a file with examples")
+        raise UserError(f"{table.name!r} has no rows: choose a file with examples")
     return table
 
 
@@ -235,7 +237,7 @@ def _parse_jsonl(name: str, lines: list[tuple[int, str]]) -> Table:
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            raise UserError(f"{name}, row {number} is not JSON ({error.msg}): mend or remove it") from error
+            raise UserError(f"{name}, row {number} is not JSON ({error.msg}): fix or remove it") from error
         if not isinstance(row, dict):
             raise UserError(f"{name}, row {number} is not a JSON object: write it as {{column: value}}")
         rows.append(row)
@@ -244,7 +246,7 @@ def _parse_jsonl(name: str, lines: list[tuple[int, str]]) -> Table:
 
 
 def _parse_tsv(name: str, lines: list[tuple[int, str]]) -> Table:
-    """Tabs part the columns and nothing is quoted, as in GLUE's files."""
+    """Columns are separated by tabs and nothing is quoted, as in GLUE's files."""
     cells = [(number, line.rstrip("\r").split("\t")) for number, line in lines]
     columns: tuple[str, ...] = tuple(cells[0][1]) if cells else ()
     if len(columns) == len(COLA_COLUMNS) and columns[1] in ("0", "1") and columns[2] in ("", "*"):
@@ -257,7 +259,7 @@ def _parse_tsv(name: str, lines: list[tuple[int, str]]) -> Table:
     for number, values in cells:
         if len(values) != len(columns):
             raise UserError(
-                f"{name}, row {number} has {len(values)} columns, its header {len(columns)}: mend or remove the row"
+                f"{name}, row {number} has {len(values)} columns, its header has {len(columns)}: fix or remove the row"
             )
     rows = [dict(zip(columns, values, strict=True)) for _, values in cells]
     return Table(name, columns, rows, [number for number, _ in cells])
@@ -271,12 +273,12 @@ def _read_parquet(path: Path) -> Table:
         rows = pyarrow.parquet.read_table(path).to_pylist()
         columns = pyarrow.parquet.read_schema(path).names
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {str(path)!r} ({error}): give another file") from error
+        raise UserError(f"cannot read {str(path)!r} ({error}): choose another file") from error
     return _not_empty(Table(str(path), tuple(columns), rows, list(range(1, len(rows) + 1))))
 
 
 def _read_dataset_dict(folder: Path) -> dict[str, Table]:
-    """The splits of a folder saved by `datasets`; labels that it keeps as numbers with names become the names."""
+    """The splits of a folder saved by `datasets`; labels that it stores as numbers with names become the names."""
     import datasets
 
     try:
@@ -289,7 +291,7 @@ def _read_dataset_dict(folder: Path) -> dict[str, Table]:
         if split is None:
             continue
         if split in tables:
-            raise UserError(f"{str(folder)!r} has two splits for {split}, one is {found!r}: save it with one of them")
+            raise UserError(f"{str(folder)!r} has two splits for {split}, one of them {found!r}: save it with only one")
         rows = dataset.to_list()
         for column, feature in dataset.features.items():
             of_list = getattr(feature, "feature", None)
@@ -305,5 +307,5 @@ def _read_dataset_dict(folder: Path) -> dict[str, Table]:
 
 
 def _class_name(names: list[str], label: int | None) -> str | None:
-    """A class's name; None where there is no label, which `datasets` marks with -1 and Trainer with -100."""
+    """A class's name; None if there is no label, which `datasets` marks with -1 and Trainer with -100."""
     return names[label] if label is not None and 0 <= label < len(names) else None

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, errors_of_the_disk
+from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
 from ds_roberta.transformers_folder import open_folder, open_tokenizer, read_json, read_model
@@ -27,7 +27,7 @@ class PredictConfig:
 
     Attributes:
         input: a file; None: only `text`, with `text_pair` if the task has pairs (the question about a context).
-        output: where the JSON lines go; None: nowhere.
+        output: the file for the JSON lines; None: they are only printed for people.
         task_options: the task's own, by name; others are ignored. The default: as in fine-tuning.
         max_seq_length: in tokens; None: the length in fine-tuning.
     """
@@ -154,9 +154,8 @@ def write_rows(path: Path, answers: list[Answer]) -> None:
 
 
 def _check_output(output: Path, given: Path | None) -> None:
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {str(output)!r} is a folder or lies in none: give a file in a folder")
+    check_output_file("--output", output)
     if output.exists() and not output.is_file():
-        raise UserError(f"--output {str(output)!r} is a device or a pipe: give a file")
+        raise UserError(f"--output {str(output)!r} is a device or a pipe: choose a file")
     if given is not None and output.resolve() == given.resolve():
-        raise UserError(f"--output {str(output)!r} is the input: give another file")
+        raise UserError(f"--output {str(output)!r} is the input: choose another file")

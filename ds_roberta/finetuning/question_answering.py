@@ -60,8 +60,8 @@ class Window:
     Attributes:
         question: the question's index.
         first: position of the piece's first token in `input_ids`.
-        offsets: each of the piece's tokens as [start, end) in the context's characters, without white space around
-            it; a token of white space alone is empty.
+        offsets: each of the piece's tokens as [start, end) in the context's characters, without surrounding
+            white space; a token of only white space is empty.
     """
 
     question: int
@@ -84,7 +84,7 @@ class Decoded:
     """What the logits say about one question.
 
     Attributes:
-        spans: the best spans, which do not overlap, the best first; empty where the context has no words.
+        spans: the best spans, which do not overlap, the best first; empty if the context has no words.
         null_score: the lowest sum of the logits at `<s>` among the windows: "no answer" must hold in all of them.
     """
 
@@ -93,14 +93,14 @@ class Decoded:
 
     @property
     def null_probability(self) -> float:
-        """Of the null answer against the best span."""
+        """Of the null answer, against the best span."""
         if not self.spans:
             return 1.0
         difference = min(max(self.spans[0].score - self.null_score, -700.0), 700.0)  # within exp's range
         return 1 / (1 + math.exp(difference))
 
     def probabilities(self, with_null: bool) -> list[float]:
-        """Each span's share among the spans, and the null answer where it is allowed."""
+        """Each span's share among the spans and, if it is allowed, the null answer."""
         scores = [span.score for span in self.spans] + [self.null_score] * with_null
         if not scores:
             return []
@@ -142,7 +142,9 @@ class QuestionAnswering(Task):
         try:
             options = SpanOptions(**{**stored.get("options", {}), **cls.known_options(given)})
         except (AttributeError, TypeError) as error:
-            raise UserError(f"{RESULTS} of the model has another question_answering than is known ({error})") from error
+            raise UserError(
+                f"{RESULTS} of the model has an unknown form of question_answering ({error}): fine-tune it again"
+            ) from error
         return cls("no_answer_threshold" in given or bool(stored.get("may_be_unanswerable")), options)
 
     def read_inputs(self, path: Path) -> list[Question]:
@@ -249,7 +251,7 @@ def make_windows(
         room = max_seq_length - len(head) - 1
         if room < 1:
             raise UserError(
-                f"{question.place}: {max_seq_length} tokens have no room for the context behind the question: raise "
+                f"{question.place}: {max_seq_length} tokens leave no room for the context after the question: raise "
                 "--max_seq_length"
             )
         words = [_without_space(question.context, *offset) for offset in offsets]
@@ -260,7 +262,7 @@ def make_windows(
 
 
 def question_room(max_seq_length: int) -> int:
-    """The most tokens of a question; what is behind them is cut off."""
+    """The most tokens of a question; the rest is cut off."""
     return min(MAX_QUESTION_TOKENS, max_seq_length // 2)
 
 
@@ -279,7 +281,7 @@ def window_starts(tokens: int, room: int, doc_stride: int) -> list[int]:
 
 
 def span_labels(window: Window, question: Question) -> tuple[int, int]:
-    """Positions of the first and last token of the question's first answer; (0, 0), which is `<s>`, where the window
+    """Positions of the first and last token of the question's first answer; (0, 0), which is `<s>`, if the window
     does not hold all of it."""
     if question.start is None:
         return 0, 0
@@ -320,7 +322,7 @@ def decode(
     end_logits: Sequence[np.ndarray],
     options: SpanOptions,
 ) -> Decoded:
-    """The best spans of one question from its windows' logits, each of (T,), T at least the window's length."""
+    """The best spans of one question from its windows' logits, each (T,), T at least the window's length."""
     null_score = math.inf
     found: list[Span] = []
     for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
@@ -336,7 +338,7 @@ def decode(
 
 
 def _best_of_window(window: Window, starts: np.ndarray, ends: np.ndarray, options: SpanOptions) -> list[Span]:
-    """The window's best spans, which do not overlap: the best, the best beside it, and so on."""
+    """The window's best spans, which do not overlap: the best, the best of the rest, and so on."""
     tokens = len(window.offsets)
     places = np.arange(tokens)
     empty = np.array([begin == stop for begin, stop in window.offsets], dtype=bool)
@@ -372,7 +374,7 @@ def _encode(
 
 
 def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """[start, end) without white space at its borders: a token of RoBERTa's begins with the space before the word."""
+    """[start, end) without white space at its ends: RoBERTa's tokens begin with the space before the word."""
     piece = text[start:end]
     start += len(piece) - len(piece.lstrip())
     return start, start + len(piece.strip())

@@ -99,7 +99,7 @@ def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
 
 
 def _entries(name: str, content: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each question's place in words, context and JSON object."""
+    """Each question's place for messages, context and JSON object."""
     for article_number, article in enumerate(_list(name, content, "data"), 1):
         title = article.get("title") if isinstance(article, dict) else None
         at_article = f"{name}, article {article_number}" + (f" ({title!r})" if title else "")

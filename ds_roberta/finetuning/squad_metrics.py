@@ -1,7 +1,7 @@
-"""SQuAD's measures, as its two official evaluation scripts take them: exact match and the F1 of words, in percent.
+"""SQuAD's metrics as its two official evaluation scripts compute them: exact match and the F1 of words, in percent.
 
 Rajpurkar et al. 2016 and 2018, https://rajpurkar.github.io/SQuAD-explorer/ (evaluate-v1.1.py and -v2.0.py). The two
-differ where a text is nothing but articles and punctuation, so both are here.
+differ if a text has only articles and punctuation, so both are here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case without ASCII punctuation, articles and superfluous white space."""
+    """Lower case without ASCII punctuation, articles and extra white space."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
@@ -25,7 +25,7 @@ def exact_match(gold: str, predicted: str) -> float:
 
 
 def f1(gold: str, predicted: str) -> float:
-    """F1 of two bags of words; 0 where they have no word in common, as in version 1.1."""
+    """F1 of two bags of words; 0 if they have no word in common, as in version 1.1."""
     gold_words, predicted_words = normalize_answer(gold).split(), normalize_answer(predicted).split()
     common = (Counter(gold_words) & Counter(predicted_words)).total()
     if not common:
@@ -35,7 +35,7 @@ def f1(gold: str, predicted: str) -> float:
 
 
 def f1_or_none(gold: str, predicted: str) -> float:
-    """As `f1`, but 1 where both are without words, as in version 2.0."""
+    """As `f1`, but 1 if neither has words, as in version 2.0."""
     return f1(gold, predicted) or float(not normalize_answer(gold) and not normalize_answer(predicted))
 
 
@@ -43,7 +43,7 @@ def squad_v1_metrics(golds: Sequence[Sequence[str]], answers: Sequence[str]) -> 
     """`exact_match` and `f1` of version 1.1.
 
     Args:
-        golds: each question's gold answers, one at least, of which the most favourable counts.
+        golds: each question's gold answers, at least one; the best match counts.
         answers: each question's answer.
     """
     return {
@@ -58,15 +58,15 @@ def squad_v2_metrics(
     """What the script of version 2.0 prints with `--na-prob-file` and `--na-prob-thresh`.
 
     Args:
-        golds: each question's gold answers; none where the context does not answer it.
+        golds: each question's gold answers; none if the context does not answer it.
         answers: each question's best answer that is not the null answer.
         null_probabilities: how likely the context does not answer the question, in [0, 1].
         threshold: a question with a probability above it counts as answered by the null answer.
 
     Returns:
-        `exact`, `f1` and `total`; of the questions with an answer `HasAns_exact`, `HasAns_f1`, `HasAns_total`, where
-        there are any, and of those without `NoAns_…`; the best that a threshold can give, `best_exact` and `best_f1`,
-        with these thresholds, `best_exact_thresh` and `best_f1_thresh`.
+        `exact`, `f1` and `total`; `HasAns_exact`, `HasAns_f1` and `HasAns_total` for the questions with an answer, if
+        there are any, and `NoAns_…` for those without; `best_exact` and `best_f1`, the best that any threshold gives,
+        and those thresholds, `best_exact_thresh` and `best_f1_thresh`.
     """
     with_words = [[gold for gold in of_question if normalize_answer(gold)] or [""] for of_question in golds]
     has_answer = [bool(of_question) for of_question in golds]
@@ -88,7 +88,7 @@ def best_threshold(
 ) -> tuple[float, float]:
     """The best mean score in percent, and the lowest threshold of the null probability that gives it.
 
-    At first all questions count as answered by the null answer; then the threshold rises over one after the other.
+    At first all questions count as answered by the null answer; then the threshold rises past one after another.
     """
     current = best = float(sum(not has for has in has_answer))
     threshold = 0.0

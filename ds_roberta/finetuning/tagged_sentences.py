@@ -24,11 +24,11 @@ WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
 class Sentence:
     """
     Attributes:
-        place: where it stands, for messages.
-        words: one at least, none empty.
-        tags: one for each word; empty where there are none.
-        text: what the words stand in; None where they were given one by one.
-        offsets: each word as [start, end) in the text's characters, where there is one.
+        place: in its file, for messages.
+        words: at least one, none empty.
+        tags: one for each word; empty if there are none.
+        text: what the words were taken from; None if they were given one by one.
+        offsets: each word as [start, end) in characters of the text, if there is one.
     """
 
     place: str
@@ -47,16 +47,16 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
 
 
 def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
-    """A word a line, its tag in the last column, sentences apart by empty lines. Columns stand apart by tabs, or by
-    spaces in lines without tabs. Lines of `-DOCSTART-` are passed over, and those that begin a sentence with `#` and
-    have another number of columns or do not end in a tag of the file.
+    """One word per line with its tag in the last column; empty lines separate sentences. Columns are separated by tabs,
+    or by spaces in lines without tabs. Lines with `-DOCSTART-` are skipped, and so are lines that start with `#` at the
+    beginning of a sentence and have another number of columns or do not end in a tag of the file.
 
     Args:
-        labelled: whether there must be tags; if not, all columns but the first are passed over.
+        labelled: whether there must be tags; if not, all columns but the first are ignored.
 
     Raises:
-        UserError: there are no sentences, a line has no tag or another number of columns, the first column has no
-            words but numbers (CoNLL-U's), or as `check_tags`.
+        UserError: there are no sentences, a line has no tag or another number of columns, the first column has
+            numbers instead of words (CoNLL-U's), or as `check_tags`.
     """
     lines = list(enumerate(map(_columns, text.split("\n")), 1))
     of_words = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
@@ -64,7 +64,7 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
     width = len(of_words[0]) if of_words else 0
     if width == COLUMNS_OF_CONLL_U and of_words[0][0] == "1":
         raise UserError(
-            f"{name!r} has CoNLL-U's columns, the first of which has numbers: leave a word and its tag a line"
+            f"{name!r} has CoNLL-U's columns, the first of which has numbers: leave one word and its tag per line"
         )
     sentences: list[Sentence] = []
     tagged: list[tuple[str, str]] = []
@@ -88,19 +88,19 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
                 continue
         place = f"{name}, row {number}"
         if not columns[0].strip():
-            raise UserError(f"{place} has no word in its first column: mend or remove the row")
+            raise UserError(f"{place} has no word in its first column: fix or remove the row")
         if labelled:
             if len(columns) < 2:
-                raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag into its last column")
+                raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag in its last column")
             tags.append(columns[-1])
             tagged.append((place, columns[-1]))
         if len(columns) != (width or len(columns)):
-            raise UserError(f"{place} has {len(columns)} columns, the first row of a word {width}: mend the row")
+            raise UserError(f"{place} has {len(columns)} columns, the first row with a word has {width}: fix the row")
         first = first if words else number
         words.append(columns[0])
     close()
     if not sentences:
-        raise UserError(f"{name!r} has no sentences: give a file with a word and its tag on each line")
+        raise UserError(f"{name!r} has no sentences: choose a file with a word and its tag on each line")
     check_tags(tagged)
     return sentences
 
@@ -108,14 +108,15 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
 def table_sentences(
     table: Table, word_column: str | None, tag_column: str | None, *, labelled: bool = True
 ) -> list[Sentence]:
-    """The sentences of rows with a list of words and, where `labelled`, a list of tags.
+    """The sentences of rows with a list of words and, if `labelled`, a list of tags.
 
     Args:
-        word_column: None stands for the first of `WORD_COLUMNS`.
-        tag_column: None stands for the first of `TAG_COLUMNS`.
+        word_column: None: the first of `WORD_COLUMNS`.
+        tag_column: None: the first of `TAG_COLUMNS`.
 
     Raises:
-        UserError: a column is missing, a row's lists are not of texts, empty or of unequal length, or as `check_tags`.
+        UserError: a column is missing; a row's lists have other items than texts, are empty or differ in length; or as
+            `check_tags`.
     """
     word_column = _column(table, word_column, WORD_COLUMNS, "--text_column")
     if labelled:
@@ -136,19 +137,19 @@ def table_sentences(
 
 
 def split_text(place: str, text: str) -> Sentence:
-    """The words and punctuation marks of a text, which the data of token classification have apart.
+    """The words and punctuation marks of a text, separated as in the data of token classification.
 
     Raises:
         UserError: it has none.
     """
     found = list(WORD_IN_TEXT.finditer(text))
     if not found:
-        raise UserError(f"{place}: the text {text!r} has no words: give another")
+        raise UserError(f"{place}: the text {text!r} has no words: choose another")
     return Sentence(place, tuple(match[0] for match in found), (), text, tuple(match.span() for match in found))
 
 
 def tag_names(train: Iterable[Sentence]) -> list[str]:
-    """The training sentences' tags in the alphabet's order; those of entities `O` first, else by type and prefix."""
+    """The training sentences' tags in alphabetical order; if they mark entities, `O` first, then by type and prefix."""
     found = {tag for sentence in train for tag in sentence.tags}
     if not are_of_entities(found):
         return sorted(found)
@@ -156,8 +157,8 @@ def tag_names(train: Iterable[Sentence]) -> list[str]:
 
 
 def are_of_entities(tags: Iterable[str]) -> bool:
-    """Whether tags mark entities, some as `B-PER` or all as `B`, `I` and `O`; others are of each word, as parts of
-    speech are."""
+    """Whether tags mark entities: some are like `B-PER`, or all are `B`, `I` and `O`. Others label single words, as
+    parts of speech do."""
     fitting = {tag: bool(ENTITY_TAG.fullmatch(tag)) for tag in tags}
     return all(fitting.values()) or any(fits and "-" in tag for tag, fits in fitting.items())
 
@@ -168,7 +169,7 @@ def check_tags(tagged: Iterable[tuple[str, str]]) -> None:
         tagged: a file's tags, each with its place.
 
     Raises:
-        UserError: the tags are of entities, but one is neither `O` nor like `B-PER`.
+        UserError: the tags mark entities, but one is neither `O` nor like `B-PER`.
     """
     tagged = list(tagged)
     if not are_of_entities({tag for _, tag in tagged}):
@@ -176,7 +177,7 @@ def check_tags(tagged: Iterable[tuple[str, str]]) -> None:
     for place, tag in tagged:
         if not ENTITY_TAG.fullmatch(tag):
             raise UserError(
-                f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E or S and a type), as others: mend it"
+                f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E or S and a type), unlike others: fix it"
             )
 
 
@@ -197,7 +198,7 @@ def _column(table: Table, column: str | None, usual: tuple[str, ...], option: st
 
 def _texts(place: str, column: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"{place}: {column!r} is {value!r}, not a list of texts: mend or remove the row")
+        raise UserError(f"{place}: {column!r} is {value!r}, not a list of texts: fix or remove the row")
     if all(isinstance(number, int) for number in value):
         raise UserError(
             f"{place}: {column!r} has numbers: give their names, such as B-PER, or a folder saved by datasets, which "
@@ -205,5 +206,5 @@ def _texts(place: str, column: str, value: Any) -> tuple[str, ...]:
         )
     for number, text in enumerate(value, 1):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{place}: {column!r} has {text!r} as its number {number}, not a text: mend it")
+            raise UserError(f"{place}: item {number} of {column!r} is {text!r} but must be non-empty text: fix it")
     return tuple(value)

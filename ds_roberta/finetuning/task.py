@@ -136,8 +136,8 @@ class Task(ABC):
         """The loss summed over these labels, divided by the number of labels in the whole batch with all its
         micro-batches.
 
-        RoBERTa's own loss in transformers is the mean of a micro-batch whatever Trainer tells it, and Trainer (5.23)
-        assumes that it is normalized: loss and gradient would grow with `gradient_accumulation_steps`.
+        RoBERTa's own loss in transformers is the mean of a micro-batch whatever Trainer passes to it, and Trainer
+        (5.23) assumes that it is normalized: loss and gradient would grow with `gradient_accumulation_steps`.
 
         Args:
             outputs: the model's, by name.

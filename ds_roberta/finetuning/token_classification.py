@@ -52,7 +52,7 @@ class WordWindow:
 
     Attributes:
         sentence: the sentence's index.
-        words: indices of the words that are labelled here; each word is in exactly one window.
+        words: indices of the words that are labelled here; each word is labelled in exactly one window.
         positions: position of each such word's first subword in `input_ids`.
     """
 
@@ -243,8 +243,8 @@ def word_spans(lengths: Sequence[int], room: int) -> Iterator[tuple[int, int, in
     """Windows of at most `room` tokens over words of these lengths, each at most `room`; they overlap by up to half.
 
     Yields:
-        start, end of the words in the window, and first, last (exclusive) of those that it labels: two windows share
-        the words that both have in halves, so that each word is seen with words on both sides.
+        start, end of the words in the window, and first, last (exclusive) of those that it labels: of the words that
+        two windows share, each labels half, so that every word has words on both sides.
     """
     start = first = 0
     while True:
@@ -266,8 +266,8 @@ def word_spans(lengths: Sequence[int], room: int) -> Iterator[tuple[int, int, in
 
 
 def token_labels(window: WordWindow, sentence: Sentence, names: Sequence[str]) -> list[int]:
-    """A label for each token: the tag's index at a labelled word's first subword, else -100; also where no training
-    sentence has the tag."""
+    """A label for each token: the tag's index at a labelled word's first subword, else -100, as for a tag that no
+    training sentence has."""
     indices = {name: index for index, name in enumerate(names)}
     labels = [NO_LABEL] * len(window.input_ids)
     for word, position in zip(window.words, window.positions, strict=True):
@@ -299,8 +299,8 @@ def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[st
 
 
 def tag_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
-    """Of tags that do not mark entities: `accuracy`, `macro_f1`, and `by_tag`: precision, recall, F1 and the number of
-    words (`support`) of each that occurs in the one or the other, by scikit-learn."""
+    """scikit-learn's metrics of tags that do not mark entities: `accuracy`, `macro_f1`, and `by_tag`: precision,
+    recall, F1 and the number of words (`support`) for each tag that occurs in either."""
     from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
     words, found = list(chain.from_iterable(gold)), list(chain.from_iterable(predicted))
@@ -314,10 +314,10 @@ def tag_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, 
 
 
 def find_entities(tags: list[str], probabilities: np.ndarray) -> list[Entity]:
-    """seqeval's entities in a sentence's tags.
+    """The entities in a sentence's tags, by seqeval.
 
     Args:
-        probabilities: (words,), of each tag.
+        probabilities: (words,), one for each tag.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 

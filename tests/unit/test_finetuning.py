@@ -282,7 +282,7 @@ def of_another_kind(folder):
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
-        (lambda folder: change_config(folder, model_type="bert"), "of the type 'bert'"),
+        (lambda folder: change_config(folder, model_type="bert"), "has the type 'bert'"),
         (lambda folder: change_config(folder, intermediate_size=32), "in another shape than config.json says"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "the tokenizer in .* cannot be read"),

@@ -283,7 +283,7 @@ def a_run(folder):
         (no_weights, r"no weights in .*model\.safetensors"),
         (no_config, "config.json is missing"),
         (no_tokenizer, "tokenizer.json is missing"),
-        (other_setting(model_type="bert"), "of the type 'bert'"),
+        (other_setting(model_type="bert"), "has the type 'bert'"),
         (other_setting(hidden_act="xielu"), "hidden_act must be one of .*, got 'xielu'"),
         (other_setting(tie_word_embeddings=False), "tie_word_embeddings is False: only True"),
         (other_setting(vocab_size=10), "is not the model's"),

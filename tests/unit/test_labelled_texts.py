@@ -74,7 +74,7 @@ def test_a_list_of_classes_with_a_gap_is_told_with_its_row(tmp_path):
     datasets.DatasetDict(
         {split: datasets.Dataset.from_list(of_split, features=features) for split, of_split in rows.items()}
     ).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match="dev, row 1: 'tags' has None as its number 2"):
+    with pytest.raises(UserError, match="dev, row 1: item 2 of 'tags' is None"):
         TokenClassification.from_data((str(tmp_path / "saved"),), Columns())
 
 
@@ -155,7 +155,7 @@ def test_broken_files_are_told(tmp_path):
     with pytest.raises(UserError, match="no validation file"):
         Classification.from_data((str(tmp_path),), Columns())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\n")
-    with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header 3"):
+    with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header has 3"):
         Classification.from_data((str(tmp_path),), Columns())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence1\tlabel\na\tb\tno\n")
     with pytest.raises(UserError, match=r"dev.tsv has the column 'sentence1' twice"):

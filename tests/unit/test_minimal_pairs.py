@@ -163,7 +163,7 @@ def test_bytes_that_are_not_text_and_places_without_data_are_refused(tmp_path, e
         evaluate_minimal_pairs(exported, [tmp_path / "empty"])
     with pytest.raises(UserError, match="does not exist"):
         evaluate_minimal_pairs(exported, [tmp_path / "nothing"])
-    with pytest.raises(UserError, match=r"--json .* lies in none"):
+    with pytest.raises(UserError, match=r"--json .* in none"):
         evaluate_minimal_pairs(exported, [tmp_path], json_path=tmp_path / "nothing/out.json")
 
 
@@ -220,7 +220,7 @@ def without_head(folder):
     [
         (lambda folder: (folder / "config.json").unlink(), "no model in"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
-        (lambda folder: change_json(folder / "config.json", model_type="bert"), "of the type 'bert'"),
+        (lambda folder: change_json(folder / "config.json", model_type="bert"), "has the type 'bert'"),
         (lambda folder: (folder / "config.json").write_text('{"run": {}}'), "is a run's folder: give .*/hf'"),
         (
             lambda folder: change_json(folder / "tokenizer_config.json", model_max_length="64"),

@@ -202,7 +202,7 @@ def test_what_cannot_be_asked_is_refused(ask, task, asked, message):
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(ask, tmp_path):
-    with pytest.raises(UserError, match=r"--output .* give a file in a folder"):
+    with pytest.raises(UserError, match=r"--output .* choose a file in a folder"):
         ask("classification", text="x", output=tmp_path / "absent" / "x.jsonl")
 
 

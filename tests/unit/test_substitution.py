@@ -173,7 +173,7 @@ def test_the_exported_folder_is_the_encoder_and_opens_everywhere(tmp_path, confi
     assert torch.equal(
         classifier.roberta.embeddings.word_embeddings.weight, weights["roberta.embeddings.word_embeddings.weight"]
     )
-    with pytest.raises(UserError, match=r"lacks .*give the folder of a pretrained RobertaForMaskedLM"):
+    with pytest.raises(UserError, match=r"lacks .*choose the folder of a pretrained RobertaForMaskedLM"):
         open_roberta(tmp_path / "model")
 
 

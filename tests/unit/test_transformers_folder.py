@@ -131,20 +131,20 @@ REFUSED = {
     "no folder": (shutil.rmtree, "no model in .*config.json is missing"),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
-        "no weights in .*give the folder of a",
+        "no weights in .*choose the folder of a",
     ),
-    "a dangling link": (dangling, "no weights in .*give the folder of a"),
+    "a dangling link": (dangling, "no weights in .*choose the folder of a"),
     "a part is missing": (lambda folder: in_parts(folder, lost=True), "00002.safetensors', which is missing there"),
     "a part elsewhere": (
         lambda folder: [in_parts(folder), change_json(folder / f"{SAFETENSORS}.index.json", weight_map={"a": "../b"})],
         "names '../b', which is missing there",
     ),
     "damaged weights": (lambda folder: (folder / SAFETENSORS).write_bytes(b"none"), "weights in .* cannot be read"),
-    "pickled code": (pickled_code, "hold more than tensors, which could run code: give model.safetensors"),
-    "quantized weights": (quantized, "is of dtype torch.int8: give weights in fp32"),
+    "pickled code": (pickled_code, "hold more than tensors, which could run code: use model.safetensors"),
+    "quantized weights": (quantized, "has dtype torch.int8: use weights in fp32"),
     "a quantized model": (
         lambda folder: change_json(folder / "config.json", quantization_config={"quant_method": "gptq"}),
-        "has quantization_config .*: only None is known here",
+        "has quantization_config .*: only None is supported",
     ),
     "a decoder": (lambda folder: change_json(folder / "config.json", is_decoder=True), "has is_decoder True"),
     "without a layer": (without_a_layer, "lack 'roberta.encoder.layer.0.output.dense.weight'"),
@@ -255,7 +255,9 @@ def test_more_than_the_trained_length_is_told_and_more_than_the_positions_refuse
 def test_a_head_that_the_folder_lacks_is_named_with_its_remedy(sources):
     with pytest.raises(UserError, match=r"lacks 'classifier.dense.bias' .*: fine-tune it with launch/finetune.py"):
         read_model(sources / "masked", transformers.RobertaForSequenceClassification)
-    with pytest.raises(UserError, match=r"lacks 'lm_head.bias' .*: give the folder of a pretrained RobertaForMaskedLM"):
+    with pytest.raises(
+        UserError, match=r"lacks 'lm_head.bias' .*: choose the folder of a pretrained RobertaForMaskedLM"
+    ):
         read_model(sources / "classes", transformers.RobertaForMaskedLM)
 
 

@@ -17,7 +17,7 @@ from ds_roberta.config import PackingConfig, model_config
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.json_report import write_report as write_figures
+from ds_roberta.files import write_figures
 from ds_roberta.finetuning.predict import write_rows
 from ds_roberta.finetuning.task import Answer
 from ds_roberta.model.export import CARD_SIGNATURE, export
