@@ -77,7 +77,7 @@ def test_token_classification(finetuned):
     metrics, answers = finetuned("token-classification", columns, ".conll")
     predicted = [row["tags"] for row in answers]
     assert metrics["f1"] == pytest.approx(f1_score(tags, predicted))
-    assert metrics["f1"] > 0.5  # a word tells its tag
+    assert metrics["f1"] > 0.5  # a word determines its tag
     assert metrics["accuracy"] == pytest.approx(accuracy_score(tags, predicted))
     assert metrics["by_type"]["X"]["support"] == len(CONTEXTS)
 

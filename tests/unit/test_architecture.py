@@ -128,6 +128,15 @@ def test_all_but_the_run_is_imported_without_deepspeed():
     assert reaching == {"ds_roberta.training.engine", "ds_roberta.training.run"}
 
 
+def test_models_and_tokenizers_are_opened_in_one_module():
+    opening = {
+        module
+        for module, tree in TREES.items()
+        if any(isinstance(node, ast.Attribute) and node.attr == "from_pretrained" for node in ast.walk(tree))
+    }
+    assert opening == {"ds_roberta.transformers_folder"}
+
+
 def test_no_imports_go_in_a_circle():
     TopologicalSorter(AT_RUNTIME).prepare()  # raises CycleError with the circle
 

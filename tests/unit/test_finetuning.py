@@ -116,8 +116,8 @@ def test_a_fine_tuning_that_is_stopped_and_killed_ends_as_the_unbroken_one(confi
     assert weights[0] == weights[1]
 
 
-def test_stops_within_epochs_behind_the_best_one_lose_no_step(config, monkeypatch, caplog):
-    """Each call goes on from where the one before was stopped, though the best epoch lies further back."""
+def test_stops_within_epochs_after_the_best_one_lose_no_step(config, monkeypatch, caplog):
+    """Each call continues where the one before was stopped, although the best epoch was earlier."""
     config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=8))  # of 4 steps
     with caplog.at_level("INFO"):
         for _ in range(5):
@@ -127,20 +127,20 @@ def test_stops_within_epochs_behind_the_best_one_lose_no_step(config, monkeypatc
 
 
 def test_a_part_of_the_runs_whose_weights_were_removed_is_trained_again(config, monkeypatch):
-    """Of two seeds' runs the worse has no weights left when a third is stopped; then it is asked for alone."""
+    """The worse of two seeds' runs has no weights left when a third is stopped; then only that run is asked for."""
     config = replace(config, seeds=(0, 1, 2))
-    alone = {}
+    single = {}
     for seed in (0, 1):
         run = replace(config, seeds=(seed,), output_dir=config.output_dir.with_name(f"seed-{seed}"))
         assert finetune(run) == 0
-        alone[seed] = results(run)["best"]
+        single[seed] = results(run)["best"]
     monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2 * 11 + 3))
     assert finetune(config) == STOPPED_EXIT_CODE
     monkeypatch.undo()
     (plan,) = config.output_dir.with_name(".tuned.runs").iterdir()
     (worse,) = [seed for seed in (0, 1) if not (plan / f"rate-0.01-batch-16-seed-{seed}" / "model").exists()]
     assert finetune(replace(config, seeds=(worse,))) == 0
-    assert results(config)["best"] == alone[worse]
+    assert results(config)["best"] == single[worse]
 
 
 def test_an_output_within_the_data_does_not_change_the_plan(config, data, monkeypatch, tmp_path, caplog):
@@ -154,7 +154,7 @@ def test_an_output_within_the_data_does_not_change_the_plan(config, data, monkey
     assert "starting from scratch" not in caplog.text
 
 
-def test_a_changed_plan_does_not_go_on_from_the_old_one(config, monkeypatch):
+def test_a_changed_plan_does_not_continue_the_old_one(config, monkeypatch):
     monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2))
     assert finetune(config) == STOPPED_EXIT_CODE
     monkeypatch.undo()
@@ -229,7 +229,7 @@ def test_the_setting_with_the_best_median_is_chosen_and_its_best_run():
         ({"settings": (Setting(1e30, 16),)}, "the loss is nan in training at .* use a lower --learning_rate"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(config, changes, message):
+def test_impossible_settings_are_refused(config, changes, message):
     with pytest.raises(UserError, match=message):
         finetune(replace(config, **changes))
     assert not config.output_dir.exists()
@@ -254,7 +254,7 @@ def test_settings_that_cannot_be_are_refused(config, changes, message):
         (lambda: FinetuneConfig(Path("m"), "regression", ("d",), Path("o"), seeds=()), "at least one entry each"),
     ],
 )
-def test_values_from_python_that_cannot_be_are_refused(make, message):
+def test_impossible_values_from_python_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
@@ -292,7 +292,7 @@ def of_another_kind(folder):
         (without_a_layer, "lack 'roberta.encoder.layer.0.output.dense.weight'"),
     ],
 )
-def test_folders_that_are_no_model_are_refused(config, tmp_path, damage, message):
+def test_folders_without_a_model_are_refused(config, tmp_path, damage, message):
     folder = tmp_path / "damaged"
     shutil.copytree(config.model, folder)
     damage(folder)

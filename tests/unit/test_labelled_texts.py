@@ -1,4 +1,4 @@
-"""Labelled texts from GLUE's formats: the same examples from each, and what is wrong told with its row."""
+"""Labelled texts from GLUE's formats: the same examples from each, and errors that name the row."""
 
 import json
 
@@ -67,7 +67,7 @@ def test_a_saved_data_set_with_named_classes_and_an_unlabelled_test(tmp_path):
     assert splits == {"train": EXPECTED, "validation": EXPECTED}
 
 
-def test_a_list_of_classes_with_a_gap_is_told_with_its_row(tmp_path):
+def test_a_list_of_classes_with_a_gap_is_reported_with_its_row(tmp_path):
     tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
     features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "tags": tags})
     rows = {"train": [{"tokens": ["a", "b"], "tags": [0, 1]}], "dev": [{"tokens": ["a", "b"], "tags": [0, -100]}]}
@@ -140,13 +140,13 @@ def changed(row, **values):
         ),
     ],
 )
-def test_what_is_wrong_is_told_with_its_row(tmp_path, task, train, dev, columns, message):
+def test_what_is_wrong_is_reported_with_its_row(tmp_path, task, train, dev, columns, message):
     write_splits(tmp_path, train, dev=dev)
     with pytest.raises(UserError, match=message):
         task.from_data((str(tmp_path),), columns)
 
 
-def test_broken_files_are_told(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     write_splits(tmp_path, ROWS)
     (tmp_path / "dev.jsonl").write_text('{"sentence1": "a"}\n{"sentence1"\n')
     with pytest.raises(UserError, match=r"dev.jsonl, row 2 is not JSON"):

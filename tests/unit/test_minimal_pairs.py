@@ -60,7 +60,7 @@ def test_scores_equal_those_of_a_plain_loop(folder, exported, metric):
     assert pseudo_log_likelihoods(folder, encode(folder, TEXTS), metric) == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_metrics_differ_where_a_word_has_several_tokens(folder):
+def test_the_metrics_differ_if_a_word_has_several_tokens(folder):
     sentences = encode(folder, TEXTS)
     assert any(len(set(sentence.words)) < len(sentence.words) for sentence in sentences)
     original, left_to_right = (
@@ -141,7 +141,7 @@ def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is empty: give"),
+        ("", "is empty: choose"),
         (line() + "\n{broken\n", "line 2: not JSON"),
         ("[1]", "line 1: not a JSON object"),
         (line() + "\n\n" + line(sentence_bad=None), "line 3: 'sentence_bad' is None"),
@@ -159,7 +159,7 @@ def test_bytes_that_are_not_text_and_places_without_data_are_refused(tmp_path, e
     with pytest.raises(UserError, match="cannot be read"):
         read_pairs(tmp_path / "data.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.jsonl file"):
+    with pytest.raises(UserError, match=r"has no \.jsonl file"):
         evaluate_minimal_pairs(exported, [tmp_path / "empty"])
     with pytest.raises(UserError, match="does not exist"):
         evaluate_minimal_pairs(exported, [tmp_path / "nothing"])
@@ -172,7 +172,7 @@ def test_a_sentence_longer_than_the_model_is_refused(folder):
         score_pairs(folder, [pair("kato", "to " * 600)], "original")
 
 
-def test_sentences_behind_the_trained_positions_are_told(folder, caplog):
+def test_sentences_beyond_the_trained_positions_are_reported(folder, caplog):
     score_pairs(folder, [pair("kato", "to " * LENGTH)], "original")
     assert f"1 sentences are longer than the {LENGTH} tokens that the model was trained on, first " in caplog.text
 
@@ -221,7 +221,7 @@ def without_head(folder):
         (lambda folder: (folder / "config.json").unlink(), "no model in"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda folder: change_json(folder / "config.json", model_type="bert"), "has the type 'bert'"),
-        (lambda folder: (folder / "config.json").write_text('{"run": {}}'), "is a run's folder: give .*/hf'"),
+        (lambda folder: (folder / "config.json").write_text('{"run": {}}'), "is a run's folder: choose .*/hf'"),
         (
             lambda folder: change_json(folder / "tokenizer_config.json", model_max_length="64"),
             "the model_max_length '64': give a number",

@@ -88,7 +88,7 @@ def test_the_bins_of_positions_make_up_the_whole(corpus, folder):
     assert total / result.masked_tokens == pytest.approx(result.loss)
 
 
-def test_a_loss_at_a_position_lies_in_its_bin(corpus, folder, monkeypatch):
+def test_a_loss_at_a_position_is_in_its_bin(corpus, folder, monkeypatch):
     """The stand-in's loss of a token is its position."""
     monkeypatch.setattr(
         type(folder), "log_likelihoods", lambda _, input_ids, mask, positions, labels: -(positions % LENGTH).float()
@@ -137,7 +137,7 @@ def test_a_length_beyond_the_models_positions_is_refused(corpus, exported):
         evaluate_perplexity(exported, corpus.folder, 513)
 
 
-def test_positions_that_were_not_trained_are_told(corpus, exported, caplog):
+def test_positions_that_were_not_trained_are_reported(corpus, exported, caplog):
     evaluate_perplexity(exported, corpus.folder, LENGTH + 8, sequences=4)
     assert f"more than the {LENGTH} tokens that the model was trained on" in caplog.text
 

@@ -101,7 +101,7 @@ def test_numbers(ask):
     assert f"karen\n  {rows[0]['value']:.4f}\n" in shown
 
 
-def test_long_texts_are_cut_and_told_with_the_row(ask, caplog):
+def test_long_texts_are_cut_and_reported_with_the_row(ask, caplog):
     ask("classification", [{"text": "sulto"}, {"text": "karen " * 200}, {"text": "karen " * 99}])
     assert "2 of 3 texts are longer than 62 tokens and are cut there, first " in caplog.text
     assert ".jsonl, row 2\n" in caplog.text
@@ -144,7 +144,7 @@ def test_a_model_whose_tags_mark_no_entities_tags_each_word(ask, folders, tmp_pa
     assert shown == f"karen, sulto\n  karen/{row['tags'][0]} ,/{row['tags'][1]} sulto/{row['tags'][2]}\n"
 
 
-def test_answers_stand_in_their_context(ask):
+def test_answers_are_spans_of_their_context(ask):
     rows, shown = ask("question-answering", [{"id": "q", "question": "karen?", "context": CONTEXT}])
     (row,) = rows
     assert row["id"] == "q"
@@ -157,7 +157,7 @@ def test_answers_stand_in_their_context(ask):
     assert "no_answer_probability" not in row
 
 
-def test_no_answer_is_an_answer_where_it_is_allowed(ask, folders):
+def test_no_answer_is_an_answer_if_it_is_allowed(ask, folders):
     asked = {"text": CONTEXT, "text_pair": "karen?"}
     (answered,), _ = ask("question-answering", task_options={"no_answer_threshold": 1.0}, **asked)
     assert answered["answer"] == answered["best_answer"] != ""
@@ -206,11 +206,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(ask, tmp_pa
         ask("classification", text="x", output=tmp_path / "absent" / "x.jsonl")
 
 
-def test_an_output_that_would_stand_in_for_something_else_is_refused(ask, tmp_path):
+def test_an_output_that_would_replace_something_else_is_refused(ask, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="is a device or a pipe: give a file"):
+    with pytest.raises(UserError, match="is a device or a pipe: choose a file"):
         ask("classification", text="x", output=tmp_path / "pipe")
-    with pytest.raises(UserError, match="is the input: give another file"):
+    with pytest.raises(UserError, match="is the input: choose another file"):
         ask("classification", '{"text": "x"}', output=tmp_path / "input.jsonl")
     assert (tmp_path / "input.jsonl").read_text() == '{"text": "x"}'
 

@@ -26,14 +26,14 @@ def test_f1_counts_words_as_often_as_both_have_them():
     assert f1("cat", "dog") == 0
 
 
-def test_texts_without_words_part_the_versions():
+def test_the_versions_differ_for_texts_without_words():
     assert f1("the", "a") == 0
     assert f1_or_none("the", "a") == 1
     assert f1_or_none("", "cat") == f1_or_none("cat", "") == 0
     assert squad_v1_metrics([["The"]], ["an"]) == {"exact_match": 100, "f1": 0}
 
 
-def test_the_most_favourable_gold_answer_counts():
+def test_the_best_matching_gold_answer_counts():
     metrics = squad_v1_metrics([["1889", "in 1889"], ["Gustave Eiffel"]], ["in 1889", "Eiffel"])
     assert metrics == {"exact_match": 50, "f1": pytest.approx(100 * (1 + 2 / 3) / 2)}
 
@@ -54,19 +54,19 @@ def test_the_second_version_at_a_threshold():
         "NoAns_exact": 50,
         "NoAns_f1": 50,
         "NoAns_total": 2,
-        "best_exact": pytest.approx(60),  # 1889 alone is answered
+        "best_exact": pytest.approx(60),  # only 1889 is answered
         "best_exact_thresh": 0.1,
         "best_f1": pytest.approx(60),  # then the score falls to 2 at 0.2, and 2.67 is less than 3
         "best_f1_thresh": 0.1,
     }
 
 
-def test_a_threshold_is_passed_over_only_by_what_lies_above_it():
+def test_a_threshold_is_exceeded_only_by_what_is_above_it():
     assert squad_v2_metrics([["a b"]], ["b"], [0.5], 0.5)["exact"] == 100
     assert squad_v2_metrics([["cat"]], ["cat"], [0.51], 0.5)["exact"] == 0
 
 
-def test_kinds_that_are_not_there_have_no_values():
+def test_absent_kinds_have_no_values():
     metrics = squad_v2_metrics([["cat"]], ["cat"], [0.0], 0.5)
     assert "NoAns_exact" not in metrics
     assert metrics["HasAns_exact"] == 100

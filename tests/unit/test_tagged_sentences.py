@@ -25,7 +25,7 @@ Blackburn NNP I-NP I-PER
 """
 
 
-def test_columns_apart_by_spaces():
+def test_columns_separated_by_spaces():
     sentences = parse_conll("train.conll", CONLL_2003)
     assert [(sentence.words, sentence.tags) for sentence in sentences] == [
         (("EU", "rejects"), ("B-ORG", "O")),
@@ -35,7 +35,7 @@ def test_columns_apart_by_spaces():
     assert tag_names(sentences) == ["O", "B-ORG", "B-PER", "I-PER"]
 
 
-def test_columns_apart_by_tabs():
+def test_columns_separated_by_tabs():
     (sentence,) = parse_conll("x", "New York\tB-LOC\r\n#\tO\r\n\t\r\n")
     assert sentence.words == ("New York", "#")
     assert sentence.tags == ("B-LOC", "O")
@@ -59,11 +59,11 @@ def test_tags_of_each_word():
     ("tags", "expected"),
     [("O B-X PER", True), ("O B I", True), ("O", True), ("NOUN VERB", False), ("O PER", False), ("B NOUN", False)],
 )
-def test_tags_of_entities_are_told_from_those_of_words(tags, expected):
+def test_tags_of_entities_are_distinguished_from_those_of_words(tags, expected):
     assert are_of_entities(tags.split()) is expected
 
 
-def test_words_alone_serve_for_predictions():
+def test_words_without_tags_serve_for_predictions():
     assert [sentence.words for sentence in parse_conll("x", "a\nb\n\nc", labelled=False)] == [("a", "b"), ("c",)]
     text = "# text = c a\na\nc\n"
     assert [sentence.words for sentence in parse_conll("x", text, labelled=False)] == [("a", "c")]
@@ -75,7 +75,7 @@ def test_words_alone_serve_for_predictions():
         ("", "'x' has no sentences"),
         ("-DOCSTART- O\n\n", "'x' has no sentences"),
         ("a O\nb\n", "x, row 2 has the word 'b' but no tag"),
-        ("a _ O\nb O\n", "x, row 2 has 2 columns, the first row of a word 3"),
+        ("a _ O\nb O\n", "x, row 2 has 2 columns, the first row with a word has 3"),
         ("# text = a\n1\ta\ta\tX\t_\t_\t0\troot\t_\t_\n", "'x' has CoNLL-U's columns"),
         ("a O\n\nb NOUN\nc B-X", "x, row 3: the tag 'NOUN' is neither O nor like B-PER"),
         ("a O\n\tO", "x, row 2 has no word"),

@@ -242,7 +242,7 @@ def test_every_command_refuses_the_same_folders_in_the_same_words(commands, comm
     assert not (tmp_path / "tuned").exists()
 
 
-def test_more_than_the_trained_length_is_told_and_more_than_the_positions_refused(sources, caplog):
+def test_a_length_above_the_trained_one_is_reported_and_one_above_the_positions_refused(sources, caplog):
     folder = open_folder(sources / "masked")
     assert folder.sequence_length(TRAINED) == TRAINED
     assert not caplog.text
@@ -261,7 +261,7 @@ def test_a_head_that_the_folder_lacks_is_named_with_its_remedy(sources):
         read_model(sources / "classes", transformers.RobertaForMaskedLM)
 
 
-def test_transformers_says_afterwards_what_it_said_before(sources):
+def test_the_logging_of_transformers_is_restored(sources):
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     try:
