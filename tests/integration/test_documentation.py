@@ -46,7 +46,10 @@ def help_of(parse, capsys) -> str:
 
 
 @pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands_are_accepted(command, monkeypatch, capsys):
+def test_documented_commands_are_accepted(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_architecture").mkdir()
+    (tmp_path / "my_architecture/config.json").write_text('{"model_type": "roberta"}')
     words = shlex.split(f"{PRETRAIN} {command}" if command.startswith("--") else command)
     if "--wrap" in words:
         words = shlex.split(words[words.index("--wrap") + 1])
