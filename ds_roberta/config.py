@@ -1,13 +1,13 @@
-"""A run's settings, one frozen tree of dataclasses; what the DeepSpeed JSON owns is in `deepspeed_config`.
+"""Groups of a run's settings; `training.settings` joins them into `RunConfig`.
 
 Each setting has one owner: batch sizes, precision, ZeRO, optimizer, peak learning rate, clipping and monitors belong to
-the JSON; model, data, masking, sequence length, schedule, intervals, seed and paths belong here.
+the DeepSpeed JSON (`deepspeed_config`); model, data, masking, sequence length, schedule, intervals, seed and paths
+belong to these dataclasses.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from ds_roberta.errors import UserError
@@ -18,12 +18,10 @@ LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
 LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
-TORCH_COMPILE = ("auto", "on", "off")
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
 _BETWEEN_0_AND_1 = must_be("between 0 and 1", lambda share: 0 < share < 1)
-DEFAULT_DATA_DIR = Path("data/corpus")
-DEFAULT_OUTPUT_ROOT = Path("runs")
+EVAL_SEQUENCES = 2_048
 
 
 @dataclass(frozen=True)
@@ -295,65 +293,3 @@ class IntervalConfig(Settings):
     keep_every: int | None = option(
         "also keep the checkpoint of every multiple of this many steps (default: none)", None, check=require_positive
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(Settings):
-    """The run; all its settings, as config.json keeps them.
-
-    Attributes:
-        model_name: the preset's name, or that of the config, or of the folder that the run begins with.
-        objective: the name of one in `ds_roberta.model.objectives`.
-        source_weights: by source; if None, every sequence is trained on equally often.
-    """
-
-    data_dir: Path = option("folder made by 'preprocess shard'", DEFAULT_DATA_DIR)
-    output_dir: Path = option("the run's folder (default: runs/MODEL)")
-    model_name: str
-    model: ModelConfig
-    packing: PackingConfig
-    schedule: ScheduleConfig
-    stages: tuple[Stage, ...]
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    intervals: IntervalConfig = field(default_factory=IntervalConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    source_weights: dict[str, int] | None = option(
-        "each source's share of the sequences: NAME=WEIGHT,… (default: all sequences equally often)", None, type=str
-    )
-    seed: int = option(
-        "of weights, order, masks and dropout",
-        0,
-        check=must_be("from 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),  # torch's generators take no more
-    )
-    eval_sequences: int = option("most held-out sequences to evaluate on", 2_048, check=require_positive)
-    resume: str = option(
-        "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder; one in DeepSpeed's own "
-        "layout contains pickles, which can run code: name only one that you trust",
-        "auto",
-    )
-    save_deepspeed_checkpoint: bool = option(
-        "at each save, also write one in DeepSpeed's own layout (deepspeed_checkpoints/); training waits for it",
-        False,
-    )
-    torch_compile: str = option(
-        "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
-    )
-    no_decay_bias_and_norm: bool = option(
-        "the JSON's weight decay leaves out biases and LayerNorms (the paper's does not)", False
-    )
-    objective: str = "mlm"
-    init_from: Path | None = option(
-        "start from this model instead: a transformers folder or one of our checkpoints", None
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stages[-1].first_step >= self.schedule.max_steps:
-            raise UserError(
-                f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "
-                "does not reach: shorten the schedule or raise it"
-            )
-
-    def as_json(self) -> dict[str, Any]:
-        tree = asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in tree.items()}

@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
-from ds_roberta.config import MaskingConfig, RunConfig
+from ds_roberta.config import MaskingConfig
 from ds_roberta.distributed import keep_freed_memory, set_up_logging
 from ds_roberta.evaluation.minimal_pairs import evaluate_minimal_pairs
 from ds_roberta.evaluation.perplexity import evaluate_perplexity
 from ds_roberta.evaluation.pseudo_likelihood import METRICS
 from ds_roberta.evaluation.roberta_folder import PRECISIONS
 from ds_roberta.options import add_options, require_positive
+from ds_roberta.training.settings import RunConfig
 
 
 def make_parser() -> ArgumentParser:

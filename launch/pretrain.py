@@ -11,11 +11,10 @@ from collections.abc import Sequence
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ds_roberta.command_line import ArgumentParser, run_command
-from ds_roberta.config import RunConfig
 from ds_roberta.distributed import leave
 from ds_roberta.options import add_options
 from ds_roberta.training.run import pretrain
-from ds_roberta.training.settings import StartOptions
+from ds_roberta.training.settings import RunConfig, StartOptions
 
 
 def make_parser() -> ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_roberta.config import MaskingConfig, PackingConfig, RunConfig
+from ds_roberta.config import EVAL_SEQUENCES, MaskingConfig, PackingConfig
 from ds_roberta.data.loader import Collator, MicroBatch
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
@@ -52,7 +52,7 @@ def evaluate_perplexity(
     max_seq_length: int | None = None,
     packing: str = PackingConfig.format,
     masking: MaskingConfig | None = None,
-    sequences: int = RunConfig.eval_sequences,
+    sequences: int = EVAL_SEQUENCES,
     precision: str = "fp32",
     json_path: Path | None = None,
 ) -> Perplexity:

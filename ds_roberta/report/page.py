@@ -13,12 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.config import RunConfig
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from ds_roberta.options import options_of
 from ds_roberta.report.plots import METRICS, Metric, best, describe, draw, png, show
 from ds_roberta.report.runs import Run, flatten, read_runs
+from ds_roberta.training.settings import RunConfig
 
 SETTINGS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # by name: places in config.json, an older run's last
     "model": (("run", "model_name"),),
@@ -29,7 +29,6 @@ SETTINGS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # by name: places in
     "train_batch_size": (("batches", -1, "train_batch_size"), ("batch", "train_batch_size")),
     "micro-batch": (("batches", -1, "micro_batch_size"), ("batch", "micro_batch_size")),
     "processes": (("batches", -1, "world_size"), ("batch", "world_size")),
-    "objective": (("run", "objective"),),
     "peak learning rate": (("deepspeed", "optimizer", "params", "lr"),),
     **{each.name: (("run", *each.place),) for each in options_of(RunConfig) if each.name != "output_dir"},
     "device": (("device",),),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import RobertaForMaskedLM
 
-from ds_roberta.config import ModelConfig, RunConfig
+from ds_roberta.config import ModelConfig
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.data.tokenizer_files import other_token, training_tokenizer
@@ -28,6 +28,7 @@ from ds_roberta.model.resize import (
     token_sources,
 )
 from ds_roberta.training import checkpoint
+from ds_roberta.training.settings import RunConfig
 from ds_roberta.transformers_folder import open_folder, read_model, weights_files
 
 

@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_roberta.config import MaskingConfig, ModelConfig, RunConfig
+from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.data.masking import Masker
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint, write_json
 from ds_roberta.model.objectives import Objective
+from ds_roberta.training.settings import RunConfig
 
 if TYPE_CHECKING:  # sizes are computed without DeepSpeed
     from ds_roberta.training.engine import Engine

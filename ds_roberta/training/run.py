@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ds_roberta.config import RunConfig
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
@@ -29,7 +28,7 @@ from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.optimizer import without_bias_and_norm
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.run_data import RunData, make_loaders, open_data
-from ds_roberta.training.settings import Run, model_origin, run_config
+from ds_roberta.training.settings import Run, RunConfig, model_origin, run_config
 from ds_roberta.training.start import Start, find_start
 from ds_roberta.training.trainer import Trainer
 

@@ -1,13 +1,24 @@
-"""The options of `launch/pretrain.py`, and the run's settings that follow from them, the model and the data."""
+"""The options of `launch/pretrain.py`, and a run's settings, which follow from them, the model and the data."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_roberta.config import DEFAULT_OUTPUT_ROOT, PRESETS, ModelConfig, RunConfig, model_config
+from ds_roberta.config import (
+    EVAL_SEQUENCES,
+    PRESETS,
+    GuardConfig,
+    IntervalConfig,
+    MaskingConfig,
+    ModelConfig,
+    PackingConfig,
+    ScheduleConfig,
+    Stage,
+    model_config,
+)
 from ds_roberta.data.mixture import parse_source_weights
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import make_stages
@@ -16,39 +27,18 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.model.architecture import CONFIG_NAME, config_path, model_choice, read_architecture, unused_fields
 from ds_roberta.model.objectives import SUMMARIES, find_objective
-from ds_roberta.options import Settings, option, options_of
+from ds_roberta.options import Settings, must_be, option, options_of, require_positive
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training.monitors import Monitors
 
 if TYPE_CHECKING:  # it needs transformers, which a run that starts from random weights does not
     from ds_roberta.training.initial_model import InitialModel
 
+TORCH_COMPILE = ("auto", "on", "off")
 WARMUP_SHARE = 0.06
 """Of the steps, without a preset: as for large, and in domain-adaptive pretraining (Gururangan et al. 2020)."""
 LONGEST_BY_DEFAULT = 512
 """Tokens of a sequence, as in the paper; a config with more positions needs --max_seq_length to use them."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of, read and checked; the same on every rank.
-
-    Attributes:
-        deepspeed: the JSON.
-        compiled: whether the encoder is compiled.
-        allow_change: the option.
-        initial_model: the model that a fresh run starts from, instead of random weights.
-    """
-
-    ranks: Ranks
-    config: RunConfig
-    corpus: Corpus
-    deepspeed: DeepSpeedConfig
-    precision: str
-    compiled: bool
-    allow_change: str | None
-    initial_model: InitialModel | None
-    monitors: Monitors
 
 
 @dataclass(frozen=True)
@@ -81,10 +71,93 @@ class StartOptions(Settings):
         "STEP:SIZE pairs, the last with the batch size, such as 0:1024,5000:8192", None
     )
     allow_change: str | None = option("what may differ from the checkpoint's run, such as seed,masking.unit", None)
-    objective: str = option(
-        "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()), RunConfig.objective, choices=SUMMARIES
-    )
     rendezvous_timeout: float = option("seconds that processes wait for each other at the start", RENDEZVOUS_TIMEOUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """The run; all its settings, as config.json keeps them.
+
+    Attributes:
+        model_name: the preset's name, or that of the config, or of the folder that the run begins with.
+        source_weights: by source; if None, every sequence is trained on equally often.
+    """
+
+    data_dir: Path = option("folder made by 'preprocess shard'", Path("data/corpus"))
+    output_dir: Path = option("the run's folder (default: runs/MODEL)")
+    model_name: str
+    model: ModelConfig
+    packing: PackingConfig
+    schedule: ScheduleConfig
+    stages: tuple[Stage, ...]
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    intervals: IntervalConfig = field(default_factory=IntervalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    source_weights: dict[str, int] | None = option(
+        "each source's share of the sequences: NAME=WEIGHT,… (default: all sequences equally often)", None, type=str
+    )
+    seed: int = option(
+        "of weights, order, masks and dropout",
+        0,
+        check=must_be("from 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),  # torch's generators take no more
+    )
+    eval_sequences: int = option("most held-out sequences to evaluate on", EVAL_SEQUENCES, check=require_positive)
+    resume: str = option(
+        "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder; one in DeepSpeed's own "
+        "layout contains pickles, which can run code: name only one that you trust",
+        "auto",
+    )
+    save_deepspeed_checkpoint: bool = option(
+        "at each save, also write one in DeepSpeed's own layout (deepspeed_checkpoints/); training waits for it",
+        False,
+    )
+    torch_compile: str = option(
+        "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
+    )
+    no_decay_bias_and_norm: bool = option(
+        "the JSON's weight decay leaves out biases and LayerNorms (the paper's does not)", False
+    )
+    objective: str = option(
+        "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()), "mlm", choices=SUMMARIES
+    )
+    init_from: Path | None = option(
+        "start from this model instead: a transformers folder or one of our checkpoints", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        find_objective(self.objective, self.packing)  # raises if they do not fit
+        if self.stages[-1].first_step >= self.schedule.max_steps:
+            raise UserError(
+                f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "
+                "does not reach: shorten the schedule or raise it"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        tree = asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in tree.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, read and checked; the same on every rank.
+
+    Attributes:
+        deepspeed: the JSON.
+        compiled: whether the encoder is compiled.
+        allow_change: the option.
+        initial_model: the model that a fresh run starts from, instead of random weights.
+    """
+
+    ranks: Ranks
+    config: RunConfig
+    corpus: Corpus
+    deepspeed: DeepSpeedConfig
+    precision: str
+    compiled: bool
+    allow_change: str | None
+    initial_model: InitialModel | None
+    monitors: Monitors
 
 
 def pretrain_options(deepspeed_config: Path, **given: Any) -> Namespace:
@@ -121,16 +194,13 @@ def run_config(
     stages = make_stages(
         values["max_seq_length"], train_batch_size, options.max_seq_length_schedule, options.train_batch_size_schedule
     )
-    config = RunConfig.from_options(
+    return RunConfig.from_options(
         values,
         model_name=name,
         model=replace(model, **{name: value for name, value in dropout.items() if value is not None}),
         stages=stages,
         source_weights=parse_source_weights(options.source_weights, corpus.manifest),
-        objective=options.objective,
     )
-    find_objective(config.objective, config.packing)  # raises if they do not fit
-    return config
 
 
 def _of_preset(name: str, options: Namespace, corpus: Corpus) -> tuple[str, ModelConfig, dict[str, Any]]:
@@ -143,7 +213,7 @@ def _of_preset(name: str, options: Namespace, corpus: Corpus) -> tuple[str, Mode
         name,
         model_config(name, tokenizer.vocab_size, max_seq_length, *special),
         {
-            "output_dir": DEFAULT_OUTPUT_ROOT / name,
+            "output_dir": Path("runs") / name,
             "max_seq_length": max_seq_length,
             "max_steps": max_steps,
             "warmup_steps": min(preset.warmup_steps, max_steps * preset.warmup_steps // preset.max_steps),

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_roberta.config import RunConfig
 from ds_roberta.data.loader import Counts, LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, skip
@@ -30,6 +29,7 @@ from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.optimizer import learning_rate
+from ds_roberta.training.settings import RunConfig
 
 if TYPE_CHECKING:  # the loop is tested without DeepSpeed
     from ds_roberta.training.engine import Engine, StepResult

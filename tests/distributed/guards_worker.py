@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from worker import BATCH, LENGTH, SEED, make, parameters, save, small_model, train
 
-from ds_roberta.config import GuardConfig, IntervalConfig, MaskingConfig, PackingConfig, RunConfig, ScheduleConfig
+from ds_roberta.config import GuardConfig, IntervalConfig, MaskingConfig, PackingConfig, ScheduleConfig
 from ds_roberta.data.loader import Collator
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import open_index
@@ -28,6 +28,7 @@ from ds_roberta.training import checkpoint, deepspeed_checkpoint, loss_spikes
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.monitors import Monitors
+from ds_roberta.training.settings import RunConfig
 from ds_roberta.training.trainer import Trainer
 
 COMBINATIONS = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]

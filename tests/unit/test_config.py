@@ -9,13 +9,13 @@ from ds_roberta.config import (
     IntervalConfig,
     MaskingConfig,
     PackingConfig,
-    RunConfig,
     ScheduleConfig,
     model_config,
 )
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
 from ds_roberta.options import require_positive
+from ds_roberta.training.settings import RunConfig
 
 
 def run_config(**changes):

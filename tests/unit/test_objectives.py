@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_roberta.config import MaskingConfig, PackingConfig, RunConfig, ScheduleConfig, model_config
+from ds_roberta.config import MaskingConfig, PackingConfig, ScheduleConfig, model_config
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import evaluation_masker, training_masker
 from ds_roberta.data.order import SampleOrder
@@ -24,6 +24,7 @@ from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.export import model_card
 from ds_roberta.training.micro_batch import full_micro_batch
 from ds_roberta.training.monitors import Monitors
+from ds_roberta.training.settings import RunConfig
 from ds_roberta.training.trainer import Trainer
 
 LENGTH, STEPS, BATCH = 16, 6, 8

@@ -120,7 +120,8 @@ def test_an_option_is_added_by_one_field_in_one_file(tmp_path):
 import json
 from pathlib import Path
 from launch.pretrain import make_parser
-from ds_roberta.config import PRESETS, PackingConfig, RunConfig, model_config
+from ds_roberta.config import model_config
+from ds_roberta.training.settings import RunConfig
 from ds_roberta.data.stages import make_stages
 from ds_roberta.options import options_tables
 

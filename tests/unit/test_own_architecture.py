@@ -10,14 +10,14 @@ from transformers.activations import ACT2FN
 
 from benchmarks.cost_model import meta_model, plan
 from benchmarks.plan import parse_case
-from ds_roberta.config import ModelConfig, RunConfig
+from ds_roberta.config import ModelConfig
 from ds_roberta.errors import UserError
 from ds_roberta.model.architecture import DEFAULTS, read_architecture
 from ds_roberta.model.encoder import ACTIVATIONS
 from ds_roberta.model.export import export, hf_config
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.initial_model import InitialModel
-from ds_roberta.training.settings import model_origin, pretrain_options, run_config
+from ds_roberta.training.settings import RunConfig, model_origin, pretrain_options, run_config
 
 TOKENS = 400
 SIZES = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 200}

@@ -13,7 +13,7 @@ import torch
 from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series
 from torch import nn
 
-from ds_roberta.config import GuardConfig, IntervalConfig, PackingConfig, RunConfig, ScheduleConfig, model_config
+from ds_roberta.config import GuardConfig, IntervalConfig, PackingConfig, ScheduleConfig, model_config
 from ds_roberta.data.loader import LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.stages import make_stages
@@ -23,6 +23,7 @@ from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint, loss_spikes, metrics
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.monitors import Monitors
+from ds_roberta.training.settings import RunConfig
 from ds_roberta.training.trainer import Trainer
 
 STEPS, SAVE_INTERVAL, WINDOW = 60, 25, 8
