@@ -38,8 +38,10 @@ def pytest_cmdline_main(config):
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory):
     """Puts what libraries and commands leave in the temporary folder into pytest's, which removes it."""
+    folder = tmp_path_factory.mktemp("tmp")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setenv("TMPDIR", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "torchinductor"))  # torch chose its own at its import
         patch.setattr(tempfile, "tempdir", None)
         yield
 
