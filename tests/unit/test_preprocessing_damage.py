@@ -20,7 +20,7 @@ from preprocessing.reading.planning import plan_units
 
 ROWS = [{"text": f"Row {i} has {'many ' * (i % 40)}words."} for i in range(500)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-PACKED = gzip.compress(LINES)
+PACKED = gzip.compress(LINES, mtime=0)
 
 
 def run(*command):
@@ -111,7 +111,7 @@ def arrow_stream(cut):
         ("a.arrow", arrow_stream(-3000), "row 400"),
         ("a.txt", "Text.".encode("utf-16"), "is UTF-16 by its first bytes"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "is UTF-16LE by its first bytes"),
-        ("a.csv.gz", gzip.compress("text\nText".encode("utf-16")), "is UTF-16 by its first bytes"),
+        ("a.csv.gz", gzip.compress("text\nText".encode("utf-16"), mtime=0), "is UTF-16 by its first bytes"),
     ],
 )
 def test_what_the_ends_of_a_file_show_is_told_before_the_work(shard, tmp_path, name, content, named, monkeypatch):
