@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from groups import run_group
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the group
 COMBINATIONS = ["0-fp32", *(f"{stage}-{precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
 RARE = ("0-fp32", "2-bf16", "3-fp16")
 LOST = "lower the learning rate or warm up longer, and resume from the last checkpoint"
