@@ -66,24 +66,6 @@ def _number(text: str, kind: Callable[[str], Value], description: str, is_allowe
     return number
 
 
-class Messages:
-    """stderr for progress bars: output that it refuses (a log on a full disk) is lost, and the work continues."""
-
-    def __init__(self) -> None:
-        self._stream = sys.stderr
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run a command's body and `leave`.
 

@@ -27,6 +27,7 @@ from ds_roberta.data.shards import (
 )
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_disk, file_checksum, json_fingerprint
+from ds_roberta.progress import document_bar
 from preprocessing import dedup
 from preprocessing.jobs.job import (
     FIRST_STAGE,
@@ -40,7 +41,6 @@ from preprocessing.jobs.job import (
     opened_job,
     publish,
 )
-from preprocessing.jobs.progress import document_bar
 from preprocessing.jobs.workers import Workers
 from preprocessing.reading.accounts import BadDocuments, filter_checksum, input_infos, refuse_damage, total_accounts
 from preprocessing.reading.planning import Unit, plan_units

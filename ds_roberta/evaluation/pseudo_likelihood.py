@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.evaluation.roberta_folder import RobertaFolder
+from ds_roberta.progress import progress_bar
 
 METRICS = ("original", "within_word_l2r")
 BATCH_TOKENS = 4096
@@ -71,7 +71,7 @@ def pseudo_log_likelihoods(
     different = list(dict.fromkeys(sentences))
     scores = np.zeros(len(different))
     total = sum(len(sentence.ids) for sentence in different)
-    with tqdm(total=total, unit="token", disable=None) as progress:
+    with progress_bar(total=total, unit="token", disable=None) as progress:
         for batch in masked_copies(different, folder.special, metric, batch_tokens):
             rows, length = batch.input_ids.shape
             is_token = torch.from_numpy(batch.input_ids != folder.special.pad_token_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import psutil
 import torch
-from tqdm import tqdm
 
-from ds_roberta.command_line import Messages
 from ds_roberta.errors import UserError
 from ds_roberta.files import append_line, errors_of_the_disk, read_json, write_text
+from ds_roberta.progress import progress_bar
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
@@ -110,15 +108,11 @@ class Progress:
         self._max_steps, self._global_step, self._visible = max_steps, global_step, visible
         self._first_micro_step_end: float | None = None
         self._expected_time_said = not visible
-        self._messages = Messages()
-        self._bar = tqdm(
-            file=self._messages,
+        self._bar = progress_bar(
             total=max_steps,
             initial=global_step,
             disable=not visible,
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
-            # A log file is spared most of the updates that a terminal shows.
-            mininterval=0.2 if sys.stderr.isatty() else 15,
             dynamic_ncols=True,
         )
 
@@ -160,7 +154,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self._visible:
-            self._bar.write(message, file=self._messages)
+            self._bar.write(message, file=self._bar.fp)
 
     def close(self) -> None:
         self._bar.close()

@@ -22,7 +22,7 @@ from ds_roberta.data.packing import pack_shard, packed_tokens
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, ShardInfo, Split
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, errors_of_the_disk
-from preprocessing.jobs.progress import byte_bar
+from ds_roberta.progress import byte_bar
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 _BLOCK_TOKENS = 1 << 20

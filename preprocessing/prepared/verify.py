@@ -21,7 +21,7 @@ from ds_roberta.data.shards import MANIFEST_NAME, Manifest, ShardInfo, checksums
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.options import require_positive
-from preprocessing.jobs.progress import byte_bar
+from ds_roberta.progress import byte_bar
 
 DAMAGED_EXIT_CODE = 1
 

@@ -28,6 +28,7 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
             "distributed",
             "files",
             "options",
+            "progress",
             "rendezvous",
         )
     },
@@ -50,6 +51,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "files",
         "config",
         "options",
+        "progress",
     )
 }
 MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine", "ds_roberta.training.device"}

@@ -7,11 +7,9 @@ import runpy
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 from ds_roberta.command_line import (
     ArgumentParser,
-    Messages,
     positive,
     positive_number,
     probability,
@@ -21,6 +19,7 @@ from ds_roberta.command_line import (
 from ds_roberta.errors import DiskError, UserError
 from ds_roberta.finetuning.finetune import SWEEP
 from ds_roberta.finetuning.one_run import Setting
+from ds_roberta.progress import progress_bar
 
 
 def run(command):
@@ -124,7 +123,7 @@ def test_messages_that_are_refused_are_lost(monkeypatch):
     """As into a log on a full disk: neither a bar nor the report of an error changes how a command ends."""
 
     def command():
-        bar = tqdm(total=2, file=Messages())
+        bar = progress_bar(total=2)
         bar.update(1)
         bar.write("a line", file=bar.fp)
         bar.close()

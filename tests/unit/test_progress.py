@@ -2,7 +2,7 @@
 
 import threading
 
-from preprocessing.jobs import progress
+from ds_roberta import progress
 
 
 def test_a_clock_runs_from_its_start_to_the_end_of_the_context(capsys, monkeypatch):

@@ -1,0 +1,92 @@
+"""Progress bars on stderr, which write rarely into a log and never stop the work."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from tqdm import tqdm
+
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 15.0
+"""How often a bar is written."""
+_DELAY_SECONDS = 0.5
+"""Work that ends sooner shows no bar."""
+
+
+class Messages:
+    """stderr for progress bars: output that it refuses (a log on a full disk) is lost, and the work continues."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def progress_bar(**options: Any) -> tqdm[Any]:
+    """A bar of `tqdm` with these options. A log file is spared most of the updates that a terminal shows."""
+    every = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
+    return tqdm(file=Messages(), mininterval=every, **options)
+
+
+@contextmanager
+def byte_bar(total: int, what: str, done: int = 0) -> Iterator[tqdm[Any]]:
+    """A bar over bytes with MB/s and the time left; `done` of them were done before it began."""
+    # An error is one line: a bar that has just begun is not shown yet, an older one is erased first.
+    with progress_bar(
+        total=total, initial=done, desc=what, unit="B", unit_scale=True, delay=_DELAY_SECONDS, miniters=0
+    ) as bar:
+        try:
+            yield bar
+        except BaseException:
+            bar.leave = False
+            raise
+
+
+@contextmanager
+def clock(what: str) -> Iterator[Callable[[], None]]:
+    """Show how long something takes that gives no other sign of life; yields a function that starts the clock."""
+    ended = threading.Event()
+
+    def show() -> None:
+        every = 1.0 if sys.stderr.isatty() else _LOG_SECONDS
+        shape = "{desc}: {elapsed}"
+        with tqdm(file=Messages(), desc=what, bar_format=shape, delay=_DELAY_SECONDS, mininterval=0, miniters=0) as bar:
+            while not ended.wait(every):
+                bar.update(0)
+
+    thread = threading.Thread(target=show, daemon=True)
+    try:
+        yield thread.start
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+@contextmanager
+def document_bar(total: int, what: str, done: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """As `byte_bar`, with documents/s: yields a function that takes the numbers of bytes and documents just done."""
+    with byte_bar(total, what, done) as bar:
+        documents = 0
+
+        def update(size: int, more_documents: int) -> None:
+            nonlocal documents
+            documents += more_documents
+            seconds = bar.format_dict["elapsed"]
+            if seconds:
+                bar.set_postfix_str(f"{documents / seconds:,.0f} documents/s", refresh=False)
+            bar.update(size)
+
+        yield update
