@@ -18,9 +18,9 @@ from preprocessing.units import ShardOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, or 2 with one line on stderr for an error that the user can mend.
+    """Run the command line and exit: 0, or 2 with one line on stderr for an error that the user can fix.
 
-    `preprocess verify` exits with 1 where it found damage.
+    `preprocess verify` exits with 1 if it finds damage.
     """
 
     def command() -> int | None:
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
 def _task(value: str) -> Task:
     number, _, count = value.partition("/")
     if not all(part.isascii() and part.isdigit() for part in (number, count)) or not 1 <= int(number) <= int(count):
-        raise argparse.ArgumentTypeError(f"{value!r} is not a share: give a number and a count, such as 1/8 … 8/8")
+        raise argparse.ArgumentTypeError(f"{value!r} is not a share: write a number and a count, such as 1/8 … 8/8")
     return int(number) - 1, int(count)
 
 

@@ -49,12 +49,12 @@ def train_tokenizer(
 
     Args:
         inputs: `[NAME=]PATH` each, as `--input` takes them.
-        options: how files become documents; the defaults where None.
-        max_bad_fraction: of the documents, that may be broken.
-        allow_damaged_files: whether what cannot be read of damaged files may be lost.
+        options: how files become documents; None for the defaults.
+        max_bad_fraction: how many of the documents may be broken.
+        allow_damaged_files: whether the unreadable part of damaged files may be lost.
 
     Returns:
-        The number of ids: `vocab_size`, or fewer where the text has no more pairs that occur twice.
+        The number of ids: `vocab_size`, or fewer if no other pair of the text occurs twice.
 
     Raises:
         UserError: the input is missing, empty or broken, a value out of range, the output cannot be written.
@@ -77,8 +77,8 @@ def train_tokenizer(
         size = train_bpe(documents, vocab_size, folder)
     if size < vocab_size:
         print(
-            f"note: this text has pairs for {size} ids only, --vocab_size {vocab_size} was asked: "
-            "give more text for more"
+            f"note: this text has enough pairs for only {size} ids, not for --vocab_size {vocab_size}: "
+            "add text for more"
         )
     print(f"tokenizer with {size} ids, trained on {account.counts[KEPT]} documents: {output}")
     return size
@@ -98,13 +98,13 @@ def shard(
     Args:
         inputs: `[NAME=]PATH` each, as `--input` takes them.
         tokenizer: a RoBERTa tokenizer's folder.
-        options: of reading, holding out and dropping duplicates; the defaults where None.
-        workers: processes on this machine; as many as there are cores where None. Of MPI ranks it must be None.
+        options: of reading, holding out and dropping duplicates; None for the defaults.
+        workers: processes on this machine; None for one per core, and under MPI.
         tokenizer_backend: one of `encoders.BACKENDS`; the ids are the same with each.
-        task: which share of the work is done here, of how many; the SLURM array's where None.
+        task: the share of the work to do here, and the number of shares; None for the SLURM array's.
 
     Returns:
-        The manifest of the finished folder; None where other tasks or ranks finish it.
+        The manifest of the finished folder; None if other tasks or ranks finish it.
 
     Raises:
         UserError: the input, the tokenizer or a value is wrong, or the output cannot be written. See `run_job`.
@@ -128,8 +128,8 @@ def shard(
     documents = sum(map(manifest.documents, SPLITS))
     if options.validation_fraction and not manifest.documents(VALIDATION_SPLIT):
         print(
-            f"warning: none of {documents} documents fell into validation at --validation_fraction "
-            f"{options.validation_fraction}: raise it or give more documents, else nothing can be evaluated",
+            f"warning: none of {documents} documents is held out for validation at --validation_fraction "
+            f"{options.validation_fraction}: raise it or add documents, or nothing can be evaluated",
             file=sys.stderr,
         )
     return manifest
@@ -139,7 +139,7 @@ def _check(options: ReadOptions) -> None:
     if options.min_characters > options.max_characters:
         raise UserError(
             f"--min_characters {options.min_characters} is above --max_characters {options.max_characters}: "
-            "nothing would be kept; lower the one or raise the other"
+            "nothing would be kept; lower the first or raise the second"
         )
     if options.filter is not None:
         load_filter(options.filter)
@@ -173,7 +173,7 @@ def _documents(
             update(piece.bytes, 0)
     bad.check()
     if not total.counts[KEPT]:
-        raise UserError("the corpus is empty: no document with text in it; give files with text as --input")
+        raise UserError("the corpus is empty: no document has text in it; choose files with text as --input")
     print("learning merges …", flush=True)
     at_the_end()
 
@@ -182,7 +182,7 @@ def _workers(workers: int | None) -> AbstractContextManager[Workers | None]:
     if not is_mpi():
         return local_workers(workers or _cores())
     if workers is not None:
-        raise UserError(f"--workers {workers} is for one machine: under mpirun -n gives the number, leave it out")
+        raise UserError(f"--workers {workers} is for one machine: under mpirun -n sets the number, so leave it out")
     return mpi_workers()
 
 

@@ -1,13 +1,13 @@
-"""Removing documents that occur again: exact copies by a 128-bit hash, near copies by MinHash.
+"""Removing repeated documents: exact copies by a 128-bit hash, near copies by MinHash.
 
-Every unit leaves, beside its shards, a table of its documents' keys: a hash of the text, and for near copies one key
+Every unit writes, next to its shards, a table of its documents' keys: a hash of the text, and for near copies one key
 for each band of a MinHash signature. When all units are done, the tables are merged range by range, which finds the
-documents that resemble an earlier one in the order of the plan, and the units' shards are written again without them.
-What is kept depends on the plan alone, and no process ever holds more than one range of keys.
+documents that resemble an earlier one in the order of the plan, and the units' shards are rewritten without them.
+What is kept depends only on the plan, and no process ever holds more than one range of keys.
 
 A near copy is a document that shares a band with an earlier one and whose signature agrees with it in at least
-`NEAR_SIMILARITY` of its places, an estimate of the Jaccard similarity of their sets of five neighbouring words. It is
-compared with the first document of the band and with the one just before it.
+`NEAR_SIMILARITY` of its components, an estimate of the Jaccard similarity of their sets of five neighbouring words.
+It is compared with the first document of the band and with the one just before it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEAR_SIMILARITY = 0.8
 BANDS, BAND_ROWS = 16, 8  # finds 95% of the pairs at similarity 0.8 and all but 0.01% of those at 0.9
 SHINGLE_WORDS = 5
 RANGE_ROWS = 1 << 21
-"""Keys that one merge holds in memory, about 250 MB with what it needs beside them."""
+"""Keys that one merge holds in memory, about 250 MB with everything else that it needs."""
 
 _SEED = 1
 _WORD = re.compile(r"\w+")
@@ -40,10 +40,10 @@ _PAIRS_AT_ONCE = 1 << 15
 
 
 def dedup_options(kind: str) -> dict[str, Any]:
-    """What the manifest says of deduplication: all that decides which documents go.
+    """What the manifest says about deduplication: all that decides which documents are dropped.
 
     Raises:
-        UserError: near copies are to be found, but the library for it is missing.
+        UserError: the library that finds near copies is missing.
     """
     if kind != "near":
         return {"dedup": kind}
@@ -58,7 +58,7 @@ def dedup_options(kind: str) -> dict[str, Any]:
 
 @dataclass
 class DocumentTable:
-    """The documents of a unit, in order, as deduplication must know them."""
+    """The documents of a unit, in order, with what deduplication needs to know about them."""
 
     kind: str
 
@@ -108,7 +108,7 @@ class DocumentTable:
 
 
 def merge_count(kind: str, documents: int) -> int:
-    """Into how many merges the keys of so many documents are divided."""
+    """The number of merges into which the keys of this many documents are divided."""
     return _tables(kind) * _ranges(documents)
 
 
@@ -147,7 +147,7 @@ def merge(folder: Path, target: Path, kind: str, units: int, documents: int, ind
 
 
 def dropped_rows(folder: Path, kind: str, documents: int, unit: int) -> dict[str, np.ndarray]:
-    """The rows of a unit that go, rising, by reason; a copy that is exact is not named a near one."""
+    """The rows of a unit that are dropped, ascending, by reason; an exact copy is not also a near one."""
     rows = []
     for index in range(merge_count(kind, documents)):
         drops = _load(folder / "drops", index)

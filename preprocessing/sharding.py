@@ -1,4 +1,4 @@
-"""From a plan to a data folder: units are tokenized by workers in any order, the manifest is written last."""
+"""From a plan to a data folder: workers tokenize units in any order; the manifest is written last."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_dis
 from ds_roberta.progress import document_bar
 from preprocessing import dedup
 from preprocessing.jobs.job import (
-    FIRST_STAGE,
+    FIRST_PHASE,
     UNITS,
     Job,
     LeaseHeld,
@@ -51,7 +51,7 @@ from preprocessing.tokens.sentence_splitting import RULES_VERSION
 from preprocessing.units import RECORD_VERSION, ShardOptions, UnitResult, shard_unit, thin_unit
 
 FileState = tuple[int, int]
-"""Size and time of change."""
+"""Size and modification time."""
 
 
 class Totals(NamedTuple):
@@ -62,7 +62,7 @@ class Totals(NamedTuple):
 
 
 def is_data_folder(folder: Path) -> bool:
-    """Whether `folder` was written by `run_job`, so that it may be replaced."""
+    """Whether `run_job` wrote `folder`, so that it may be replaced."""
     try:
         content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         return {"format_version", "fingerprint", "splits"} <= content.keys()
@@ -82,30 +82,30 @@ def run_job(
 ) -> tuple[Manifest, Totals] | None:
     """Tokenize `files` into the data folder `output`, which appears whole or not at all.
 
-    Units that an earlier run of the same plan finished are not done again.
+    Units that an earlier run of the same plan finished are kept.
 
     Args:
         sources: the source's name of every file that has one.
         backend: one of `encoders.BACKENDS`; the ids are the same with each.
-        task: the process is this one of several that share the job without knowing of each other; each does its part
-            of the units, and the one that finishes the last of them puts the output into place.
+        task: this process, if several share the job without talking to each other; each does its share of the units,
+            and the last to finish moves the output into place.
 
     Returns:
-        The manifest, and what the units counted beside it; None where other tasks still have work, or did the rest.
+        The manifest and the totals; None if other tasks still have work, or finished the job.
 
     Raises:
-        UserError: too much bad input, a tokenizer of another kind, an output that cannot be written or is being
-            written, no training document.
+        UserError: too much bad input, the wrong kind of tokenizer, an output that cannot be written or that another
+            job is writing, no training document.
     """
     states = {path: _state(path) for path in files}
     units = plan_units(files, options.read, options.unit_bytes, sources, options.allow_damaged_files)
-    output = output.resolve()  # a link stays, what it points to is replaced
+    output = output.resolve()  # a link stays; its target is replaced
     inside = [path for path in files if not is_url(path) and output in Path(path).resolve().parents]
     if inside:
-        raise UserError(f"the input {inside[0]!r} lies in the output {str(output)!r}: give another --output")
+        raise UserError(f"the input {inside[0]!r} is inside the output {str(output)!r}: choose another --output")
     share = units if task is None else units[task[0] :: task[1]]
     if not share:
-        print(f"nothing to do: {len(units)} units are fewer than {task and task[1]} tasks")
+        print(f"nothing to do: there are only {len(units)} units for {task and task[1]} tasks")
         return None
     plan = _plan_fingerprint(states, units, tokenizer, options)
     with (
@@ -115,20 +115,20 @@ def run_job(
         _naming_what_is_kept(job, len(units), output),
         workers,
     ):
-        if job.record(FIRST_STAGE, 0) is None:
-            job.do(FIRST_STAGE, 0, partial(_copy_tokenizer, tokenizer))
+        if job.record(FIRST_PHASE, 0) is None:
+            job.do(FIRST_PHASE, 0, partial(_copy_tokenizer, tokenizer))
         finish = partial(_finish, job, states, sources or {}, units, options, backend, workers, output)
         if task is None:
             return finish()
         _run_units(job, states, share, options, backend, workers, None)
         left = len(units) - job.finished(UNITS)
         if left and job.folder.exists():
-            print(f"task {task[0] + 1}/{task[1]} is done; {left} of {len(units)} units are left to others, the last")
-            print("of which puts the output into place (as does this command without a task, if they have ended)")
+            print(f"task {task[0] + 1}/{task[1]} is done; {left} of {len(units)} units are left to other tasks.")
+            print("The last to finish moves the output into place; if all have ended, run the command without a task.")
             return None
         try:
             with held_lease(job.folder.parent / "finishing", plan, None, output):
-                if not job.folder.exists():  # another finished meanwhile
+                if not job.folder.exists():  # another task has finished
                     return None
                 return finish()
         except LeaseHeld:
@@ -138,8 +138,8 @@ def run_job(
 def _plan_fingerprint(
     states: Mapping[str, FileState], units: Sequence[Unit], tokenizer: Path, options: ShardOptions
 ) -> str:
-    """Identity of all that the output's bytes depend on: work is gone on with only where it is the same."""
-    # What may be bad or damaged is judged by the records: a job that allows more goes on from what was done.
+    """Identity of all that the output's bytes depend on: work is resumed only if it is the same."""
+    # The records show what is bad or damaged, so a job that allows more can resume.
     decisive = replace(options, max_bad_fraction=0.0, allow_damaged_files=False)
     content = {
         "versions": [ds_roberta.__version__, FORMAT_VERSION, RECORD_VERSION],
@@ -159,7 +159,7 @@ def _plan_fingerprint(
 
 
 def _state(path: str) -> FileState:
-    """Size and time of change of an input; of a URL the size alone, as not all file systems know more."""
+    """Size and modification time of an input; of a URL only the size, as not all file systems know more."""
     with readable(path):
         if not is_url(path):
             state = os.stat(path)
@@ -189,8 +189,8 @@ def _copy_tokenizer(tokenizer: Path, scratch: Path) -> Record:
 
 
 def _tokenizer_info(job: Job) -> TokenizerInfo:
-    """What the first stage found out of the tokenizer: to read it again takes long beside a small corpus."""
-    record = job.record(FIRST_STAGE, 0)
+    """What the first phase found in the tokenizer: reading it again would take long, compared with a small corpus."""
+    record = job.record(FIRST_PHASE, 0)
     assert record is not None
     return TokenizerInfo.from_json(record)
 
@@ -204,24 +204,24 @@ def _run_units(
     workers: Workers,
     bad: BadDocuments | None,
 ) -> dict[int, UnitResult]:
-    """Do what is not finished of `units`; the results of all, by the units' numbers.
+    """Do the unfinished ones of `units`; return the results of all, by unit number.
 
     Args:
-        states: of the inputs when they were planned.
-        bad: is told of the units in the plan's order, where `units` are all of them.
+        states: of the inputs when the job was planned.
+        bad: receives the units in the plan's order; None unless `units` are all of them.
     """
     records = {unit.index: job.record(UNITS, unit.index) for unit in units}
     results = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
     missing = [unit for unit in units if unit.index not in results]
     if results and missing:
-        print(f"going on: {len(results)} of {len(units)} units are finished", flush=True)
+        print(f"resuming: {len(results)} of {len(units)} units are finished", flush=True)
     in_order = iter(units)
     following = next(in_order, None)
 
     def refuse(result: UnitResult) -> None:
         for path in result.accounts:
             if not is_url(path) and _state(path) != states[path]:
-                raise UserError(f"{path!r} changed while it was read: run the command again once it is complete")
+                raise UserError(f"{path!r} changed while it was read: repeat the command when the file is complete")
         if not options.allow_damaged_files:
             refuse_damage(result.accounts)
 
@@ -241,7 +241,7 @@ def _run_units(
         sizes = {unit.index: unit.bytes for unit in units}
         done = sum(sizes[index] for index in results)
         with document_bar(sum(sizes.values()), "tokenizing", done) as update:
-            for index, record in workers.run(partial(_unit_step, job, info, options, backend), missing):
+            for index, record in workers.run(partial(_do_unit, job, info, options, backend), missing):
                 results[index] = UnitResult.from_record(record)
                 refuse(results[index])
                 update(sizes[index], results[index].documents)
@@ -249,7 +249,7 @@ def _run_units(
     return results
 
 
-def _unit_step(job: Job, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit) -> tuple[int, Record]:
+def _do_unit(job: Job, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit) -> tuple[int, Record]:
     work = partial(shard_unit, job.data, info, options, backend, unit)
     return unit.index, job.do(UNITS, unit.index, work)
 
@@ -264,7 +264,7 @@ def _finish(
     workers: Workers,
     output: Path,
 ) -> tuple[Manifest, Totals]:
-    """All units, and from these the output in its place."""
+    """Do all units, make the output from them, and move it into place."""
     bad = BadDocuments(options.max_bad_fraction)
     results = _run_units(job, states, units, options, backend, workers, bad)
     bad.check()
@@ -290,7 +290,7 @@ def _finish(
     try:
         _check_train_split(manifest, options)
     except UserError:
-        clear(job)  # the same command would end here again
+        clear(job)  # the same command would fail here again
         raise
     manifest.write(job.data)
     publish(job, output)
@@ -300,22 +300,22 @@ def _finish(
 def _deduplicate(
     job: Job, units: Sequence[Unit], results: dict[int, UnitResult], kind: str, workers: Workers
 ) -> dict[int, UnitResult]:
-    """The results of all units without the documents that occur again."""
+    """The results of all units without repeated documents."""
     documents = sum(result.documents for result in results.values())
     merges = [i for i in range(dedup.merge_count(kind, documents)) if job.record("drops", i) is None]
-    for _ in workers.run(partial(_merge_step, job, kind, len(results), documents), merges):
+    for _ in workers.run(partial(_do_merge, job, kind, len(results), documents), merges):
         pass
     records = {index: job.record("final", index) for index in results}
     final = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
     left = [(unit, results[unit.index]) for unit in units if unit.index not in final]
     if left:
         info = _tokenizer_info(job)
-        for index, record in workers.run(partial(_final_step, job, info, kind, documents), left):
+        for index, record in workers.run(partial(_do_final, job, info, kind, documents), left):
             final[index] = UnitResult.from_record(record)
     return final
 
 
-def _merge_step(job: Job, kind: str, units: int, documents: int, index: int) -> Record:
+def _do_merge(job: Job, kind: str, units: int, documents: int, index: int) -> Record:
     work = partial(_merge, job.folder, kind, units, documents, index)
     return job.do("drops", index, work)
 
@@ -324,13 +324,13 @@ def _merge(folder: Path, kind: str, units: int, documents: int, index: int, scra
     return dedup.merge(folder, scratch, kind, units, documents, index)
 
 
-def _final_step(
+def _do_final(
     job: Job, info: TokenizerInfo, kind: str, documents: int, item: tuple[Unit, UnitResult]
 ) -> tuple[int, Record]:
     unit, result = item
     record = job.do("final", unit.index, partial(thin_unit, job.folder, info, kind, documents, unit, result))
     for shard in (shard for shards in result.shards.values() for shard in shards):
-        (job.folder / "staged" / shard.file).unlink(missing_ok=True)  # a unit is never there twice for long
+        (job.folder / "staged" / shard.file).unlink(missing_ok=True)  # so that no unit is on disk twice for long
     return unit.index, record
 
 
@@ -339,12 +339,12 @@ def _check_train_split(manifest: Manifest, options: ShardOptions) -> None:
         return
     if manifest.documents(VALIDATION_SPLIT):
         raise UserError(
-            f"all {manifest.documents(VALIDATION_SPLIT)} documents fell into validation: "
-            f"lower --validation_fraction {options.validation_fraction} or give more documents"
+            f"all {manifest.documents(VALIDATION_SPLIT)} documents are held out for validation: "
+            f"lower --validation_fraction {options.validation_fraction} or add documents"
         )
     rejected: Counter[str] = sum((Counter(entry.rejected) for entry in manifest.inputs), Counter())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()))
     raise UserError(
-        f"the corpus is empty: no document with text is kept of {len(manifest.inputs)} input file(s)"
+        f"the corpus is empty: no document of {len(manifest.inputs)} input file(s) was kept"
         + (f"; rejected: {reasons}; see --documents, --min_characters, --max_characters, --filter" if reasons else "")
     )

@@ -1,4 +1,4 @@
-"""The work of one unit: from a part of the input to shards, and from these to shards without what occurs again."""
+"""The work of one unit: from a part of the input to shards, and from these to shards without repeated documents."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 _BATCH_BYTES = 1 << 20
 _SOURCES_AT_MOST = 256
-"""Of one part of a unit: each has shards of its own, which would become too many and too small."""
+"""In one part of a unit: each source has its own shards, which would become too many and too small."""
 RECORD_VERSION = 2
-"""Of what a unit's record holds and means: a job does not go on from another version's."""
+"""Of the content of a unit's record: a job does not resume from another version's."""
 _PART_UNITS = 2
-"""A unit that turns out larger, such as a compressed file, is written in parts of so many times `unit_bytes`."""
+"""A unit that turns out larger, such as a compressed file, is written in parts of this many times `unit_bytes`."""
 
 
 class Prepared(NamedTuple):
     """A document ready to be encoded."""
 
     sentences: bytes
-    """As of `sentence_bytes`."""
+    """As `sentence_bytes` gives them."""
     source: str | None
     piece: int
-    """Number of the unit's piece that holds it."""
+    """Number of the piece in the unit that holds it."""
 
 
 require_fraction = must_be("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -88,13 +88,13 @@ class ShardOptions(Settings):
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What a unit became: its shards in each split, an account by input file, and the sources that its table names."""
+    """What became of a unit: its shards in each split, an account by input file, and the sources in its table."""
 
     shards: dict[str, tuple[ShardInfo, ...]]
     accounts: dict[str, Account]
     text_bytes: int
     special_documents: int
-    """Documents with the letters of a special token, which stayed text."""
+    """Documents that contain the letters of a special token, which stayed text."""
     sources: tuple[str, ...] = ()
 
     @property
@@ -113,7 +113,7 @@ class UnitResult:
 
     @classmethod
     def from_record(cls, record: Record) -> UnitResult:
-        """The inverse of `record`, behind a way through JSON."""
+        """The inverse of `record`, after a trip through JSON."""
         shards = {split: tuple(map(ShardInfo.from_json, shards)) for split, shards in record["shards"].items()}
         accounts = {
             path: Account(**{**account, "counts": Counter(account["counts"])})
@@ -123,9 +123,9 @@ class UnitResult:
 
 
 def split_of(document: bytes | str, validation_fraction: float) -> str:
-    """The split of a document, by its sentences alone: it does not move when the corpus grows."""
-    place = xxhash.xxh3_64_intdigest(document.encode() if isinstance(document, str) else document) / 2**64
-    return VALIDATION_SPLIT if place < validation_fraction else TRAIN_SPLIT
+    """The split of a document, a function of its sentences only: it does not move when the corpus grows."""
+    position = xxhash.xxh3_64_intdigest(document.encode() if isinstance(document, str) else document) / 2**64
+    return VALIDATION_SPLIT if position < validation_fraction else TRAIN_SPLIT
 
 
 def shard_unit(
@@ -133,7 +133,7 @@ def shard_unit(
 ) -> Record:
     """Tokenize a unit with the tokenizer in `data`, into `scratch`: to `data`, or before deduplication to `staged`.
 
-    Where a fast backend differs from the reference, the whole unit goes by the reference.
+    If a fast backend differs from the reference, the reference encodes the whole unit.
     """
     try:
         return _tokenize_unit(data, info, options, backend, unit, scratch)
@@ -141,7 +141,7 @@ def shard_unit(
         places = ", ".join(f"{piece.path!r} from {piece.start} to {piece.end}" for piece in unit.pieces)
         print(
             f"warning: {backend} {difference}; unit {unit.index} ({places}) is encoded again by {HUGGINGFACE}. "
-            f"The other units agreed on their samples only: for certainty use --tokenizer_backend {HUGGINGFACE}",
+            f"Only samples of the other units were compared: to be certain, use --tokenizer_backend {HUGGINGFACE}",
             file=sys.stderr,
             flush=True,
         )
@@ -190,7 +190,7 @@ def _tokenize_unit(
 def thin_unit(
     job: Path, info: TokenizerInfo, kind: str, documents: int, unit: Unit, result: UnitResult, scratch: Path
 ) -> Record:
-    """Write the staged shards of a unit again, without the documents that occur again. `documents` are in all units."""
+    """Write the staged shards of a unit again, without repeated documents. `documents` is the number in all units."""
     rows = dedup.load_rows(job, unit.index)
     keep, text_bytes, special_documents = np.ones(len(rows), bool), result.text_bytes, result.special_documents
     accounts = {path: replace(a, counts=Counter(a.counts)) for path, a in result.accounts.items()}
@@ -235,7 +235,7 @@ class _Writer:
         """By source, the documents and how many of them came from each of the unit's pieces."""
 
     def add(self, encoded: Encoded, documents: Sequence[Prepared], chosen: np.ndarray) -> None:
-        """Add those of a batch of documents where `chosen`, (documents,) bool, is true."""
+        """Add those documents of a batch for which `chosen`, (documents,) bool, is true."""
         for source in {document.source for document in compress(documents, chosen)}:
             of_source = chosen & np.fromiter((document.source == source for document in documents), bool)
             parts, pieces = self._gathered.setdefault(source or "", ([], Counter()))
@@ -244,7 +244,7 @@ class _Writer:
         if len(self._gathered) > _SOURCES_AT_MOST:
             raise UserError(
                 f"--source_column gives more than {_SOURCES_AT_MOST} sources in one part of "
-                f"{self._unit.pieces[0].path!r}, each of which gets shards of its own: name fewer and larger sources "
+                f"{self._unit.pieces[0].path!r}, and each gets its own shards: use fewer, larger sources "
                 "(a --filter can look at --id_column instead)"
             )
 
@@ -257,14 +257,14 @@ class _Writer:
 
 
 def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:
-    """The unit's pieces that gave a shard documents, with their numbers."""
+    """The unit's pieces that a shard's documents come from, and how many come from each."""
     pieces = ((unit.pieces[number], count) for number, count in sorted(documents.items()))
     return tuple(InputPiece(piece.path, piece.start, piece.end, count) for piece, count in pieces)
 
 
 @lru_cache(maxsize=2)
 def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, SpecialLetters]:
-    """Loaded once in a process; `info` tells two tokenizers apart that lay in the same place one after the other."""
+    """Loaded once in a process; `info` distinguishes two tokenizers that were at the same path one after the other."""
     return make_encoder(backend, folder, info)
 
 
@@ -282,7 +282,7 @@ def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:
 
 
 def _lists(column: pa.ListArray, keep: np.ndarray) -> list[np.ndarray]:
-    """The rows of a column that are in `keep`, (rows,) bool."""
+    """The rows of a column for which `keep`, (rows,) bool, is true."""
     values = column.values.to_numpy(zero_copy_only=True)
     bounds = pairwise(column.offsets.to_numpy(zero_copy_only=True))
     return [values[begin:end] for (begin, end), kept in zip(bounds, keep, strict=True) if kept]

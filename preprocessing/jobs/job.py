@@ -1,15 +1,21 @@
-"""The work of one job on disk: steps that are done once, whoever does them and however often the job is killed.
+"""The work of one job on disk: items that are done once, whoever does them and however often the job is killed.
 
-    .NAME.partial/                 beside the output NAME
-      leases/  finishing/          who works, and who puts the output into place
+    .NAME.partial/                 next to the output NAME
+      leases/  finishing/          who is working, and who moves the output into place
       PLAN/                        named by the plan's fingerprint
-        STAGE/NNNNN.json           a finished step: what became of it, written last
-        data/ …                    what the steps made; `data` becomes the output
-        scratch/                   what is being made
+        PHASE/NNNNN.json           a finished item: its result, written last
+        data/ …                    what the items made; `data` becomes the output
+        scratch/                   what is being made now
 
-A step writes into a folder of its own in `scratch`, then moves its files into place and writes its record. Since a
-step's bytes depend on the plan alone, a step done twice does no harm; since the plan's fingerprint is in the path, an
+An item is written into a folder of its own in `scratch`; then its files are moved into place and its record is written.
+An item's bytes depend only on the plan, so doing one twice does no harm. The plan's fingerprint is in the path, so an
 orphan of another plan finds nothing to write to.
+
+A job holds a lease while it lives, and its workers look at it before they write: a small file with a random name, one
+for each process that runs a job (or an array task of one). On the same machine it lives as long as its process; seen
+from another machine, as long as it is touched. The next job removes a dead lease, and a job whose own lease is gone
+stops. No locks are used: on network file systems they are unreliable, while creating, opening and removing a file are
+not. (filelock's `SoftFileLease` has one holder per file and no word for what it does, so tasks could not share a plan.)
 """
 
 from __future__ import annotations
@@ -31,30 +37,30 @@ from typing import Any
 from ds_roberta.errors import UserError
 from ds_roberta.files import check_replaceable, partial_folder, put_in_place, sync_directory, sync_file, write_json
 
-FIRST_STAGE = "tokenizer"
-"""The stage that makes `data`."""
+FIRST_PHASE = "tokenizer"
+"""The phase that makes `data`."""
 UNITS = "units"
-"""The stage that takes long: without a record of it there is nothing to go on from."""
+"""The long phase: without a record of it there is nothing to resume."""
 Record = dict[str, Any]
 Task = tuple[int, int]
-"""Number, from 0, and count of the array task that a process is."""
+"""Number (from 0) and count of the array task that a process is."""
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 60.0
 _PATIENCE_SECONDS = 3.0
-"""How long a new job waits for an old one that is just ending, and for another that begins at the same moment."""
+"""How long a new job waits for one that is just ending, or that begins at the same moment."""
 
 
 class JobStopped(UserError):
-    """The job ended before its time, but its finished units are kept: the same command goes on from them."""
+    """The job ended early, but its finished units are kept: the same command resumes from them."""
 
 
 class LeaseHeld(UserError):
-    """A living job holds a lease that excludes the one asked for."""
+    """A living job holds a lease that excludes the requested one."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lease says of the process that holds it."""
+    """What a lease says about the process that holds it."""
 
     plan: str
     task: tuple[int, int] | None
@@ -70,7 +76,7 @@ class Holder:
         return cls(plan, task, socket.gethostname(), pid, _machine(), _process(pid), since)
 
     def excludes(self, other: Holder) -> bool:
-        """Whether the two may not work at the same time: only different tasks of one array on one plan may."""
+        """Whether the two must not work at the same time: only different tasks of one array on one plan may."""
         both_tasks = self.task is not None and other.task is not None
         if not both_tasks or self.plan != other.plan:
             return True
@@ -84,7 +90,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Lease:
-    """A held lease; small and picklable, so that every worker has it."""
+    """A held lease; small and picklable, so that every worker can have it."""
 
     path: Path
 
@@ -96,19 +102,19 @@ class Lease:
                 pass
         except FileNotFoundError:
             raise JobStopped(
-                f"this job lost its lease ({self.path} is gone): another job took the output over, or the folder was "
-                "removed; see what runs, then give the same command again"
+                f"this job lost its lease ({self.path} is gone): another job took over the output, or the folder was "
+                "removed; check which jobs are running, then repeat the command"
             ) from None
 
 
 @contextmanager
 def held_lease(folder: Path, plan: str, task: tuple[int, int] | None, output: Path) -> Iterator[Lease]:
-    """Hold a lease in `folder` while the context lasts, keeping it fresh from a thread.
+    """Hold a lease in `folder` for the length of the context; a thread keeps it fresh.
 
     Args:
         plan: the plan's fingerprint.
-        task: number (from 0) and count of the array task that this process is, if it is one.
-        output: what the user calls the job, for the error.
+        task: this process, if it is an array task.
+        output: what the user knows the job by, for the error.
 
     Raises:
         LeaseHeld: a living job holds a lease that excludes this one.
@@ -118,7 +124,7 @@ def held_lease(folder: Path, plan: str, task: tuple[int, int] | None, output: Pa
 
     def keep_fresh() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # gone: the workers and the next check will find out
+            with suppress(OSError):  # gone: the workers and the next check will notice
                 os.utime(lease.path)
 
     threading.Thread(target=keep_fresh, daemon=True).start()
@@ -130,13 +136,13 @@ def held_lease(folder: Path, plan: str, task: tuple[int, int] | None, output: Pa
 
 
 def is_alive(path: Path) -> bool:
-    """Whether a process still holds the lease `path`; may watch it for a minute if that is on another machine."""
+    """Whether a process still holds the lease `path`; on another machine this can take a minute to find out."""
     holder = _read(path)
     if holder is None:
         return False
     if holder.on_this_machine():
         return _process(holder.pid) == holder.process
-    # Clocks of machines differ, so nothing but change is believed: a living holder touches its lease.
+    # Clocks differ between machines, so only a change counts: a living holder touches its lease.
     first, deadline = _touched(path), time.monotonic() + DEAD_AFTER_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.5)
@@ -149,7 +155,7 @@ def is_alive(path: Path) -> bool:
 
 
 def _acquire(folder: Path, ours: Holder, output: Path) -> Lease:
-    # Write first, look then: of two jobs that begin at once, at least one sees the other.
+    # Write, then look: of two jobs that begin at the same time, at least one sees the other.
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,20 +171,20 @@ def _acquire(folder: Path, ours: Holder, output: Path) -> Lease:
         path.unlink(missing_ok=True)
         if time.monotonic() > deadline:
             raise LeaseHeld(
-                f"another job writes {str(output)!r}: process {other.pid} on {other.host}, since {other.since}; "
-                f"wait for it, end it ('kill {other.pid}' on {other.host}), or give another --output"
+                f"another job is writing {str(output)!r}: process {other.pid} on {other.host}, since {other.since}; "
+                f"wait for it, end it ('kill {other.pid}' on {other.host}), or choose another --output"
             )
         time.sleep(random.uniform(0.2, 0.6))
 
 
 def _living_excluder(folder: Path, own: Path, ours: Holder) -> Holder | None:
-    """A living holder that excludes us, if there is one; dead leases are removed."""
+    """A living holder that excludes us, if any; dead leases are removed."""
     for path in sorted(folder.glob("*.json")):
         holder = None if path == own else _read(path)
         if holder is None or not ours.excludes(holder):
             continue
         if not holder.on_this_machine():
-            print(f"waiting to see whether process {holder.pid} on {holder.host} still writes …", flush=True)
+            print(f"waiting to see whether process {holder.pid} on {holder.host} is still writing …", flush=True)
         if is_alive(path):
             return holder
         path.unlink(missing_ok=True)
@@ -208,7 +214,7 @@ def _touched(path: Path) -> int | None:
 
 
 def _machine() -> str:
-    """Identity of the running system and its process numbers; empty where it cannot be told."""
+    """Identity of the running system and its process numbers; empty if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -216,7 +222,7 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> str:
-    """Identity of a living process, so that a number given to another one is not mistaken; empty if it is dead."""
+    """Identity of a living process, in case its number is given to another one; empty if it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -227,7 +233,7 @@ def _process(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """The folder of a plan's work, and the lease under which it is written. Small and picklable."""
+    """The folder of a plan's work, and the lease that protects it. Small and picklable."""
 
     folder: Path
     lease: Lease
@@ -238,32 +244,32 @@ class Job:
 
     @property
     def is_published(self) -> bool:
-        """Whether the data is in the output's place already, the job having been killed just then."""
-        return self.finished(FIRST_STAGE) > 0 and not self.data.exists()
+        """Whether the output is already in place, because the job was killed just after."""
+        return self.finished(FIRST_PHASE) > 0 and not self.data.exists()
 
-    def record(self, stage: str, index: int) -> Record | None:
-        """What became of a step, or None if it is not finished."""
+    def record(self, phase: str, index: int) -> Record | None:
+        """The result of an item, or None if it is not finished."""
         try:
-            return json.loads(self._record_path(stage, index).read_text(encoding="utf-8"))
+            return json.loads(self._record_path(phase, index).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
 
-    def finished(self, stage: str) -> int:
-        """The number of finished steps of a stage."""
-        return sum(1 for _ in (self.folder / stage).glob("[0-9]*.json"))
+    def finished(self, phase: str) -> int:
+        """The number of finished items of a phase."""
+        return sum(1 for _ in (self.folder / phase).glob("[0-9]*.json"))
 
-    def do(self, stage: str, index: int, work: Callable[[Path], Record]) -> Record:
-        """Do a step.
+    def do(self, phase: str, index: int, work: Callable[[Path], Record]) -> Record:
+        """Do an item.
 
         Args:
-            work: writes files into the empty folder it gets, at the places that they shall have in the job's folder,
-                and returns the step's record.
+            work: writes files into the empty folder it is given, under the paths that they get in the job's folder,
+                and returns the item's record.
 
         Raises:
             JobStopped: the lease was lost; nothing is moved into place. And whatever `work` raises.
         """
         self.lease.check()
-        scratch = self.folder / "scratch" / f"{stage}-{index:05d}-{secrets.token_hex(4)}"
+        scratch = self.folder / "scratch" / f"{phase}-{index:05d}-{secrets.token_hex(4)}"
         scratch.mkdir(parents=True)
         try:
             record = work(scratch)
@@ -276,22 +282,22 @@ class Job:
                 (scratch / file).replace(self.folder / file)
             for parent in {file.parent for file in files}:
                 sync_directory(self.folder / parent)
-            path = self._record_path(stage, index)
+            path = self._record_path(phase, index)
             path.parent.mkdir(exist_ok=True)
             write_json(path, record)
             return record
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _record_path(self, stage: str, index: int) -> Path:
-        return self.folder / stage / f"{index:05d}.json"
+    def _record_path(self, phase: str, index: int) -> Path:
+        return self.folder / phase / f"{index:05d}.json"
 
 
 @contextmanager
 def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Job]:
-    """Take the lease on `output` and yield the job of `plan` with its finished steps; other plans' work is removed.
+    """Take the lease on `output` and yield the job of `plan` with its finished items; other plans' work is removed.
 
-    If no unit is finished in the end, nothing is left; else the work stays for the same plan.
+    If no unit is finished at the end, nothing is left; otherwise the work stays for the same plan.
 
     Raises:
         UserError: another job is alive, or the output must not be replaced.
@@ -304,7 +310,7 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
                 if entry.name not in ("leases", "finishing", plan):
                     shutil.rmtree(entry)
             job = Job(root / plan, lease)
-            if task is None:  # else other tasks may be writing there
+            if task is None:  # otherwise other tasks may be writing there
                 shutil.rmtree(job.folder / "scratch", ignore_errors=True)
             yield job
     finally:
@@ -312,8 +318,8 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
 
 
 def publish(job: Job, output: Path) -> None:
-    """Put the finished data into the output's place and remove the rest of the job."""
-    for leftover in job.data.rglob(".*.tmp"):  # of a job that was killed as it wrote the manifest
+    """Move the finished data into place and remove the rest of the job."""
+    for leftover in job.data.rglob(".*.tmp"):  # of a job that was killed while writing the manifest
         leftover.unlink()
     job.lease.check()
     put_in_place(job.data, output)
@@ -321,9 +327,9 @@ def publish(job: Job, output: Path) -> None:
 
 
 def clear(job: Job) -> None:
-    """Remove what a published job left beside the output."""
+    """Remove what a published job left next to the output."""
     with suppress(OSError):  # the output is whole
-        # In one move, so that no other task takes what is left of the job for work to go on with.
+        # In one move, so that no other task mistakes what is left of the job for work to resume.
         job.folder.rename(job.folder.with_name("done"))
     shutil.rmtree(job.folder.parent, ignore_errors=True)
 

@@ -1,7 +1,7 @@
-"""Running steps on processes: of this machine, of an MPI job, or in this process alone.
+"""Spreading work over processes: of this machine, of an MPI job, or only this one.
 
-What a process does when its parent dies is the same everywhere: it leaves at once. Else the workers of a killed job, or
-the ranks of a killed mpirun, would go on writing.
+Every process exits as soon as its parent dies. Otherwise the workers of a killed job, or the ranks of a killed mpirun,
+would go on writing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LOOK_SECONDS = 0.3
 
 
 class Workers:
-    """Runs functions on the items of a list; without an executor in this process.
+    """Runs a function on the items of a list; without an executor, in this process.
 
-    As a context it ends all work at an error, before what is written to is taken away.
+    As a context it ends all work after an error, before the folder that is written to is removed.
     """
 
     def __init__(self, count: int, executor: Executor | None, stop: Callable[[], None]):
@@ -43,7 +43,7 @@ class Workers:
             self._stop()
 
     def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """Yield the results for all items, in the order in which they are done.
+        """Yield the results for all items, in the order in which they finish.
 
         Raises:
             JobStopped: a worker process was killed from outside; and whatever `work` raises.
@@ -56,14 +56,14 @@ class Workers:
                 yield future.result()
         except BrokenProcessPool as error:
             raise JobStopped(
-                "a worker process was killed, perhaps for lack of memory: give the same command again to go on, "
+                "a worker process was killed, perhaps for lack of memory: repeat the command to resume, "
                 f"perhaps with fewer than --workers {self.count}"
             ) from error
 
 
 @contextmanager
 def local_workers(count: int) -> Iterator[Workers]:
-    """So many processes on this machine; one worker works in this process."""
+    """`count` processes on this machine; a single worker works in this process."""
     if count == 1:
         yield Workers(1, None, lambda: None)
         return
@@ -91,7 +91,7 @@ def is_mpi(environment: Mapping[str, str] = os.environ) -> bool:
 
 @contextmanager
 def mpi_workers() -> Iterator[Workers | None]:
-    """The other ranks as workers, in rank 0, which hands out the work; None in the others, once all is done.
+    """In rank 0, the other ranks as workers; in the others None, once all work is done.
 
     Raises:
         UserError: mpi4py is missing.
@@ -102,7 +102,7 @@ def mpi_workers() -> Iterator[Workers | None]:
     except ImportError as error:
         raise UserError(
             f"started as one of several MPI processes, but mpi4py cannot be imported ({error}): "
-            "pip install 'ds_roberta[mpi]', or start it without mpirun"
+            "pip install 'ds_roberta[mpi]', or start the command without mpirun"
         ) from error
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
@@ -115,10 +115,10 @@ def mpi_workers() -> Iterator[Workers | None]:
 
 
 def slurm_task(environment: Mapping[str, str] = os.environ) -> Task | None:
-    """This process's place (from 0) and the number of tasks in a SLURM array; None where there is no array.
+    """This process's number (from 0) and the count of tasks in a SLURM array; None without an array.
 
     Raises:
-        UserError: the array's numbers are not evenly spaced, so that a task cannot tell its place.
+        UserError: the array's numbers are not evenly spaced, so a task cannot derive its own from them.
     """
     if "SLURM_ARRAY_TASK_ID" not in environment:
         return None
@@ -128,8 +128,8 @@ def slurm_task(environment: Mapping[str, str] = os.environ) -> Task | None:
     )
     if last - first != (count - 1) * step or (number - first) % step:
         raise UserError(
-            f"the SLURM array of {count} tasks from {first} to {last} has gaps: number them without, as in "
-            f"--array=0-{count - 1}, or name each task's share by --task I/{count}"
+            f"the SLURM array of {count} tasks from {first} to {last} has gaps: number them without gaps, as in "
+            f"--array=0-{count - 1}, or give each task its share with --task I/{count}"
         )
     return (number - first) // step, count
 

@@ -1,20 +1,20 @@
 """Megatron-LM's indexed dataset: `preprocess export` writes one, `preprocess import` prepares data from one.
 
-PREFIX.bin holds the ids of all sequences one behind the other; PREFIX.idx, little-endian, says where they lie:
+PREFIX.bin has the ids of all sequences, one after the other; PREFIX.idx, little-endian, says where they are:
 
     9 bytes   "MMIDIDX", two zero bytes
     uint64    version, 1
     uint8     type of the ids: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
     uint64    S, the number of sequences
-    uint64    D + 1, the number of documents and one
+    uint64    D + 1, the number of documents plus one
     int32     (S,) tokens of each sequence
     int64     (S,) the byte of PREFIX.bin at which each begins
     int64     (D + 1,) the sequence with which each document begins, and S
 
-A sequence is a sentence, as where Megatron's own tool is told to split sentences (its BERT and T5 read that), so that
-our sentence borders survive the way there and back. The separator `</s>` that closes our documents is not exported:
-Megatron adds what its model wants. It is put back on import, and taken off where a document already ends with it. A
-dataset of a sequence a document, as for GPT, can be imported too: each of its documents is one sentence.
+A sequence is a sentence, as when Megatron's own tool splits sentences (for its BERT and T5), so that our sentence
+borders survive the round trip. The separator `</s>` at the end of our documents is not exported: Megatron adds what its
+model needs. An import puts it back, unless a document already ends with it. A dataset with one sequence per document,
+as for GPT, can be imported too: each of its documents is then one sentence.
 """
 
 from __future__ import annotations
@@ -56,26 +56,26 @@ _TYPES = {code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "
 _TYPES[8] = np.dtype("<u2")
 _CODES = {dtype: code for code, dtype in _TYPES.items()}
 _SHARD_TOKENS = 1 << 21
-"""About as many as a work unit of text gives."""
+"""About as many as a work unit of text has."""
 _EMPTY = "empty"
 
 
 def export_split(corpus: Corpus, split_name: str, prefix: Path) -> tuple[int, int]:
-    """Write one split as PREFIX.bin and PREFIX.idx, a sequence a sentence, in memory of one shard.
+    """Write one split as PREFIX.bin and PREFIX.idx, one sequence per sentence, with one shard in memory at a time.
 
     Returns:
         The numbers of documents and of sentences.
 
     Raises:
-        UserError: the split is empty, or a file is there already or cannot be written.
+        UserError: the split is empty, or a file exists already or cannot be written.
     """
     split = corpus.split(split_name)
     if not split.shards:
-        raise UserError(f"no documents in split {split_name!r} of {str(corpus.folder)!r}: give another --split")
+        raise UserError(f"no documents in split {split_name!r} of {str(corpus.folder)!r}: choose another --split")
     binary, index = _paths(prefix)
     for path in (binary, index):
         if path.exists():
-            raise UserError(f"{str(path)!r} is there already: remove it or give another --output")
+            raise UserError(f"{str(path)!r} exists already: remove it or choose another --output")
     shards = range(len(split.shards))
     dtype = np.dtype("<u2" if split.values(0).dtype == np.uint16 else "<i4")
     documents = sum(info.documents for info in split.shards)
@@ -83,7 +83,7 @@ def export_split(corpus: Corpus, split_name: str, prefix: Path) -> tuple[int, in
     with errors_of_the_disk(prefix), created_parents(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # The index is renamed last: without it the other file counts for nothing.
+            # The index is renamed last: without it the other file does not count.
             with atomic_path(index) as index_part, atomic_path(binary) as binary_part:
                 with binary_part.open("wb") as file:
                     for shard in shards:
@@ -98,7 +98,7 @@ def export_split(corpus: Corpus, split_name: str, prefix: Path) -> tuple[int, in
 
 
 def _write_arrays(file: BinaryIO, split: Split, itemsize: int) -> None:
-    """The three arrays of the index, each in a pass of its own over the shards."""
+    """Write the three arrays of the index, each in its own pass over the shards."""
     shards = range(len(split.shards))
     for shard in shards:
         file.write(_lengths(split, shard).astype("<i4").tobytes())
@@ -111,8 +111,8 @@ def _write_arrays(file: BinaryIO, split: Split, itemsize: int) -> None:
     file.write(np.array([0], "<i8").tobytes())
     for shard in shards:
         starts = split.sentence_bounds(shard)[0]
-        behind = np.searchsorted(starts, split.document_offsets(shard)[1:]) + sentence
-        file.write(behind.astype("<i8").tobytes())
+        ends_of_documents = np.searchsorted(starts, split.document_offsets(shard)[1:]) + sentence
+        file.write(ends_of_documents.astype("<i8").tobytes())
         sentence += len(starts)
 
 
@@ -146,10 +146,10 @@ class IndexedDataset:
 
     @classmethod
     def open(cls, prefix: Path) -> IndexedDataset:
-        """Open PREFIX.idx and PREFIX.bin and check that they fit each other.
+        """Open PREFIX.idx and PREFIX.bin and check that they fit together.
 
         Raises:
-            UserError: a file is missing, of another format, cut or inconsistent.
+            UserError: a file is missing, truncated, inconsistent or in another format.
         """
         binary, index = _paths(prefix)
         try:
@@ -158,21 +158,23 @@ class IndexedDataset:
             content = np.asarray(np.memmap(index, np.uint8, "r"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot read the Megatron dataset {str(prefix)!r} ({error}): give PREFIX of .bin and .idx"
+                f"cannot read the Megatron dataset {str(prefix)!r} ({error}): PREFIX is the path without .bin and .idx"
             ) from error
         if len(content) < _HEAD.size or bytes(content[:9]) != _MAGIC:
-            raise UserError(f"{str(index)!r} is no index of a Megatron dataset (MMIDIDX): make it anew with Megatron")
+            raise UserError(
+                f"{str(index)!r} is not the index of a Megatron dataset (MMIDIDX): create it again with Megatron"
+            )
         _, version, code, sequences, borders = _HEAD.unpack(bytes(content[: _HEAD.size]))
         if version != _VERSION or code not in _TYPES:
             raise UserError(
-                f"{str(index)!r} has version {version} and token type {code}: version {_VERSION} with whole numbers "
-                "is read, make it anew with Megatron"
+                f"{str(index)!r} has version {version} and token type {code}: only version {_VERSION} with whole "
+                "numbers can be read, so create it again with Megatron"
             )
         expected = _HEAD.size + 12 * sequences + 8 * borders
         if len(content) != expected:
             raise UserError(
-                f"{str(index)!r} has {len(content)} bytes, {sequences} sequences and {borders - 1} documents take "
-                f"{expected}: it was cut, or is of several modes, which are not read"
+                f"{str(index)!r} has {len(content)} bytes, but {sequences} sequences and {borders - 1} documents take "
+                f"{expected}: it is truncated, or has several modes, which cannot be read"
             )
         at = _HEAD.size + np.array([0, 4 * sequences, 12 * sequences, expected - _HEAD.size])
         lengths, pointers, documents = (
@@ -195,32 +197,32 @@ class IndexedDataset:
             or (len(ends) and (self.lengths.min() < 0 or self.pointers.min() < 0 or ends.max() > size))
         ):
             raise UserError(
-                f"{str(index)!r} does not fit {str(self.binary)!r} of {size} bytes: one of them was cut or is of "
+                f"{str(index)!r} does not fit {str(self.binary)!r} of {size} bytes: one of them is truncated or of "
                 "another dataset"
             )
 
     def tokens(self, sequence: int) -> np.ndarray:
-        """The ids of one sequence: (tokens,), of the dataset's own type."""
+        """The ids of one sequence: (tokens,), in the dataset's own type."""
         begin = int(self.pointers[sequence])
         return self.data[begin : begin + int(self.lengths[sequence]) * self.dtype.itemsize].view(self.dtype)
 
     def byte_range(self, first: int, last: int) -> tuple[int, int]:
-        """Between which bytes of the .bin the documents `first … last - 1` lie; they have a sequence."""
+        """The bytes of the .bin between which the documents `first … last - 1` are; they must have a sequence."""
         chosen = slice(int(self.documents[first]), int(self.documents[last]))
         ends = self.pointers[chosen] + self.lengths[chosen].astype(np.int64) * self.dtype.itemsize
         return int(self.pointers[chosen].min()), int(ends.max())
 
 
 def import_dataset(prefixes: dict[str, Path], tokenizer: Path, output: Path) -> Manifest:
-    """Make the data folder `output` from Megatron datasets, one a split; it appears whole or not at all.
+    """Make the data folder `output` from Megatron datasets, one per split; it appears whole or not at all.
 
     Raises:
-        UserError: a dataset or the tokenizer cannot be read, an id is not of the tokenizer, no training document.
+        UserError: a dataset or the tokenizer cannot be read, an id is not in the tokenizer, no training document.
     """
     datasets = {split: IndexedDataset.open(prefix) for split, prefix in prefixes.items()}
     inside = [prefix for prefix in prefixes.values() if output.resolve() in prefix.resolve().parents]
     if inside:
-        raise UserError(f"the input {str(inside[0])!r} lies in the output {str(output)!r}: give another --output")
+        raise UserError(f"the input {str(inside[0])!r} is inside the output {str(output)!r}: choose another --output")
     with replaced_folder(output, is_data_folder, "a folder of prepared data") as folder:
         info = copy_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
         splits: dict[str, tuple[ShardInfo, ...]] = dict.fromkeys(SPLITS, ())
@@ -232,7 +234,7 @@ def import_dataset(prefixes: dict[str, Path], tokenizer: Path, output: Path) -> 
             inputs.append(InputInfo(dataset.binary.as_posix(), read, kept, rejected))
         manifest = Manifest(info, {"format": "megatron", "packing_version": PACKING_VERSION}, tuple(inputs), splits)
         if not manifest.documents(TRAIN_SPLIT):
-            raise UserError(f"{str(prefixes[TRAIN_SPLIT])!r} holds no document with tokens: give another PREFIX")
+            raise UserError(f"{str(prefixes[TRAIN_SPLIT])!r} has no document with tokens: choose another PREFIX")
         manifest.write(folder)
     return manifest
 
@@ -249,8 +251,8 @@ def _import_shards(dataset: IndexedDataset, folder: Path, split: str, info: Toke
             for extreme in (int(document.min()), int(document.max())):
                 if not 0 <= extreme < info.vocab_size:
                     raise UserError(
-                        f"{str(dataset.binary)!r}: document {number} holds id {extreme}, the tokenizer has "
-                        f"{info.vocab_size} ids: give the --tokenizer that made the dataset"
+                        f"{str(dataset.binary)!r}: document {number} has id {extreme}, but the tokenizer has "
+                        f"{info.vocab_size} ids: choose the --tokenizer that made the dataset"
                     )
             ids.append(np.concatenate([document, separator]))
             ends.append(document_ends)
@@ -260,14 +262,14 @@ def _import_shards(dataset: IndexedDataset, folder: Path, split: str, info: Toke
 
 
 def _shard_borders(dataset: IndexedDataset) -> list[int]:
-    """The documents with which the shards begin, and the number of all."""
+    """The first document of each shard, and the number of documents."""
     tokens = np.concatenate([[0], np.cumsum(dataset.lengths, dtype=np.int64)])[dataset.documents]
     first_of_shard = np.flatnonzero(np.diff(tokens[:-1] // _SHARD_TOKENS)) + 1
     return [0, *first_of_shard.tolist(), len(dataset.documents) - 1]
 
 
 def _document(sentences: list[np.ndarray], separator: int) -> tuple[np.ndarray, np.ndarray]:
-    """A document's ids without a closing separator, and the offset behind each sentence that has ids."""
+    """A document's ids without a closing separator, and the offset after each sentence that has ids."""
     if not sentences:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     ids = np.concatenate(sentences)
@@ -287,12 +289,14 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     export.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
     export.add_argument("--format", choices=("megatron",), required=True, help="Megatron-LM's .bin and .idx")
     export.add_argument("--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"default: {TRAIN_SPLIT}")
-    export.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    export.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="path of PREFIX.bin and PREFIX.idx"
+    )
     export.set_defaults(run=_export)
 
     import_ = commands.add_parser("import", help="prepare data from a Megatron-LM dataset (.bin and .idx)")
-    import_.add_argument("prefix", type=Path, metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx, for training")
-    import_.add_argument("--validation", type=Path, metavar="PREFIX", help="a dataset of held-out documents")
+    import_.add_argument("prefix", type=Path, metavar="PREFIX", help="training documents: path without .bin and .idx")
+    import_.add_argument("--validation", type=Path, metavar="PREFIX", help="held-out documents, likewise")
     import_.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="the tokenizer that made the ids")
     import_.add_argument("--output", type=Path, required=True, metavar="DIR")
     import_.set_defaults(run=_import)
@@ -301,7 +305,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     documents, sentences = export_split(Corpus.open(arguments.data_dir), arguments.split, arguments.output)
     binary, index = _paths(arguments.output)
-    print(f"{documents} documents as {sentences} sequences, one a sentence: {binary}, {index}")
+    print(f"{documents} documents as {sentences} sequences, one per sentence: {binary}, {index}")
 
 
 def _import(arguments: argparse.Namespace) -> None:

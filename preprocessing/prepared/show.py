@@ -1,4 +1,4 @@
-"""`preprocess show`: documents of prepared data as text, a line a sentence, as packing sees them."""
+"""`preprocess show`: documents of prepared data as text, one line per sentence, as packing sees them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def show(
     with_ids: bool = False,
     origins: Origins | None = None,
 ) -> Iterator[str]:
-    """The lines that show one document: where it lies, where it came from, and its numbered sentences."""
+    """The lines that show one document: where it is, where it came from, and its numbered sentences."""
     sentences = documents.sentences(document)
     yield (
         f"document {document.number} of {documents.split.name}: {document.end - document.start - 1} tokens, "
@@ -34,9 +34,9 @@ def show(
         yield f"  input  {source.path}, in {'row groups' if is_table else 'bytes'} {source.start}-{source.end - 1}"
         if origins is not None:
             place = origins.span(document)
-            found = "it is not there any more" if place is None else f"{'row' if is_table else 'byte'} {place[0]}"
-            behind = f" to {place[1] - 1}" if place and place[1] and not is_table else ""
-            yield f"  place  {found}{behind}"
+            found = "no longer there" if place is None else f"{'row' if is_table else 'byte'} {place[0]}"
+            end = f" to {place[1] - 1}" if place and place[1] and not is_table else ""
+            yield f"  place  {found}{end}"
     for number, (ids, text) in enumerate(zip(sentences, decoder.lines(sentences), strict=True), start=1):
         yield f"{number:>5}  " + text.replace("\n", "\n       ")
         if with_ids:
@@ -44,10 +44,10 @@ def show(
 
 
 def document_numbers(text: str, count: int) -> range:
-    """`N` or `FIRST:LAST` (without the last) as numbers; either may be negative, counted from the end.
+    """`N` or `FIRST:LAST` (without the last) as numbers, which may be negative to count from the end.
 
     Raises:
-        UserError: it is neither, or a range that holds no document.
+        UserError: it is neither, or the range is empty.
     """
     try:
         if ":" not in text:
@@ -55,11 +55,11 @@ def document_numbers(text: str, count: int) -> range:
         first, last = (int(bound) if bound else None for bound in text.split(":"))
     except ValueError:
         raise UserError(
-            f"--doc {text!r} is no document: give a number (-1 is the last) or a range such as 10:20"
+            f"--doc {text!r} is not a document: write a number (-1 is the last) or a range such as 10:20"
         ) from None
     numbers = range(*slice(first, last).indices(count))
     if not numbers:
-        raise UserError(f"--doc {text!r} holds no document: there are {count}, numbered from 0")
+        raise UserError(f"--doc {text!r} contains no document: there are {count}, numbered from 0")
     return numbers
 
 

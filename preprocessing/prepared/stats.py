@@ -1,4 +1,4 @@
-"""`preprocess stats`: what is in prepared data, from the shards alone.
+"""`preprocess stats`: what is in prepared data, from the shards only.
 
 Byte-level BPE loses nothing, so the bytes of text are the sum of the bytes that the ids stand for.
 """
@@ -32,7 +32,7 @@ _NAMED_INPUTS = 20
 
 @dataclass
 class Amount:
-    """Of a split or of an input. `tokens` counts each document's separator, as the manifest does."""
+    """How much is in a split or an input. `tokens` includes each document's separator, as in the manifest."""
 
     documents: int = 0
     tokens: int = 0
@@ -45,7 +45,7 @@ class Amount:
 
 @dataclass
 class Packed:
-    """How well the sequences of one length are filled."""
+    """How full the sequences of one length are."""
 
     max_seq_length: int
     sequences: int = 0
@@ -59,7 +59,7 @@ class Packed:
 
 @dataclass
 class SourceStats:
-    """Of one source in a split."""
+    """What is in one source of a split."""
 
     amount: Amount
     packed: list[Packed]
@@ -67,11 +67,11 @@ class SourceStats:
 
 @dataclass
 class SplitStats:
-    """Of one split.
+    """What is in one split.
 
     Attributes:
-        document_lengths: how many documents have how many tokens, without their separator.
-        sources: by name, of the documents that have a source.
+        document_lengths: the number of documents by their number of tokens, without the separator.
+        sources: by name, for the documents that have one.
     """
 
     amount: Amount
@@ -81,20 +81,20 @@ class SplitStats:
     sources: dict[str, SourceStats] = field(default_factory=dict)
 
     def percentiles(self) -> dict[int, int]:
-        """The length of document that so many per cent of the documents do not exceed."""
+        """The length that this percentage of the documents does not exceed."""
         lengths, counts = np.array(sorted(self.document_lengths.items())).T
-        behind = np.cumsum(counts)
-        ranks = np.ceil(np.array(PERCENTILES) / 100 * behind[-1]).clip(min=1)
-        return dict(zip(PERCENTILES, lengths[np.searchsorted(behind, ranks)].tolist(), strict=True))
+        totals = np.cumsum(counts)
+        ranks = np.ceil(np.array(PERCENTILES) / 100 * totals[-1]).clip(min=1)
+        return dict(zip(PERCENTILES, lengths[np.searchsorted(totals, ranks)].tolist(), strict=True))
 
 
 @dataclass
 class Stats:
-    """Of a whole data folder.
+    """What is in a data folder.
 
     Attributes:
-        inputs: by path, of the inputs that the manifest knows the documents to be from.
-        id_counts: how often each id occurs, special ids among them: (vocab_size,) int64.
+        inputs: by path, for the inputs that the manifest attributes documents to.
+        id_counts: how often each id occurs, special ids included: (vocab_size,) int64.
     """
 
     splits: dict[str, SplitStats] = field(default_factory=dict)
@@ -119,12 +119,12 @@ def corpus_stats(corpus: Corpus, packings: Sequence[PackingConfig]) -> Stats:
 
 
 def token_bytes(corpus: Corpus) -> np.ndarray:
-    """How many bytes of text each id stands for, 0 for special ids: (vocab_size,) int64."""
+    """The number of bytes of text that each id stands for, 0 for special ids: (vocab_size,) int64."""
     info, tokenizer = corpus.manifest.tokenizer, _tokenizer(corpus)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     sizes = np.zeros(info.vocab_size, np.int64)
     for token, id_ in tokenizer.get_vocab().items():
-        # A token of the BPE has a letter for each byte, an added one is the text itself.
+        # A BPE token has a letter for each byte, an added token is the text itself.
         sizes[id_] = len(token.encode()) if token in added else len(token)
     sizes[list(info.special_ids)] = 0
     return sizes
@@ -170,7 +170,7 @@ def _add_shard(
 
 
 def _origins(info: ShardInfo) -> Iterator[tuple[str | None, int, int]]:
-    """The inputs of a shard's documents in their order: path, first row, row behind the last."""
+    """The inputs of a shard's documents in their order: path, first row, row after the last."""
     row = 0
     for piece in info.pieces:
         yield piece.path, row, row + piece.documents
@@ -180,7 +180,7 @@ def _origins(info: ShardInfo) -> Iterator[tuple[str | None, int, int]]:
 
 
 def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
-    """All of it as JSON values."""
+    """Everything as JSON values."""
 
     def amount(value: Amount) -> dict[str, Any]:
         return {**asdict(value), "bytes_per_token": value.bytes_per_token}
@@ -236,7 +236,7 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
             f"tokens, {split['text_bytes']:,} bytes of text, {split['bytes_per_token']:.2f} bytes/token"
         )
         lengths = ", ".join(f"{share}%: {length:,}" for share, length in split["document_length_percentiles"].items())
-        yield f"  tokens a document, at most  {lengths}"
+        yield f"  tokens per document, at most  {lengths}"
         for packed in split["packing"]:
             yield (
                 f"  --max_seq_length {packed['max_seq_length']:<6}{packed['sequences']:,} sequences, "
@@ -264,7 +264,7 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
 
 
 def plot(stats: Stats, path: Path) -> None:
-    """Write an image of the documents' lengths and the ids' frequencies.
+    """Write an image of the lengths of documents and the frequencies of ids.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
@@ -279,7 +279,7 @@ def plot(stats: Stats, path: Path) -> None:
         lengths, counts = np.array(sorted(split.document_lengths.items())).T
         bins = np.geomspace(1, max(lengths[-1], 2) + 1, 60)
         documents.hist(lengths.clip(min=1), bins, weights=counts / counts.sum(), histtype="step", label=name)
-    documents.set(xscale="log", xlabel="tokens a document", ylabel="share of documents", title="Lengths")
+    documents.set(xscale="log", xlabel="tokens per document", ylabel="share of documents", title="Lengths")
     documents.legend()
     frequencies = np.sort(stats.id_counts[stats.id_counts > 0])[::-1]
     ids.plot(np.arange(1, len(frequencies) + 1), frequencies)
@@ -291,7 +291,7 @@ def plot(stats: Stats, path: Path) -> None:
         raise
     except ValueError as error:  # a format that matplotlib does not know
         raise UserError(
-            f"cannot write the plot {str(path)!r} ({error}): give another path, such as stats.png"
+            f"cannot write the plot {str(path)!r} ({error}): choose another path, such as stats.png"
         ) from error
 
 
@@ -304,7 +304,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0])
     parser.add_argument("--json", action="store_true", help="print JSON, with all inputs")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write an image, too (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also write an image (needs matplotlib)")
     parser.set_defaults(run=_stats)
 
 

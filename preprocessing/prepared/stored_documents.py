@@ -1,6 +1,7 @@
-"""Documents of prepared data by their number: where each lies, what it came from, and its text.
+"""Documents of prepared data by number: where each is, its text, and where it came from.
 
-The documents of a split are numbered from 0 through its shards.
+The documents of a split are numbered from 0 through its shards. Shards do not record positions in the input: the part
+of the input that a document came from is read again, as it was for the data, until its text is found.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from preprocessing.reading.readers import read_documents
 from preprocessing.reading.streams import TABLES, known_format
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 
-OFFSETS_HELP = "give each document's own bytes (in tables: row) in its input, which is read again"
+OFFSETS_HELP = "show each document's own bytes (in tables: row) in its input, which is read again"
 _PARTS_KEPT = 64
 _Spans = dict[bytes, tuple[int, int | None]]
 
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """One document: `shard` counts from 0 within the split, `start … end` are its place in the shard's values.
+    """One document: `shard` counts from 0 within the split, `start … end` are its tokens in the shard's values.
 
-    `source` is the part of an input that it came from, None where the manifest does not know.
+    `source` is the part of an input that it came from, None if the manifest does not say.
     """
 
     number: int
@@ -61,7 +62,7 @@ class StoredDocuments:
         return int(self._first[-1])
 
     def document(self, number: int) -> StoredDocument:
-        """The document of this number, counted from the end where negative. Raises `UserError` where there is none."""
+        """The document of this number, counted from the end if negative. Raises `UserError` if there is none."""
         if not -len(self) <= number < len(self):
             raise UserError(
                 f"no document {number} in split {self.split.name!r}: it has {len(self)}, numbered from 0 to "
@@ -86,8 +87,8 @@ class StoredDocuments:
     def _at(self, shard: int, row: int) -> StoredDocument:
         info = self.split.shards[shard]
         start, end = self.split.document_offsets(shard)[row : row + 2].tolist()
-        behind = accumulate(piece.documents for piece in info.pieces)
-        source = next((piece for piece, last in zip(info.pieces, behind, strict=True) if row < last), None)
+        ends = accumulate(piece.documents for piece in info.pieces)
+        source = next((piece for piece, last in zip(info.pieces, ends, strict=True) if row < last), None)
         return StoredDocument(int(self._first[shard]) + row, shard, info.file, row, start, end, source)
 
 
@@ -99,12 +100,12 @@ class Decoder:
         self._tokenizer.decoder = decoders.ByteLevel()
 
     def lines(self, sentences: list[np.ndarray]) -> list[str]:
-        """The text of each sentence; the space by which all but the first open is dropped."""
+        """The text of each sentence, without the space at the start of all but the first."""
         first, *others = self._decoded(sentences)
         return [first, *(text.removeprefix(" ") for text in others)]
 
     def text(self, sentences: list[np.ndarray]) -> str:
-        """The whole document, its sentences apart by a newline where white space is between them."""
+        """The whole document, with a newline between sentences that had white space between them."""
         first, *others = self._decoded(sentences)
         return "".join([first, *(f"\n{text[1:]}" if text.startswith(" ") else text for text in others)])
 
@@ -113,7 +114,7 @@ class Decoder:
 
 
 class Origins:
-    """Finds documents in the inputs that their data was made of."""
+    """Finds documents in the inputs that their data was made from."""
 
     def __init__(self, corpus: Corpus, documents: StoredDocuments, decoder: Decoder):
         known = {field.name for field in fields(ReadOptions)}
@@ -123,11 +124,11 @@ class Origins:
         self._spans = lru_cache(maxsize=_PARTS_KEPT)(self._read)
 
     def span(self, document: StoredDocument) -> tuple[int, int | None] | None:
-        """Where the document begins in its input and where what follows it does: bytes of the (decompressed) file or,
-        in tables, rows. Of documents with the same text in one part it is the first.
+        """Where the document, and what follows it, begins in its input: bytes of the (decompressed) file or, in tables,
+        rows. Of documents with the same text in one part it is the first.
 
-        The end is None at the end of a compressed file; all is None where the input is not known or no longer holds
-        the text.
+        The end is None at the end of a compressed file; the result is None if the input is unknown or no longer
+        contains the text.
         """
         if document.source is None:
             return None
@@ -135,7 +136,7 @@ class Origins:
         source = document.source
         try:
             return self._spans(source.path, source.start, source.end).get(_digest(text.encode("utf-8")))
-        except UserError:  # the input is not where it was
+        except UserError:  # the input is gone
             return None
 
     def _read(self, path: str, start: int, end: int) -> _Spans:

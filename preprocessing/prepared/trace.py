@@ -1,7 +1,7 @@
-"""`preprocess trace`: which documents are in a global batch, of a step that was or will be.
+"""`preprocess trace`: which documents are in the global batch of any past or future step.
 
 The order is a pure function of (numbers of sequences, seed, weights of sources, place) and a step's places follow from
-the run's stages, so nothing of a run is needed but its options, and a late step costs no more than an early one.
+the run's stages, so only the run's options are needed, and a late step costs no more than an early one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origi
 
 @dataclass(frozen=True)
 class TracedSequence:
-    """One row of a global batch: the tokens `start … end` of a shard's values, and the documents they are of.
+    """One row of a global batch: the tokens `start … end` of a shard's values, and their documents.
 
-    `epoch` is that of its source where sources have weights.
+    If sources have weights, `epoch` is that of its source.
     """
 
     max_seq_length: int
@@ -49,11 +49,11 @@ class BatchTracer:
     """Names the documents of any global batch of a run.
 
     Args:
-        packing: of the run's last stage; the others differ from it in length.
+        packing: of the run's last stage; those of other stages differ in length.
         stages, seed, source_weights, skipped: the run's.
 
     Raises:
-        UserError: a value is out of its range, or the packing index cannot be written.
+        UserError: a value is out of range, or the packing index cannot be written.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BatchTracer:
         return self._stages[stage_number(self._stages, step - 1)]
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """The places of a step's batch, of one process's part of it in its own order: int64.
+        """The places of a step's batch, or of one process's part of it in its own order: int64.
 
         Args:
             step: as in `metrics.jsonl`: step 1 is the first, on global batch 0.
@@ -94,14 +94,14 @@ class BatchTracer:
         places = order.lane_order(np.arange(first, first + stage.train_batch_size))
         if world_size == 1:
             return places
-        # Imported here because it brings torch, which takes seconds to load.
+        # Imported here because it loads torch, which takes seconds.
         from ds_roberta.data.loader import EMPTY_PLACE, split_places
 
         own = np.concatenate(split_places(places, rank, world_size, stage.train_batch_size))
         return own[own != EMPTY_PLACE]
 
     def trace(self, step: int, places: np.ndarray) -> Iterator[TracedSequence]:
-        """What stands at each of `places` of the step's order; of a pair each of its segments."""
+        """The sequence at each of `places` of the step's order; for a pair, each of its segments."""
         length = self._stage(step).max_seq_length
         packed, order = self._data(length)
         sequences = order.sequences(places)
@@ -115,10 +115,10 @@ class BatchTracer:
 
 
 def rows(step: int, traced: TracedSequence, origins: Origins | None = None) -> Iterator[dict[str, Any]]:
-    """For each document of a sequence what the command prints of it, by column.
+    """What the command prints about each document of a sequence, by column.
 
-    `tokens_start … tokens_end` are the document's tokens that stand in the sequence; `input_start … input_end` is the
-    part of the input that holds the document, or with `origins` the document's own bytes (in tables: rows) there.
+    `tokens_start … tokens_end` are the document's tokens in the sequence; `input_start … input_end` is the part of the
+    input that contains the document, or with `origins` the document's own bytes (in tables: rows).
     """
     for document in traced.documents:
         piece = document.source
@@ -144,7 +144,7 @@ def rows(step: int, traced: TracedSequence, origins: Origins | None = None) -> I
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `trace` to the command line."""
-    parser = commands.add_parser("trace", help="name the documents in any global batch of a run")
+    parser = commands.add_parser("trace", help="list the documents in any global batch of a run")
     parser.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
     parser.add_argument(
         "--step", type=int, nargs="+", required=True, metavar="N", help="steps as in metrics.jsonl: 1 is the first"
@@ -154,14 +154,14 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--train_batch_size_schedule", help="the run's, if any")
     parser.add_argument("--max_seq_length_schedule", help="the run's, if any")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="of a run that rolled back: names the places it left out"
+        "--checkpoint", type=Path, metavar="DIR", help="of a run that rolled back: says which places it left out"
     )
     parser.add_argument("--seed", type=int, default=0, help="the run's (default: 0, as in training)")
     parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")
     parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="the run's (default: none)")
     parser.add_argument("--rank", default="0/1", metavar="R/W", help="only process R (from 0) of W, in its order")
     parser.add_argument("--offsets", action="store_true", help=OFFSETS_HELP)
-    parser.add_argument("--json", action="store_true", help="an object a line instead of columns")
+    parser.add_argument("--json", action="store_true", help="one object per line instead of columns")
     parser.set_defaults(run=_trace)
 
 
@@ -196,5 +196,5 @@ def _rank(text: str) -> tuple[int, int]:
     except ValueError:
         rank, world_size = -1, 0
     if not 0 <= rank < world_size:
-        raise UserError(f"--rank {text!r} is no process of a run: give R/W with 0 ≤ R < W, such as 0/8")
+        raise UserError(f"--rank {text!r} is not a process of a run: write R/W with 0 ≤ R < W, such as 0/8")
     return rank, world_size

@@ -1,8 +1,8 @@
-"""`preprocess verify`: is a data folder what it was when it was made?
+"""`preprocess verify`: is a data folder as it was when it was made?
 
-Arrow does not notice a flipped bit, so every byte is read and compared with the manifest: the shards chunk by chunk,
-so that damage is located, the small files as wholes, the manifest by its own checksum. The packing index in `index/`
-is a cache of training that the manifest does not know; deleting it costs one computation.
+Arrow does not notice a flipped bit, so every byte is read and compared with the manifest: shards chunk by chunk, so
+that damage is located, small files as a whole, the manifest by its own checksum. The packing index in `index/` is a
+cache of training that the manifest does not list; if deleted, it is computed again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ DAMAGED_EXIT_CODE = 1
 
 
 def verify(folder: Path, workers: int = 1) -> list[str]:
-    """Everything that is wrong with a data folder, one line each; nothing where it is whole.
+    """Everything that is wrong with a data folder, one line each; empty if it is whole.
 
     Args:
-        workers: shards that are read at once. Reading lets go of the interpreter, so these are threads.
+        workers: shards read at the same time, in threads, as reading releases the interpreter lock.
 
     Raises:
-        UserError: there is no manifest, so nothing to compare with.
+        UserError: there is no manifest to compare with.
     """
     try:
         manifest = Manifest.parse(folder)
@@ -55,14 +55,14 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
             problems += found
             bar.update(info.bytes)
     return problems + [
-        f"{name}: superfluous, the manifest does not name it"
+        f"{name}: superfluous, not in the manifest"
         for name in _all_files(folder)
         if name not in {MANIFEST_NAME, *files, *(info.file for info in infos)}
     ]
 
 
 def shard_problems(folder: Path, info: ShardInfo) -> list[str]:
-    """What is wrong with one shard: a line for every damaged chunk, naming its bytes (the last one included)."""
+    """What is wrong with one shard: a line for every damaged chunk, with its first and last byte."""
     try:
         size, checksum, chunks = checksums(folder / info.file)
     except OSError as error:
@@ -76,12 +76,12 @@ def shard_problems(folder: Path, info: ShardInfo) -> list[str]:
             last = min(first + shards.CHUNK_BYTES, size, info.bytes) - 1
             problems.append(f"{info.file}: bytes {first}-{last} are damaged (chunk {number})")
     if not problems and checksum != info.checksum:
-        problems.append(f"{info.file}: its chunks are as the manifest says, the whole is not")
+        problems.append(f"{info.file}: its chunks match the manifest, the whole does not")
     return problems
 
 
 def file_problems(folder: Path, name: str, checksum: str) -> Iterator[str]:
-    """What is wrong with one small file, which is checked as a whole."""
+    """What is wrong with one small file, checked as a whole."""
     try:
         if file_checksum(folder / name) != checksum:
             yield f"{name}: damaged or edited somewhere in its {(folder / name).stat().st_size} bytes"
@@ -90,10 +90,10 @@ def file_problems(folder: Path, name: str, checksum: str) -> Iterator[str]:
 
 
 def _manifest_problems(content: dict[str, Any]) -> Iterator[str]:
-    # That the fingerprint belongs to the shards' checksums was checked in parsing; this covers the rest.
+    # Parsing compared the fingerprint with the shards' checksums; this covers the rest.
     checksum = content.pop("checksum", None)
     if checksum != json_fingerprint(content):
-        yield f"{MANIFEST_NAME}: does not match its own checksum: it was damaged or edited"
+        yield f"{MANIFEST_NAME}: does not match its own checksum: damaged or edited"
 
 
 def _unreadable(name: str, error: OSError) -> str:
@@ -119,7 +119,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(problem)
     if problems:
-        print(f"{len(problems)} problem(s) in {arguments.data_dir}: put back a good copy or prepare the data again")
+        print(f"{len(problems)} problem(s) in {arguments.data_dir}: restore a good copy or prepare the data again")
         return DAMAGED_EXIT_CODE
     print(f"{arguments.data_dir} is whole")
     return 0

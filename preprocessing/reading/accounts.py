@@ -2,9 +2,9 @@
 
 A document is kept as it is, normalised, unless it is too short or too long or the user's own filter rejects it.
 
-A document is *bad* where the input is broken (its bytes, its syntax, a missing column); rejects by the user's own
-options are not. Bad documents are passed over until they are more than a fraction of all. Where a *file* is damaged, an
-unknown number of documents is lost: that ends a job unless it is allowed.
+A document is *bad* if the input is broken (its bytes, its syntax, a missing column); rejects by the user's own
+options are not. Bad documents are skipped unless they are more than a fraction of all. Where a *file* is damaged, an
+unknown number of documents is lost: that ends a job unless the user allows it.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ KEPT = "kept"
 MAX_BAD_FRACTION = 0.01
 PLACES_AT_MOST = 5
 MIN_DOCUMENTS_TO_STOP = 10_000
-"""Documents read before a job stops early: fewer say little of the whole, and a small job is soon at its end."""
+"""Documents read before a job stops early: fewer say little about the whole, and a small job ends soon anyway."""
 
 REMEDIES = {
     "not_utf8": "convert the file, for example with iconv -t UTF-8",
-    "bad_json": "mend or remove the line",
-    "bad_csv": "mend or remove the row",
+    "bad_json": "fix or remove the line",
+    "bad_csv": "fix or remove the row",
     "missing_column": "name the column that holds the text with --text_column",
 }
 """What a user can do about each kind of bad document."""
 DAMAGE_REMEDIES = {
-    "truncated": "fetch the file again",
-    "corrupt": "fetch the file again",
+    "truncated": "download the file again",
+    "corrupt": "download the file again",
     "unclosed_quote": "close the quote",
     "json_array": "convert the file, for example with jq -c '.[]'",
 }
@@ -66,9 +66,9 @@ class Account:
     """Documents of one input file, or of a part of it, ready for JSON.
 
     Attributes:
-        places: the first bad documents, and the first of each reason.
-        damage: the first places from which on documents are lost.
-        too_long_bytes: of the documents that are rejected as too long.
+        places: of the first bad documents, and of the first for each reason.
+        damage: the first places after which documents are lost.
+        too_long_bytes: of the documents rejected as too long.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -88,7 +88,7 @@ class Account:
         self.damage = [*self.damage, _place(path, damage)][:PLACES_AT_MOST]
 
     def add(self, other: Account) -> None:
-        """Add what comes after this in the file."""
+        """Add the account of the next part of the file."""
         self.counts += other.counts
         for place in other.places:
             self._add_place(place)
@@ -105,11 +105,11 @@ class Account:
 
 
 def _place(path: str, item: Reject | Damage) -> dict[str, Any]:
-    return {"reason": item.reason, unit_of_offset(path): item.offset, "detail": item.detail}
+    return {"reason": item.reason, counted_in(path): item.offset, "detail": item.detail}
 
 
 def kept_documents(piece: Piece, options: ReadOptions, account: Account) -> Iterator[Document]:
-    """The documents of a piece that are kept; `account` says what was kept, rejected (by reason), or is damaged.
+    """The documents of a piece that are kept; `account` counts what is kept, rejected (by reason), or damaged.
 
     Raises:
         UserError: the file cannot be read, or the filter fails.
@@ -127,7 +127,7 @@ def kept_documents(piece: Piece, options: ReadOptions, account: Account) -> Iter
 
 
 def kept_or_rejected(document: Document, piece: Piece, options: ReadOptions) -> Document | Reject:
-    """The document as it is kept, normalised, or why it is not.
+    """The document as it is kept, normalised, or why it is not kept.
 
     Raises:
         UserError: the filter fails.
@@ -155,12 +155,12 @@ def kept_or_rejected(document: Document, piece: Piece, options: ReadOptions) -> 
 
 
 def _rejected_by(name: str, document: Document, path: str) -> str | None:
-    """The reason for which the user's filter rejects a document, None where it keeps it."""
+    """Why the user's filter rejects a document, None if it keeps it."""
     try:
         answer = load_filter(name)(document.text, {"id": document.id, "source": document.source})
     except Exception as error:  # anything may go wrong in a user's function
         raise UserError(
-            f"--filter {name} failed at {path!r}, place {document.offset}: {error!r}; mend the function"
+            f"--filter {name} failed in {path!r} at {counted_in(path)} {document.offset}: {error!r}; fix the function"
         ) from error
     if isinstance(answer, str) and answer:
         return f"filter:{answer}"
@@ -170,7 +170,7 @@ def _rejected_by(name: str, document: Document, path: str) -> str | None:
 
 
 def filter_checksum(name: str | None) -> str | None:
-    """Of the file that holds the user's filter, so that a job notices when the function may have changed."""
+    """Checksum of the file with the user's filter, so that a job notices when the function may have changed."""
     if name is None:
         return None
     file = sys.modules[load_filter(name).__module__].__file__
@@ -179,7 +179,7 @@ def filter_checksum(name: str | None) -> str | None:
 
 @lru_cache
 def load_filter(name: str) -> Filter:
-    """Import `module:function`, looking in the working folder too.
+    """Import `module:function`, also from the working folder.
 
     Raises:
         UserError: there is no such module or function.
@@ -191,20 +191,20 @@ def load_filter(name: str) -> Filter:
         found = getattr(importlib.import_module(module), function)
         if not callable(found):
             raise TypeError(f"{function!r} is not a function")
-    except Exception as error:  # a module may fail in any way while it is imported
+    except Exception as error:  # importing a module can fail in any way
         raise UserError(
-            f"cannot load --filter {name!r}: {error!r}; give module:function of an importable file"
+            f"cannot load --filter {name!r}: {error!r}; write module:function of an importable file"
         ) from error
     return found
 
 
 def refuse_damage(accounts: Mapping[str, Account]) -> None:
-    """Raise a `UserError` that names the first damaged file, the place, and how much of it was read."""
+    """Raise a `UserError` that names the first damaged file, where it is damaged, and how much of it was read."""
     for path, account in accounts.items():
         for place in account.damage:
             raise UserError(
-                f"{located(path, place)}; {DAMAGE_REMEDIES[place['reason']]}, or go on with what can be read of such "
-                "files by --allow_damaged_files"
+                f"{located(path, place)}; {DAMAGE_REMEDIES[place['reason']]}, or keep what can be read of such "
+                "files with --allow_damaged_files"
             )
 
 
@@ -218,7 +218,7 @@ def total_accounts(files: Iterable[str], parts: Iterable[dict[str, Account]]) ->
 
 
 def input_infos(accounts: dict[str, Account], sources: Mapping[str, str]) -> tuple[InputInfo, ...]:
-    """The accounts as the manifest holds them."""
+    """The accounts as they are in the manifest."""
     return tuple(
         InputInfo(
             path,
@@ -237,8 +237,8 @@ def input_infos(accounts: dict[str, Account], sources: Mapping[str, str]) -> tup
 class BadDocuments:
     """Stops a job that has too many bad documents.
 
-    It looks after every unit, in the plan's order, so that the answer does not depend on who worked on what: from
-    `MIN_DOCUMENTS_TO_STOP` documents on, and at the end.
+    It checks after every unit, in the plan's order, so that the outcome does not depend on who worked on what: after
+    `MIN_DOCUMENTS_TO_STOP` documents, and at the end.
     """
 
     def __init__(self, max_fraction: float):
@@ -246,7 +246,7 @@ class BadDocuments:
         self._read = self._bad = 0
 
     def add(self, part: dict[str, Account]) -> None:
-        """Add the next unit of the plan. Raises `UserError` where too many documents are bad already."""
+        """Add the next unit of the plan. Raises `UserError` if too many documents are bad already."""
         for path, account in part.items():
             self._read, self._bad = self._read + account.counts.total(), self._bad + account.bad
             if account.bad:
@@ -255,7 +255,7 @@ class BadDocuments:
             self.check()
 
     def check(self) -> None:
-        """Raise a `UserError` that names the file with most bad documents and the first of their commonest reason."""
+        """Raise a `UserError` that names the file with most bad documents and the first with the commonest reason."""
         if self._bad > self._max_fraction * self._read:
             worst = max(self._accounts, key=lambda path: self._accounts[path].bad)  # the first of several
             account = self._accounts[worst]
@@ -268,26 +268,26 @@ class BadDocuments:
 
 
 def located(path: str, place: dict[str, Any]) -> str:
-    """File, place and what is wrong there, in one line."""
-    unit = unit_of_offset(path)
-    where = f"{unit} {place[unit]}"
-    line = _line_number(path, place[unit]) if unit == "byte" else None
+    """File, position and what is wrong there, in one line."""
+    kind = counted_in(path)
+    where = f"{kind} {place[kind]}"
+    line = _line_number(path, place[kind]) if kind == "byte" else None
     return f"{path!r}, {where if line is None else f'line {line} ({where})'}: {place['detail']}"
 
 
-def unit_of_offset(path: str) -> str:
-    """What an `offset` in a file counts."""
+def counted_in(path: str) -> str:
+    """What an `offset` in a file counts: rows or bytes."""
     return "row" if known_format(path).kind in TABLES else "byte"
 
 
 def _line_number(path: str, offset: int) -> int | None:
-    """The line of a byte, counted from 1; None where it lies so far back that counting takes long."""
+    """The line of a byte, counted from 1; None if it is so far back that counting would take long."""
     file_format = known_format(path)
     if offset > _LINES_COUNTED_UP_TO or file_format.kind in TABLES:
         return None
     lines, left = 1, offset
     try:
-        # Of a compressed file all bytes are given, of a plain one those in question.
+        # A compressed file is read whole, a plain one up to the byte in question.
         end = offset if file_format.compression is None else _size(path)
         for block in read_blocks(path, 0, end, file_format.compression):
             lines += block[:left].count(b"\n")
@@ -305,7 +305,7 @@ def _size(path: str) -> int:
 
 
 def summary_lines(infos: Sequence[InputInfo], files_at_most: int = 20) -> list[str]:
-    """The closing table: totals, then files (those with rejects first where there are many), then bad places."""
+    """The closing table: totals, then files (of many, only those with rejects), then bad documents."""
     read, kept = (sum(getattr(info, f"documents_{what}") for info in infos) for what in ("read", "kept"))
     rejected: Counter[str] = sum((Counter(info.rejected) for info in infos), Counter())
     lines = [f"documents   {_equation(read, kept, rejected)}, from {len(infos)} files"]
@@ -331,10 +331,10 @@ def _too_long_lines(infos: Sequence[InputInfo], documents: int) -> list[str]:
     more = f", most in {worst.path!r} ({worst.too_long_bytes} bytes)" if len(infos) > 1 else f" in {worst.path!r}"
     lines = [
         f"too_long    {documents} documents, {sum(info.too_long_bytes for info in infos)} bytes of text{more}: "
-        "--max_characters says what is"
+        "--max_characters sets the limit"
     ]
     if known_format(worst.path).kind == TEXT:
-        lines.append("            where no blank lines separate documents, --documents line makes one of every line")
+        lines.append("            if no blank lines separate documents, --documents line makes every line a document")
     return lines
 
 

@@ -21,12 +21,12 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 
 
 def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
-    """The bytes of every row group or record batch, by which the plan cuts, and whether the file is damaged after them.
+    """The bytes of every row group or record batch, where the plan may cut, and whether the file is damaged after them.
 
-    An Arrow stream behind a URL is one part: finding a place in it means reading all before it.
+    An Arrow stream at a URL is one part: it can only be read from the start.
 
     Raises:
-        UserError: the file cannot be opened, or has a column twice of which the options speak.
+        UserError: the file cannot be opened, or has a column of the options twice.
     """
     try:
         if known_format(path).kind == PARQUET:
@@ -46,17 +46,17 @@ def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
 
 
 def check_columns(path: str, names: list[str], options: ReadOptions) -> None:
-    """Raise `UserError` where a column of which the options speak is there twice."""
+    """Raise `UserError` if a column that the options name is there twice."""
     for column in (options.text_column, options.id_column, options.source_column):
         if column is not None and names.count(column) > 1:
             raise UserError(
-                f"{path!r} has {names.count(column)} columns with the name {column!r}: rename all but one, "
+                f"{path!r} has {names.count(column)} columns named {column!r}: rename all but one, "
                 "or leave the file out"
             )
 
 
 def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
-    """The rows of a piece; what cannot be read is damage, of as many documents as are known to be lost."""
+    """The rows of a piece; what cannot be read is damage, with the number of documents known to be lost."""
     batches = _parquet_batches if known_format(piece.path).kind == PARQUET else _arrow_batches
     for row, batch in batches(piece, options):
         if isinstance(batch, pa.RecordBatch):
@@ -67,7 +67,7 @@ def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject
 
 @contextmanager
 def _errors_of_the_content() -> Iterator[None]:
-    """Turn pyarrow's errors about bytes into `Damaged`; those of the disk, which carry a number, pass."""
+    """Turn pyarrow's errors about bytes into `Damaged`; those of the disk, which have a number, pass through."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -80,7 +80,7 @@ def _errors_of_the_content() -> Iterator[None]:
 def _parquet(path: str) -> Iterator[Any]:
     with readable(path), open_binary(path) as file:
         with _errors_of_the_content():
-            # Without these a whole row group is fetched at once.
+            # Without these pyarrow would fetch a whole row group at once.
             opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
         yield opened
 
@@ -122,7 +122,7 @@ def _parquet_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, 
 
 @contextmanager
 def _arrow_source(path: str) -> Iterator[tuple[Any, bool]]:
-    """An Arrow file opened for reading, without a copy where it is local, and whether it is of the file format."""
+    """An Arrow file opened for reading, without a copy if it is local, and whether it has the file format."""
     with readable(path), ExitStack() as stack:
         if is_url(path):
             source = pa.PythonFile(stack.enter_context(open_binary(path)), "r")
@@ -146,7 +146,7 @@ def _stream_batches(source: Any) -> tuple[list[int], bool]:
                 if message.type == "record batch":
                     sizes.append(message.body.size if message.body is not None else 0)
     except (Damaged, EOFError):
-        return [*sizes, 0], True  # what follows is read as a damaged batch
+        return [*sizes, 0], True  # the rest is read as a damaged batch
     return sizes, False
 
 
@@ -170,7 +170,7 @@ def _arrow_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa
                         yield from _slices(batch, row)
                     row += batch.num_rows
                 return
-            # The batch after the piece, which may be a damaged one, is not asked for.
+            # The batch after the piece may be damaged and is not read.
             stream = islice(pa.ipc.open_stream(source), None if is_url(piece.path) else piece.end)
             for index, batch in enumerate(stream):
                 read = source.tell()
@@ -212,7 +212,7 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
 
 
 def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
-    """The values of a column of strings as bytes, which are checked one by one; None for another type."""
+    """The values of a column of strings as bytes, to be checked one by one; None for another type."""
     if pa.types.is_null(column.type):
         return [None] * len(column)
     if pa.types.is_dictionary(column.type):
@@ -227,7 +227,7 @@ def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
 
 
 def _names(batch: pa.RecordBatch, column: str | None) -> list[bytes | None]:
-    """Of each row, what a column other than the text's has, as UTF-8; anything but text as Python writes it."""
+    """The value of each row in another column than the text's, as UTF-8; if not text, as Python prints it."""
     if column is None or column not in batch.schema.names:
         return [None] * batch.num_rows
     values = batch.column(column)

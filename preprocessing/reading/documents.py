@@ -1,4 +1,4 @@
-"""What passes between the plan, the readers and the accounts: pieces of files, documents, rejects and damage."""
+"""What passes between plan, readers and accounts: pieces of files, documents, rejects and damage; and the options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ReadOptions(Settings):
 
     @property
     def longest_raw(self) -> int:
-        """Bytes of a document in its file above which it is too long without being decoded.
+        """Above this many bytes in its file a document is too long, without being decoded.
 
         A character has at most 6 bytes in JSON (12 outside the basic plane); the rest is for the other columns.
         """
@@ -60,7 +60,7 @@ class Piece:
     """A part of a file that begins and ends between documents, and the name of the source that it belongs to.
 
     `start … end` are bytes of a plain text file, all bytes of a compressed one, row groups of a Parquet file and
-    record batches of an Arrow file. `weight` is what a table's piece has of the plan's bytes.
+    record batches of an Arrow file. `weight` is the size of a table's piece for the plan.
     """
 
     path: str
@@ -75,7 +75,7 @@ class Piece:
 
 
 class Document(NamedTuple):
-    """A text, where it begins (as in `Reject`), and its id and source where the input has them."""
+    """A text, where it begins (as in `Reject`), and its id and source if the input has them."""
 
     text: str
     offset: int
@@ -84,10 +84,10 @@ class Document(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A document that is not kept: why, and where it begins.
+    """A document that is not kept: why not, and where it begins.
 
     `offset` is a byte of the (decompressed) file, or a row of a table, both counted from 0. `documents` is above 1
-    where so many rows have it. `bytes` are those of a document that is too long.
+    if that many rows share the reason. `bytes` are those of a document that is too long.
     """
 
     reason: str
@@ -98,9 +98,9 @@ class Reject(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A part of a file that cannot be read: bytes that are no documents, because how many they were is unknown.
+    """A part of a file that cannot be read; it is unknown how many documents it held.
 
-    `offset` is where it begins, as in `Reject`. `documents` are the rows that are known to be lost, 0 elsewhere.
+    `offset` is where it begins, as in `Reject`. `documents` is the number of rows known to be lost, or 0.
     """
 
     reason: str

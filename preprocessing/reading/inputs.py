@@ -29,15 +29,15 @@ _SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 _FILE_URL = "file://"
 _IGNORED = f"ignored (not {READABLE})"
 _HIDDEN = "ignored (hidden)"
-_BROKEN = "ignored (links to nothing)"
+_BROKEN = "ignored (broken links)"
 _OTHER = "ignored (neither files nor folders)"
-_REPEATED = "read once though given or linked more than once"
+_REPEATED = "read once, although given or linked more than once"
 _PassedOver = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files to read, as the user wrote them, in reading order; their sources; and what was passed over, by why."""
+    """The files to read, as the user wrote them, in reading order; their sources; and what was skipped, by reason."""
 
     files: tuple[str, ...]
     passed_over: dict[str, tuple[str, ...]]
@@ -52,19 +52,19 @@ class Inputs:
         return self.passed_over.get(_REPEATED, ())
 
     def notes(self) -> list[str]:
-        """One line for each kind of file that was passed over."""
+        """One line for each kind of file that was skipped."""
         return [f"{why}: {_enumerate(paths)}" for why, paths in self.passed_over.items()]
 
 
 def find_inputs(arguments: Sequence[str]) -> Inputs:
     """Expand files, folders (recursively, sorted, through links), globs (sorted), fsspec URLs, and data sets.
 
-    `NAME=PATH` gives what PATH names the source NAME. A folder that `datasets` saved, and `hf://datasets/OWNER/NAME`
+    `NAME=PATH` gives the files of PATH the source NAME. A folder that `datasets` saved, and `hf://datasets/OWNER/NAME`
     (`@REVISION`, `?config=CONFIG&split=SPLIT`) stand for the files that the `datasets` library finds in them.
 
     Raises:
-        UserError: an argument names nothing, a file of another kind, or a folder or glob without a readable file; a
-            folder cannot be read, or a link within one leads to nothing and has the name of a text.
+        UserError: an argument names nothing, an unsupported file, or a folder or glob without a readable file; a folder
+            cannot be read, or a link in one is broken and has the name of a text file.
     """
     files: dict[str, str] = {}  # by real path, so that overlapping arguments read a file once
     passed_over: _PassedOver = defaultdict(list)
@@ -93,7 +93,7 @@ def _split_source(argument: str) -> tuple[str, str]:
 
 
 def _expand(argument: str, passed_over: _PassedOver) -> list[str]:
-    """The readable files that one argument names."""
+    """The readable files of one argument."""
     hub = _HUB_DATASET.fullmatch(argument)
     if hub:
         return _readable_of(dataset_files(hub[1], hub[2], hub[3] or ""), argument, passed_over)
@@ -109,10 +109,10 @@ def _expand(argument: str, passed_over: _PassedOver) -> list[str]:
     else:
         matched = matches(argument) if glob.has_magic(argument) else []
         if not matched:
-            what = "a link to nothing" if os.path.islink(argument) else "no such file or folder"
+            what = "a broken link" if os.path.islink(argument) else "no such file or folder"
             raise UserError(
-                f"{what}: {argument!r}; give an existing path, folder, glob or URL as --input "
-                "(a data set of the hub is hf://datasets/OWNER/NAME)"
+                f"{what}: {argument!r}; choose an existing path, folder, glob or URL as --input "
+                "(for a data set of the hub write hf://datasets/OWNER/NAME)"
             )
         found = [file for match in matched for file in _files_at(Path(match).as_posix(), passed_over)]
     return _readable_of(found, argument, passed_over)
@@ -128,7 +128,7 @@ def _expand_url(url: str, passed_over: _PassedOver) -> list[str]:
         elif system.isfile(name):
             return _single(url, FILE)
         else:
-            raise UserError(f"no such file or folder: {url!r}; give an existing path, folder, glob or URL as --input")
+            raise UserError(f"no such file or folder: {url!r}; choose an existing path, folder, glob or URL as --input")
     return _readable_of([system.unstrip_protocol(file) for file in sorted(found)], url, passed_over)
 
 
@@ -136,10 +136,10 @@ def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
     """The files of one split of a data set, as the `datasets` library resolves its name; nothing is copied.
 
     Args:
-        query: `config=CONFIG&split=SPLIT`, either or both; the split is `train` where it is not said.
+        query: `config=CONFIG&split=SPLIT`, either or both; the default split is `train`.
 
     Raises:
-        UserError: the library does not find the data set, its config or the split, or needs code to read it.
+        UserError: the library does not find the data set, its config or the split, or reading it needs code.
     """
     import datasets
 
@@ -155,15 +155,15 @@ def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
         ) from error
     if split not in files:
         raise UserError(
-            f"the data set {name!r} has no split {split!r} but {', '.join(map(str, files)) or 'none'}: "
-            f"choose by hf://datasets/{name}?split=SPLIT"
+            f"the data set {name!r} has no split {split!r}, only {', '.join(map(str, files)) or 'none'}: "
+            f"choose one with hf://datasets/{name}?split=SPLIT"
         )
     return [str(file) for file in files[split]]
 
 
 def _single(path: str, kind: str) -> list[str]:
     if kind != FILE:
-        raise UserError(f"cannot read {path!r}: it is {kind}; give a file of text as --input")
+        raise UserError(f"cannot read {path!r}: it is {kind}; choose a text file as --input")
     if format_of(path) is None:
         raise UserError(f"cannot read {path!r}: inputs are {READABLE} files, convert or rename it")
     return [path]
@@ -173,22 +173,22 @@ def _readable_of(found: Sequence[str], argument: str, passed_over: _PassedOver) 
     found = list(dict.fromkeys(found))
     chosen = list(filter(_is_readable, found))
     if not chosen:
-        raise UserError(f"{argument!r} holds no {READABLE} file: give a folder or glob with text as --input")
+        raise UserError(f"{argument!r} contains no {READABLE} file: choose a folder or glob with text as --input")
     if len(chosen) < len(found):
         passed_over[_IGNORED] += [file for file in found if not _is_readable(file)]
     return chosen
 
 
 def _is_readable(path: str) -> bool:
-    # A tokenizer beside the text has a merges.txt, which is not prose.
+    # A tokenizer next to the text has a merges.txt, which is not prose.
     return format_of(path) is not None and path.rsplit("/", 1)[-1] not in TOKENIZER_FILES
 
 
 def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
-    """The files that a path within a folder or of a glob stands for.
+    """The files of a path that was found in a folder or by a glob.
 
     Raises:
-        UserError: by its name it would be read, but it is a link to nothing.
+        UserError: it is a broken link that would be read by its name.
     """
     kind = kind_of(path)
     if kind == FILE:
@@ -196,7 +196,7 @@ def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
     if kind == FOLDER:
         return _files_of_folder(path, passed_over)
     if kind is None and _is_readable(path):
-        raise UserError(f"{path!r} is a link to nothing: restore what it points to, or remove it")
+        raise UserError(f"{path!r} is a broken link: restore what it points to, or remove it")
     passed_over[_BROKEN if kind is None else _OTHER].append(path)
     return []
 
@@ -208,7 +208,7 @@ def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """The Arrow files of all splits of a folder that `datasets` saved; caches beside them are not among them."""
+    """The Arrow files of all splits of a folder that `datasets` saved, without its caches."""
     import datasets
 
     try:
@@ -221,7 +221,7 @@ def _saved_dataset(folder: Path) -> list[Path]:
 
 
 def _walk(folder: str, passed_over: _PassedOver) -> list[str]:
-    """Every visible file under `folder`, sorted by its parts: independent of the file system's order."""
+    """Every visible file under `folder`, sorted by its parts, so that the file system's order does not matter."""
     found: list[str] = []
     again: list[str] = []
     hidden: list[str] = []
@@ -252,10 +252,10 @@ def _enumerate(paths: Sequence[str]) -> str:
 
 
 def kind_of(path: str) -> str | None:
-    """`FILE`, `FOLDER` or `OTHER` (a pipe, a device), of what a link points to; None where it points to nothing.
+    """`FILE`, `FOLDER` or `OTHER` (a pipe, a device), of what a link points to; None if that does not exist.
 
     Raises:
-        UserError: it cannot be looked at.
+        UserError: it cannot be examined.
     """
     with readable(path):
         try:
@@ -272,12 +272,12 @@ def is_hidden(name: str) -> bool:
 
 
 def tree(folder: str, again: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Every folder from `folder` down that is not hidden, once, with its sorted names.
+    """`folder` and every visible folder below it, each once, with its sorted names.
 
-    Links to folders are followed after all else, so that a file has its own path rather than a link's.
+    Links to folders are followed last, so that a file is found by its own path rather than through a link.
 
     Args:
-        again: gets the links that lead to a folder which was entered already.
+        again: collects links to folders that have been entered already.
 
     Raises:
         UserError: a folder cannot be read.
@@ -303,7 +303,7 @@ def matches(pattern: str) -> list[str]:
     """What `glob.glob` finds, `**` included, sorted.
 
     Raises:
-        UserError: a folder in which to look cannot be read.
+        UserError: a folder that must be searched cannot be read.
     """
     parts = [part for part in pattern.split("/") if part]
     found = set(_matches("/" if pattern.startswith("/") else "", parts))

@@ -1,9 +1,9 @@
-"""The plan: which parts of which files make which shard, decided before the work begins.
+"""The plan: which parts of which files make which shard, decided before the work starts.
 
-A pure function of the inputs and the options. A unit gives its shards under its own number, so the output's bytes do
-not depend on who handles a unit or when. Large plain files are cut at the first border of documents behind every
-multiple of `unit_bytes`, tables between row groups or record batches; compressed files and `.csv` files, in which no
-place can be found without reading all before it, are not cut. Small files are gathered until they fill a unit.
+A pure function of the inputs and the options. A unit's shards have its number, so the output's bytes do not
+depend on who handles a unit or when. Large plain files are cut at the first document border after every
+multiple of `unit_bytes`, tables between row groups or record batches; compressed files and `.csv` files, which can only
+be read from the start, are not cut. Small files are combined until they fill a unit.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def plan_units(
     sources: Mapping[str, str] | None = None,
     allow_damaged: bool = True,
 ) -> list[Unit]:
-    """Cut and gather `files`, in their order, into units of about `unit_bytes`.
+    """Cut and combine `files`, in their order, into units of about `unit_bytes`.
 
     Args:
         sources: the source's name of every file that has one.
-        allow_damaged: whether a file whose first bytes or whose index show that it is damaged is left to the readers.
+        allow_damaged: whether a file whose first bytes or index show damage is left to the readers.
 
     Raises:
-        UserError: a file cannot be read, is of another encoding or damaged, or all are empty.
+        UserError: a file cannot be read, has another encoding or is damaged, or all are empty.
     """
     sources = sources or {}
     units: list[tuple[Piece, ...]] = []
@@ -79,12 +79,12 @@ def plan_units(
         units.append(tuple(gathered))
     plan = [Unit(index, pieces) for index, pieces in enumerate(units)]
     if not any(unit.bytes for unit in plan):
-        raise UserError(f"the corpus is empty: {len(files)} input file(s), 0 bytes; give files with text as --input")
+        raise UserError(f"the corpus is empty: {len(files)} input file(s), 0 bytes; choose files with text as --input")
     return plan
 
 
 def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> tuple[list[Piece], bool]:
-    """The pieces of a file, and whether it is damaged in the last of them, as far as that can be seen at once."""
+    """The pieces of a file, and whether the last of them is damaged, as far as a first look can show."""
     kind, compression = known_format(path)
     if kind in TABLES:
         parts, damaged = measure_table(path, options)
@@ -98,15 +98,15 @@ def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> tuple
             searched = 0
             for target in range(unit_bytes, size, unit_bytes) if border_kind != "file" else ():
                 if target <= searched:
-                    continue  # a document reached beyond this place
-                searched, found = _border_behind(file, target, size, border_kind, options.longest_raw)
+                    continue  # a document reaches beyond this position
+                searched, found = _border_after(file, target, size, border_kind, options.longest_raw)
                 if found and searched < size:
                     borders.append(searched)
     return [Piece(path, start, end, source) for start, end in zip(borders, [*borders[1:], size], strict=True)], damaged
 
 
-def _border_behind(file: BinaryIO, target: int, size: int, kind: str, longest: int) -> tuple[int, bool]:
-    """The first border behind `target` and True; or how far was searched, which is further than a document is long."""
+def _border_after(file: BinaryIO, target: int, size: int, kind: str, longest: int) -> tuple[int, bool]:
+    """The first border after `target` and True; or, past a document's length, where the search ended and False."""
     length = _SEARCH_BYTES
     while True:
         file.seek(target)
@@ -127,7 +127,7 @@ def _cut_table(path: str, parts: Sequence[int], unit_bytes: int, source: str) ->
             pieces.append(Piece(path, start, index, source, weight))
             start, weight = index, 0
         weight += part
-    # A file that cannot be opened is a piece too: reading it says why.
+    # A file that cannot be opened is also a piece: reading it shows why.
     return [*pieces, Piece(path, start, len(parts), source, max(weight, 1))]
 
 

@@ -27,7 +27,7 @@ _LINE = re.compile(_NEWLINE)
 _BLANK_LINES = re.compile(_NEWLINE + rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _BLANK_LINES_WITHOUT_RETURNS = re.compile(rb"\n[ \t\v\f]*\n(?:[ \t\v\f]*\n)*")
 _CSV_FIELD_LIMIT = (1 << 31) - 1
-"""Of the parser: how long a row is, is looked at here."""
+"""Of the parser; this module checks how long a row is."""
 _LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _BLANK_LINE = re.compile(_NEWLINE + rb"[ \t\v\f]*" + _NEWLINE)
 _JSON_LINE = re.compile(rb"\n")
@@ -35,7 +35,7 @@ _LAST_WINDOW = 1 << 14
 _LONGEST_BLANK = 1 << 20
 
 BORDERS = {"blank-line": _BLANK_LINE, "line": _LINE, "json-line": _JSON_LINE, "file": None}
-"""By kind of document: what stands before a border; nothing where a file is one document."""
+"""By kind of document: what comes before a border; None if a file is one document."""
 
 
 def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
@@ -86,7 +86,7 @@ def _read_text(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject
             if kind == "blank-line" and not raw.strip():
                 continue
             if kind == "blank-line" and (leading := _LEADING_BLANK_LINES.match(raw)):
-                # They belong to the border before, which may be cut behind any of its blank lines.
+                # They belong to the border before, which may be cut after any of its blank lines.
                 place, raw = place + leading.end(), raw[leading.end() :]
             try:
                 yield Document(raw.decode("utf-8"), offset + place)
@@ -95,10 +95,10 @@ def _read_text(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject
 
 
 def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int, bytes | Reject | Damage]]:
-    """Offset in the file and bytes of parts that hold whole documents; what stands for those that cannot be had."""
+    """Offset in the file and bytes of parts that hold whole documents; for those that cannot be read, the reason."""
     compression = known_format(piece.path).compression
     origin = piece.start if compression is None else 0
-    behind = origin
+    end = origin
     try:
         blocks = read_blocks(piece.path, piece.start, piece.end, compression)
         for offset, chunk in cut_at_borders(blocks, kind, options.longest_raw):
@@ -106,10 +106,10 @@ def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int
             if isinstance(chunk, int):
                 yield offset, Reject("too_long", offset, f"more than {options.longest_raw} bytes", bytes=chunk)
             else:
-                behind = offset + len(chunk)
+                end = offset + len(chunk)
                 yield offset, chunk
     except Damaged as damage:
-        yield behind, Damage(damage.reason, behind, damage.detail)
+        yield end, Damage(damage.reason, end, damage.detail)
 
 
 def _separator(kind: str, chunk: bytes) -> re.Pattern[bytes] | None:
@@ -119,7 +119,7 @@ def _separator(kind: str, chunk: bytes) -> re.Pattern[bytes] | None:
 
 
 def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of everything between separators; what follows a last separator counts if it is not nothing."""
+    """Offset and bytes of everything between separators; what follows the last separator counts unless it is empty."""
     if separator is None:
         yield begin, data[begin:]
         return
@@ -134,7 +134,7 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
     strict = True
     try:
         row = orjson.loads(raw)
-    except ValueError:  # stricter than the field's other parsers: NaN, deep nesting, half surrogates elsewhere
+    except ValueError:  # stricter than other parsers: NaN, deep nesting, lone surrogates in other keys
         strict = False
         try:
             row = json.loads(raw.decode("utf-8"))
@@ -143,7 +143,7 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
         except (ValueError, RecursionError) as error:
             return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
     if isinstance(row, list) and any(isinstance(item, dict) for item in row):
-        detail = f"an array of {len(row)} documents in one line ({len(raw)} bytes), where each should have its own"
+        detail = f"an array of {len(row)} documents in one line ({len(raw)} bytes), where each should have its own line"
         return Damage("json_array", offset, detail)
     if not isinstance(row, dict):
         return Reject("bad_json", offset, "not a JSON object")
@@ -160,7 +160,7 @@ def _json_document(raw: bytes, offset: int, options: ReadOptions) -> Document | 
             for value in (text, identity, source):
                 (value or "").encode("utf-8")
         except UnicodeEncodeError:
-            return Reject("bad_json", offset, "half of a surrogate pair stands alone in a \\u escape")
+            return Reject("bad_json", offset, "a \\u escape is half of a surrogate pair")
     return Document(text, offset, identity, source)
 
 
@@ -170,7 +170,7 @@ def _name(row: dict[str, Any], column: str | None) -> str | None:
 
 
 class _Unclosed(Exception):
-    """A row that does not end where it should have."""
+    """A row that does not end where it should."""
 
 
 class _TooLong(Exception):
@@ -199,7 +199,7 @@ class _Lines:
 
     def __next__(self) -> str:
         if self.offset - self.row > self._longest:
-            raise _Unclosed(f"within {self._longest} bytes (more where --max_characters is higher)")
+            raise _Unclosed(f"within {self._longest} bytes (more with a higher --max_characters)")
         line = next(self._lines, None)
         if line is None:
             self.ended = True
@@ -209,7 +209,7 @@ class _Lines:
         return line
 
     def length(self) -> int:
-        """The bytes of the whole file, as far as it can be read; no lines are left then."""
+        """The bytes of the whole file, as far as it can be read; this uses up the lines."""
         with suppress(Damaged):
             for _ in self._lines:
                 pass
@@ -234,7 +234,7 @@ class _Lines:
 
 
 def _has_return_ends(piece: Piece) -> bool:
-    """Whether the first line of a file ends with `\\r` alone, as programs of old wrote them."""
+    """Whether the first line of a file ends with only `\\r`, as old programs wrote it."""
     try:
         head = next(read_blocks(piece.path, piece.start, piece.end, known_format(piece.path).compression), b"")
     except Damaged:
@@ -315,10 +315,10 @@ def _not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
 
 
 def first_border(data: bytes, kind: str, complete: bool) -> int | None:
-    """The offset behind the first thing that separates documents; None where there is none.
+    """The offset after the first separator of documents; None if there is none.
 
     Args:
-        complete: whether nothing follows `data`; else a `\\r` at its end may be half of a `\\r\\n`.
+        complete: whether nothing follows `data`; otherwise a `\\r` at its end may be half of a `\\r\\n`.
     """
     pattern = BORDERS[kind]
     match = pattern.search(data, 0, _usable(data, complete)) if pattern else None
@@ -326,7 +326,7 @@ def first_border(data: bytes, kind: str, complete: bool) -> int | None:
 
 
 def last_border(data: bytes, kind: str, complete: bool) -> int | None:
-    """The offset behind the last thing that separates documents; None where there is none."""
+    """The offset after the last separator of documents; None if there is none."""
     pattern, end, window = BORDERS[kind], _usable(data, complete), _LAST_WINDOW
     if pattern is None:
         return None
@@ -345,12 +345,12 @@ def last_border(data: bytes, kind: str, complete: bool) -> int | None:
 def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator[tuple[int, bytes | int]]:
     """Gather the blocks of a stream into chunks that end at borders.
 
-    A document that is longer than `longest` bytes is passed over: in its place comes the number of its bytes.
+    A document longer than `longest` bytes is skipped: the number of its bytes is given instead.
 
     Yields:
         Offset in the stream and bytes of each chunk.
     """
-    offset, buffer, too_long = 0, b"", None  # the last is where a document begins that is too long
+    offset, buffer, too_long = 0, b"", None  # the last is where an overlong document begins
     for block in blocks:
         buffer = buffer + block if buffer else block
         if too_long is not None:
@@ -379,5 +379,5 @@ def _usable(data: bytes, complete: bool) -> int:
 
 
 def _blank_end(data: bytes) -> bytes:
-    """The white space that ends `data`, in which a border may begin."""
+    """The white space at the end of `data`, in which a border may begin."""
     return data[max(len(data.rstrip(b" \t\v\f\r\n")), len(data) - _LONGEST_BLANK) :]

@@ -21,7 +21,7 @@ from ds_roberta.errors import UserError
 
 TEXT, JSON_LINES, CSV, PARQUET, ARROW = "txt", "jsonl", "csv", "parquet", "arrow"
 TABLES = (PARQUET, ARROW)
-"""Formats of columns, with a compression of their own: their places are rows."""
+"""Columnar formats with their own compression: positions in them are rows."""
 COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 READABLE = ".txt, .jsonl or .csv (plain or ." + ", .".join(COMPRESSIONS) + "), .parquet or .arrow"
 
@@ -30,9 +30,9 @@ _NAME = re.compile(rf"\.({TEXT}|{JSON_LINES}|{CSV})(?:\.({'|'.join(COMPRESSIONS)
 BLOCK_BYTES = 1 << 20
 _COMPRESSED_BLOCK_BYTES = 1 << 16
 _ZSTD_BLOCK_BYTES = 1 << 11
-"""zstandard has no bound for what one call returns; a run of one byte grows 32,000-fold."""
+"""zstandard does not bound what one call returns; a run of one byte grows 32,000-fold."""
 _ZSTD_LONGEST_WINDOW = 1 << 31
-"""The longest that zstd writes (`--long=31`): a worker then has 2 GiB for it, however long the file."""
+"""The longest that zstd writes (`--long=31`): a worker then needs 2 GiB for it, however long the file is."""
 _MAGIC = {
     "gz": (b"\x1f\x8b",),
     "bz2": (b"BZh",),
@@ -62,7 +62,7 @@ class Format(NamedTuple):
 
 
 def format_of(path: str) -> Format | None:
-    """The format that the end of a name tells, None where it is none of ours."""
+    """The format that the ending of a name stands for, None if it is not one of ours."""
     match = _NAME.search(path.lower())
     return Format(match[1] or match[3], match[2]) if match else None
 
@@ -88,13 +88,13 @@ class Damaged(Exception):
 
 
 def share_read(read: int, total: int) -> str:
-    """In words, how much of a file was read; never more than there was."""
+    """How much of a file was read, in words; rounded down."""
     return f"{math.floor(1000 * read / total) / 10 if total else 0.0:g}% of the file was read"
 
 
 @contextmanager
 def readable(path: str, place: str = "") -> Iterator[None]:
-    """Turn errors of the disk or the network into a `UserError` that names `path`, and the place in it if given."""
+    """Turn errors of the disk or the network into a `UserError` that names `path`, and where in it if given."""
     try:
         yield
     except OSError as error:
@@ -108,12 +108,12 @@ def file_system(url: str) -> tuple[Any, str]:
     Raises:
         UserError: the protocol is unknown or its package is not installed.
     """
-    import fsspec  # slow to import, and local files need it not
+    import fsspec  # slow to import, and not needed for local files
 
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UserError(f"cannot read {url!r}: {error}; install what it needs or copy the files") from error
+        raise UserError(f"cannot read {url!r}: {error}; install the missing package or copy the files") from error
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -125,7 +125,7 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def file_size(file: BinaryIO) -> int:
-    """The size of an open file in bytes; its position is at the start afterwards."""
+    """The size of an open file in bytes; leaves its position at the start."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return size
@@ -147,10 +147,10 @@ def read_blocks(path: str, start: int, end: int, compression: str | None) -> Ite
 
 
 def begins_well(path: str, file: BinaryIO, compression: str | None) -> bool:
-    """Whether the first bytes of an open file are those of its kind: what they show need not wait for the reading.
+    """Whether the first bytes of an open file are those of its format, checked before the work starts.
 
     Raises:
-        UserError: it is text of another encoding than UTF-8.
+        UserError: it is text in another encoding than UTF-8.
     """
     head = file.read(_MAGIC_BYTES)
     if compression is None:
@@ -177,13 +177,17 @@ def _raw_blocks(path: str, start: int, end: int, block_bytes: int) -> Iterator[b
             with readable(path, f" at byte {start} of {end}"):
                 block = file.read(min(block_bytes, end - start))
             if not block:
-                raise UserError(f"{path!r} became shorter while it was read: run the command again once it is complete")
+                raise UserError(f"{path!r} became shorter while it was read: repeat the command when it is complete")
             start += len(block)
             yield block
 
 
 def _decompress(blocks: Iterable[bytes], compression: str, size: int) -> Iterator[bytes]:
-    """Decompress all members (frames, streams) of a file of so many bytes, in pieces of at most about `BLOCK_BYTES`."""
+    """Decompress all members (frames, streams) of a file of `size` bytes, in pieces of at most about `BLOCK_BYTES`.
+
+    The standard library's files of bz2 and xz ignore everything after the first member that cannot be decompressed, and
+    fsspec's of zst end without an error where a file is cut: here both are damage.
+    """
     decompressor, complete, read = None, False, 0
     for block in blocks:
         before, read = read, read + len(block)
@@ -214,7 +218,7 @@ def _step(decompressor: Any, compression: str, block: bytes) -> tuple[bytes, byt
     if compression == "gz":
         content = decompressor.decompress(block, BLOCK_BYTES)
         return content, decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
-    # bz2 and lzma keep what they could not give yet themselves, and must be asked for it before they are fed again.
+    # bz2 and lzma keep output that did not fit, and must be asked for it before they are fed again.
     content = decompressor.decompress(block, BLOCK_BYTES)
     while not decompressor.eof and not decompressor.needs_input:
         content += decompressor.decompress(b"", BLOCK_BYTES)

@@ -1,4 +1,4 @@
-"""Byte-level BPE of RoBERTa's kind: training it, copying it, and loading it for a corpus."""
+"""Byte-level BPE as RoBERTa's: training it, copying it, and loading it for a corpus."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from ds_roberta.files import TOKENIZER_FILES, holds_only
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 _MIN_PAIR_FREQUENCY = 2
 _LONGEST_WORD = 1024
-"""In bytes. No word of a language is as long: random letters, a genome or base64 without digits can be."""
+"""In bytes. Words of a language are shorter; random letters, a genome or base64 without digits may not be."""
 
 
 @dataclass(frozen=True)
 class CorpusTokenizer:
-    """A tokenizer without what must not be done to a corpus. It is shared, so it must not be changed."""
+    """A tokenizer without settings that would harm a corpus. It is shared, so it must not be changed."""
 
     content: dict[str, Any]
     """Of `tokenizer.json`."""
 
     @cached_property
     def library(self) -> Tokenizer:
-        """As the library loads it. Raises what the library raises."""
+        """As the library loads it, with the library's errors."""
         tokenizer = Tokenizer.from_buffer(orjson.dumps(self.content))
-        # By default the letters "</s>" or "<mask>" in a text would become the control id.
+        # By default the letters "</s>" or "<mask>" in a text would become the special id.
         tokenizer.encode_special_tokens = True
         return tokenizer
 
 
 def corpus_tokenizer(folder: Path) -> CorpusTokenizer:
-    """The tokenizer in `folder`; the last one again where it is the same, as loading takes long."""
+    """The tokenizer in `folder`; loading takes long, so the last one is kept."""
     return _load((folder / "tokenizer.json").read_bytes())
 
 
@@ -51,25 +51,25 @@ def _load(file: bytes) -> CorpusTokenizer:
 
 
 def is_tokenizer_folder(folder: Path) -> bool:
-    """Whether `folder` holds a tokenizer and nothing else, so that replacing it loses nothing else."""
+    """Whether `folder` contains a tokenizer and nothing else, so that replacing it loses nothing else."""
     return (folder / "tokenizer.json").is_file() and holds_only(folder, TOKENIZER_FILES)
 
 
 def train_bpe(documents: Iterable[list[str]], vocab_size: int, folder: Path) -> int:
     """Train a byte-level BPE on the lines of documents and save it in `folder`.
 
-    Special tokens are not looked for in the text: their letters are split as any others, so no merge can make one. Of
-    words longer than 1,024 bytes the parts of that length are learned from, because the library's time grows with the
+    Special tokens are not searched for in the text: their letters are split like any others, so no merge can make one.
+    Words longer than 1,024 bytes are learned from in parts of that length, because the library's time grows with the
     square of a word's length.
 
     Returns:
-        The number of ids: `vocab_size`, or fewer where the text has no more pairs that occur twice.
+        The number of ids: `vocab_size`, or fewer if no other pair of the text occurs twice.
     """
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(_LONGEST_WORD)])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # <mask> comes last, behind the merges
+        vocab_size=vocab_size - 1,  # <mask> comes last, after the merges
         min_frequency=_MIN_PAIR_FREQUENCY,
         special_tokens=FIRST_SPECIAL_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -86,9 +86,9 @@ def copy_tokenizer(source: Path, target: Path) -> TokenizerInfo:
     """Copy a tokenizer folder, completed as `write_tokenizer` does.
 
     Raises:
-        UserError: there is no tokenizer, it is of another kind, or one of RoBERTa's special tokens is missing.
+        UserError: there is no tokenizer, it is of the wrong kind, or one of RoBERTa's special tokens is missing.
     """
-    TokenizerInfo.read(source)  # whose errors name the folder that was given
+    TokenizerInfo.read(source)  # its errors name the folder that the user gave
     target.mkdir()
     write_tokenizer(source, target)
     info = TokenizerInfo.read(target)

@@ -1,8 +1,8 @@
-"""From documents to ids. `tokenizers` is the reference; `gigatoken`, where it is installed, gives its ids much faster.
+"""From documents to ids. `tokenizers` is the reference; `gigatoken`, if installed, gives the same ids much faster.
 
-A document is its sentences as `sentences` gives them. The tokenizer sees them one by one, as its `tokenizer_lines`.
+A document is its sentences, as `sentence_bytes` gives them. The tokenizer sees one line for each: `tokenizer_lines`.
 
-The letters of a special token in a text are text: no encoder ever makes a control id of them.
+The letters of a special token in a text are text: no encoder turns them into the special id.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ BACKENDS = (AUTO, HUGGINGFACE, GIGATOKEN)
 
 _INSTALL = "pip install 'ds_roberta[fast]'"
 _CALL_CHARACTERS = 1 << 18
-"""Text given to the reference in one call: it needs some 100 bytes of memory for each."""
+"""Text given to the reference in one call: it needs about 100 bytes of memory for each character."""
 _KNOWN_PIECES, _KNOWN_CHARACTERS = 500_000, 32
-"""How many pieces of text the reference remembers, and how long they are: less than 100 MB."""
+"""How many pieces of text the reference remembers, and up to what length: less than 100 MB."""
 _SAMPLE_BYTES = 512
-"""How much of a batch is encoded by both backends: of 1 MB it costs a thirtieth of the faster one's time."""
+"""How much of a batch both backends encode: for a batch of 1 MB, a thirtieth of the faster one's time."""
 _LINE_FEED, _RETURN = "Ċ", "č"
 """The letters by which byte-level BPE names `\\n` and `\\r`."""
 _CACHE_BYTES = 128 << 20
-"""gigatoken 0.10 remembers every word that it met; it is made anew once the process has grown by so much."""
+"""gigatoken 0.10 remembers every word; it is created again after the process has grown by this much."""
 
 
 class Encoded(NamedTuple):
-    """Documents as ids, in flat arrays: what belongs to one document lies behind what belongs to the one before."""
+    """Documents as ids, in flat arrays, one document after the other."""
 
     ids: np.ndarray
-    """(tokens,) uint16 or uint32; every document is closed by `</s>`."""
+    """(tokens,) uint16 or uint32; every document ends with `</s>`."""
     lengths: np.ndarray
     """(documents,) int64, tokens of each document with its `</s>`."""
     sentence_ends: np.ndarray
-    """(sentences,) uint32, offset in its document behind the last token of every sentence."""
+    """(sentences,) uint32, offset in its document after the last token of every sentence."""
     sentence_counts: np.ndarray
     """(documents,) int64, sentences of each document."""
 
     def select(self, chosen: np.ndarray) -> Encoded:
-        """The documents where `chosen`, (documents,) bool, is true."""
+        """The documents for which `chosen`, (documents,) bool, is true."""
         return Encoded(
             _rows(self.ids, self.lengths, chosen),
             self.lengths[chosen],
@@ -71,7 +71,7 @@ class Encoded(NamedTuple):
 
 
 def _rows(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The values of the rows where `chosen` is true, taken in runs of rows: most are in a few long ones."""
+    """The values of the rows where `chosen` is true, copied in runs of rows: most rows are in a few long runs."""
     edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
     bounds = np.concatenate([[0], np.cumsum(lengths)])[edges].tolist()
     runs = zip(bounds[::2], bounds[1::2], strict=True)
@@ -79,7 +79,7 @@ def _rows(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.nda
 
 
 class BackendDifference(Exception):
-    """The fast backend failed or gave other ids than the reference: what it made of this unit must not be used."""
+    """The fast backend failed or gave other ids than the reference: its ids of this unit must not be used."""
 
 
 class Encoder(Protocol):
@@ -89,7 +89,7 @@ class Encoder(Protocol):
         """Encode documents.
 
         Args:
-            documents: as of `sentences.sentence_bytes`.
+            documents: as `sentence_bytes` gives them.
 
         Raises:
             BackendDifference: a fast backend's ids are not the reference's.
@@ -98,10 +98,10 @@ class Encoder(Protocol):
 
 
 def choose_backend(requested: str, folder: Path) -> tuple[str, str]:
-    """The backend for the tokenizer in `folder`, and a line that says which and why.
+    """The backend for the tokenizer in `folder`, and a line that says which it is and why.
 
     Raises:
-        UserError: gigatoken was asked for and is not installed, or cannot stand in for this tokenizer.
+        UserError: gigatoken is requested but is not installed, or cannot replace this tokenizer.
     """
     if requested == HUGGINGFACE:
         return HUGGINGFACE, f"{HUGGINGFACE} (tokenizers {version('tokenizers')})"
@@ -114,10 +114,10 @@ def choose_backend(requested: str, folder: Path) -> tuple[str, str]:
         return GIGATOKEN, f"{GIGATOKEN} {version('gigatoken')}, compared with tokenizers {version('tokenizers')}"
     if requested == GIGATOKEN:
         raise UserError(
-            f"--tokenizer_backend gigatoken cannot stand in for this tokenizer, which has {obstacle}: "
+            f"--tokenizer_backend gigatoken cannot replace this tokenizer, which has {obstacle}: "
             f"use --tokenizer_backend {HUGGINGFACE}"
         )
-    return HUGGINGFACE, f"{HUGGINGFACE} (this tokenizer has {obstacle}, which gigatoken is not trusted with)"
+    return HUGGINGFACE, f"{HUGGINGFACE} (this tokenizer has {obstacle}, which gigatoken has not been tested with)"
 
 
 class SpecialLetters:
@@ -127,14 +127,14 @@ class SpecialLetters:
         letters = sorted(token.encode() for token in tokens)
         self._pattern = re.compile(b"|".join(map(re.escape, letters)))
         openings = {token[:1] for token in letters}
-        self._opening = openings.pop() if len(openings) == 1 else b""  # "<" as a rule, found much faster than a pattern
+        self._opening = openings.pop() if len(openings) == 1 else b""  # usually "<", found much faster than a pattern
 
     def occur_in(self, text: bytes) -> bool:
         return self._opening in text and self._pattern.search(text) is not None
 
 
 def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encoder, SpecialLetters]:
-    """An encoder, and what finds the letters of special tokens."""
+    """An encoder, and a finder of the letters of special tokens."""
     tokenizer = corpus_tokenizer(folder)
     content = tokenizer.content
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
@@ -144,15 +144,15 @@ def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encod
 
 
 class HuggingFaceEncoder:
-    """The reference: `tokenizers`, asked once for every word that keeps coming back.
+    """The reference: `tokenizers`, which is asked only once for each frequent word.
 
-    The pattern of plain byte-level BPE that splits a text into words never lets one reach over a place between another
-    character and a space, and looks ahead from white space only. So a line cut there has the ids of its pieces in a
-    row, and those of a piece that was seen before are known.
+    The pattern with which plain byte-level BPE splits a text into words never makes a word across a boundary between
+    another character and a space, and looks ahead only from white space. So the ids of a line are those of the pieces
+    between such boundaries, and the ids of a piece that was seen before are known.
     """
 
     def __init__(self, tokenizer: CorpusTokenizer, info: TokenizerInfo):
-        # Work is spread over processes: threads inside each would only compete with them.
+        # Work is spread over processes: threads in each would only compete with them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._tokenizer = tokenizer.library
         self._cuts = _obstacle(tokenizer.content) is None
@@ -171,7 +171,7 @@ class HuggingFaceEncoder:
         """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline.
 
         Args:
-            known: whether to use and to fill the memory of words, which pays where there are many lines.
+            known: whether to use and fill the memory of words, which pays off with many lines.
         """
         encoded = self._by_pieces(lines) if known and self._cuts else self._whole(lines)
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self._dtype.itemsize
@@ -181,7 +181,7 @@ class HuggingFaceEncoder:
         pieces = [line.replace(" ", "\n ").removeprefix("\n").split("\n") for line in lines]
         if len(self._known) > _KNOWN_PIECES:
             self._known.clear()
-        # After white space is no such place: a line with a piece that ends so is encoded whole.
+        # There is no such boundary after white space: a line with a piece that ends in it is encoded whole.
         new = [piece for piece in set(chain.from_iterable(pieces)) - self._known.keys() if not piece[-1:].isspace()]
         ids = dict(zip(new, self._whole(new), strict=True))
         self._known.update((piece, row) for piece, row in ids.items() if len(piece) <= _KNOWN_CHARACTERS)
@@ -208,15 +208,15 @@ class GigatokenEncoder:
     """`gigatoken`, compared with the reference on a sample of every batch.
 
     It gets a batch as one text, since its own batches cost more and come in a library that is slow to import. A
-    `\\r` closes each document. The pattern of plain byte-level BPE makes a `\\n` or `\\r` between lines a word of its
-    own, or puts it at the head of a run of white space; without the merges that join it to what follows it is one id,
-    and the ids around it are those of the lines alone.
+    `\\r` ends each document. The pattern of plain byte-level BPE makes a `\\n` or `\\r` between lines a word of its
+    own, or puts it at the start of a run of white space; without the merges that join it to what follows it is one id,
+    and the ids around it are those of the separate lines.
     """
 
     def __init__(self, content: dict[str, Any], info: TokenizerInfo, reference: HuggingFaceEncoder):
         model, newlines = content["model"], {_LINE_FEED, _RETURN}
         merges = [pair for pair in model["merges"] if newlines.isdisjoint("".join(pair))]
-        # It knows no special token, so it makes none of the text's letters.
+        # It knows no special token, so it cannot find one in the text.
         self._json = orjson.dumps(
             {**content, "model": {**model, "merges": merges}, "added_tokens": [], "post_processor": None}
         )
@@ -235,7 +235,7 @@ class GigatokenEncoder:
             return self._reference.encode(documents)
         try:
             ids = self._tokenizer.encode(text).astype(token_type(self._info.vocab_size))
-        except Exception as error:  # whatever it is, the reference may do it
+        except Exception as error:  # whatever it is, the reference may manage
             raise BackendDifference(f"failed ({error!r})") from error
         text_ends = np.flatnonzero((letters == ord("\n")) | (letters == ord("\r")))
         inside = ids == self._line_end
@@ -247,10 +247,10 @@ class GigatokenEncoder:
         return self._close_documents(ids, inside, ends)
 
     def _close_documents(self, ids: np.ndarray, inside: np.ndarray, ends: np.ndarray) -> Encoded:
-        """Make documents closed by `</s>` of ids in which `ends` are the places that close lines.
+        """Make documents ended by `</s>` from ids in which `ends` are the positions of line ends.
 
         Args:
-            inside: where `ids` are the ends of lines that close no document, (tokens,) bool.
+            inside: where `ids` are line ends within a document, (tokens,) bool.
         """
         closes = ~inside[ends]
         ids = ids[~inside]
@@ -263,13 +263,13 @@ class GigatokenEncoder:
         return Encoded(ids, lengths, sentence_ends.astype(np.uint32), sentence_counts)
 
     def _compare(self, text: bytes, text_ends: np.ndarray, ids: np.ndarray, ends: np.ndarray) -> None:
-        """Raises `BackendDifference` unless a sample, from the line at a place given by the text's hash, agrees.
+        """Raise `BackendDifference` unless the backends agree on a sample, from a line chosen by the text's hash.
 
         Args:
-            text_ends: the places in `text` that close lines, (lines,); `ends`: those in `ids`.
+            text_ends: the positions of line ends in `text`, (lines,); `ends`: those in `ids`.
         """
         line = np.searchsorted(text_ends, xxhash.xxh3_64_intdigest(text) % len(text))
-        start, begin = (places[line - 1] + 1 if line else 0 for places in (text_ends, ends))
+        start, begin = (positions[line - 1] + 1 if line else 0 for positions in (text_ends, ends))
         sample = text[start : start + _SAMPLE_BYTES].decode(errors="ignore").replace("\r", "\n")
         if start + _SAMPLE_BYTES < len(text):
             sample = sample[: max(_safe_cut(sample), sample.rfind("\n"), 0)]
@@ -286,7 +286,7 @@ class GigatokenEncoder:
 
         try:
             self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
-        except Exception as error:  # whatever it is, the reference was loaded
+        except Exception as error:  # whatever it is, the reference could load it
             raise BackendDifference(f"cannot load this tokenizer ({error!r})") from error
         self._resident = self._process.memory_info().rss
 
@@ -300,22 +300,22 @@ class GigatokenEncoder:
 class _KnownCharacters:
     """Whether a text has only characters that are assigned in this Python's Unicode.
 
-    A newer one may be a letter to one backend and unassigned to the other, which carry tables of different versions.
+    A newer one may be a letter to one backend and unassigned to the other, as their tables have different versions.
     """
 
     def __init__(self) -> None:
         self._verdicts = np.zeros(0x110000, np.int8)  # 0 not asked yet, 1 assigned, -1 unassigned
 
-    def cover(self, units: np.ndarray) -> bool:
-        """Whether this is so of a text given as UTF-8, (bytes,) uint8."""
+    def cover(self, text: np.ndarray) -> bool:
+        """Whether this holds for a text in UTF-8, (bytes,) uint8."""
         # Below U+0800, where UTF-8 has one or two bytes, all versions since 3.2 mean the same or differ in no letter.
-        leads = np.flatnonzero(units >= 0xE0)
+        leads = np.flatnonzero(text >= 0xE0)
         if not len(leads):
             return True
-        first, second, third = (units[leads + place].astype(np.uint32) for place in range(3))
+        first, second, third = (text[leads + offset].astype(np.uint32) for offset in range(3))
         points = (first & 0x0F) << 12 | (second & 0x3F) << 6 | third & 0x3F
         four = first >= 0xF0
-        fourth = units[leads[four] + 3]
+        fourth = text[leads[four] + 3]
         points[four] = (points[four] & 0x7FFF) << 6 | fourth & 0x3F
         verdicts = self._verdicts[points]
         if not verdicts.all():
@@ -326,7 +326,7 @@ class _KnownCharacters:
 
 
 def _obstacle(content: dict[str, Any]) -> str | None:
-    """What a tokenizer has beyond plain byte-level BPE, for which alone the backends were compared."""
+    """What a tokenizer has beyond plain byte-level BPE, the only kind on which the backends were compared."""
     model, splitter = content["model"], content.get("pre_tokenizer") or {}
     if any(not token["special"] for token in content["added_tokens"]):
         return "added tokens that are not special"
@@ -340,7 +340,7 @@ def _obstacle(content: dict[str, Any]) -> str | None:
 
 
 def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in calls of about a bounded size."""
+    """The texts in groups of bounded size, one for each call."""
     begin = characters = 0
     for end, text in enumerate(texts):
         if characters + len(text) > _CALL_CHARACTERS and end > begin:
@@ -352,17 +352,17 @@ def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _safe_cut(text: str) -> int:
-    """The last place inside a text at which cutting it changes no id (see `HuggingFaceEncoder`), or 0."""
-    for place in range(len(text) - 1, 0, -1):
-        if text[place] == " " and not text[place - 1].isspace():
-            return place
+    """The last position inside a text at which cutting it changes no id (see `HuggingFaceEncoder`), or 0."""
+    for position in range(len(text) - 1, 0, -1):
+        if text[position] == " " and not text[position - 1].isspace():
+            return position
     return 0
 
 
 def _close_documents(
     ids: np.ndarray, line_lengths: np.ndarray, sentence_counts: np.ndarray, info: TokenizerInfo
 ) -> Encoded:
-    """Put `</s>` behind every document, and count its sentences' ends from its beginning."""
+    """Put `</s>` after every document, and count its sentence ends from its beginning."""
     last_lines = np.cumsum(sentence_counts) - 1
     line_ends = np.cumsum(line_lengths)
     document_ends = line_ends[last_lines]

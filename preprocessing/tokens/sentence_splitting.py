@@ -1,16 +1,16 @@
-r"""Sentences of a document: what packing keeps whole.
+r"""The sentences of a document, which packing keeps whole.
 
 `lines` takes the document's lines. `rules` also ends a sentence inside a line:
 
-* at one of the marks of Latin text before white space, unless a small letter comes next or the mark is the point of an
-  abbreviation, an initial or a number. Between Chinese or Japanese characters they need no white space.
+* at one of the marks of Latin text before white space, unless a lower-case letter comes next or the mark is the point
+  of an abbreviation, an initial or a number. Between Chinese or Japanese characters no white space is needed.
 * at a mark that ends sentences in other scripts (。 ۔ ። ។ and the like), with or without white space, as Unicode's
   rules do (UAX #29, SB8a and SB11).
 
-They use no dictionary but a few abbreviations, so they find nothing in Thai or Lao text, which has no such marks.
+They have no dictionary except a few abbreviations, so they find nothing in Thai or Lao text, which has no such marks.
 
-The text of a document is the same with either: as bytes, its sentences are separated by `\n` where there is white space
-between them, and by `\r`, which no document holds, where there is none.
+Both give the same text: as bytes, the sentences are separated by `\n` where they had white space between them, and
+otherwise by `\r`, which no document contains.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ _FAR_TERMINALS = (
 )
 _TERMINALS = _NEAR_TERMINALS + _FAR_TERMINALS
 """Unicode 17's Sentence_Terminal (PropList.txt) without `!`, `?` and points, in plane 0 (near) and above it (far). The
-list is here because the shards' bytes must not depend on the Unicode version of a library."""
+list is here because the bytes of shards must not depend on the Unicode version of a library."""
 _CONTINUING = frozenset(",-:;՝،؍߸᠂᠈–—、︐︑︓︔︱︲﹐﹑﹕﹘﹣，－：；､")
 """Unicode's Sentence_Break=SContinue: no sentence ends before one."""
 _GEORGIAN = range(0x10D0, 0x1100)
-"""Letters that Unicode calls small, but which begin sentences, as no text is written in their capitals."""
+"""Letters that Unicode calls lower-case but that begin sentences, as nobody writes in their capitals."""
 _CJK = r"\u3041-\u30ff\u3105-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _CLOSING = "\"'”’»›)\\]」』"
 _WIDE_CLOSING = f"{_CLOSING}}}）］｝｠｣】〉》〗〙〛〕〞〟﹂﹄"
 _OPENING = "\"'“‘«‹(\\[¿¡„「『—–-"
 _WIDE_OPENING = "\"'“‘«‹(\\[「『（［｛【〈《〖〔"
-_END = re.compile(  # it opens with one small set of characters, to be found fast
+_END = re.compile(  # starts with one small set of characters, to be fast
     rf"[.!?…．{_NEAR_TERMINALS}\U00010000-\U0001ffff](?:"
-    rf"(?<=[.!?…．])[.!?…．]{{0,7}}[{_CLOSING}]{{0,8}}(?=\s)"  # bounded: a line of points alone stays linear
+    rf"(?<=[.!?…．])[.!?…．]{{0,7}}[{_CLOSING}]{{0,8}}(?=\s)"  # bounded, so that a line of points stays linear
     rf"|(?<=[{_CJK}][.!?．])[.!?．]{{0,7}}[{_WIDE_CLOSING}]{{0,8}}(?=[{_WIDE_OPENING}]{{0,8}}[{_CJK}])"
     rf"|(?<![.!?…．])(?<=[{_TERMINALS}])[.!?…{_TERMINALS}\ufe0e\ufe0f]*[{_WIDE_CLOSING}]*)"
 )
 _NEXT = re.compile(rf"(\s*)[{_OPENING}]{{0,8}}")
 _WORD_BEFORE_POINT = re.compile(r"(?:^|[\s(\[\"'“‘«„/—–-])([^\W_](?:[^\W_]|\.(?=[^\W_])){0,7})\Z")
 _LONGEST_WORD = 12
-_SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # it opens with a letter, not the look-behind, to be found fast
+_SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # starts with a letter, not the look-behind, to be fast
 _ABBREVIATIONS = frozenset(
     re.findall(
         r"\w+",
@@ -68,12 +68,10 @@ _ABBREVIATIONS = frozenset(
 
 
 def sentence_bytes(text: str, kind: str) -> bytes:
-    """The sentences of a document, as the module says, none of them empty or closed by white space.
-
-    Most texts are so already where sentences are lines.
+    """The sentences of a document, none of them empty or ending in white space, separated as described above.
 
     Args:
-        kind: one of the two.
+        kind: "lines", in which case most texts are left as they are, or "rules".
     """
     if kind != "lines" or text[0] == "\n" or text[-1].isspace() or _SPACE_BEFORE_NEWLINE.search(text):
         lines = [line for line in map(str.rstrip, text.split("\n")) if line]
@@ -82,10 +80,10 @@ def sentence_bytes(text: str, kind: str) -> bytes:
 
 
 def tokenizer_lines(document: bytes) -> bytes:
-    r"""A document's sentences as the tokenizer sees them, apart by `\n`: those after white space open with a space.
+    r"""A document's sentences as the tokenizer sees them, separated by `\n`; those after white space begin with one.
 
-    Byte-level BPE marks a word's start by the space before it. With it the first word of a line has the form that it
-    has anywhere else, and the ids of the whole document decode to readable text.
+    Byte-level BPE marks a word's start by the space before it. With it the first word of a line looks like
+    the same word elsewhere, and the ids of the whole document decode to readable text.
     """
     return document.replace(b"\n", b"\n ").replace(b"\r", b"\n")
 

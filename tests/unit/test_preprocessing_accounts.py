@@ -57,7 +57,7 @@ def test_length_is_counted_after_normalization_without_outer_white_space(tmp_pat
     assert accept(tmp_path / "a.txt", "ﬁ", normalization="NFC")[0][0].text == "ﬁ"
 
 
-def test_unicode_line_ends_are_lines_where_it_is_wanted(tmp_path):
+def test_unicode_line_ends_end_lines_on_request(tmp_path):
     content = "one\u2028two\x85three\r\nfour"
     assert accept(tmp_path / "a.txt", content)[0][0].text == "one\u2028two\x85three\nfour"
     assert accept(tmp_path / "a.txt", content, newlines="unicode")[0][0].text == "one\ntwo\nthree\nfour"
@@ -77,7 +77,7 @@ def test_a_filter_sees_text_id_and_source_and_gives_the_reason(tmp_path, with_fi
     assert account.bad == 0
 
 
-def test_a_filter_that_fails_or_says_nothing_ends_the_job_by_name(tmp_path, with_filter):
+def test_a_filter_that_fails_or_returns_nothing_ends_the_job_with_its_name(tmp_path, with_filter):
     for name, body, message in [("f1", "return None", "returned None"), ("f2", "return 1 / 0", "ZeroDivisionError")]:
         with pytest.raises(UserError, match=f"--filter {name}:judge.*{message}"):
             accept(tmp_path / "a.txt", "text", filter=with_filter(name, body))

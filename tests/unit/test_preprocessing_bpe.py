@@ -142,7 +142,7 @@ def test_a_config_without_a_class_is_completed(folder, tmp_path):
     assert copied == {**json.loads((folder / "tokenizer_config.json").read_text()), "model_max_length": 99}
 
 
-def test_vocabulary_and_merges_alone_are_enough(folder, tmp_path):
+def test_vocabulary_and_merges_are_enough(folder, tmp_path):
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]))
@@ -176,7 +176,7 @@ def model_of(kind, vocabulary):
 
 @pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "WordLevel"])
 @pytest.mark.parametrize("splitter", [METASPACE, None])
-def test_other_kinds_that_hold_the_letters_of_all_bytes_are_refused(folder, tmp_path, kind, splitter):
+def test_other_kinds_with_the_letters_of_all_bytes_are_refused(folder, tmp_path, kind, splitter):
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     model = json.loads(model_of(kind, vocabulary).__getstate__())
     changes = {} if splitter is None else {"pre_tokenizer": splitter, "decoder": splitter}
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_loses_text_is_refused(folder, tmp_path, changes, lost)
         ({"type": "Lowercase"}, "changes text: Latin ("),
     ],
 )
-def test_what_a_normalizer_changes_is_told(folder, tmp_path, capsys, normalizer, told):
+def test_what_a_normalizer_changes_is_reported(folder, tmp_path, capsys, normalizer, told):
     splitter = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     other = change(folder, tmp_path / "other", normalizer=normalizer, pre_tokenizer=splitter)
     copy_tokenizer(other, tmp_path / "copy")
@@ -215,7 +215,7 @@ def test_what_a_normalizer_changes_is_told(folder, tmp_path, capsys, normalizer,
     assert told in printed if told else not printed
 
 
-def test_a_file_that_does_not_name_its_model_is_of_the_kind_of_its_merges(folder, tmp_path):
+def test_a_file_that_does_not_name_its_model_has_the_kind_of_its_merges(folder, tmp_path):
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     del model["type"]
     assert copy_tokenizer(change(folder, tmp_path / "old", model=model), tmp_path / "copy").vocab_size == 300

@@ -57,7 +57,7 @@ def test_a_text_too_small_for_the_vocabulary_says_so(folder, capsys):
     assert run("train-tokenizer --input text --vocab_size 5000 --output small") == 0
     size = TokenizerInfo.read(folder / "small").vocab_size
     assert size < 5000
-    assert f"{size} ids only" in capsys.readouterr().out
+    assert f"only {size} ids" in capsys.readouterr().out
 
 
 def test_an_empty_validation_split_is_named_with_a_remedy(folder, capsys):
@@ -121,7 +121,7 @@ def test_tasks_and_slurm_arrays_share_the_work(folder, capsys, monkeypatch):
     assert run(line) == 0
     output = capsys.readouterr().out
     assert "task 2 of 2 (from the SLURM array)" in output
-    assert "1 units are fewer than 2 tasks" in output
+    assert "there are only 1 units for 2 tasks" in output
     assert not (folder / "data").exists()
     assert run(f"{line} --task 1/1") == 0
     assert Corpus.open("data").manifest.documents("train")
@@ -137,11 +137,11 @@ def test_workers_and_mpirun_exclude_each_other(folder, capsys, monkeypatch):
     ("file", "named", "remedy"),
     [
         ("latin.txt", "'latin.txt', line 3 (byte 8)", "iconv"),
-        ("bad.jsonl", "'bad.jsonl', line 2 (byte 14)", "mend or remove the line"),
+        ("bad.jsonl", "'bad.jsonl', line 2 (byte 14)", "fix or remove the line"),
         ("other.jsonl", "'other.jsonl', line 1 (byte 0)", "--text_column"),
     ],
 )
-def test_too_many_bad_documents_end_the_job_and_a_higher_bound_goes_on_from_it(folder, capsys, file, named, remedy):
+def test_too_many_bad_documents_end_the_job_and_a_higher_bound_resumes_it(folder, capsys, file, named, remedy):
     (folder / "other.jsonl").write_text('{"body": "text"}\n')
     capsys.readouterr()
     assert run(f"{SHARD} --input text {file}") == 2
@@ -152,7 +152,7 @@ def test_too_many_bad_documents_end_the_job_and_a_higher_bound_goes_on_from_it(f
     assert "1 of 1 units are kept" in error
     assert not (folder / "out").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preprocessing.sharding.shard_unit", None)  # nothing is left for it
+        patch.setattr("preprocessing.sharding.shard_unit", None)  # nothing is left to do
         assert run(f"{SHARD} --input text {file} --max_bad_fraction 0.5") == 0
     assert Corpus.open(folder / "out").manifest.inputs[1].rejected
     assert not (folder / ".out.partial").exists()

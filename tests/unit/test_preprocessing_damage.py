@@ -1,4 +1,4 @@
-"""What a damaged file does to a job: it ends by name, before the work where that can be seen, unless it is allowed."""
+"""What a damaged file does to a job: it ends with the file's name, before the work if possible, unless allowed."""
 
 import gzip
 import io
@@ -50,7 +50,7 @@ def account_of(path, **options):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_truncated_file_ends_the_job_and_the_option_goes_on_from_it(shard, tmp_path, workers):
+def test_a_truncated_file_ends_the_job_and_the_option_resumes_it(shard, tmp_path, workers):
     (tmp_path / "text/a.jsonl.gz").write_bytes(PACKED[:-900])
     (tmp_path / "text/b.txt").write_text("Another text.")
     (tmp_path / "text/c.jsonl.gz").write_bytes(PACKED)
@@ -61,7 +61,7 @@ def test_a_truncated_file_ends_the_job_and_the_option_goes_on_from_it(shard, tmp
     assert not (tmp_path / "out").exists()
     assert "1 of 1 units are kept" in error
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "shard_unit", None)  # nothing is left for it
+        patch.setattr(sharding, "shard_unit", None)  # nothing is left to do
         code, output, error = shard("--allow_damaged_files", workers=workers)
     assert code == 0
     first, *others = Corpus.open("out").manifest.inputs
@@ -114,7 +114,7 @@ def arrow_stream(cut):
         ("a.csv.gz", gzip.compress("text\nText".encode("utf-16"), mtime=0), "is UTF-16 by its first bytes"),
     ],
 )
-def test_what_the_ends_of_a_file_show_is_told_before_the_work(shard, tmp_path, name, content, named, monkeypatch):
+def test_what_the_ends_of_a_file_show_is_reported_before_the_work(shard, tmp_path, name, content, named, monkeypatch):
     (tmp_path / "text/0.txt").write_text("A text.")
     (tmp_path / "text" / name).write_bytes(content)
     if not name.endswith(".csv.gz"):  # what is packed is seen when it is read
@@ -165,7 +165,7 @@ def test_a_quote_that_is_open_for_too_long_ends_the_reading_of_its_file(tmp_path
     assert (account.counts, account.damage) == ({"kept": 1, "too_long": 1}, [])
 
 
-def test_a_line_that_is_too_long_spoils_its_row_alone(tmp_path):
+def test_a_line_that_is_too_long_spoils_only_its_row(tmp_path):
     rows = ["good", '"a line', *["b"], "c" * 3_000_000, '"', "last"]
     text = csv_of(rows)
     (tmp_path / "a.csv").write_text(text)
@@ -186,7 +186,7 @@ def test_a_csv_of_lone_returns_is_read_row_by_row(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "s.arrow", "f.arrow"])
-def test_a_column_that_is_there_twice_is_an_error_by_name(tmp_path, name):
+def test_a_column_that_is_there_twice_is_named_in_an_error(tmp_path, name):
     table = pa.table([["x"], ["y"], ["z"]], names=["text", "text", "n"])
     path = tmp_path / name
     if name == "a.csv":
@@ -202,7 +202,7 @@ def test_a_column_that_is_there_twice_is_an_error_by_name(tmp_path, name):
         (unit,) = plan_units([str(path)], ReadOptions())
         list(kept_documents(unit.pieces[0], ReadOptions(), Account()))
 
-    with pytest.raises(UserError, match=rf"{name}' has 2 columns with the name 'text'"):
+    with pytest.raises(UserError, match=rf"{name}' has 2 columns named 'text'"):
         read()
     options = ReadOptions(text_column="n")
     (unit,) = plan_units([str(path)], options)
@@ -267,5 +267,5 @@ def test_the_remedy_fits_the_commonest_reason():
         account.reject("a.jsonl", Reject(reason, 0, reason))
     bad = BadDocuments(0.5)
     bad.add({"a.jsonl": account})
-    with pytest.raises(UserError, match=r"13 of 13 .* bad_json; mend or remove the line"):
+    with pytest.raises(UserError, match=r"13 of 13 .* bad_json; fix or remove the line"):
         bad.check()

@@ -1,4 +1,4 @@
-"""Which documents go because they occur again, and that nothing but the plan decides it."""
+"""Which repeated documents are dropped, and that only the plan decides it."""
 
 import gzip
 import itertools
@@ -91,7 +91,7 @@ def test_workers_and_the_division_of_the_merge_decide_nothing(tokenizer_folder, 
     assert folder_hash(tmp_path / "two") == folder_hash(tmp_path / "out") == folder_hash(tmp_path / "divided")
 
 
-def test_a_unit_of_copies_alone_leaves_no_shard(tokenizer_folder, tmp_path):
+def test_a_unit_of_only_copies_leaves_no_shard(tokenizer_folder, tmp_path):
     files = write(tmp_path, TEXTS[:30], TEXTS[:30], TEXTS[30:])
     manifest = prepare(tmp_path, files, tokenizer_folder, "exact")[-1]
     numbers = [shard.file[-11:-6] for shard in manifest.splits["train"]]
@@ -118,7 +118,7 @@ def test_parts_and_sources_of_a_large_unit_are_counted_again(tokenizer_folder, t
     )
 
 
-def test_a_file_without_a_document_is_no_hindrance(tokenizer_folder, tmp_path):
+def test_a_file_without_documents_does_no_harm(tokenizer_folder, tmp_path):
     files = write(tmp_path, [" "] * 900, TEXTS, TEXTS[:3])
     assert prepare(tmp_path, files, tokenizer_folder, "exact")[1][2] == {"duplicate": 3}
 

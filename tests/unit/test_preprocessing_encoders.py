@@ -1,4 +1,4 @@
-"""Both tokenizer backends: the same ids, letters of special tokens as text, and what happens where they differ."""
+"""Both tokenizer backends: the same ids, letters of special tokens as text, and what happens if they differ."""
 
 import json
 import random
@@ -151,7 +151,7 @@ def test_both_backends_agree_on_every_assigned_character(gigatoken, reference):
     assert equal(gigatoken.encode(documents), reference.encode(documents))
 
 
-def test_a_character_that_is_not_assigned_goes_by_the_reference(gigatoken, reference):
+def test_an_unassigned_character_is_left_to_the_reference(gigatoken, reference):
     # Backends of different Unicode versions need not agree whether this is a letter.
     for character in ("\U00010940", "\u088f", "\uffff"):
         if unicodedata.category(character) == "Cn":
@@ -228,7 +228,7 @@ def test_the_shards_do_not_depend_on_the_backend(folder, file, tmp_path, capsys)
     assert [line.split()[2] for line in said] == ["gigatoken", "huggingface", "gigatoken"]
 
 
-def test_a_unit_on_which_the_backends_differ_is_done_again_loudly(folder, file, tmp_path, capsys, monkeypatch):
+def test_a_unit_on_which_the_backends_differ_is_done_again_with_a_warning(folder, file, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gigatoken")
     _, expected = prepare_corpus([file], folder, tmp_path / "reference", OPTIONS, 1, backend=HUGGINGFACE)
     calls = []
@@ -278,7 +278,7 @@ def test_gigatoken_that_is_not_installed(folder, info, monkeypatch):
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer"),
     ],
 )
-def test_another_kind_of_tokenizer_goes_by_the_reference(folder, tmp_path, monkeypatch, changes, obstacle):
+def test_another_kind_of_tokenizer_is_left_to_the_reference(folder, tmp_path, monkeypatch, changes, obstacle):
     monkeypatch.setattr(encoders, "find_spec", lambda name: True)
     original = json.loads((folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**original, **changes}))

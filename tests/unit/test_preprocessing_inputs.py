@@ -1,4 +1,4 @@
-"""Files of folders and globs: links are followed, loops end, and nothing that could be text goes without a word."""
+"""Files of folders and globs: links are followed, loops end, and no text is skipped silently."""
 
 import glob
 import os
@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def unreadable(monkeypatch):
-    """A function that takes the right to list a folder (also from root, whom no mode keeps out)."""
+    """A function that makes a folder unreadable (even for root, whom file modes do not stop)."""
     listdir = os.listdir
 
     def refuse(folder):
@@ -53,40 +53,40 @@ def test_loops_of_links_end_and_a_file_keeps_its_own_path(folder):
         assert find_inputs([argument]).files == ("text/a.txt", "text/sub/b.txt")
     assert sorted(map(os.path.basename, find_inputs(["text/**"]).files)) == ["a.txt", "b.txt"]
     notes = find_inputs(["text"]).notes()
-    assert "read once though given or linked more than once: text/0, text/again, text/sub/up, text/sub/up2" in notes
+    assert "read once, although given or linked more than once: text/0, text/again, text/sub/up, text/sub/up2" in notes
     assert "ignored (hidden): text/sub/.e.txt" in notes
 
 
 @pytest.mark.parametrize("argument", ["text", "text/*.jsonl", "text/**/*.jsonl", "tex*"])
-def test_a_link_to_nothing_with_the_name_of_a_text_is_an_error(folder, argument):
+def test_a_broken_link_with_the_name_of_a_text_is_an_error(folder, argument):
     (folder / "text/gone.jsonl").symlink_to("../nowhere.jsonl")
-    with pytest.raises(UserError, match=r"'text/gone\.jsonl' is a link to nothing"):
+    with pytest.raises(UserError, match=r"'text/gone\.jsonl' is a broken link"):
         find_inputs([argument])
 
 
-def test_other_links_to_nothing_and_pipes_are_named(folder):
+def test_other_broken_links_and_pipes_are_named(folder):
     (folder / "text/gone").symlink_to("../nowhere")
     (folder / "text/self").symlink_to("self")
     os.mkfifo("text/pipe.txt")
     for argument in ("text", "text/**", "text/*"):
         inputs = find_inputs([argument])
         assert inputs.files == ("text/a.txt", "text/sub/b.txt")
-        assert "ignored (links to nothing): text/gone, text/self" in inputs.notes()
+        assert "ignored (broken links): text/gone, text/self" in inputs.notes()
         assert "ignored (neither files nor folders): text/pipe.txt" in inputs.notes()
     with pytest.raises(UserError, match=r"'text/pipe\.txt': it is neither a file nor a folder"):
         find_inputs(["text/pipe.txt"])
-    with pytest.raises(UserError, match="a link to nothing: 'text/gone'"):
+    with pytest.raises(UserError, match="a broken link: 'text/gone'"):
         find_inputs(["text/gone"])
 
 
 @pytest.mark.parametrize("argument", ["text", "text/**/*.txt", "t*", "text/*/*.txt", "text/sub/*"])
-def test_a_folder_that_cannot_be_read_is_an_error_by_name(folder, unreadable, argument):
+def test_a_folder_that_cannot_be_read_is_named_in_an_error(folder, unreadable, argument):
     unreadable("text/sub")
     with pytest.raises(UserError, match="cannot read 'text/sub': Permission denied"):
         find_inputs([argument])
 
 
-def test_a_name_that_is_not_utf_8_is_an_error_only_where_it_would_be_read(folder):
+def test_a_name_that_is_not_utf_8_is_an_error_only_if_it_would_be_read(folder):
     name = os.fsdecode(b"text/caf\xe9.")
     (folder / f"{name}md").touch()
     assert find_inputs(["text"]).notes()[-1].endswith(r": 'text/caf\udce9.md'")

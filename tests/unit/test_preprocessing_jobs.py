@@ -32,7 +32,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """7 units, a fifth of whose documents occur again."""
+    """7 units, a fifth of whose documents are copies."""
     folder = tmp_path_factory.mktemp("text")
     for name, documents in (("a", DOCUMENTS[:100]), ("b", DOCUMENTS[80:]), ("c", DOCUMENTS[::10])):
         (folder / f"{name}.txt").write_text("\n\n".join(documents), encoding="utf-8")
@@ -74,7 +74,7 @@ def die_at(event, files, tokenizer, out, reached):
     os._exit(0)
 
 
-def test_a_job_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(
+def test_a_job_killed_at_any_change_of_the_disk_resumes_to_the_same_bytes(
     files, tokenizer, expected, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill forgets nothing; only a power cut does
@@ -120,7 +120,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.005)
 
 
-def test_a_killed_process_group_goes_on_from_its_finished_units(files, tokenizer, expected, tmp_path):
+def test_a_killed_process_group_resumes_from_its_finished_units(files, tokenizer, expected, tmp_path):
     out, rng = tmp_path / "out", random.Random(3)
     finished = {}
     for count, workers in ((1, 3), (4, 2)):
@@ -149,16 +149,16 @@ def test_workers_leave_when_their_parent_is_killed(files, tokenizer, tmp_path):
         raise
 
 
-def test_other_input_options_or_tokenizer_throw_the_finished_units_away(files, tokenizer, tmp_path, monkeypatch):
+def test_other_input_options_or_tokenizer_discard_the_finished_units(files, tokenizer, tmp_path, monkeypatch):
     done = []
     do = Job.do
 
-    def failing(self, stage, index, work):
-        if stage == "units":
+    def failing(self, phase, index, work):
+        if phase == "units":
             done.append(index)
             if len(done) == 3:
                 raise OSError(28, "full", "disk")
-        return do(self, stage, index, work)
+        return do(self, phase, index, work)
 
     monkeypatch.setattr(Job, "do", failing)
     copy = tmp_path / "copy.txt"
@@ -261,7 +261,7 @@ def test_a_job_that_lost_its_lease_moves_nothing_into_place(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 20])
-def test_tasks_share_a_job_and_the_last_puts_the_output_into_place(files, tokenizer, expected, tmp_path, count):
+def test_tasks_share_a_job_and_the_last_moves_the_output_into_place(files, tokenizer, expected, tmp_path, count):
     order = list(range(count))
     random.Random(count).shuffle(order)
     results = []
@@ -311,7 +311,7 @@ def test_slurm_arrays_are_numbered_from_their_first_task():
         task(ID=5, MIN=1, MAX=7, COUNT=3, STEP=1)
 
 
-def test_ranks_are_told_from_single_processes():
+def test_ranks_are_distinguished_from_single_processes():
     assert is_mpi({"OMPI_COMM_WORLD_SIZE": "3"})
     assert is_mpi({"PMI_SIZE": "2", "PMI_RANK": "0"})
     assert is_mpi({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "4"})

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset: read by another reader than ours, and there and back without a difference."""
+"""Megatron's indexed dataset: read by another reader than ours, and unchanged by a round trip."""
 
 import itertools
 import struct
@@ -51,7 +51,7 @@ def write(prefix, documents, code=8, version=1, magic=b"MMIDIDX\0\0"):
 
 
 def of_corpus(corpus, split_name):
-    """Our documents, each a list of sentences, and the ids as they lie in the shards."""
+    """Our documents, each a list of sentences, and the ids as they are in the shards."""
     split = corpus.split(split_name)
     documents, values = [], []
     for shard in range(len(split.shards)):
@@ -92,7 +92,7 @@ def test_ids_above_16_bits_are_int32(tmp_path, corpus, monkeypatch):
     assert read(tmp_path / "x") == (4, [[[70_000], [5]], [[6]], [[7, 65_536]]])
 
 
-def test_there_and_back_is_the_same(corpus, corpus_folder, tmp_path, monkeypatch):
+def test_a_round_trip_changes_nothing(corpus, corpus_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(megatron, "_SHARD_TOKENS", 20_000)
     for split in ("train", "validation"):
         command = f"export {corpus_folder} --format megatron --split {split} --output {tmp_path}/{split}"
@@ -135,7 +135,7 @@ def test_a_dataset_of_megatron_is_imported(tmp_path, tokenizer_folder, code):
     assert entry.path == str(tmp_path / "m.bin")
 
 
-def test_sequences_may_lie_in_any_order(tmp_path, tokenizer_folder):
+def test_sequences_may_be_in_any_order(tmp_path, tokenizer_folder):
     write(tmp_path / "m", [[[10, 11], [12]], [[13, 14, 15]]])
     path = tmp_path / "m.idx"
     content = bytearray(path.read_bytes())
@@ -170,10 +170,10 @@ def put(form, offset, *values):
         (lambda prefix: prefix.with_suffix(".idx").unlink(), "cannot read the Megatron dataset"),
         (lambda prefix: prefix.with_suffix(".bin").unlink(), "cannot read the Megatron dataset"),
         (lambda prefix: prefix.with_suffix(".idx").write_bytes(b""), "cannot read the Megatron dataset"),
-        (cut(".idx", 1), "it was cut"),
-        (cut(".idx", 60), "it was cut|no index"),
+        (cut(".idx", 1), "it is truncated"),
+        (cut(".idx", 60), "it is truncated|not the index"),
         (cut(".bin", 1), "does not fit"),
-        (put("<B", 0, 0), "no index of a Megatron dataset"),
+        (put("<B", 0, 0), "is not the index of a Megatron dataset"),
         (put("<Q", 9, 2), "version 2"),
         (put("<B", 17, 7), "token type 7"),
         (put("<i", 34, -1), "does not fit"),
@@ -194,14 +194,14 @@ def test_a_broken_dataset_is_a_user_error(tmp_path, tokenizer_folder, change, me
 @pytest.mark.parametrize(("worst", "code"), [(400, 8), (-1, 4)])
 def test_ids_that_are_not_the_tokenizers_are_refused(tmp_path, tokenizer_folder, worst, code):
     write(tmp_path / "m", [[[10, 11]], [[12, worst, 13]]], code)
-    with pytest.raises(UserError, match=rf"document 1 holds id {worst}, the tokenizer has 400 ids"):
+    with pytest.raises(UserError, match=rf"document 1 has id {worst}, but the tokenizer has 400 ids"):
         import_dataset({"train": tmp_path / "m"}, tokenizer_folder, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
 def test_nothing_is_overwritten_and_nothing_imported_from_nothing(corpus, tmp_path, tokenizer_folder):
     (tmp_path / "x.idx").write_text("precious")
-    with pytest.raises(UserError, match=r"x.idx' is there already"):
+    with pytest.raises(UserError, match=r"x.idx' exists already"):
         export_split(corpus, "train", tmp_path / "x")
     with pytest.raises(UserError, match="no documents in split 'test'"):
         export_split(corpus, "test", tmp_path / "y")
@@ -210,7 +210,7 @@ def test_nothing_is_overwritten_and_nothing_imported_from_nothing(corpus, tmp_pa
     with pytest.raises(UserError, match="no document with tokens"):
         import_dataset({"train": tmp_path / "m"}, tokenizer_folder, tmp_path / "data")
     write(tmp_path / "data/m", [[[10]]])
-    with pytest.raises(UserError, match="lies in the output"):
+    with pytest.raises(UserError, match="is inside the output"):
         import_dataset({"train": tmp_path / "data/m"}, tokenizer_folder, tmp_path / "data")
 
 

@@ -127,7 +127,7 @@ def test_a_file_given_twice_is_read_once(folder):
         ("*.nothing", "no such file"),
         ("text/README.md", "convert or rename"),
         ("text/.hidden/../nodir", "nodir"),
-        ("text/*.md", "holds no"),
+        ("text/*.md", "contains no"),
     ],
 )
 def test_an_argument_that_names_no_text_is_an_error(folder, argument, message):

@@ -1,4 +1,4 @@
-"""Documents and located rejects from bytes, whatever the blocks in which these come."""
+"""Documents and located rejects from bytes, whatever the blocks in which they arrive."""
 
 import random
 
@@ -31,13 +31,13 @@ def test_blank_lines_separate_documents_whatever_the_newlines(tmp_path, newline)
 
 
 @pytest.mark.parametrize("newline", NEWLINES)
-def test_a_line_a_document_counts_blank_lines_as_empty(tmp_path, newline):
+def test_with_one_document_per_line_blank_lines_are_empty_documents(tmp_path, newline):
     data = "one\n\n two\n".replace("\n", newline).encode()
     found = read(tmp_path / "a.txt", data, documents="line")
     assert [item if isinstance(item, str) else item.reason for item in found] == ["one", "empty", " two"]
 
 
-def test_a_file_a_document(tmp_path):
+def test_one_document_per_file(tmp_path):
     assert read(tmp_path / "a.txt", b"one\n\ntwo\r\n", documents="file") == ["one\n\ntwo\n"]
     assert [item.reason for item in read(tmp_path / "b.txt", b"", documents="file")] == ["empty"]
 
@@ -90,7 +90,7 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path):
         list(read_documents(Piece(str(path), 0, 10), ReadOptions()))
 
 
-def test_sentences_lose_trailing_white_space_and_all_but_the_first_open_with_a_space():
+def test_sentences_lose_trailing_white_space_and_all_but_the_first_begin_with_a_space():
     document = sentence_bytes("one. \n\n\ttwo\t\n  \nthree", "lines")
     assert document == b"one.\n\ttwo\nthree"
     assert tokenizer_lines(document) == b"one.\n \ttwo\n three"

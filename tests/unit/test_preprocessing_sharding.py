@@ -102,7 +102,7 @@ def test_the_validation_split_does_not_move_when_the_corpus_grows(files, tokeniz
         assert after[split][-len(before[split]) :] == before[split]
 
 
-def test_no_validation_split_where_none_is_wanted(files, tokenizer, tmp_path):
+def test_no_validation_split_unless_requested(files, tokenizer, tmp_path):
     manifest, _ = prepare_corpus(files, tokenizer, tmp_path / "out", ShardOptions(validation_fraction=0.0), workers=1)
     assert manifest.documents("train") == len(DOCUMENTS)
     assert not (tmp_path / "out/validation").exists()
@@ -160,7 +160,7 @@ def test_prepared_data_is_replaced_and_other_folders_are_not(files, tokenizer, t
     with pytest.raises(UserError, match="not empty"):
         prepare_corpus(files, tokenizer, tmp_path / "other", OPTIONS, workers=1)
     (out / "raw.txt").write_text("text")
-    with pytest.raises(UserError, match="lies in the output"):
+    with pytest.raises(UserError, match="is inside the output"):
         prepare_corpus([str(out / "raw.txt")], tokenizer, out, OPTIONS, workers=1)
 
 
@@ -214,7 +214,7 @@ def test_a_large_compressed_file_becomes_several_shards(tokenizer, tmp_path, mon
     assert Corpus.open(tmp_path / "out").manifest == manifest
 
 
-def test_bad_documents_are_passed_over_and_stand_in_the_manifest(files, tokenizer, tmp_path):
+def test_bad_documents_are_skipped_and_listed_in_the_manifest(files, tokenizer, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"good\n\nbad \xff\n\nlast")
     folders = [tmp_path / f"out {workers}" for workers in (1, 2)]

@@ -1,4 +1,4 @@
-"""Documents of several sources in one unit: every shard is of one source, and all that reads shards goes on to work."""
+"""Documents of several sources in one unit: every shard has one source, and all readers of shards still work."""
 
 import gzip
 import json
@@ -79,7 +79,7 @@ def test_every_shard_is_of_one_source(files, tokenizer_folder, tmp_path, monkeyp
     assert others == [f"{first[:-6]}-{part:05d}.arrow" for part in range(1, len(last_unit))]
 
 
-def test_copies_go_from_the_shards_of_their_source(files, tokenizer_folder, tmp_path):
+def test_copies_are_dropped_from_the_shards_of_their_source(files, tokenizer_folder, tmp_path):
     copies = [json.dumps({"text": text, "from": "copies"}) + "\n" for text in TEXTS[::3]]
     (tmp_path / "c.jsonl").write_text("".join(copies) + json.dumps({"text": "its own", "from": "copies"}))
     (tmp_path / "d.jsonl").write_text("".join(copies[:5]) + json.dumps({"text": "of wiki", "from": "wiki"}))
@@ -147,7 +147,7 @@ def test_a_trace_by_weights_draws_their_shares(files, tokenizer_folder, tmp_path
     assert "unknown source 'c'; the data's sources are a, b" in capsys.readouterr().err
 
 
-def test_a_source_that_is_no_text_is_a_bad_document(tmp_path, tokenizer_folder):
+def test_a_source_that_is_not_text_makes_a_bad_document(tmp_path, tokenizer_folder):
     whole = ("x,y=2", "new\nline", 7, ["x"], "", None, "\U0001f600")
     lines = [json.dumps({"text": f"text {i}", "from": source}) for i, source in enumerate([*whole, "\ud83d"])]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

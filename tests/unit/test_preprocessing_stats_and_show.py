@@ -1,4 +1,4 @@
-"""What `preprocess show` and `preprocess stats` say of prepared data."""
+"""What `preprocess show` and `preprocess stats` say about prepared data."""
 
 import json
 from collections import Counter
@@ -83,12 +83,12 @@ def test_numbers_and_ranges(text, numbers):
 
 
 @pytest.mark.parametrize("text", ["", "a", "1:2:3", "5:2", "10:", "1.5"])
-def test_what_is_no_number_is_a_user_error(text):
-    with pytest.raises(UserError, match=r"--doc '.*' (is no|holds no) document"):
+def test_what_is_not_a_number_is_a_user_error(text):
+    with pytest.raises(UserError, match=r"--doc '.*' (is not a|contains no) document"):
         document_numbers(text, 10)
 
 
-def test_a_document_or_split_that_is_not_there_is_a_user_error(prepared, capsys):
+def test_a_missing_document_or_split_is_a_user_error(prepared, capsys):
     assert run(f"show {prepared[0]} --doc 1000") == 2
     assert "no document 1000 in split 'train'" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no split 'test' in .* it has train, validation"):

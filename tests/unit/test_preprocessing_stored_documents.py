@@ -1,4 +1,4 @@
-"""The places of documents in their inputs: what stands there is the document."""
+"""The positions of documents in their inputs: what is there is the document."""
 
 import csv
 import gzip
@@ -49,7 +49,7 @@ def prepared(tmp_path_factory, tokenizer_folder):
     return folder
 
 
-def test_every_document_is_found_where_it_stands(prepared):
+def test_every_document_is_found_where_it_is(prepared):
     corpus = Corpus.open(prepared / "data")
     documents = StoredDocuments(corpus, "train")
     origins, found = Origins(corpus, documents, Decoder(corpus)), []
@@ -77,7 +77,7 @@ def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenize
         assert text_at(tmp_path / "a.jsonl", *origins.span(document)) == text
 
 
-def test_show_and_trace_name_the_place(prepared, capsys):
+def test_show_and_trace_name_the_position(prepared, capsys):
     with pytest.raises(SystemExit):
         main(f"show {prepared}/data --doc 1 --offsets".split())
     assert f"  place  byte {len(TEXTS[0].encode()) + 2 + 6} to " in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_show_and_trace_name_the_place(prepared, capsys):
         assert text_at(path, begin, end).strip() in TEXTS
 
 
-def test_an_input_that_is_gone_has_no_places(prepared, tmp_path):
+def test_an_input_that_is_gone_has_no_positions(prepared, tmp_path):
     corpus = Corpus.open(prepared / "data")
     documents = StoredDocuments(corpus, "train")
     origins = Origins(corpus, documents, Decoder(corpus))

@@ -68,7 +68,7 @@ def test_a_compressed_file_of_several_members_reads_as_the_plain_one(tmp_path, s
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-def test_what_stands_before_the_damage_of_a_compressed_file_is_kept(tmp_path, compression):
+def test_what_comes_before_the_damage_of_a_compressed_file_is_kept(tmp_path, compression):
     data, compress = PLAIN["jsonl"], COMPRESS[compression]
     first, second = compress(data[:50_000]), compress(data[50_000:])
     whole = data[:50_000].count(b"\n")
@@ -98,7 +98,7 @@ def test_a_stream_longer_than_any_block_is_cut_at_borders_only(tmp_path):
         assert len(documents) > 35_000
 
 
-def test_a_document_without_end_is_passed_over_in_bounded_memory(tmp_path):
+def test_an_endless_document_is_skipped_in_bounded_memory(tmp_path):
     endless = b"x" * 3_000_000
     content = b"before\n\n" + endless + b" \n \nafter\n\n" + endless
     for path, compress in (("a.txt", bytes), ("a.txt.zst", zstandard.compress)):
@@ -131,7 +131,7 @@ def test_every_type_of_string_column_is_read(tmp_path, kind):
     assert texts(tmp_path / "a.arrow") == TEXTS
 
 
-def test_a_corrupt_row_group_loses_its_own_rows_only(tmp_path):
+def test_a_corrupt_row_group_loses_only_its_own_rows(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(TABLE, path, row_group_size=100, write_page_checksum=True, compression="none")
     column = pq.ParquetFile(path).metadata.row_group(4).column(1)
@@ -204,7 +204,7 @@ def test_csv_rows_with_quotes_and_line_ends_are_documents(tmp_path):
         assert csv_bytes()[found[500].offset :].startswith(b"d500,")
 
 
-def test_each_bad_csv_row_has_its_reason_and_place(tmp_path):
+def test_each_bad_csv_row_has_its_reason_and_position(tmp_path):
     rows = [
         b"\xef\xbb\xbfid,text",
         b'1,"a\r\nb"',
@@ -226,7 +226,7 @@ def test_each_bad_csv_row_has_its_reason_and_place(tmp_path):
     assert "row 5 is not closed, so the 14 bytes from this row on" in account.damage[0]["detail"]
 
 
-def test_files_behind_a_url_read_as_local_ones(tmp_path):
+def test_files_at_a_url_are_read_like_local_ones(tmp_path):
     system = fsspec.filesystem("memory")
     pq.write_table(TABLE, tmp_path / "a.parquet", row_group_size=100)
     write_arrow(tmp_path / "s.arrow", pa.ipc.new_stream)

@@ -1,4 +1,4 @@
-"""Tracing global batches: the same sequences as the loader yields, and the documents that they are of."""
+"""Tracing global batches: the same sequences as the loader yields, and their documents."""
 
 import json
 
@@ -120,7 +120,7 @@ def test_the_command_knows_schedules_and_what_a_run_left_out(prepared, tmp_path,
     }
 
 
-def test_a_far_step_is_as_near_as_the_first(corpus):
+def test_a_late_step_costs_no_more_than_the_first(corpus):
     tracer = BatchTracer(corpus, PackingConfig(LENGTH), make_stages(LENGTH, 8), SEED)
     (entry, *_) = tracer.trace(10**12, tracer.places(10**12))
     assert entry.place // 8 == 10**12 - 1
@@ -135,7 +135,7 @@ def test_values_out_of_range_are_user_errors(corpus, step, batch, seed):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tokenizer_folder):
-    """A data folder made from one large file, which is cut into units, and small ones, which are gathered."""
+    """A data folder made from one large file, which is cut into units, and small ones, which are combined."""
     folder = tmp_path_factory.mktemp("prepared")
     counts = {"large.txt": 150, "small-a.txt": 3, "small-b.txt": 4, "small-c.txt": 2}
     for name, count in counts.items():
@@ -147,7 +147,7 @@ def prepared(tmp_path_factory, tokenizer_folder):
     return folder / "data"
 
 
-def test_every_document_is_traced_to_the_piece_that_holds_it(prepared, capsys):
+def test_every_document_is_traced_to_its_piece(prepared, capsys):
     command = f"trace {prepared} --step 1 --train_batch_size 400 --max_seq_length 64 --json"
     with pytest.raises(SystemExit, match="0"):
         main(command.split())
@@ -184,7 +184,7 @@ def test_columns_and_objects_say_the_same(prepared, capsys):
 
 
 @pytest.mark.parametrize("rank", ["2/2", "-1/2", "1", "a/b", "0/0", "1/2/3"])
-def test_a_rank_that_is_none_is_one_line(prepared, capsys, rank):
+def test_a_wrong_rank_is_one_line(prepared, capsys, rank):
     command = f"trace {prepared} --step 1 --train_batch_size 4 --max_seq_length 64 --rank={rank}"
     with pytest.raises(SystemExit, match="2"):
         main(command.split())

@@ -129,8 +129,8 @@ def test_missing_and_superfluous_files_are_named(folder):
     assert verify(folder) == [
         "dataset_dict.json: missing",
         "train/shard-00001.arrow: missing",
-        "notes.txt: superfluous, the manifest does not name it",
-        "train/.shard-00007.arrow.99.tmp: superfluous, the manifest does not name it",
+        "notes.txt: superfluous, not in the manifest",
+        "train/.shard-00007.arrow.99.tmp: superfluous, not in the manifest",
     ]
 
 
@@ -148,10 +148,10 @@ def test_the_command_says_whole_or_exits_with_1_and_the_damage(folder, capsys):
     assert run("verify", folder, "--workers", 0) == 2
 
 
-def test_a_wrong_checksum_of_the_whole_is_named_where_the_chunks_are_right(folder):
+def test_a_wrong_checksum_of_the_whole_is_named_if_the_chunks_are_right(folder):
     info = Corpus.open(folder).manifest.splits["train"][0]
     (problem,) = shard_problems(folder, dataclasses.replace(info, checksum="0" * 32))
-    assert problem == f"{info.file}: its chunks are as the manifest says, the whole is not"
+    assert problem == f"{info.file}: its chunks match the manifest, the whole does not"
 
 
 def test_a_folder_without_a_manifest_is_a_user_error(tmp_path):
