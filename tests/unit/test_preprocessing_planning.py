@@ -184,6 +184,6 @@ def test_data_sets_are_the_files_that_the_library_names(tmp_path, monkeypatch):
     assert [Path(file).name for file in dataset_files("./hub", None, "split=validation")] == [
         "validation-00000.parquet"
     ]
-    for query, message in [("split=test", "no split 'test' but train, validation"), ("spilt=x", "only config")]:
+    for query, message in [("split=test", "no split 'test', only train, validation"), ("spilt=x", "only config")]:
         with pytest.raises(UserError, match=message):
             dataset_files("./hub", None, query)
