@@ -1,4 +1,4 @@
-"""Processes of a run: who am I, and what do we all agree on.
+"""The processes of a run: their ranks, what they agree on, and requests to stop.
 
 Control messages (stop requests, counts, choices) travel over gloo and CPU tensors, so that they never wait for a GPU.
 """
@@ -43,7 +43,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Call on all processes at once, after the default process group stands."""
+        """Call on all processes at once, when the default process group is there."""
         control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
 
@@ -74,7 +74,7 @@ class Ranks:
         return box[0]
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on rank 0; its value on all processes, or what a user is told of its error as `UserError`."""
+        """Run `function` on rank 0; its value on all processes, or its error, as users see it, as a `UserError`."""
         value, problem = None, None
         if self.is_main:
             try:
@@ -83,16 +83,16 @@ class Ranks:
                 problem = user_message(error)
                 if problem is None:
                     raise
-        if self.any(value is not None or problem is not None):  # most often there is nothing to tell
+        if self.any(value is not None or problem is not None):  # most often there is nothing to send
             value, problem = self.broadcast((value, problem))
         if problem is not None:
             raise UserError(*problem)
         return cast(Result, value)
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on every rank; its value here, or on all processes a `UserError` where one met an error.
+        """Run `function` on every rank; its value here, or on all processes a `UserError` if any met an error.
 
-        It is the first that a user is told of; it names the hosts which it is of, unless all met the same.
+        It is the first error that users should see; it names the hosts that met it, unless all met the same.
         """
         value, problem = None, None
         try:
@@ -135,7 +135,7 @@ class Ranks:
         dist.barrier(group=self.control_group)
 
     def log(self, message: str) -> None:
-        """Say something once for all processes."""
+        """Log a message once for all processes."""
         if self.is_main:
             logger.info(message)
 
@@ -148,7 +148,7 @@ class Ranks:
 
 
 class StopRequest:
-    """Remembers a signal until all processes have agreed on it. A context manager: handlers are put back at its end.
+    """Remembers a signal until all processes have agreed on it. A context manager: handlers are restored at its end.
 
     The first signal asks for a checkpoint and a clean end; a second Ctrl-C ends the process at once. (A launcher
     passes Ctrl-C on as SIGTERM, which therefore does not count as the second.)
@@ -173,12 +173,12 @@ class StopRequest:
         self._received = signal.Signals(number)
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; call on all processes at the same place."""
+        """Whether any process was asked to stop; call on all processes at the same point."""
         return self._ranks.any(self._received is not None)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep large blocks that were freed for the next ones, where it would give each back.
+    """Let glibc's malloc keep large blocks that were freed for the next ones, instead of giving each back.
 
     Every step makes the same large tensors. Fresh pages from the kernel for each cost a CPU run a quarter of its time.
     """
@@ -189,7 +189,7 @@ def keep_freed_memory() -> None:
 
 
 def set_up_logging() -> None:
-    """Messages of this project at INFO; DeepSpeed's and others' only from WARNING on."""
+    """Show messages of this project from INFO on; DeepSpeed's and others' only from WARNING on."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
 

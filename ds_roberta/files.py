@@ -198,17 +198,17 @@ def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) ->
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the work on the folder `output` lies until it is whole."""
+    """The folder in which `output` is made until it is complete."""
     return output.parent / f".{output.name}.partial"
 
 
 def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) -> None:
-    """Refuse an `output` that must not be replaced, as `replaced_folder` says; mend what a killed job left of one."""
+    """Refuse an `output` that must not be replaced, as `replaced_folder` says; finish what a killed job left."""
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {str(output)!r} is a file: give a folder as --output")
     if output.exists() and any(output.iterdir()) and not is_ours(output):
         raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output")
-    mend_exchange(output)
+    finish_exchange(output)
 
 
 def put_in_place(folder: Path, output: Path) -> None:
@@ -236,7 +236,7 @@ def exchange(folder: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def mend_exchange(output: Path) -> None:
+def finish_exchange(output: Path) -> None:
     """Finish what a kill within `exchange` left of it, so that `output` is there, old or new."""
     old = _old_folder(output)
     _put_back(old, output)

@@ -1,20 +1,20 @@
-"""Dynamic masking: which tokens the model must predict, and what stands in their place.
+"""Dynamic masking: which tokens the model must predict, and what replaces them.
 
-A pure function of (key, place, position, share): the same place of the same epoch is masked alike on any process, in
-any micro-batch, after any restart, and differently in every epoch (Liu et al. 2019, RoBERTa, section 4.1).
+A pure function of (key, place, position, share): the same place of the same epoch is masked the same way on any
+process, in any micro-batch, after any restart, and differently in every epoch (Liu et al. 2019, RoBERTa, section 4.1).
 
 Static masking (the same section; BERT's preprocessing repeats its data 10 times) is the same function of another
 number: a sequence has `copies` masks, and its visit e has that of copy e mod `copies`; see `copy_numbers`.
 
 Units are drawn in random order, whole, until a share `mlm_probability` of a sequence's maskable tokens is chosen:
 
-* `token` — tokens alone, so that their number is the share, rounded up or down at random.
+* `token` — single tokens, so that their number is the share, rounded up or down at random.
 * `whole-word` — all tokens of a word (Devlin et al. 2019, the "whole word masking" models of BERT's repository).
 * `span` — spans of 1 to 10 whole words of geometric length (Joshi et al. 2020, SpanBERT, section 3.1).
 
 The word or span at the border of the share is taken or left at random, so that the expected share is exact. Of the
-chosen tokens 80% become `<mask>`, 10% a random ordinary token, 10% stay (Devlin et al. 2019, BERT, section 3.1); in
-`span` one draw decides so for all tokens of a span.
+chosen tokens 80% become `<mask>`, 10% a random ordinary token, and 10% stay (Devlin et al. 2019, BERT, section 3.1);
+in `span` one draw decides this for all tokens of a span.
 
 Random token substitution chooses tokens in the same way and replaces all of them; see `Substituter`.
 
@@ -36,9 +36,9 @@ from ds_roberta.data.words import word_bounds
 SPAN_P, MAX_SPAN_WORDS = 0.2, 10
 """SpanBERT's geometric distribution of a span's words, cut off at its longest; 3.8 on average."""
 _CHUNK_TOKENS = 1 << 17
-"""Tokens masked at a time: what is computed of them stays in a core's cache."""
+"""Tokens masked at a time: few enough that the work stays in a core's cache."""
 _NEVER = np.uint32(0xFFFFFFFF)
-"""The key of what cannot be chosen: behind all others."""
+"""The key of what cannot be chosen: after all others."""
 _SHARE_BITS = 16
 _SPAN_WORDS = 1 + np.searchsorted(
     np.cumsum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)) / np.sum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)),
@@ -68,8 +68,8 @@ class Masker:
 
     Args:
         key: from `derive_key`, of the run's seed for training, fixed for evaluation.
-        share: of the maskable tokens to choose, where `mask` is told no other.
-        word_starts: (V,) bool from `words.word_starts`; needed by `whole-word` and `span` alone.
+        share: of the maskable tokens to choose, unless `mask` is given another.
+        word_starts: (V,) bool from `words.word_starts`; needed only by `whole-word` and `span`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Masker:
             input_ids: (B, T) integers of any type, C-contiguous; the chosen tokens are replaced. A sequence has a
                 special token.
             places: (B,) int64, the place of each sequence in the endless order, or its number of `copy_numbers`.
-            mlm_probability: the share to choose, where it is not the masker's.
+            mlm_probability: the share to choose, if not the masker's.
 
         Returns:
             Flat positions (b * T + t) of the chosen tokens, rising, and their true ids: two (M,) int64.
@@ -148,7 +148,7 @@ class Masker:
         return positions, labels
 
     def _specials(self, input_ids: np.ndarray) -> np.ndarray:
-        """Which tokens are special: (B, T) bool. Special ids lie in a few runs; comparing is faster than looking up."""
+        """Which tokens are special: (B, T) bool. Special ids form a few runs: comparing is faster than looking up."""
         special = np.zeros(input_ids.shape, dtype=bool)
         for first, last in self._special_runs:
             special |= (input_ids >= first) & (input_ids <= last) if first < last else input_ids == first
@@ -207,7 +207,7 @@ def training_masker(
 
 
 def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.ndarray:
-    """What stands for the places where masks are fixed: a number of each sequence's copy of an epoch.
+    """What is used instead of places if masks are fixed: a number for each sequence's copy in an epoch.
 
     Args:
         sequences: (B,) int64.
@@ -225,7 +225,7 @@ def evaluation_masker(
     word_starts: np.ndarray | None = None,
     kind: type[Masker] = Masker,
 ) -> Masker:
-    """Masks that are the same in every run and at every step, so that held-out losses compare."""
+    """Masks that are the same in every run and at every step, so that held-out losses can be compared."""
     return kind(config, tokenizer, derive_key("evaluation mask"), config.final_probability, word_starts)
 
 
@@ -268,12 +268,12 @@ def _choose_units(
     rows, length = draws.keys.shape
     keys = np.full(rows * length, _NEVER)
     keys[units] = draws.keys.reshape(-1)[units]
-    # As a unit holds a token at least, those beyond the quota's number are out of reach.
+    # A unit has at least one token, so those beyond the quota's number are out of reach.
     lowest = np.sort(keys.reshape(rows, length), axis=1)[:, : int(quota.max()) + 1]
     flat = np.minimum(lowest & draws.position_mask, length - 1) + np.arange(0, rows * length, length)[:, None]
     size = tokens[flat]
     before = np.cumsum(size, axis=1) - size
-    # Of the unit at the border a part would fit: it is taken with a probability equal to that part.
+    # Only a part of the unit at the border would fit: it is taken with a probability equal to that part.
     return flat[before + border[:, None] * size < quota[:, None]]
 
 
@@ -296,10 +296,10 @@ def _choose_words(
 def _choose_spans(
     draws: _Draws, starts: np.ndarray, ends: np.ndarray, special: np.ndarray, quota: np.ndarray, border: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The flat positions of the tokens of chosen spans, rising, and the position that stands for the span of each.
+    """The flat positions of the tokens of chosen spans, rising, and for each the position that identifies its span.
 
     A span begins at every word; each word belongs to the span with the lowest key of those that reach it. Choosing
-    spans in the order of their keys is then drawing them one by one, where a word drawn twice stays with the first.
+    spans in the order of their keys is then drawing them one by one, and a word drawn twice stays with the first.
     """
     length = draws.keys.shape[1]
     keys = draws.keys.reshape(-1)[starts]
@@ -325,5 +325,5 @@ def _choose_spans(
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers `start … start + count - 1` of all pairs, one behind the other."""
+    """The numbers `start … start + count - 1` of all pairs, one after the other."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

@@ -68,8 +68,8 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
     """Write the page of runs to `output`, and its plots as PNGs into the folder `STEM_plots` beside it.
 
     Raises:
-        UserError: a run cannot be read, the output cannot be written, or matplotlib is not installed. Nothing is left
-            of the output then.
+        UserError: a run cannot be read, the output cannot be written, or matplotlib is not installed. The output is
+            then not there.
     """
     runs = read_runs(folders)
     if output.is_dir():
@@ -99,7 +99,7 @@ def page(runs: Sequence[Run], plots: dict[Metric, bytes]) -> str:
         "<h2>Last and best values</h2>",
         _table(runs, _values(runs, list(plots))),
         "<h2>Settings</h2>",
-        "<p>In bold: where the runs differ.</p>" if len(runs) > 1 else "",
+        "<p>Differences between the runs are in bold.</p>" if len(runs) > 1 else "",
         _table(runs, _settings(runs), mark_differences=True),
         *_results(runs),
     ]

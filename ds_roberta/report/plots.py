@@ -20,11 +20,11 @@ class Metric:
     """A column of `metrics.jsonl` to show.
 
     Attributes:
-        best: takes the best of some values; None where none is better.
-        log: draw on a logarithmic axis where the values differ much.
-        precision: the only one in which the metric says something; None for all.
-        of_some: only some objectives have it, so that it is not missed in a run without it.
-        over: what the values are of: steps, or for `loss_by_position` positions in the sequence.
+        best: picks the best of some values; None if none is better.
+        log: draw on a logarithmic axis if the values differ much.
+        precision: the only one in which the metric is informative; None for all.
+        of_some: only some objectives have it, so a run without it is not reported to lack it.
+        over: the x axis: steps, or for `loss_by_position` positions in the sequence.
     """
 
     column: str
@@ -38,7 +38,7 @@ class Metric:
     over: str = "step"
 
     def of(self, run: Run) -> Series | None:
-        """The run's values, or None where it has none."""
+        """The run's values, or None if it has none."""
         if not self.applies_to(run):
             return None
         return run.loss_by_position if self.over == "position" else run.series(self.column)
@@ -67,7 +67,7 @@ METRICS = (
     Metric("memory_gb", "Memory of the first process", "GB"),
 )
 
-# Okabe and Ito's colours, told apart by colour-blind people too; https://jfly.uni-koeln.de/color/
+# Okabe and Ito's colours, which colour-blind people can distinguish too; https://jfly.uni-koeln.de/color/
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
 WIDTH_INCHES, HEIGHT_INCHES, LEGEND_ROW_INCHES = 5.2, 3.2, 0.22  # small, so that letters are legible on a phone
@@ -122,14 +122,14 @@ def draw(runs: Sequence[Run], metric: Metric) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG image whose bytes depend on its content alone."""
+    """The figure as a PNG image whose bytes depend only on its content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def describe(runs: Sequence[Run], metric: Metric) -> str:
-    """What the plot of `metric` shows, for those who do not see it."""
+    """What the plot of `metric` shows, for those who cannot see it."""
     sentences = [f"{metric.title.removesuffix(f' by {metric.over}')} by {metric.over}."]
     for run in runs:
         if series := metric.of(run):
@@ -141,7 +141,7 @@ def describe(runs: Sequence[Run], metric: Metric) -> str:
 
 
 def best(metric: Metric, series: Series) -> tuple[int, float] | None:
-    """The step and value of the metric's best finite value, the first of equals; None where no value is better."""
+    """The step and value of the metric's best finite value, the first of equals; None if no value is better."""
     if metric.best is None:
         return None
     value = metric.best([value for value in series.values if math.isfinite(value)])
@@ -158,7 +158,7 @@ def show(metric: Metric, value: float) -> str:
 
 
 def _label(name: str) -> str:
-    """The name for a legend: with its middle left out where it is long."""
+    """The name for a legend, without its middle if it is long."""
     if len(name) <= LONGEST_LABEL:
         return name
     half = (LONGEST_LABEL - 1) // 2

@@ -1,4 +1,4 @@
-"""A run as its folder tells it: rows of metrics, settings, results."""
+"""A run as read from its folder: rows of metrics, settings, results."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Run:
     """What a run's folder holds.
 
     Attributes:
-        name: tells it from the other runs of the report.
+        name: distinguishes it from the other runs of the report.
         rows: of `metrics.jsonl`, each with `global_step`; at least one.
         config: `config.json`.
         results: flat keys and values of each file of results, by its path in the folder.
         loss_by_position: held-out loss at the middles of ranges of positions, from the first file that has it.
-        warnings: what is wrong with the folder, but does not hinder.
+        warnings: what is wrong with the folder, but not fatal.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Run:
     loss_by_position: Series | None = None
 
     def series(self, metric: str) -> Series | None:
-        """The metric at the steps that have it, or None where none has."""
+        """The metric at the steps that have it, or None if none has."""
         found = [(row["global_step"], row[metric]) for row in self.rows if metric in row]
         if all(value is None for _, value in found):
             return None
@@ -59,19 +59,19 @@ class Run:
         )
 
     def setting(self, *path: str | int) -> Any:
-        """A value of `config.json` by its keys and indexes, or None where an older run does not have it."""
+        """A value of `config.json` by its keys and indexes, or None if an older run does not have it."""
         return value_at(self.config, path)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read runs' folders; a run has its folder's name, or where several have the same, its path.
+    """Read runs' folders; a run has its folder's name, or its path if several have the same name.
 
     Raises:
         UserError: a folder is given twice or is not a run's, or one of its files is broken.
     """
     for folder, count in Counter(folder.resolve() for folder in folders).items():
         if count > 1:
-            raise UserError(f"the run {str(folder)!r} is given {count} times: give each once")
+            raise UserError(f"the run {str(folder)!r} is given {count} times: name each once")
     names = Counter(folder.resolve().name for folder in folders)
     return [
         _read_run(folder, folder.resolve().name if names[folder.resolve().name] == 1 else str(folder))
@@ -125,7 +125,7 @@ def _loss_by_position(ranges: list[dict[str, Any]]) -> Series:
 
 
 def _in_short(content: Any) -> Any:
-    """Results without what is drawn, and without every epoch of every fine-tuning, which would hide what came out."""
+    """Results without what is plotted, and without every epoch of every fine-tuning, which would bury the outcome."""
     if _is_perplexity(content):
         return {name: value for name, value in content.items() if name != BY_POSITION}
     if not isinstance(content, dict) or "best" not in content or not isinstance(content.get("settings"), list):

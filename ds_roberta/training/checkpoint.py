@@ -6,7 +6,7 @@
     global_stepN/manifest.json                      size and checksum of every other file
 
 A checkpoint is complete or it does not exist under its name (`checkpoint_writer`). `latest` names the newest, `best`
-the one of the lowest held-out loss. There is no pickle, so nothing in a folder can run code.
+the one with the lowest held-out loss. There is no pickle, so nothing in a folder can run code.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class TrainState:
         loss_scaler: the numbers of fp16's dynamic loss scaler.
         best_eval_loss: the lowest held-out loss after a step, in nats; None before the first evaluation.
         best_step: the step that it was measured at.
-        recent_losses: of the last steps, by which a spike of the loss is told.
+        recent_losses: of the last steps, by which a spike of the loss is recognised.
         loss_spikes: steps whose loss was one, those that were rolled back included.
         skipped_places: what the run passes over after such a step, each with the fields of `data.stages.SkippedPlaces`.
-        learned_positions: of the model that the run began with; 0 where it began with nothing.
+        learned_positions: of the model that the run started from; 0 if it started from scratch.
     """
 
     identity: dict[str, Any]
@@ -136,13 +136,13 @@ def verify(checkpoint: Path) -> None:
     key = first_not_finite((key, file.get_tensor(key)) for key, _, file in _stored(checkpoint))
     if key is not None:
         raise UserError(
-            f"the checkpoint {str(checkpoint)!r} is of a training that had diverged: {key!r} is not finite; go on from "
-            "an earlier one"
+            f"the training of the checkpoint {str(checkpoint)!r} had diverged: {key!r} is not finite; resume from an "
+            "earlier one"
         )
 
 
 def choose(resume: str, folder: Path) -> Path | None:
-    """The checkpoint to go on from, verified: with "auto" the newest good one, or None; else the one named.
+    """The checkpoint to resume from, verified: with "auto" the newest good one, or None; else the one named.
 
     Raises:
         UserError: the one named is missing or damaged; or, with "auto", there are some and none is good.
@@ -156,16 +156,16 @@ def choose(resume: str, folder: Path) -> Path | None:
         try:
             verify(candidate)
         except UserError as error:
-            logger.warning(f"passed over a checkpoint: {error}")
+            logger.warning(f"skipped a checkpoint: {error}")
             continue
         return candidate
     if steps:
-        raise UserError(f"no checkpoint in {str(folder)!r} is complete: move them away to start anew")
+        raise UserError(f"no checkpoint in {str(folder)!r} is complete: move them away to start again")
     return None
 
 
 def newest(folder: Path) -> Path:
-    """The newest good checkpoint of a run's folder, verified; or the folder itself where it is a checkpoint.
+    """The newest good checkpoint of a run's folder, verified; or the folder itself if it is a checkpoint.
 
     Raises:
         UserError: there is none.

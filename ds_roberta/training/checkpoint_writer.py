@@ -1,11 +1,11 @@
-"""Writing checkpoints while training goes on.
+"""Writing checkpoints while training continues.
 
-In the loop stands what the processes do together: the copy of weights and moments into host memory, and, at the first
-step's end after every process has written its file, the renaming by which the checkpoint appears. Between the two a
-thread of each process serialises, syncs and sums up its share; it never communicates.
+The loop does what the processes must do together: it copies weights and moments into host memory, and, at the end of
+the first step after every process has written its file, it renames the folder, so that the checkpoint appears. In
+between, a thread in each process serialises, syncs and checksums its share; it never communicates.
 
-What is written lies in `.global_stepN.tmp` beside its place and is renamed as a whole: a kill at any moment leaves the
-earlier checkpoints as they were, and at worst a hidden folder that the next start removes.
+Files are written into `.global_stepN.tmp` beside the final folder, which is renamed as a whole: a kill at any moment
+leaves the earlier checkpoints as they were, and at worst a hidden folder that the next start removes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
-from ds_roberta.files import exchange, honour_umask, mend_exchange, sync_directory, sync_file, write_json, write_text
+from ds_roberta.files import exchange, finish_exchange, honour_umask, sync_directory, sync_file, write_json, write_text
 from ds_roberta.model.finite import first_not_finite
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
@@ -76,10 +76,10 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Writes checkpoints into `folder`, one at a time; all ranks call its methods at the same places.
+    """Writes checkpoints into `folder`, one at a time; all ranks call its methods at the same points.
 
-    A context manager: a block that ends well waits for the save in flight. One that an exception ends waits for this
-    process's thread alone, since the other ranks may be elsewhere; the checkpoint in flight then does not count.
+    A context manager: a block that ends normally waits for the save in flight. After an exception it waits only for
+    this process's thread, because the other ranks may be elsewhere; the checkpoint in flight is then discarded.
     """
 
     def __init__(
@@ -199,10 +199,10 @@ def errors_of_saving(target: Path) -> Iterator[None]:
         ) from error
 
 
-def mend(folder: Path, best_step: int | None) -> None:
-    """Remove what killed runs left unfinished, and let `best` name what the state that a run begins with says."""
+def clean_up(folder: Path, best_step: int | None) -> None:
+    """Remove what killed runs left unfinished, and make `best` name the checkpoint of `best_step`, if it is there."""
     for path in folder.glob(".global_step*.old"):
-        mend_exchange(path.with_name(path.stem[1:]))
+        finish_exchange(path.with_name(path.stem[1:]))
     for path in folder.glob(".global_step*"):
         shutil.rmtree(path)
     if best_step is not None and best_step in saved_steps(folder):
@@ -212,12 +212,12 @@ def mend(folder: Path, best_step: int | None) -> None:
 
 
 def temporary_folder(target: Path) -> Path:
-    """Where a checkpoint lies until it is complete."""
+    """The folder of a checkpoint until it is complete."""
     return target.with_name(f".{target.name}.tmp")
 
 
 def begin(target: Path) -> None:
-    """Make the empty temporary folder of `target`; raises `UserError` where it cannot."""
+    """Make the empty temporary folder of `target`; raises `UserError` if it cannot."""
     with errors_of_saving(target):
         shutil.rmtree(temporary_folder(target), ignore_errors=True)
         temporary_folder(target).mkdir(parents=True)
@@ -225,7 +225,7 @@ def begin(target: Path) -> None:
 
 def put_in_place(target: Path) -> None:
     """Give a durable temporary folder its name, and let `latest` name it."""
-    # The same step may be there, whose evaluation was broken off by a stop and done after the resume.
+    # The same step may be there already: a stop interrupted its evaluation, which was done after the resume.
     exchange(temporary_folder(target), target)
     name_in(target.parent, LATEST_NAME, target)
 

@@ -25,12 +25,12 @@ from ds_roberta.model.encoder import RobertaEncoder
 from ds_roberta.training.metrics import duration
 
 _GRAPHS_AT_MOST = 256
-"""torch gives up after 8 and goes on uncompiled: a length takes 4, with or without padding, trained or evaluated."""
+"""torch gives up after 8 and continues uncompiled: a length takes 4, with or without padding, training or not."""
 _TRITON_CAPABILITY = (7, 0)
 
 
 def resolve_torch_compile(torch_compile: str, zero_stage: int, on_gpu: bool) -> bool:
-    """Whether to compile: "auto" does on a GPU where it can.
+    """Whether to compile: "auto" does on a GPU if it can.
 
     Raises:
         UserError: it is "on", and cannot be.
@@ -65,7 +65,7 @@ def _gpu_obstacle() -> str | None:
 
 
 def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
-    """Compile the layers in place, each shape when it first comes; names of parameters stay.
+    """Compile the layers in place, each shape when it first occurs; parameters keep their names.
 
     Args:
         backend: torch.compile's.
@@ -92,9 +92,9 @@ def compiled_graphs() -> int:
 
 
 def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
-    """Set gradients aside while a graph may be made: torch 2.13 makes none where they are not of the weight's dtype.
+    """Set gradients aside while a graph may be made: torch 2.13 makes none if their dtype is not the weight's.
 
-    Where there is none after all, a warning says so: torch itself goes on in silence.
+    If there is none after all, a warning says so: torch itself continues silently.
     """
     met: set[tuple[object, ...]] = set()
     hidden: list[tuple[nn.Parameter, torch.Tensor | None]] = []
@@ -121,9 +121,9 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
 
 
 def compilation_notice(config: dict[str, Any]) -> str | None:
-    """What is logged before DeepSpeed compiles FusedAdam; None where torch's Adam is taken, which is compiled already.
+    """What to log before DeepSpeed compiles its FusedAdam; None if torch's Adam is used, which is compiled already.
 
-    A start that is killed while it compiles leaves a lock, for which all later ones wait in silence.
+    A start that is killed while it compiles leaves a lock, for which all later ones wait silently.
 
     Args:
         config: from `DeepSpeedConfig.resolved`.

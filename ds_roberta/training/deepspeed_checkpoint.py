@@ -1,9 +1,9 @@
-"""Checkpoints in DeepSpeed's own layout, by option beside the portable ones: for its tools, such as zero_to_fp32.
+"""Checkpoints in DeepSpeed's own layout, optionally beside the portable ones: for its tools, such as zero_to_fp32.
 
     deepspeed_checkpoints/global_stepN/   written by DeepSpeed: *_model_states.pt, *_optim_states.pt
     deepspeed_checkpoints/latest          global_stepN
 
-They load with the same number of processes, ZeRO stage and precision alone, have no checksums, and are pickles: reading
+They load only with the same number of processes, ZeRO stage and precision, have no checksums, and are pickles: reading
 one can run code that is in it, so read only folders that you trust.
 """
 
@@ -68,7 +68,7 @@ def save(engine: Engine, state: TrainState, folder: Path, keep_last: int) -> Pat
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint that a folder is, or that its `latest` names; None where it is not of this layout."""
+    """The checkpoint that a folder is, or that its `latest` names; None if it does not have this layout."""
     latest = path / LATEST_NAME
     folder = path / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     return folder if any(folder.glob(_MODEL_STATES)) else None
@@ -96,8 +96,8 @@ def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: st
     for name, (saved, current) in kinds.items():
         if saved != current:
             raise UserError(
-                f"{str(checkpoint)!r} is in DeepSpeed's layout, which loads unchanged runs alone: its {name} is "
-                f"{saved!r}, this run's is {current!r}; use the same, or go on from the portable one in "
+                f"{str(checkpoint)!r} is in DeepSpeed's layout, which loads only into an unchanged run: its {name} is "
+                f"{saved!r}, this run's is {current!r}; use the same, or resume from the portable one in "
                 f"{CHECKPOINTS_FOLDER}/, which loads anywhere"
             )
     return state_from(content[_STATE_KEY])

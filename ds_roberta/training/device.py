@@ -22,13 +22,13 @@ from deepspeed.accelerator import get_accelerator
 
 
 def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
-    """Join the other processes of the launcher (deepspeed, torchrun, srun, mpirun), or be alone where there is none.
+    """Join the other processes of the launcher (deepspeed, torchrun, srun, mpirun), if there is one.
 
     Args:
         rendezvous_timeout: seconds to wait for the others.
 
     Raises:
-        UserError: not all came in time, or the launcher started more processes than are in this run.
+        UserError: not all joined in time, or the launcher started more processes than are in this run.
     """
     set_ranks()
     meet(rendezvous_timeout)

@@ -5,8 +5,8 @@ stage and precision:
 
 * Each parameter's `grad_dtype` is fp32, so autograd itself adds low-precision gradients to an fp32 sum.
 * Stages 0 and 1 reduce at the accumulation boundary only. Stages 2 and 3 would reduce at every micro-step;
-  DeepSpeed's `coalesce_grad_reduction` defers that to the end of the step. It serves stage 1 in fp16 too, where the
-  sums must be had before they are reduced.
+  DeepSpeed's `coalesce_grad_reduction` defers that to the end of the step. Stage 1 in fp16 uses it too, because
+  the sums are needed before they are reduced.
 * Reduction is in fp32 (`DeepSpeedConfig.resolved`).
 
 The loss of a step is the sum over its labelled tokens divided by their global number, so each micro-step's sum is
@@ -63,9 +63,9 @@ _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the optimizer did: `skipped` where fp16's loss scale made the gradient overflow and nothing was updated.
+    """What the optimizer did: `skipped` if fp16's loss scale made the gradient overflow and nothing was updated.
 
-    `grad_norm` is the 2-norm before clipping, infinite where it is not finite; `loss_scale` is 1 without fp16.
+    `grad_norm` is the 2-norm before clipping, infinite if it is not finite; `loss_scale` is 1 without fp16.
     """
 
     grad_norm: float
@@ -81,7 +81,7 @@ class Engine:
         Args:
             config: from `DeepSpeedConfig.resolved`.
             seed: the run's; dropout derives from it.
-            groups: of the parameters, as torch's optimizers take them, where they differ.
+            groups: of parameters, as torch's optimizers take them, if they differ.
 
         Raises:
             UserError: DeepSpeed refuses the configuration.
@@ -153,7 +153,7 @@ class Engine:
                 safe_set_local_fp32_param(parameter, partitions["weight"])
                 for key in _MOMENTS:
                     safe_set_local_optimizer_state(parameter, partitions[key], key)
-                # DeepSpeed sets the fp32 master alone; the working copy follows only here.
+                # DeepSpeed sets only the fp32 master; the working copy follows only here.
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.data.copy_(values["weight"])
                 return
@@ -167,7 +167,7 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, values[key], key)
 
     def _own_partition(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-        """This rank's part at stage 3, filled up with zeros: `safe_set_full_*` fails where ranks do not divide it."""
+        """This rank's part at stage 3, filled up with zeros: `safe_set_full_*` fails if ranks do not divide it."""
         size = parameter.partition_numel()  # type: ignore[attr-defined]  # DeepSpeed adds it
         padded = nn.functional.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
         return padded.narrow(0, size * self.ranks.rank, size)
@@ -192,7 +192,7 @@ class Engine:
         """Write a checkpoint in DeepSpeed's layout, durable, into `folder/tag`; a collective call.
 
         Returns:
-            What this rank could not write. It is told, not raised: DeepSpeed's barriers behind it have to be met.
+            What this rank could not write. It is returned, not raised: all ranks must reach DeepSpeed's next barriers.
         """
         problems: list[str] = []
 
@@ -234,7 +234,7 @@ class Engine:
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def rehearse(self, micro_batch: MicroBatch) -> None:
-        """Take a step with a loss of weight zero at learning rate 0 and forget it: nothing of the training changes."""
+        """Take a step whose loss has weight zero at learning rate 0, and forget it: nothing in the training changes."""
         applied_steps, loss_scaler_state = self.applied_steps, self.loss_scaler_state
         with self.accumulation():
             self._micro_step(micro_batch, Counts(1, 1, 1), 0.0, last=True)
@@ -244,11 +244,11 @@ class Engine:
     def twin(self, make_model: Callable[[], Objective]) -> Objective:
         """A model apart from DeepSpeed that takes the memory of this one: its weights, and an fp32 gradient.
 
-        Up to stage 2 the weights are this model's own tensors; at stage 3, where they are spread over the processes,
+        Up to stage 2 the weights are this model's own tensors; at stage 3, which spreads them over the processes,
         zeros of the full size.
 
         Args:
-            make_model: makes the engine's model anew.
+            make_model: makes the engine's model again.
         """
         with torch.device("meta"):
             twin = make_model()
@@ -319,7 +319,7 @@ class Engine:
         """Apply the optimizer to the accumulated gradient, which is then gone; one that is not finite is discarded.
 
         Args:
-            loss: the step's, the same on all ranks; where it is not finite, the loss scale is not to blame.
+            loss: the step's, the same on all ranks; if it is not finite, the loss scale is not to blame.
 
         Raises:
             UserError: the gradient overflows in fp16 and the loss scale cannot become smaller.

@@ -64,7 +64,7 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
 
     Args:
         weights: those exported, by parameter name.
-        checkpoint: `RUN/checkpoints/global_stepN`; outside of a run's folder the card has the checkpoint's facts alone.
+        checkpoint: `RUN/checkpoints/global_stepN`; outside a run's folder the card has only the checkpoint's facts.
 
     Raises:
         UserError: the run's `config.json` or `metrics.jsonl` is broken.
@@ -81,7 +81,7 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
 
 A RoBERTa encoder: {config.num_hidden_layers} layers of width {config.hidden_size} with {config.num_attention_heads} \
 heads, {parameters:,} parameters, a vocabulary of {config.vocab_size:,} tokens, sequences of at most \
-{state.trained_length} of them. It was {CARD_SIGNATURE} and not tuned for a task.
+{state.trained_length} of them. It was {CARD_SIGNATURE} and not fine-tuned.
 
 ```python
 from transformers import AutoModel, AutoModelForSequenceClassification{", pipeline" if has_head else ""}
@@ -135,7 +135,7 @@ def _schedule(text: str | None) -> str | None:
 
 
 def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
-    """The last held-out loss up to the checkpoint, where the run's metrics are there."""
+    """The last held-out loss up to the checkpoint, if the run's metrics are there."""
     if not metrics.is_file():
         return {}
     losses = [
@@ -171,5 +171,5 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
     }
     found = {name: value_at(record, place) for name, place in places.items()}
     for name in ("folder of the data", "folder that it began with"):
-        found[name] = found[name] and Path(found[name]).name  # where it lay is nobody's business
+        found[name] = found[name] and Path(found[name]).name  # its parents are nobody's business
     return {name: str(value) for name, value in found.items() if value is not None}

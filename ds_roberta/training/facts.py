@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 _COUNTED = "the sequences of a step are found by counting batches: some would be repeated or left out"
 _FIXED = {
-    "model": "the weights are of that architecture; --init_from can begin another run with them",
+    "model": "the weights have that architecture; --init_from can start another run from them",
     "next_sentence_prediction": "the weights have a head for it, or have none",
-    "objective": "the weights have its head alone; --init_from can begin another run with the encoder",
+    "objective": "the weights have only its head; --init_from can start another run from the encoder",
     "train_batch_size": _COUNTED,
     "train_batch_size_schedule": _COUNTED,
 }
@@ -59,9 +59,9 @@ def run_identity(run: Run) -> dict[str, Any]:
         "train_batch_size": run.deepspeed.train_batch_size,
         "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
         "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
-        # Its steps are not among them: a run may be given more, or end in a decay from where it stands.
+        # Its steps are not among them: a run may be given more, or end in a decay from its present step.
         **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
-        "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before there was the option
+        "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before the option existed
         "decay_type": config.schedule.decay_type,
     }
 
@@ -100,7 +100,7 @@ def check_identity(
         remedy = f"({reason})" if reason else f"or allow it by --allow_change {name},"
         raise UserError(
             f"cannot resume from {str(checkpoint)!r}: {change}; use the same, {remedy} or another --output_dir to "
-            "start anew"
+            "start again"
         )
     return changes
 
@@ -137,7 +137,7 @@ def shared_facts(
 
 
 def source_fingerprint() -> str:
-    """A hash of this package's Python files: it tells of changes that no commit has."""
+    """A hash of this package's Python files: it also shows changes that are in no commit."""
     package = Path(ds_roberta.__file__).parent
     digest = xxhash.xxh3_128()
     for path in sorted(package.rglob("*.py")):
@@ -169,7 +169,7 @@ def run_record(run: Run, engine: Engine, plans: list[BatchPlan], peak: Peak) -> 
 
 
 def _commit() -> str | None:
-    """The commit of this program, where it runs from a git checkout."""
+    """The commit of this program, if it runs from a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

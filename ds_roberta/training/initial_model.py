@@ -1,6 +1,6 @@
-"""The model that a run begins with where it goes on with one: a transformers folder, or a checkpoint of ours.
+"""The model that a run starts from, if it does not start from scratch: a transformers folder, or a checkpoint of ours.
 
-Its architecture becomes the run's; its weights are resized for longer sequences or another tokenizer where asked.
+Its architecture becomes the run's; its weights are resized on request, for longer sequences or another tokenizer.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class InitialModel:
         return cls(folder, config, opened.max_seq_length, folder, False)
 
     def fingerprint(self) -> str:
-        """Of the weights as they are stored, wherever the folder lies."""
+        """Of the weights as they are stored, wherever the folder is."""
         if self.is_checkpoint:
             return file_checksum(self.folder / checkpoint.MANIFEST_NAME)
         return json_fingerprint({path.name: file_checksum(path) for path in weights_files(self.folder)})
@@ -119,7 +119,7 @@ class InitialModel:
         return replace(config, max_position_embeddings=longest + config.pad_token_id + 1)
 
     def initialize(self, model: Objective, run: RunConfig, corpus: Corpus) -> list[str]:
-        """Give the run's model the weights of this one, resized where `resized` said so.
+        """Give the run's model the weights of this one, resized as `resized` says.
 
         Parameters of a head that this one does not have stay as they are.
 
@@ -129,7 +129,7 @@ class InitialModel:
         Raises:
             UserError: the weights cannot be read, are not finite, or do not fit.
         """
-        weights, told = self._weights(), [f"the weights are those in {self.folder}"]
+        weights, done = self._weights(), [f"the weights are those in {self.folder}"]
         if (name := first_not_finite(weights.items())) is not None:
             raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
         if other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder):
@@ -143,14 +143,14 @@ class InitialModel:
             )
             for name in weights.keys() & VOCABULARY_PARAMETERS:  # a checkpoint without masked-LM head has one
                 weights[name] = token_rows(weights[name], sources)
-            told.append(
+            done.append(
                 f"embeddings of {shared:,} tokens are copied, of {len(new) - shared:,} the mean of the pieces that the "
                 "tokenizer before makes of them"
             )
         learned = self.config.max_length
         if run.packing.max_seq_length > self.learned_positions:
             learned = self.learned_positions
-            told.append(
+            done.append(
                 f"positions from {learned} to {run.model.max_length - 1} begin as copies of the {learned} before"
             )
         weights[POSITION_EMBEDDINGS] = position_rows(
@@ -160,11 +160,13 @@ class InitialModel:
             run.model.pad_token_id,
             run.model.max_length,
         )
-        left_out, anew = _copy(weights, model, self.folder)
-        told += [
-            f"{' and '.join(names)} {verb}" for names, verb in ((left_out, "left out"), (anew, "begin anew")) if names
+        left_out, fresh = _copy(weights, model, self.folder)
+        done += [
+            f"{' and '.join(names)} {verb}"
+            for names, verb in ((left_out, "left out"), (fresh, "initialized at random"))
+            if names
         ]
-        return told
+        return done
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """fp32, by parameter name."""

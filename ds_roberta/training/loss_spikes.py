@@ -15,11 +15,11 @@ _DEVIATIONS_TO_SIGMA = 1.4826
 
 
 class LossSpike(UserError):
-    """A loss lies far above those before it, or numbers of the training are not finite; nothing of the step is saved.
+    """A loss is far above those before it, or a number is not finite; nothing of the step is saved.
 
     Attributes:
         problem: the message without the remedy, which a rollback does not need.
-        step: the number of the step whose data are the last drawn, counted from 1.
+        step: the number of the last step whose data were drawn, counted from 1.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ def spike_limit(recent_losses: Sequence[float], threshold: float) -> float:
     """The largest loss that is no spike: median + threshold * robust standard deviation of the recent losses.
 
     Neither moves much by single outliers (Hampel 1974, "The influence curve and its role in robust estimation").
-    Infinite until there are `WINDOW` of them. A falling loss widens the deviation and lifts the limit, and no loss is
-    too low.
+    It is infinite until there are `WINDOW` losses. A falling loss widens the deviation and raises the limit, and no
+    loss is too low.
     """
     if len(recent_losses) < WINDOW:
         return math.inf
@@ -46,6 +46,6 @@ def spike_limit(recent_losses: Sequence[float], threshold: float) -> float:
     return median + threshold * _DEVIATIONS_TO_SIGMA * deviation
 
 
-def remember(recent_losses: Sequence[float], loss: float) -> list[float]:
+def with_loss(recent_losses: Sequence[float], loss: float) -> list[float]:
     """The last `WINDOW` losses with this step's, a spike's too, so that a loss that stays high becomes the usual."""
     return [*recent_losses, *([loss] if math.isfinite(loss) else [])][-WINDOW:]

@@ -1,4 +1,4 @@
-"""What a run tells of itself: rows of a JSONL file and a progress bar."""
+"""What a run reports: rows of a JSONL file, and a progress bar."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Progress:
         )
 
     def restart(self, global_step: int) -> None:
-        """Stand at `global_step`, from where a step may take another time: the expected one is said again."""
+        """Move to `global_step`, after which a step may take a different time: the expected time is logged again."""
         self._global_step = self._bar.n = global_step
         self._first_micro_step_end = None
         self._expected_time_said = not self._visible
@@ -126,8 +126,8 @@ class Progress:
         """Move on by one micro-step of `micro_steps`.
 
         Args:
-            wait: returns when the device has finished the micro-step; called for the first two since the run
-                began or `restart` alone, whose distance gives the expected time of a step.
+            wait: returns when the device has finished the micro-step; called only for the first two after the run's
+                start or a `restart`, whose distance gives the expected time of a step.
         """
         if not self._expected_time_said:
             wait()

@@ -1,12 +1,12 @@
 """`"train_micro_batch_size_per_gpu": "auto"`: the size of a micro-batch, found in the running process.
 
 On a GPU it is the largest that fits: forward and backward passes of full sequences are tried beside all that training
-keeps there. On a CPU, where memory is no bound, it is the fastest of a few. What was found is kept in the run's folder
-and in the user's cache, under all that it depends on: a run that goes on under the same conditions takes the same
-micro-batch, without which it could not be bit-identical to an unbroken one.
+keeps there. On a CPU, where memory is not the limit, it is the fastest of a few. The size found is kept in the run's
+folder and in the user's cache, under everything that it depends on: a run that resumes under the same conditions gets
+the same micro-batch, or it could not be bit-identical to an uninterrupted one.
 
-A trial works on a twin of the model that DeepSpeed does not know. So it holds no collective operation, a process that
-runs out of memory alone leaves none waiting, and there is nothing in DeepSpeed to repair.
+A trial works on a twin of the model that DeepSpeed does not know. So there is no collective operation, a single
+process that runs out of memory leaves none waiting, and there is nothing in DeepSpeed to repair.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FINDINGS_NAME = "micro_batch.json"
 MEMORY_SHARE = 0.9
 """Share of a GPU's free memory that a micro-batch may fill; the rest is for fragments and uneven micro-batches."""
 CPU_TOKENS = 4_096
-"""Tokens of a micro-batch on a CPU where no other size is faster."""
+"""Tokens of a micro-batch on a CPU if no other size is faster."""
 _CPU_CANDIDATES = (1_024, 2_048, CPU_TOKENS, 8_192, 16_384)
 _CPU_SECONDS = 3.0
 _CPU_ROUNDS = 3
@@ -99,7 +99,7 @@ def find_micro_batch_size(
 
     Args:
         conditions: from `finding_conditions`.
-        limit: the largest size that is of use.
+        limit: the largest useful size.
         run_folders: the run's, into which the finding is written, and others that may know it.
 
     Raises:
@@ -227,7 +227,7 @@ class Trial:
     """Forward and backward passes of full sequences, apart from DeepSpeed, with nothing of the training changed.
 
     Args:
-        make_model: makes the engine's model anew.
+        make_model: makes the engine's model again.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Trial:
 
     @cached_property
     def _model(self) -> Objective:
-        """The twin, made at the first trial: where a finding is known on a CPU, there is none."""
+        """The twin, made at the first trial: if the size is known already, a CPU needs none."""
         return self._make_twin()
 
     def run(self, size: int) -> None:
@@ -313,7 +313,7 @@ def _remember(path: Path, key: str, finding: dict[str, Any]) -> None:
 
 
 def _findings(path: Path) -> dict[str, Any]:
-    """The content of a file of findings; nothing where it is missing or damaged: they are found again."""
+    """The content of a file of findings; nothing if it is missing or damaged: they are found again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

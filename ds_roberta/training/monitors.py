@@ -36,7 +36,7 @@ _FILES = {"tensorboard": "*tfevents*", "csv_monitor": "Train_*.csv"}
 
 
 def point(row: dict[str, Any]) -> Point:
-    """A row of `metrics.jsonl` as monitors show it; null, which stands for what is not finite, is NaN."""
+    """A row of `metrics.jsonl` as monitors show it; null, which means not finite, becomes NaN."""
     values = {f"Train/{name}": math.nan if value is None else value for name, value in row.items()}
     return int(values.pop("Train/global_step")), values
 
@@ -108,7 +108,7 @@ class Monitors:
                 self._open[name] = CsvMonitor(folder) if name == "csv_monitor" else TensorBoardMonitor(folder)
 
     def start(self, metrics: MetricsLog, global_step: int, say: Callable[[str], object]) -> None:
-        """Bring every monitor to a log that stands at `global_step`; messages go to `say` from now on."""
+        """Make every monitor match a log that is at `global_step`; messages go to `say` from now on."""
         self._say = say
         if self._open:
             points = [point(row) for row in metrics.rows()]
@@ -228,7 +228,7 @@ class TensorBoardMonitor(Monitor):
         from torch.utils.tensorboard import SummaryWriter
 
         self.close(complete=False)
-        # The step that a run stands at is hidden, too: its evaluation is done again.
+        # The run's present step is hidden too: its evaluation is done again.
         hide_from = global_step if any(self._folder.glob(_FILES["tensorboard"])) else None
         self._writer = SummaryWriter(str(self._folder), purge_step=hide_from)
         for step, values in points:

@@ -1,4 +1,4 @@
-"""What an optimizer step is given: the learning rate, and which parameters weight decay holds for."""
+"""What the optimizer is given: the learning rate of a step, and which parameters are decayed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_roberta.config import MaskingConfig, ScheduleConfig
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
     """Linear warm-up to the peak, then a decay; the default, "linear" to zero, is RoBERTa's (Liu et al. 2019, 3.1).
 
-    With p, the share of the decay that is behind, the rate is `peak * (r + (1 - r) * f(p))` where r is `min_lr_ratio`:
+    With p, the share of the decay that is over, the rate is `peak * (r + (1 - r) * f(p))` where r is `min_lr_ratio`:
 
     * "linear": f = 1 - p, and r = 0.
     * "polynomial": f = (1 - p)^power, as in fairseq and transformers.
@@ -21,7 +21,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
     * "warmup_stable_decay": the peak until the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395), then f by
       `decay_type`: 1 - p, the cosine, or 1 - sqrt(p) (Hägele et al. 2024, arXiv:2405.18392).
 
-    Behind the warm-up these are transformers' values of the step before: p = 0 at the first step of the decay.
+    After the warm-up these are transformers' values of the step before: p = 0 at the first step of the decay.
 
     Args:
         step: the optimizer step about to be taken, from 1 to `max_steps`; the last one still learns a little.
@@ -63,11 +63,11 @@ def mlm_probability(schedule: ScheduleConfig, masking: MaskingConfig, step: int)
 
 
 Groups = list[dict[str, Any]] | None
-"""Of parameters, as torch's optimizers take them; None: all alike."""
+"""Of parameters, as torch's optimizers take them; None if all are treated alike."""
 
 
 def without_bias_and_norm(model: nn.Module) -> Groups:
-    """Groups of parameters by which weight decay leaves out biases and LayerNorms, the vectors of the model."""
+    """Groups of parameters that exempt biases and LayerNorms, the model's vectors, from weight decay."""
     parameters = list(model.parameters())
     return [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1]},

@@ -1,4 +1,4 @@
-"""What a device can compute at most: the rate that a run's model FLOPs utilisation (`mfu`) is a share of."""
+"""The most that a device can compute: a run's model FLOPs utilisation (`mfu`) is a share of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA_SHEET, MEASURED = "data sheet", "measured"
 _FIRST_SIZE, _LAST_SIZE = 1_024, 8_192
 _SIZE_SECONDS = 0.1
 _LARGER_SECONDS = 0.2
-"""A larger product is tried where one is expected to take no longer than this."""
+"""A larger product is tried if it is expected to take no longer than this."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Peak:
 
 
 def device_peak(device: torch.device, precision: str, ranks: Ranks) -> Peak:
-    """The peak of a run's devices, their mean where they differ; all ranks call it.
+    """The peak of a run's devices, their mean if they differ; all ranks call it.
 
-    That of a GPU in the table is its data sheet's, for runs in fp32 too. Others are measured, by all processes at the
-    same time: those that share a machine leave each other as much of it as they do in training.
+    For a GPU in the table it is its data sheet's, in fp32 too. Others are measured, by all processes at the same
+    time: those that share a machine leave each other as much of it as they do in training.
 
     Args:
         precision: "fp32" or the lower one that the device is fast at, to measure in.
@@ -56,7 +56,7 @@ def device_peak(device: torch.device, precision: str, ranks: Ranks) -> Peak:
 
 
 def data_sheet_rate(device_name: str) -> float | None:
-    """FLOP/s by torch's name of a GPU; None where it is not in the table, as a part of a GPU (MIG) is not."""
+    """FLOP/s by torch's name of a GPU; None if it is not in the table; a part of a GPU (MIG) is not."""
     return next((rate for pattern, rate in _DATA_SHEETS if re.fullmatch(pattern, device_name)), None)
 
 

@@ -17,7 +17,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
-from ds_roberta.training.checkpoint_writer import mend
+from ds_roberta.training.checkpoint_writer import clean_up
 from ds_roberta.training.compilation import compilation_notice, compile_layers, resolve_torch_compile
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
@@ -140,8 +140,8 @@ def _make_output_dir(output_dir: Path, best_step: int | None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass
-        mend(output_dir / checkpoint.CHECKPOINTS_FOLDER, best_step)
-        mend(output_dir / deepspeed_checkpoint.FOLDER, None)
+        clean_up(output_dir / checkpoint.CHECKPOINTS_FOLDER, best_step)
+        clean_up(output_dir / deepspeed_checkpoint.FOLDER, None)
     except OSError as error:
         raise UserError(f"cannot write --output_dir {str(output_dir)!r} ({error.strerror}): choose another") from error
 

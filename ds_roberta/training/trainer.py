@@ -24,7 +24,7 @@ from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
-from ds_roberta.training.loss_spikes import LossSpike, remember, spike_limit
+from ds_roberta.training.loss_spikes import LossSpike, spike_limit, with_loss
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.monitors import Monitors
@@ -40,10 +40,10 @@ class Trainer:
 
     Args:
         peak_learning_rate: the JSON's `optimizer.params.lr`.
-        held_out: None where there is no validation split.
-        last_checkpoint: the portable one that `state` is of; None for a fresh run.
+        held_out: None if there is no validation split.
+        last_checkpoint: the portable one that `state` is from; None for a fresh run.
         peak_flops: FLOP/s of one device at most.
-        monitors: as opened; who opened them closes them.
+        monitors: opened; whoever opened them closes them.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Trainer:
                     self._roll_back(spike)
 
     def _take_steps(self) -> bool:
-        """Go on from the state's step to `max_steps` and its evaluation; whether no request to stop broke this off."""
+        """Train from the state's step to `max_steps` and its evaluation; False if a request to stop ended it early."""
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
         with contextlib.closing(self.loader.steps(state.global_step, schedule.max_steps, self._skipped)) as steps:
             complete = self.evaluate_and_save()
@@ -119,7 +119,7 @@ class Trainer:
         return complete
 
     def _open_metrics(self) -> MetricsLog:
-        """The run's log, which rank 0 writes, cut back to the state's step, as its monitors are."""
+        """The run's log, which rank 0 writes, cut back to the state's step, as are its monitors."""
 
         def open_metrics() -> MetricsLog:
             metrics = MetricsLog(self.config.output_dir, self.state.global_step)
@@ -133,10 +133,10 @@ class Trainer:
         return [SkippedPlaces(**entry) for entry in self.state.skipped_places]
 
     def _enter_stage(self) -> None:
-        """Tell engine and progress bar when the next step is of another stage than the one before."""
+        """Prepare engine and progress bar if the next step is in another stage than the one before."""
         current = self.loader.stage(self.state.global_step)
         if self.state.global_step == current.stage.first_step:
-            self.state.recent_losses = []  # another length has another loss
+            self.state.recent_losses = []  # a different length has a different loss
         if current is self._stage:
             return
         if self._stage is not None:
@@ -152,7 +152,7 @@ class Trainer:
             began: when the process began to wait for these micro-batches, by `time.perf_counter`.
 
         Returns:
-            The step's row of metrics, or None where the processes agreed to stop: the step is then as if never begun.
+            The step's row of metrics, or None if the processes agreed to stop: the step is then as if never begun.
 
         Raises:
             LossSpike: the loss is a spike, or it or the gradient is not finite (in fp16, such a gradient of a finite
@@ -175,7 +175,7 @@ class Trainer:
         rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
         result = self.engine.step(rate, metrics["loss"])
         self._check_loss(metrics["loss"], result)
-        state.recent_losses = remember(state.recent_losses, metrics["loss"])
+        state.recent_losses = with_loss(state.recent_losses, metrics["loss"])
         state.count_step(counts, result.skipped)
         return self._row(metrics, rate, result, counts, waited, time.perf_counter() - began)
 
@@ -213,10 +213,10 @@ class Trainer:
         return row
 
     def evaluate_and_save(self) -> bool:
-        """Between two steps: do what is due, and let the save in flight go on.
+        """Between two steps: do what is due, and advance the save in flight.
 
         Returns:
-            False where an evaluation was due and was broken off by a request to stop.
+            False if a request to stop interrupted an evaluation that was due.
         """
         state, intervals = self.state, self.config.intervals
         self._writer.poll()
@@ -229,7 +229,7 @@ class Trainer:
         return evaluated
 
     def _check_loss(self, loss: float, result: StepResult) -> None:
-        """Judge the step just taken; raise `LossSpike` as `train_step` says, or count and report a spike."""
+        """Judge the step just taken: raise `LossSpike` as `train_step` says, or count and report a spike."""
         state, guard, step = self.state, self.config.guard, self.state.global_step + 1
         if not math.isfinite(loss) or not (result.skipped or math.isfinite(result.grad_norm)):
             numbers = f"the loss ({loss}) or the gradient norm ({result.grad_norm})"
@@ -244,19 +244,19 @@ class Trainer:
             raise LossSpike(
                 problem,
                 step,
-                "; nothing of it is saved: go on from the last checkpoint with --loss_spike rollback, which leaves "
+                "; nothing of it is saved: resume from the last checkpoint with --loss_spike rollback, which leaves "
                 "these data out, or with a lower learning rate",
             )
         state.loss_spikes += 1
         self._progress.say(problem)
 
     def _roll_back(self, spike: LossSpike) -> None:
-        """Go back to the newest good checkpoint and leave out the data since then, the spiked step's included.
+        """Go back to the newest good checkpoint and leave out the data since then, including the spiked step's.
 
-        This is saved at once, so that a run which is broken off leaves out the same.
+        This is saved at once, so that a run that is interrupted leaves out the same.
 
         Raises:
-            UserError: there is no checkpoint; or it is no cure: the run has been rolled back to it before, or began so.
+            UserError: there is no checkpoint, or it does not help: the run was rolled back to it before or began there.
         """
         folder = self.config.output_dir / CHECKPOINTS_FOLDER
         path = self.ranks.on_main(lambda: checkpoint.choose("auto", folder) or self.last_checkpoint)
@@ -269,7 +269,7 @@ class Trainer:
         if any(entry.global_step == step for entry in self._skipped):
             raise UserError(f"{spike.problem}; it is the second one since step {step}: leaving out data does not help")
         if spike.step == step:
-            raise UserError(f"{spike.problem}, as {str(path)!r} left it: go on from an earlier one, by --resume")
+            raise UserError(f"{spike.problem}, as {str(path)!r} left it: resume from an earlier one with --resume")
         skipped = skip(self.loader.stages, step, self._skipped, spike.step, skipped)
         self.state.skipped_places = [asdict(entry) for entry in skipped]
         self.state.loss_spikes = spiked.loss_spikes + 1
@@ -280,15 +280,15 @@ class Trainer:
         self.save()
 
     def evaluate(self) -> bool:
-        """Compute and log the held-out loss, if there is a held-out split, and remember the lowest after a step.
+        """Evaluate on the held-out split, if there is one, log it, and remember the step with the lowest loss.
 
-        A run that goes on at a step where this is due does it again, so it may be broken off without a trace.
+        A run that resumes at a step where this is due does it again, so an interruption leaves no trace.
 
         Returns:
-            Whether it was not broken off by a request to stop.
+            False if a request to stop interrupted it.
 
         Raises:
-            LossSpike: the loss is not finite: the model is of no use, whatever the loss of training says.
+            LossSpike: the loss is not finite: the model is useless, whatever the training loss says.
         """
         if self._held_out is None:
             return True
@@ -316,7 +316,7 @@ class Trainer:
         self._monitors.write(finite)
 
     def save(self) -> None:
-        """Begin to write a checkpoint unless this state has one; it is `last_checkpoint` when the writer is done.
+        """Begin to write a checkpoint unless this state has one; it becomes `last_checkpoint` when the writer is done.
 
         Raises:
             LossSpike: a weight or a moment is not finite: the step's update was too large, whatever its loss was.

@@ -1,7 +1,7 @@
 """Weights & Biases: one run, found again by its id.
 
-W&B takes no step that is smaller than one that it has, and its rewinding of a run is a preview that works neither
-offline nor with a server of one's own. So no step is sent twice: what W&B already has is asked of its server or,
+W&B accepts no step that is smaller than one it has, and its rewinding of a run is a preview that works neither
+offline nor with a self-hosted server. So no step is sent twice: what W&B already has is asked of its server or,
 offline, read from the files that earlier starts left, and what is missing there is sent from the run's own record.
 """
 
@@ -23,7 +23,7 @@ FINISH_TIMEOUT = 120
 class WandbMonitor:
     """Sends a step's rows as one W&B row at the W&B step `global_step`.
 
-    The newest step's row waits for a further row, as the step may yet get its evaluation.
+    The newest step's row waits for a further row, because the step's evaluation may still come.
     """
 
     def __init__(self, run: Any, sent: int, may_roll_back: bool):
@@ -41,13 +41,13 @@ class WandbMonitor:
     def open(
         cls, section: dict[str, Any], run_id: str, may_roll_back: bool, say: Callable[[str], object]
     ) -> WandbMonitor | None:
-        """Begin or resume the W&B run.
+        """Start or resume the W&B run.
 
         Args:
             section: `wandb` of the DeepSpeed JSON.
 
         Returns:
-            None where the service cannot be reached, which `say` is told. The next start sends what is missing.
+            None if the service cannot be reached, which is reported by `say`. The next start sends what is missing.
 
         Raises:
             UserError: nobody is logged in, or W&B refuses the settings.

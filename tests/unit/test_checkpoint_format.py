@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, save, key, val
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][file.name] = checkpoint.file_entry(file)
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=f"diverged: '{key}' is not finite; go on from an earlier one"):
+    with pytest.raises(UserError, match=f"diverged: '{key}' is not finite; resume from an earlier one"):
         checkpoint.choose(str(path), tmp_path)
     assert checkpoint.choose("auto", tmp_path) == earlier
 
@@ -202,12 +202,12 @@ def test_auto_passes_over_damaged_ones_and_says_so(tmp_path, save, caplog):
     with caplog.at_level("WARNING", logger="ds_roberta"):
         assert checkpoint.choose("auto", tmp_path) == tmp_path / "global_step1"
     assert ["state-00001" in record.message for record in caplog.records] == [True, False]
-    assert all("passed over" in record.message for record in caplog.records)
+    assert all("skipped" in record.message for record in caplog.records)
 
 
 def test_auto_never_starts_anew_over_damaged_checkpoints(tmp_path, save):
     flip(save(tmp_path, 1) / "train_state.json")
-    with pytest.raises(UserError, match=r"no checkpoint .* is complete: move them away to start anew"):
+    with pytest.raises(UserError, match=r"no checkpoint .* is complete: move them away to start again"):
         checkpoint.choose("auto", tmp_path)
 
 

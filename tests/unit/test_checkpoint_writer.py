@@ -14,7 +14,7 @@ from fake_engine import IDENTITY, FakeEngine, equal
 from ds_roberta.errors import UserError
 from ds_roberta.training import checkpoint, checkpoint_writer
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention, mend
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention, clean_up
 
 KEEP_ALL = Retention(10)
 
@@ -154,7 +154,7 @@ def test_an_error_of_the_block_waits_too(writer_of, on_ranks, tmp_path):
             ranks.barrier()
 
     assert [type(result) for result in on_ranks(2, body)] == [threading.BrokenBarrierError, ArithmeticError]
-    mend(tmp_path / "run", None)
+    clean_up(tmp_path / "run", None)
     assert names(tmp_path / "run") == ["global_step1", "latest"]
 
 
@@ -265,7 +265,7 @@ def test_a_kill_while_a_step_is_saved_again_leaves_the_checkpoint_that_was_there
     save(1)
     (folder / "global_step1").rename(folder / ".global_step1.old")  # the new one was about to take its place
     (folder / ".global_step1.tmp").mkdir()
-    mend(folder, None)
+    clean_up(folder, None)
     assert names(folder) == ["global_step1", "latest"]
     checkpoint.verify(folder / "global_step1")
 
@@ -325,7 +325,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run, tmp_path, monkeypatc
             assert ".global_step1.old" in names(moment)
             continue
         state = checkpoint.read_state(chosen)
-        mend(moment, state.best_step)
+        clean_up(moment, state.best_step)
         assert (moment / "best").exists() == (state.best_step is not None)
         assert not [name for name in names(moment) if name.startswith(".global_step")]
         checkpoint.verify(chosen)
@@ -385,9 +385,9 @@ def test_a_start_removes_what_kills_left_and_names_the_best_of_its_state(run):
     folder, save = run
     save(1, 2)
     (folder / ".global_step3.tmp").mkdir()
-    mend(folder, 2)
+    clean_up(folder, 2)
     assert (folder / "best").read_text() == "global_step2\n"
     assert names(folder) == ["best", "global_step1", "global_step2", "latest"]
-    mend(folder, 3)  # its checkpoint is gone
+    clean_up(folder, 3)  # its checkpoint is gone
     assert not (folder / "best").exists()
-    mend(folder / "none", None)
+    clean_up(folder / "none", None)

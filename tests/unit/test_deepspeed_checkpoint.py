@@ -83,7 +83,7 @@ def test_runs_of_another_kind_are_pointed_to_the_portable_layout(save, kind, mes
     with pytest.raises(UserError) as caught:
         deepspeed_checkpoint.read_state(path, *kind)
     assert message in str(caught.value)
-    assert "go on from the portable one in checkpoints/" in str(caught.value)
+    assert "resume from the portable one in checkpoints/" in str(caught.value)
 
 
 def test_another_programs_and_damaged_files_are_named(save):

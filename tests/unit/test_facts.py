@@ -35,7 +35,7 @@ def test_a_run_that_differs_is_told_in_what(change, message):
     with pytest.raises(UserError) as caught:
         check_identity(RUN, IDENTITY, {**IDENTITY, **change})
     assert message in str(caught.value)
-    assert "another --output_dir to start anew" in str(caught.value)
+    assert "another --output_dir to start again" in str(caught.value)
 
 
 def test_named_differences_are_allowed_and_described():
@@ -68,8 +68,8 @@ def test_named_differences_are_allowed_and_described():
     [
         ("sed", "unknown name in --allow_change 'sed'; did you mean 'seed'"),
         ("masking.units", "did you mean 'masking.unit'"),
-        ("model", "weights are of that architecture"),
-        ("model.hidden_size", "weights are of that architecture"),
+        ("model", "weights have that architecture"),
+        ("model.hidden_size", "weights have that architecture"),
         ("train_batch_size", "counting batches"),
     ],
 )
@@ -81,5 +81,5 @@ def test_a_change_that_is_unknown_or_cannot_be_is_refused_even_where_nothing_dif
 
 
 def test_another_architecture_is_refused_with_its_reason():
-    with pytest.raises(UserError, match=r"model\.hidden_size is 4, this run's is 8.*weights are of that architecture"):
+    with pytest.raises(UserError, match=r"model\.hidden_size is 4, this run's is 8.*weights have that architecture"):
         check_identity(RUN, {"model": {"hidden_size": 4}}, {"model": {"hidden_size": 8}})

@@ -157,7 +157,7 @@ def test_pickled_weights_are_read_where_they_are_tensors_alone(copied, corpus, h
 
 def test_a_head_that_the_folder_lacks_begins_anew(hub_folder, corpus):
     model, _, told = begin(hub_folder, corpus, packing="segment-pair")
-    assert told[1:] == ["next_sentence_head begin anew"]
+    assert told[1:] == ["next_sentence_head initialized at random"]
     assert model.next_sentence_head.pooler.weight.detach().std() == pytest.approx(0.02, rel=0.1)
     expected, *_ = begin(hub_folder, corpus)
     assert torch.equal(model.lm_head.dense.weight, expected.lm_head.dense.weight)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from ds_roberta.training.loss_spikes import WINDOW, remember, spike_limit
+from ds_roberta.training.loss_spikes import WINDOW, spike_limit, with_loss
 
 
 def noisy(mean, count=WINDOW, spread=0.02):
@@ -34,10 +34,10 @@ def test_a_fast_falling_loss_lifts_the_limit():
 def test_a_loss_that_stays_high_becomes_the_usual():
     losses = noisy(3.0)
     for step in range(WINDOW):
-        losses = remember(losses, 4.0 + 0.02 * math.sin(step))
+        losses = with_loss(losses, 4.0 + 0.02 * math.sin(step))
     assert 4.1 < spike_limit(losses, 10) < 5
     assert len(losses) == WINDOW
 
 
-def test_what_is_not_finite_is_not_remembered():
-    assert remember([1.0, 2.0], math.inf) == remember([1.0, 2.0], math.nan) == [1.0, 2.0]
+def test_a_loss_that_is_not_finite_is_left_out():
+    assert with_loss([1.0, 2.0], math.inf) == with_loss([1.0, 2.0], math.nan) == [1.0, 2.0]
