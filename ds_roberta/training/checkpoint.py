@@ -37,7 +37,7 @@ LATEST_NAME, BEST_NAME = "latest", "best"
 TRAINED_TENSORS = ("weight", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter, as `KEY.NAME`."""
 _NAME_PATTERN = re.compile(r"global_step(\d+)")
-MANIFEST_NAME, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
+MANIFEST_NAME = "manifest.json"
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.distributed import logger
 from ds_roberta.files import value_at
 from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers
@@ -32,7 +33,7 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
     difference = export(
         config,
         weights,
-        path / checkpoint.TOKENIZER_FOLDER,
+        path / TOKENIZER_FOLDER,
         state.trained_length,
         output,
         model_card(config, state, weights, path),

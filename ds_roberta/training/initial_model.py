@@ -69,7 +69,7 @@ class InitialModel:
             config, length = ModelConfig(**state.identity["model"]), state.trained_length
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the checkpoint {str(folder)!r} is damaged ({error!r}): give another") from error
-        return cls(folder, config, length, folder / checkpoint.TOKENIZER_FOLDER, True)
+        return cls(folder, config, length, folder / TOKENIZER_FOLDER, True)
 
     @classmethod
     def _open_transformers(cls, folder: Path) -> InitialModel:
