@@ -1,8 +1,8 @@
-"""What a step costs on GPUs that are not at hand: memory, communication and time of a configuration, computed.
+"""What a step costs on GPUs that are not available: memory, communication and time of a configuration, computed.
 
 Parameters and saved activations are counted on the real model, on torch's meta device; state bytes follow
-`engine_bytes`, which a test holds against a real engine; batches come from `BatchPlan`. GPUs and networks are their
-data sheets'; what is assumed stands in the constants below and in `Case`.
+`engine_bytes`, which a test compares with a real engine; batches come from `BatchPlan`. GPUs and networks are as in
+their data sheets; the constants below and `Case` hold what is assumed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CONTEXT_BYTES = 2_000_000_000
 LINK_SHARE = 0.7
 """Assumed: the share of a link's data-sheet rate that a large collective reaches."""
 FULL_TOKENS = 16_384
-"""Assumed: tokens of a micro-batch below which a GPU does not reach the utilisation."""
+"""Assumed: tokens of a micro-batch that a GPU needs to reach the utilisation."""
 COMMUNICATION_SHARE = 0.2
-"""Share of the step above which communication is named as what limits."""
+"""Share of the step above which communication counts as the limit."""
 PERSISTENT_ELEMENTS = 100_000
 """DeepSpeed's default stage3_param_persistence_threshold: smaller parameters are whole on every process."""
 BUCKET_ELEMENTS = 500_000_000
@@ -105,12 +105,12 @@ class Case:
 class _Flash(torch.autograd.Function):
     """What torch's flash attention saves for its backward pass: Q, K, V, the output and a sum per head and token.
 
-    Memory is counted behind the forward pass, so it has no backward pass.
+    Memory is counted after the forward pass, so it has no backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        # The kernel lays heads beside each other, so that no copy is needed behind it.
+        # The kernel puts heads next to each other, so no copy is needed after it.
         output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
         return output

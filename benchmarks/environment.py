@@ -9,5 +9,5 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def python_path(program: Path = REPOSITORY) -> str:
-    """A PYTHONPATH with `program` first, which keeps what is on it already: packages may be installed there alone."""
+    """A PYTHONPATH with `program` first, which keeps what is on it already: packages may be installed only there."""
     return os.pathsep.join(filter(None, (str(program), os.environ.get("PYTHONPATH"))))

@@ -140,7 +140,7 @@ def inject(arguments: argparse.Namespace, folder: Path) -> int:
     moments, alike = random.Random(arguments.seed), True
     for kill in range(1, arguments.kills + 1):
         process = start(folder, "broken", arguments.processes, arguments.deepspeed_config)
-        # The run makes progress whatever the moments: from a kill in its starting up to one behind several saves.
+        # The run must make progress whatever the moments: from a kill while it starts to one after several saves.
         delay, sent = moments.uniform(0.25, 0.6) * seconds, "SIGKILL to all"
         try:
             process.wait(timeout=delay)

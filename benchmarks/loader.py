@@ -175,7 +175,7 @@ def opened(folder: Path) -> Callable[[int], int]:
 
 
 def many_shards(folder: Path, like: Path, chunks: int) -> Path:
-    """A data folder of so many shards: one tiny file under all names, each with so many checksums of chunks."""
+    """A data folder with a given number of shards (one tiny file under all names) and of chunk checksums in each."""
     shutil.copytree(like / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
     tokenizer = Corpus.open(like).manifest.tokenizer
     document = np.append(np.full(LENGTH - 2, tokenizer.vocab_size // 2), tokenizer.eos_token_id)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss_curve
 
-Without dropout the two differ in rounding alone. With it they draw other masks: what that may change is shown by
+Without dropout the two differ only in rounding. With it they draw other masks: what that may change is shown by
 torch's operations with dropout of another seed. Writes a Markdown table with the hardware, the versions and the commit.
 """
 

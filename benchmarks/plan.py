@@ -1,10 +1,10 @@
-"""What a run costs before it is begun: memory, communication, time and files of a configuration, in tables.
+"""What a run would cost: memory, communication, time and files of a configuration, in tables.
 
     python -m benchmarks.plan --model large --gpus 512 --gpu h100
     python -m benchmarks.plan --model my_architecture/config.json --gpus 8
     python -m benchmarks.plan --write      # the tables of docs/scaling.md
 
-Nothing is run on a GPU: `cost_model` says what is counted, what computed and what assumed.
+Nothing runs on a GPU: `cost_model` says what is counted, what is computed and what is assumed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def manifest_bytes() -> int:
 
 
 def measured(name: str, pattern: str) -> str:
-    """A figure out of a report in benchmarks/results."""
+    """A figure from a report in benchmarks/results."""
     found = re.search(pattern, (REPOSITORY / "benchmarks/results" / name).read_text(encoding="utf-8"))
-    assert found, f"{name} has no {pattern!r} any more"
+    assert found, f"{name} no longer has {pattern!r}"
     return found[1]
 
 
@@ -65,7 +65,7 @@ def memory_table(cases: Sequence[Case]) -> str:
             gigabytes(each.activations_per_sequence),
             f"{each.largest_micro_batch:,}",
         )
-        # Whatever the batch: one that never limits.
+        # The batch must not be the limit: a huge one never is.
         for each in (plan(replace(case, train_batch_size=case.gpus << 20)) for case in cases)
     )
     return table(head, rows)
@@ -156,7 +156,7 @@ def document_tables() -> dict[str, str]:
 
 
 def with_tables(text: str) -> str:
-    """The document with what stands between its markers replaced."""
+    """The document with new tables between its markers."""
     for name, content in document_tables().items():
         begin, end = f"<!-- {name}: python -m benchmarks.plan --write -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)

@@ -105,7 +105,7 @@ def run(name: str, corpus: Path, tokenizer: Path, folder: Path) -> Run:
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"{name} failed: run it alone to see why: {' '.join(command)}")
+            raise SystemExit(f"{name} failed: run it on its own to see why: {' '.join(command)}")
         disk = sum(
             path.stat().st_size for path in output.rglob("*") if path.is_file() and path.parent.name != "tokenizer"
         )
@@ -139,7 +139,7 @@ def conditions(description: str, text_bytes: int, commit: str) -> list[str]:
     packages = ("tokenizers", "gigatoken", "datasets", "transformers", "pyarrow", "numpy")
     return [
         f"- Text: {description}, {text_bytes / 1e6:.0f} MB.",
-        "- One worker. CPU-seconds of whole processes, medians; the start is a run on the first 20 documents alone.",
+        "- One worker. CPU-seconds of whole processes, medians; the start is a run on only the first 20 documents.",
         "- The usual recipe is `benchmarks/usual_recipe.py`, as transformers' `run_mlm`.",
         "- Disk: all that a run leaves, without the tokenizer: for the recipe its copy of the text and both caches.",
         f"- {processor()}, {os.cpu_count()} cores; Python {platform.python_version()}; "
@@ -158,7 +158,7 @@ def write_beginning(corpus: Path, target: Path, size: int) -> None:
 
 
 def first_documents(corpus: Path) -> bytes:
-    """So little that a run on it costs its start alone."""
+    """So little that a run on it costs only its start."""
     border = b"\n" if corpus.suffix == ".jsonl" else b"\n\n"
     with corpus.open("rb") as file:
         return border.join(file.read(1 << 20).split(border)[:20]) + border

@@ -1,4 +1,4 @@
-"""Where a step's time goes: by stage of the step, by operator, and the share in which training stands still.
+"""Where a step's time goes: by stage of the step, by operator, and the share in which training stands idle.
 
     python -m benchmarks.profile [--model base --max_seq_length 512]                   # on random data
     python -m benchmarks.profile --data_dir data/corpus --deepspeed_config ds_configs/zero2.json
@@ -126,7 +126,7 @@ class Probe:
 
     Attributes:
         steps: the times by stage of each timed step.
-        operators: of the step behind them, on rank 0.
+        operators: of the step after them, on rank 0.
     """
 
     def __init__(self, timed_steps: int, ranks: Ranks):

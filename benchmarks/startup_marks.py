@@ -1,4 +1,4 @@
-"""`launch/pretrain.py` with the times at which its phases end, told from outside: what `benchmarks.startup` runs.
+"""`launch/pretrain.py` with the times at which its phases end, measured from outside: what `benchmarks.startup` runs.
 
 Takes the same arguments and writes {phase: seconds since 1970} to the file named by `STARTUP_MARKS`.
 """

@@ -72,7 +72,7 @@ class Outcome:
 
 
 class Contender:
-    """A process that trains as many steps as it is told."""
+    """A process that trains a given number of steps."""
 
     def __init__(self, name: str, case: Case, threads: int):
         self.name, self.unavailable = name, ""
@@ -232,7 +232,7 @@ def lines(
         f"Medians of {arguments.rounds} rounds of {arguments.steps} step(s) after one of warm-up, with the lowest and "
         f"highest; in each round the processes train in turn, at most {alive()} of them alive. *Device*: tokens per "
         f"{second}{'' if on_gpu else ', all threads'}. *Useful*: the work of the model as `flops_per_token` counts it, "
-        f"the vocabulary at masked tokens alone, whatever a contender computes beside it. *Utilisation*: its share of "
+        f"the vocabulary at masked tokens only, whatever a contender computes beside it. *Utilisation*: its share of "
         f"the largest rate of bf16 matrix products measured in the same run "
         f"({' and '.join(f'{peak / 1e9:,.0f}' for peak in peaks)} GFLOP/s), for fp32 too. *Memory*: the highest "
         f"{'allocated on the GPU' if on_gpu else 'resident set of the process'}. *Graphs*: those of torch.compile."
@@ -240,7 +240,7 @@ def lines(
     yield ""
     yield (
         "All: RobertaForMaskedLM's architecture, dropout 0.1, 15% masked, the same micro-batches, AdamW, no clipping, "
-        "glibc's malloc told to keep freed memory. Padding is never counted as tokens."
+        "glibc's malloc set to keep freed memory. Padding is never counted as tokens."
     )
     yield ""
     device = f"{torch.cuda.get_device_name()}, " if on_gpu else ""

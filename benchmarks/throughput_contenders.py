@@ -108,7 +108,7 @@ class Gate:
 
 
 def stopwatch() -> Callable[[], tuple[float, float]]:
-    """Starts; the function tells seconds of the device (a GPU's, or of all threads on CPUs) and of the clock."""
+    """Starts; the function returns the device's seconds (a GPU's, or all threads' on CPUs) and the clock's."""
     if not torch.cuda.is_available():
         cpu, wall = time.process_time(), time.perf_counter()
         return lambda: (time.process_time() - cpu, time.perf_counter() - wall)

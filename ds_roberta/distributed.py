@@ -34,7 +34,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the others, and their control group."""
+    """This process's rank among the others, and their control group."""
 
     rank: int
     world_size: int
@@ -110,7 +110,7 @@ class Ranks:
         return cast(Result, value)
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Compare what all ranks must share with rank 0's.
+        """Compare facts that all ranks must share with rank 0's.
 
         Raises:
             UserError: a rank's differs; the first is named, with its host.
@@ -180,7 +180,7 @@ class StopRequest:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep large blocks that were freed for the next ones, instead of giving each back.
 
-    Every step makes the same large tensors. Fresh pages from the kernel for each cost a CPU run a quarter of its time.
+    Every step makes the same large tensors. Fresh pages from the kernel for each take a quarter of a CPU run's time.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
@@ -197,8 +197,8 @@ def set_up_logging() -> None:
 def leave(code: int) -> NoReturn:
     """End a process that has communicated: run the exit handlers, flush, and skip the interpreter's shutdown.
 
-    A thread of gloo may still hold the last collective's tensor and needs the interpreter to drop it; before Python
-    3.14 a thread that asks for a finalizing interpreter aborts the process, so that a finished run would fail.
+    A gloo thread may still hold the last collective's tensor and needs the interpreter to release it. Before Python
+    3.14 a thread that asks for the interpreter while it finalizes aborts the process, so a finished run would fail.
     """
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")

@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _WORDS_WITHOUT_NUMBER = re.compile(
     r"PytorchStreamWriter|inline_container\.cc.*unexpected pos|iostream error"  # torch.save
     r"|Not enough free space to write|\d+ requested and \d+ written"  # numpy.save and tofile
 )
-_LIKENESS = 0.65  # below that difflib finds neighbours that nobody meant: at 0.5 "fp32" is like "fp16"
+_LIKENESS = 0.65  # below that difflib suggests what nobody meant: at 0.5 "fp32" is like "fp16"
 
 
 class UserError(ValueError):
     """Something outside the program is wrong: the message names it, its value and the remedy, in one line.
 
-    Where several things are wrong at once, each further argument is a line of its own.
+    If several things are wrong at once, each further argument is a line of its own.
     """
 
     def __str__(self) -> str:
@@ -40,10 +40,10 @@ class DiskError(UserError):
 
 
 def disk_refusal(error: BaseException) -> str | None:
-    """What the disk refused, with the file where it is known; None if `error` is of another kind.
+    """What the disk refused, with the file if known; None if `error` is of another kind.
 
-    Only Python itself raises an `OSError` with a number. safetensors and tokenizers raise types of their own with the
-    number in the text, numpy and torch have none.
+    Only Python itself raises an `OSError` with a number. safetensors and tokenizers raise their own types with the
+    number in the text; numpy and torch give none.
     """
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return next((str(reason) for _, _, reason in error.args[0]), None)
@@ -60,7 +60,7 @@ def disk_refusal(error: BaseException) -> str | None:
 
 
 def standard_output_is_refused() -> bool:
-    """Whether an error just met may be of standard output: a full disk, or a reader that has left."""
+    """Whether the error that just occurred may come from standard output: a full disk, or a reader that has left."""
     try:
         sys.stdout.flush()  # what could not be written is still there, unless nothing is buffered
         poller = select.poll()
@@ -73,7 +73,7 @@ def standard_output_is_refused() -> bool:
 
 
 def user_message(error: Exception) -> tuple[str, ...] | None:
-    """The lines that a user is told about `error`; None if it is a defect of the program."""
+    """The lines that a user sees for `error`; None if it is a bug in the program."""
     if isinstance(error, UserError):
         return tuple(map(str, error.args))
     refusal = disk_refusal(error)

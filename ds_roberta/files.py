@@ -1,4 +1,4 @@
-"""Writing that appears whole or not at all, and checksums."""
+"""Atomic writing, and checksums."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ TOKENIZER_FILES = frozenset(  # that transformers writes, of any version
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, else remove it.
+    """Yield a temporary path next to `path`; on success sync it and rename it to `path`, else remove it.
 
     Raises:
-        UserError: `path` is a device or a pipe, which the renamed file would stand in for.
+        UserError: `path` is a device or a pipe, which the renamed file would replace.
     """
     path = path.resolve()  # a link stays, what it points to is replaced
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"the output {str(path)!r} is a device or a pipe: give a file")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat among hosts
+        raise UserError(f"the output {str(path)!r} is a device or a pipe: choose a file")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process ids repeat across hosts
     try:
         yield temporary
         sync_file(temporary)
@@ -115,12 +115,12 @@ def write_figures(path: Path | None, figures: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append `line` and its end to a file, whole or not at all."""
+    """Append `line` and a newline to a file, completely or not at all."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         left = f"{line}\n".encode()
         try:
-            while left:  # a disk that is nearly full takes a part
+            while left:  # a nearly full disk takes only a part
                 left = left[file.write(left) :]
         except BaseException:
             file.truncate(end)
@@ -128,9 +128,9 @@ def append_line(path: Path, line: str) -> None:
 
 
 def honour_umask(files: Iterable[Path]) -> None:
-    """Give files the permissions that new ones get in their folders, by the umask and by a folder's default ACL.
+    """Give files the permissions that new ones get in their folders, from the umask and a folder's default ACL.
 
-    A library that writes a temporary file and renames it leaves it readable only by its owner, as safetensors 0.8 does.
+    A library that renames a temporary file, as safetensors 0.8 does, leaves it readable only by its owner.
     """
     modes: dict[Path, int] = {}
     for file in files:
@@ -141,7 +141,7 @@ def honour_umask(files: Iterable[Path]) -> None:
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """As the system itself says: Python reads the umask only by changing it, for all threads at once."""
+    """Found by creating a file: Python can read the umask only by changing it, for all threads at once."""
     probe = folder / f".{secrets.token_hex(4)}.tmp"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -152,7 +152,7 @@ def _mode_of_new_files(folder: Path) -> int:
 
 
 def holds_only(folder: Path, names: frozenset[str]) -> bool:
-    """Whether a folder has no entry but these."""
+    """Whether a folder has no other entries."""
     return {path.name for path in folder.iterdir()} <= names
 
 
@@ -173,7 +173,7 @@ def file_checksum(path: Path) -> str:
 
 @contextmanager
 def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `output`; on success it takes its place, on failure nothing is left.
+    """Yield an empty temporary folder next to `output`; on success it replaces it, on failure nothing is left.
 
     Args:
         is_ours: whether an existing, non-empty folder is of the kind that this command writes and may replace.
@@ -205,14 +205,14 @@ def partial_folder(output: Path) -> Path:
 def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) -> None:
     """Refuse an `output` that must not be replaced, as `replaced_folder` says; finish what a killed job left."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"the output {str(output)!r} is a file: give a folder as --output")
+        raise UserError(f"the output {str(output)!r} is a file: choose a folder as --output")
     if output.exists() and any(output.iterdir()) and not is_ours(output):
         raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output")
     finish_exchange(output)
 
 
 def put_in_place(folder: Path, output: Path) -> None:
-    """Make the whole `folder` durable and give it the place and name of `output`, on the same file system."""
+    """Make the complete `folder` durable and move it to `output`, on the same file system."""
     files = list(filter(Path.is_file, folder.rglob("*")))
     honour_umask(files)
     for file in files:
@@ -221,7 +221,7 @@ def put_in_place(folder: Path, output: Path) -> None:
 
 
 def exchange(folder: Path, output: Path) -> None:
-    """Give the durable `folder` the place and name of `output`, which is removed; on failure that stays."""
+    """Move the durable `folder` to `output`, whose old content is removed; on failure the old content stays."""
     old = _old_folder(output)
     try:
         if output.exists():
@@ -246,7 +246,7 @@ def finish_exchange(output: Path) -> None:
 
 @contextmanager
 def created_parents(path: Path) -> Iterator[None]:
-    """On failure remove the parents of `path` that did not exist before, as far as they are empty."""
+    """On failure remove the parents of `path` that did not exist before, if they are empty."""
     created = [parent for parent in path.parents if not parent.exists()]
     try:
         yield
@@ -258,10 +258,12 @@ def created_parents(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def errors_of_the_disk(output: Path, kind: str = "", remedy: str = "fix this or give another output") -> Iterator[None]:
-    """Turn every `OSError`, and what libraries make of one, into a `DiskError`: `output` cannot be written.
+def errors_of_the_disk(
+    output: Path, kind: str = "", remedy: str = "fix this or choose another output"
+) -> Iterator[None]:
+    """Turn every `OSError`, and what libraries raise for one, into a `DiskError`: `output` cannot be written.
 
-    What standard output refuses is not of `output`, and stays as it is.
+    Errors of standard output are not about `output` and stay as they are.
 
     Args:
         kind: what the output is, such as "the plot ".

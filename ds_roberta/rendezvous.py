@@ -1,7 +1,7 @@
-"""Before the process group: who am I by the launcher's environment, and have all the others come.
+"""Before the process group exists: this process's rank from the launcher's environment, and a wait for all others.
 
-A launcher that says nothing of ranks would leave every process a run of its own, each writing over the others' files:
-so srun's own variables are understood, and the number of processes that met is compared with the launcher's.
+Under a launcher that sets no ranks every process would be a run of its own, each overwriting the others' files: so
+srun's own variables are understood, and the number of processes that met is compared with the launcher's.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import write_text
 
 RENDEZVOUS_TIMEOUT = 300.0
-"""Seconds for which processes wait for each other at the start; importing from a busy file system takes long."""
+"""Seconds that processes wait for each other at the start; importing from a busy file system takes long."""
 _SECONDS_BETWEEN_LOOKS = 0.1
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below the range from which Linux takes ports for outgoing connections
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that Linux uses for outgoing connections
 
 
 def set_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT if the launcher did not.
 
-    A task of a SLURM step of several takes srun's numbers, with the step's first host as master and a port made of the
-    job's and the step's number; values of MASTER_ADDR and MASTER_PORT that are set stay. MPI's processes are left to
-    DeepSpeed, which asks MPI. All else is a run of one process.
+    In a SLURM step of several tasks, a task takes srun's numbers, with the step's first host as master and a port made
+    from the job's and the step's number; MASTER_ADDR and MASTER_PORT stay if they are set. MPI's processes are left to
+    DeepSpeed, which asks MPI. Anything else is a run of one process.
 
     Raises:
-        UserError: srun's variables say of several tasks, but not which host is the first.
+        UserError: srun's variables report several tasks, but not which host is the first.
     """
     if "RANK" in environment or "OMPI_COMM_WORLD_RANK" in environment:
         return
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if int(tasks) > 1 and environment.get("PMI_SIZE", tasks) == tasks:  # srun itself may speak PMI, too
+    if int(tasks) > 1 and environment.get("PMI_SIZE", tasks) == tasks:  # srun itself may set PMI's variables, too
         nodes = environment.get("SLURM_STEP_NODELIST", "")
         if not nodes:
             raise UserError(
                 f"srun started {tasks} tasks, but SLURM_STEP_NODELIST is not set: set RANK, LOCAL_RANK, WORLD_SIZE, "
-                "MASTER_ADDR and MASTER_PORT in each task, or each would train alone"
+                "MASTER_ADDR and MASTER_PORT in each task, or each would train on its own"
             )
         port = _FIRST_PORT + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % _PORTS
         environment.setdefault("MASTER_ADDR", first_host(nodes))
@@ -61,17 +61,17 @@ def first_host(nodes: str) -> str:
 
 
 def meet(limit: float) -> None:
-    """Wait until all ranks have come to MASTER_ADDR:MASTER_PORT; call before `torch.distributed` is initialised.
+    """Wait until all ranks have arrived at MASTER_ADDR:MASTER_PORT; call before `torch.distributed` is initialised.
 
-    MPI's own start has seen to that already, and a process alone has nobody to wait for. Where the `deepspeed` launcher
-    started all ranks on this host, they take a free port, whatever MASTER_PORT says: its default, 29500, would serve
-    only one run of a host.
+    MPI's own start has done that already, and a single process has nobody to wait for. If the `deepspeed` launcher
+    started all ranks on this host, they use a free port, whatever MASTER_PORT says: its default, 29500, would allow
+    only one run per host.
 
     Args:
         limit: seconds.
 
     Raises:
-        UserError: they have not all come within `limit` seconds.
+        UserError: they have not all arrived within `limit` seconds.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(name in os.environ for name in names):
@@ -111,24 +111,25 @@ def meet(limit: float) -> None:
         if came == 0:
             what = "cannot serve" if rank == 0 else "did not reach rank 0"
             raise UserError(
-                f"rank {rank} on {host} {what} at {place} (MASTER_ADDR:MASTER_PORT) within {limit:g} s: see whether "
-                "that host runs, its name is known here, and the port is free (deepspeed "
-                "--master_port names another) and not behind a firewall"
+                f"rank {rank} on {host} {what} at {place} (MASTER_ADDR:MASTER_PORT) within {limit:g} s: check "
+                "that the host is up, its name is known here, and the port is free (deepspeed "
+                "--master_port sets another) and not blocked by a firewall"
             ) from error
     finally:
         if file is not None and rank == 0:
             file.unlink(missing_ok=True)
     if came < world_size:
         raise UserError(
-            f"only {came} of {world_size} ranks came to {place} within {limit:g} s (told by rank {rank} on {host}): "
-            "see the logs of the others and whether their hosts answer, or give them longer by --rendezvous_timeout"
+            f"only {came} of {world_size} ranks arrived at {place} within {limit:g} s (reported by rank {rank} on "
+            f"{host}): check the logs of the others and whether their hosts respond, or allow more time with "
+            "--rendezvous_timeout"
         )
 
 
 def _port_file() -> Path | None:
-    """Where rank 0 tells the port that it chose; None unless the `deepspeed` launcher started all ranks on this host.
+    """Where rank 0 writes the port that it chose; None unless the `deepspeed` launcher started all ranks on this host.
 
-    The ranks are that launcher's children: its number and the time it began name the file.
+    The ranks are that launcher's children: its process id and start time name the file.
     """
     if os.environ.get("LOCAL_SIZE") != os.environ["WORLD_SIZE"]:
         return None
@@ -140,7 +141,7 @@ def _read_port(file: Path, deadline: float) -> int:
     while not file.exists():
         if time.monotonic() > deadline:
             raise UserError(
-                f"rank 0 wrote no port into {str(file)!r} in time: see its log, or give it longer by "
+                f"rank 0 wrote no port into {str(file)!r} in time: check its log, or allow more time with "
                 "--rendezvous_timeout"
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -151,22 +152,22 @@ _stores: list[dist.TCPStore] = []
 
 
 def check_world_size(world_size: int) -> None:
-    """Compare the processes that met with those that the launcher started.
+    """Compare the number of processes that met with the number that the launcher started.
 
     Raises:
         UserError: they are fewer, so that there are several runs at once.
     """
-    told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
-    for name, value in told.items():
+    started = {name: os.environ.get(name) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
+    for name, value in started.items():
         if value is not None and int(value) != world_size:
             raise UserError(_separate(f"{name} is {value}", world_size))
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size < tasks:  # a task may be a launcher of several processes
+    if world_size < tasks:  # a task may itself launch several processes
         raise UserError(_separate(f"srun started {tasks} tasks", world_size))
 
 
-def _separate(told: str, world_size: int) -> str:
+def _separate(cause: str, world_size: int) -> str:
     return (
-        f"{told}, but this run has {world_size} processes: they would be separate runs; unset RANK and WORLD_SIZE in "
+        f"{cause}, but this run has {world_size} processes: they would be separate runs; unset RANK and WORLD_SIZE in "
         "the job's environment, and use one launcher"
     )

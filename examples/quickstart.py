@@ -1,4 +1,4 @@
-"""From raw text to a filled mask in minutes, by the real commands, each usable alone with your own text."""
+"""From raw text to a filled mask in minutes, with the real commands, each of which also works on your own text."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ SENTENCES = ["He looked at the door and <mask> nothing.", "She put her hand <mas
 
 def main() -> None:
     started = time.monotonic()
-    shutil.rmtree(ROOT / RUN, ignore_errors=True)  # a second quickstart starts anew instead of resuming the first
+    shutil.rmtree(ROOT / RUN, ignore_errors=True)  # a second quickstart must not resume the first
     for number, command in enumerate(COMMANDS, 1):
         print(f"\n[{number}/{len(COMMANDS)}] {command}", flush=True)
         arguments = shlex.split(command)

@@ -3,7 +3,7 @@
     python launch/slurm.py pretrain_multi_node --nodes 4 --gpus_per_node 8 --time 24:00:00 -- \
         --deepspeed_config ds_configs/zero1.json --data_dir data/corpus --output_dir runs/base
 
-What stands behind `--` goes to the template's command as it is, if that command's parser takes it.
+What follows `--` is passed to the template's command as it is, if that command's parser accepts it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = {path.stem: path for path in sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))}
 COUNTS = ("gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds", "tasks")
 PRETRAIN_PARSER = "from launch.pretrain import parse_arguments as parse"
-# What defines parse(words) for the options behind --; a process of its own runs it, for the import may be slow.
+# Defines parse(words) for the options after --; it runs in a process of its own, as the import may be slow.
 PARSERS = {
     "finetune": "from launch.finetune import parse_arguments as parse",
     "preprocess": "from preprocessing.cli import parser; parse = lambda words: parser().parse_args(['shard', *words])",
@@ -32,14 +32,14 @@ PARSERS = {
 _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
 _TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}|infinite", re.IGNORECASE)  # sbatch's forms: minutes, D-HH, HH:MM:SS, …
 _NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact slurm controller")  # sbatch's words
-_PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # what needs no quotes, neither for bash nor behind #SBATCH
+_PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # what needs no quotes, neither in bash nor after #SBATCH
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="slurm.py",
         description="Write a SLURM job file from a template and check it.",
-        epilog="What stands behind -- goes to launch/pretrain.py, launch/finetune.py or preprocess shard.",
+        epilog="What follows -- is passed to launch/pretrain.py, launch/finetune.py or preprocess shard.",
         allow_abbrev=False,
     )
     parser.add_argument("template", help=", ".join(TEMPLATES))
@@ -70,16 +70,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def split_command(words: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind the first `--`."""
+    """The words before and after the first `--`."""
     place = words.index("--") if "--" in words else len(words)
     return words[:place], words[place + 1 :]
 
 
 def job_values(arguments: argparse.Namespace) -> dict[str, str]:
-    """The value of each placeholder, as it stands in the file; what has none is missing.
+    """The value of each placeholder, as in the file; those without a value are missing.
 
     Raises:
-        UserError: a value cannot be right, or the template has no use for it.
+        UserError: a value cannot be right, or the template does not use it.
     """
     given = vars(arguments)
     for name in COUNTS:
@@ -87,11 +87,11 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
         if given[name] is not None and given[name] < smallest:
             raise UserError(f"--{name} {given[name]} is less than {smallest}: give more")
     if arguments.time is not None and not _TIME.fullmatch(arguments.time):
-        raise UserError(f"--time {arguments.time!r} is no time limit: give minutes, HH:MM:SS or D-HH:MM:SS")
+        raise UserError(f"--time {arguments.time!r} is not a time limit: give minutes, HH:MM:SS or D-HH:MM:SS")
     if arguments.nodes is not None:
         borders = re.fullmatch(r"(\d+)(?:-(\d+))?", arguments.nodes)
         if not borders or int(borders[1]) < 1 or int(borders[2] or borders[1]) < int(borders[1]):
-            raise UserError(f"--nodes {arguments.nodes!r} is no number of nodes: give one, or MIN-MAX such as 2-4")
+            raise UserError(f"--nodes {arguments.nodes!r} is not a number of nodes: give one, or MIN-MAX such as 2-4")
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1
     cpus = arguments.cpus_per_task or (16 if arguments.template == "preprocess" else 8)
     values: dict[str, str | int | Path | None] = {
@@ -109,7 +109,9 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
     }
     for name, value in values.items():
         if value is not None and not _PLAIN.fullmatch(str(value)):
-            raise UserError(f"{name} {str(value)!r} has characters that a job file cannot hold: use letters and digits")
+            raise UserError(
+                f"{name} {str(value)!r} has characters that a job file cannot contain: use letters and digits"
+            )
     plain = {name: str(value) for name, value in values.items() if value is not None}
     return {**plain, "setup": arguments.setup, "arguments": shlex.join(arguments.arguments)}
 
@@ -152,14 +154,14 @@ def job_file(arguments: argparse.Namespace) -> str:
     if "gpus_per_node" in names and arguments.gpus_per_node is None:
         unset.append("--gpus_per_node (0 for CPUs)")
     if not arguments.arguments:
-        unset.append("the command's options behind --")
+        unset.append("the command's options after --")
     if unset:
         raise UserError(f"{arguments.template} needs {', '.join(unset)}")
     return fill(template, values, OPTIONAL)
 
 
 def check_command(template: str, words: list[str]) -> None:
-    """Have the parser of the template's command read the options behind `--`: now, not when the job starts.
+    """Have the parser of the template's command check the options after `--`: now, not when the job starts.
 
     Raises:
         UserError: it refuses them.
@@ -167,7 +169,7 @@ def check_command(template: str, words: list[str]) -> None:
     program = f"import sys; {PARSERS[template]}; parse(sys.argv[1:])"
     result = subprocess.run([sys.executable, "-c", program, *words], cwd=REPOSITORY, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(f"behind --: {result.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+        raise UserError(f"after --: {result.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
 
 
 def check(path: Path) -> None:
@@ -188,7 +190,7 @@ def check(path: Path) -> None:
             if any(sign in words for sign in _NO_CLUSTER):
                 print(f"not tested against a cluster: {words}")
                 continue
-            raise UserError(f"{' '.join(command)} refuses the file: {words}; mend the values and write it again")
+            raise UserError(f"{' '.join(command)} refuses the file: {words}; fix the values and write it again")
         if command[0] == "sbatch":
             print(result.stderr.strip())
 

@@ -33,14 +33,14 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarray:
-    """A keyed pseudo-random permutation of `range(size)`, evaluated at `positions` alone.
+    """A keyed pseudo-random permutation of `range(size)`, evaluated only at `positions`.
 
     A balanced Feistel network over the next power of four, walked until it falls inside the range (Black and
-    Rogaway, 2002, "Ciphers with arbitrary finite domains"). Memory is that of the positions.
+    Rogaway, 2002, "Ciphers with arbitrary finite domains"). It takes only the memory of the positions.
 
     Args:
         positions: uint64, each below `size`.
-        key: one key, or a uint64 array of one key a position (equal keys give one permutation).
+        key: one key, or a uint64 array with a key for each position (equal keys give the same permutation).
 
     Returns:
         uint64 of the same shape; distinct positions under one key give distinct results.

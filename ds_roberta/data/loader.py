@@ -22,7 +22,7 @@ from ds_roberta.data.stages import SkippedPlaces, places_behind, stage_number
 from ds_roberta.distributed import Ranks
 
 EMPTY_PLACE = -1
-"""Fills up a micro-batch where the batch does not divide: a row without labels, so without weight."""
+"""Fills up a micro-batch if the batch does not divide evenly: a row without labels, so without weight."""
 
 
 class Counts(NamedTuple):
@@ -47,13 +47,13 @@ class MicroBatch:
     """Inputs and labels of the model.
 
     Attributes:
-        input_ids: (B, T) int64, with replacements where masked.
-        attention_mask: (B, T) bool, true at tokens and false at padding; None where no row has padding.
+        input_ids: (B, T) int64, with masked tokens replaced.
+        attention_mask: (B, T) bool, true at tokens and false at padding; None if no row has padding.
         masked_positions: (M,) int64, flat positions b * T + t of the labelled tokens.
         labels: (M,) int64, from the masker: their true ids, or whether they were replaced.
         tokens: tokens that are not padding.
         sequences: rows that are not empty places.
-        next_sentence_labels: (sequences,) int64 of pairs, see `PackedSplit.next_sentence_labels`; else None.
+        next_sentence_labels: (sequences,) int64 for pairs, see `PackedSplit.next_sentence_labels`; else None.
     """
 
     input_ids: torch.Tensor
@@ -105,17 +105,17 @@ class Collator:
         micro_batch_size: int,
         mlm_probability: float | None = None,
     ) -> list[MicroBatch]:
-        """Micro-batches of consecutive rows, which share their memory: made at once, small ones cost no more.
+        """Micro-batches of consecutive rows, which share their memory: made together, small ones cost no more.
 
         Args:
             sequences: (rows,) int64, which sequence fills each row; ignored in empty places.
             places: (rows,) int64, the rows' places, or numbers of `copy_numbers`, which decide their masks;
-                `EMPTY_PLACE` in the last rows where there are none. The micro-batch size divides their number.
-            mlm_probability: the share of tokens to mask, where it is not the masker's.
+                `EMPTY_PLACE` in the last rows if there are too few. The micro-batch size divides their number.
+            mlm_probability: the share of tokens to mask, if not the masker's.
         """
         filled = int(np.count_nonzero(places != EMPTY_PLACE))
         tokenizer, shape = self.tokenizer, (len(places), self.max_seq_length)
-        # Ids have the type they have on disk until the end: a quarter of the memory to move.
+        # Until the end, ids have the type they have on disk: a quarter of the memory to move.
         compact = np.full(shape, tokenizer.pad_token_id, dtype=token_type(tokenizer.vocab_size))
         compact[:, 0], compact[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
         rows = compact[:filled]
@@ -153,13 +153,13 @@ class Collator:
 
 
 def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
-    """A process's part of a global batch, as micro-batches of equal size; every process gets as many.
+    """A process's part of a global batch, as micro-batches of equal size; every process gets the same number.
 
     Args:
         places: (train_batch_size,) int64, the places of the global batch.
 
     Returns:
-        Arrays of (micro_batch_size,) int64; what is left over is filled with `EMPTY_PLACE`.
+        Arrays of (micro_batch_size,) int64; the last is filled up with `EMPTY_PLACE`.
     """
     total = len(places)
     own = places[total * rank // world_size : total * (rank + 1) // world_size]
@@ -172,10 +172,10 @@ def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_siz
 
 @dataclass(frozen=True)
 class LoaderStage:
-    """What the loader needs of a stage.
+    """What the loader needs to know about a stage.
 
     Attributes:
-        collator: of the split as packed to the stage's length.
+        collator: of the split packed to the stage's length.
         order: of those sequences.
     """
 
@@ -191,8 +191,8 @@ class TrainLoader:
     One thread is enough: collating is vectorised and far faster than training.
 
     Args:
-        mlm_probability: the share of tokens to mask at a step, counted from 0; where None, the masker's.
-        masking_copies: fixed masks of each sequence; where None, its place decides the mask.
+        mlm_probability: the share of tokens to mask at a step, counted from 0; None for the masker's.
+        masking_copies: fixed masks of each sequence; if None, its place decides the mask.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class TrainLoader:
         return self._stages[stage_number(self.stages, step)]
 
     def micro_batches(self, step: int, skipped: Sequence[SkippedPlaces] = ()) -> list[MicroBatch]:
-        """The micro-batches of global batch `step`, counted from 0, in a run that passed over `skipped`."""
+        """The micro-batches of global batch `step`, counted from 0, in a run that skips `skipped`."""
         current = self.stage(step)
         stage, order = current.stage, current.order
         first = places_behind(self.stages, stage.max_seq_length, step, skipped)

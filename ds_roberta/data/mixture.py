@@ -2,12 +2,12 @@
 
 The places are dealt to the sources one after the other, from the heaviest to the lightest: of the first n places that
 are left, a source of weight w gets round(n * w / r), where r is the sum of the weights from its own on, and the rest go
-on to the next. Each count rises by one or none with n, so every place belongs to one source, and its number there is
-the count before it. In every prefix of the places each of K sources is within 1 + ln(K) / 2 sequences of its share, so
-every batch has the same mixture.
+to the next. As n grows by one, each count grows by one or not at all, so every place belongs to one source, and its
+number there is the count before it. In every prefix of the places each of K sources is within 1 + ln(K) / 2 sequences
+of its share, so every batch has the same mixture.
 
-A source's numbers go through a `SampleOrder` of its own: its epochs follow each other, each permuted anew, however
-long those of the others are. All is whole-number arithmetic on the place: nothing is kept and nothing drifts.
+A source's numbers go through a `SampleOrder` of its own: its epochs follow each other, each with a new permutation,
+however long those of the others are. Everything is integer arithmetic on the place: nothing is stored, nothing drifts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ds_roberta.data.shards import TRAIN_SPLIT, Manifest
 from ds_roberta.errors import UserError, unknown_key_message
 
 MAX_TOTAL_WEIGHT = 1 << 30
-"""Twice its square fits int64, by which a share of any place is exact."""
+"""Twice its square fits int64, so a share of any place is exact."""
 _WEIGHT = re.compile(r"-?(\d+\.?\d*|\.\d+)", re.ASCII)
 _Places = TypeVar("_Places", int, np.ndarray)
 
@@ -48,7 +48,7 @@ def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int]
     for entry, name, weight in _entries(text, _known_sources(manifest)):
         if not name or not _WEIGHT.fullmatch(weight):
             raise UserError(
-                f"--source_weights {text!r}: {entry!r} is not NAME=WEIGHT with a number; give it such as wiki=2,books=1"
+                f"--source_weights {text!r}: {entry!r} is not NAME=WEIGHT with a number; write it like wiki=2,books=1"
             )
         if name in given:
             raise UserError(f"--source_weights {text!r} names {name!r} twice: give each source one weight")
@@ -57,21 +57,21 @@ def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int]
             raise UserError(f"--source_weights {text!r}: the weight of {name!r} is negative; 0 leaves a source out")
     _check_names(given, manifest)
     if not any(given.values()):
-        raise UserError(f"--source_weights {text!r}: all weights are 0; give one source a positive weight at least")
+        raise UserError(f"--source_weights {text!r}: all weights are 0; give at least one source a positive weight")
     multiple = lcm(*(weight.denominator for weight in given.values()))
     whole = {name: int(weight * multiple) for name, weight in sorted(given.items())}
     divisor = gcd(*whole.values())
     weights = {name: weight // divisor for name, weight in whole.items()}
     if sum(weights.values()) > MAX_TOTAL_WEIGHT:
         raise UserError(
-            f"--source_weights {text!r}: as whole numbers they add up to {sum(weights.values())}, at most "
-            f"{MAX_TOTAL_WEIGHT} is exact; round them to fewer digits"
+            f"--source_weights {text!r}: as whole numbers they add up to {sum(weights.values())}, and only up "
+            f"to {MAX_TOTAL_WEIGHT} are shares exact; round them to fewer digits"
         )
     return weights
 
 
 def _entries(text: str, known: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """What stands between commas, its name and its weight; the longest of the known names comes first."""
+    """Each text between commas, its name and its weight; the longest known name is tried first."""
     names = "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), "[^,]*"])
     pattern = re.compile(rf"({names})=([^,=]*)(,|\Z)")
     place, more = 0, True
@@ -89,7 +89,7 @@ def _known_sources(manifest: Manifest) -> list[str]:
 
 
 def shown_source(name: str) -> str:
-    """A source's name in a line of text: quoted where it has what ends a name there."""
+    """A source's name in a line of text: quoted if it has characters that end a name there."""
     return name if name.isprintable() and not set(name) & set(",=") else repr(name)
 
 
@@ -107,7 +107,7 @@ def _check_names(given: Mapping[str, Fraction], manifest: Manifest) -> None:
         if name not in known:
             raise UserError(f"--source_weights: {unknown_key_message('source', name, known)}; {listed}")
         if weight and name not in train:
-            raise UserError(f"--source_weights: {name!r} has no training sequence, give it weight 0; {listed}")
+            raise UserError(f"--source_weights: {name!r} has no training sequence: give it weight 0; {listed}")
     missing = [name for name in train if name not in given]
     if missing:
         raise UserError(
@@ -117,7 +117,7 @@ def _check_names(given: Mapping[str, Fraction], manifest: Manifest) -> None:
 
 
 def sample_order(packed: PackedSplit, source_weights: Mapping[str, int] | None, seed: int) -> SampleOrder:
-    """The order of a run: of sources by weights, or where there are none of all sequences equally often."""
+    """The order of a run: of sources by weights, or without weights of all sequences equally often."""
     if source_weights is None:
         return SampleOrder(len(packed), seed)
     return MixedOrder(packed.source_ranges(), source_weights, seed)
@@ -141,10 +141,10 @@ class _Source:
 
     @classmethod
     def of(cls, name: str, weight: int, ranges: np.ndarray, seed: int) -> _Source:
-        behind = np.cumsum(ranges[:, 1] - ranges[:, 0])
-        first = np.append(0, behind[:-1])
+        ends = np.cumsum(ranges[:, 1] - ranges[:, 0])
+        first = np.append(0, ends[:-1])
         return cls(
-            name, weight, SampleOrder(int(behind[-1]), derive_key("source", seed, name)), first, ranges[:, 0] - first
+            name, weight, SampleOrder(int(ends[-1]), derive_key("source", seed, name)), first, ranges[:, 0] - first
         )
 
     def sequences(self, numbers: np.ndarray) -> np.ndarray:
@@ -154,12 +154,12 @@ class _Source:
 
 
 class MixedOrder(SampleOrder):
-    """Stands where a `SampleOrder` stands: the order of a packed split whose sources have weights.
+    """A `SampleOrder` of a packed split whose sources have weights.
 
     Args:
-        ranges: by source, the bounds of its runs of sequences in the split: (runs, 2) int64, none of them all empty.
-        weights: by source, whole numbers that add up to `MAX_TOTAL_WEIGHT` at most; one at least is positive, and those
-            have ranges.
+        ranges: by source, the bounds of its runs of sequences in the split, not all of them empty: (runs, 2) int64.
+        weights: by source, whole numbers that add up to at most `MAX_TOTAL_WEIGHT`; at least one is positive, and the
+            positive ones have ranges.
         seed: the run's seed.
     """
 
@@ -187,9 +187,9 @@ class MixedOrder(SampleOrder):
     def lane_order(self, places: np.ndarray) -> np.ndarray:
         """The places of one batch, sorted by lane of their own source, the lanes of all sources side by side.
 
-        Consecutive parts of the result have about the batch's mixture, and each takes of every source the same lanes
-        from batch to batch but for a few at its borders, as a source's part of a batch is no multiple of its lanes: a
-        block is read by 1.2 of 8 processes on average, 2.3 of 64.
+        Consecutive parts of the result have about the batch's mixture. From batch to batch each takes the same lanes of
+        every source, except a few at its borders, as a source's part of a batch is not a multiple of its lanes: a block
+        is read by 1.2 of 8 processes on average, 2.3 of 64.
         """
         lanes = np.empty_like(places)
         for source, chosen, own in self._dealt(places):
@@ -198,7 +198,7 @@ class MixedOrder(SampleOrder):
         return places[np.argsort(lanes, kind="stable")]
 
     def summary(self, places: int) -> str:
-        """One line on what the first `places` places draw: of each source its share, sequences and epochs."""
+        """One line about what the first `places` places draw: each source's share, sequences and epochs."""
         parts, left, rest = [], places, self._total_weight
         for source in self._sources:
             drawn = _share(left, source.weight, rest)
@@ -211,7 +211,7 @@ class MixedOrder(SampleOrder):
         return "; ".join(parts)
 
     def _dealt(self, places: np.ndarray) -> Iterator[tuple[_Source, tuple[np.ndarray, ...], np.ndarray]]:
-        """Of each source which of the places are its own, as an index into `places`, and their numbers there."""
+        """For each source, which of the places are its own, as an index into `places`, and their numbers there."""
         left, numbers, rest = np.arange(places.size), places.ravel(), self._total_weight
         for source in self._sources:
             before = _share(numbers, source.weight, rest)
@@ -221,5 +221,5 @@ class MixedOrder(SampleOrder):
 
 
 def _share(places: _Places, weight: int, rest: int) -> _Places:
-    """round(places * weight / rest), a half upward, without a product larger than `places` or 2 * rest**2."""
+    """round(places * weight / rest), halves rounded up, without a product larger than `places` or 2 * rest**2."""
     return places // rest * weight + (2 * (places % rest) * weight + rest) // (2 * rest)

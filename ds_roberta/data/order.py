@@ -1,17 +1,17 @@
-"""Which sequence stands at which place: a closed-form permutation of each epoch, with locality.
+"""Which sequence is at which place: a closed-form permutation of each epoch, with locality.
 
 Places are numbered without end: place `g` is place `g % size` of epoch `g // size`. A global batch of B sequences at
 step t is places t*B … (t+1)*B - 1, whatever the number of processes.
 
-Within an epoch (N sequences) the order is built so that storage is read in large pieces and yet well mixed:
+Within an epoch (N sequences) the order reads storage in large pieces and still mixes well:
 
-1. Blocks of `BLOCK` neighbouring sequences are permuted as wholes.
+1. Blocks of `BLOCK` neighbouring sequences are permuted as a whole.
 2. The permuted blocks are dealt to up to `MAX_LANES` lanes, and each lane walks through them in windows of
    `WINDOW_BLOCKS` blocks, permuting the sequences within a window. Place i belongs to lane `i % lanes`, so every
-   batch draws from all lanes, while a process that takes whole lanes (`lane_order`) is alone in reading their blocks.
-3. What does not fill a window in every lane (less than lanes x window of sequences) comes last, permuted as one piece.
+   batch draws from all lanes, while only the process that takes a whole lane (`lane_order`) reads its blocks.
+3. The sequences that do not fill a window in every lane (fewer than lanes x window) come last, permuted together.
 
-Every stage is a keyed Feistel permutation (`hashing.permute`): no table is made, and any place is computed alone.
+Every stage is a keyed Feistel permutation (`hashing.permute`): no table is made, and any place is computed on its own.
 """
 
 from __future__ import annotations

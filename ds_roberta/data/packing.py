@@ -1,23 +1,23 @@
 """Packing: which slices of the shards are the training sequences.
 
 A sequence of `max_seq_length` tokens is `<s>` + a contiguous slice of a shard's token ids + `</s>` (+ `<pad>`).
-Where the slice crosses documents, the separator that closes the earlier one stands between them. Slices never cross a
-shard, so each shard is packed alone.
+Where the slice crosses documents, the separator that closes the earlier one is between them. Slices never cross shards,
+so each shard is packed on its own.
 
 Formats (Liu et al. 2019, RoBERTa, section 4.2):
 
 * `full-sentences` — as many whole sentences as fit, across document borders.
-* `doc-sentences` — the same within one document. Sequences at documents' ends are shorter; the batch stays as many
-  sequences, where the paper adds some to hold the number of tokens.
-* `contiguous` — every sequence is full but a shard's last, whatever the sentences.
+* `doc-sentences` — the same within one document. Sequences at documents' ends are shorter. The batch keeps its number
+  of sequences, while the paper adds some to keep its number of tokens.
+* `contiguous` — every sequence is full except a shard's last, whatever the sentences.
 * `segment-pair`, `sentence-pair` — `<s> A </s></s> B </s>`: A and B are slices of several sentences, or of one, and B
-  follows A or is of another document (`pairs.py`). For next sentence prediction.
+  follows A or comes from another document (`pairs.py`). For next sentence prediction.
 
 A sentence longer than a sequence is cut into pieces that fill one. No piece and no contiguous sequence ends inside a
-character, of which a token may hold a part: it is up to three tokens shorter instead.
+character, as a token may hold only part of one: it is up to three tokens shorter instead.
 
 The index of a split is two files: the slices, six bytes each (pairs: 17), and the number of the first sequence of each
-shard. Both are read by memory map and written shard by shard, so that memory does not grow with the data.
+shard. Both are memory-mapped for reading and written shard by shard, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def pack_full_sentences(
 
     Args:
         starts, ends: bounds of the sentences of one shard in its values, rising: two (sentences,) int64.
-        capacity: tokens that a sequence holds between `<s>` and `</s>`.
+        capacity: tokens of a sequence between `<s>` and `</s>`.
 
     Returns:
         Bounds of the slices: (sequences, 2) int64.
@@ -57,7 +57,7 @@ def pack_full_sentences(
 def pack_doc_sentences(
     starts: np.ndarray, ends: np.ndarray, capacity: int, in_character: InCharacter = nowhere
 ) -> np.ndarray:
-    """Greedy packing of whole sentences of one document; arguments and result as of `pack_full_sentences`."""
+    """Greedy packing of whole sentences of one document; arguments and result as in `pack_full_sentences`."""
     starts, ends = cut_long_sentences(starts, ends, capacity, in_character)
     _, own_end = document_bounds(starts, ends)
     return _chain(starts, ends, np.minimum(np.searchsorted(ends, starts + capacity, side="right"), own_end))
@@ -70,7 +70,7 @@ def pack_contiguous(tokens: int, capacity: int, in_character: InCharacter = nowh
 
 
 def _chain(starts: np.ndarray, ends: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """Slices from the first sentence on, where a sequence that begins at i ends before sentence `following[i]`."""
+    """Slices from the first sentence on; a sequence that begins at i ends before sentence `following[i]`."""
     first_sentences = walk(following)
     last_sentences = np.append(first_sentences[1:], len(starts)) - 1
     return np.stack([starts[first_sentences], ends[last_sentences[: len(first_sentences)]]], axis=1)
@@ -89,7 +89,7 @@ def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
             slices[name] = column
         return slices
     if packing.format == "contiguous":
-        # The separator that closes the last document would stand before the sequence's own.
+        # The separator that closes the last document would come right before the sequence's own.
         bounds = pack_contiguous(len(split.values(shard)) - 1, packing.capacity, split.in_character(shard))
     else:
         pack = {"full-sentences": pack_full_sentences, "doc-sentences": pack_doc_sentences}[packing.format]
@@ -100,7 +100,7 @@ def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
 
 
 def packed_tokens(slices: np.ndarray, packing: PackingConfig) -> int:
-    """The tokens of `pack_shard`'s sequences, with those that frame them."""
+    """The tokens of `pack_shard`'s sequences, including those that frame them."""
     lengths = [slices[name].sum(dtype=np.int64) for name in slices.dtype.names or () if name.endswith("length")]
     return int(sum(lengths)) + len(slices) * (packing.max_seq_length - packing.capacity)
 
@@ -111,7 +111,7 @@ class PackedSplit:
     Args:
         slices: (sequences,) of `_slice_type`, start and length of each in its shard's values; or pairs of them.
         first_sequence: (shards + 1,) int64, the number of the first sequence of each shard, and of all.
-        separator_id: what stands twice between the segments of a pair.
+        separator_id: comes twice between the segments of a pair.
     """
 
     def __init__(self, split: Split, slices: np.ndarray, first_sequence: np.ndarray, separator_id: int):
@@ -123,19 +123,19 @@ class PackedSplit:
         return len(self._slices)
 
     def source_ranges(self) -> dict[str, np.ndarray]:
-        """By source, the first sequence of each of its shards and the one behind the last: (shards, 2) int64."""
+        """By source, the first sequence of each of its shards and the one after its last: (shards, 2) int64."""
         sources = np.array([shard.source for shard in self._split.shards], dtype=object)
         ranges = np.stack([self._first_sequence[:-1], self._first_sequence[1:]], axis=1)
         return {source: ranges[sources == source] for source in dict.fromkeys(sources.tolist())}
 
     def segments(self, sequences: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Where sequences lie: their shards, and the beginning and end of each in its shard's values.
+        """Where sequences are: their shards, and the beginning and end of each in its shard's values.
 
         Args:
             sequences: (B,) int64.
 
         Returns:
-            Three (B,) int64; of pairs these of the first segments and of the second ones.
+            Three (B,) int64; for pairs, three of the first segments and three of the second ones.
         """
         slices = self._slices[sequences]
         shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
@@ -147,7 +147,7 @@ class PackedSplit:
         return found
 
     def next_sentence_labels(self, sequences: np.ndarray) -> np.ndarray:
-        """Of pairs 0 where the second segment follows the first, 1 where it is of another document: (B,) int64.
+        """For pairs, 0 if the second segment follows the first, 1 if it comes from another document: (B,) int64.
 
         The numbers are those of transformers' `BertForPreTraining`.
         """
@@ -187,7 +187,7 @@ def _slice_type(packing: PackingConfig) -> np.dtype[Any]:
 
 
 def _index_paths(corpus: Corpus, split: str, packing: PackingConfig) -> tuple[Path, Path]:
-    """The files of the slices and of each shard's first sequence; where the latter stands, the index is whole."""
+    """The files of the slices and of each shard's first sequence; if the latter exists, the index is complete."""
     fingerprint = json_fingerprint(
         {
             "version": corpus.manifest.packing_version,
@@ -204,7 +204,7 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
     """Compute and store the index of a split unless it is there already. One process of a run does this.
 
     Raises:
-        UserError: the data folder cannot be written; or there is nothing to make pairs of.
+        UserError: the data folder cannot be written; or there is nothing to make pairs from.
     """
     slices_path, first_path = _index_paths(corpus, split_name, packing)
     if first_path.is_file():
@@ -224,11 +224,11 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
                 remedy = "prepare the data again with --sentences rules"
                 if corpus.manifest.options.get("sentences") == "rules":
                     remedy = (
-                        "--sentences rules, by which the data was prepared, found no second one (Thai and Lao write no "
-                        "sentence ends): give documents with a sentence a line, or use another --packing"
+                        "--sentences rules, which the data was prepared with, found no second one (Thai and Lao do not "
+                        "mark the ends of sentences): put one sentence on a line, or use another --packing"
                     )
                 raise UserError(
-                    f"--packing {packing.format} needs documents of several sentences, and none of the {split_name} "
+                    f"--packing {packing.format} needs documents of several sentences, but none in the {split_name} "
                     f"split has two: {remedy}"
                 )
         with atomic_path(first_path) as temporary, temporary.open("wb") as file:

@@ -1,14 +1,14 @@
 """Pairs of segments for next sentence prediction (Devlin et al. 2019, BERT, section 3.1; Liu et al. 2019, section 4.2).
 
 A document is cut into chunks of as many whole sentences as fit into a sequence, and each chunk at a random border
-between its sentences. With a chance of one half the two parts are a pair. Else the first part goes with a segment that
-begins at a random sentence of another document and fills the sequence, and the next chunk begins with the second part,
-as in BERT's `create_pretraining_data.py`. So every sentence is in an epoch once, beside the segments drawn. A sentence
-left alone at its document's end can only have a drawn one. Unlike there nothing is truncated but drawn segments, and no
-sequences are short by design.
+between its sentences. With a chance of one half the two parts are a pair. Otherwise the first part goes with a segment
+that begins at a random sentence of another document and fills the sequence, and the next chunk begins with the second
+part, as in BERT's `create_pretraining_data.py`. So every sentence is in an epoch once, in addition to the segments
+drawn. The last sentence of a document, if left over, can only have a drawn one. Unlike in BERT, only drawn segments are
+truncated, and no sequences are short by design.
 
-Segments are drawn from the same shard; where it holds one document, from the nearest shard behind it, of the same
-source if there is one. All is a pure function of the data and the packing: epochs and runs share the pairs.
+Segments are drawn from the same shard; if it holds only one document, from the next shard that has any, of the same
+source if there is one. Everything is a pure function of the data and the packing: epochs and runs share the pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Pairs(NamedTuple):
     """The pairs of one shard: six (pairs,) arrays of integers.
 
     Attributes:
-        start, length: of the first segments in the shard's values.
+        start, length: of the first segments, in the shard's values.
         second_shard, second_start, second_length: of the second ones.
         next_sentence_label: `IS_NEXT` or `IS_RANDOM`.
     """
@@ -47,13 +47,13 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
     """The pairs of a shard.
 
     Args:
-        capacity: tokens of both segments together; at least 2. Longer sentences than half of it are cut.
-        longest: sentences of a segment at most; where None, as many as fit.
+        capacity: tokens of both segments together; at least 2. Sentences longer than half of it are cut.
+        longest: the most sentences of a segment; None for as many as fit.
 
     Raises:
         UserError: there is no other document in the split.
     """
-    # With halves the first segment of one sentence leaves room for a second one.
+    # Cut to halves, a first segment of one sentence leaves room for a second one.
     starts, ends = cut_long_sentences(*split.sentence_bounds(shard), capacity // 2, split.in_character(shard))
     count, key = len(starts), derive_key("pairs", split.name, shard, capacity, longest or 0)
     number = np.arange(count)
@@ -72,28 +72,28 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
     second_starts = starts[np.minimum(second, count - 1)]
     second_ends = ends[chunk_end - 1]
 
-    alone = first[is_random]
-    if len(alone):
+    unpaired = first[is_random]
+    if len(unpaired):
         other = _other_documents(split, shard)
         second_shards[is_random] = other
         if other == shard:
-            other_starts, other_ends, behind = starts, ends, document_end
-            own = document_end[alone] - document_start[alone]
-            drawn = _draw(key, "second", alone, count - own)
-            drawn += np.where(drawn >= document_start[alone], own, 0)
+            other_starts, other_ends, other_document_end = starts, ends, document_end
+            own = document_end[unpaired] - document_start[unpaired]
+            drawn = _draw(key, "second", unpaired, count - own)
+            drawn += np.where(drawn >= document_start[unpaired], own, 0)
         else:
             bounds = split.sentence_bounds(other)
             other_starts, other_ends = cut_long_sentences(*bounds, capacity // 2, split.in_character(other))
-            _, behind = document_bounds(other_starts, other_ends)
-            drawn = _draw(key, "second", alone, np.full(len(alone), len(other_starts)))
-        room = capacity - (last_ends[is_random] - starts[alone])
+            _, other_document_end = document_bounds(other_starts, other_ends)
+            drawn = _draw(key, "second", unpaired, np.full(len(unpaired), len(other_starts)))
+        room = capacity - (last_ends[is_random] - starts[unpaired])
         limits = other_starts[drawn] + room
-        fitting = np.minimum(np.searchsorted(other_ends, limits, side="right"), behind[drawn])
+        fitting = np.minimum(np.searchsorted(other_ends, limits, side="right"), other_document_end[drawn])
         if longest is not None:
             fitting = np.minimum(fitting, drawn + longest)
         second_starts[is_random] = other_starts[drawn]
         second_ends[is_random] = other_ends[fitting - 1]
-        # Of a first sentence that does not fit a part is taken.
+        # If the first sentence does not fit, a part of it is taken.
         cut = fitting == drawn
         parts = whole_characters(limits[cut], split.in_character(other))
         second_ends[np.flatnonzero(is_random)[cut]] = np.where(parts > other_starts[drawn[cut]], parts, limits[cut])
@@ -103,22 +103,22 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
 
 
 def _draw(key: int, purpose: str, sentences: np.ndarray, choices: np.ndarray) -> np.ndarray:
-    """Of each sentence a random number below its `choices` (0 where there are none): (sentences,) int64."""
+    """For each sentence a random number below its `choices` (0 if there are none): (sentences,) int64."""
     bits = mix64(sentences.astype(np.uint64) ^ np.uint64(derive_key(purpose, key)))
     return ((bits >> np.uint64(1)) % np.maximum(choices, 1).astype(np.uint64)).astype(np.int64)
 
 
 def _other_documents(split: Split, shard: int) -> int:
-    """The shard from which segments of other documents are drawn."""
+    """The shard that segments of other documents are drawn from."""
     shards = split.shards
     if shards[shard].documents > 1:
         return shard
-    behind = [number % len(shards) for number in range(shard + 1, shard + len(shards))]
-    filled = [number for number in behind if shards[number].documents]
+    following = [number % len(shards) for number in range(shard + 1, shard + len(shards))]
+    filled = [number for number in following if shards[number].documents]
     same_source = [number for number in filled if shards[number].source == shards[shard].source]
     if not filled:
         raise UserError(
-            f"pairs need segments of other documents, and the {split.name} split has one document: prepare more, or "
+            f"pairs need segments of other documents, and the {split.name} split has only one: prepare more, or "
             "use another --packing"
         )
     return (same_source or filled)[0]

@@ -1,4 +1,4 @@
-"""The sentences of a shard as bounds in its values, and walks along them, which all packing formats share."""
+"""The sentences of a shard as bounds in its values, and walks along them: what all packing formats share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 InCharacter = Callable[[np.ndarray], np.ndarray]
-"""Of places in the tokens, (N,) int64, whether the token there begins inside a character: (N,) bool."""
+"""For places in the tokens, (N,) int64, whether the token there begins inside a character: (N,) bool."""
 _MOST_INSIDE = 3
 """Tokens that begin inside one character: it has at most four bytes."""
 
 
 def nowhere(places: np.ndarray) -> np.ndarray:
-    """An `InCharacter` of tokens that are not looked at: they are cut wherever a sequence is full."""
+    """An `InCharacter` for tokens that may be cut anywhere: wherever a sequence is full."""
     return np.zeros(len(places), dtype=bool)
 
 
@@ -60,7 +60,7 @@ def whole_characters(cuts: np.ndarray, in_character: InCharacter) -> np.ndarray:
 
     Returns:
         (C,) int64. At most three tokens begin inside a character: a place with more of them before it, which no text
-        gives, stays.
+        has, stays.
     """
     moved = cuts
     for _ in range(_MOST_INSIDE):
@@ -69,15 +69,15 @@ def whole_characters(cuts: np.ndarray, in_character: InCharacter) -> np.ndarray:
 
 
 def document_bounds(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sentence the number of its document's first sentence and of the one behind the last: two (sentences,)."""
-    # Sentences of one document touch; between documents stands a separator.
+    """For each sentence, its document's first sentence and the one after its last: two (sentences,) int64."""
+    # Sentences of one document touch; between documents there is a separator.
     borders = np.concatenate([[0], np.flatnonzero(starts[1:] != ends[:-1]) + 1, [len(starts)]])
     sizes = np.diff(borders)
     return np.repeat(borders[:-1], sizes), np.repeat(borders[1:], sizes)
 
 
 def walk(following: np.ndarray) -> np.ndarray:
-    """The sentences met from the first one on, where behind sentence i comes `following[i]` > i: int64, rising."""
+    """The sentences met from the first one on, if `following[i]` > i comes after sentence i: int64, rising."""
     met, sentence, steps = [], 0, following.tolist()
     while sentence < len(steps):
         met.append(sentence)

@@ -1,15 +1,14 @@
-"""The shard format: the one place where preprocessing and training meet.
+"""The shard format: where preprocessing and training meet.
 
     DIR/manifest.json            what is in the folder, and its fingerprint
     DIR/tokenizer/               the tokenizer that made the ids
     DIR/dataset_dict.json        so that datasets.load_from_disk(DIR) opens the folder
     DIR/<split>/shard-NNNNN.arrow, and shard-NNNNN-PPPPP.arrow for further parts or sources of one work unit
 
-A shard is an uncompressed Arrow IPC stream of one record batch, a row a document. `input_ids` holds the document's
-token ids and closes with the separator `</s>`; `sentence_ends` holds, for every sentence, the offset in the document
-behind its last token, so its last value is the number of tokens without the separator. Because documents lie one
-behind the other in a single values buffer with their separators between them, a packed sequence is one contiguous
-slice of it.
+A shard is an uncompressed Arrow IPC stream of one record batch, one row per document. `input_ids` holds the document's
+token ids, with the separator `</s>` at the end; `sentence_ends` holds, for every sentence, the offset in the document
+after its last token, so its last value is the number of tokens without the separator. Because documents follow one
+another in a single values buffer with their separators between them, a packed sequence is one contiguous slice of it.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class InputPiece:
 class ShardInfo:
     """One shard as the manifest describes it; `file` is relative to the data folder.
 
-    `pieces` are in the order of the documents, so their counts say which document is of which piece. All documents are
-    of `source`, which is empty where they have none.
+    `pieces` are in the order of the documents, so their counts say which document came from which piece. All documents
+    have the same `source`, empty if they have none.
     """
 
     file: str
@@ -72,7 +71,7 @@ class ShardInfo:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> ShardInfo:
-        """The inverse of `dataclasses.asdict`, behind a way through JSON."""
+        """The inverse of `dataclasses.asdict`, after a round trip through JSON."""
         pieces = tuple(InputPiece(**piece) for piece in entry["pieces"])
         return cls(**{**entry, "chunk_checksums": tuple(entry["chunk_checksums"]), "pieces": pieces})
 
@@ -222,7 +221,7 @@ def write_shard(
 
     Args:
         documents: token ids of each document, closed by the separator.
-        sentence_ends: per document, rising offsets behind each sentence; the last is `len(document) - 1`.
+        sentence_ends: per document, rising offsets after each sentence; the last is `len(document) - 1`.
         part: which of the shards of work unit `index` this is, where it makes more than one.
     """
     (ids, lengths), (ends, counts) = _flatten(documents), _flatten(sentence_ends)
@@ -240,12 +239,12 @@ def write_flat_shard(
     vocab_size: int,
     part: int = 0,
 ) -> ShardInfo:
-    """Write one shard, atomically; everything of a document lies behind everything of the one before.
+    """Write one shard, atomically; documents in order, one after the other.
 
     Args:
         ids: token ids, (tokens,), each document closed by the separator.
         lengths: tokens of each document, separator included, (documents,).
-        sentence_ends: offsets in the document behind each sentence, rising, (sentences,); the last of a document is
+        sentence_ends: offsets in the document after each sentence, rising, (sentences,); the last of a document is
             its length without the separator.
         sentence_counts: sentences of each document, (documents,).
         part: which of the shards of work unit `index` this is, where it makes more than one.
@@ -287,7 +286,7 @@ def _checksums(chunks: Iterable[bytes | memoryview]) -> tuple[str, tuple[str, ..
 
 
 class Split:
-    """Memory-mapped, zero-copy access to the shards of one split; a shard is opened when first asked for.
+    """Memory-mapped, zero-copy access to the shards of one split; a shard is opened when it is first needed.
 
     Arrays come by DLPack, since pyarrow's own `to_numpy` imports pandas.
     """
@@ -313,7 +312,7 @@ class Split:
 
     @cache  # noqa: B019
     def values(self, shard: int) -> np.ndarray:
-        """All token ids of a shard, one document behind the other: (tokens,) uint16 or uint32, a view of the file."""
+        """All token ids of a shard, one document after the other: (tokens,) uint16 or uint32, a view of the file."""
         return np.from_dlpack(self._columns(shard)[0].values)
 
     def in_character(self, shard: int) -> InCharacter:
@@ -328,11 +327,11 @@ class Split:
         return np.from_dlpack(self._columns(shard)[0].offsets)
 
     def sentence_ends(self, shard: int, row: int) -> np.ndarray:
-        """The offset in a document behind the last token of each of its sentences: (sentences,) uint32."""
+        """The offset in a document after the last token of each of its sentences: (sentences,) uint32."""
         return np.from_dlpack(self._columns(shard)[1][row].values)
 
     def sentence_bounds(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Beginning and end (without separator) of every sentence in `values`: two (sentences,) int64."""
+        """Start and end (without separator) of every sentence in `values`: two (sentences,) int64."""
         offsets = self.document_offsets(shard).astype(np.int64)
         column = self._columns(shard)[1]
         counts = np.diff(np.from_dlpack(column.offsets))

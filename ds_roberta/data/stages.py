@@ -1,7 +1,7 @@
-"""The stages of a run, and which places of an order a step draws where length and number of sequences change.
+"""The stages of a run, and which places of an order a step draws when length and number of sequences change.
 
-Each length has an order of its own. A step draws the places behind those that earlier steps drew at its length; how
-many these are follows from the stages in closed form, so that any step is found at once.
+Each length has an order of its own. A step draws the places after those that earlier steps drew at its length; how
+many these are follows from the stages in closed form, so any step is found at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAIN_STATE_NAME = "train_state.json"
 
 @dataclass(frozen=True)
 class SkippedPlaces:
-    """Places `first_place … end_place - 1` of a length's order that steps from `global_step` on pass over."""
+    """Places `first_place … end_place - 1` of a length's order that steps from `global_step` on skip."""
 
     global_step: int
     max_seq_length: int
@@ -38,10 +38,10 @@ def make_stages(
     max_seq_length_schedule: str | None = None,
     train_batch_size_schedule: str | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages of a run, from its two schedules where there are some.
+    """The stages of a run, from its two schedules if given.
 
     Raises:
-        UserError: a schedule is malformed, or does not end on the value given beside it.
+        UserError: a schedule is malformed, or does not end with the value given separately.
     """
     require_positive("--train_batch_size", train_batch_size)
     lengths = _parse_schedule("max_seq_length", max_seq_length_schedule, max_seq_length)
@@ -50,13 +50,13 @@ def make_stages(
         PackingConfig(length)
         if length > max_seq_length:
             raise UserError(
-                f"--max_seq_length_schedule must not exceed --max_seq_length ({max_seq_length}), for which the model "
-                f"is made; got {length}"
+                f"--max_seq_length_schedule must not exceed --max_seq_length ({max_seq_length}), which the model is "
+                f"made for; got {length}"
             )
     for _, size in sizes:
         if size % sizes[0][1]:
             raise UserError(
-                f"--train_batch_size_schedule must hold multiples of its first size ({sizes[0][1]}), got {size}"
+                f"--train_batch_size_schedule must have multiples of its first size ({sizes[0][1]}), got {size}"
             )
     first_steps = sorted({step for step, _ in (*lengths, *sizes)})
     return tuple(Stage(step, _value_at(lengths, step), _value_at(sizes, step)) for step in first_steps)
@@ -70,7 +70,7 @@ def schedule_text(stages: tuple[Stage, ...], name: str) -> str:
 
 
 def _parse_schedule(name: str, text: str | None, last: int) -> list[tuple[int, int]]:
-    """Steps and values of `STEP:VALUE,…`, or the one value for all steps where there is no schedule."""
+    """Steps and values of `STEP:VALUE,…`, or the one value for all steps if there is no schedule."""
     if text is None:
         return [(0, last)]
     if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
@@ -78,11 +78,11 @@ def _parse_schedule(name: str, text: str | None, last: int) -> list[tuple[int, i
     pairs = [(int(step), int(value)) for step, value in (pair.split(":") for pair in text.split(","))]
     steps = [step for step, _ in pairs]
     if steps[0] != 0 or steps != sorted(set(steps)):
-        raise UserError(f"the steps of --{name}_schedule must begin with 0 and rise, got {text!r}")
+        raise UserError(f"the steps of --{name}_schedule must start at 0 and increase, got {text!r}")
     for _, value in pairs:
         require_positive(f"each value of --{name}_schedule", value)
     if pairs[-1][1] != last:
-        raise UserError(f"--{name}_schedule must end on the run's {name} ({last}), got {text!r}")
+        raise UserError(f"--{name}_schedule must end with the run's {name} ({last}), got {text!r}")
     return pairs
 
 
@@ -98,9 +98,9 @@ def stage_number(stages: Sequence[Stage], step: int) -> int:
 def places_behind(
     stages: Sequence[Stage], max_seq_length: int, step: int, skipped: Sequence[SkippedPlaces] = ()
 ) -> int:
-    """How many places of a length's order the first `step` steps drew or passed over.
+    """How many places of a length's order the first `step` steps drew or skipped.
 
-    It is the first place of global batch `step` (counted from 0) where that batch has this length.
+    It is the first place of global batch `step` (counted from 0) if that batch has this length.
     """
     ends = [*(stage.first_step for stage in stages[1:]), math.inf]
     drawn = sum(
@@ -122,13 +122,13 @@ def skip(
     spiked_step: int,
     skipped_until_then: Sequence[SkippedPlaces],
 ) -> list[SkippedPlaces]:
-    """All that a run passes over which goes back to `global_step` to leave out what it drew since.
+    """Everything that a run skips when it goes back to `global_step` to leave out what it has drawn since.
 
     Args:
-        global_step: steps taken at the state to which the run goes back.
-        skipped: what that state passes over already.
+        global_step: steps taken at the state that the run goes back to.
+        skipped: what that state already skips.
         spiked_step: steps taken until now.
-        skipped_until_then: what these passed over.
+        skipped_until_then: what these skipped.
     """
     new = []
     for length in sorted({stage.max_seq_length for stage in stages}):
@@ -140,10 +140,10 @@ def skip(
 
 
 def read_skipped(checkpoint: Path) -> list[SkippedPlaces]:
-    """What the run of a checkpoint passes over, from its `train_state.json`.
+    """What the run of a checkpoint skips, from its `train_state.json`.
 
     Raises:
-        UserError: the folder is no checkpoint.
+        UserError: the folder is not a checkpoint.
     """
     try:
         state = json.loads((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the data must know of a tokenizer, read from its folder without transformers."""
+"""What the data needs to know about a tokenizer, read from its folder without transformers."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ PROBES = {
     "control characters": "a\x00b\x1f\x7f\u200b\ufeff",
     "white space": "a  b\t\tc\n\n d\u00a0\u3000e ",
 }
-"""A text of each script, that a tokenizer must give back."""
+"""A text in each script, which a tokenizer must give back."""
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
-    """The integer type of ids on disk: uint16 where the vocabulary fits, else uint32."""
+    """The integer type of ids on disk: uint16 if the vocabulary fits, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCABULARY else np.uint32)
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What training must know of a tokenizer: the size of its vocabulary, its special ids, its identity."""
+    """What training needs to know about a tokenizer: the size of its vocabulary, its special ids, its identity."""
 
     vocab_size: int
     bos_token_id: int
@@ -61,7 +61,7 @@ class TokenizerInfo:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> TokenizerInfo:
-        """The inverse of `dataclasses.asdict`, behind a way through JSON."""
+        """The inverse of `dataclasses.asdict`, after a round trip through JSON."""
         return cls(**{**entry, "special_ids": tuple(entry["special_ids"])})
 
     @classmethod
@@ -102,10 +102,10 @@ class TokenizerInfo:
 def tokenizer_content(folder: Path) -> dict[str, Any]:
     """The content of `tokenizer.json`, of RoBERTa's kind: the vocabulary is an object.
 
-    Where there is no such file, it is made of `vocab.json` and `merges.txt`.
+    If there is no such file, it is made from `vocab.json` and `merges.txt`.
 
     Raises:
-        UserError: there are no such files, they are not a tokenizer's, or that of another kind of tokenizer.
+        UserError: there are no such files, they are not a tokenizer's, or the tokenizer is of another kind.
     """
     path = folder / "tokenizer.json"
     if not path.is_file() and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -129,7 +129,7 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
 
 
 def roberta_content(vocabulary: dict[str, int], merges: list[list[str]], add_prefix_space: bool) -> dict[str, Any]:
-    """A `tokenizer.json` of RoBERTa's kind. Raises `KeyError` where a special token has no id."""
+    """A `tokenizer.json` of RoBERTa's kind. Raises `KeyError` if a special token has no id."""
     separator, beginning = (("</s>", vocabulary["</s>"]), ("<s>", vocabulary["<s>"]))
     special = {name: vocabulary[name] for name in SPECIAL_TOKENS if name in vocabulary or name != "<unk>"}
     return {
@@ -163,7 +163,7 @@ def roberta_content(vocabulary: dict[str, int], merges: list[list[str]], add_pre
 
 
 def special_token(name: str, token_id: int) -> dict[str, Any]:
-    """An entry of `added_tokens`. The mask stands for a word with the space before it, as RoBERTa's does."""
+    """An entry of `added_tokens`. The mask replaces a word and the space before it, as RoBERTa's does."""
     kind = {"single_word": False, "lstrip": name == "<mask>", "rstrip": False, "normalized": False, "special": True}
     return {"id": token_id, "content": name, **kind}
 
@@ -173,7 +173,7 @@ def byte_level(add_prefix_space: bool) -> dict[str, Any]:
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`, empty where there is none.
+    """The content of `tokenizer_config.json`, empty if there is none.
 
     Raises:
         UserError: it is damaged.
@@ -191,7 +191,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
-    """Of the two files that `transformers` reads where there is no `tokenizer.json`, and of `added_tokens.json`."""
+    """From the two files that `transformers` reads if there is no `tokenizer.json`, and `added_tokens.json`."""
     try:
         vocabulary = dict(orjson.loads((folder / "vocab.json").read_bytes()))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -216,12 +216,12 @@ def _asks_for_prefix_space(folder: Path) -> bool:
 
 
 def token_bytes(folder: Path) -> dict[int, bytes]:
-    """What each id of the BPE stands for, as UTF-8, of which a token may hold a part of a character.
+    """The text of each of the BPE's ids, as UTF-8; a token may hold only part of a character.
 
     Raises:
         UserError: as `tokenizer_content`.
     """
-    # Byte-level BPE writes the bytes that are visible in Latin-1 as themselves, the others as letters from U+0100 on.
+    # Byte-level BPE writes bytes that are visible in Latin-1 as they are, the others as letters from U+0100 on.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {chr(byte): bytes([byte]) for byte in visible}
     hidden = [byte for byte in range(0x100) if byte not in visible]
@@ -235,7 +235,7 @@ def token_bytes(folder: Path) -> dict[int, bytes]:
 
 @lru_cache(maxsize=4)
 def ids_inside_characters(folder: Path) -> np.ndarray:
-    """Which ids stand for text that begins inside a character: (vocab_size,) bool.
+    """Which ids are text that begins inside a character: (vocab_size,) bool.
 
     Raises:
         UserError: as `TokenizerInfo.read`.
@@ -254,13 +254,13 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
     """Encode and decode texts of many scripts.
 
     Args:
-        tokenizer: of `folder`, which neither cuts nor pads texts.
+        tokenizer: the one of `folder`, which neither cuts nor pads texts.
 
     Returns:
-        What its normalizer changes, in words; None where it changes none of the texts.
+        What its normalizer changes, in words; None if it changes none of the texts.
 
     Raises:
-        UserError: a text is lost: it does not come back as the normalizer leaves it, or the normalizer leaves nothing.
+        UserError: a text is lost: decoding does not give what the normalizer left, or the normalizer left nothing.
     """
     changed = []
     for script, text in PROBES.items():
@@ -282,8 +282,8 @@ def _why_not_bpe(content: dict[str, Any]) -> str | None:
     kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not say
     if kind != "BPE":
         return f"a model of type {kind}"
-    return None if isinstance(model["vocab"], dict) else "a vocabulary that is no object"
+    return None if isinstance(model["vocab"], dict) else "a vocabulary that is not an object"
 
 
 _OBSTACLES: dict[str, Callable[[dict[str, Any]], str | None]] = {"RobertaTokenizer": _why_not_bpe}
-"""By transformers' class of tokenizer: what a `tokenizer.json` has that one of this class cannot have, or None."""
+"""By transformers' class of tokenizer: what a `tokenizer.json` has that this class does not allow, or None."""

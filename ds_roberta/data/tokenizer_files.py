@@ -1,7 +1,7 @@
-"""A tokenizer's folder as everyone opens it: `tokenizer.json` and `tokenizer_config.json`, complete.
+"""A tokenizer's folder as any program opens it: `tokenizer.json` and `tokenizer_config.json`, complete.
 
-Training reads `tokenizer.json` only, so that file is the truth. transformers also needs to be told the class and the
-special tokens, which many folders leave out: it then opens them without mask, padding and `<s>`.
+Training reads `tokenizer.json` only, so that file is the reference. transformers also needs the class and the special
+tokens, which many folders leave out: it then opens them without mask, padding and `<s>`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _KEPT = {
     "padding_side": ("left", "right"),
     "truncation_side": ("left", "right"),
 }
-"""Settings of `tokenizer_config.json` that are kept, with their values: those that change no id."""
-_NO_LIMIT = 1e18  # transformers writes 1e30 where there is none, others infinity
+"""Settings of `tokenizer_config.json` that are kept, with their values: those that do not change any id."""
+_NO_LIMIT = 1e18  # transformers writes 1e30 if there is none, others infinity
 
 
 def corpus_content(content: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def corpus_content(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_tokenizer(content: dict[str, Any], folder: Path) -> Tokenizer:
-    """The library's tokenizer, to which the letters of a special token are text.
+    """The library's tokenizer, which takes the letters of a special token for text.
 
     Args:
         folder: for the message.
@@ -71,7 +71,7 @@ def load_tokenizer(content: dict[str, Any], folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(orjson.dumps(content))
     except Exception as error:  # the library raises nothing more precise
         raise UserError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({error}): replace it by the one that the model was "
+            f"the tokenizer in {str(folder)!r} cannot be read ({error}): replace it with the one that the model was "
             "trained with"
         ) from error
     tokenizer.encode_special_tokens = True
@@ -79,7 +79,7 @@ def load_tokenizer(content: dict[str, Any], folder: Path) -> Tokenizer:
 
 
 def training_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> Tokenizer:
-    """The tokenizer of a folder as a corpus is encoded by it.
+    """The tokenizer of a folder as it encodes a corpus.
 
     Args:
         add_prefix_space: whether a text is given a space before its first word; None: as the folder says.
@@ -127,7 +127,7 @@ def completed(content: dict[str, Any]) -> dict[str, Any]:
     for name in SPECIAL_TOKENS:
         if name in vocabulary:
             added[name] = {**special_token(name, vocabulary[name]), **added.get(name, {})}
-    added["<mask>"] = {**added["<mask>"], "lstrip": True}  # it stands for a word with the space before it
+    added["<mask>"] = {**added["<mask>"], "lstrip": True}  # it replaces a word and the space before it
     processor = {
         "type": "RobertaProcessing",
         "sep": ["</s>", vocabulary["</s>"]],
@@ -184,7 +184,7 @@ def other_token(data: Path, model: Path) -> str | None:
 
 
 def stated_length(folder: Path) -> int | None:
-    """What a folder's tokenizer truncates to, `<s>` and `</s>` included; None where it names no limit.
+    """What a folder's tokenizer truncates to, `<s>` and `</s>` included; None if it sets no limit.
 
     Raises:
         UserError: it is not a number of tokens.
@@ -194,7 +194,7 @@ def stated_length(folder: Path) -> int | None:
         return None
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:
         raise UserError(
-            f"{str(folder / TOKENIZER_CONFIG)!r} has the model_max_length {length!r}: give a number of tokens"
+            f"{str(folder / TOKENIZER_CONFIG)!r} has the model_max_length {length!r}: it must be a number of tokens"
         )
     return int(length) if length < _NO_LIMIT else None
 

@@ -1,10 +1,10 @@
-"""Where words begin, by a table over the vocabulary: no offsets into the text are needed.
+"""Where words begin, from a table over the vocabulary: no offsets into the text are needed.
 
-A byte-level BPE writes the space before a word into the word's first token (Radford et al. 2019, GPT-2; fairseq's
+A byte-level BPE puts the space before a word into the word's first token (Radford et al. 2019, GPT-2; fairseq's
 whole-word masking of RoBERTa reads it the same way). Punctuation that follows a word without a space belongs to it.
 
-In scripts that are written without spaces every token is a word, as UAX #29 makes every Han and Hiragana character one;
-a run of Katakana is a word too. Where UAX #29 would need a dictionary (Thai, Lao, Khmer, Myanmar) tokens stand in for
+In scripts written without spaces every token is a word, as every Han and Hiragana character is in UAX #29; a run of
+Katakana is a word too. For scripts that need a dictionary in UAX #29 (Thai, Lao, Khmer, Myanmar) tokens are used as
 words. No word begins inside a character or with a combining mark: a token that does belongs to the one before it.
 """
 
@@ -20,9 +20,9 @@ from ds_roberta.data.tokenizer import is_continuation, token_bytes
 from ds_roberta.errors import UserError
 
 WORDS_VERSION = 2
-"""Raised where the words of the same ids change, and with them the masks."""
+"""Raised when the words of the same ids change, and with them the masks."""
 MAX_WORD_TOKENS = 16
-"""A longer run without a space, such as an address, is cut into pieces of about that length, between characters."""
+"""A longer run without a space, such as an address, is cut into pieces of about this length, between characters."""
 
 _BEGINS, _CONTINUES = 1 << 0, 1 << 1  # a space; a character or its base
 _FIRST, _LAST = 2, 4  # places of the kinds of a token's first and last character
@@ -56,7 +56,7 @@ Listed, as are the ranges above, because masks must not depend on the Unicode ve
 
 
 def _begins(key: int) -> bool:
-    """Whether a word begins at a token, by the lower four of its bits and the kind of the character before it."""
+    """Whether a word begins at a token, from the lower four of its bits and the kind of the character before it."""
     first, before = key >> _FIRST & 3, key >> _LAST & 3
     border = before != _SPACE and (first != before or first == _ALONE)
     return bool(key & _BEGINS) or (border and not key & _CONTINUES)
@@ -66,18 +66,18 @@ _WORD_BEGINS = np.array([_begins(key) for key in range(64)])
 
 
 def word_starts(tokenizer_folder: Path, vocab_size: int) -> np.ndarray:
-    """What `word_bounds` must know of each id: (vocab_size,) uint8, whose lowest bit says that it begins with a space.
+    """What `word_bounds` needs to know about each id: (vocab_size,) uint8, whose lowest bit means a space at its start.
 
     Raises:
-        UserError: the tokenizer marks no beginnings of words.
+        UserError: the tokenizer does not mark where words begin.
     """
     table = np.zeros(vocab_size, dtype=np.uint8)
     for number, data in token_bytes(tokenizer_folder).items():
         table[number] = _flags(data)
     if not (table & _BEGINS).any():
         raise UserError(
-            f"the tokenizer in {str(tokenizer_folder)!r} marks no beginnings of words (no token begins with a space): "
-            "use --masking token"
+            f"the tokenizer in {str(tokenizer_folder)!r} does not mark where words begin (no token begins with a "
+            "space): use --masking token"
         )
     return table
 
@@ -91,7 +91,7 @@ def word_bounds(flags: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.
 
     Returns:
         Flat beginnings (b * T + t) and ends, rising, without gaps: two (W,) int64. A sequence's first token and the
-        token behind a special one begin a word, whatever their ids.
+        token after a special one begin a word, whatever their ids.
     """
     flat = flags.view(np.uint8).reshape(-1)
     begins = _WORD_BEGINS.take(_keys(flat)).reshape(flags.shape)
@@ -110,7 +110,7 @@ def word_bounds(flags: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def share_without_spaces(tokenizer_folder: Path, ids: np.ndarray) -> float:
-    """Of the characters that ordinary `ids` stand for, (N,) integers, the share in scripts written without spaces."""
+    """The share of the characters of ordinary `ids`, (N,) integers, in scripts written without spaces."""
     pieces = token_bytes(tokenizer_folder)
     text = b"".join(pieces.get(id_, b"") for id_ in ids.tolist()).decode(errors="ignore")  # added tokens have none
     counts = Counter("".join(text.split()))
@@ -146,7 +146,7 @@ def _flags(data: bytes) -> int:
 
 
 def _kind(data: bytes) -> int:
-    """The kind of the first character; of one whose end is not there, that of more than half of those it may be."""
+    """The kind of the first character; if its end is missing, the kind of more than half of those it may be."""
     first, last = _points(data)
     return next(
         (kind for kind, ranges in _RANGES.items() if 2 * _within(first, last, ranges) > last - first + 1), _OTHER

@@ -1,10 +1,10 @@
 """Scaled dot-product attention: torch's fused kernels on a GPU; on a CPU plain matrix products.
 
-There torch's fused kernel takes twice the time of plain products in bf16, and with dropout leaves its fast path.
+On a CPU torch's fused kernel takes twice the time of plain products in bf16, and with dropout leaves its fast path.
 
-On a GPU torch takes flash attention in 16 bits where no key is masked, else the memory-efficient kernel; never cuDNN's,
-see `exclude_cudnn`. Their forward passes repeat bit for bit. Their backward passes may add the key blocks' shares of a
-query's gradient in any order, so two runs can round differently.
+On a GPU torch uses flash attention in 16 bits if no key is masked, else the memory-efficient kernel; never cuDNN's,
+see `exclude_cudnn`. Their forward passes are reproducible bit for bit. Their backward passes may add the key blocks'
+shares of a query's gradient in any order, so two runs can round differently.
 
 Shapes: B sequences, H heads, T tokens, K size of a head.
 """
@@ -29,8 +29,8 @@ def attention(
     """softmax(Q Kᵀ / √K) V, with dropout of the weights.
 
     Args:
-        mask_B11T: bool, false at keys that nobody sees; None where all are seen.
-        dropout_p: 0 outside of training.
+        mask_B11T: bool, false at keys that nobody attends to; None if all are attended to.
+        dropout_p: 0 outside training.
 
     Returns:
         (B, H, T, K) in the arguments' dtype.
@@ -41,22 +41,22 @@ def attention(
 
 
 def exclude_cudnn() -> None:
-    """Keep torch from choosing cuDNN's attention in this process, transformers' models included.
+    """Keep torch from choosing cuDNN's attention in this process, also for transformers' models.
 
-    torch prefers it on some GPUs (H100 among them), and it is wrong in silence: its dropout rounds the probability to
-    sixteenths (0.1 becomes 1/16 or 2/16; torch guards against that from 2.12 on: pytorch/pytorch#174245), and with a
+    torch prefers it on some GPUs (including H100), and it is silently wrong: its dropout rounds the probability to
+    sixteenths (0.1 becomes 1/16 or 2/16; torch avoids that from 2.12 on: pytorch/pytorch#174245), and with a
     mask its backward pass can give NaN at lengths of 64 mod 128 (pytorch/pytorch#196678).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def plain_attention(*arguments: Any) -> torch.Tensor:
-    """`attention` by plain products and masks of `keep_mask`."""
+    """`attention` with plain products and masks from `keep_mask`."""
     return _PlainAttention.apply(*arguments)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Plain products, whose dropout scales the small tensors rather than the weights."""
+    """Plain products; dropout scales the small tensors rather than the weights."""
 
     @staticmethod
     def forward(

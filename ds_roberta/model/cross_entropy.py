@@ -1,7 +1,7 @@
-"""The vocabulary projection and its cross-entropy in one, without a float32 tensor over rows and vocabulary.
+"""The vocabulary projection and its cross-entropy in one, without a float32 tensor of rows x vocabulary.
 
 The logits are the largest tensor of a small model. They are held once, in the parameters' dtype, and overwritten by
-their gradient; float32 is used for some rows at a time (the idea of Hsu et al. 2024, Liger Kernel, section 3.2).
+their gradient; float32 is used for a few rows at a time (the idea of Hsu et al. 2024, Liger Kernel, section 3.2).
 
 Shapes: M rows, D hidden size, V vocabulary.
 """

@@ -1,8 +1,8 @@
-"""Dropout.
+"""Dropout that is fast on a CPU.
 
-torch's on a CPU draws one Bernoulli number after another. Here 16 random bits an element come from one SFC64 stream and
-are compared and applied as integers, eight times faster. A keep mask holds 0 and 1 in int16; for a 16-bit float the
-product of its bits with that is the value or zero.
+torch's draws one Bernoulli number after another there. Here 16 random bits per element come from one SFC64 stream and
+are compared and applied as integers, eight times faster. A keep mask holds 0 and 1 as int16; the bits of a 16-bit float
+times that are the value or zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LEVELS = 1 << 16
 
 
 def keep_mask(shape: torch.Size, p: float) -> torch.Tensor:
-    """0 with probability `p`, to the nearest 1/65,536, and else 1: int16, drawn from torch's CPU generator."""
+    """0 with probability `p`, to the nearest 1/65,536, otherwise 1: int16, drawn from torch's CPU generator."""
     seed = int(torch.empty((), dtype=torch.int64).random_())
     count = math.prod(shape)
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count])
@@ -48,12 +48,12 @@ class _CPUDropout(torch.autograd.Function):
 
 
 def cpu_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout by masks of `keep_mask`, at any time."""
+    """Dropout with masks from `keep_mask`, whether in training or not."""
     return _CPUDropout.apply(values, p)
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, by our own masks on a CPU."""
+    """`nn.Dropout`, with our own masks on a CPU."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if values.device.type != "cpu":

@@ -68,7 +68,7 @@ class RobertaEmbeddings(nn.Module):
         self.first_position = config.pad_token_id + 1
 
     def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        # Sequences are packed from the left, so positions do not depend on the padding, whose outputs nobody reads.
+        # Sequences start at the left, so positions do not depend on the padding, whose outputs are never read.
         length = input_ids_BT.shape[1]
         positions_T = torch.arange(self.first_position, self.first_position + length, device=input_ids_BT.device)
         token_types_T = torch.zeros_like(positions_T)
@@ -169,8 +169,8 @@ class RobertaModel(nn.Module):
     def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            input_ids_BT: (B, T) int64, padding (if any) on the right.
-            attention_mask_BT: (B, T) bool, false at padding; None where there is none, which is faster.
+            input_ids_BT: (B, T) int64, any padding on the right.
+            attention_mask_BT: (B, T) bool, false at padding; None without padding, which is faster.
 
         Returns:
             (B, T, D) in the parameters' dtype.

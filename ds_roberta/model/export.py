@@ -1,4 +1,4 @@
-"""From our parameters to a transformers folder that loads anywhere, checked before it is there."""
+"""From our parameters to a transformers folder that loads anywhere, checked before it appears."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL_CARD = "README.md"
 CARD_SIGNATURE = "pretrained with ds_roberta"
 PARITY_TOLERANCE = 1e-6
 """Largest difference of float64 logits between our model and transformers' that still counts as the same model, as a
-share of the largest logit (or of 1, where all are smaller): rounding grows with the numbers."""
+share of the largest logit (or of 1, if all are smaller): rounding grows with the numbers."""
 
 _DIVERGED = "the training has diverged, nothing was written; export an earlier checkpoint"
 ENCODER, MASKED_LM_HEAD = "roberta.", "lm_head."
@@ -50,10 +50,10 @@ def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
 
 
 def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> transformers.PreTrainedModel:
-    """A transformers model with our weights: `RobertaForMaskedLM`, or `RobertaModel` where they have no masked-LM head.
+    """A transformers model with our weights: `RobertaForMaskedLM`, or `RobertaModel` if they have no masked-LM head.
 
     Raises:
-        UserError: a parameter is missing, superfluous or of another shape.
+        UserError: a parameter is missing, unexpected or of another shape.
     """
     if has_masked_lm_head(weights):
         model = transformers.RobertaForMaskedLM(hf_config(config))
@@ -89,14 +89,14 @@ def compared_outputs(weights: Mapping[str, torch.Tensor]) -> str:
 def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_model: torch.nn.Module) -> float:
     """The largest difference between our logits and transformers', as a share, on random ids with padding.
 
-    First transformers' are taken in fp32, as users take them: finite weights may be so large that they are not finite.
-    Then both compute in float64, which `hf_model` then is: in float32 sharp attention can enlarge the rounding of one
-    machine beyond any tolerance.
+    First transformers' are computed in fp32, as users do: finite weights may be so large that logits are not finite.
+    Then both compute in float64, and `hf_model` stays so: in float32 sharp attention can amplify the rounding of some
+    machines beyond any tolerance.
 
     Without a masked-LM head hidden states are compared instead.
 
     Raises:
-        UserError: it is above `PARITY_TOLERANCE`, or not a number; or the fp32 logits are not finite.
+        UserError: it is above `PARITY_TOLERANCE`, or NaN; or the fp32 logits are not finite.
     """
     ours: MaskedLM | RobertaModel
     if has_masked_lm_head(weights):
@@ -149,15 +149,15 @@ def export(
     output: Path,
     model_card: str,
 ) -> float:
-    """Write a transformers folder (`config.json`, `model.safetensors`, tokenizer), whole or not at all.
+    """Write a transformers folder (`config.json`, `model.safetensors`, tokenizer), completely or not at all.
 
     Args:
         weights: fp32 parameters by name.
-        max_seq_length: what the tokenizer shall truncate to.
+        max_seq_length: the length that the tokenizer truncates to.
         model_card: the text of `README.md`; with `CARD_SIGNATURE` in it another export may replace the folder.
 
     Returns:
-        The parity check's largest difference of logits, as a share.
+        The largest difference of logits in the parity check, as a share.
 
     Raises:
         UserError: the weights do not fit or are not finite, the logits are not or differ, the tokenizer differs, or the
@@ -166,7 +166,7 @@ def export(
     if (name := first_not_finite(weights.items())) is not None:
         raise UserError(f"{name!r} is not finite: {_DIVERGED}")
     hf_model = to_transformers(config, weights)
-    # Read back what was written: the check is of the files, not of the object they came from.
+    # Read back what was written: the files are checked, not the object they came from.
     with replaced_folder(output, is_model_folder, "an exported model alone") as temporary:
         with quiet():
             hf_model.save_pretrained(temporary)

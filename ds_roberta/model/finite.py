@@ -1,4 +1,4 @@
-"""Whether numbers are finite: asked of all that is saved, resumed from, begun with or exported."""
+"""Whether numbers are finite: checked for everything that is saved, resumed from, started from or exported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    One of these makes the sum so too, which is known in one pass without a mask; where the sum of finite numbers
-    overflows, each is looked at.
+    Either makes the sum so too, which takes one pass and no mask; if the sum of finite numbers overflows, each of them
+    is checked.
     """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first tensor that `is_finite` denies."""
+    """The name of the first tensor that is not finite."""
     return next((name for name, tensor in tensors if not is_finite(tensor)), None)

@@ -20,13 +20,13 @@ def position_rows(
 ) -> torch.Tensor:
     """Position embeddings for sequences of `length` tokens: the learned ones, over and over.
 
-    Position *p* gets what position *p* mod `learned` has, as Longformer's were (Beltagy et al. 2020, arXiv:2004.05150,
-    section 5): attention is mostly local, which the copies keep everywhere but at their borders.
+    Position *p* gets what position *p* mod `learned` has, as in Longformer (Beltagy et al. 2020, arXiv:2004.05150,
+    section 5): attention is mostly local, and the copies keep that everywhere except at their borders.
 
     Args:
-        weight_PD: position *p* in row `pad_token_id + 1 + p`, as RoBERTa counts; the rows before are the padding's.
-        learned: how many positions were trained.
-        new_pad_token_id: the padding's id in the vocabulary to come.
+        weight_PD: position *p* in row `pad_token_id + 1 + p`, as RoBERTa counts; the rows before belong to the padding.
+        learned: the number of positions that were trained.
+        new_pad_token_id: the padding's id in the new vocabulary.
 
     Returns:
         (new_pad_token_id + 1 + length, D).
@@ -44,16 +44,16 @@ def token_sources(
     new_size: int,
     pieces: Callable[[str], Sequence[int]],
 ) -> tuple[list[list[int]], int]:
-    """The old tokens that each id of a new vocabulary begins with, by the tokens' texts.
+    """The old tokens that each id of a new vocabulary starts from, by the tokens' texts.
 
-    A token of both vocabularies begins with itself. Another begins with the pieces that the old tokenizer cuts its text
-    into (Gee et al. 2022, Fast Vocabulary Transfer, section 3), or where there are none, with the whole vocabulary.
+    A token of both vocabularies starts from itself. Any other starts from the pieces that the old tokenizer cuts its
+    text into (Gee et al. 2022, Fast Vocabulary Transfer, section 3), or without pieces, from the whole vocabulary.
 
     Args:
         pieces: the old tokenizer's ids of a text in its own alphabet.
 
     Returns:
-        Old ids by new id, `new_size` lists, and how many tokens both have.
+        Old ids by new id, `new_size` lists, and the number of tokens that both have.
     """
     everything = sorted(vocabulary.values())
     sources = [everything] * new_size

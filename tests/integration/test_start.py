@@ -92,7 +92,7 @@ def test_a_host_that_does_not_come_ends_the_start_at_its_limit(workspace):
     limit = ("--rendezvous_timeout", "2")
     ports = free_port(), free_port()
     (first, second) = error_lines(start(workspace, 0, ports[0], *limit), start(workspace, 1, ports[1], *limit))
-    assert f"only 1 of 2 ranks came to 127.0.0.1:{ports[0]} within 2 s" in first
+    assert f"only 1 of 2 ranks arrived at 127.0.0.1:{ports[0]} within 2 s" in first
     assert f"rank 1 on {gethostname()} did not reach rank 0 at 127.0.0.1:{ports[1]}" in second
 
 

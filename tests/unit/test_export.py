@@ -211,5 +211,5 @@ def test_an_empty_folder_is_filled(tmp_path, do_export):
 
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path, do_export):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*fix this or give another output"):
+    with pytest.raises(UserError, match=r"cannot write .*fix this or choose another output"):
         do_export(tmp_path / "file/model")

@@ -160,7 +160,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UserError, match=r"cannot write .*fix this or give another output"),
+        pytest.raises(UserError, match=r"cannot write .*fix this or choose another output"),
         replaced_folder(tmp_path / "file/a", is_ours, "one of ours"),
     ):
         pytest.fail("there is nothing to write to")
@@ -206,7 +206,7 @@ def test_a_full_disk_is_a_user_error_whatever_writes_and_leaves_what_was_there(t
         (temporary / "file").write_text("old")
     with (
         files_of_at_most(size),
-        pytest.raises(DiskError, match=r"cannot write '.*/a' \(.*fix this or give another output") as caught,
+        pytest.raises(DiskError, match=r"cannot write '.*/a' \(.*fix this or choose another output") as caught,
         replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary,
     ):
         write(temporary / "file")

@@ -248,7 +248,7 @@ def test_a_name_is_quoted_where_it_would_not_stand_alone():
 def test_a_source_that_is_held_out_alone_may_only_have_weight_0(sourced):
     validation = tuple(replace(shard, source="news") for shard in sourced.manifest.splits["validation"])
     manifest = replace(sourced.manifest, splits={**sourced.manifest.splits, "validation": validation})
-    with pytest.raises(UserError, match=r"'news' has no training sequence, .* sources are books, news, web, wiki"):
+    with pytest.raises(UserError, match=r"'news' has no training sequence: .* sources are books, news, web, wiki"):
         parse_source_weights("wiki=1,books=1,web=1,news=1", manifest)
     assert parse_source_weights("wiki=1,books=1,web=1,news=0", manifest)["news"] == 0
     assert "news" not in parse_source_weights("wiki=1,books=1,web=1", manifest)

@@ -112,9 +112,9 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
         ((*MULTI_NODE, "--time", "soon", "--", "x"), "--time 'soon'"),
         ((*MULTI_NODE, "--cpus_per_task", "0", "--", "x"), "--cpus_per_task 0 is less than 1"),
         ((*MULTI_NODE, "--partition", "a b", "--", "x"), "partition 'a b'"),
-        ((*MULTI_NODE, "--", *PRETRAIN, "--max_step", "9"), "behind --: unrecognized arguments: --max_step 9"),
-        (("preprocess", "--tasks", "2", "--time", "1", "--", "--input", "x"), "behind --: the following arguments"),
-        (("finetune", "--gpus_per_node", "1", "--time", "1", "--", "--task", "x"), "behind --: argument --task"),
+        ((*MULTI_NODE, "--", *PRETRAIN, "--max_step", "9"), "after --: unrecognized arguments: --max_step 9"),
+        (("preprocess", "--tasks", "2", "--time", "1", "--", "--input", "x"), "after --: the following arguments"),
+        (("finetune", "--gpus_per_node", "1", "--time", "1", "--", "--task", "x"), "after --: argument --task"),
         (("preprocess", "--tasks", "2", "--time", "1", "--setup", "if", "--", *SHARD), "bash -n job.sbatch refuses"),
     ],
 )

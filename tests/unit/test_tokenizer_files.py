@@ -227,7 +227,7 @@ def test_a_length_that_is_no_limit(tmp_path, stated, length):
 @pytest.mark.parametrize("stated", ["0", "-1", "NaN", '"64"', "true", "[1]"])
 def test_a_length_that_is_none_is_refused(tmp_path, stated):
     (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {stated}}}')
-    with pytest.raises(UserError, match=r"has the model_max_length .*: give a number of tokens"):
+    with pytest.raises(UserError, match=r"has the model_max_length .*: it must be a number of tokens"):
         stated_length(tmp_path)
 
 

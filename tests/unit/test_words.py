@@ -29,7 +29,7 @@ def test_a_word_begins_with_a_space(tokenizer_folder):
 
 def test_a_tokenizer_without_marked_words_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "▁b": 1}, "merges": []}}))
-    with pytest.raises(UserError, match=r"marks no beginnings of words.*use --masking token"):
+    with pytest.raises(UserError, match=r"does not mark where words begin.*use --masking token"):
         word_starts(tmp_path, 2)
 
 
