@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 import ds_roberta
-from ds_roberta.config import ModelConfig
+from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import schedule_text
 from ds_roberta.data.words import WORDS_VERSION
@@ -64,6 +64,16 @@ def run_identity(run: Run) -> dict[str, Any]:
         "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before the option existed
         "decay_type": config.schedule.decay_type,
     }
+
+
+def completed_identity(saved: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the settings that it lacks because its version did not have them, at their defaults."""
+    completed = dict(saved)
+    for name, group in (("model", ModelConfig), ("masking", MaskingConfig), ("packing", PackingConfig)):
+        own = {field.name for field in fields(group)}
+        values = saved.get(name, {})
+        completed[name] = {**asdict(group(**{key: values[key] for key in own & values.keys()})), **values}
+    return completed
 
 
 def check_identity(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_roberta.config import ModelConfig
 from ds_roberta.errors import UserError
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.facts import check_identity, run_identity
+from ds_roberta.training.facts import check_identity, completed_identity, run_identity
 from ds_roberta.training.settings import Run
 
 if TYPE_CHECKING:
@@ -57,8 +56,7 @@ def find_start(run: Run) -> Start:
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:
         state = checkpoint.read_state(path)
-    state.identity["model"] = asdict(ModelConfig(**state.identity["model"]))  # what an earlier version did not store
-    for change in check_identity(path, state.identity, identity, allowed):
+    for change in check_identity(path, completed_identity(state.identity), identity, allowed):
         ranks.log(f"allowed change: {path}: {change}")
     state.identity = identity
     newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]

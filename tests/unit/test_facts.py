@@ -1,9 +1,11 @@
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from ds_roberta.config import MaskingConfig, PackingConfig
 from ds_roberta.errors import UserError
-from ds_roberta.training.facts import check_identity
+from ds_roberta.training.facts import check_identity, completed_identity
 
 RUN = Path("run")
 IDENTITY = {
@@ -83,3 +85,19 @@ def test_a_change_that_is_unknown_or_cannot_be_is_refused_even_where_nothing_dif
 def test_another_architecture_is_refused_with_its_reason():
     with pytest.raises(UserError, match=r"model\.hidden_size is 4, this run's is 8.*weights have that architecture"):
         check_identity(RUN, {"model": {"hidden_size": 4}}, {"model": {"hidden_size": 8}})
+
+
+def test_settings_that_an_earlier_version_did_not_have_were_at_their_defaults():
+    sizes = {"vocab_size": 400, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    saved = {
+        "seed": 3,
+        "model": sizes,
+        "masking": {"mlm_probability": 0.2, "words": 2},
+        "packing": {"max_seq_length": 64, "version": 3},
+    }
+    completed = completed_identity(saved)
+    assert completed["masking"] == {**asdict(MaskingConfig(0.2)), "words": 2}
+    assert completed["packing"] == {**asdict(PackingConfig(64)), "version": 3}
+    assert completed["model"]["intermediate_size"] == 128
+    assert completed["seed"] == 3
+    assert saved["masking"] == {"mlm_probability": 0.2, "words": 2}
