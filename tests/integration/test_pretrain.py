@@ -73,11 +73,11 @@ def test_the_run_records_how_it_was_made(unbroken):
 
 def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
     line = pretrain(workspace, *SETTINGS, "--output_dir", "data/corpus", code=2).splitlines()[-1]
-    assert line == "error: --output_dir 'data/corpus' is --data_dir: give a folder of the run's own"
+    assert line == "error: --output_dir 'data/corpus' is --data_dir: choose a folder for the run alone"
     (workspace / "model").mkdir()
     (workspace / "model/config.json").write_text('{"model_type": "roberta"}')
     line = pretrain(workspace, *SETTINGS, "--output_dir", "model", code=2).splitlines()[-1]
-    assert "error: --output_dir 'model' has a config.json that is no run's" in line
+    assert "error: --output_dir 'model' has a config.json that is not a run's" in line
     assert [path.name for path in (workspace / "model").iterdir()] == ["config.json"]
 
 
