@@ -18,7 +18,7 @@ import torch
 from benchmarks.throughput_contenders import VOCABULARY
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig, model_config
 from ds_roberta.model.architecture import config_path, read_architecture
-from ds_roberta.model.dropout import Dropout
+from ds_roberta.model.kernels import Dropout
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.checkpoint_writer import owners
 from ds_roberta.training.micro_batch import MEMORY_SHARE, BatchPlan, full_micro_batch

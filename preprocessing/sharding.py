@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
@@ -16,7 +15,6 @@ from typing import NamedTuple
 import ds_roberta
 from ds_roberta.data.shards import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     PACKING_VERSION,
     SPLITS,
     TOKENIZER_FOLDER,
@@ -24,6 +22,7 @@ from ds_roberta.data.shards import (
     VALIDATION_SPLIT,
     Manifest,
     TokenizerInfo,
+    is_data_folder,
 )
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_disk, file_checksum, json_fingerprint
@@ -59,15 +58,6 @@ class Totals(NamedTuple):
 
     text_bytes: int
     special_documents: int
-
-
-def is_data_folder(folder: Path) -> bool:
-    """Whether `run_job` wrote `folder`, so that it may be replaced."""
-    try:
-        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        return {"format_version", "fingerprint", "splits"} <= content.keys()
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def run_job(

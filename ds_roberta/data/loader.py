@@ -18,9 +18,10 @@ from ds_roberta.data.masking import Masker, copy_numbers
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
 from ds_roberta.data.shards import TokenizerInfo, token_type
-from ds_roberta.data.stages import SkippedPlaces, places_behind, stage_number
+from ds_roberta.data.stages import SkippedPlaces, places_used, stage_number
 from ds_roberta.distributed import Ranks
 
+_HELD_OUT_SEED = 0
 EMPTY_PLACE = -1
 """Fills up a micro-batch if the batch does not divide evenly: a row without labels, so without weight."""
 
@@ -216,7 +217,7 @@ class TrainLoader:
         """The micro-batches of global batch `step`, counted from 0, in a run that skips `skipped`."""
         current = self.stage(step)
         stage, order = current.stage, current.order
-        first = places_behind(self.stages, stage.max_seq_length, step, skipped)
+        first = places_used(self.stages, stage.max_seq_length, step, skipped)
         places = order.lane_order(np.arange(first, first + stage.train_batch_size))
         own = np.concatenate(split_places(places, self.rank, self.world_size, current.micro_batch_size))
         sequences = order.sequences(own.clip(min=0))
@@ -241,3 +242,40 @@ def prefetch(make: Callable[[int], list[MicroBatch]], first: int, last: int) -> 
             current = upcoming.result()
             upcoming = executor.submit(make, number + 1) if number + 1 < last else None
             yield current
+
+
+class HeldOutSample:
+    """A fixed sample of a split.
+
+    Args:
+        collator: of the held-out split, with `evaluation_masker`.
+        sequences: size of the sample, at most; all of a smaller split.
+    """
+
+    def __init__(self, collator: Collator, sequences: int, micro_batch_size: int, ranks: Ranks):
+        self._collator, self._ranks = collator, ranks
+        size = len(collator.packed)
+        sample = SampleOrder(size, _HELD_OUT_SEED).sequences(np.arange(min(size, sequences)))
+        self._parts = split_places(sample, ranks.rank, ranks.world_size, micro_batch_size)
+
+    def evaluate(
+        self, model: Callable[[MicroBatch], dict[str, float]], stop: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], Counts] | None:
+        """The sums of an objective over the sample, and what they are of; all ranks call it.
+
+        Args:
+            model: returns its sums over a micro-batch.
+            stop: called before each micro-batch; all ranks must get the same answer.
+
+        Returns:
+            None if it was stopped.
+        """
+        sums: dict[str, float] = {}
+        counts = []
+        for part in self._parts:
+            if stop():
+                return None
+            micro_batch = self._collator.collate(part, part)
+            sums = {name: sums.get(name, 0.0) + value for name, value in model(micro_batch).items()}
+            counts.append(micro_batch.counts)
+        return self._ranks.sum_each(sums), Counts.total(counts, self._ranks)

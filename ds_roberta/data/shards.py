@@ -208,6 +208,15 @@ class Manifest:
             )
 
 
+def is_data_folder(folder: Path) -> bool:
+    """Whether `folder` has a manifest, even of another version: then new data may replace it."""
+    try:
+        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        return {"format_version", "fingerprint", "splits"} <= content.keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def write_shard(
     folder: Path,
     split: str,
@@ -217,13 +226,7 @@ def write_shard(
     vocab_size: int,
     part: int = 0,
 ) -> ShardInfo:
-    """Write one shard, as `write_flat_shard`, from arrays of each document.
-
-    Args:
-        documents: token ids of each document, closed by the separator.
-        sentence_ends: per document, rising offsets after each sentence; the last is `len(document) - 1`.
-        part: which of the shards of work unit `index` this is, where it makes more than one.
-    """
+    """`write_flat_shard`, with an array of token ids and one of sentence ends for each document."""
     (ids, lengths), (ends, counts) = _flatten(documents), _flatten(sentence_ends)
     return write_flat_shard(folder, split, index, ids, lengths, ends, counts, vocab_size, part)
 
@@ -239,18 +242,15 @@ def write_flat_shard(
     vocab_size: int,
     part: int = 0,
 ) -> ShardInfo:
-    """Write one shard, atomically; documents in order, one after the other.
+    """Write one shard, atomically, and return its entry for the manifest.
 
     Args:
-        ids: token ids, (tokens,), each document closed by the separator.
+        ids: token ids, (tokens,), one document after the other, each closed by the separator.
         lengths: tokens of each document, separator included, (documents,).
         sentence_ends: offsets in the document after each sentence, rising, (sentences,); the last of a document is
             its length without the separator.
         sentence_counts: sentences of each document, (documents,).
-        part: which of the shards of work unit `index` this is, where it makes more than one.
-
-    Returns:
-        The shard's entry for the manifest.
+        part: number of the shard, if work unit `index` makes more than one.
     """
     name = f"{split}/shard-{index:05d}{f'-{part:05d}' if part else ''}.arrow"
     columns = [

@@ -95,9 +95,7 @@ def stage_number(stages: Sequence[Stage], step: int) -> int:
     return bisect_right(stages, step, key=lambda stage: stage.first_step) - 1
 
 
-def places_behind(
-    stages: Sequence[Stage], max_seq_length: int, step: int, skipped: Sequence[SkippedPlaces] = ()
-) -> int:
+def places_used(stages: Sequence[Stage], max_seq_length: int, step: int, skipped: Sequence[SkippedPlaces] = ()) -> int:
     """How many places of a length's order the first `step` steps drew or skipped.
 
     It is the first place of global batch `step` (counted from 0) if that batch has this length.
@@ -132,8 +130,8 @@ def skip(
     """
     new = []
     for length in sorted({stage.max_seq_length for stage in stages}):
-        first = places_behind(stages, length, global_step, skipped)
-        end = places_behind(stages, length, spiked_step, skipped_until_then)
+        first = places_used(stages, length, global_step, skipped)
+        end = places_used(stages, length, spiked_step, skipped_until_then)
         if end > first:
             new.append(SkippedPlaces(global_step, length, first, end))
     return [*skipped, *new]

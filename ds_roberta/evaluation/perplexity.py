@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_roberta.config import EVAL_SEQUENCES, MaskingConfig, PackingConfig
-from ds_roberta.data.loader import Collator, MicroBatch
+from ds_roberta.data.loader import Collator, HeldOutSample, MicroBatch
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
@@ -16,7 +16,6 @@ from ds_roberta.data.tokenizer_files import other_token
 from ds_roberta.data.words import word_starts
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
 from ds_roberta.files import check_output_file, write_figures
 from ds_roberta.model.objectives import MaskedLM

@@ -43,7 +43,7 @@ from ds_roberta.finetuning.one_run import (
     train,
 )
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Encoded
-from ds_roberta.model.attention import exclude_cudnn
+from ds_roberta.model.kernels import exclude_cudnn
 from ds_roberta.options import Settings, option
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
 

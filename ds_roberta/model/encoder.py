@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_roberta.config import ModelConfig
-from ds_roberta.model.attention import attention
-from ds_roberta.model.dropout import Dropout
+from ds_roberta.model.kernels import Dropout, attention
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 

@@ -13,8 +13,8 @@ from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, holds_only, replaced_folder
 from ds_roberta.model.encoder import RobertaModel
-from ds_roberta.model.finite import first_not_finite, is_finite
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.weights import first_not_finite, is_finite
 from ds_roberta.transformers_folder import check_tokenizer, quiet, read_model
 
 MODEL_CARD = "README.md"

@@ -25,7 +25,7 @@ from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum
-from ds_roberta.model.finite import first_not_finite
+from ds_roberta.model.weights import first_not_finite
 
 if TYPE_CHECKING:  # the format is read without DeepSpeed
     from ds_roberta.data.loader import Counts

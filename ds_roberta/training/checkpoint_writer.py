@@ -29,7 +29,7 @@ from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import exchange, finish_exchange, honour_umask, sync_directory, sync_file, write_json, write_text
-from ds_roberta.model.finite import first_not_finite
+from ds_roberta.model.weights import first_not_finite
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
     FORMAT_VERSION,

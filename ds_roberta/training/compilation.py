@@ -20,7 +20,7 @@ from torch import nn
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.model import attention, dropout
+from ds_roberta.model import kernels
 from ds_roberta.model.encoder import RobertaEncoder
 from ds_roberta.training.metrics import duration
 
@@ -78,8 +78,8 @@ def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
     torch._inductor.config.deterministic = True
     # Their seeds are Python numbers, for each of which there would be another graph. It is done only here because it
     # takes torch's compiler, a second of every start.
-    for module, name in ((dropout, "cpu_dropout"), (attention, "plain_attention")):
-        setattr(module, name, torch.compiler.disable(getattr(module, name)))
+    for name in ("cpu_dropout", "plain_attention"):
+        setattr(kernels, name, torch.compiler.disable(getattr(kernels, name)))
     for layer in encoder.layer:
         layer.compile(backend=backend, dynamic=False)
     _hide_gradients_of_new_shapes(encoder)

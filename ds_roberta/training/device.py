@@ -12,7 +12,7 @@ import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, keep_freed_memory
-from ds_roberta.model.attention import exclude_cudnn
+from ds_roberta.model.kernels import exclude_cudnn
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, check_world_size, meet, set_ranks
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")

@@ -18,11 +18,11 @@ from ds_roberta.data.tokenizer_files import other_token, training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.model.architecture import CONFIG_NAME, architecture
-from ds_roberta.model.finite import first_not_finite
 from ds_roberta.model.objectives import Objective
-from ds_roberta.model.resize import (
+from ds_roberta.model.weights import (
     POSITION_EMBEDDINGS,
     VOCABULARY_PARAMETERS,
+    first_not_finite,
     position_rows,
     token_rows,
     token_sources,

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ds_roberta.config import PackingConfig
-from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+from ds_roberta.data.loader import Collator, HeldOutSample, LoaderStage, TrainLoader
 from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
 from ds_roberta.data.mixture import MixedOrder, sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
-from ds_roberta.data.stages import places_behind
+from ds_roberta.data.stages import places_used
 from ds_roberta.data.words import share_without_spaces, word_starts
-from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.optimizer import mlm_probability
 from ds_roberta.training.settings import Run
@@ -56,7 +55,7 @@ def open_data(run: Run) -> RunData:
     orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train.items()}
     for length, order in orders.items():
         if isinstance(order, MixedOrder):
-            places = places_behind(config.stages, length, config.schedule.max_steps)
+            places = places_used(config.stages, length, config.schedule.max_steps)
             ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
     return RunData(train, orders, held_out)
 

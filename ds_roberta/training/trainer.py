@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_roberta.data.loader import Counts, LoaderStage, MicroBatch, TrainLoader
+from ds_roberta.data.loader import Counts, HeldOutSample, LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, skip
 from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention

@@ -42,11 +42,11 @@ from ds_roberta.data.shards import (
     ShardInfo,
     Split,
     TokenizerInfo,
+    is_data_folder,
     write_shard,
 )
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
-from preprocessing.sharding import is_data_folder
 from preprocessing.tokens.bpe import copy_tokenizer
 
 _MAGIC = b"MMIDIDX\x00\x00"

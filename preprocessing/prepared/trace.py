@@ -21,7 +21,7 @@ from ds_roberta.data.mixture import parse_source_weights, sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
-from ds_roberta.data.stages import SkippedPlaces, make_stages, places_behind, read_skipped, stage_number
+from ds_roberta.data.stages import SkippedPlaces, make_stages, places_used, read_skipped, stage_number
 from ds_roberta.errors import UserError
 from ds_roberta.options import require_positive
 from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origins, StoredDocument, StoredDocuments
@@ -90,7 +90,7 @@ class BatchTracer:
         """
         stage = self._stage(step)
         _, order = self._data(stage.max_seq_length)
-        first = places_behind(self._stages, stage.max_seq_length, step - 1, self._skipped)
+        first = places_used(self._stages, stage.max_seq_length, step - 1, self._skipped)
         places = order.lane_order(np.arange(first, first + stage.train_batch_size))
         if world_size == 1:
             return places

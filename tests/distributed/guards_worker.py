@@ -15,14 +15,13 @@ import torch
 from worker import BATCH, LENGTH, SEED, make, parameters, save, small_model, train
 
 from ds_roberta.config import GuardConfig, IntervalConfig, MaskingConfig, PackingConfig, ScheduleConfig
-from ds_roberta.data.loader import Collator
+from ds_roberta.data.loader import Collator, HeldOutSample
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import make_stages
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint, deepspeed_checkpoint, loss_spikes
 from ds_roberta.training.checkpoint import TrainState

@@ -16,7 +16,7 @@ from groups import run_group
 from ds_roberta.config import PackingConfig
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
-from ds_roberta.model.attention import attention, exclude_cudnn, plain_attention
+from ds_roberta.model.kernels import attention, exclude_cudnn, plain_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LENGTH = 512

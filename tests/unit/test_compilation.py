@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from ds_roberta.config import ModelConfig
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.errors import UserError
-from ds_roberta.model import dropout, encoder
+from ds_roberta.model import encoder, kernels
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import compilation
 from ds_roberta.training.compilation import compile_layers, compiled_graphs, resolve_torch_compile
@@ -39,7 +39,7 @@ def fresh_compiler():
 def gpu_kernels(monkeypatch):
     """The operations that a GPU is given, on the CPU."""
     monkeypatch.setattr(encoder, "attention", lambda *arguments: F.scaled_dot_product_attention(*arguments))
-    monkeypatch.setattr(dropout.Dropout, "forward", lambda self, values: F.dropout(values, self.p, self.training))
+    monkeypatch.setattr(kernels.Dropout, "forward", lambda self, values: F.dropout(values, self.p, self.training))
 
 
 def make_models(backend, dropout_prob, dtype):

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from ds_roberta.config import MaskingConfig, PackingConfig
-from ds_roberta.data.loader import Collator
+from ds_roberta.data.loader import Collator, HeldOutSample
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.model.objectives import MaskedLM
 
 LENGTH = 32

@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_roberta.model.attention import attention
-from ds_roberta.model.cross_entropy import linear_cross_entropy
-from ds_roberta.model.dropout import Dropout, keep_mask
+from ds_roberta.model.kernels import Dropout, attention, keep_mask, linear_cross_entropy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 import transformers
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
-from ds_roberta.data.loader import EMPTY_PLACE, Collator
+from ds_roberta.data.loader import EMPTY_PLACE, Collator, HeldOutSample
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.model.export import hf_config, known_to_transformers
 from ds_roberta.model.objectives import MaskedLM, MaskedLMWithNextSentence
 from ds_roberta.training.micro_batch import full_micro_batch

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_roberta.config import MaskingConfig, PackingConfig, ScheduleConfig, model_config
-from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+from ds_roberta.data.loader import Collator, HeldOutSample, LoaderStage, TrainLoader
 from ds_roberta.data.masking import evaluation_masker, training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.held_out import HeldOutSample
 from ds_roberta.model import objectives
 from ds_roberta.model.encoder import initialize_weights
 from ds_roberta.model.objectives import OBJECTIVES, MaskedLM, Objective, find_objective, objective_of

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ds_roberta.model.resize import position_rows, token_rows, token_sources
+from ds_roberta.model.weights import position_rows, token_rows, token_sources
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ds_roberta.config import Stage
-from ds_roberta.data.stages import SkippedPlaces, make_stages, places_behind, read_skipped, schedule_text, skip
+from ds_roberta.data.stages import SkippedPlaces, make_stages, places_used, read_skipped, schedule_text, skip
 from ds_roberta.errors import UserError
 
 STAGES = make_stages(512, 64, "0:128,4:512,9:128,12:512", "0:16,6:32,10:64")
@@ -17,7 +17,7 @@ def drawn(stages, length, steps, skipped=()):
     for step in steps:
         stage = [each for each in stages if each.first_step <= step][-1]
         if stage.max_seq_length == length:
-            first = places_behind(stages, length, step, skipped)
+            first = places_used(stages, length, step, skipped)
             places += range(first, first + stage.train_batch_size)
     return places
 
@@ -65,11 +65,11 @@ def test_a_wrong_schedule_is_a_user_error(lengths, sizes, words):
 def test_the_steps_of_a_length_draw_its_places_without_gap_or_repeat(length):
     places = drawn(STAGES, length, range(30))
     assert places == list(range(len(places)))
-    assert len(places) == places_behind(STAGES, length, 30)
+    assert len(places) == places_used(STAGES, length, 30)
 
 
 def test_a_far_step_is_found_in_closed_form():
-    assert places_behind(STAGES, 512, 10**12) == 2 * 16 + 3 * 32 + (10**12 - 12) * 64
+    assert places_used(STAGES, 512, 10**12) == 2 * 16 + 3 * 32 + (10**12 - 12) * 64
 
 
 @pytest.mark.parametrize(("back_to", "spiked"), [(0, 1), (3, 5), (4, 6), (5, 11), (2, 14), (12, 13)])

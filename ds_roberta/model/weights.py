@@ -1,11 +1,11 @@
-"""A trained model's embeddings, made to fit longer sequences or another vocabulary.
+"""A model's weights by name: whether they are finite, and embeddings for longer sequences or another vocabulary.
 
 Shapes: P rows of positions, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,20 @@ import torch.nn.functional as F
 POSITION_EMBEDDINGS = "roberta.embeddings.position_embeddings.weight"
 VOCABULARY_PARAMETERS = ("roberta.embeddings.word_embeddings.weight", "lm_head.bias")
 """The parameters that have a row for each token."""
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    Either makes the sum so too, which takes one pass and no mask; if the sum of finite numbers overflows, each of them
+    is checked.
+    """
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that is not finite."""
+    return next((name for name, tensor in tensors if not is_finite(tensor)), None)
 
 
 def position_rows(

@@ -1,0 +1,187 @@
+"""Attention, dropout and the vocabulary's cross-entropy, where torch's own are slow on a CPU or take too much memory.
+
+Shapes: B sequences, H heads, T tokens, K size of a head; M rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_LEVELS = 1 << 16
+_CPU_ROWS, _GPU_ROWS = 8, 1024
+"""Rows in float32 at a time: on a CPU a block stays in the cache, on a GPU it fills the device."""
+
+
+def keep_mask(shape: torch.Size, p: float) -> torch.Tensor:
+    """0 with probability `p`, to the nearest 1/65,536, otherwise 1: int16, drawn from torch's CPU generator.
+
+    torch draws one Bernoulli number after another on a CPU. Comparing 16 random bits per element from one SFC64 stream
+    as integers is eight times faster.
+    """
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    count = math.prod(shape)
+    bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count])
+    return bits.ge_(round(p * _LEVELS) - _LEVELS // 2).view(shape)
+
+
+def apply_mask(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """`values` where `keep` is 1, else zero; contiguous, of the same shape."""
+    # A 16-bit float's bits times 0 or 1 are zero or the value.
+    if values.element_size() == 2:
+        return (values.view(torch.int16) * keep).view(values.dtype)
+    return values * keep
+
+
+class _CPUDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, p: float) -> torch.Tensor:
+        keep = keep_mask(values.shape, p)
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - p)
+        return apply_mask(values, keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return apply_mask(gradients[0].contiguous(), keep).mul_(ctx.scale), None
+
+
+def cpu_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout with masks from `keep_mask`, whether in training or not."""
+    return _CPUDropout.apply(values, p)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, with our own masks on a CPU."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if values.device.type != "cpu":
+            return F.dropout(values, self.p, self.training)
+        return cpu_dropout(values, self.p) if self.training and self.p else values
+
+
+def attention(
+    query_BHTK: torch.Tensor,
+    key_BHTK: torch.Tensor,
+    value_BHTK: torch.Tensor,
+    mask_B11T: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """softmax(Q Kᵀ / √K) V, with dropout of the weights.
+
+    On a CPU torch's fused kernel takes twice the time of plain products in bf16, and leaves its fast path with dropout.
+    On a GPU torch uses flash attention in 16 bits if no key is masked, else the memory-efficient kernel; never cuDNN's,
+    see `exclude_cudnn`. Their forward passes are reproducible bit for bit. Their backward passes may add the key
+    blocks' shares of a query's gradient in any order, so two runs can round differently.
+
+    Args:
+        mask_B11T: bool, false at keys to ignore; None to attend to all.
+        dropout_p: 0 outside training.
+
+    Returns:
+        (B, H, T, K) in the arguments' dtype.
+    """
+    if query_BHTK.device.type == "cpu":
+        return plain_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
+    return F.scaled_dot_product_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
+
+
+def exclude_cudnn() -> None:
+    """Keep torch from choosing cuDNN's attention in this process, also for transformers' models.
+
+    torch prefers it on some GPUs (including H100), and it is silently wrong: its dropout rounds the probability to
+    sixteenths (0.1 becomes 1/16 or 2/16; torch avoids that from 2.12 on: pytorch/pytorch#174245), and with a
+    mask its backward pass can give NaN at lengths of 64 mod 128 (pytorch/pytorch#196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def plain_attention(*arguments: Any) -> torch.Tensor:
+    """`attention` with plain products and masks from `keep_mask`."""
+    return _PlainAttention.apply(*arguments)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Plain products; dropout scales the small tensors rather than the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout_p: float,
+    ) -> torch.Tensor:
+        query = query * query.shape[-1] ** -0.5
+        scores = query @ key.transpose(-1, -2)
+        if mask is not None:
+            scores.masked_fill_(~mask, float("-inf"))
+        weights = torch.softmax(scores, -1)
+        ctx.keep = keep_mask(weights.shape, dropout_p) if dropout_p else None
+        ctx.scale = 1 / (1 - dropout_p)
+        ctx.save_for_backward(query, key, value, weights)
+        if ctx.keep is None:
+            return weights @ value
+        return (apply_mask(weights, ctx.keep) @ value).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, weights = ctx.saved_tensors
+        gradient, kept = gradients[0], weights
+        if ctx.keep is not None:
+            gradient, kept = gradient * ctx.scale, apply_mask(weights, ctx.keep)
+        value_gradient = kept.transpose(-1, -2) @ gradient
+        weights_gradient = gradient @ value.transpose(-1, -2)
+        if ctx.keep is not None:
+            weights_gradient = apply_mask(weights_gradient, ctx.keep)
+        scores_gradient = torch._softmax_backward_data(weights_gradient, weights, -1, weights.dtype)
+        query_gradient = (scores_gradient @ key).mul_(query.shape[-1] ** -0.5)
+        return query_gradient, scores_gradient.transpose(-1, -2) @ query, value_gradient, None, None
+
+
+def linear_cross_entropy(
+    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor
+) -> torch.Tensor:
+    """The sum of the cross-entropies of `hidden @ weight.T + bias` against `labels`: a float32 scalar, in nats.
+
+    The logits are the largest tensor of a small model. They are held once, in the parameters' dtype, and overwritten by
+    their gradient; only a few rows at a time are in float32 (the idea of Hsu et al. 2024, Liger Kernel, section 3.2).
+    """
+    return _LinearCrossEntropy.apply(hidden_MD, weight_VD, bias_V, labels_M)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        logits = F.linear(hidden, weight, bias)
+        losses = []
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
+        rows = _CPU_ROWS if logits.device.type == "cpu" else _GPU_ROWS
+        for block, targets in zip(logits.split(rows), labels[:, None].split(rows), strict=True):
+            log_probs = torch.log_softmax(block, -1, dtype=torch.float32)
+            losses.append(log_probs.gather(1, targets))
+            gradient = log_probs.exp_().scatter_add_(1, targets, -torch.ones_like(losses[-1]))
+            bias_gradient += gradient.sum(0)
+            block.copy_(gradient)
+        ctx.save_for_backward(hidden, weight, logits, bias_gradient)
+        return -torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, logits_gradient, bias_gradient = ctx.saved_tensors
+        (scale,) = gradients
+        return (
+            (logits_gradient @ weight) * scale.to(weight.dtype),
+            logits_gradient.T @ (hidden * scale.to(hidden.dtype)),
+            (bias_gradient * scale).to(weight.dtype),
+            None,
+        )
