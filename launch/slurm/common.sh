@@ -23,10 +23,11 @@ record_start() {
 # run_step SRUN...: run a step to its end, and end the job with its exit code. When SLURM announces the end of the job's
 # time or its preemption (USR1 or TERM), the ranks are told by USR1, save, and leave with 85: the job is then queued again.
 run_step() {
-    local step code interrupted told=
-    trap 'interrupted=1 told=1; kill -USR1 "$step" 2>/dev/null' USR1 TERM # of a TERM, srun would end at once
+    local step='' code interrupted told=
+    trap stop_step USR1 TERM # of a TERM, srun would end at once
     "$@" &
     step=$!
+    [[ ! $told ]] || stop_step # the trap came before `step` was set
     while true; do
         interrupted=
         wait "$step"
@@ -40,6 +41,13 @@ run_step() {
         exit "$STOPPED"
     fi
     exit "$code"
+}
+
+# The trap of run_step, with its variables. A process just forked still has this trap, which would swallow the signal.
+stop_step() {
+    interrupted=1 told=1
+    sleep 0.2
+    kill -USR1 "$step" 2>/dev/null
 }
 
 # Queue this job again, unless SLURM has ended it by itself: cancelled, out of time, or requeued already.

@@ -23,21 +23,26 @@ def start(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
 
-    def start(step, state="RUNNING"):
+    def start(step, state="RUNNING", before=":"):
         return subprocess.Popen(
-            ["bash", "-c", f"source {shlex.quote(str(COMMON))}; run_step srun bash -c {shlex.quote(step)}"],
+            ["bash", "-c", f"source {shlex.quote(str(COMMON))}; {before}; run_step srun bash -c {shlex.quote(step)}"],
             env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "STATE": state},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     return start
 
 
 def end(process):
-    output, _ = process.communicate(timeout=20)
+    try:
+        output, _ = process.communicate(timeout=20)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, output
 
 
@@ -69,6 +74,12 @@ def test_a_signal_reaches_the_step_as_usr1_and_the_job_waits_for_its_end(start, 
         time.sleep(0.02)
     process.send_signal(number)
     code, output = end(process)
+    assert (code, output.splitlines()[-1]) == (85, "scontrol requeue 7")
+
+
+def test_a_signal_that_comes_before_the_steps_process_id_is_known_is_not_lost(start):
+    before = """set -T; trap '[[ $BASH_COMMAND != step=?! ]] || kill -USR1 $$' DEBUG"""
+    code, output = end(start("while true; do sleep 0.05; done", before=before))
     assert (code, output.splitlines()[-1]) == (85, "scontrol requeue 7")
 
 
