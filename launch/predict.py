@@ -9,7 +9,7 @@ from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
 from ds_roberta.options import add_options
 
-OPTIONS = ("text_column", "text_pair_column", "no_answer_threshold")  # of tasks
+TASK_OPTIONS = ("text_column", "text_pair_column", "no_answer_threshold")
 
 
 def make_parser() -> ArgumentParser:
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def config_of(arguments: argparse.Namespace) -> PredictConfig:
-    options = {name: vars(arguments)[name] for name in OPTIONS}
+    options = {name: vars(arguments)[name] for name in TASK_OPTIONS}
     return PredictConfig(
         model=arguments.model,
         input=arguments.input,

@@ -102,7 +102,7 @@ class Classification(_TextTask):
     def from_model(
         cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
     ) -> Classification:
-        return cls(label_names(config), Columns(**cls.known_options(given)))
+        return cls(label_names(config), Columns(**given))
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
@@ -153,7 +153,7 @@ class Regression(_TextTask):
     def from_model(
         cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
     ) -> Regression:
-        return cls(Columns(**cls.known_options(given)))
+        return cls(Columns(**given))
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
@@ -181,11 +181,7 @@ def encode_texts(
         return tokenizer([text.text for text in chosen], pairs, split_special_tokens=True, **options)
 
     encoded = tokens(
-        texts,
-        truncation=True,
-        max_length=max_seq_length,
-        return_attention_mask=True,
-        return_token_type_ids=False,
+        texts, truncation=True, max_length=max_seq_length, return_attention_mask=True, return_token_type_ids=False
     )
     full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) == max_seq_length]
     if full:

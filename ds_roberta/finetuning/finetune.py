@@ -42,7 +42,7 @@ from ds_roberta.finetuning.one_run import (
     in_words,
     train,
 )
-from ds_roberta.finetuning.task import RESULTS, SHORTEST, Encoded
+from ds_roberta.finetuning.task import RESULTS, SHORTEST
 from ds_roberta.model.kernels import exclude_cudnn
 from ds_roberta.options import Settings, option
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
@@ -112,7 +112,7 @@ def finetune(config: FinetuneConfig) -> int:
     exclude_cudnn()
     with without_progress_bars():
         max_seq_length = open_folder(config.model).sequence_length(config.max_seq_length, SHORTEST)
-        problem, encoded = _problem(config, max_seq_length, deepspeed_config)
+        problem = _problem(config, max_seq_length, deepspeed_config)
         output = config.output_dir.resolve()
         with errors_of_the_disk(output):
             work = ranks.on_main(lambda: _work_folder(output, config, deepspeed_config))
@@ -124,7 +124,7 @@ def finetune(config: FinetuneConfig) -> int:
             of_best = _run_folder(work, best.setting, best.seed)
             others = {
                 split: evaluate(problem, best, of_best, rows, ranks)
-                for split, rows in encoded.items()
+                for split, rows in problem.encoded.items()
                 if split not in ("train", "validation")
             }
             summaries = [_summary(setting, of_setting, problem.metric) for setting, of_setting in runs.items()]
@@ -133,13 +133,19 @@ def finetune(config: FinetuneConfig) -> int:
                 "task": config.task,
                 "metric": problem.metric,
                 "data": list(config.data),
-                "examples": {split: len(rows.inputs) for split, rows in encoded.items()},
+                "examples": {split: len(rows.inputs) for split, rows in problem.encoded.items()},
                 **problem.task.results,
                 "max_seq_length": max_seq_length,
                 "recipe": asdict(config.recipe),
                 "deepspeed_config": deepspeed_config,
                 "settings": summaries,
-                "best": {**_entry(best), **others},
+                "best": {
+                    **asdict(best.setting),
+                    "seed": best.seed,
+                    "epoch": best.best + 1,
+                    "validation": best.epochs[best.best],
+                    **others,
+                },
                 "versions": {"ds_roberta": ds_roberta.__version__, "transformers": transformers.__version__},
             }
             ranks.on_main(lambda: _write(output, problem, of_best / MODEL_FOLDER, max_seq_length, results))
@@ -155,10 +161,7 @@ def finetune(config: FinetuneConfig) -> int:
     return 0
 
 
-def _problem(
-    config: FinetuneConfig, max_seq_length: int, deepspeed_config: dict[str, Any] | None
-) -> tuple[Problem, dict[str, Encoded]]:
-    """The task with its encoded splits."""
+def _problem(config: FinetuneConfig, max_seq_length: int, deepspeed_config: dict[str, Any] | None) -> Problem:
     task_class = TASKS[config.task]
     task, splits = task_class.from_data(config.data, config.task_options or task_class.options_class())
     metric = config.metric or task.metric_names[0]
@@ -166,9 +169,7 @@ def _problem(
         raise UserError(f"--metric {metric} does not exist for these data: use one of {', '.join(task.metric_names)}")
     tokenizer = open_tokenizer(config.model, task.add_prefix_space)
     encoded = {split: task.encode(tokenizer, inputs, max_seq_length) for split, inputs in splits.items()}
-    train, validation = encoded["train"], encoded["validation"]
-    problem = Problem(config.model, tokenizer, task, train, validation, metric, config.recipe, deepspeed_config)
-    return problem, encoded
+    return Problem(config.model, tokenizer, task, encoded, metric, config.recipe, deepspeed_config)
 
 
 def _train_all(
@@ -311,10 +312,6 @@ def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> 
     for run in (run for of_setting in runs.values() for run in of_setting):
         if run not in keep:
             shutil.rmtree(_run_folder(work, run.setting, run.seed) / MODEL_FOLDER, ignore_errors=True)
-
-
-def _entry(run: Run) -> dict[str, Any]:
-    return {**asdict(run.setting), "seed": run.seed, "epoch": run.best + 1, "validation": run.epochs[run.best]}
 
 
 def _summary(setting: Setting, runs: Sequence[Run], metric: str) -> dict[str, Any]:

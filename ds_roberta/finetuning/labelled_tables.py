@@ -141,12 +141,11 @@ def read_text(path: Path) -> str:
         UserError: the file cannot be read or is not UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r} ({error.strerror}): choose another file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r} is not UTF-8 at byte {error.start}: convert it") from error
-    return text
 
 
 def parse_table(name: str, text: str, suffix: str) -> Table:
@@ -156,8 +155,7 @@ def parse_table(name: str, text: str, suffix: str) -> Table:
         UserError: it has no rows, or a row is broken.
     """
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    table = _parse_jsonl(name, lines) if suffix == ".jsonl" else _parse_tsv(name, lines)
-    return _not_empty(table)
+    return _not_empty(_parse_jsonl(name, lines) if suffix == ".jsonl" else _parse_tsv(name, lines))
 
 
 def find_texts(table: Table, columns: Columns) -> list[Text]:

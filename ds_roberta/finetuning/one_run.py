@@ -69,6 +69,7 @@ class Problem:
     """The model's folder, the task and its encoded examples.
 
     Attributes:
+        encoded: the examples of each split; `train` and `validation` are among them.
         metric: the name of the one that chooses the best epoch.
         deepspeed_config: the content of DeepSpeed's JSON; None: Trainer works without DeepSpeed.
     """
@@ -76,8 +77,7 @@ class Problem:
     folder: Path
     tokenizer: transformers.PreTrainedTokenizerBase
     task: Task
-    train: Encoded
-    validation: Encoded
+    encoded: dict[str, Encoded]
     metric: str
     recipe: Recipe
     deepspeed_config: dict[str, Any] | None = None
@@ -147,28 +147,18 @@ def evaluate(problem: Problem, run: Run, folder: Path, encoded: Encoded, ranks: 
     return _plain(trainer.evaluate(encoded.features))
 
 
-def new_model(problem: Problem, folder: Path) -> transformers.PreTrainedModel:
-    """A folder's encoder, with a new head unless the folder holds one of the same shape.
-
-    Raises:
-        UserError: as `read_model`.
-    """
-    model = read_model(folder, problem.task.model_class, new_head=problem.task.head)
-    model._weight_conversions = None  # under ZeRO-3 transformers 5.23 would save LayerNorm's old names, gamma and beta
-    return model
-
-
 def make_trainer(
-    problem: Problem, setting: Setting, seed: int, folder: Path, world_size: int, model: Path | None = None
+    problem: Problem, setting: Setting, seed: int, folder: Path, world_size: int, weights: Path | None = None
 ) -> transformers.Trainer:
     """A Trainer that evaluates and saves after each epoch, keeps the best and normalizes its loss as `Task.loss` does.
 
     Args:
         folder: of its checkpoints.
-        model: the weights' folder; None: the problem's.
+        weights: the folder with the encoder, and perhaps with a head, which is new otherwise; None: the problem's.
     """
     recipe = problem.recipe
-    steps = math.ceil(len(problem.train.features) / setting.train_batch_size) * recipe.num_train_epochs
+    train_set, validation_set = problem.encoded["train"], problem.encoded["validation"]
+    steps = math.ceil(len(train_set.features) / setting.train_batch_size) * recipe.num_train_epochs
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=setting.train_batch_size // recipe.gradient_accumulation_steps // world_size,
@@ -202,14 +192,16 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would divide the batch again
-    transformers.set_seed(seed)  # the head is new
+    transformers.set_seed(seed)  # for a new head
+    model = read_model(weights or problem.folder, problem.task.model_class, new_head=problem.task.head)
+    model._weight_conversions = None  # under ZeRO-3 transformers 5.23 would save LayerNorm's old names, gamma and beta
     trainer = transformers.Trainer(
-        new_model(problem, model or problem.folder),
+        model,
         arguments,
         data_collator=problem.task.collator(problem.tokenizer),
-        train_dataset=problem.train.features,
-        eval_dataset=problem.validation.features,
-        compute_metrics=lambda prediction: problem.task.metrics(problem.validation, prediction.predictions),
+        train_dataset=train_set.features,
+        eval_dataset=validation_set.features,
+        compute_metrics=lambda prediction: problem.task.metrics(validation_set, prediction.predictions),
         compute_loss_func=problem.task.loss,
     )
     trainer.remove_callback(transformers.PrinterCallback)

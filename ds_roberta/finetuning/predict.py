@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
 
     Args:
         max_seq_length: None: that of fine-tuning.
-        given: see `Task.from_model`.
+        given: the task's options, by name; others are ignored.
 
     Raises:
         UserError: it is no such folder, its parts do not fit together, or the model has fewer positions.
@@ -102,10 +102,12 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
             "launch/finetune.py"
         )
     task_class = next((task for task in known if task.name == results.get("task")), known[0])
+    names = {each.name for each in fields(task_class.options_class)}
+    known_options = {name: value for name, value in (given or {}).items() if name in names}
     length = opened.sequence_length(max_seq_length, SHORTEST)
     model = read_model(folder, task_class.model_class)
     return FinetunedModel(
-        task_class.from_model(opened.config, results, given or {}),
+        task_class.from_model(opened.config, results, known_options),
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
         open_tokenizer(folder),
         length,
@@ -144,11 +146,7 @@ def write_rows(path: Path, answers: list[Answer]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with (
-        errors_of_the_disk(path),
-        atomic_path(path) as temporary,
-        temporary.open("w", encoding="utf-8") as file,
-    ):
+    with errors_of_the_disk(path), atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for answer in answers:
             file.write(json.dumps(answer.row, ensure_ascii=False) + "\n")
 

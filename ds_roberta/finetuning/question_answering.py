@@ -140,7 +140,7 @@ class QuestionAnswering(Task):
         """Answers are chosen as in fine-tuning; with a threshold given, "no answer" is an answer."""
         stored = results.get("question_answering") or {}
         try:
-            options = SpanOptions(**{**stored.get("options", {}), **cls.known_options(given)})
+            options = SpanOptions(**{**stored.get("options", {}), **given})
         except (AttributeError, TypeError) as error:
             raise UserError(
                 f"{RESULTS} of the model has an unknown form of question_answering ({error}): fine-tune it again"
@@ -158,9 +158,6 @@ class QuestionAnswering(Task):
     def encode(
         self, tokenizer: transformers.PreTrainedTokenizerBase, inputs: Sequence[Question], max_seq_length: int
     ) -> Encoded:
-        cut = cut_questions(tokenizer, inputs, max_seq_length)
-        if cut:
-            logger.warning(f"{len(cut)} of {len(inputs)} questions are cut as too long, first {inputs[cut[0]].place}")
         windows = make_windows(tokenizer, inputs, max_seq_length, self.options.doc_stride)
         features = [
             {
@@ -201,7 +198,18 @@ class QuestionAnswering(Task):
 
     def _decode(self, encoded: Encoded, logits: Any) -> list[Decoded]:
         starts, ends = logits
-        return decode_all(encoded.windows, starts, ends, len(encoded.inputs), self.options)
+        of_question: list[list[int]] = [[] for _ in encoded.inputs]
+        for index, window in enumerate(encoded.windows):
+            of_question[window.question].append(index)
+        return [
+            decode(
+                [encoded.windows[index] for index in indices],
+                [starts[index] for index in indices],
+                [ends[index] for index in indices],
+                self.options,
+            )
+            for indices in of_question
+        ]
 
     def _answer(self, question: Question, decoded: Decoded) -> Answer:
         candidates = [
@@ -232,22 +240,25 @@ def read_questions(source: Path | Table, *, labelled: bool = True) -> list[Quest
 
 
 def make_windows(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    max_seq_length: int,
-    doc_stride: int,
+    tokenizer: transformers.PreTrainedTokenizerBase, questions: Sequence[Question], max_seq_length: int, doc_stride: int
 ) -> list[Window]:
     """Windows over each question's context, in order.
+
+    A question is cut to `MAX_QUESTION_TOKENS` or half of a window; a warning counts those and names the first.
 
     Raises:
         UserError: a question leaves no room for its context.
     """
+    longest = min(MAX_QUESTION_TOKENS, max_seq_length // 2)
     asked = _encode(tokenizer, [question.question.strip() for question in questions])
+    cut = [question for question, (ids, _) in zip(questions, asked, strict=True) if len(ids) > longest]
+    if cut:
+        logger.warning(f"{len(cut)} of {len(questions)} questions are too long and were cut, first {cut[0].place}")
     contexts = _encode(tokenizer, [question.context for question in questions])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     windows = []
     for index, (question, (question_ids, _), (ids, offsets)) in enumerate(zip(questions, asked, contexts, strict=True)):
-        head = [bos, *question_ids[: question_room(max_seq_length)], eos, eos]
+        head = [bos, *question_ids[:longest], eos, eos]
         room = max_seq_length - len(head) - 1
         if room < 1:
             raise UserError(
@@ -259,19 +270,6 @@ def make_windows(
             piece = slice(start, start + room)
             windows.append(Window(index, [*head, *ids[piece], eos], len(head), words[piece]))
     return windows
-
-
-def question_room(max_seq_length: int) -> int:
-    """The most tokens of a question; the rest is cut off."""
-    return min(MAX_QUESTION_TOKENS, max_seq_length // 2)
-
-
-def cut_questions(
-    tokenizer: transformers.PreTrainedTokenizerBase, questions: Sequence[Question], max_seq_length: int
-) -> list[int]:
-    """The indices of the questions that are longer than `question_room`."""
-    asked = _encode(tokenizer, [question.question.strip() for question in questions])
-    return [index for index, (ids, _) in enumerate(asked) if len(ids) > question_room(max_seq_length)]
 
 
 def window_starts(tokens: int, room: int, doc_stride: int) -> list[int]:
@@ -292,28 +290,6 @@ def span_labels(window: Window, question: Question) -> tuple[int, int]:
     if not inside or window.offsets[inside[0]][0] > start or window.offsets[inside[-1]][1] < end:
         return 0, 0
     return window.first + inside[0], window.first + inside[-1]
-
-
-def decode_all(
-    windows: Sequence[Window],
-    start_logits: Sequence[np.ndarray],
-    end_logits: Sequence[np.ndarray],
-    questions: int,
-    options: SpanOptions,
-) -> list[Decoded]:
-    """Each question's `decode`."""
-    of_question: list[list[int]] = [[] for _ in range(questions)]
-    for index, window in enumerate(windows):
-        of_question[window.question].append(index)
-    return [
-        decode(
-            [windows[index] for index in indices],
-            [start_logits[index] for index in indices],
-            [end_logits[index] for index in indices],
-            options,
-        )
-        for indices in of_question
-    ]
 
 
 def decode(

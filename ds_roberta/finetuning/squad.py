@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Table
+from ds_roberta.finetuning.labelled_tables import Table, listed
 
 COLUMNS = ("question", "context", "answers")
 
@@ -77,10 +77,7 @@ def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
     """
     for column in COLUMNS if labelled else COLUMNS[:2]:
         if column not in table.columns:
-            raise UserError(
-                f"{table.name} has no column {column!r}, but {', '.join(map(repr, table.columns))}: rename "
-                "the one that has it"
-            )
+            raise UserError(f"{table.name} has no column {column!r}, but {listed(table)}: rename the one that has it")
     questions = []
     for index, row in enumerate(table.rows):
         place = table.place(index)

@@ -80,7 +80,9 @@ def squad_v2_metrics(
         ]
         metrics |= _by_kind(name, decided, has_answer)
         best[f"best_{name}"], best[f"best_{name}_thresh"] = best_threshold(raw, answers, null_probabilities, has_answer)
-    return metrics | _totals(has_answer) | best
+    answered = sum(has_answer)
+    totals = {"total": len(golds), "HasAns_total": answered, "NoAns_total": len(golds) - answered}
+    return metrics | {name: total for name, total in totals.items() if total} | best
 
 
 def best_threshold(
@@ -112,12 +114,6 @@ def _by_kind(name: str, scores: Sequence[float], has_answer: Sequence[bool]) -> 
         if chosen:
             metrics[f"{prefix}_{name}"] = _percent(chosen)
     return metrics
-
-
-def _totals(has_answer: Sequence[bool]) -> dict[str, float]:
-    answered = sum(has_answer)
-    totals = {"total": len(has_answer), "HasAns_total": answered, "NoAns_total": len(has_answer) - answered}
-    return {name: total for name, total in totals.items() if total}
 
 
 def _percent(scores: Sequence[float]) -> float:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Table, read_text
+from ds_roberta.finetuning.labelled_tables import Table, listed
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
@@ -36,14 +35,6 @@ class Sentence:
     tags: tuple[str, ...] = ()
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] = ()
-
-
-def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
-    """
-    Raises:
-        UserError: the file cannot be read, or as `parse_conll`.
-    """
-    return parse_conll(str(path), read_text(path), labelled=labelled)
 
 
 def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
@@ -191,7 +182,7 @@ def _column(table: Table, column: str | None, usual: tuple[str, ...], option: st
     if found is None or found not in table.columns:
         raise UserError(
             f"{table.name} has no column {' or '.join(map(repr, [column] if column else usual))}: give one of "
-            f"{', '.join(map(repr, table.columns))} as {option}"
+            f"{listed(table)} as {option}"
         )
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,19 +91,13 @@ class Task(ABC):
 
         Args:
             results: what fine-tuning wrote to `results.json`; empty for a folder of another origin.
-            given: the options that were given for these predictions, by name; see `known_options`.
+            given: values of `options_class` that were given for these predictions, by name.
         """
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
         """Whether a model with this configuration is one of this task."""
         return (config.architectures or [""])[0] == cls.model_class.__name__
-
-    @classmethod
-    def known_options(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Those of the given options that the task has."""
-        names = {each.name for each in fields(cls.options_class)}
-        return {name: value for name, value in given.items() if name in names}
 
     @abstractmethod
     def read_inputs(self, path: Path) -> Sequence[Any]:

@@ -20,12 +20,12 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.labelled_tables import Columns, Table, find_texts, read_splits, read_table
+from ds_roberta.finetuning.labelled_tables import Columns, Table, find_texts, read_splits, read_table, read_text
 from ds_roberta.finetuning.tagged_sentences import (
     WORD_COLUMNS,
     Sentence,
     are_of_entities,
-    read_conll,
+    parse_conll,
     split_text,
     table_sentences,
     tag_names,
@@ -111,7 +111,7 @@ class TokenClassification(Task):
     def from_model(
         cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
     ) -> TokenClassification:
-        return cls(label_names(config), Columns(**cls.known_options(given)))
+        return cls(label_names(config), Columns(**given))
 
     def read_inputs(self, path: Path) -> list[Sentence]:
         return read_sentences(path, self.options, labelled=False)
@@ -180,7 +180,7 @@ def read_sentences(source: Path | Table, columns: Columns, *, labelled: bool = T
         labelled: whether words must have tags. If not, rows may also have texts instead of lists of words.
     """
     if isinstance(source, Path) and source.suffix not in TABLES:
-        return read_conll(source, labelled=labelled)
+        return parse_conll(str(source), read_text(source), labelled=labelled)
     table = read_table(source)
     if not labelled:
         column = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)

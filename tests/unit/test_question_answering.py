@@ -1,6 +1,7 @@
 """Question answering: questions as windows of token ids, answers as labels, logits as answers, SQuAD's metrics."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,6 @@ from ds_roberta.finetuning.question_answering import (
     QuestionAnswering,
     SpanOptions,
     Window,
-    cut_questions,
     decode,
     make_windows,
     span_labels,
@@ -181,12 +181,14 @@ def test_a_window_without_the_whole_answer_has_none(tokenizer):
     assert {span_labels(window, asked) for window in make_windows(tokenizer, [asked], 48, 16)} == {(0, 0)}
 
 
-def test_long_questions_are_cut_and_found(tokenizer):
+def test_long_questions_are_cut_and_found(tokenizer, caplog):
     long = question(text=WORDS)
     windows = make_windows(tokenizer, [long], 48, 16)
     assert max(len(window.input_ids) for window in windows) == 48
     assert windows[0].first == 24 + 3
-    assert cut_questions(tokenizer, [question(), long], 48) == [1]
+    caplog.clear()
+    make_windows(tokenizer, [question(), replace(long, place="x, row 2")], 48, 16)
+    assert "1 of 2 questions are too long and were cut, first x, row 2" in caplog.text
 
 
 def test_letters_of_special_tokens_stay_text(tokenizer):

@@ -5,15 +5,15 @@ import json
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import parse_table
+from ds_roberta.finetuning.labelled_tables import Columns, parse_table
 from ds_roberta.finetuning.tagged_sentences import (
     are_of_entities,
     parse_conll,
-    read_conll,
     split_text,
     table_sentences,
     tag_names,
 )
+from ds_roberta.finetuning.token_classification import read_sentences
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
 
@@ -88,10 +88,10 @@ def test_a_bad_line_is_named(text, message):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        read_conll(tmp_path / "absent.conll")
+        read_sentences(tmp_path / "absent.conll", Columns())
     (tmp_path / "latin.conll").write_bytes("é O".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8 at byte 0"):
-        read_conll(tmp_path / "latin.conll")
+        read_sentences(tmp_path / "latin.conll", Columns())
 
 
 def table(*rows):
