@@ -180,7 +180,8 @@ def _documents(
 
 def _workers(workers: int | None) -> AbstractContextManager[Workers | None]:
     if not is_mpi():
-        return local_workers(workers or _cores())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return local_workers(workers or cores)
     if workers is not None:
         raise UserError(f"--workers {workers} is for one machine: under mpirun -n sets the number, so leave it out")
     return mpi_workers()
@@ -196,7 +197,3 @@ def _summarise(manifest: Manifest, totals: Totals, seconds: float) -> None:
     size = totals.text_bytes
     print(f"text        {size / 1e6:.2f} MB, {size / tokens:.2f} bytes/token, {seconds:.1f} s")
     print(f"special     {totals.special_documents} documents with special-token letters, kept as text")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -109,7 +109,7 @@ class DocumentTable:
 
 def merge_count(kind: str, documents: int) -> int:
     """The number of merges into which the keys of this many documents are divided."""
-    return _tables(kind) * _ranges(documents)
+    return (1 + BANDS * (kind == "near")) * _ranges(documents)
 
 
 def merge(folder: Path, target: Path, kind: str, units: int, documents: int, index: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def merge(folder: Path, target: Path, kind: str, units: int, documents: int, ind
         first = np.maximum.accumulate(np.where(opens, np.arange(len(key)), 0))
         places = np.stack([unit_of, row], axis=1).astype(np.int64)
         close = [
-            _similarity(folder, places[chunk], places[other]) >= NEAR_SIMILARITY
+            (_signatures(folder, places[chunk]) == _signatures(folder, places[other])).mean(axis=1) >= NEAR_SIMILARITY
             for chunk in np.array_split(again, len(again) // _PAIRS_AT_ONCE + 1)
             for other in (first[chunk], chunk - 1)
         ]
@@ -163,10 +163,6 @@ def load_rows(folder: Path, unit: int) -> np.ndarray:
     return _load(folder / "rows", unit)
 
 
-def _tables(kind: str) -> int:
-    return 1 + BANDS * (kind == "near")
-
-
 def _ranges(documents: int) -> int:
     return documents // RANGE_ROWS + 1
 
@@ -189,12 +185,8 @@ def _signature(text: str) -> np.ndarray:
     return np.array(sketch.digest(), np.uint32)
 
 
-def _similarity(folder: Path, ours: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The agreeing part of the signatures of documents given as (unit, row): (pairs,) float64."""
-    return (_signatures(folder, ours) == _signatures(folder, others)).mean(axis=1)
-
-
 def _signatures(folder: Path, places: np.ndarray) -> np.ndarray:
+    """The signatures, (documents, components) uint32, of documents given as (unit, row)."""
     signatures = np.empty((len(places), BANDS * BAND_ROWS), np.uint32)
     for unit in np.unique(places[:, 0]):
         here = places[:, 0] == unit
@@ -208,5 +200,4 @@ def _save(folder: Path, index: int, array: np.ndarray) -> None:
 
 
 def _load(folder: Path, index: int) -> np.ndarray:
-    path = folder / f"{index:05d}.npy"
-    return np.load(path, mmap_mode="r")
+    return np.load(folder / f"{index:05d}.npy", mmap_mode="r")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -107,10 +107,10 @@ def run_job(
     ):
         if job.record(FIRST_PHASE, 0) is None:
             job.do(FIRST_PHASE, 0, partial(_copy_tokenizer, tokenizer))
-        finish = partial(_finish, job, states, sources or {}, units, options, backend, workers, output)
+        sharding = _Sharding(job, states, sources or {}, units, options, backend, workers, output)
         if task is None:
-            return finish()
-        _run_units(job, states, share, options, backend, workers, None)
+            return sharding.finish()
+        sharding.run_units(share)
         left = len(units) - job.finished(UNITS)
         if left and job.folder.exists():
             print(f"task {task[0] + 1}/{task[1]} is done; {left} of {len(units)} units are left to other tasks.")
@@ -120,7 +120,7 @@ def run_job(
             with held_lease(job.folder.parent / "finishing", plan, None, output):
                 if not job.folder.exists():  # another task has finished
                     return None
-                return finish()
+                return sharding.finish()
         except LeaseHeld:
             return None
 
@@ -178,140 +178,127 @@ def _copy_tokenizer(tokenizer: Path, scratch: Path) -> Record:
     return asdict(copy_tokenizer(tokenizer, scratch / "data" / TOKENIZER_FOLDER))
 
 
-def _tokenizer_info(job: Job) -> TokenizerInfo:
-    """What the first phase found in the tokenizer: reading it again would take long, compared with a small corpus."""
-    record = job.record(FIRST_PHASE, 0)
-    assert record is not None
-    return TokenizerInfo.from_json(record)
+@dataclass(frozen=True)
+class _Sharding:
+    """The steps of a job that make its output.
 
-
-def _run_units(
-    job: Job,
-    states: Mapping[str, FileState],
-    units: Sequence[Unit],
-    options: ShardOptions,
-    backend: str,
-    workers: Workers,
-    bad: BadDocuments | None,
-) -> dict[int, UnitResult]:
-    """Do the unfinished ones of `units`; return the results of all, by unit number.
-
-    Args:
+    Attributes:
         states: of the inputs when the job was planned.
-        bad: receives the units in the plan's order; None unless `units` are all of them.
+        units: all of the plan.
     """
-    records = {unit.index: job.record(UNITS, unit.index) for unit in units}
-    results = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
-    missing = [unit for unit in units if unit.index not in results]
-    if results and missing:
-        print(f"resuming: {len(results)} of {len(units)} units are finished", flush=True)
-    in_order = iter(units)
-    following = next(in_order, None)
 
-    def refuse(result: UnitResult) -> None:
+    job: Job
+    states: Mapping[str, FileState]
+    sources: Mapping[str, str]
+    units: Sequence[Unit]
+    options: ShardOptions
+    backend: str
+    workers: Workers
+    output: Path
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """What the first phase found; reading the tokenizer again would take long for a small corpus."""
+        record = self.job.record(FIRST_PHASE, 0)
+        assert record is not None
+        return TokenizerInfo.from_json(record)
+
+    def run_units(self, units: Sequence[Unit], bad: BadDocuments | None = None) -> dict[int, UnitResult]:
+        """Do the unfinished ones of `units`; return the results of all of these, by unit number.
+
+        Args:
+            bad: receives the units in the plan's order; None unless `units` are all of them.
+        """
+        records = {unit.index: self.job.record(UNITS, unit.index) for unit in units}
+        results = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
+        missing = [unit for unit in units if unit.index not in results]
+        if results and missing:
+            print(f"resuming: {len(results)} of {len(units)} units are finished", flush=True)
+        waiting = deque(units)
+
+        def judge() -> None:
+            while bad is not None and waiting and waiting[0].index in results:
+                bad.add(results[waiting.popleft().index].accounts)
+
+        for result in results.values():
+            self._refuse(result)
+        judge()
+        if missing:
+            backend, choice = choose_backend(self.backend, self.job.data / TOKENIZER_FOLDER)
+            print(f"tokenizer backend: {choice}", flush=True)
+            sizes = {unit.index: unit.bytes for unit in units}
+            done = sum(sizes[index] for index in results)
+            work = partial(_do_unit, self.job, self.tokenizer_info(), self.options, backend)
+            with document_bar(sum(sizes.values()), "tokenizing", done) as update:
+                for index, record in self.workers.run(work, missing):
+                    results[index] = UnitResult.from_record(record)
+                    self._refuse(results[index])
+                    update(sizes[index], results[index].documents)
+                    judge()
+        return results
+
+    def _refuse(self, result: UnitResult) -> None:
+        """Raise `UserError` if an input of a unit has changed or is damaged."""
         for path in result.accounts:
-            if not is_url(path) and _state(path) != states[path]:
+            if not is_url(path) and _state(path) != self.states[path]:
                 raise UserError(f"{path!r} changed while it was read: repeat the command when the file is complete")
-        if not options.allow_damaged_files:
+        if not self.options.allow_damaged_files:
             refuse_damage(result.accounts)
 
-    def judge() -> None:
-        nonlocal following
-        while bad is not None and following is not None and following.index in results:
-            bad.add(results[following.index].accounts)
-            following = next(in_order, None)
+    def finish(self) -> tuple[Manifest, Totals]:
+        """Do all units, make the output from them, and move it into place."""
+        job, options = self.job, self.options
+        bad = BadDocuments(options.max_bad_fraction)
+        results = self.run_units(self.units, bad)
+        bad.check()
+        if options.dedup != "none":
+            results = self._deduplicate(results)
+        in_order = [results[unit.index] for unit in self.units]
+        totals = Totals(*(sum(getattr(result, name) for result in in_order) for name in Totals._fields))
+        if job.is_published:
+            clear(job)
+            return Manifest.read(self.output), totals
+        manifest = Manifest(
+            tokenizer=self.tokenizer_info(),
+            options={
+                **asdict(options.read),
+                "validation_fraction": options.validation_fraction,
+                "unit_bytes": options.unit_bytes,
+                **dedup.dedup_options(options.dedup),
+                "packing_version": PACKING_VERSION,
+            },
+            inputs=input_infos(total_accounts(self.states, (result.accounts for result in in_order)), self.sources),
+            splits={split: tuple(s for r in in_order for s in r.shards[split]) for split in SPLITS},
+        )
+        try:
+            _check_train_split(manifest, options)
+        except UserError:
+            clear(job)  # the same command would fail here again
+            raise
+        manifest.write(job.data)
+        publish(job, self.output)
+        return manifest, totals
 
-    for result in results.values():
-        refuse(result)
-    judge()
-    if missing:
-        info = _tokenizer_info(job)
-        backend, choice = choose_backend(backend, job.data / TOKENIZER_FOLDER)
-        print(f"tokenizer backend: {choice}", flush=True)
-        sizes = {unit.index: unit.bytes for unit in units}
-        done = sum(sizes[index] for index in results)
-        with document_bar(sum(sizes.values()), "tokenizing", done) as update:
-            for index, record in workers.run(partial(_do_unit, job, info, options, backend), missing):
-                results[index] = UnitResult.from_record(record)
-                refuse(results[index])
-                update(sizes[index], results[index].documents)
-                judge()
-    return results
+    def _deduplicate(self, results: dict[int, UnitResult]) -> dict[int, UnitResult]:
+        """The results of all units without repeated documents."""
+        job, kind = self.job, self.options.dedup
+        documents = sum(result.documents for result in results.values())
+        merges = [i for i in range(dedup.merge_count(kind, documents)) if job.record("drops", i) is None]
+        for _ in self.workers.run(partial(_do_merge, job, kind, len(results), documents), merges):
+            pass
+        records = {index: job.record("final", index) for index in results}
+        final = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
+        left = [(unit, results[unit.index]) for unit in self.units if unit.index not in final]
+        for index, record in self.workers.run(partial(_do_final, job, self.tokenizer_info(), kind, documents), left):
+            final[index] = UnitResult.from_record(record)
+        return final
 
 
 def _do_unit(job: Job, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit) -> tuple[int, Record]:
-    work = partial(shard_unit, job.data, info, options, backend, unit)
-    return unit.index, job.do(UNITS, unit.index, work)
-
-
-def _finish(
-    job: Job,
-    states: Mapping[str, FileState],
-    sources: Mapping[str, str],
-    units: Sequence[Unit],
-    options: ShardOptions,
-    backend: str,
-    workers: Workers,
-    output: Path,
-) -> tuple[Manifest, Totals]:
-    """Do all units, make the output from them, and move it into place."""
-    bad = BadDocuments(options.max_bad_fraction)
-    results = _run_units(job, states, units, options, backend, workers, bad)
-    bad.check()
-    if options.dedup != "none":
-        results = _deduplicate(job, units, results, options.dedup, workers)
-    in_order = [results[unit.index] for unit in units]
-    totals = Totals(*(sum(getattr(result, name) for result in in_order) for name in Totals._fields))
-    if job.is_published:
-        clear(job)
-        return Manifest.read(output), totals
-    manifest = Manifest(
-        tokenizer=_tokenizer_info(job),
-        options={
-            **asdict(options.read),
-            "validation_fraction": options.validation_fraction,
-            "unit_bytes": options.unit_bytes,
-            **dedup.dedup_options(options.dedup),
-            "packing_version": PACKING_VERSION,
-        },
-        inputs=input_infos(total_accounts(states, (result.accounts for result in in_order)), sources),
-        splits={split: tuple(s for r in in_order for s in r.shards[split]) for split in SPLITS},
-    )
-    try:
-        _check_train_split(manifest, options)
-    except UserError:
-        clear(job)  # the same command would fail here again
-        raise
-    manifest.write(job.data)
-    publish(job, output)
-    return manifest, totals
-
-
-def _deduplicate(
-    job: Job, units: Sequence[Unit], results: dict[int, UnitResult], kind: str, workers: Workers
-) -> dict[int, UnitResult]:
-    """The results of all units without repeated documents."""
-    documents = sum(result.documents for result in results.values())
-    merges = [i for i in range(dedup.merge_count(kind, documents)) if job.record("drops", i) is None]
-    for _ in workers.run(partial(_do_merge, job, kind, len(results), documents), merges):
-        pass
-    records = {index: job.record("final", index) for index in results}
-    final = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
-    left = [(unit, results[unit.index]) for unit in units if unit.index not in final]
-    if left:
-        info = _tokenizer_info(job)
-        for index, record in workers.run(partial(_do_final, job, info, kind, documents), left):
-            final[index] = UnitResult.from_record(record)
-    return final
+    return unit.index, job.do(UNITS, unit.index, partial(shard_unit, job.data, info, options, backend, unit))
 
 
 def _do_merge(job: Job, kind: str, units: int, documents: int, index: int) -> Record:
-    work = partial(_merge, job.folder, kind, units, documents, index)
-    return job.do("drops", index, work)
-
-
-def _merge(folder: Path, kind: str, units: int, documents: int, index: int, scratch: Path) -> Record:
-    return dedup.merge(folder, scratch, kind, units, documents, index)
+    return job.do("drops", index, lambda scratch: dedup.merge(job.folder, scratch, kind, units, documents, index))
 
 
 def _do_final(

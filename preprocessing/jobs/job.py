@@ -63,7 +63,7 @@ class Holder:
     """What a lease says about the process that holds it."""
 
     plan: str
-    task: tuple[int, int] | None
+    task: Task | None
     host: str
     pid: int
     machine: str
@@ -71,17 +71,14 @@ class Holder:
     since: str
 
     @classmethod
-    def this_process(cls, plan: str, task: tuple[int, int] | None) -> Holder:
+    def this_process(cls, plan: str, task: Task | None) -> Holder:
         pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z")
         return cls(plan, task, socket.gethostname(), pid, _machine(), _process(pid), since)
 
     def excludes(self, other: Holder) -> bool:
         """Whether the two must not work at the same time: only different tasks of one array on one plan may."""
-        both_tasks = self.task is not None and other.task is not None
-        if not both_tasks or self.plan != other.plan:
+        if self.task is None or other.task is None or self.plan != other.plan:
             return True
-        assert self.task is not None
-        assert other.task is not None
         return self.task[1] != other.task[1] or self.task[0] == other.task[0]
 
     def on_this_machine(self) -> bool:
@@ -108,7 +105,7 @@ class Lease:
 
 
 @contextmanager
-def held_lease(folder: Path, plan: str, task: tuple[int, int] | None, output: Path) -> Iterator[Lease]:
+def held_lease(folder: Path, plan: str, task: Task | None, output: Path) -> Iterator[Lease]:
     """Hold a lease in `folder` for the length of the context; a thread keeps it fresh.
 
     Args:
@@ -314,7 +311,8 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
                 shutil.rmtree(job.folder / "scratch", ignore_errors=True)
             yield job
     finally:
-        _remove_without_work(root, plan)
+        if not any((root / "leases").glob("*.json")) and not any((root / plan / UNITS).glob("*.json")):
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def publish(job: Job, output: Path) -> None:
@@ -332,9 +330,3 @@ def clear(job: Job) -> None:
         # In one move, so that no other task mistakes what is left of the job for work to resume.
         job.folder.rename(job.folder.with_name("done"))
     shutil.rmtree(job.folder.parent, ignore_errors=True)
-
-
-def _remove_without_work(root: Path, plan: str) -> None:
-    others = any((root / "leases").glob("*.json"))
-    if not others and not any((root / plan / UNITS).glob("*.json")):
-        shutil.rmtree(root, ignore_errors=True)

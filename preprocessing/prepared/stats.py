@@ -59,14 +59,14 @@ class Packed:
 
 @dataclass
 class SourceStats:
-    """What is in one source of a split."""
+    """What is in one source of a split, or in all."""
 
     amount: Amount
     packed: list[Packed]
 
 
 @dataclass
-class SplitStats:
+class SplitStats(SourceStats):
     """What is in one split.
 
     Attributes:
@@ -74,10 +74,8 @@ class SplitStats:
         sources: by name, for the documents that have one.
     """
 
-    amount: Amount
-    sentences: int
-    document_lengths: Counter[int]
-    packed: list[Packed]
+    sentences: int = 0
+    document_lengths: Counter[int] = field(default_factory=Counter)
     sources: dict[str, SourceStats] = field(default_factory=dict)
 
     def percentiles(self) -> dict[int, int]:
@@ -110,7 +108,7 @@ def corpus_stats(corpus: Corpus, packings: Sequence[PackingConfig]) -> Stats:
     with byte_bar(sum(info.bytes for infos in manifest.splits.values() for info in infos), "reading") as bar:
         for name in filter(manifest.documents, manifest.splits):
             split = corpus.split(name)
-            found = SplitStats(Amount(), 0, Counter(), _packed(packings))
+            found = SplitStats(Amount(), _packed(packings))
             for shard, info in enumerate(split.shards):
                 _add_shard(stats, found, split, shard, packings, bytes_of)
                 bar.update(info.bytes)
@@ -144,7 +142,7 @@ def _add_shard(
     info, values, offsets = split.shards[shard], split.values(shard), split.document_offsets(shard)
     for block in range(0, len(values), _BLOCK_TOKENS):
         stats.id_counts += np.bincount(values[block : block + _BLOCK_TOKENS], minlength=len(stats.id_counts))
-    of_shard = [SourceStats(found.amount, found.packed)]
+    of_shard: list[SourceStats] = [found]
     if info.source:
         of_shard.append(found.sources.setdefault(info.source, SourceStats(Amount(), _packed(packings))))
     for path, first, last in _origins(info):

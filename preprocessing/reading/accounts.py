@@ -282,14 +282,15 @@ def counted_in(path: str) -> str:
 
 def _line_number(path: str, offset: int) -> int | None:
     """The line of a byte, counted from 1; None if it is so far back that counting would take long."""
-    file_format = known_format(path)
-    if offset > _LINES_COUNTED_UP_TO or file_format.kind in TABLES:
+    if offset > _LINES_COUNTED_UP_TO:
         return None
-    lines, left = 1, offset
+    compression = known_format(path).compression
+    lines, left, end = 1, offset, offset
     try:
-        # A compressed file is read whole, a plain one up to the byte in question.
-        end = offset if file_format.compression is None else _size(path)
-        for block in read_blocks(path, 0, end, file_format.compression):
+        if compression is not None:  # such a file is read as a whole
+            with readable(path), open_binary(path) as file:
+                end = file_size(file)
+        for block in read_blocks(path, 0, end, compression):
             lines += block[:left].count(b"\n")
             left -= min(left, len(block))
             if not left:
@@ -297,11 +298,6 @@ def _line_number(path: str, offset: int) -> int | None:
     except (Damaged, UserError):
         return None
     return lines
-
-
-def _size(path: str) -> int:
-    with readable(path), open_binary(path) as file:
-        return file_size(file)
 
 
 def summary_lines(infos: Sequence[InputInfo], files_at_most: int = 20) -> list[str]:

@@ -27,11 +27,11 @@ _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 _HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@([^/?]+))?(?:\?(.*))?")
 _SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 _FILE_URL = "file://"
-_IGNORED = f"ignored (not {READABLE})"
+IGNORED = f"ignored (not {READABLE})"
 _HIDDEN = "ignored (hidden)"
 _BROKEN = "ignored (broken links)"
 _OTHER = "ignored (neither files nor folders)"
-_REPEATED = "read once, although given or linked more than once"
+REPEATED = "read once, although given or linked more than once"
 _PassedOver = dict[str, list[str]]
 
 
@@ -42,14 +42,6 @@ class Inputs:
     files: tuple[str, ...]
     passed_over: dict[str, tuple[str, ...]]
     sources: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        return self.passed_over.get(_IGNORED, ())
-
-    @property
-    def repeated(self) -> tuple[str, ...]:
-        return self.passed_over.get(_REPEATED, ())
 
     def notes(self) -> list[str]:
         """One line for each kind of file that was skipped."""
@@ -75,7 +67,7 @@ def find_inputs(arguments: Sequence[str]) -> Inputs:
             _check_name(file)
             identity = file if is_url(file) else os.path.realpath(file)
             if identity in files:
-                passed_over[_REPEATED].append(file)
+                passed_over[REPEATED].append(file)
             else:
                 files[identity] = file
                 if source:
@@ -175,7 +167,7 @@ def _readable_of(found: Sequence[str], argument: str, passed_over: _PassedOver) 
     if not chosen:
         raise UserError(f"{argument!r} contains no {READABLE} file: choose a folder or glob with text as --input")
     if len(chosen) < len(found):
-        passed_over[_IGNORED] += [file for file in found if not _is_readable(file)]
+        passed_over[IGNORED] += [file for file in found if not _is_readable(file)]
     return chosen
 
 
@@ -202,9 +194,22 @@ def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
 
 
 def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
+    """The files of a saved data set, or else all visible files, in an order that no file system changes."""
     if any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED_DATASET_FILES):
         return [file.as_posix() for file in _saved_dataset(Path(folder))]
-    return _walk(folder, passed_over)
+    found: list[str] = []
+    again: list[str] = []
+    hidden: list[str] = []
+    for current, names in tree(folder, again):
+        for path in (os.path.join(current, name) for name in names):
+            if is_hidden(os.path.basename(path)):
+                hidden.append(path)
+            elif kind_of(path) != FOLDER:
+                found += _files_at(path, passed_over)
+    for why, paths in ((_HIDDEN, hidden), (REPEATED, again)):
+        if paths:
+            passed_over[why] += sorted(paths)
+    return sorted(found, key=lambda path: Path(path).parts)
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
@@ -218,23 +223,6 @@ def _saved_dataset(folder: Path) -> list[Path]:
     parts = saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]
     root = folder.resolve()
     return [folder / Path(file["filename"]).resolve().relative_to(root) for part in parts for file in part.cache_files]
-
-
-def _walk(folder: str, passed_over: _PassedOver) -> list[str]:
-    """Every visible file under `folder`, sorted by its parts, so that the file system's order does not matter."""
-    found: list[str] = []
-    again: list[str] = []
-    hidden: list[str] = []
-    for current, names in tree(folder, again):
-        for path in (os.path.join(current, name) for name in names):
-            if is_hidden(os.path.basename(path)):
-                hidden.append(path)
-            elif kind_of(path) != FOLDER:
-                found += _files_at(path, passed_over)
-    for why, paths in ((_HIDDEN, hidden), (_REPEATED, again)):
-        if paths:
-            passed_over[why] += sorted(paths)
-    return sorted(found, key=lambda path: Path(path).parts)
 
 
 def _check_name(path: str) -> None:

@@ -40,10 +40,7 @@ _MAGIC = {
     "zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))),  # and skippable frames
 }
 _MAGIC_BYTES = 6
-_OTHER_ENCODINGS = {
-    "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
-    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
-}
+_OTHER_ENCODINGS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
 """By their byte-order marks."""
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {

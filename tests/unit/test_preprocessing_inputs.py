@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing.reading.inputs import find_inputs
+from preprocessing.reading.inputs import REPEATED, find_inputs
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_links_to_folders_and_files_are_followed(folder):
     (folder / "text/file.txt").symlink_to("../elsewhere/c.txt")
     inputs = find_inputs(["text"])
     assert inputs.files == ("text/a.txt", "text/file.txt", "text/link/deep/d.txt", "text/sub/b.txt")
-    assert inputs.repeated == ("text/link/c.txt",)
+    assert inputs.passed_over[REPEATED] == ("text/link/c.txt",)
     assert find_inputs(["text/link"]).files == ("text/link/c.txt", "text/link/deep/d.txt")
     assert find_inputs(["text/**/d.*"]).files == ("text/link/deep/d.txt",)
 

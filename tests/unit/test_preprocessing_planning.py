@@ -9,7 +9,7 @@ import pytest
 
 from ds_roberta.errors import UserError
 from preprocessing.reading.documents import Document, ReadOptions
-from preprocessing.reading.inputs import dataset_files, find_inputs
+from preprocessing.reading.inputs import IGNORED, REPEATED, dataset_files, find_inputs
 from preprocessing.reading.planning import plan_units
 from preprocessing.reading.readers import read_documents
 from preprocessing.reading.streams import READABLE
@@ -103,7 +103,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_folder_is_read_recursively_and_sorted(folder):
     inputs = find_inputs(["text/"])
     assert inputs.files == ("text/a/z.jsonl", "text/a.txt", "text/b.txt")
-    assert inputs.ignored == ("text/README.md", "text/merges.txt")
+    assert inputs.passed_over[IGNORED] == ("text/README.md", "text/merges.txt")
     assert inputs.notes() == [
         "ignored (hidden): text/.hidden",
         f"ignored (not {READABLE}): text/README.md, text/merges.txt",
@@ -117,7 +117,7 @@ def test_globs_are_sorted_and_keep_the_order_of_arguments(folder):
 def test_a_file_given_twice_is_read_once(folder):
     inputs = find_inputs(["text/a.txt", "text", "./text/b.txt"])
     assert inputs.files == ("text/a.txt", "text/a/z.jsonl", "text/b.txt")
-    assert inputs.repeated == ("text/a.txt", "text/b.txt")
+    assert inputs.passed_over[REPEATED] == ("text/a.txt", "text/b.txt")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_urls_are_files_folders_and_globs(tmp_path):
         system.pipe_file(f"/inputs/{name}", b"x")
     inputs = find_inputs(["s=memory://inputs"])
     assert inputs.files == ("memory:///inputs/a/c.jsonl.gz", "memory:///inputs/b.txt")
-    assert inputs.ignored == ("memory:///inputs/a/README.md",)
+    assert inputs.passed_over[IGNORED] == ("memory:///inputs/a/README.md",)
     assert set(inputs.sources.values()) == {"s"}
     assert find_inputs(["memory://inputs/*.txt"]).files == ("memory:///inputs/b.txt",)
     assert find_inputs(["memory://inputs/b.txt"]).files == ("memory://inputs/b.txt",)
