@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ _VALID: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         ("initializer_range", "layer_norm_eps"),
         "a positive number",
-        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        lambda value: type(value) in (int, float) and 0 < value <= sys.float_info.max,
     ),
     (
         ("hidden_act",),
@@ -148,7 +148,8 @@ def architecture(content: Mapping[str, Any], path: Path, tokenizer: TokenizerInf
     ]
     if problems:
         raise UserError(*(f"{str(path)!r}: {problem}" for problem in problems))
-    return ModelConfig(**values)
+    floats = {name: float(values[name]) for name in ("initializer_range", "layer_norm_eps")}  # RobertaConfig's own type
+    return ModelConfig(**{**values, **floats})
 
 
 def _misfits(values: Mapping[str, Any], tokenizer: TokenizerInfo | None) -> list[str]:

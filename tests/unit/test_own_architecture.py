@@ -133,6 +133,8 @@ def test_a_run_takes_length_name_and_recipe_from_a_config(config_of, write_confi
     assert settings(config_of(), corpus, hidden_dropout_prob=0.3).model.hidden_dropout_prob == 0.3
     bare = settings(write_config(), corpus).model  # what the data knows, and transformers' defaults
     assert (bare.vocab_size, bare.hidden_size, bare.layer_norm_eps) == (TOKENS, 768, 1e-12)
+    whole = settings(write_config(layer_norm_eps=1, initializer_range=2), corpus).model
+    assert (hf_config(whole).layer_norm_eps, hf_config(whole).initializer_range) == (1.0, 2.0)  # its type takes no int
     renamed = write_config(**SIZES).rename(config_of() / "narrow.json")
     assert settings(renamed, corpus).model_name == "narrow"
 
@@ -172,6 +174,7 @@ def test_all_problems_of_a_config_are_named_at_once(write_config, corpus):
         ({"hidden_size": 96.0}, "hidden_size must be a positive whole number, got 96.0"),
         ({"hidden_dropout_prob": 1}, "hidden_dropout_prob must be at least 0 and below 1, got 1"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a positive number, got nan"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps must be a positive number, got 1000"),
         ({"initializer_range": True}, "initializer_range must be a positive number, got True"),
         ({"pad_token_id": None}, "pad_token_id must be a token's id, a whole number from 0 up, got None"),
         ({"eos_token_id": [2, 3]}, "eos_token_id must be a token's id"),
