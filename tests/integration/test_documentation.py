@@ -113,6 +113,12 @@ def test_the_readme_shows_the_stages_commands():
         assert command.split()[0] in text
 
 
+def test_the_readme_is_short_with_its_tree_in_the_first_third():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.encode()) <= 10_240
+    assert text.index("\n```\n", text.index("## The house")) <= len(text) / 3
+
+
 def test_the_examples_from_python_run_as_they_stand(tmp_path):
     for folder in ("ds_configs", "examples"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
