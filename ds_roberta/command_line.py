@@ -67,16 +67,15 @@ def _number(text: str, kind: Callable[[str], Value], description: str, is_allowe
 
 
 def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Run a command's body and `leave`.
+    """Run a command's body, then `leave` with an exit code.
 
     The exit code is the command's own; or 2, after one line on stderr (or a line for each of several problems), for a
     `UserError` or a write that the disk or standard output refused; or 141, as in a shell, if the reader of our output,
     such as `head`, has closed it. Under a launcher, every process meets the same error and the first on each host
     reports it; a process whose own write the disk refused reports it itself.
     """
-    if isinstance(
-        sys.stdout, TextIOWrapper
-    ):  # a file's name may not be UTF-8, and a terminal may not have every character
+    # A file's name may not be UTF-8, and a terminal may not have every character.
+    if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command() or 0

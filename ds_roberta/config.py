@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.options import Settings, must_be, option, positive_number, require_positive
+from ds_roberta.options import Settings, must_be, option, require_positive, require_positive_number
 
 LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
 LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
@@ -29,7 +29,7 @@ class ModelConfig:
     """The encoder's architecture, named as in transformers' `RobertaConfig`.
 
     Attributes:
-        max_position_embeddings: rows of the table; positions begin behind the padding's, at `pad_token_id + 1`.
+        max_position_embeddings: rows of the table; positions begin after the padding's, at `pad_token_id + 1`.
         intermediate_size: width of the MLP; 0 becomes four times the hidden size, as in every size of the paper.
         hidden_act: the MLP's activation, one of `model.encoder.ACTIVATIONS`.
     """
@@ -65,7 +65,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of model, with the recipe it is trained by where the command line says nothing else."""
+    """A size of model, and its default training recipe."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -86,19 +86,13 @@ PRESETS = {
 _MIN_POSITIONS = 512
 
 
-def model_config(
-    model: str,
-    vocab_size: int,
-    max_seq_length: int,
-    pad_token_id: int = 1,
-    bos_token_id: int = 0,
-    eos_token_id: int = 2,
-    hidden_dropout_prob: float = 0.1,
-    attention_probs_dropout_prob: float = 0.1,
-) -> ModelConfig:
+def model_config(model: str, vocab_size: int, max_seq_length: int, pad_token_id: int = 1, **others: Any) -> ModelConfig:
     """The architecture of a preset for a tokenizer and a sequence length.
 
-    Positions begin behind the padding's, so there are `pad_token_id + 1` more of them than tokens in a sequence.
+    Positions begin after the padding's, so there are `pad_token_id + 1` more of them than tokens in a sequence.
+
+    Args:
+        others: further fields of `ModelConfig`.
     """
     preset = PRESETS[model]
     return ModelConfig(
@@ -108,10 +102,7 @@ def model_config(
         num_attention_heads=preset.num_attention_heads,
         max_position_embeddings=max(_MIN_POSITIONS, max_seq_length) + pad_token_id + 1,
         pad_token_id=pad_token_id,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        hidden_dropout_prob=hidden_dropout_prob,
-        attention_probs_dropout_prob=attention_probs_dropout_prob,
+        **others,
     )
 
 
@@ -135,7 +126,7 @@ class PackingConfig(Settings):
 
     @property
     def capacity(self) -> int:
-        """Tokens of a sequence without the special tokens that frame it and divide a pair."""
+        """Tokens of a sequence, not counting the special tokens that frame it and divide a pair."""
         return self.max_seq_length - (SPECIAL_TOKENS_PER_PAIR if self.is_paired else SPECIAL_TOKENS_PER_SEQUENCE)
 
 
@@ -144,17 +135,16 @@ class MaskingConfig(Settings):
     """Masking; probabilities are named as in transformers' `DataCollatorForLanguageModeling`.
 
     Attributes:
-        mlm_probability_end: if given, the share moves in a straight line from `mlm_probability` at the run's first
-            step to this at its last.
+        mlm_probability_end: if given, the share moves linearly from `mlm_probability` to this over the run.
         unit: see `ds_roberta.data.masking`.
-        copies: fixed masks of each sequence, used in turn, one per epoch; if None, each epoch has its own.
+        copies: fixed masks of each sequence, used in turn, one per epoch; if None, every epoch has new ones.
     """
 
     mlm_probability: float = option("share of the tokens to mask", 0.15, check=_BETWEEN_0_AND_1)
     mask_replace_prob: float = 0.8
     random_replace_prob: float = 0.1
     mlm_probability_end: float | None = option(
-        "share at the last step, reached in a straight line (default: no change)", None, check=_BETWEEN_0_AND_1
+        "share at the last step, reached linearly (default: no change)", None, check=_BETWEEN_0_AND_1
     )
     unit: str = option("what is masked as a whole", "token", name="masking", choices=MASKING_UNITS)
     copies: int | None = option(
@@ -187,7 +177,7 @@ class MaskingConfig(Settings):
 class ScheduleConfig(Settings):
     """Steps and learning rate; see `training.optimizer.learning_rate`.
 
-    The options of a shape are None if the type does not use them; otherwise None becomes the default.
+    Options of a shape that the type does not use are None; for others None becomes the default.
 
     Attributes:
         lr_scheduler_type: named as in transformers' `SchedulerType`.
@@ -203,7 +193,7 @@ class ScheduleConfig(Settings):
     lr_scheduler_type: str = option(
         "shape of the learning rate after the warm-up", "linear", choices=LR_SCHEDULER_TYPES
     )
-    lr_power: float | None = option("exponent of polynomial (default: 1)", None, check=positive_number)
+    lr_power: float | None = option("exponent of polynomial (default: 1)", None, check=require_positive_number)
     min_lr_ratio: float | None = option(
         "where polynomial, cosine and warmup_stable_decay end, as a share of the peak (default: 0)",
         None,
@@ -261,12 +251,12 @@ class GuardConfig(Settings):
     """Spikes of the loss; see `ds_roberta.training.loss_spikes`.
 
     Attributes:
-        loss_spike_threshold: None if nothing is watched.
+        loss_spike_threshold: None if spikes are not watched for.
     """
 
     loss_spike: str = option("what to do about a spike of the loss", "warn", choices=LOSS_SPIKE_POLICIES)
     loss_spike_threshold: float | None = option(
-        "robust standard deviations above the recent median (default: 10)", None, check=positive_number
+        "robust standard deviations above the recent median (default: 10)", None, check=require_positive_number
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 _MONITORS = ("tensorboard", "csv_monitor", "wandb")
 
 _OPTIMIZER_TYPES = ("adam", "adamw")  # in upper or lower case, as in DeepSpeed
-_OTHERS = (
+_OTHER_OPTIMIZERS = (
     *("adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd"),
     *("onebitadam", "zerooneadam", "onebitlamb", "sgd", "rmsprop", "adamax", "nadam", "radam", "adafactor"),
 )
@@ -82,7 +82,7 @@ class DeepSpeedConfig:
         return self.content.get("zero_optimization", {}).get("stage", 0)
 
     def precision(self, preferred: tuple[str, ...], supported: tuple[str, ...]) -> str:
-        """One of `PRECISIONS`.
+        """The run's precision, one of `PRECISIONS`.
 
         Args:
             preferred: low precisions that "auto" can switch on here; the first that the JSON sets to "auto" is used.
@@ -186,11 +186,8 @@ class DeepSpeedConfig:
         optimizer = _section(self.content, "optimizer")
         type_ = str(optimizer.get("type")).lower()
         if type_ not in _OPTIMIZER_TYPES:
-            about = (
-                "; portable checkpoints and bit-identical resume support only Adam's moments"
-                if type_ in _OTHERS
-                else ""
-            )
+            reason = "; portable checkpoints and bit-identical resume support only Adam's moments"
+            about = reason if type_ in _OTHER_OPTIMIZERS else ""
             found.append(f"optimizer.type must be one of Adam, AdamW, got {optimizer.get('type')!r}{about}")
         if type_ == "adamw" and self._params.get("adam_w_mode") is False:
             found.append('optimizer.params.adam_w_mode is false, but optimizer.type is AdamW: write "Adam", or true')

@@ -33,12 +33,12 @@ class Refused:
     It passes silently if its value is one of `ours`, or if it is switched off and true is not one of them.
 
     Args:
-        keys: what a section may contain when it is switched off; None: anything.
+        keys: what a section may contain when it is switched off, divided by spaces; None: anything.
     """
 
     reason: str
     ours: tuple[Any, ...] = ()
-    keys: tuple[str, ...] | None = None
+    keys: str | None = None
 
     def passes(self, value: Any) -> bool:
         # 1 == True, but a number is not a switch.
@@ -48,6 +48,11 @@ class Refused:
 
 
 Section: TypeAlias = "dict[str, Kind | Refused | Section]"
+
+
+def _each(names: str, known: Kind | Refused) -> Section:
+    """The same for several keys."""
+    return dict.fromkeys(names.split(), known)
 
 
 def is_number(value: Any) -> bool:
@@ -94,6 +99,7 @@ _NVME = 'nothing is offloaded to NVMe here; "device": "cpu" keeps it in host mem
 _UNTESTED = "it is not tested with this trainer's exact sums and checkpoints"
 _GONE = "DeepSpeed has removed it"
 _OTHER_OPTIMIZER = "it belongs to another optimizer than AdamW"
+_UNPRINTED = "nothing prints it; tokens_per_second is in metrics.jsonl"
 _IDLE = "DeepSpeed's counts start from 0 at every start and include rehearsals"
 
 _OFFLOAD_DEVICE = Kind('be "none" or "cpu" (nothing is offloaded to NVMe here)', lambda value: value in ("none", "cpu"))
@@ -115,8 +121,7 @@ KEYS: Section = {
             "betas": _BETAS,
             "eps": _NUMBER,
             "weight_decay": _NUMBER,
-            "torch_adam": _FLAG,
-            "adam_w_mode": _FLAG,
+            **_each("torch_adam adam_w_mode", _FLAG),
             "adamw_mode": Refused("write adam_w_mode"),
             "bias_correction": Refused("Adam's bias is always corrected", (True,)),
             "amsgrad": Refused("checkpoints contain Adam's two moments, not AMSGrad's third"),
@@ -127,17 +132,9 @@ KEYS: Section = {
             "capturable": Refused("the optimizer is not part of a CUDA graph"),
             "differentiable": Refused("nothing differentiates through the optimizer"),
             "set_grad_none": Refused("DeepSpeed frees the gradients itself", (True,)),
-            "fp32_optimizer_states": Refused(_FP32_STATES, (True,)),
-            "fp32_optimizer_states_in_cpu": Refused(_FP32_STATES, (True,)),
-            "momentum": Refused(_OTHER_OPTIMIZER),
-            "freeze_step": Refused(_OTHER_OPTIMIZER),
-            "cuda_aware": Refused(_OTHER_OPTIMIZER),
-            "comm_backend_name": Refused(_OTHER_OPTIMIZER),
-            "max_coeff": Refused(_OTHER_OPTIMIZER),
-            "min_coeff": Refused(_OTHER_OPTIMIZER),
-            "muon_lr": Refused(_OTHER_OPTIMIZER),
-            "adam_lr": Refused(_OTHER_OPTIMIZER),
-            "ns_method": Refused(_OTHER_OPTIMIZER),
+            **_each("fp32_optimizer_states fp32_optimizer_states_in_cpu", Refused(_FP32_STATES, (True,))),
+            **_each("momentum freeze_step cuda_aware comm_backend_name max_coeff min_coeff", Refused(_OTHER_OPTIMIZER)),
+            **_each("muon_lr adam_lr ns_method", Refused(_OTHER_OPTIMIZER)),
         },
         "legacy_fusion": Refused(_UNTESTED),
     },
@@ -145,10 +142,8 @@ KEYS: Section = {
         "enabled": _FLAG_OR_AUTO,
         "loss_scale": _NUMBER,
         "initial_scale_power": _WHOLE,
-        "loss_scale_window": _COUNT,
-        "hysteresis": _COUNT,
+        **_each("loss_scale_window hysteresis min_loss_scale", _COUNT),
         "consecutive_hysteresis": _FLAG,
-        "min_loss_scale": _COUNT,
         "auto_cast": Refused("the model's inputs are token ids, which are not cast"),
         "fp16_master_weights_and_grads": Refused(_FP32_STATES),
     },
@@ -156,79 +151,56 @@ KEYS: Section = {
         "enabled": _FLAG_OR_AUTO,
         "check_grad_overflow": Refused("gradients are always checked for values that are not finite", (True,)),
         "immediate_grad_update": Refused("gradients are reduced and applied once per step"),
-        "bf16_master_weights_and_grads": Refused(_FP32_STATES),
-        "bf16_optimizer_states": Refused(_FP32_STATES),
+        **_each("bf16_master_weights_and_grads bf16_optimizer_states", Refused(_FP32_STATES)),
     },
     "zero_optimization": {
         "stage": Kind("be 0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3),
-        "contiguous_gradients": _FLAG,
-        "reduce_scatter": _FLAG,
-        "reduce_bucket_size": _COUNT,
-        "use_multi_rank_bucket_allreduce": _FLAG,
-        "allgather_partitions": _FLAG,
-        "allgather_bucket_size": _WHOLE,
+        **_each("contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions", _FLAG),
+        **_each("round_robin_gradients log_trace_cache_warnings enable_sanity_checks", _FLAG),
+        **_each("stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential", _FLAG),
+        **_each("reduce_bucket_size sub_group_size", _COUNT),
+        **_each("allgather_bucket_size stage3_prefetch_bucket_size stage3_max_live_parameters", _WHOLE),
+        **_each("stage3_param_persistence_threshold stage3_model_persistence_threshold", _WHOLE),
+        **_each("stage3_max_reuse_distance stage3_module_granularity_threshold", _WHOLE),
         "overlap_comm": Kind("be true, false or null", lambda value: value is None or isinstance(value, bool)),
         "offload_param": {
             "device": _OFFLOAD_DEVICE,
             "pin_memory": _FLAG,
-            "max_in_cpu": Refused(_NVME),
-            "nvme_path": Refused(_NVME),
-            "buffer_count": Refused(_NVME),
-            "buffer_size": Refused(_NVME),
+            **_each("max_in_cpu nvme_path buffer_count buffer_size", Refused(_NVME)),
         },
         "offload_optimizer": {
             "device": _OFFLOAD_DEVICE,
             "pin_memory": _FLAG,
-            "nvme_path": Refused(_NVME),
-            "buffer_count": Refused(_NVME),
-            "pipeline_read": Refused(_NVME),
-            "pipeline_write": Refused(_NVME),
-            "fast_init": Refused(_NVME),
+            **_each("nvme_path buffer_count pipeline_read pipeline_write fast_init", Refused(_NVME)),
             "ratio": Refused("the optimizer is offloaded whole or not at all", (1, 1.0)),
             "super_offload": Refused(_UNTESTED),
             "cpuadam_cores_perc": Refused("it is for super_offload"),
         },
-        "sub_group_size": _COUNT,
-        "stage3_prefetch_bucket_size": _WHOLE,
-        "stage3_param_persistence_threshold": _WHOLE,
-        "stage3_model_persistence_threshold": _WHOLE,
-        "stage3_max_live_parameters": _WHOLE,
-        "stage3_max_reuse_distance": _WHOLE,
-        "stage3_module_granularity_threshold": _WHOLE,
-        "stage3_use_all_reduce_for_fetch_params": _FLAG,
-        "stage3_allgather_sequential": _FLAG,
-        "round_robin_gradients": _FLAG,
-        "log_trace_cache_warnings": _FLAG,
-        "enable_sanity_checks": _FLAG,
-        "stage3_gather_16bit_weights_on_model_save": Refused("exported weights are whole at every stage", (True,)),
-        "stage3_gather_fp16_weights_on_model_save": Refused("exported weights are whole at every stage", (True,)),
+        **_each(
+            "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save",
+            Refused("exported weights are whole at every stage", (True,)),
+        ),
         "compute_grad_norm": Refused("each step's row has the gradient's norm", (True,)),
         "load_from_fp32_weights": Refused("a resume always continues from the fp32 weights", (True,)),
         "elastic_checkpoint": Refused(_CHECKPOINTS),
         "ignore_unused_parameters": Refused("every parameter has a gradient", (True,)),
         "zero_hpz_partition_size": Refused(_UNTESTED, (1,)),
-        "zero_quantized_weights": Refused(_UNROUNDED),
-        "zero_quantized_nontrainable_weights": Refused(_UNROUNDED),
-        "zero_quantized_gradients": Refused(_UNROUNDED),
+        **_each(
+            "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients", Refused(_UNROUNDED)
+        ),
         "zenflow": Refused("every step applies the whole gradient"),
-        "legacy_stage1": Refused(_UNTESTED),
-        "parameter_alignment": Refused(_UNTESTED),
-        "memory_efficient_linear": Refused(_UNTESTED, (True,)),
+        **_each("legacy_stage1 parameter_alignment", Refused(_UNTESTED)),
+        **_each("memory_efficient_linear override_module_apply", Refused(_UNTESTED, (True,))),
         "pipeline_loading_checkpoint": Refused(_CHECKPOINTS),
-        "override_module_apply": Refused(_UNTESTED, (True,)),
         "save_muon_momentum_buffer_in_memory": Refused(_OTHER_OPTIMIZER),
         "leaf_module": Refused("the encoder has no branches that ZeRO-3 could not follow"),
         "cpu_offload": Refused('write "offload_optimizer": {"device": "cpu"}'),
         "cpu_offload_param": Refused('write "offload_param": {"device": "cpu"}'),
         "cpu_offload_use_pin_memory": Refused("write pin_memory in offload_optimizer or offload_param"),
         "mics_shard_size": Refused(_GONE, (-1,)),
-        "mics_hierarchical_params_gather": Refused(_GONE),
-        "zeropp_loco_param": Refused(_GONE),
+        **_each("mics_hierarchical_params_gather zeropp_loco_param", Refused(_GONE)),
     },
-    "zero_allow_untested_optimizer": _FLAG,
-    "zero_force_ds_cpu_optimizer": _FLAG,
-    "wall_clock_breakdown": _FLAG,
-    "disable_python_gc": _FLAG,
+    **_each("zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown disable_python_gc", _FLAG),
     "log_level": Kind(
         "be debug, info, warning, error or critical",
         lambda value: value in ("debug", "info", "warning", "error", "critical"),
@@ -238,40 +210,19 @@ KEYS: Section = {
     "wandb": {"enabled": _FLAG, "group": _TEXT_OR_NULL, "team": _TEXT_OR_NULL, "project": _TEXT},
     "comet": Refused(
         "use wandb, tensorboard or csv_monitor",
-        keys=(
-            "enabled",
-            "samples_log_interval",
-            "project",
-            "workspace",
-            "api_key",
-            "experiment_name",
-            "experiment_key",
-            "online",
-            "mode",
-        ),
+        keys="enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode",
     ),
     "steps_per_print": Refused(f"{_IDLE}; --log_interval sets how often a step's row is written"),
     "timers": {
-        "throughput": {
-            "enabled": Refused("nothing prints it; tokens_per_second is in metrics.jsonl"),
-            "synchronized": Refused("nothing prints it; tokens_per_second is in metrics.jsonl", (True, False)),
-        }
+        "throughput": {"enabled": Refused(_UNPRINTED), "synchronized": Refused(_UNPRINTED, (True, False))},
     },
     "flops_profiler": Refused(
         f"{_IDLE}; mfu is in metrics.jsonl, and `python -m benchmarks.profile` shows where a step's time goes",
-        keys=(
-            "enabled",
-            "recompute_fwd_factor",
-            "profile_step",
-            "module_depth",
-            "top_modules",
-            "detailed",
-            "output_file",
-        ),
+        keys="enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
     ),
     "comms_logger": Refused(
         "nothing prints what it collects, and it makes the device wait for each communication",
-        keys=("enabled", "verbose", "prof_all", "debug", "prof_ops"),
+        keys="enabled verbose prof_all debug prof_ops",
     ),
     "memory_breakdown": Refused("it resets the peak that memory_gb in metrics.jsonl reports"),
     "dump_state": Refused("the run's config.json has every setting"),
@@ -279,7 +230,7 @@ KEYS: Section = {
     "data_types": Refused(
         _FP32_SUMS,
         ({"grad_accum_dtype": "fp32"},),
-        ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+        "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
     ),
     "communication_data_type": Refused(_FP32_SUMS, ("fp32", "FP32")),
     "seq_parallel_communication_data_type": Refused(_PARALLEL, ("fp32", "FP32")),
@@ -289,46 +240,30 @@ KEYS: Section = {
     "managed_gradient_accumulation": Refused("the trainer counts the micro-steps itself", (True,)),
     "disable_allgather": Refused(_UNTESTED),
     "bfloat16": Refused("write bf16"),
-    "amp": Refused(_PRECISION, keys=("enabled", "opt_level", "loss_scale", "master_weights", "keep_batchnorm_fp32")),
-    "torch_autocast": Refused(_PRECISION, keys=("enabled", "dtype", "lower_precision_safe_modules")),
+    "amp": Refused(_PRECISION, keys="enabled opt_level loss_scale master_weights keep_batchnorm_fp32"),
+    "torch_autocast": Refused(_PRECISION, keys="enabled dtype lower_precision_safe_modules"),
     "activation_checkpointing": Refused(
         "the encoder does not recompute activations",
-        keys=(
-            "partition_activations",
-            "contiguous_memory_optimization",
-            "cpu_checkpointing",
-            "number_checkpoints",
-            "synchronize_checkpoint_boundary",
-            "profile",
-        ),
+        keys="partition_activations contiguous_memory_optimization cpu_checkpointing number_checkpoints "
+        "synchronize_checkpoint_boundary profile",
     ),
-    "aio": Refused(
-        _NVME,
-        keys=("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
-    ),
+    "aio": Refused(_NVME, keys="block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
     "curriculum_learning": Refused(f"{_DATA}; --max_seq_length_schedule begins with short sequences"),
-    "data_efficiency": Refused(_DATA),
-    "dataloader_drop_last": Refused(_DATA),
-    "checkpoint": Refused(_CHECKPOINTS),
-    "datastates_ckpt": Refused(_CHECKPOINTS),
-    "nebula": Refused(_CHECKPOINTS),
+    **_each("data_efficiency dataloader_drop_last", Refused(_DATA)),
+    **_each("checkpoint datastates_ckpt nebula", Refused(_CHECKPOINTS)),
     "elasticity": Refused("a run can continue with another number of processes without it"),
     "autotuning": Refused('the micro-batch is found if train_micro_batch_size_per_gpu is "auto"'),
-    "compression_training": Refused("the model is trained whole, without quantisation or pruning"),
-    "quantize_training": Refused("the model is trained whole, without quantisation or pruning"),
-    "eigenvalue": Refused("the model is trained whole, without quantisation or pruning"),
-    "weight_quantization": Refused("the model is trained whole, without quantisation or pruning"),
+    **_each(
+        "compression_training quantize_training eigenvalue weight_quantization",
+        Refused("the model is trained whole, without quantisation or pruning"),
+    ),
     "progressive_layer_drop": Refused("the encoder always has all its layers"),
     "sparse_gradients": Refused(_DENSE),
     "sparse_attention": Refused("attention covers the whole sequence"),
-    "compile": Refused("--torch_compile says what is compiled"),
-    "graph_harvesting": Refused("--torch_compile says what is compiled"),
+    **_each("compile graph_harvesting", Refused("--torch_compile says what is compiled")),
     "hybrid_engine": Refused("nothing is generated in pretraining"),
-    "pipeline": Refused(_PARALLEL),
-    "tensor_parallel": Refused(_PARALLEL),
-    "expert_parallel": Refused(_PARALLEL),
+    **_each("pipeline tensor_parallel expert_parallel use_data_before_expert_parallelism", Refused(_PARALLEL)),
     "sequence_parallel_size": Refused(_PARALLEL, (1,)),
-    "use_data_before_expert_parallelism": Refused(_PARALLEL),
     "vocabulary_size": Refused("the vocabulary is the tokenizer's"),
 }
 
@@ -347,9 +282,8 @@ def problems(content: dict[str, Any], keys: Section = KEYS, place: str = "") -> 
             if not known.passes(value):
                 found.append(f"remove {name!r}: {known.reason}")
             elif known.keys is not None and isinstance(value, dict):
-                found += [
-                    _unknown(inner, dict.fromkeys(known.keys), name) for inner in value if inner not in known.keys
-                ]
+                inside = dict.fromkeys(known.keys.split())
+                found += [_unknown(inner, inside, name) for inner in value if inner not in inside]
         elif isinstance(value, dict):
             found += problems(value, known, name)
         elif not (value is None and key.startswith("offload_")):  # null is DeepSpeed's own default there

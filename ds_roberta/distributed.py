@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger("ds_roberta")
 STOPPED_EXIT_CODE = 85
-"""Exit code of a run that was asked to stop and saved: start the same command again to go on."""
+"""Exit code of a run that was asked to stop and saved: run the same command again to continue."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -43,7 +43,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Call on all processes at once, when the default process group is there."""
+        """Call on all processes at once, after the default process group is made."""
         control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
 
@@ -74,33 +74,20 @@ class Ranks:
         return box[0]
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on rank 0; its value on all processes, or its error, as users see it, as a `UserError`."""
-        value, problem = None, None
-        if self.is_main:
-            try:
-                value = function()
-            except Exception as error:
-                problem = user_message(error)
-                if problem is None:
-                    raise
-        if self.any(value is not None or problem is not None):  # most often there is nothing to send
+        """Run `function` on rank 0; its value on all processes, or a `UserError` if it met what users should see."""
+        value, problem = _attempt(function) if self.is_main else (None, None)
+        if self.any(value is not None or problem is not None):  # usually there is nothing to send
             value, problem = self.broadcast((value, problem))
         if problem is not None:
             raise UserError(*problem)
         return cast(Result, value)
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on every rank; its value here, or on all processes a `UserError` if any met an error.
+        """Run `function` on every rank; its value here, or on all processes a `UserError` if any met one.
 
-        It is the first error that users should see; it names the hosts that met it, unless all met the same.
+        It is the first error that users should see; it names the hosts that met it, unless all did.
         """
-        value, problem = None, None
-        try:
-            value = function()
-        except Exception as error:
-            problem = user_message(error)
-            if problem is None:
-                raise
+        value, problem = _attempt(function)
         problems = self.gather((socket.gethostname(), problem))
         first = next((text for _, text in problems if text is not None), None)
         if first is not None:
@@ -147,8 +134,19 @@ class Ranks:
         return tensor.tolist()
 
 
+def _attempt(function: Callable[[], Result]) -> tuple[Result | None, tuple[str, ...] | None]:
+    """The function's value, or the lines of an error that users should see; raises any other error."""
+    try:
+        return function(), None
+    except Exception as error:
+        problem = user_message(error)
+        if problem is None:
+            raise
+        return None, problem
+
+
 class StopRequest:
-    """Remembers a signal until all processes have agreed on it. A context manager: handlers are restored at its end.
+    """Remembers a signal until all processes have agreed on it. A context manager that restores the handlers.
 
     The first signal asks for a checkpoint and a clean end; a second Ctrl-C ends the process at once. (A launcher
     passes Ctrl-C on as SIGTERM, which therefore does not count as the second.)
@@ -180,7 +178,7 @@ class StopRequest:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep large blocks that were freed for the next ones, instead of giving each back.
 
-    Every step makes the same large tensors. Fresh pages from the kernel for each take a quarter of a CPU run's time.
+    Every step makes the same large tensors. Getting fresh pages for them takes a quarter of a CPU run's time.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")

@@ -22,7 +22,7 @@ _WORDS_WITHOUT_NUMBER = re.compile(
     r"PytorchStreamWriter|inline_container\.cc.*unexpected pos|iostream error"  # torch.save
     r"|Not enough free space to write|\d+ requested and \d+ written"  # numpy.save and tofile
 )
-_LIKENESS = 0.65  # below that difflib suggests what nobody meant: at 0.5 "fp32" is like "fp16"
+_LIKENESS = 0.65  # below this difflib suggests what nobody meant: at 0.5 "fp32" is like "fp16"
 
 
 class UserError(ValueError):
@@ -79,7 +79,7 @@ def user_message(error: Exception) -> tuple[str, ...] | None:
     refusal = disk_refusal(error)
     if not refusal:
         return None
-    return (f"a file or standard output was refused ({refusal}): fix this, then give the same command again",)
+    return (f"a file or standard output was refused ({refusal}): fix this, then run the same command again",)
 
 
 def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:

@@ -19,11 +19,7 @@ from ds_roberta.errors import DiskError, UserError, disk_refusal, standard_outpu
 
 def sync_directory(path: Path) -> None:
     """Make the directory's entries durable, so that a rename in it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path)
 
 
 def sync_file(path: Path) -> None:
@@ -34,7 +30,7 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-TOKENIZER_FILES = frozenset(  # that transformers writes, of any version
+TOKENIZER_FILES = frozenset(  # those that any version of transformers writes
     {
         "added_tokens.json",
         "merges.txt",
@@ -53,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         UserError: `path` is a device or a pipe, which the renamed file would replace.
     """
-    path = path.resolve()  # a link stays, what it points to is replaced
+    path = path.resolve()  # a link stays, and what it points to is replaced
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"the output {str(path)!r} is a device or a pipe: choose a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process ids repeat across hosts
@@ -100,11 +96,13 @@ def write_text(path: Path, text: str) -> None:
 def check_output_file(option: str, path: Path | None) -> None:
     """Raise `UserError` before the work, not after it, if an option's file could not be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"{option} {str(path)!r} is a folder or in none: choose a file in a folder that exists")
+        raise UserError(
+            f"{option} {str(path)!r} is a folder, or its folder is missing: choose a file in a folder that exists"
+        )
 
 
 def write_figures(path: Path | None, figures: Any) -> None:
-    """Write the results of a command as JSON, whole or not at all; nothing if there is no path.
+    """Write the results of a command as JSON, atomically; nothing if there is no path.
 
     Raises:
         UserError: the file cannot be written.
@@ -152,7 +150,7 @@ def _mode_of_new_files(folder: Path) -> int:
 
 
 def holds_only(folder: Path, names: frozenset[str]) -> bool:
-    """Whether a folder has no other entries."""
+    """Whether a folder has no entries but these."""
     return {path.name for path in folder.iterdir()} <= names
 
 
@@ -182,7 +180,7 @@ def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) ->
     Raises:
         UserError: `output` is a file, holds something else, or cannot be written.
     """
-    output = output.resolve()  # a link stays, what it points to is replaced
+    output = output.resolve()  # a link stays, and what it points to is replaced
     partial = partial_folder(output)
     with errors_of_the_disk(output), created_parents(output):
         check_replaceable(output, is_ours, kind)
@@ -207,7 +205,7 @@ def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) 
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {str(output)!r} is a file: choose a folder as --output")
     if output.exists() and any(output.iterdir()) and not is_ours(output):
-        raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or give another --output")
+        raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or choose another --output")
     finish_exchange(output)
 
 
@@ -237,7 +235,7 @@ def exchange(folder: Path, output: Path) -> None:
 
 
 def finish_exchange(output: Path) -> None:
-    """Finish what a kill within `exchange` left of it, so that `output` is there, old or new."""
+    """Finish an `exchange` that a kill interrupted, so that `output` exists, old or new."""
     old = _old_folder(output)
     _put_back(old, output)
     if old.exists():

@@ -38,7 +38,7 @@ def option(
     Args:
         text: the help, to which a default that is not None is added.
         default: the field's; without one, the option is None until the program resolves it.
-        name: the option's, where it is not the field's.
+        name: the option's, where it differs from the field's.
         check: of values that are not None.
         keywords: for `add_argument`, such as `required`, `metavar` or a `type` that the annotation does not give.
     """
@@ -124,7 +124,7 @@ def options_of(group: type[Settings], place: tuple[str, ...] = ()) -> Iterator[O
 
 
 def add_options(parser: argparse.ArgumentParser, group: type[Settings], only: Collection[str] | None = None) -> None:
-    """Add the options of a group to a command, under a heading for each group; `only` names those that it has."""
+    """Add the options of a group to a command, under a heading for each group; `only` names the ones to add."""
     headings: dict[type[Settings], argparse._ActionsContainer] = {}
     for each in options_of(group):
         if only is not None and each.name not in only:
@@ -185,7 +185,7 @@ def must_be(description: str, holds: Callable[[Any], bool]) -> Check:
 require_positive = must_be(
     "a positive whole number", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1
 )
-positive_number = must_be("a positive number", lambda value: 0 < value < math.inf)
+require_positive_number = must_be("a positive number", lambda value: 0 < value < math.inf)
 
 
 def require_one_of(name: str, value: str, known: Collection[str]) -> None:

@@ -35,7 +35,7 @@ class Messages:
 
 
 def progress_bar(**options: Any) -> tqdm[Any]:
-    """A bar of `tqdm` with these options. A log file is spared most of the updates that a terminal shows."""
+    """A bar of `tqdm` with these options. A log file gets few of the updates that a terminal shows."""
     every = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
     return tqdm(file=Messages(), mininterval=every, **options)
 
@@ -43,7 +43,7 @@ def progress_bar(**options: Any) -> tqdm[Any]:
 @contextmanager
 def byte_bar(total: int, what: str, done: int = 0) -> Iterator[tqdm[Any]]:
     """A bar over bytes with MB/s and the time left; `done` of them were done before it began."""
-    # An error is one line: a bar that has just begun is not shown yet, an older one is erased first.
+    # An error is one line: a bar that has just begun is not shown yet, and an older one is erased first.
     with progress_bar(
         total=total, initial=done, desc=what, unit="B", unit_scale=True, delay=_DELAY_SECONDS, miniters=0
     ) as bar:

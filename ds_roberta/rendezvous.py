@@ -63,7 +63,7 @@ def first_host(nodes: str) -> str:
 def meet(limit: float) -> None:
     """Wait until all ranks have arrived at MASTER_ADDR:MASTER_PORT; call before `torch.distributed` is initialised.
 
-    MPI's own start has done that already, and a single process has nobody to wait for. If the `deepspeed` launcher
+    MPI has already done so, and a single process has nobody to wait for. If the `deepspeed` launcher
     started all ranks on this host, they use a free port, whatever MASTER_PORT says: its default, 29500, would allow
     only one run per host.
 
@@ -82,7 +82,7 @@ def meet(limit: float) -> None:
         if not has_agent:
             os.environ["MASTER_PORT"] = "0"
         return
-    host, deadline, came = socket.gethostname(), time.monotonic() + limit, 0
+    host, deadline, arrived = socket.gethostname(), time.monotonic() + limit, 0
     file = None if has_agent else _port_file()
     if file is not None:
         os.environ["MASTER_PORT"] = "0" if rank == 0 else str(_read_port(file, deadline))
@@ -100,15 +100,15 @@ def meet(limit: float) -> None:
         if file is not None and rank == 0:
             os.environ["MASTER_PORT"] = str(store.port)
             write_text(file, str(store.port))
-        # torch's own store for the process group shares rank 0's server as long as this one lives.
+        # torch's own store for the process group shares rank 0's server as long as this one exists.
         _stores.append(store)
         key = f"ds_roberta/came/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        came = store.add(key, 1)
-        while came < world_size and time.monotonic() < deadline:
+        arrived = store.add(key, 1)
+        while arrived < world_size and time.monotonic() < deadline:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            came = store.add(key, 0)
+            arrived = store.add(key, 0)
     except dist.DistError as error:
-        if came == 0:
+        if arrived == 0:
             what = "cannot serve" if rank == 0 else "did not reach rank 0"
             raise UserError(
                 f"rank {rank} on {host} {what} at {place} (MASTER_ADDR:MASTER_PORT) within {limit:g} s: check "
@@ -118,9 +118,9 @@ def meet(limit: float) -> None:
     finally:
         if file is not None and rank == 0:
             file.unlink(missing_ok=True)
-    if came < world_size:
+    if arrived < world_size:
         raise UserError(
-            f"only {came} of {world_size} ranks arrived at {place} within {limit:g} s (reported by rank {rank} on "
+            f"only {arrived} of {world_size} ranks arrived at {place} within {limit:g} s (reported by rank {rank} on "
             f"{host}): check the logs of the others and whether their hosts respond, or allow more time with "
             "--rendezvous_timeout"
         )
@@ -155,19 +155,15 @@ def check_world_size(world_size: int) -> None:
     """Compare the number of processes that met with the number that the launcher started.
 
     Raises:
-        UserError: they are fewer, so that there are several runs at once.
+        UserError: fewer met, so there would be several separate runs.
     """
     started = {name: os.environ.get(name) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
-    for name, value in started.items():
-        if value is not None and int(value) != world_size:
-            raise UserError(_separate(f"{name} is {value}", world_size))
+    causes = [f"{name} is {value}" for name, value in started.items() if value is not None and int(value) != world_size]
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if world_size < tasks:  # a task may itself launch several processes
-        raise UserError(_separate(f"srun started {tasks} tasks", world_size))
-
-
-def _separate(cause: str, world_size: int) -> str:
-    return (
-        f"{cause}, but this run has {world_size} processes: they would be separate runs; unset RANK and WORLD_SIZE in "
-        "the job's environment, and use one launcher"
-    )
+        causes.append(f"srun started {tasks} tasks")
+    if causes:
+        raise UserError(
+            f"{causes[0]}, but this run has {world_size} processes: they would be separate runs; unset RANK and "
+            "WORLD_SIZE in the job's environment, and use one launcher"
+        )

@@ -32,7 +32,7 @@ PARSERS = {
 _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
 _TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}|infinite", re.IGNORECASE)  # sbatch's forms: minutes, D-HH, HH:MM:SS, …
 _NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact slurm controller")  # sbatch's words
-_PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # what needs no quotes, neither in bash nor after #SBATCH
+_PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # what needs no quotes in bash or after #SBATCH
 
 
 def make_parser() -> ArgumentParser:
@@ -48,14 +48,17 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--time", help="limit of one start, such as 24:00:00 or 2-00:00:00; a run may need several")
     parser.add_argument("--partition", help="(default: the site's)")
     parser.add_argument("--account", help="(default: yours)")
-    parser.add_argument("--nodes", help="a number, or MIN-MAX: a requeued run goes on with what is free")
+    parser.add_argument("--nodes", help="a number, or MIN-MAX: a requeued run continues on what is free")
     parser.add_argument("--gpus_per_node", type=int, help="0 trains on CPUs")
     parser.add_argument("--processes_per_node", type=int, help="(default: one for each GPU; 1 on CPUs)")
     parser.add_argument("--tasks", type=int, help="tasks of the array")
     parser.add_argument("--cpus_per_task", type=int, help="CPU cores of each process (default: 8; preprocess: 16)")
     parser.add_argument("--mem", help="memory of a node, such as 64G (default: the site's)")
     parser.add_argument(
-        "--signal_seconds", type=int, default=120, help="before the limit, to save in (default: %(default)s)"
+        "--signal_seconds",
+        type=int,
+        default=120,
+        help="seconds before the limit at which to stop and save (default: %(default)s)",
     )
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="(default: %(default)s)")
     parser.add_argument("--setup", default="", help="a bash command before the job's, such as 'module load cuda'")
@@ -76,10 +79,10 @@ def split_command(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def job_values(arguments: argparse.Namespace) -> dict[str, str]:
-    """The value of each placeholder, as in the file; those without a value are missing.
+    """The value of each placeholder; those without a value are missing.
 
     Raises:
-        UserError: a value cannot be right, or the template does not use it.
+        UserError: a value is out of range, or cannot be written into a job file.
     """
     given = vars(arguments)
     for name in COUNTS:
@@ -130,14 +133,14 @@ def fill(template: str, values: dict[str, str], optional: tuple[str, ...]) -> st
 
 
 OPTIONAL = ("partition", "account", "gpus_per_node", "mem")
-OPTION_OF = {"array": "tasks"}  # placeholders that are made of an option of another name
+OPTION_OF = {"array": "tasks"}  # placeholders that are made from an option of another name
 
 
 def job_file(arguments: argparse.Namespace) -> str:
     """The job file's text.
 
     Raises:
-        UserError: the template is unknown, a value is missing, out of range or of no use to the template.
+        UserError: the template is unknown, or a value is missing, out of range or not used by the template.
     """
     if arguments.template not in TEMPLATES:
         message = unknown_key_message("template", arguments.template, TEMPLATES)
@@ -148,7 +151,7 @@ def job_file(arguments: argparse.Namespace) -> str:
     for option in ("nodes", "gpus_per_node", "processes_per_node", "tasks", "mem"):
         if getattr(arguments, option) is not None and option not in names:
             raise UserError(
-                f"--{option} {getattr(arguments, option)}: {arguments.template} has no use for it; leave it out"
+                f"--{option} {getattr(arguments, option)}: {arguments.template} does not use it; leave it out"
             )
     unset = [f"--{option}" for option, name in names.items() if name not in values and name not in OPTIONAL]
     if "gpus_per_node" in names and arguments.gpus_per_node is None:
@@ -204,7 +207,7 @@ def main(arguments: argparse.Namespace) -> None:
         write_text(output, text)
     print(f"wrote {output}")
     check(output)
-    print(f"next: sbatch {shlex.quote(str(output))}; squeue --me; the logs come to {arguments.log_dir}/")
+    print(f"next: sbatch {shlex.quote(str(output))}; squeue --me; the logs go to {arguments.log_dir}/")
 
 
 if __name__ == "__main__":

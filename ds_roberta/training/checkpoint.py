@@ -2,7 +2,7 @@
 
     global_stepN/state-RRRRR-of-WWWWW.safetensors   fp32 weights, exp_avg and exp_avg_sq by parameter name
     global_stepN/train_state.json                   the numbers of `TrainState`
-    global_stepN/tokenizer/                         so that a checkpoint exports by itself
+    global_stepN/tokenizer/                         so that a checkpoint can be exported on its own
     global_stepN/manifest.json                      size and checksum of every other file
 
 A checkpoint is complete or it does not exist under its name (`checkpoint_writer`). `latest` names the newest, `best`
@@ -47,15 +47,15 @@ class TrainState:
     Attributes:
         identity: what a resumed run must share, by name: model, data, tokenizer, packing, source weights, masking,
             seed, stages, shape of the learning rate.
-        global_step: optimizer steps taken, those that fp16 skipped included.
+        global_step: optimizer steps taken, including those that fp16 skipped.
         skipped_steps: steps that fp16 skipped.
         consumed_tokens: tokens trained on, padding not counted.
         loss_scaler: the numbers of fp16's dynamic loss scaler.
         best_eval_loss: the lowest held-out loss after a step, in nats; None before the first evaluation.
         best_step: the step that it was measured at.
-        recent_losses: of the last steps, by which a spike of the loss is recognised.
-        loss_spikes: steps whose loss was one, those that were rolled back included.
-        skipped_places: what the run passes over after such a step, each with the fields of `data.stages.SkippedPlaces`.
+        recent_losses: of the last steps, by which a loss spike is recognised.
+        loss_spikes: steps whose loss was one, including those that were rolled back.
+        skipped_places: what the run skips after such a step, each with the fields of `data.stages.SkippedPlaces`.
         learned_positions: of the model that the run started from; 0 if it started from scratch.
     """
 
@@ -94,12 +94,12 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
+    """A file's entry in the manifest."""
     return {"bytes": path.stat().st_size, "checksum": file_checksum(path)}
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of which there is a checkpoint folder, the newest first."""
+    """Steps that have a checkpoint folder, the newest first."""
     matches = (_NAME_PATTERN.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
@@ -112,14 +112,14 @@ def verify(checkpoint: Path) -> None:
         files = dict(manifest["files"]) if version == FORMAT_VERSION else {}
     except FileNotFoundError as error:
         raise UserError(
-            f"{str(checkpoint)!r} is no checkpoint of this program ({MANIFEST_NAME} is missing): name a folder "
+            f"{str(checkpoint)!r} is not a checkpoint of this program ({MANIFEST_NAME} is missing): name a folder "
             f"{CHECKPOINTS_FOLDER}/global_stepN of a run"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the manifest of the checkpoint {str(checkpoint)!r} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"the checkpoint {str(checkpoint)!r} has format version {version}, this program reads {FORMAT_VERSION}"
+            f"the checkpoint {str(checkpoint)!r} has format version {version}, but this program reads {FORMAT_VERSION}"
         )
     for name, entry in files.items():
         path = checkpoint / name
@@ -145,7 +145,7 @@ def choose(resume: str, folder: Path) -> Path | None:
     """The checkpoint to resume from, verified: with "auto" the newest good one, or None; else the one named.
 
     Raises:
-        UserError: the one named is missing or damaged; or, with "auto", there are some and none is good.
+        UserError: the one named is missing or damaged; or, with "auto", there are some but none is good.
     """
     if resume != "auto":
         verify(Path(resume))
@@ -160,7 +160,7 @@ def choose(resume: str, folder: Path) -> Path | None:
             continue
         return candidate
     if steps:
-        raise UserError(f"no checkpoint in {str(folder)!r} is complete: move them away to start again")
+        raise UserError(f"no checkpoint in {str(folder)!r} is complete: move them away to start over")
     return None
 
 
@@ -197,8 +197,7 @@ def best(folder: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    content = json.loads((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
-    return state_from(content)
+    return state_from(json.loads((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8")))
 
 
 def state_from(content: dict[str, Any]) -> TrainState:

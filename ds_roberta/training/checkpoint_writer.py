@@ -4,7 +4,7 @@ The loop does what the processes must do together: it copies weights and moments
 the first step after every process has written its file, it renames the folder, so that the checkpoint appears. In
 between, a thread in each process serialises, syncs and checksums its share; it never communicates.
 
-Files are written into `.global_stepN.tmp` beside the final folder, which is renamed as a whole: a kill at any moment
+Files are written into `.global_stepN.tmp` next to the final folder, which is renamed as a whole: a kill at any moment
 leaves the earlier checkpoints as they were, and at worst a hidden folder that the next start removes.
 """
 
@@ -57,11 +57,11 @@ class Retention:
     keep_every: int | None = None
 
     def removable(self, steps: list[int], state: TrainState) -> list[int]:
-        """Those of the saved `steps`, the newest first, that may go now that `state` is saved."""
+        """Those of the saved `steps`, the newest first, that may be removed now that `state` is saved."""
         return [
             step
             for step in steps[self.keep_last :]
-            # The one just saved is not the newest in a run that went on from an older checkpoint.
+            # The one just saved is not the newest in a run that continued from an older checkpoint.
             if step not in (state.global_step, state.best_step)
             and not (self.keep_every and step % self.keep_every == 0)
         ]
@@ -110,14 +110,14 @@ class CheckpointWriter:
             self._thread.shutdown(wait=kind is None or failed)  # a second Ctrl-C waits for nothing
 
     def save(self, state: TrainState) -> Path:
-        """Copy weights, moments and `state`, and begin to write them; first waits for the save before.
+        """Copy weights, moments and `state`, and begin to write them; first wait for the previous save.
 
         Returns:
             Where the checkpoint will be when it is complete.
 
         Raises:
-            UserError: this or the save before could not be written (a full disk, for example).
-            LossSpike: something of it is not finite, so that nothing is written.
+            UserError: this or the previous save could not be written (a full disk, for example).
+            LossSpike: a weight or moment is not finite; nothing is written.
         """
         self.finish()
         target = step_folder(self._folder, state.global_step)
@@ -133,7 +133,7 @@ class CheckpointWriter:
         """Complete the save in flight if every rank has written its share; call between any two steps.
 
         Raises:
-            UserError: a rank could not write it, or rank 0 not complete it; earlier checkpoints are untouched.
+            UserError: a rank could not write it, or rank 0 could not complete it; earlier checkpoints are untouched.
         """
         if self._in_flight is None or self._ranks.any(not self._in_flight.share.done()):
             return
@@ -154,7 +154,7 @@ class CheckpointWriter:
             self.poll()
 
     def _write_share(self, state: TrainState, tensors: dict[str, torch.Tensor], temporary: Path) -> FileEntries:
-        """In the thread: this rank's files, durable; rank 0 also writes what is there once."""
+        """In the thread: write this rank's files durably; rank 0 also writes the shared ones."""
         paths = []
         if tensors:
             name = f"state-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
@@ -173,7 +173,7 @@ class CheckpointWriter:
         return {str(path.relative_to(temporary)): file_entry(path) for path in paths}
 
     def _complete(self, save: _Save, entries: list[FileEntries], problems: list[str]) -> None:
-        """On rank 0: give the checkpoint its name, or remove what was written of it."""
+        """On rank 0: give the checkpoint its name, or remove what was written."""
         temporary = temporary_folder(save.target)
         with errors_of_saving(save.target):
             if problems:
@@ -182,7 +182,7 @@ class CheckpointWriter:
             write_json(temporary / MANIFEST_NAME, {"format_version": FORMAT_VERSION, "files": files})
             put_in_place(save.target)
             if save.state.best_step == save.state.global_step:
-                name_in(self._folder, BEST_NAME, save.target)
+                write_pointer(self._folder, BEST_NAME, save.target)
         removable = self._retention.removable(saved_steps(self._folder), save.state)
         self._thread.submit(remove, self._folder, removable)
 
@@ -200,13 +200,13 @@ def errors_of_saving(target: Path) -> Iterator[None]:
 
 
 def clean_up(folder: Path, best_step: int | None) -> None:
-    """Remove what killed runs left unfinished, and make `best` name the checkpoint of `best_step`, if it is there."""
+    """Remove what killed runs left unfinished, and make `best` name the checkpoint of `best_step`, if it exists."""
     for path in folder.glob(".global_step*.old"):
         finish_exchange(path.with_name(path.stem[1:]))
     for path in folder.glob(".global_step*"):
         shutil.rmtree(path)
     if best_step is not None and best_step in saved_steps(folder):
-        name_in(folder, BEST_NAME, step_folder(folder, best_step))
+        write_pointer(folder, BEST_NAME, step_folder(folder, best_step))
     else:
         (folder / BEST_NAME).unlink(missing_ok=True)
 
@@ -225,19 +225,19 @@ def begin(target: Path) -> None:
 
 def put_in_place(target: Path) -> None:
     """Give a durable temporary folder its name, and let `latest` name it."""
-    # The same step may be there already: a stop interrupted its evaluation, which was done after the resume.
+    # The same step may exist already: a stop interrupted its evaluation, which was repeated after the resume.
     exchange(temporary_folder(target), target)
-    name_in(target.parent, LATEST_NAME, target)
+    write_pointer(target.parent, LATEST_NAME, target)
 
 
-def name_in(folder: Path, name: str, target: Path) -> None:
+def write_pointer(folder: Path, name: str, target: Path) -> None:
     write_text(folder / name, target.name + "\n")
 
 
 def remove(folder: Path, steps: list[int]) -> None:
     for step in steps:
         target = step_folder(folder, step)
-        target.rename(temporary_folder(target))  # half removed, it would count as damaged
+        target.rename(temporary_folder(target))  # a half-removed one would count as damaged
         shutil.rmtree(temporary_folder(target), ignore_errors=True)
 
 

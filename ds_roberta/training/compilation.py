@@ -1,8 +1,8 @@
-"""Compilation of the encoder by torch.compile: whether it is done, and how.
+"""Compilation of the encoder by torch.compile.
 
-Each layer is compiled, not the model: all layers share one graph per shape, and the number of masked tokens, another in
-every micro-batch, is never part of one. Embeddings stay as they are: inductor sums the gradient of a table by atomic
-additions, whose order and so whose rounding varies.
+Each layer is compiled, not the model: all layers share one graph per shape, and the number of masked tokens,
+which differs between micro-batches, is never part of one. Embeddings are not compiled: inductor sums the gradient of a
+table by atomic additions, whose order, and so whose rounding, varies.
 """
 
 from __future__ import annotations
@@ -25,36 +25,31 @@ from ds_roberta.model.encoder import RobertaEncoder
 from ds_roberta.training.metrics import duration
 
 _GRAPHS_AT_MOST = 256
-"""torch gives up after 8 and continues uncompiled: a length takes 4, with or without padding, training or not."""
+"""torch gives up after 8 and continues uncompiled; a length takes 4, with or without padding, training or not."""
 _TRITON_CAPABILITY = (7, 0)
 
 
 def resolve_torch_compile(torch_compile: str, zero_stage: int, on_gpu: bool) -> bool:
-    """Whether to compile: "auto" does on a GPU if it can.
+    """Whether to compile: "auto" does on a GPU where possible.
 
     Raises:
-        UserError: it is "on", and cannot be.
+        UserError: it is "on", but compilation is not possible.
     """
     if torch_compile == "off" or (torch_compile == "auto" and not on_gpu):
         return False
-    obstacle = _stage_obstacle(zero_stage) or (_gpu_obstacle() if on_gpu else _cpu_obstacle())
+    obstacle = _obstacle(zero_stage, on_gpu)
     if obstacle is not None and torch_compile == "on":
         raise UserError(f"--torch_compile on cannot work: {obstacle}, or give --torch_compile off")
     return obstacle is None
 
 
-def _stage_obstacle(zero_stage: int) -> str | None:
-    if zero_stage < 3:
-        return None
-    return "at ZeRO stage 3 parameters are gathered by hooks of each module, which break its graph: choose stage 1 or 2"
-
-
-def _cpu_obstacle() -> str | None:
-    found = any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++")))
-    return None if found else "there is no C++ compiler: install g++"
-
-
-def _gpu_obstacle() -> str | None:
+def _obstacle(zero_stage: int, on_gpu: bool) -> str | None:
+    """Why compilation is not possible."""
+    if zero_stage == 3:
+        return "at ZeRO stage 3 hooks of each module gather its parameters, which breaks its graph: choose stage 1 or 2"
+    if not on_gpu:
+        found = any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++")))
+        return None if found else "there is no C++ compiler: install g++"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: install it"
     capability = torch.cuda.get_device_capability()
@@ -65,19 +60,15 @@ def _gpu_obstacle() -> str | None:
 
 
 def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
-    """Compile the layers in place, each shape when it first occurs; parameters keep their names.
-
-    Args:
-        backend: torch.compile's.
-    """
+    """Compile the layers in place, each shape when it first occurs; parameters keep their names."""
     import torch._dynamo
     import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = _GRAPHS_AT_MOST
-    # Else kernels are chosen by their time on the device, and a resumed run might round otherwise.
+    # Otherwise kernels are chosen by timing them, and a resumed run might round differently.
     torch._inductor.config.deterministic = True
-    # Their seeds are Python numbers, for each of which there would be another graph. It is done only here because it
-    # takes torch's compiler, a second of every start.
+    # Their seeds are Python numbers, each of which would need a graph of its own. They are excluded only here because
+    # that imports torch's compiler, which takes a second.
     for name in ("cpu_dropout", "plain_attention"):
         setattr(kernels, name, torch.compiler.disable(getattr(kernels, name)))
     for layer in encoder.layer:
@@ -94,7 +85,7 @@ def compiled_graphs() -> int:
 def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
     """Set gradients aside while a graph may be made: torch 2.13 makes none if their dtype is not the weight's.
 
-    If there is none after all, a warning says so: torch itself continues silently.
+    If none was made, a warning says so: torch itself continues silently.
     """
     met: set[tuple[object, ...]] = set()
     hidden: list[tuple[nn.Parameter, torch.Tensor | None]] = []
@@ -123,17 +114,17 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
 def compilation_notice(config: dict[str, Any]) -> str | None:
     """What to log before DeepSpeed compiles its FusedAdam; None if torch's Adam is used, which is compiled already.
 
-    A start that is killed while it compiles leaves a lock, for which all later ones wait silently.
+    A start that is killed while it compiles leaves a lock, on which all later ones wait silently.
 
     Args:
         config: from `DeepSpeedConfig.resolved`.
     """
     if config["optimizer"]["params"].get("torch_adam", False):
         return None
-    from torch.utils import cpp_extension  # it takes a moment
+    from torch.utils import cpp_extension  # a slow import
 
     lock = Path(cpp_extension._get_build_directory("fused_adam", verbose=False)) / "lock"
-    notice = "DeepSpeed compiles its FusedAdam (torch_adam is false) unless it did before: that takes minutes"
+    notice = "DeepSpeed compiles its FusedAdam (torch_adam is false) unless it did so before: this takes minutes"
     try:
         age = time.time() - lock.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""Checkpoints in DeepSpeed's own layout, optionally beside the portable ones: for its tools, such as zero_to_fp32.
+"""Checkpoints in DeepSpeed's own layout, optional, for its tools, such as zero_to_fp32.
 
     deepspeed_checkpoints/global_stepN/   written by DeepSpeed: *_model_states.pt, *_optim_states.pt
     deepspeed_checkpoints/latest          global_stepN
@@ -45,7 +45,7 @@ _UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version":
 
 
 def save(engine: Engine, state: TrainState, folder: Path, keep_last: int) -> Path:
-    """Write the checkpoint of `state.global_step`, whole or not at all; all ranks call it, and it waits for the end.
+    """Write the checkpoint of `state.global_step`, atomically; all ranks call it, and it returns when all is written.
 
     Raises:
         UserError: it could not be written.
@@ -78,7 +78,7 @@ def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: st
     """The state in a checkpoint that such a run can load.
 
     Raises:
-        UserError: it cannot be read, was not written by this program, or by a run of another kind.
+        UserError: it cannot be read, or was not written by this program, or by a run of another kind.
     """
     path = min(checkpoint.glob(_MODEL_STATES))
     try:
@@ -86,7 +86,7 @@ def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: st
     except Exception as error:
         raise UserError(f"cannot read DeepSpeed's checkpoint file {str(path)!r}: {error}") from error
     if _STATE_KEY not in content:
-        raise UserError(f"{str(checkpoint)!r} was written by another program than this: it has no {_STATE_KEY!r}")
+        raise UserError(f"{str(checkpoint)!r} was not written by this program: it has no {_STATE_KEY!r}")
     config = content["ds_config"]
     kinds = {
         "number of processes": (content["dp_world_size"], world_size),

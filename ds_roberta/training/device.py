@@ -1,4 +1,4 @@
-"""The machine as DeepSpeed sees it: joining a run's processes, and what their device can compute in."""
+"""The machine as DeepSpeed sees it: joining a run's processes, and the precisions of their device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     meet(rendezvous_timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # gloo serves on a CPU; DeepSpeed would compile a shared-memory operator for a minute first.
+    # gloo is enough on a CPU; DeepSpeed would first compile a shared-memory operator for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     check_world_size(torch.distributed.get_world_size())
@@ -50,10 +50,10 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Let `torch.compile` leave functions as they are.
+    """Make `torch.compile` leave functions unchanged.
 
-    To ask whether an optimizer is its Muon, which is none of ours, DeepSpeed imports that and so wraps three functions
-    for compilation, for which torch imports its whole compiler: a second of every start.
+    To check whether an optimizer is its Muon (ours never is), DeepSpeed imports that, which wraps three functions for
+    compilation, for which torch imports its whole compiler: a second of every start.
     """
     name = "TORCHDYNAMO_DISABLE"  # read at each call of torch.compile
     before = os.environ.get(name)
@@ -72,7 +72,7 @@ def on_gpu() -> bool:
 
 
 def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The low precisions that "auto" prefers here, the best first, and all precisions that the device has."""
+    """The low precisions that "auto" prefers here, the best first, and all precisions that the device supports."""
     accelerator = get_accelerator()
     low = [
         name
@@ -81,17 +81,17 @@ def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
     ]
     if on_gpu():
         return tuple(low), ("fp32", *low)
-    # Without instructions of its own for it, a processor is slower in bf16 than in fp32.
+    # Without bf16 instructions, a processor is slower in bf16 than in fp32.
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return ("bf16",) if fast_bf16 else (), ("fp32", *low)
 
 
 def fastest_precision() -> str:
-    """The precision of the device's highest rate of matrix products."""
+    """The precision in which the device multiplies matrices fastest."""
     low, _ = device_precisions()
     return low[0] if low else "fp32"
 
 
 def choose_precision(config: DeepSpeedConfig) -> str:
-    """The precision of the JSON, "auto" settled by the device."""
+    """The precision that the JSON asks for; the device decides "auto"."""
     return config.precision(*device_precisions())

@@ -14,7 +14,7 @@ divided by that number; DeepSpeed averages over processes, which the factor `wor
 
 In fp16 both factors are applied once a step to the fp32 sums: within the backward pass of a batch of 8,192 sequences
 they would leave a masked token a weight of about 1e-6, times the loss scale. Measured on three layers of width 128
-with a vocabulary of 8,000 (50,000): the gradient is off from fp32's by 0.07% (0.08%) at weights from 2^-3 on, 0.5%
+with a vocabulary of 8,000 (50,000): the gradient differs from fp32's by 0.07% (0.08%) at weights from 2^-3 on, 0.5%
 (3.4%) at 2^-8 and 52% (59%) at 2^-12; the worst tensor by 3% (1%) from 2^2 on and 26% (9%) at 2^-3. So a token's
 weight is the loss scale / `FP16_LOSS_UNIT`, whatever the batch and its partition: 2^4 at DeepSpeed's first scale of
 2^16.
@@ -55,7 +55,7 @@ from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.optimizer import Groups
 
 FP16_LOSS_UNIT = 4_096
-"""Masked tokens by which the loss is divided within fp16's backward pass: about those of a micro-batch."""
+"""What the loss is divided by within fp16's backward pass: about the masked tokens of a micro-batch."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAMES_SHOWN = 3
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -81,7 +81,7 @@ class Engine:
         Args:
             config: from `DeepSpeedConfig.resolved`.
             seed: the run's; dropout derives from it.
-            groups: of parameters, as torch's optimizers take them, if they differ.
+            groups: of parameters; None if the optimizer treats all alike.
 
         Raises:
             UserError: DeepSpeed refuses the configuration.
@@ -99,8 +99,8 @@ class Engine:
         for parameter in self.module.parameters():
             parameter.grad_dtype = torch.float32
         if self.deepspeed.fp16_enabled():
-            self._stop_where_skipping_is_no_help()
-        # Adam's moments exist only after a first update: with it, fresh and resumed runs go the same way.
+            self._stop_when_skipping_cannot_help()
+        # Adam's moments exist only after a first update: this is one, so that fresh and resumed runs are alike.
         nothing = torch.empty(0, dtype=torch.int64)
         self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0, nothing))
         self._link_moments()
@@ -110,7 +110,7 @@ class Engine:
         return self.deepspeed.module
 
     def set_batch(self, plan: BatchPlan) -> None:
-        """Tell DeepSpeed the sizes of a step, by which its timers count."""
+        """Tell DeepSpeed the sizes of a step, which its timers use."""
         self.deepspeed.set_train_micro_batch_size(plan.micro_batch_size)
         self.deepspeed.set_train_batch_size(plan.micro_batch_size * plan.accumulation_steps * plan.world_size)
 
@@ -145,7 +145,7 @@ class Engine:
         }
 
     def set_tensors(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
-        """The reverse of `full_tensors`, with the low-precision working weights; on all ranks."""
+        """The reverse of `full_tensors`; also sets the low-precision working weights; all ranks call it."""
         values = {key: value.to(self.device) for key, value in values.items()}
         with torch.no_grad():
             if self.zero_stage == 3:
@@ -167,7 +167,7 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, values[key], key)
 
     def _own_partition(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-        """This rank's part at stage 3, filled up with zeros: `safe_set_full_*` fails if ranks do not divide it."""
+        """This rank's part at stage 3, padded with zeros: `safe_set_full_*` fails on tensors that need padding."""
         size = parameter.partition_numel()  # type: ignore[attr-defined]  # DeepSpeed adds it
         padded = nn.functional.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
         return padded.narrow(0, size * self.ranks.rank, size)
@@ -189,7 +189,7 @@ class Engine:
         return scaler if self.deepspeed.fp16_enabled() and getattr(scaler, "dynamic", False) else None
 
     def save_deepspeed_checkpoint(self, folder: Path, tag: str, client_state: dict[str, Any]) -> str | None:
-        """Write a checkpoint in DeepSpeed's layout, durable, into `folder/tag`; a collective call.
+        """Write a durable checkpoint in DeepSpeed's layout into `folder/tag`; a collective call.
 
         Returns:
             What this rank could not write. It is returned, not raised: all ranks must reach DeepSpeed's next barriers.
@@ -200,7 +200,7 @@ class Engine:
             def call(*arguments: Any, **keywords: Any) -> None:
                 try:
                     write(*arguments, **keywords)
-                except (OSError, RuntimeError) as error:  # torch's for a full disk
+                except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
                     problems.append(disk_refusal(error) or str(error))
 
             return call
@@ -220,7 +220,7 @@ class Engine:
         return problems[0] if problems else None
 
     def load_deepspeed_checkpoint(self, folder: Path, tag: str) -> None:
-        """The reverse, into an engine of the same ZeRO stage, precision and world size; raises `UserError`."""
+        """The reverse, into an engine of the same ZeRO stage, precision and world size; may raise `UserError`."""
         try:
             self.deepspeed.load_checkpoint(str(folder), tag=tag)
         except Exception as error:  # whatever pickle makes of a damaged file
@@ -228,13 +228,13 @@ class Engine:
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """With their parameters: DeepSpeed forgets those that it loaded, and all groups' but the first."""
+        """Link moments to parameters: DeepSpeed does not for those that it loads, nor beyond the first group."""
         if self.zero_stage in (1, 2):
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def rehearse(self, micro_batch: MicroBatch) -> None:
-        """Take a step whose loss has weight zero at learning rate 0, and forget it: nothing in the training changes."""
+        """Take a step at weight and learning rate 0 and uncount it: nothing in the training changes."""
         applied_steps, loss_scaler_state = self.applied_steps, self.loss_scaler_state
         with self.accumulation():
             self._micro_step(micro_batch, Counts(1, 1, 1), 0.0, last=True)
@@ -242,13 +242,13 @@ class Engine:
         self.applied_steps, self.loss_scaler_state = applied_steps, loss_scaler_state
 
     def twin(self, make_model: Callable[[], Objective]) -> Objective:
-        """A model apart from DeepSpeed that takes the memory of this one: its weights, and an fp32 gradient.
+        """A model outside DeepSpeed that takes as much memory as this one: its weights, and an fp32 gradient.
 
         Up to stage 2 the weights are this model's own tensors; at stage 3, which spreads them over the processes,
         zeros of the full size.
 
         Args:
-            make_model: makes the engine's model again.
+            make_model: makes another model like the engine's.
         """
         with torch.device("meta"):
             twin = make_model()
@@ -286,7 +286,7 @@ class Engine:
         Returns:
             The objective's sums, detached, on the device.
         """
-        # Nothing of the generator's state needs to be saved: a resumed step draws the same dropout.
+        # The generator's state need not be saved: a resumed step draws the same dropout.
         torch.manual_seed(derive_key("dropout", self._seed, global_step, micro_step, self.ranks.rank) >> 1)
         return self._micro_step(micro_batch, counts, self.ranks.world_size / counts.labels, last)
 
@@ -316,7 +316,7 @@ class Engine:
         return [gradient for pair in candidates for gradient in pair if gradient is not None]
 
     def step(self, learning_rate: float, loss: float = 0.0) -> StepResult:
-        """Apply the optimizer to the accumulated gradient, which is then gone; one that is not finite is discarded.
+        """Apply the optimizer to the accumulated gradient, which is then cleared; one that is not finite is discarded.
 
         Args:
             loss: the step's, the same on all ranks; if it is not finite, the loss scale is not to blame.
@@ -338,11 +338,11 @@ class Engine:
     def loss_scale(self) -> float:
         return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
 
-    def _stop_where_skipping_is_no_help(self) -> None:
-        """Raise from DeepSpeed's own overflow handling, which would skip steps for ever or end with a traceback.
+    def _stop_when_skipping_cannot_help(self) -> None:
+        """Raise from DeepSpeed's own overflow handling, which would skip steps forever or end with a traceback.
 
-        It updates the scaler on all ranks alike, and before it forgets the gradient. (The scaler itself is pickled with
-        DeepSpeed's checkpoints, so it stays as it is.)
+        It updates the scaler on all ranks alike, and before it clears the gradient. (The scaler itself is pickled with
+        DeepSpeed's checkpoints, so it is not changed.)
         """
         optimizer = self.deepspeed.optimizer
         scaler, update_scale = optimizer.loss_scaler, optimizer._update_scale
@@ -355,8 +355,8 @@ class Engine:
                 names = self._non_finite_gradients()
                 more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
                 raise UserError(
-                    f"the gradient overflows in fp16 with the loss scale {scaler.cur_scale:g}, which is {floor}; not "
-                    f"finite is that of {', '.join(names[:_NAMES_SHOWN]) or 'no single parameter'}{more}: lower the "
+                    f"the gradient overflows in fp16 with the loss scale {scaler.cur_scale:g}, which is {floor} (not "
+                    f"finite: {', '.join(names[:_NAMES_SHOWN]) or 'no single parameter'}{more}): lower the "
                     "learning rate or warm up longer, let the scale fall further, or train in bf16 or fp32, from the "
                     "last checkpoint"
                 )
@@ -381,7 +381,7 @@ class Engine:
         ]
 
     def evaluate(self, micro_batch: MicroBatch) -> dict[str, float]:
-        """The objective's sums without dropout and gradient."""
+        """The objective's sums, without dropout and without gradients."""
         self.deepspeed.eval()
         with torch.no_grad():
             sums = {name: float(value) for name, value in self._forward(micro_batch).items()}

@@ -39,8 +39,8 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
         model_card(config, state, weights, path),
     )
     without = f", without {' and '.join(left_out)}" if left_out else ""
-    compared = compared_outputs(weights)
-    logger.info(f"exported {path} to {output}{without}; its {compared} equal transformers' within {difference:.1g}")
+    compared = f"{compared_outputs(weights)} equal transformers' within {difference:.1g}"
+    logger.info(f"exported {path} to {output}{without}; its {compared}")
 
 
 _HEADER = """---
@@ -136,7 +136,7 @@ def _schedule(text: str | None) -> str | None:
 
 
 def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
-    """The last held-out loss up to the checkpoint, if the run's metrics are there."""
+    """The last held-out loss up to the checkpoint, if the run's metrics exist."""
     if not metrics.is_file():
         return {}
     losses = [
@@ -172,5 +172,5 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
     }
     found = {name: value_at(record, place) for name, place in places.items()}
     for name in ("folder of the data", "folder that it began with"):
-        found[name] = found[name] and Path(found[name]).name  # its parents are nobody's business
+        found[name] = found[name] and Path(found[name]).name  # its parents are private
     return {name: str(value) for name, value in found.items() if value is not None}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ds_roberta.training.engine import Engine
 
 
-_COUNTED = "the sequences of a step are found by counting batches: some would be repeated or left out"
+_COUNTED = "the sequences of a step are found by counting batches: some would be repeated or skipped"
 _FIXED = {
     "model": "the weights have that architecture; --init_from can start another run from them",
     "next_sentence_prediction": "the weights have a head for it, or have none",
@@ -38,7 +38,7 @@ _FIXED = {
     "train_batch_size": _COUNTED,
     "train_batch_size_schedule": _COUNTED,
 }
-"""Parts of the identity that no resumed run may change, and why; `_CHANGEABLE` ones in them excepted."""
+"""Parts of the identity that no resumed run may change, and why; `_CHANGEABLE` ones are exceptions."""
 _CHANGEABLE = ("model.hidden_dropout_prob", "model.attention_probs_dropout_prob")
 
 
@@ -59,7 +59,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         "train_batch_size": run.deepspeed.train_batch_size,
         "max_seq_length_schedule": schedule_text(config.stages, "max_seq_length"),
         "train_batch_size_schedule": schedule_text(config.stages, "train_batch_size"),
-        # Its steps are not among them: a run may be given more, or end in a decay from its present step.
+        # Numbers of steps are left out: a run may be given more, or end in a decay from its current step.
         **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
         "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before the option existed
         "decay_type": config.schedule.decay_type,
@@ -67,7 +67,7 @@ def run_identity(run: Run) -> dict[str, Any]:
 
 
 def completed_identity(saved: dict[str, Any]) -> dict[str, Any]:
-    """An identity with the settings that it lacks because its version did not have them, at their defaults."""
+    """An identity from an earlier version, with the settings that it did not have at their defaults."""
     completed = dict(saved)
     for name, group in (("model", ModelConfig), ("masking", MaskingConfig), ("packing", PackingConfig)):
         own = {field.name for field in fields(group)}
@@ -88,8 +88,8 @@ def check_identity(
         A description of each difference, all of them allowed.
 
     Raises:
-        UserError: they differ in something else, which is named; or a name in `allowed` is unknown, or of something
-            that can never change.
+        UserError: they differ in something else, which is named; or a name in `allowed` is unknown, or names
+            something that can never change.
     """
     before, now = _leaves(saved), _leaves(current)
     groups = {name.split(".")[0] for name in now}
@@ -147,7 +147,7 @@ def shared_facts(
 
 
 def source_fingerprint() -> str:
-    """A hash of this package's Python files: it also shows changes that are in no commit."""
+    """A hash of this package's Python files: it shows uncommitted changes, too."""
     package = Path(ds_roberta.__file__).parent
     digest = xxhash.xxh3_128()
     for path in sorted(package.rglob("*.py")):

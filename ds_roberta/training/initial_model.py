@@ -38,8 +38,8 @@ class InitialModel:
 
     Attributes:
         config: its architecture.
-        learned_positions: how long the sequences of its training were: of a checkpoint those of its run so far and
-            of the model before it, of a transformers folder what its tokenizer truncates to, at most its positions.
+        learned_positions: tokens of the longest sequences it was trained on: a checkpoint's in its run and the model
+            before it, a transformers folder's by what its tokenizer truncates to, at most its positions.
         tokenizer_folder: with `tokenizer.json`.
         is_checkpoint: of this program; else a transformers folder.
     """
@@ -52,7 +52,7 @@ class InitialModel:
 
     @classmethod
     def open(cls, folder: Path) -> InitialModel:
-        """Read what a folder says of its model.
+        """Read all but the weights of a folder's model.
 
         Raises:
             UserError: it is neither a checkpoint nor a transformers folder of a RoBERTa with its tokenizer.
@@ -68,7 +68,7 @@ class InitialModel:
             state = checkpoint.read_state(folder)
             config, length = ModelConfig(**state.identity["model"]), state.trained_length
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint {str(folder)!r} is damaged ({error!r}): give another") from error
+            raise UserError(f"the checkpoint {str(folder)!r} is damaged ({error!r}): choose another") from error
         return cls(folder, config, length, folder / TOKENIZER_FOLDER, True)
 
     @classmethod
@@ -78,7 +78,7 @@ class InitialModel:
         return cls(folder, config, opened.max_seq_length, folder, False)
 
     def fingerprint(self) -> str:
-        """Of the weights as they are stored, wherever the folder is."""
+        """A hash of the weights as they are stored, wherever the folder is."""
         if self.is_checkpoint:
             return file_checksum(self.folder / checkpoint.MANIFEST_NAME)
         return json_fingerprint({path.name: file_checksum(path) for path in weights_files(self.folder)})
@@ -89,8 +89,8 @@ class InitialModel:
         """The architecture of a run that begins with this model.
 
         Raises:
-            UserError: the sequences are longer than those of its training, or the data's tokenizer is another, and the
-                option that says what to do then is not given; or it is given without need.
+            UserError: the sequences are longer than in its training, or the data has another tokenizer, without the
+                option that allows it; or that option is given without need.
         """
         learned, where = self.learned_positions, f"the model in {str(self.folder)!r}"
         if max_seq_length > learned and not extend_positions:
@@ -141,11 +141,11 @@ class InitialModel:
                 run.model.vocab_size,
                 lambda text: [piece.id for piece in old.model.tokenize(text)],
             )
-            for name in weights.keys() & VOCABULARY_PARAMETERS:  # a checkpoint without masked-LM head has one
+            for name in weights.keys() & VOCABULARY_PARAMETERS:  # without a masked-LM head there is only one
                 weights[name] = token_rows(weights[name], sources)
             done.append(
-                f"embeddings of {shared:,} tokens are copied, of {len(new) - shared:,} the mean of the pieces that the "
-                "tokenizer before makes of them"
+                f"embeddings of {shared:,} tokens are copied, those of {len(new) - shared:,} are the mean of the "
+                "pieces that the old tokenizer splits them into"
             )
         learned = self.config.max_length
         if run.packing.max_seq_length > self.learned_positions:
@@ -178,7 +178,7 @@ class InitialModel:
 
 
 def _copy(weights: dict[str, torch.Tensor], model: Objective, folder: Path) -> tuple[list[str], list[str]]:
-    """Copy what the model has a place for; modules that were left out, and those that stay as they are."""
+    """Copy the weights that the model has parameters for; the modules that were left out, and those without weights."""
     parameters = dict(model.named_parameters())
     missing = parameters.keys() - weights.keys()
     wrong = sorted(name for name in missing if name.startswith("roberta."))

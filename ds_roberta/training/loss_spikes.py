@@ -1,4 +1,4 @@
-"""What counts as a spike of the loss: a pure function of the step's loss and of the losses before it."""
+"""What counts as a spike of the loss: a pure function of the step's loss and the losses before it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ds_roberta.errors import UserError
 
 WINDOW = 100
-"""Steps by which a loss is judged; the first ones of a stage, in which it falls fast, are not judged."""
+"""Number of losses that one is compared with; the first ones of a stage, which fall fast, are not checked."""
 _DEVIATIONS_TO_SIGMA = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -19,7 +19,7 @@ class LossSpike(UserError):
 
     Attributes:
         problem: the message without the remedy, which a rollback does not need.
-        step: the number of the last step whose data were drawn, counted from 1.
+        step: the last step whose data was drawn, counted from 1.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class LossSpike(UserError):
 
 
 def spike_limit(recent_losses: Sequence[float], threshold: float) -> float:
-    """The largest loss that is no spike: median + threshold * robust standard deviation of the recent losses.
+    """The largest loss that is not a spike: median + threshold * robust standard deviation of the recent losses.
 
     Neither moves much by single outliers (Hampel 1974, "The influence curve and its role in robust estimation").
     It is infinite until there are `WINDOW` losses. A falling loss widens the deviation and raises the limit, and no
@@ -47,5 +47,5 @@ def spike_limit(recent_losses: Sequence[float], threshold: float) -> float:
 
 
 def with_loss(recent_losses: Sequence[float], loss: float) -> list[float]:
-    """The last `WINDOW` losses with this step's, a spike's too, so that a loss that stays high becomes the usual."""
+    """The last `WINDOW` losses with this step's, spikes included, so that a loss that stays high becomes normal."""
     return [*recent_losses, *([loss] if math.isfinite(loss) else [])][-WINDOW:]

@@ -17,12 +17,12 @@ from ds_roberta.progress import progress_bar
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
-"""Beside the metrics: all that reproduces the run, which `ds_roberta.training.run` writes."""
-_REMEDY = "fix this, then the same command goes on from the newest checkpoint"
+"""Next to the metrics: all that it takes to reproduce the run; `ds_roberta.training.run` writes it."""
+_REMEDY = "fix this, then run the same command again to continue from the newest checkpoint"
 
 
 def memory_gb(device: torch.device) -> float:
-    """10⁹ bytes: on a GPU the most that this process has allocated on it so far, else what it holds in memory now."""
+    """10⁹ bytes: on a GPU the most that this process has allocated there so far, else what it has in memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
@@ -71,10 +71,10 @@ class MetricsLog:
     def __init__(self, output_dir: Path, global_step: int):
         """Open the log of a run that is at `global_step`.
 
-        Rows of what the run will do again are removed: later steps, lost in a crash, and this step's evaluation.
+        Rows that the run will write again are removed: later steps, lost in a crash, and this step's evaluation.
         """
         self._path = output_dir / METRICS_NAME
-        kept = [row for row in self.rows() if self._is_past(row, global_step)]
+        kept = [row for row in self.rows() if row["global_step"] < global_step + ("eval_loss" not in row)]
         if self._path.exists():
             with errors_of_the_disk(self._path, remedy=_REMEDY):
                 write_text(self._path, "".join(f"{json.dumps(row)}\n" for row in kept))
@@ -82,10 +82,6 @@ class MetricsLog:
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far."""
         return read_metrics(self._path)[0] if self._path.exists() else []
-
-    @staticmethod
-    def _is_past(row: dict[str, Any], global_step: int) -> bool:
-        return row["global_step"] < global_step + ("eval_loss" not in row)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row.
@@ -101,7 +97,7 @@ class Progress:
     """A bar over the run's steps that moves with every micro-step.
 
     Args:
-        visible: false on other ranks than 0.
+        visible: false on ranks other than 0.
     """
 
     def __init__(self, max_steps: int, global_step: int, visible: bool):
@@ -127,7 +123,7 @@ class Progress:
 
         Args:
             wait: returns when the device has finished the micro-step; called only for the first two after the run's
-                start or a `restart`, whose distance gives the expected time of a step.
+                start or a `restart`; the time between them gives the expected time of a step.
         """
         if not self._expected_time_said:
             wait()
@@ -165,7 +161,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, in the unit that suits."""
+    """Seconds in words, in a suitable unit."""
     for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

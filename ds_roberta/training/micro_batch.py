@@ -1,12 +1,12 @@
 """`"train_micro_batch_size_per_gpu": "auto"`: the size of a micro-batch, found in the running process.
 
-On a GPU it is the largest that fits: forward and backward passes of full sequences are tried beside all that training
+On a GPU it is the largest that fits: forward and backward passes of full sequences are tried next to all that training
 keeps there. On a CPU, where memory is not the limit, it is the fastest of a few. The size found is kept in the run's
-folder and in the user's cache, under everything that it depends on: a run that resumes under the same conditions gets
+folder and in the user's cache, keyed by all that it depends on: a run that resumes under the same conditions gets
 the same micro-batch, or it could not be bit-identical to an uninterrupted one.
 
-A trial works on a twin of the model that DeepSpeed does not know. So there is no collective operation, a single
-process that runs out of memory leaves none waiting, and there is nothing in DeepSpeed to repair.
+A trial uses a twin of the model that DeepSpeed does not know. So nothing is collective: a process that runs out of
+memory leaves no other waiting, and nothing in DeepSpeed needs repair.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _CPU_CANDIDATES = (1_024, 2_048, CPU_TOKENS, 8_192, 16_384)
 _CPU_SECONDS = 3.0
 _CPU_ROUNDS = 3
 _CPU_TIE = 0.95
-"""Another size must take less than this share of the default's time, so that noise does not choose."""
+"""Another size must take less than this share of the default's time, so that noise does not decide."""
 _MORE_MICRO_STEPS = 1 / 8
-"""Share by which micro-steps may be more than the fewest, to compute fewer empty places: they are as much smaller."""
+"""Micro-steps allowed beyond the fewest, as a share of these, to compute fewer empty places: they are smaller."""
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
@@ -61,7 +61,7 @@ class BatchPlan:
 
     @classmethod
     def fit(cls, train_batch_size: int, largest_micro_batch_size: int, world_size: int) -> BatchPlan:
-        """The plan that computes the fewest rows, empty places included, and of those the one of fewest micro-steps.
+        """The plan that computes the fewest rows, including empty places; among equals, with the fewest micro-steps.
 
         Micro-batches are up to the given size, and micro-steps at most an eighth more than with that size: without
         that bound a prime share would be computed one row at a time, at a fraction of the speed.
@@ -100,7 +100,7 @@ def find_micro_batch_size(
     Args:
         conditions: from `finding_conditions`.
         limit: the largest useful size.
-        run_folders: the run's, into which the finding is written, and others that may know it.
+        run_folders: the run's, where the finding is written, then others that may have it.
 
     Raises:
         UserError: not even one sequence fits into the memory.
@@ -122,7 +122,7 @@ def find_micro_batch_size(
 
     def remember() -> None:
         _remember(paths[0], key, finding)
-        with suppress(OSError):  # a home that cannot be written costs the next run a few seconds
+        with suppress(OSError):  # a home that is not writable costs the next run a few seconds
             paths[-1].parent.mkdir(parents=True, exist_ok=True)
             _remember(paths[-1], key, finding)
 
@@ -141,7 +141,7 @@ def finding_conditions(
 ) -> dict[str, Any]:
     """All that a finding depends on, as JSON; a collective call."""
     return {
-        # Without what an earlier version did not know, so that its findings hold.
+        # The default of a setting that earlier versions did not have is left out, so that their findings stay valid.
         "model": {name: value for name, value in asdict(model).items() if (name, value) != ("hidden_act", "gelu")},
         "objective": objective,
         "max_seq_length": max_seq_length,
@@ -194,7 +194,7 @@ def fastest_size(engine: Engine, trial: Trial, limit: int) -> int:
     sizes = sorted({default, *others})
     if len(sizes) == 1:
         return default
-    engine.ranks.barrier()  # they share the processor when they train, too
+    engine.ranks.barrier()  # they share the processor in training, too
     seconds = dict(zip(sizes, engine.ranks.sum(*seconds_per_sequence(trial.run, sizes)), strict=True))
     fastest = min(sizes, key=seconds.__getitem__)
     return fastest if seconds[fastest] < _CPU_TIE * seconds[default] < math.inf else default
@@ -203,10 +203,10 @@ def fastest_size(engine: Engine, trial: Trial, limit: int) -> int:
 def seconds_per_sequence(
     run: Callable[[int], object], sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """The shortest measured time of each size, infinite for one that would take longer than the few seconds there are.
+    """The shortest measured time of each size, infinite for one that would exceed the time limit.
 
     Args:
-        run: computes one micro-batch of a size.
+        run: computes one micro-batch of the given size.
         sizes: ascending.
     """
     started = clock()
@@ -224,18 +224,17 @@ def seconds_per_sequence(
 
 
 class Trial:
-    """Forward and backward passes of full sequences, apart from DeepSpeed, with nothing of the training changed.
+    """Forward and backward passes of full sequences, outside DeepSpeed; nothing in the training changes.
 
     Args:
-        make_model: makes the engine's model again.
+        make_model: makes another model like the engine's.
     """
 
     def __init__(
         self, engine: Engine, make_model: Callable[[], Objective], max_seq_length: int, masking: MaskingConfig
     ):
         self.max_seq_length = max_seq_length
-        self._masking, self._device = masking, engine.device
-        self._make_twin = lambda: engine.twin(make_model)
+        self._engine, self._make_model, self._masking, self._device = engine, make_model, masking, engine.device
         self._capacity = math.inf
         if self._device.type != "cpu":
             torch.cuda.empty_cache()
@@ -245,7 +244,7 @@ class Trial:
     @cached_property
     def _model(self) -> Objective:
         """The twin, made at the first trial: if the size is known already, a CPU needs none."""
-        return self._make_twin()
+        return self._engine.twin(self._make_model)
 
     def run(self, size: int) -> None:
         """One micro-step of `size` sequences."""
@@ -264,20 +263,20 @@ class Trial:
             if not is_out_of_memory(error):
                 raise
             fitting = False
-        if on_gpu:  # only here, with the exception's frames gone, is their memory free
+        if on_gpu:  # only here are the exception's frames gone and their memory free
             torch.cuda.empty_cache()
         return fitting
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, as PyTorch, cuBLAS or the CPU's allocator say it."""
+    """Whether memory ran out, as PyTorch, cuBLAS or the CPU's allocator report it."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def full_micro_batch(
     size: int, max_seq_length: int, masking: MaskingConfig, masker: type[Masker] = Masker
 ) -> MicroBatch:
-    """Sequences without padding, but with its mask, and with the most labelled tokens of the run."""
+    """Unpadded sequences, but with a padding mask, and with the most labelled tokens that the run will have."""
     masked = math.ceil(masker.largest_share(masking) * max_seq_length)
     positions = torch.arange(size)[:, None] * max_seq_length + torch.arange(masked)
     return MicroBatch(

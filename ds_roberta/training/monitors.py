@@ -1,8 +1,8 @@
-"""TensorBoard, CSV files and Weights & Biases, by the DeepSpeed JSON's own sections and at the places DeepSpeed uses.
+"""TensorBoard, CSV files and Weights & Biases, set up by the DeepSpeed JSON's sections, where DeepSpeed writes them.
 
-DeepSpeed itself is not given the sections: it would add series of its own, against a sample counter that begins again
-with every start. Here x is `global_step`, and a series has each step once. `metrics.jsonl` is the record: when a run
-starts, resumes or rolls back, every monitor is brought to what is left of it.
+DeepSpeed itself does not get the sections: it would add series of its own, against a sample counter that restarts with
+every start. Here x is `global_step`, and a series has each step once. `metrics.jsonl` is the record: when a run starts,
+resumes or rolls back, every monitor is made to match what is left of it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def point(row: dict[str, Any]) -> Point:
 
 class Monitor(Protocol):
     def start(self, points: list[Point], global_step: int) -> None:
-        """Hold `points`, the run's so far, and nothing else; the next ones follow the step `global_step`."""
+        """Show exactly `points`, the run's so far; the next ones follow step `global_step`."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
     def saved(self, global_step: int) -> None:
-        """Take note that no step up to `global_step` is taken back."""
+        """Note that no step up to `global_step` will be undone."""
         return None
 
     def close(self, complete: bool) -> None:
@@ -58,21 +58,21 @@ class Monitor(Protocol):
 class Monitors:
     """The monitors of a run on the rank that opened them; on the others every method does nothing.
 
-    One that fails while the run goes on (a full disk, a lost service) is left out until the next start, with a line.
+    One that fails during the run (a full disk, a lost service) is reported and left out until the next start.
     """
 
     def __init__(self, output_dir: Path, sections: dict[str, Any], may_roll_back: bool):
         """
         Args:
             sections: `DeepSpeedConfig.monitors`.
-            may_roll_back: whether steps may be taken back while the run goes on.
+            may_roll_back: whether steps may be undone during the run.
         """
         self._output_dir, self._sections, self._may_roll_back = output_dir, sections, may_roll_back
         self._open: dict[str, Monitor] = {}
         self._say: Callable[[str], object] = print
 
     def check(self) -> None:
-        """Look for the packages and at the folders, and write nothing.
+        """Check that packages and folders can be used; nothing is written.
 
         Raises:
             UserError: a package is missing, or a folder has another run's files.
@@ -84,7 +84,7 @@ class Monitors:
             _check_owner(_folder(self._sections[name]), name, run_id)
 
     def open(self, say: Callable[[str], object]) -> None:
-        """Take the folders and the W&B run; the run's folder must be there.
+        """Claim the folders and the W&B run; the run's folder must exist.
 
         Raises:
             UserError: a folder cannot be written; nobody is logged in to W&B.
@@ -126,7 +126,7 @@ class Monitors:
     def close(self, complete: bool) -> None:
         """
         Args:
-            complete: whether the run is; else its last step may yet get an evaluation.
+            complete: whether the run is complete; if not, its last step may yet be evaluated.
         """
         self._each(lambda monitor: monitor.close(complete))
         self._open = {}
@@ -135,7 +135,7 @@ class Monitors:
         for name, monitor in list(self._open.items()):
             try:
                 call(monitor)
-            except Exception as error:  # whatever a library raises, a run of days must not end for it
+            except Exception as error:  # no error of a library may end a run of days
                 del self._open[name]
                 self._say(f"{name} fails and is left out until the next start: {error!r}")
 
@@ -164,7 +164,7 @@ def _import(section: str) -> None:
 
 
 def _folder(section: dict[str, Any]) -> Path:
-    """Where DeepSpeed writes with this section: by default below the folder in which the run is started."""
+    """Where DeepSpeed writes with this section: by default in the working directory."""
     return Path(section.get("output_path", ""), section.get("job_name", "DeepSpeedJobName"))
 
 
@@ -218,7 +218,7 @@ class CsvMonitor(Monitor):
 
 
 class TensorBoardMonitor(Monitor):
-    """Event files; those of a start hide what earlier ones hold from the step on that it begins with."""
+    """Event files; those of a new start hide what earlier ones have from its first step on."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -228,7 +228,7 @@ class TensorBoardMonitor(Monitor):
         from torch.utils.tensorboard import SummaryWriter
 
         self.close(complete=False)
-        # The run's present step is hidden too: its evaluation is done again.
+        # The run's current step is hidden too: its evaluation is repeated.
         hide_from = global_step if any(self._folder.glob(_FILES["tensorboard"])) else None
         self._writer = SummaryWriter(str(self._folder), purge_step=hide_from)
         for step, values in points:
@@ -239,7 +239,7 @@ class TensorBoardMonitor(Monitor):
     def write(self, step: int, values: dict[str, float]) -> None:
         assert self._writer is not None
         self._add(self._writer, step, values)
-        self._writer.flush()  # a kill loses what waits
+        self._writer.flush()  # a kill loses what is still buffered
 
     def close(self, complete: bool) -> None:
         if self._writer is not None:

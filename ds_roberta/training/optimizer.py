@@ -1,4 +1,4 @@
-"""What the optimizer is given: the learning rate of a step, and which parameters are decayed."""
+"""Schedules of the learning rate and of the share to mask, and which parameters are decayed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _decay(shape: str, progress: float, power: float | None) -> float:
 
 
 def mlm_probability(schedule: ScheduleConfig, masking: MaskingConfig, step: int) -> float:
-    """The share of tokens to mask: in a straight line from the run's first step to its last.
+    """The share of tokens to mask, linear from the run's first step to its last.
 
     Args:
         step: the optimizer step, counted from 0 as the loader does.
@@ -63,7 +63,7 @@ def mlm_probability(schedule: ScheduleConfig, masking: MaskingConfig, step: int)
 
 
 Groups = list[dict[str, Any]] | None
-"""Of parameters, as torch's optimizers take them; None if all are treated alike."""
+"""Parameter groups, as torch's optimizers take them; None if all parameters are treated alike."""
 
 
 def without_bias_and_norm(model: nn.Module) -> Groups:

@@ -12,8 +12,8 @@ import torch
 from ds_roberta.distributed import Ranks
 
 # Dense bf16 (V100: fp16) tensor FLOP/s with fp32 accumulation, by torch's name of the device, from NVIDIA's data sheets
-# (of the rates "with sparsity", the half): V100 (2018), A100 80GB (2021), A10 (2021), H100 Tensor Core GPU (2023), H200
-# (2024), L40S (2023), HGX B200 (2024); Ada GPU Architecture white paper, appendix A (2022).
+# (half of those "with sparsity"): V100 (2018), A100 80GB (2021), A10 (2021), H100 Tensor Core GPU (2023), H200 (2024),
+# L40S (2023), HGX B200 (2024); Ada GPU Architecture white paper, appendix A (2022).
 _DATA_SHEETS = (
     (r"Tesla V100-SXM2-\d+GB", 125e12),
     (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe", 312e12),
@@ -34,7 +34,7 @@ _LARGER_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of one device, and whether they are its data sheet's or measured at the run's start."""
+    """FLOP/s of one device, and whether they come from its data sheet or were measured at the run's start."""
 
     flops_per_second: float
     source: str
@@ -43,8 +43,8 @@ class Peak:
 def device_peak(device: torch.device, precision: str, ranks: Ranks) -> Peak:
     """The peak of a run's devices, their mean if they differ; all ranks call it.
 
-    For a GPU in the table it is its data sheet's, in fp32 too. Others are measured, by all processes at the same
-    time: those that share a machine leave each other as much of it as they do in training.
+    For a GPU in the table it is the data sheet's, in fp32 too. Others are measured, by all processes at the same time,
+    so that those on one machine share it as they do in training.
 
     Args:
         precision: "fp32" or the lower one that the device is fast at, to measure in.
@@ -56,7 +56,7 @@ def device_peak(device: torch.device, precision: str, ranks: Ranks) -> Peak:
 
 
 def data_sheet_rate(device_name: str) -> float | None:
-    """FLOP/s by torch's name of a GPU; None if it is not in the table; a part of a GPU (MIG) is not."""
+    """FLOP/s by torch's name of a GPU; None if it is not in the table, as a part of a GPU (MIG) is not."""
     return next((rate for pattern, rate in _DATA_SHEETS if re.fullmatch(pattern, device_name)), None)
 
 
@@ -83,7 +83,7 @@ def product_rate(
     The fastest, because nothing but other work on the machine makes one slower than another.
 
     Args:
-        seconds: of the wall clock; one product is timed at least.
+        seconds: of the wall clock; at least one product is timed.
         clock: what a product is timed by.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -96,7 +96,7 @@ def product_rate(
             torch.cuda.synchronize(device)
         return clock() - begun
 
-    timed()  # makes kernels and memory ready
+    timed()  # prepares kernels and memory
     end, fastest = time.perf_counter() + seconds, timed()
     while time.perf_counter() < end:
         fastest = min(fastest, timed())

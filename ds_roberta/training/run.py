@@ -42,18 +42,19 @@ def pretrain(options: Namespace) -> int:
     """Start or resume a run, train it to its end, and export the model.
 
     Args:
-        options: of `launch/pretrain.py`; `pretrain_options` makes them.
+        options: those of `launch/pretrain.py`, as `pretrain_options` makes them.
 
     Returns:
         The process's exit code: 0, or `STOPPED_EXIT_CODE` for a run that stopped on request.
 
     Raises:
-        UserError: an option, file or folder is wrong; nothing is half-written.
+        UserError: an option, file or folder is wrong; nothing is left half-written.
     """
     set_up_logging()
     ranks = init_distributed(options.rendezvous_timeout)
     run = _read_settings(options, ranks)
-    start = _find_start(run)
+    start = find_start(run)
+    ranks.on_main(lambda: _open_output_dir(run, start.state.best_step))
     data = open_data(run)
     engine, plans, peak = _make_engine(run, start, data)
     trainer = _make_trainer(run, start, data, engine, plans, peak)
@@ -63,14 +64,14 @@ def pretrain(options: Namespace) -> int:
     finally:
         run.monitors.close(complete)
     if not complete:
-        ranks.log("stopped on request; the same command goes on from here")
+        ranks.log("stopped on request; run the same command again to continue")
         return STOPPED_EXIT_CODE
     _export(run, trainer)
     return 0
 
 
 def _read_settings(options: Namespace, ranks: Ranks) -> Run:
-    """Read and check everything that the run is made of; nothing is written yet."""
+    """Read and check all inputs of the run; nothing is written yet."""
     deepspeed, corpus, config, precision, initial_model = ranks.together(lambda: _read_inputs(options))
     ranks.check_same(shared_facts(vars(options), deepspeed, corpus, config.model, precision))
     for note in deepspeed.notes:
@@ -84,10 +85,8 @@ def _read_settings(options: Namespace, ranks: Ranks) -> Run:
     return Run(ranks, config, corpus, deepspeed, precision, compiled, options.allow_change, initial_model, monitors)
 
 
-def _read_inputs(
-    options: Namespace,
-) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
-    """The JSON, the data, the run's settings, its precision and the model to continue from, as this host has them."""
+def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
+    """The JSON, the data, the run's settings, its precision and the model to continue from, as found on this host."""
     deepspeed = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)
     corpus = Corpus.open(options.data_dir)
     initial_model = None
@@ -103,23 +102,23 @@ def _read_inputs(
             "above 0: set one there, or remove the option"
         )
     if config.resume != "auto" and not Path(config.resume).is_dir():
-        raise UserError(f"--resume {config.resume!r} is not a folder: give a checkpoint's, or 'auto'")
+        raise UserError(f"--resume {config.resume!r} is not a folder: name a checkpoint's folder, or use 'auto'")
     return deepspeed, corpus, config, choose_precision(deepspeed), initial_model
 
 
 def _check_output_dir(config: RunConfig) -> None:
-    """Refuse a folder whose own files the run's would replace."""
+    """Refuse a folder whose files the run would overwrite."""
     output = config.output_dir.resolve()
     for option, folder in (("data_dir", config.data_dir), ("init_from", config.init_from)):
         if folder is not None and folder.resolve() == output:
-            raise UserError(f"--output_dir {str(config.output_dir)!r} is --{option}: choose a folder for the run alone")
+            raise UserError(f"--output_dir {str(config.output_dir)!r} is --{option}: choose a separate folder")
     record = output / CONFIG_NAME
     if not record.is_file():
         return
     try:
         is_runs = "run" in json.loads(record.read_text(encoding="utf-8"))
     except (ValueError, TypeError):
-        is_runs = (output / METRICS_NAME).is_file()  # a run's damaged record, which is written again
+        is_runs = (output / METRICS_NAME).is_file()  # a run's damaged record, which will be rewritten
     if not is_runs:
         raise UserError(
             f"--output_dir {str(config.output_dir)!r} has a {CONFIG_NAME} that is not a run's, perhaps a model's: "
@@ -127,15 +126,9 @@ def _check_output_dir(config: RunConfig) -> None:
         )
 
 
-def _find_start(run: Run) -> Start:
-    """Where the run starts from; its folder and monitors are ready for it."""
-    start = find_start(run)
-    run.ranks.on_main(lambda: _make_output_dir(run.config.output_dir, start.state.best_step))
-    run.ranks.on_main(lambda: run.monitors.open(run.ranks.log))
-    return start
-
-
-def _make_output_dir(output_dir: Path, best_step: int | None) -> None:
+def _open_output_dir(run: Run, best_step: int | None) -> None:
+    """Make the run's folder, or clean it up after a kill, and open the monitors."""
+    output_dir = run.config.output_dir
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
@@ -144,10 +137,11 @@ def _make_output_dir(output_dir: Path, best_step: int | None) -> None:
         clean_up(output_dir / deepspeed_checkpoint.FOLDER, None)
     except OSError as error:
         raise UserError(f"cannot write --output_dir {str(output_dir)!r} ({error.strerror}): choose another") from error
+    run.monitors.open(run.ranks.log)
 
 
 def _make_engine(run: Run, start: Start, data: RunData) -> tuple[Engine, list[BatchPlan], Peak]:
-    """The model in DeepSpeed's hands at the state to start from, how each stage's batch is divided, and the peak."""
+    """The DeepSpeed engine at the state to start from, how each stage's batch is divided, and the device's peak."""
     config, ranks = run.config, run.ranks
     torch.manual_seed(config.seed)
     model = _make_model(config)
@@ -168,7 +162,7 @@ def _make_engine(run: Run, start: Start, data: RunData) -> tuple[Engine, list[Ba
     peak = device_peak(engine.device, fastest_precision(), ranks)
     if peak.source == MEASURED:
         ranks.log(f"peak of a process: {peak.flops_per_second / 1e9:,.0f} GFLOP/s, measured ({fastest_precision()})")
-    if run.compiled:  # only now: rehearsal and trials of micro-batches have sizes that do not occur again
+    if run.compiled:  # only now: the rehearsal and the micro-batch trials have sizes that do not occur again
         compile_layers(model.roberta.encoder)
         ranks.log("the encoder is compiled (--torch_compile): the first steps of each length take longer")
     start.load(engine)
@@ -187,7 +181,7 @@ def _batch_plans(run: Run, start: Start, engine: Engine) -> list[BatchPlan]:
     """
     config = run.config
     folders = [config.output_dir]
-    if start.checkpoint is not None:  # it may be another run's
+    if start.checkpoint is not None:  # the checkpoint may be another run's
         folders.append(start.checkpoint.resolve().parents[1])
     sizes = {}
     for length in {stage.max_seq_length: None for stage in config.stages}:
@@ -224,6 +218,6 @@ def _make_trainer(run: Run, start: Start, data: RunData, engine: Engine, plans: 
 def _export(run: Run, trainer: Trainer) -> None:
     last = trainer.last_checkpoint
     assert last is not None
-    from ds_roberta.training.export import export_checkpoint  # transformers is not needed, nor its memory, until here
+    from ds_roberta.training.export import export_checkpoint  # training needs no transformers
 
     run.ranks.on_main(lambda: export_checkpoint(last, run.config.output_dir / EXPORT_FOLDER))

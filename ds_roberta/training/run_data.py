@@ -99,6 +99,6 @@ def _log_text_without_words(run: Run, packed: PackedSplit) -> None:
     share = share_without_spaces(run.corpus.folder / TOKENIZER_FOLDER, ids[~np.isin(ids, special_ids)])
     if share >= 0.001:
         run.ranks.log(
-            f"--masking {run.config.masking.unit}: {share:.1%} of the characters in {len(sample)} sequences are of "
-            "scripts written without spaces, where no words are known: tokens stand in for them"
+            f"--masking {run.config.masking.unit}: {share:.1%} of the characters in {len(sample)} sequences in "
+            "scripts written without spaces, where words cannot be found: each token counts as a word"
         )

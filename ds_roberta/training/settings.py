@@ -36,9 +36,9 @@ if TYPE_CHECKING:  # it needs transformers, which a run that starts from random 
 
 TORCH_COMPILE = ("auto", "on", "off")
 WARMUP_SHARE = 0.06
-"""Of the steps, without a preset: as for large, and in domain-adaptive pretraining (Gururangan et al. 2020)."""
+"""Share of the steps, without a preset: as for large, and in domain-adaptive pretraining (Gururangan et al. 2020)."""
 LONGEST_BY_DEFAULT = 512
-"""Tokens of a sequence, as in the paper; a config with more positions needs --max_seq_length to use them."""
+"""Tokens per sequence, as in the paper; a config with more positions needs --max_seq_length to use them."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class StartOptions(Settings):
     )
     attention_probs_dropout_prob: float | None = option("dropout of attention weights (default: the same)", None)
     extend_positions: bool = option(
-        "for sequences longer than those of --init_from: the learned positions are repeated", False
+        "for sequences longer than --init_from's: the learned positions are repeated", False
     )
     remap_token_embeddings: bool = option(
-        "for data of another tokenizer than that of --init_from: embeddings are copied by the tokens' texts", False
+        "for data made with another tokenizer than --init_from's: embeddings are copied by the tokens' texts", False
     )
     max_seq_length_schedule: str | None = option(
-        "STEP:LENGTH pairs, the last with --max_seq_length, such as 0:128,9000:512", None
+        "STEP:LENGTH pairs that end with --max_seq_length, such as 0:128,9000:512", None
     )
     train_batch_size_schedule: str | None = option(
-        "STEP:SIZE pairs, the last with the batch size, such as 0:1024,5000:8192", None
+        "STEP:SIZE pairs that end with the batch size, such as 0:1024,5000:8192", None
     )
     allow_change: str | None = option("what may differ from the checkpoint's run, such as seed,masking.unit", None)
     rendezvous_timeout: float = option("seconds that processes wait for each other at the start", RENDEZVOUS_TIMEOUT)
@@ -79,7 +79,7 @@ class RunConfig(Settings):
     """The run; all its settings, as config.json keeps them.
 
     Attributes:
-        model_name: the preset's name, or that of the config, or of the folder that the run begins with.
+        model_name: the preset's name, or that of the config or folder that the run starts from.
         source_weights: by source; if None, every sequence is trained on equally often.
     """
 
@@ -97,11 +97,13 @@ class RunConfig(Settings):
         "each source's share of the sequences: NAME=WEIGHT,… (default: all sequences equally often)", None, type=str
     )
     seed: int = option(
-        "of weights, order, masks and dropout",
+        "seed of weights, order, masks and dropout",
         0,
-        check=must_be("from 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),  # torch's generators take no more
+        check=must_be("from 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),  # what torch's generators accept
     )
-    eval_sequences: int = option("most held-out sequences to evaluate on", EVAL_SEQUENCES, check=require_positive)
+    eval_sequences: int = option(
+        "maximum number of held-out sequences to evaluate on", EVAL_SEQUENCES, check=require_positive
+    )
     resume: str = option(
         "'auto': the newest good checkpoint of output_dir, if any; or a checkpoint's folder; one in DeepSpeed's own "
         "layout contains pickles, which can run code: name only one that you trust",
@@ -179,14 +181,14 @@ def run_config(
     """The run's settings, completed from the model's preset, or from the model to continue from, and the batch size.
 
     Raises:
-        UserError: a value is out of its range, missing, or of no use.
+        UserError: a value is out of range, missing, or has no effect.
     """
     if initial is not None:
         name, model, defaults = _of_initial(options, corpus, initial)
     else:
         for name in ("extend_positions", "remap_token_embeddings"):
             if getattr(options, name):
-                raise UserError(f"--{name} is for the model of --init_from: give this, or remove it")
+                raise UserError(f"--{name} needs --init_from: give both, or remove it")
         chosen = options.model or ("base" if has_gpu else "tiny")
         name, model, defaults = (_of_preset if chosen in PRESETS else _of_config)(chosen, options, corpus)
     values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
@@ -208,10 +210,10 @@ def _of_preset(name: str, options: Namespace, corpus: Corpus) -> tuple[str, Mode
     preset, tokenizer = PRESETS[name], corpus.manifest.tokenizer
     max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
     max_steps = preset.max_steps if options.max_steps is None else options.max_steps
-    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    special = {each: getattr(tokenizer, each) for each in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return (
         name,
-        model_config(name, tokenizer.vocab_size, max_seq_length, *special),
+        model_config(name, tokenizer.vocab_size, max_seq_length, **special),
         {
             "output_dir": Path("runs") / name,
             "max_seq_length": max_seq_length,
@@ -222,14 +224,13 @@ def _of_preset(name: str, options: Namespace, corpus: Corpus) -> tuple[str, Mode
 
 
 def _of_config(chosen: str, options: Namespace, corpus: Corpus) -> tuple[str, ModelConfig, dict[str, Any]]:
-    """As `_of_preset`, of a transformers config."""
+    """As `_of_preset`, for a transformers config."""
     path = config_path(chosen)
     model = read_architecture(path, corpus.manifest.tokenizer)
     if options.output_dir is None or options.max_steps is None:
-        raise UserError(f"--model {chosen!r} has no run's recipe: give --output_dir and --max_steps")
-    max_seq_length = min(LONGEST_BY_DEFAULT, model.max_length)
-    if options.max_seq_length is not None:
-        max_seq_length = options.max_seq_length
+        raise UserError(f"--model {chosen!r} comes without a training recipe: give --output_dir and --max_steps")
+    longest = min(LONGEST_BY_DEFAULT, model.max_length)
+    max_seq_length = longest if options.max_seq_length is None else options.max_seq_length
     if max_seq_length > model.max_length:
         raise UserError(
             f"--max_seq_length {max_seq_length} is more than the {model.max_length} tokens that {str(path)!r} allows: "
@@ -240,7 +241,7 @@ def _of_config(chosen: str, options: Namespace, corpus: Corpus) -> tuple[str, Mo
 
 
 def model_origin(chosen: str | None, model: ModelConfig, has_gpu: bool) -> str:
-    """Where the model of a run without --init_from is from, if that may surprise; starts with a space."""
+    """How the model of a run without --init_from was chosen, unless that is obvious; starts with a space."""
     if chosen is None:
         return f" (the default {'with' if has_gpu else 'without'} a GPU; --model chooses)"
     if chosen in PRESETS:
@@ -256,13 +257,15 @@ def model_origin(chosen: str | None, model: ModelConfig, has_gpu: bool) -> str:
 
 
 def _of_initial(options: Namespace, corpus: Corpus, initial: InitialModel) -> tuple[str, ModelConfig, dict[str, Any]]:
-    """As `_of_preset`, of the model to continue from."""
+    """As `_of_preset`, for the model to continue from."""
     if options.model is not None:
-        raise UserError(f"--model {options.model} does nothing with --init_from, whose model it is: remove one of them")
+        raise UserError(
+            f"--model {options.model} does nothing with --init_from, which sets the model: remove one of them"
+        )
     if options.output_dir is None or options.max_steps is None:
         raise UserError(
-            "--init_from has no run's recipe: give --output_dir and --max_steps (12500 of 2,048 sequences in "
-            "domain-adaptive pretraining, Gururangan et al. 2020)"
+            "--init_from comes without a training recipe: give --output_dir and --max_steps (12500 steps of 2,048 "
+            "sequences in domain-adaptive pretraining, Gururangan et al. 2020)"
         )
     max_seq_length = initial.learned_positions if options.max_seq_length is None else options.max_seq_length
     model = initial.resized(corpus, max_seq_length, options.extend_positions, options.remap_token_embeddings)

@@ -40,19 +40,19 @@ def find_start(run: Run) -> Start:
     """The start that `--resume` asks for.
 
     Raises:
-        UserError: the checkpoint is of another run, or is not one to resume from.
+        UserError: the checkpoint belongs to another run, or cannot be resumed from.
     """
     config, ranks, initial_model = run.config, run.ranks, run.initial_model
     identity = run_identity(run)
     allowed = [] if run.allow_change is None else run.allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
-    of_deepspeed = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
-    path = of_deepspeed or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
+    in_deepspeeds_layout = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
+    path = in_deepspeeds_layout or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
         check_identity(folder, identity, identity, allowed)
         learned = initial_model.learned_positions if initial_model else 0
         return Start(TrainState(identity, learned_positions=learned))
-    if of_deepspeed:
+    if in_deepspeeds_layout:
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:
         state = checkpoint.read_state(path)
@@ -63,11 +63,11 @@ def find_start(run: Run) -> Start:
     if newer and config.resume != "auto":
         raise UserError(
             f"{str(folder)!r} has checkpoints newer than --resume {config.resume!r} (step {newer[0]}): move them away, "
-            "give another --output_dir, or go on from the newest with --resume auto"
+            "choose another --output_dir, or continue from the newest with --resume auto"
         )
     if state.global_step > config.schedule.max_steps:
         raise UserError(
-            f"{str(path)!r} is of step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
+            f"{str(path)!r} is at step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
         )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
-    return Start(state, deepspeed_checkpoint=path) if of_deepspeed else Start(state, checkpoint=path)
+    return Start(state, deepspeed_checkpoint=path) if in_deepspeeds_layout else Start(state, checkpoint=path)

@@ -35,14 +35,14 @@ if TYPE_CHECKING:  # the loop is tested without DeepSpeed
 
 
 class Trainer:
-    """Takes a run from its state to its end; see `ds_roberta.training.run` for how its parts are made.
+    """Trains a run from its state to its end; `ds_roberta.training.run` makes its parts.
 
     Args:
         peak_learning_rate: the JSON's `optimizer.params.lr`.
         held_out: None if there is no validation split.
-        last_checkpoint: the portable one that `state` is from; None for a fresh run.
-        peak_flops: FLOP/s of one device at most.
-        monitors: opened; whoever opened them closes them.
+        last_checkpoint: the portable one that `state` comes from; None for a fresh run.
+        peak_flops: peak FLOP/s of one device.
+        monitors: already open; the caller closes them.
     """
 
     def __init__(
@@ -112,13 +112,13 @@ class Trainer:
                     if state.global_step % intervals.log_interval == 0 or state.global_step == schedule.max_steps:
                         self.log(row)
                     complete = self.evaluate_and_save()
-                except UserError:  # a step's numbers and what rank 0 met are the same on all ranks, so all are here
+                except UserError:  # raised on all ranks: they share a step's numbers, and rank 0's errors
                     self._writer.finish()
                     raise
         return complete
 
     def _open_metrics(self) -> MetricsLog:
-        """The run's log, which rank 0 writes, cut back to the state's step, as are its monitors."""
+        """The run's log, which rank 0 writes; it and the monitors are cut back to the state's step."""
 
         def open_metrics() -> MetricsLog:
             metrics = MetricsLog(self.config.output_dir, self.state.global_step)
@@ -132,7 +132,7 @@ class Trainer:
         return [SkippedPlaces(**entry) for entry in self.state.skipped_places]
 
     def _enter_stage(self) -> None:
-        """Prepare engine and progress bar if the next step is in another stage than the one before."""
+        """Prepare the engine and the progress bar if the next step begins another stage."""
         current = self.loader.stage(self.state.global_step)
         if self.state.global_step == current.stage.first_step:
             self.state.recent_losses = []  # a different length has a different loss
@@ -148,14 +148,14 @@ class Trainer:
         """One optimizer step on this process's micro-batches of the next global batch.
 
         Args:
-            began: when the process began to wait for these micro-batches, by `time.perf_counter`.
+            began: `time.perf_counter()` when the process began to wait for these micro-batches.
 
         Returns:
-            The step's row of metrics, or None if the processes agreed to stop: the step is then as if never begun.
+            The step's row of metrics, or None if the processes agreed to stop: the step is then discarded.
 
         Raises:
             LossSpike: the loss is a spike, or it or the gradient is not finite (in fp16, such a gradient of a finite
-                loss skips the step instead); the state is as before, the engine is not.
+                loss skips the step instead); the state is unchanged, the engine is not.
             UserError: in fp16 the gradient overflows and the loss scale cannot become smaller.
         """
         self._enter_stage()
@@ -228,7 +228,7 @@ class Trainer:
         return evaluated
 
     def _check_loss(self, loss: float, result: StepResult) -> None:
-        """Judge the step just taken: raise `LossSpike` as `train_step` says, or count and report a spike."""
+        """Check the step just taken: raise `LossSpike` as `train_step` says, or count and report a spike."""
         state, guard, step = self.state, self.config.guard, self.state.global_step + 1
         if not math.isfinite(loss) or not (result.skipped or math.isfinite(result.grad_norm)):
             numbers = f"the loss ({loss}) or the gradient norm ({result.grad_norm})"
@@ -243,16 +243,16 @@ class Trainer:
             raise LossSpike(
                 problem,
                 step,
-                "; nothing of it is saved: resume from the last checkpoint with --loss_spike rollback, which leaves "
-                "these data out, or with a lower learning rate",
+                "; the step is not saved: resume from the last checkpoint with --loss_spike rollback, which skips "
+                "this data, or with a lower learning rate",
             )
         state.loss_spikes += 1
         self._progress.say(problem)
 
     def _roll_back(self, spike: LossSpike) -> None:
-        """Go back to the newest good checkpoint and leave out the data since then, including the spiked step's.
+        """Go back to the newest good checkpoint and skip the data since then, including the spiked step's.
 
-        This is saved at once, so that a run that is interrupted leaves out the same.
+        What is skipped is saved at once, so that an interrupted run skips the same.
 
         Raises:
             UserError: there is no checkpoint, or it does not help: the run was rolled back to it before or began there.
@@ -266,15 +266,17 @@ class Trainer:
         self.state.identity = spiked.identity
         step = self.state.global_step
         if any(entry.global_step == step for entry in self._skipped):
-            raise UserError(f"{spike.problem}; it is the second one since step {step}: leaving out data does not help")
+            raise UserError(f"{spike.problem}; it is the second one since step {step}: skipping data does not help")
         if spike.step == step:
-            raise UserError(f"{spike.problem}, as {str(path)!r} left it: resume from an earlier one with --resume")
+            raise UserError(
+                f"{spike.problem}, at the checkpoint {str(path)!r} itself: resume from an earlier one with --resume"
+            )
         skipped = skip(self.loader.stages, step, self._skipped, spike.step, skipped)
         self.state.skipped_places = [asdict(entry) for entry in skipped]
         self.state.loss_spikes = spiked.loss_spikes + 1
         self.last_checkpoint = path
         self._progress.restart(step)
-        self._progress.say(f"{spike.problem}: rolled back to {path}; the data since then are left out")
+        self._progress.say(f"{spike.problem}: rolled back to {path}; the data since then is skipped")
         self._metrics = self._open_metrics()
         self.save()
 

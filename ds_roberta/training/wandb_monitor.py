@@ -1,8 +1,8 @@
 """Weights & Biases: one run, found again by its id.
 
 W&B accepts no step that is smaller than one it has, and its rewinding of a run is a preview that works neither
-offline nor with a self-hosted server. So no step is sent twice: what W&B already has is asked of its server or,
-offline, read from the files that earlier starts left, and what is missing there is sent from the run's own record.
+offline nor with a self-hosted server. So no step is sent twice: the last step that W&B already has is read from
+its server or, offline, from the files of earlier starts, and what follows is sent from the run's own record.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FINISH_TIMEOUT = 120
 class WandbMonitor:
     """Sends a step's rows as one W&B row at the W&B step `global_step`.
 
-    The newest step's row waits for a further row, because the step's evaluation may still come.
+    The newest step's row waits for the next row, because the step's evaluation may still come.
     """
 
     def __init__(self, run: Any, sent: int, may_roll_back: bool):
@@ -69,7 +69,7 @@ class WandbMonitor:
         except (UsageError, AuthenticationError) as error:
             text = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"wandb cannot begin ({text}): wandb login, or WANDB_MODE=offline, or set wandb.enabled to false"
+                f"wandb cannot start ({text}): wandb login, or WANDB_MODE=offline, or set wandb.enabled to false"
             ) from error
         except Exception as error:  # a run goes on without the service
             text = " ".join(str(error).split())
@@ -114,7 +114,7 @@ def last_recorded_step(run: Any) -> int:
 
 
 def recorded_steps(path: Path) -> Iterator[int]:
-    """The steps of the rows in one of W&B's local files, as far as a kill let it be written."""
+    """The steps of the rows in one of W&B's local files, up to where a kill may have cut it off."""
     from wandb.proto import wandb_internal_pb2
 
     for data in log_records(path.read_bytes()):

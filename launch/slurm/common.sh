@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # What the job files share; each sources it by its absolute path, since SLURM runs a copy of the job file elsewhere.
 
-readonly STOPPED=85 # exit code of a run that was asked to stop and saved: started again, it goes on
+readonly STOPPED=85 # exit code of a run that was asked to stop and saved: started again, it continues
 
-# record_start FOLDER: write down what started here and where; once more at every start of a requeued job.
+# record_start FOLDER: write down what started here and where, again at every start of a requeued job.
 # Variables whose names look like secrets stay out.
 record_start() {
     mkdir -p "$1"
@@ -21,13 +21,13 @@ record_start() {
 }
 
 # run_step SRUN...: run a step to its end, and end the job with its exit code. When SLURM announces the end of the job's
-# time or its preemption (USR1 or TERM), the ranks are told by USR1, save, and leave with 85: the job is then queued again.
+# time or its preemption (USR1 or TERM), the ranks get USR1, save, and exit with 85: the job is then queued again.
 run_step() {
-    local step='' code interrupted told=
-    trap stop_step USR1 TERM # of a TERM, srun would end at once
+    local step='' code interrupted signalled=
+    trap stop_step USR1 TERM # a TERM would end srun at once
     "$@" &
     step=$!
-    [[ ! $told ]] || stop_step # the trap came before `step` was set
+    [[ ! $signalled ]] || stop_step # the trap came before `step` was set
     while true; do
         interrupted=
         wait "$step"
@@ -36,7 +36,7 @@ run_step() {
     done
     trap '' USR1 TERM
     # 138: ranks that had not begun to train died of the USR1 itself.
-    if [[ $code -eq $STOPPED || ($told && $code -eq 138) ]]; then
+    if [[ $code -eq $STOPPED || ($signalled && $code -eq 138) ]]; then
         requeue
         exit "$STOPPED"
     fi
@@ -45,12 +45,12 @@ run_step() {
 
 # The trap of run_step, with its variables. A process just forked still has this trap, which would swallow the signal.
 stop_step() {
-    interrupted=1 told=1
+    interrupted=1 signalled=1
     sleep 0.2
     kill -USR1 "$step" 2>/dev/null
 }
 
-# Queue this job again, unless SLURM has ended it by itself: cancelled, out of time, or requeued already.
+# Queue this job again, unless SLURM itself has ended it: cancelled, out of time, or requeued already.
 requeue() {
     local state
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
@@ -58,6 +58,6 @@ requeue() {
         echo "stopped and saved: job $SLURM_JOB_ID is queued again"
         scontrol requeue "$SLURM_JOB_ID" || echo "it could not be queued again: submit the same file by hand"
     else
-        echo "stopped; SLURM says that job $SLURM_JOB_ID is ${state:-gone}: not queued again from here"
+        echo "stopped; SLURM says that job $SLURM_JOB_ID is ${state:-gone}: not queued again"
     fi
 }

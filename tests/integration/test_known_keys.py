@@ -38,7 +38,7 @@ def known(place):
     keys = KEYS
     for part in place.split("."):
         keys = keys[part]
-    return set(keys.keys or ()) if isinstance(keys, Refused) else set(keys)
+    return set((keys.keys or "").split()) if isinstance(keys, Refused) else set(keys)
 
 
 class Asked(dict):

@@ -73,7 +73,7 @@ def test_the_run_records_how_it_was_made(unbroken):
 
 def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
     line = pretrain(workspace, *SETTINGS, "--output_dir", "data/corpus", code=2).splitlines()[-1]
-    assert line == "error: --output_dir 'data/corpus' is --data_dir: choose a folder for the run alone"
+    assert line == "error: --output_dir 'data/corpus' is --data_dir: choose a separate folder"
     (workspace / "model").mkdir()
     (workspace / "model/config.json").write_text('{"model_type": "roberta"}')
     line = pretrain(workspace, *SETTINGS, "--output_dir", "model", code=2).splitlines()[-1]

@@ -163,7 +163,7 @@ def test_a_manifest_of_another_kind_is_a_user_error(tmp_path, save, content):
 def test_another_format_version_is_refused_by_name(tmp_path, save):
     path = save(tmp_path, 3)
     (path / "manifest.json").write_text(json.dumps({"format_version": 9, "parts": []}))
-    with pytest.raises(UserError, match="format version 9, this program reads 1"):
+    with pytest.raises(UserError, match="format version 9, but this program reads 1"):
         checkpoint.verify(path)
 
 
@@ -171,7 +171,7 @@ def test_a_folder_that_is_no_checkpoint_says_what_to_name(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
     for path in (tmp_path, tmp_path / "missing", tmp_path / "photos"):
-        with pytest.raises(UserError, match=r"is no checkpoint .* name a folder checkpoints/global_stepN of a run"):
+        with pytest.raises(UserError, match=r"is not a checkpoint .* name a folder checkpoints/global_stepN of a run"):
             checkpoint.choose(str(path), tmp_path / "none")
 
 
@@ -207,7 +207,7 @@ def test_auto_passes_over_damaged_ones_and_says_so(tmp_path, save, caplog):
 
 def test_auto_never_starts_anew_over_damaged_checkpoints(tmp_path, save):
     flip(save(tmp_path, 1) / "train_state.json")
-    with pytest.raises(UserError, match=r"no checkpoint .* is complete: move them away to start again"):
+    with pytest.raises(UserError, match=r"no checkpoint .* is complete: move them away to start over"):
         checkpoint.choose("auto", tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_a_named_checkpoint_is_taken_or_refused_and_never_another(tmp_path, save
     flip(second / "train_state.json")
     with pytest.raises(UserError, match=r"train_state.json' is damaged"):
         checkpoint.choose(str(second), tmp_path)
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.choose(str(tmp_path / "global_step7"), tmp_path)
 
 

@@ -219,7 +219,7 @@ def test_no_checkpoint_appears_where_a_process_could_not_write(
         ("sync_file", 0, 1),
         ("sync_file", 2, 1),
         ("sync_directory", 0, 1),
-        ("name_in", 0, 2),  # it has its name by then
+        ("write_pointer", 0, 2),  # it has its name by then
     ],
 )
 def test_a_disk_that_is_full_at_any_point_is_one_error_on_all_processes(

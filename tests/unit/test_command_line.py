@@ -89,7 +89,7 @@ def test_what_the_disk_refuses_one_process_it_reports_itself(capsys, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run(fail_with(OSError(errno.EROFS, "", "/data/a"))) == 2
     assert capsys.readouterr().err == (
-        "error: a file or standard output was refused (Read-only file system: /data/a): fix this, then give the same "
+        "error: a file or standard output was refused (Read-only file system: /data/a): fix this, then run the same "
         "command again\n"
     )
     assert run(fail_with(DiskError("cannot write 'a'"))) == 2

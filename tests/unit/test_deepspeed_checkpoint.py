@@ -90,7 +90,7 @@ def test_another_programs_and_damaged_files_are_named(save):
     (path, _) = save(3)
     file = path / "mp_rank_00_model_states.pt"
     torch.save({"module": {}}, file)
-    with pytest.raises(UserError, match="was written by another program"):
+    with pytest.raises(UserError, match="was not written by this program"):
         deepspeed_checkpoint.read_state(path, 2, 2, "bf16")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"cannot read DeepSpeed's checkpoint file .*mp_rank_00"):

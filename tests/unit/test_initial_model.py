@@ -176,7 +176,7 @@ def test_another_vocabulary_is_mapped_by_the_tokens_texts(
     before, now = old.get_vocab(), new.get_vocab()
     shared = before.keys() & now.keys()
     assert 261 < len(shared) < 320
-    assert f"embeddings of {len(shared)} tokens are copied, of {320 - len(shared)} the mean" in told[1]
+    assert f"embeddings of {len(shared)} tokens are copied, those of {320 - len(shared)} are the mean" in told[1]
     expected, *_ = begin(hub_folder, corpus)
     was, rows = (m.roberta.embeddings.word_embeddings.weight for m in (expected, model))
     for token in shared:
@@ -234,7 +234,7 @@ def test_options_that_do_not_fit_the_model_are_named(hub_folder, corpus, options
 
 def test_options_of_the_initial_model_need_one(corpus):
     options = pretrain_options(corpus.folder, extend_positions=True)
-    with pytest.raises(UserError, match="--extend_positions is for the model of --init_from"):
+    with pytest.raises(UserError, match="--extend_positions needs --init_from: give both"):
         run_config(options, corpus, 8, False, None)
 
 

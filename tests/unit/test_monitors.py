@@ -184,7 +184,7 @@ def test_a_service_that_cannot_be_reached_stops_nothing_but_a_wrong_login_does(m
     (line,) = said
     assert line.endswith("the next start sends what is missing: no route")
     error = UsageError("No API key configured.")
-    with pytest.raises(UserError, match=r"wandb cannot begin \(No API key configured\): wandb login, or WANDB_MODE"):
+    with pytest.raises(UserError, match=r"wandb cannot start \(No API key configured\): wandb login, or WANDB_MODE"):
         WandbMonitor.open({}, "abcd1234", False, said.append)
 
 

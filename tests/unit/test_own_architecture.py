@@ -207,9 +207,9 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, corpus):
             {"max_seq_length": 299},
             "--max_seq_length 299 is more than the 298 .* max_position_embeddings, 300",
         ),
-        ({"max_steps": None}, "has no run's recipe: give --output_dir and --max_steps"),
-        ({"output_dir": None}, "has no run's recipe: give --output_dir and --max_steps"),
-        ({"remap_token_embeddings": True}, "--remap_token_embeddings is for the model of --init_from"),
+        ({"max_steps": None}, "comes without a training recipe: give --output_dir and --max_steps"),
+        ({"output_dir": None}, "comes without a training recipe: give --output_dir and --max_steps"),
+        ({"remap_token_embeddings": True}, "--remap_token_embeddings needs --init_from"),
     ],
 )
 def test_options_that_do_not_fit_a_config_are_named(config_of, corpus, options, words):

@@ -118,7 +118,7 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
         (("pretrain_multinode", "--time", "1", "--", "x"), "did you mean 'pretrain_multi_node'?"),
         (("pretrain_multi_node",), "needs --time, --nodes, --gpus_per_node (0 for CPUs), the command's options"),
         (("preprocess", "--time", "60", "--", "x"), "preprocess needs --tasks"),
-        (("preprocess", "--tasks", "2", "--nodes", "2", "--time", "1", "--", "x"), "has no use for it"),
+        (("preprocess", "--tasks", "2", "--nodes", "2", "--time", "1", "--", "x"), "does not use it"),
         ((*MULTI_NODE, "--nodes", "4-2", "--", "x"), "--nodes '4-2'"),
         ((*MULTI_NODE, "--time", "soon", "--", "x"), "--time 'soon'"),
         ((*MULTI_NODE, "--cpus_per_task", "0", "--", "x"), "--cpus_per_task 0 is less than 1"),

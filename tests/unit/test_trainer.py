@@ -213,7 +213,7 @@ def test_a_stage_is_judged_by_its_own_losses(make):
 
 def test_a_stop_saves_nothing_of_the_spiked_step(make):
     trainer = make("stop")
-    with pytest.raises(UserError, match=r"loss of step 46 is a spike: 9\.\d+, above 1\.\d+; nothing of it is saved"):
+    with pytest.raises(UserError, match=r"loss of step 46 is a spike: 9\.\d+, above 1\.\d+; the step is not saved"):
         trainer.train()
     folder = trainer.config.output_dir / checkpoint.CHECKPOINTS_FOLDER
     assert checkpoint.saved_steps(folder) == [25]
@@ -265,7 +265,7 @@ def test_a_full_disk_under_the_metrics_ends_a_run_that_goes_on_as_the_unbroken_o
         append_line(path, line)
 
     monkeypatch.setattr(metrics, "append_line", append)
-    with pytest.raises(UserError, match=r"cannot write '.*metrics.jsonl' \(No space left.*goes on from the newest"):
+    with pytest.raises(UserError, match=r"cannot write '.*metrics.jsonl' \(No space left.*to continue from the newest"):
         make("warn").train()
     trainer = make("warn")
     assert trainer.state.global_step == logged // SAVE_INTERVAL * SAVE_INTERVAL
