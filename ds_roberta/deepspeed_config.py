@@ -191,10 +191,6 @@ class DeepSpeedConfig:
             found.append(f"optimizer.type must be one of Adam, AdamW, got {optimizer.get('type')!r}{about}")
         if type_ == "adamw" and self._params.get("adam_w_mode") is False:
             found.append('optimizer.params.adam_w_mode is false, but optimizer.type is AdamW: write "Adam", or true')
-        return [*found, *self._contradictions_of_offloading()]
-
-    def _contradictions_of_offloading(self) -> list[str]:
-        found = []
         stage = _section(self.content, "zero_optimization").get("stage", 0)
         if self._is_offloaded("offload_param") and stage != 3:
             found.append(

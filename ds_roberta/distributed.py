@@ -74,7 +74,7 @@ class Ranks:
         return box[0]
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on rank 0; its value on all processes, or a `UserError` if it met what users should see."""
+        """Run `function` on rank 0; return its value on all processes, or raise its error there as a `UserError`."""
         value, problem = _attempt(function) if self.is_main else (None, None)
         if self.any(value is not None or problem is not None):  # usually there is nothing to send
             value, problem = self.broadcast((value, problem))

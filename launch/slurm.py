@@ -119,14 +119,14 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
     return {**plain, "setup": arguments.setup, "arguments": shlex.join(arguments.arguments)}
 
 
-def fill(template: str, values: dict[str, str], optional: tuple[str, ...]) -> str:
-    """The template with its values; a line whose `optional` value is missing is left out."""
+def fill(template: str, values: dict[str, str]) -> str:
+    """The template with its values; a line whose `OPTIONAL` value is missing is left out."""
     lines = []
     for line in template.splitlines():
         names = _PLACEHOLDER.findall(line)
         if line == "@setup@" and not values["setup"]:
             continue
-        if any(name in optional and name not in values for name in names):
+        if any(name in OPTIONAL and name not in values for name in names):
             continue
         lines.append(_PLACEHOLDER.sub(lambda match: values[match[1]], line))
     return "\n".join(lines) + "\n"
@@ -160,7 +160,7 @@ def job_file(arguments: argparse.Namespace) -> str:
         unset.append("the command's options after --")
     if unset:
         raise UserError(f"{arguments.template} needs {', '.join(unset)}")
-    return fill(template, values, OPTIONAL)
+    return fill(template, values)
 
 
 def check_command(template: str, words: list[str]) -> None:

@@ -74,11 +74,8 @@ def on_gpu() -> bool:
 def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The low precisions that "auto" prefers here, the best first, and all precisions that the device supports."""
     accelerator = get_accelerator()
-    low = [
-        name
-        for name, supported in (("bf16", accelerator.is_bf16_supported()), ("fp16", accelerator.is_fp16_supported()))
-        if supported
-    ]
+    supported = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    low = [name for name in supported if supported[name]]
     if on_gpu():
         return tuple(low), ("fp32", *low)
     # Without bf16 instructions, a processor is slower in bf16 than in fp32.
@@ -88,8 +85,7 @@ def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def fastest_precision() -> str:
     """The precision in which the device multiplies matrices fastest."""
-    low, _ = device_precisions()
-    return low[0] if low else "fp32"
+    return [*device_precisions()[0], "fp32"][0]
 
 
 def choose_precision(config: DeepSpeedConfig) -> str:

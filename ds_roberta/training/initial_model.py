@@ -38,8 +38,8 @@ class InitialModel:
 
     Attributes:
         config: its architecture.
-        learned_positions: tokens of the longest sequences it was trained on: a checkpoint's in its run and the model
-            before it, a transformers folder's by what its tokenizer truncates to, at most its positions.
+        learned_positions: tokens of the longest sequences it was trained on: for a checkpoint, in its run or before it;
+            for a transformers folder, what its tokenizer truncates to, at most its positions.
         tokenizer_folder: with `tokenizer.json`.
         is_checkpoint: of this program; else a transformers folder.
     """

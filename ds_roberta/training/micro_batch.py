@@ -47,7 +47,7 @@ _CPU_ROUNDS = 3
 _CPU_TIE = 0.95
 """Another size must take less than this share of the default's time, so that noise does not decide."""
 _MORE_MICRO_STEPS = 1 / 8
-"""Micro-steps allowed beyond the fewest, as a share of these, to compute fewer empty places: they are smaller."""
+"""Extra micro-steps allowed, as a share of the fewest possible: smaller ones leave fewer empty places."""
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard, CSV files and Weights & Biases, set up by the DeepSpeed JSON's sections, where DeepSpeed writes them.
+"""TensorBoard, CSV files and Weights & Biases, set up by the DeepSpeed JSON's sections, written where DeepSpeed would.
 
 DeepSpeed itself does not get the sections: it would add series of its own, against a sample counter that restarts with
 every start. Here x is `global_step`, and a series has each step once. `metrics.jsonl` is the record: when a run starts,
