@@ -42,7 +42,7 @@ def main() -> None:
     )
     fill_masks()
     print(f"exported model       {EXPORTED}  (AutoModelForMaskedLM.from_pretrained({str(EXPORTED)!r}))")
-    print("what ran             the same with your own text: replace examples/corpus by your folder or file")
+    print("what ran             for your own text, replace examples/corpus with your folder or file")
     for command in COMMANDS:
         print(f"    {command}")
 

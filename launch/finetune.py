@@ -16,12 +16,12 @@ def make_parser() -> ArgumentParser:
         prog="finetune.py", description="Fine-tune an exported transformers folder on labelled texts."
     )
     add_options(parser, FinetuneConfig)
-    runs = parser.add_argument_group("Runs, of which the best is kept")
+    runs = parser.add_argument_group("Runs; the best is kept")
     runs.add_argument("--seeds", type=several(whole_number), default=(0,), help="such as 0,1,2; default: 0")
-    runs.add_argument("--sweep", action="store_true", help="batches of 16 and 32 with rates of 1e-5, 2e-5 and 3e-5")
+    runs.add_argument("--sweep", action="store_true", help="try batches of 16 and 32 at rates of 1e-5, 2e-5 and 3e-5")
     runs.add_argument(
         "--learning_rate", type=several(positive_number),
-        help="the peak after the warm-up, or several such as 1e-4,3e-4, of which the best is chosen; default: 2e-5",
+        help="the peak after the warm-up, or several to choose from, such as 1e-4,3e-4; default: 2e-5",
     )  # fmt: skip
     runs.add_argument("--train_batch_size", type=several(positive), help="examples per step, or several; default: 16")
     for group in dict.fromkeys(task.options_class for task in TASKS.values()):

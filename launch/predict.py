@@ -29,11 +29,11 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--context", help="the text that answers --question")
     parser.add_argument("--output", type=Path, help="also write the answers to this file, as JSON lines")
     add_options(parser, Columns, only=("text_column", "text_pair_column"))
-    parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: the length in fine-tuning")
+    parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: as in fine-tuning")
     parser.add_argument("--batch_size", type=positive, default=32, help="default: %(default)s")
     parser.add_argument(
         "--no_answer_threshold", type=probability,
-        help="the probability of 'no answer' above which it is the answer to a question; default: as in fine-tuning",
+        help="give no answer if its probability is above this; default: as in fine-tuning",
     )  # fmt: skip
     return parser
 

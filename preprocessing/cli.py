@@ -67,9 +67,9 @@ def parser() -> argparse.ArgumentParser:
         "NAME is the name of the source",
     )
 
-    train = commands.add_parser("train-tokenizer", parents=[inputs], help="train a byte-level BPE of RoBERTa's kind")
+    train = commands.add_parser("train-tokenizer", parents=[inputs], help="train a byte-level BPE like RoBERTa's")
     train.add_argument(
-        "--vocab_size", type=positive, default=ROBERTA_VOCAB_SIZE, help="ids (default: RoBERTa's %(default)s)"
+        "--vocab_size", type=positive, default=ROBERTA_VOCAB_SIZE, help="number of ids (default: RoBERTa's %(default)s)"
     )
     train.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the tokenizer")
     add_options(train, ShardOptions, only=("max_bad_fraction", "allow_damaged_files"))
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer_backend",
         choices=BACKENDS,
         default=AUTO,
-        help="library that computes the ids, which are the same: gigatoken is faster, auto uses it if it is installed",
+        help="library that computes the ids, always the same ones: gigatoken is faster, and auto uses it if installed",
     )
     add_options(sharding, ShardOptions)
     sharding.set_defaults(run=_shard)

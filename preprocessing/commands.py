@@ -45,13 +45,13 @@ def train_tokenizer(
     max_bad_fraction: float = MAX_BAD_FRACTION,
     allow_damaged_files: bool = False,
 ) -> int:
-    """Train a byte-level BPE of RoBERTa's kind on a corpus, into a folder that appears whole or not at all.
+    """Train a byte-level BPE like RoBERTa's on a corpus and write it to a folder, all or nothing.
 
     Args:
         inputs: `[NAME=]PATH` each, as `--input` takes them.
         options: how files become documents; None for the defaults.
-        max_bad_fraction: how many of the documents may be broken.
-        allow_damaged_files: whether the unreadable part of damaged files may be lost.
+        max_bad_fraction: the fraction of the documents that may be broken.
+        allow_damaged_files: whether to skip the unreadable part of damaged files.
 
     Returns:
         The number of ids: `vocab_size`, or fewer if no other pair of the text occurs twice.
@@ -116,7 +116,7 @@ def shard(
     if task is not None:
         print(f"task {task[0] + 1} of {task[1]} (from {'--task' if given else 'the SLURM array'})")
     with _workers(workers) as pool:
-        if pool is None:  # a rank that served another
+        if pool is None:  # this rank was a worker
             return None
         found = _find_inputs(inputs)
         result = run_job(found.files, tokenizer, output, options, pool, found.sources, tokenizer_backend, task)
@@ -183,7 +183,7 @@ def _workers(workers: int | None) -> AbstractContextManager[Workers | None]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return local_workers(workers or cores)
     if workers is not None:
-        raise UserError(f"--workers {workers} is for one machine: under mpirun -n sets the number, so leave it out")
+        raise UserError(f"--workers {workers} is for one machine: under mpirun, -n sets the number, so leave it out")
     return mpi_workers()
 
 

@@ -61,9 +61,9 @@ require_fraction = must_be("at least 0 and below 1", lambda value: 0 <= value < 
 
 @dataclass(frozen=True)
 class ShardOptions(Settings):
-    """How documents become shards; with the input and the tokenizer, all that the output's bytes depend on.
+    """How documents become shards, and how much of the input may be bad.
 
-    How much of the input may be bad is here too.
+    The output's bytes depend on these, the input and the tokenizer, and on nothing else.
     """
 
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -80,8 +80,8 @@ class ShardOptions(Settings):
         choices=dedup.DEDUP_KINDS,
     )
     allow_damaged_files: bool = option(
-        "read what can be read of truncated or corrupt files and of .csv files with an unclosed quote, and list what "
-        "is lost at the end, instead of stopping at the first",
+        "read what can be read of truncated or corrupt files and of .csv files with an unclosed quote, and list the "
+        "losses at the end, instead of stopping at the first",
         False,
     )
 
@@ -131,7 +131,7 @@ def split_of(document: bytes | str, validation_fraction: float) -> str:
 def shard_unit(
     data: Path, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit, scratch: Path
 ) -> Record:
-    """Tokenize a unit with the tokenizer in `data`, into `scratch`: to `data`, or before deduplication to `staged`.
+    """Tokenize a unit with the tokenizer in `data`, into `scratch/data` or, if deduplication follows, `scratch/staged`.
 
     If a fast backend differs from the reference, the reference encodes the whole unit.
     """
@@ -264,7 +264,7 @@ def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]
 
 @lru_cache(maxsize=2)
 def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, SpecialLetters]:
-    """Loaded once in a process; `info` distinguishes two tokenizers that were at the same path one after the other."""
+    """Loaded once per process; `info` tells apart two tokenizers that were at the same path at different times."""
     return make_encoder(backend, folder, info)
 
 

@@ -2,7 +2,7 @@
 
 Files (`labelled_tables`, `tagged_sentences`, `squad`) → a task (`classification`, `token_classification`,
 `question_answering`): token ids with labels, a loss, metrics → runs of transformers' Trainer (`one_run`), one for each
-setting and seed → the best of them as a folder (`finetune`) → answers about new texts (`predict`).
+setting and seed → the best of them as a folder (`finetune`) → answers for new texts (`predict`).
 """
 
 from ds_roberta.finetuning.classification import Classification, Regression

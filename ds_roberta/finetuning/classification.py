@@ -37,7 +37,7 @@ from ds_roberta.finetuning.task import (
     softmax,
 )
 
-LABEL_COLUMNS = ("label", "gold_label", "score", "is_duplicate", "Quality")  # of GLUE's files and data sets
+LABEL_COLUMNS = ("label", "gold_label", "score", "is_duplicate", "Quality")  # in GLUE's files and data sets
 SHOWN_LABELS = 5
 
 
@@ -173,8 +173,8 @@ class Regression(_TextTask):
 def encode_texts(
     tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_length: int
 ) -> list[dict[str, Any]]:
-    """`input_ids` and `attention_mask` of each text. One that is too long is cut, in a pair the longer text first; a
-    warning gives the place of the first. The letters of a special token stay text, as in pretraining."""
+    """`input_ids` and `attention_mask` of each text. Long texts are cut, in a pair the longer one first, and a warning
+    names the first. A special token's letters stay text, as in pretraining."""
 
     def tokens(chosen: Sequence[Text], **options: Any) -> Any:
         pairs = None if chosen[0].pair is None else [text.pair for text in chosen]
@@ -189,7 +189,7 @@ def encode_texts(
         cut = [text for text, ids in zip(full, uncut, strict=True) if len(ids) > max_seq_length]
         if cut:
             logger.warning(
-                f"{len(cut)} of {len(texts)} texts are longer than {max_seq_length} tokens and are cut there, first "
+                f"{len(cut)} of {len(texts)} texts are longer than {max_seq_length} tokens and were cut, first "
                 f"{cut[0].place}"
             )
     return [
@@ -201,7 +201,7 @@ def encode_texts(
 def label_column(table: Table, columns: Columns) -> str:
     """
     Raises:
-        UserError: none is named and none of the usual ones is there.
+        UserError: no column is named, and the table has none of the usual ones.
     """
     label = columns.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
     if label is None:
@@ -213,7 +213,7 @@ def label_column(table: Table, columns: Columns) -> str:
 
 
 def without_unlabelled_tests(tables: dict[str, Table], columns: Columns) -> dict[str, Table]:
-    """The splits except tests without labels (-1, or nothing), as most of GLUE's are."""
+    """All splits but tests without labels (-1 or nothing), as most of GLUE's tests are."""
     label = label_column(tables["train"], columns)
     kept = {}
     for split, table in tables.items():
@@ -235,7 +235,7 @@ def label_values(table: Table, columns: Columns) -> list[Any]:
     values = [row.get(label) for row in table.rows]
     for index, value in enumerate(values):
         if value is None or value == "":
-            raise UserError(f"{table.place(index)} has no {label!r}: label or remove it")
+            raise UserError(f"{table.place(index)} has no {label!r}: label or remove the row")
         if not isinstance(value, str | int | float) or value != value:  # NaN, which a table without a label may have
             raise UserError(f"{table.place(index)}: {label!r} is {value!r}, not a label: label or remove the row")
     return values
@@ -260,7 +260,7 @@ def class_names(train: Table, columns: Columns) -> list[str]:
 
 
 def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
-    """scikit-learn's.
+    """scikit-learn's metrics.
 
     Args:
         logits: (examples, classes), float.
@@ -284,7 +284,7 @@ def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any,
 
 
 def regression_metrics(predicted: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
-    """scipy's `pearson` and `spearman` of two (examples,) arrays; 0 if one is constant: they are undefined then."""
+    """scipy's `pearson` and `spearman` of two (examples,) arrays; 0 if one is constant, as they are undefined."""
     from scipy.stats import pearsonr, spearmanr
 
     if np.ptp(predicted) == 0 or np.ptp(labels) == 0:

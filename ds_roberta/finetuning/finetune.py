@@ -1,4 +1,4 @@
-"""All runs of a fine-tuning, and the folder that it leaves."""
+"""All runs of a fine-tuning, and the folder that it writes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from ds_roberta.options import Settings, option
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
 
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-_GATHER = "stage3_gather_16bit_weights_on_model_save"  # in the precision that the weights have
+_GATHER = "stage3_gather_16bit_weights_on_model_save"  # in the weights' own precision
 KIND = "just a model from an earlier fine-tuning"
 MODEL_FILES = ("config.json", "model.safetensors")
 SWEEP = [Setting(rate, size) for size in (16, 32) for rate in (1e-5, 2e-5, 3e-5)]  # Liu et al. 2019, table 10
@@ -66,8 +66,8 @@ class FinetuneConfig(Settings):
     model: Path = option("the transformers folder to start from", required=True)
     task: str = option("what to learn", choices=TASKS, required=True)
     data: tuple[str, ...] = option(
-        "a folder with train, validation (or dev) and perhaps test as .tsv, .jsonl or .parquet, CoNLL's columns or "
-        "SQuAD's .json, or saved by datasets; or such files, also as validation=FILE",
+        "a folder with train, validation (or dev) and optionally test files (.tsv, .jsonl, .parquet, CoNLL's columns, "
+        "SQuAD's .json), or one saved by datasets; or such files, also as validation=FILE",
         required=True,
         type=str,
         nargs="+",
@@ -97,7 +97,7 @@ def finetune(config: FinetuneConfig) -> int:
     """Train every setting with every seed; write the best model, its tokenizer and `results.json`, all or nothing.
 
     The best setting is the one with the highest median over the seeds of each run's best epoch; the model is that
-    setting's best run, after its best epoch. Until then the runs are in a folder beside the output, so that the same
+    setting's best run, after its best epoch. Until then the runs are in a folder next to the output, so that the same
     command continues after an interruption.
 
     Returns:
@@ -175,7 +175,7 @@ def _problem(config: FinetuneConfig, max_seq_length: int, deepspeed_config: dict
 def _train_all(
     config: FinetuneConfig, problem: Problem, work: Path, ranks: Ranks
 ) -> tuple[dict[Setting, list[Run]], Run]:
-    """All runs, and the best of them, whose model is in its folder.
+    """All runs, and the best one, whose folder has its model.
 
     Raises:
         Stopped: a run was asked to stop and has saved.
@@ -276,7 +276,7 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
 
 
 def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[str, Any] | None) -> Path:
-    """The runs' folder until the output is written; that of another plan is emptied.
+    """The runs' folder until the output is written; another plan's is removed.
 
     Settings and seeds are not part of a plan: each run has a folder of its own.
 
@@ -287,7 +287,8 @@ def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[st
     asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
     work = output.parent / f".{output.name}.runs"
     given = [config.model, *(split_entry(entry)[1] for entry in config.data)]
-    inputs = [file for path in given for file in _files(path) if not {output, work} & set(file.resolve().parents)]
+    files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    inputs = [file for file in files if file.is_file() and not {output, work} & set(file.resolve().parents)]
     asked["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in inputs]
     plan = json_fingerprint(json.loads(json.dumps(asked, default=str)))
     if work.exists() and not (work / plan).exists():
@@ -295,10 +296,6 @@ def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[st
         shutil.rmtree(work)
     (work / plan).mkdir(parents=True, exist_ok=True)
     return work / plan
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
 
 
 def _run_folder(work: Path, setting: Setting, seed: int) -> Path:

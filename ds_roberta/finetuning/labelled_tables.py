@@ -1,8 +1,8 @@
-"""Labelled texts as tables: TSV as GLUE has it, JSON lines, Parquet, and folders saved by `datasets`."""
+"""Labelled texts as tables: TSV like GLUE's, JSON lines, Parquet, and folders saved by `datasets`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Text:
     """A text, or a pair of texts.
 
     Attributes:
-        place: of the row in its file, for messages.
+        place: the row in its file, for messages.
         pair: the second text of a pair.
         label: the index of a class, or a number in regression; None: there is none.
     """
@@ -80,44 +80,41 @@ class Table:
 def read_splits(
     data: Iterable[str], suffixes: Sequence[str] = SUFFIXES, read: Callable[[Path | Table], Any] | None = None
 ) -> dict[str, Any]:
-    """What `train` and `validation` hold, and the other splits of `SPLIT_PREFIXES` that are there.
+    """The content of `train`, `validation` and any other splits of `SPLIT_PREFIXES`.
 
     Args:
         data: one folder with a file for each split, or saved by `datasets`; or files, each named after its split
             (`dev.tsv`) or given as `validation=FILE`.
         suffixes: of the files to read in a folder.
-        read: reads a file, or makes the same of a table that `datasets` saved; None: `read_table`.
+        read: reads a file, or converts a table that `datasets` saved; None: `read_table`.
 
     Raises:
-        UserError: a split is missing or there twice, or a file cannot be read.
+        UserError: a split is missing or given twice, or a file cannot be read.
     """
-    entries, read = list(data), read or read_table
-    for entry in entries:
+    given, read = list(data), read or read_table
+    for entry in given:
         if not (path := split_entry(entry)[1]).exists():
             raise UserError(f"--data {str(path)!r} does not exist: choose a folder or files that do")
-    if len(entries) == 1 and Path(entries[0]).is_dir():
-        folder = Path(entries[0])
+    found: Mapping[str, Path | Table]
+    folder = Path(given[0])
+    if len(given) == 1 and folder.is_dir():
         try:
-            found = sorted(folder.iterdir())
+            files = sorted(folder.iterdir())
         except OSError as error:
             raise UserError(f"cannot read --data {str(folder)!r} ({error.strerror}): choose another folder") from error
-        if folder / "dataset_dict.json" in found:
-            tables = _read_dataset_dict(folder)
-            _check_splits(tables, entries, suffixes)
-            return {split: read(table) for split, table in tables.items()}
-        entries = [str(file) for file in found if file.suffix in suffixes and _split_of(file.stem)]
-    files = _by_split(entries)
-    _check_splits(files, data, suffixes)
-    return {split: read(file) for split, file in files.items()}
-
-
-def _check_splits(found: Iterable[str], data: Iterable[str], suffixes: Sequence[str]) -> None:
+        if folder / "dataset_dict.json" in files:
+            found = _read_dataset_dict(folder)
+        else:
+            found = _by_split(str(file) for file in files if file.suffix in suffixes and _split_of(file.stem))
+    else:
+        found = _by_split(given)
     for split in ("train", "validation"):
         if split not in found:
             raise UserError(
-                f"no {split} file in --data {' '.join(data)}: name a file {SPLIT_PREFIXES[split][-1]} with the ending "
+                f"no {split} file in --data {' '.join(given)}: name a file {SPLIT_PREFIXES[split][-1]} with the ending "
                 f"{', '.join(suffixes)}, or give {split}=FILE"
             )
+    return {split: read(source) for split, source in found.items()}
 
 
 def read_table(source: Path | Table) -> Table:

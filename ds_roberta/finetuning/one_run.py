@@ -48,12 +48,12 @@ class Recipe(Settings):
     """The recipe of every run; the defaults are those of Liu et al. 2019, table 10."""
 
     num_train_epochs: int = option("passes over the training examples", 10, check=require_positive)
-    gradient_accumulation_steps: int = option("micro-batches of a batch", 1, check=require_positive)
+    gradient_accumulation_steps: int = option("micro-batches per batch", 1, check=require_positive)
     weight_decay: float = option(
         "of AdamW", 0.1, check=must_be("0 or a number above it", lambda value: 0 <= value < math.inf)
     )
     warmup_ratio: float = option(
-        "share of all steps", 0.06, check=must_be("between 0 and 1", lambda value: 0 <= value <= 1)
+        "fraction of all steps", 0.06, check=must_be("between 0 and 1", lambda value: 0 <= value <= 1)
     )
     bf16: bool = option("compute in bf16; the weights stay fp32, with DeepSpeed its master copies", False)
     fp16: bool = option("compute in fp16 on a GPU; the weights stay fp32, with DeepSpeed its master copies", False)
@@ -61,7 +61,7 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bf16 and self.fp16:
-            raise UserError("--bf16 and --fp16 are both given: choose one of them")
+            raise UserError("--bf16 and --fp16 are both given: choose one")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Problem:
 
     Attributes:
         encoded: the examples of each split; `train` and `validation` are among them.
-        metric: the name of the one that chooses the best epoch.
+        metric: the name of the metric that chooses the best epoch.
         deepspeed_config: the content of DeepSpeed's JSON; None: Trainer works without DeepSpeed.
     """
 
@@ -110,11 +110,11 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
 
     Args:
         folder: the run's own, created if necessary.
-        stop: asked after each step.
+        stop: checked after each step.
 
     Raises:
         UserError: the loss is no longer finite.
-        Stopped: `stop` has asked for it.
+        Stopped: `stop` requested it.
     """
     record = folder / _RECORD
     if record.exists():

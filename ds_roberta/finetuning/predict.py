@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,8 +26,8 @@ class PredictConfig:
     Attributes:
         input: a file; None: only `text`, with `text_pair` if the task has pairs (the question about a context).
         output: the file for the JSON lines; None: they are only printed for people.
-        task_options: the task's own, by name; others are ignored. The default: as in fine-tuning.
-        max_seq_length: in tokens; None: the length in fine-tuning.
+        task_options: the task's own, by name; others are ignored. The rest is as in fine-tuning.
+        max_seq_length: in tokens; None: as in fine-tuning.
     """
 
     model: Path
@@ -75,8 +73,6 @@ def predict(config: PredictConfig) -> list[Answer]:
     answers = task.answer(encoded, logits(finetuned, sequences, config.batch_size))
     if config.output is not None:
         write_rows(config.output, answers)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # letters that the terminal does not know
     for answer in answers:
         print("\n".join(answer.lines), flush=True)
     return answers
@@ -86,11 +82,11 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
     """Read a folder with a task's head; the model goes to the GPU if there is one.
 
     Args:
-        max_seq_length: None: that of fine-tuning.
+        max_seq_length: None: as in fine-tuning.
         given: the task's options, by name; others are ignored.
 
     Raises:
-        UserError: it is no such folder, its parts do not fit together, or the model has fewer positions.
+        UserError: the folder has no such model, its parts do not fit together, or the model has fewer positions.
     """
     opened = open_folder(folder)
     results = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
@@ -132,7 +128,7 @@ def logits(finetuned: FinetunedModel, sequences: Sequence[list[int]], batch_size
         arrays = [tensor.float().cpu().numpy() for tensor in output]
         if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(
-                f"the logits of the model in {finetuned.model.name_or_path!r} are not finite: its training has "
+                f"the logits of the model in {finetuned.model.name_or_path!r} are not finite: its training "
                 "diverged or its weights are damaged; fine-tune it again"
             )
         found |= {index: [array[row] for array in arrays] for row, index in enumerate(chosen)}

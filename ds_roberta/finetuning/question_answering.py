@@ -1,6 +1,6 @@
 """Extractive question answering: the span of a context that answers a question, or none.
 
-A context becomes windows of token ids, an answer their labels; the windows' logits lead back to spans of the text.
+A context becomes windows of token ids, and an answer their labels; the windows' logits become spans of the text.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class SpanOptions(Settings):
     )
     max_answer_length: int = option("in tokens", 30, check=require_positive)
     no_answer_threshold: float = option(
-        "if contexts need not have an answer: the probability of no answer, against the best span, above which there "
-        "is none",
+        "for data with unanswerable questions: give no answer if its probability, against the best span, is above this",
         0.5,
         check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
     )
@@ -93,7 +92,7 @@ class Decoded:
 
     @property
     def null_probability(self) -> float:
-        """Of the null answer, against the best span."""
+        """The probability of no answer, against the best span."""
         if not self.spans:
             return 1.0
         difference = min(max(self.spans[0].score - self.null_score, -700.0), 700.0)  # within exp's range
@@ -143,7 +142,7 @@ class QuestionAnswering(Task):
             options = SpanOptions(**{**stored.get("options", {}), **given})
         except (AttributeError, TypeError) as error:
             raise UserError(
-                f"{RESULTS} of the model has an unknown form of question_answering ({error}): fine-tune it again"
+                f"{RESULTS} of the model has question_answering in an unknown form ({error}): fine-tune it again"
             ) from error
         return cls("no_answer_threshold" in given or bool(stored.get("may_be_unanswerable")), options)
 

@@ -43,7 +43,7 @@ def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
             ignored.
 
     Raises:
-        UserError: the file cannot be read, is not of SQuAD's form, has no question or one id twice, or an answer is
+        UserError: the file cannot be read, is not of SQuAD's form, has no question or an id twice, or an answer is
             not at its `answer_start`.
     """
     try:
@@ -147,13 +147,13 @@ def _answers(place: str, context: str, entry: dict[str, Any], given: Any, may_be
 
 
 def _checked(name: str, questions: list[Question], may_be_unanswerable: bool) -> list[Question]:
-    """The questions, which are marked with their file's kind.
+    """The questions, marked with their file's kind.
 
     Raises:
         UserError: there are none, or two have the same id.
     """
     if not questions:
-        raise UserError(f"{name!r} has no questions: give a file with some")
+        raise UserError(f"{name!r} has no questions: choose a file that has some")
     seen = set()
     for question in questions:
         if question.id in seen:

@@ -106,7 +106,7 @@ def table_sentences(
         tag_column: None: the first of `TAG_COLUMNS`.
 
     Raises:
-        UserError: a column is missing; a row's lists have other items than texts, are empty or differ in length; or as
+        UserError: a column is missing; a row's lists are empty, differ in length or have items that are not text; or as
             `check_tags`.
     """
     word_column = _column(table, word_column, WORD_COLUMNS, "--text_column")

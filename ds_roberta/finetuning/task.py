@@ -1,4 +1,4 @@
-"""A kind of fine-tuning: what it adds to what all kinds share."""
+"""What each kind of fine-tuning defines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_roberta.options import Settings
 
 RESULTS = "results.json"
 NO_LABEL = -100  # Trainer does not count it, and torch's cross entropy ignores it
-SHORTEST = 8  # tokens that a sequence must have room for
+SHORTEST = 8  # tokens in a sequence, at least
 COMMAND_LINE = "the command line"  # the place of a single text, for messages
 
 
@@ -96,7 +96,7 @@ class Task(ABC):
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
-        """Whether a model with this configuration is one of this task."""
+        """Whether a model with this configuration is for this task."""
         return (config.architectures or [""])[0] == cls.model_class.__name__
 
     @abstractmethod

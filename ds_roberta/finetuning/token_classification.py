@@ -1,7 +1,7 @@
 """Token classification: a tag for each word, which may mark entities.
 
-Words with tags become token ids in windows over their sentences, with a label at each word's first subword; logits of
-windows become those of words again.
+Words with tags become token ids in windows over their sentences, with a label at each word's first subword; the
+windows' logits become one row per word again.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class TokenClassification(Task):
 
 
 def read_sentences(source: Path | Table, columns: Columns, *, labelled: bool = True) -> list[Sentence]:
-    """From `.jsonl`, `.parquet` and what `datasets` saved rows of lists; from other files CoNLL's columns.
+    """Rows of lists from `.jsonl`, `.parquet` and what `datasets` saved; CoNLL's columns from other files.
 
     Args:
         labelled: whether words must have tags. If not, rows may also have texts instead of lists of words.
@@ -190,8 +190,8 @@ def read_sentences(source: Path | Table, columns: Columns, *, labelled: bool = T
 
 
 def _check_tags(split: str, sentences: list[Sentence], names: list[str]) -> None:
-    """Refuse a tag or an entity type that is not in training: it is another labelling. An unseen tag of a known type,
-    such as I- if all training entities have one word, cannot be predicted, of which the log warns."""
+    """Refuse a tag or entity type that is not in training, as it belongs to another labelling; only warn of a new tag
+    of a known type, such as I- if all training entities have one word: it cannot be predicted."""
     of_entities = are_of_entities(names)
     kind = "entity type" if of_entities else "tag"
     types = {name.partition("-")[2] for name in names} if of_entities else set(names)

@@ -15,7 +15,7 @@ A job holds a lease while it lives, and its workers look at it before they write
 for each process that runs a job (or an array task of one). On the same machine it lives as long as its process; seen
 from another machine, as long as it is touched. The next job removes a dead lease, and a job whose own lease is gone
 stops. No locks are used: on network file systems they are unreliable, while creating, opening and removing a file are
-not. (filelock's `SoftFileLease` has one holder per file and no word for what it does, so tasks could not share a plan.)
+not. (filelock's `SoftFileLease` has one holder per file and does not record its work, so tasks could not share a plan.)
 """
 
 from __future__ import annotations

@@ -197,8 +197,8 @@ class IndexedDataset:
             or (len(ends) and (self.lengths.min() < 0 or self.pointers.min() < 0 or ends.max() > size))
         ):
             raise UserError(
-                f"{str(index)!r} does not fit {str(self.binary)!r} of {size} bytes: one of them is truncated or of "
-                "another dataset"
+                f"{str(index)!r} does not fit {str(self.binary)!r} of {size} bytes: one of them is truncated or "
+                "belongs to another dataset"
             )
 
     def tokens(self, sequence: int) -> np.ndarray:
@@ -207,7 +207,7 @@ class IndexedDataset:
         return self.data[begin : begin + int(self.lengths[sequence]) * self.dtype.itemsize].view(self.dtype)
 
     def byte_range(self, first: int, last: int) -> tuple[int, int]:
-        """The bytes of the .bin between which the documents `first … last - 1` are; they must have a sequence."""
+        """The range of bytes of the .bin that holds the documents `first … last - 1`, which must have a sequence."""
         chosen = slice(int(self.documents[first]), int(self.documents[last]))
         ends = self.pointers[chosen] + self.lengths[chosen].astype(np.int64) * self.dtype.itemsize
         return int(self.pointers[chosen].min()), int(ends.max())

@@ -38,23 +38,14 @@ class Amount:
     tokens: int = 0
     text_bytes: int = 0
 
-    @property
-    def bytes_per_token(self) -> float:
-        return self.text_bytes / max(self.tokens, 1)
-
 
 @dataclass
 class Packed:
-    """How full the sequences of one length are."""
+    """How full the sequences of one length are; `tokens` are those that are not padding."""
 
     max_seq_length: int
     sequences: int = 0
     tokens: int = 0
-
-    @property
-    def efficiency(self) -> float:
-        """The share of tokens that are not padding."""
-        return self.tokens / max(self.sequences * self.max_seq_length, 1)
 
 
 @dataclass
@@ -181,10 +172,13 @@ def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
     """Everything as JSON values."""
 
     def amount(value: Amount) -> dict[str, Any]:
-        return {**asdict(value), "bytes_per_token": value.bytes_per_token}
+        return {**asdict(value), "bytes_per_token": value.text_bytes / max(value.tokens, 1)}
 
     def packing(packed: Sequence[Packed]) -> list[dict[str, Any]]:
-        return [{**asdict(each), "efficiency": each.efficiency} for each in packed]
+        return [
+            {**asdict(each), "efficiency": each.tokens / max(each.sequences * each.max_seq_length, 1)}
+            for each in packed
+        ]
 
     splits = {
         name: {

@@ -125,7 +125,7 @@ class Origins:
 
     def span(self, document: StoredDocument) -> tuple[int, int | None] | None:
         """Where the document, and what follows it, begins in its input: bytes of the (decompressed) file or, in tables,
-        rows. Of documents with the same text in one part it is the first.
+        rows. If several documents of a part have the same text, it is the first.
 
         The end is None at the end of a compressed file; the result is None if the input is unknown or no longer
         contains the text.

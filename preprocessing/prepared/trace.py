@@ -154,7 +154,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--train_batch_size_schedule", help="the run's, if any")
     parser.add_argument("--max_seq_length_schedule", help="the run's, if any")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="of a run that rolled back: says which places it left out"
+        "--checkpoint", type=Path, metavar="DIR", help="of a run that rolled back, for the places that it skipped"
     )
     parser.add_argument("--seed", type=int, default=0, help="the run's (default: 0, as in training)")
     parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")

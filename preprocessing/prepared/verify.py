@@ -1,4 +1,4 @@
-"""`preprocess verify`: is a data folder as it was when it was made?
+"""`preprocess verify`: whether a data folder is as it was when it was made.
 
 Arrow does not notice a flipped bit, so every byte is read and compared with the manifest: shards chunk by chunk, so
 that damage is located, small files as a whole, the manifest by its own checksum. The packing index in `index/` is a
@@ -42,7 +42,10 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
             raise
         return [f"{MANIFEST_NAME}: {error}; without it nothing else can be checked"]
     content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    problems = list(_manifest_problems(content))
+    problems = []
+    # Parsing compared the fingerprint with the shards' checksums; this covers the rest.
+    if content.pop("checksum", None) != json_fingerprint(content):
+        problems.append(f"{MANIFEST_NAME}: does not match its own checksum: damaged or edited")
     try:
         manifest.check_tokenizer(folder)
     except UserError as error:
@@ -87,13 +90,6 @@ def file_problems(folder: Path, name: str, checksum: str) -> Iterator[str]:
             yield f"{name}: damaged or edited somewhere in its {(folder / name).stat().st_size} bytes"
     except OSError as error:
         yield _unreadable(name, error)
-
-
-def _manifest_problems(content: dict[str, Any]) -> Iterator[str]:
-    # Parsing compared the fingerprint with the shards' checksums; this covers the rest.
-    checksum = content.pop("checksum", None)
-    if checksum != json_fingerprint(content):
-        yield f"{MANIFEST_NAME}: does not match its own checksum: damaged or edited"
 
 
 def _unreadable(name: str, error: OSError) -> str:

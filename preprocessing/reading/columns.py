@@ -15,7 +15,7 @@ from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions
 from preprocessing.reading.streams import PARQUET, Damaged, is_url, known_format, open_binary, readable, share_read
 
 _ROWS = 128
-"""Rows taken at a time: of web pages a megabyte or two."""
+"""Rows taken at a time: a megabyte or two of web pages."""
 _READ_BYTES = 1 << 20
 _ARROW_FILE_MAGIC = b"ARROW1"
 
@@ -26,7 +26,7 @@ def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
     An Arrow stream at a URL is one part: it can only be read from the start.
 
     Raises:
-        UserError: the file cannot be opened, or has a column of the options twice.
+        UserError: the file cannot be opened, or has two columns of a name in the options.
     """
     try:
         if known_format(path).kind == PARQUET:
@@ -46,7 +46,7 @@ def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
 
 
 def check_columns(path: str, names: list[str], options: ReadOptions) -> None:
-    """Raise `UserError` if a column that the options name is there twice."""
+    """Raise `UserError` if two columns have a name in the options."""
     for column in (options.text_column, options.id_column, options.source_column):
         if column is not None and names.count(column) > 1:
             raise UserError(
@@ -200,7 +200,7 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
         yield Damage("corrupt", row, detail, batch.num_rows)
         return
     if texts is None:
-        detail = f"column {name!r} is not of strings but of {batch.column(name).type}"
+        detail = f"column {name!r} holds {batch.column(name).type}, not strings"
         yield Reject("missing_column", row, detail, batch.num_rows)
         return
     for number, row_bytes in enumerate(zip(texts, ids, sources, strict=True), row):
@@ -227,7 +227,7 @@ def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
 
 
 def _names(batch: pa.RecordBatch, column: str | None) -> list[bytes | None]:
-    """The value of each row in another column than the text's, as UTF-8; if not text, as Python prints it."""
+    """The values of a column other than the text's, as UTF-8; if not text, as Python prints them."""
     if column is None or column not in batch.schema.names:
         return [None] * batch.num_rows
     values = batch.column(column)

@@ -48,7 +48,7 @@ class ReadOptions(Settings):
 
     @property
     def longest_raw(self) -> int:
-        """Above this many bytes in its file a document is too long, without being decoded.
+        """A document with more bytes than this in its file is too long; it is not decoded.
 
         A character has at most 6 bytes in JSON (12 outside the basic plane); the rest is for the other columns.
         """

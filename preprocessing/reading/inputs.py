@@ -202,7 +202,7 @@ def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
     hidden: list[str] = []
     for current, names in tree(folder, again):
         for path in (os.path.join(current, name) for name in names):
-            if is_hidden(os.path.basename(path)):
+            if os.path.basename(path).startswith("."):
                 hidden.append(path)
             elif kind_of(path) != FOLDER:
                 found += _files_at(path, passed_over)
@@ -255,10 +255,6 @@ def kind_of(path: str) -> str | None:
     return FILE if stat.S_ISREG(mode) else FOLDER if stat.S_ISDIR(mode) else OTHER
 
 
-def is_hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
 def tree(folder: str, again: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
     """`folder` and every visible folder below it, each once, with its sorted names.
 
@@ -281,7 +277,7 @@ def tree(folder: str, again: list[str] | None = None) -> Iterator[tuple[str, lis
             continue
         entered.add(real)
         names = _names(current)
-        for path in (os.path.join(current, name) for name in names if not is_hidden(name)):
+        for path in (os.path.join(current, name) for name in names if not name.startswith(".")):
             if kind_of(path) == FOLDER:
                 (links if os.path.islink(path) else folders).append(path)
         yield current, names
@@ -309,7 +305,7 @@ def _matches(base: str, parts: Sequence[str]) -> Iterator[str]:
     elif glob.has_magic(part):
         for name in _names(base):
             path = os.path.join(base, name)
-            is_shown = is_hidden(part) or not is_hidden(name)
+            is_shown = part.startswith(".") or not name.startswith(".")
             if is_shown and fnmatchcase(name, part) and (not rest or kind_of(path) == FOLDER):
                 yield from _matches(path, rest)
     else:

@@ -1,4 +1,4 @@
-"""The plan: which parts of which files make which shard, decided before the work starts.
+"""The plan: how files are divided among shards, decided before the work starts.
 
 A pure function of the inputs and the options. A unit's shards have its number, so the output's bytes do not
 depend on who handles a unit or when. Large plain files are cut at the first document border after every

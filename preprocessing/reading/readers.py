@@ -1,9 +1,9 @@
 """From the bytes of a file to documents: text, or a located reason why a piece of the file is not one.
 
-A `.txt` file is cut into documents by blank lines, by every line, or not at all; a `.jsonl` file holds one a line and
-a `.csv` file one a row, the text in a column; `columns` reads `.parquet` and `.arrow`. Line ends are normalised to
-`\\n`, a byte-order mark at a file's start is dropped; nothing else of the text changes here. Documents are found in
-the bytes and decoded one by one, so that a bad byte spoils only its own.
+A `.txt` file is cut into documents by blank lines, by every line, or not at all; a `.jsonl` file holds one per line and
+a `.csv` file one per row, the text in a column; `columns` reads `.parquet` and `.arrow`. Line ends are normalised to
+`\\n`, and a byte-order mark at a file's start is dropped; nothing else of the text changes here. Documents are found in
+the bytes and decoded one by one, so that a bad byte spoils only one.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ class _TooLong(Exception):
 class _Lines:
     """The lines of a `.csv` file for the parser, which asks for another while a quoted field is open.
 
-    `offset` is the byte after the last line given, `row` that at which the row begins that is being parsed. Bytes that
-    are not UTF-8 pass through as lone surrogates.
+    `offset` is the byte after the last line given; `row` is where the row being parsed begins. Bytes that are not UTF-8
+    pass through as lone surrogates.
     """
 
     def __init__(self, piece: Piece, options: ReadOptions):
@@ -227,7 +227,9 @@ class _Lines:
                 continue
             if offset == 0 and chunk.startswith(_BOM):
                 self.offset, chunk = len(_BOM), chunk[len(_BOM) :]
-            lines = chunk.splitlines(keepends=True) if kind == "line" or b"\r" not in chunk else _json_lines(chunk)
+            lines = chunk.splitlines(keepends=True)
+            if kind == "json-line" and b"\r" in chunk:  # no line ends there
+                lines = re.findall(rb"[^\n]*\n|[^\n]+", chunk)
             for line in lines:
                 self.offset += len(line)
                 yield line.decode("utf-8", "surrogateescape")
@@ -241,10 +243,6 @@ def _has_return_ends(piece: Piece) -> bool:
         return False
     match = _LINE.search(head)
     return match is not None and match[0] == b"\r" and match.end() < len(head)
-
-
-def _json_lines(chunk: bytes) -> list[bytes]:
-    return re.findall(rb"[^\n]*\n|[^\n]+", chunk)
 
 
 def _read_csv(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:

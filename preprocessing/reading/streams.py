@@ -1,6 +1,6 @@
 """Files as streams of bytes, local or at an fsspec URL, decompressed in blocks and in constant memory.
 
-What the name of a file says is here too: its format, its compression, and whether it is a URL.
+A file's name is interpreted here too: its format, its compression, and whether it is a URL.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Format(NamedTuple):
 
 
 def format_of(path: str) -> Format | None:
-    """The format that the ending of a name stands for, None if it is not one of ours."""
+    """The format that a file name's ending stands for; None if it is not one that we read."""
     match = _NAME.search(path.lower())
     return Format(match[1] or match[3], match[2]) if match else None
 
@@ -183,7 +183,7 @@ def _decompress(blocks: Iterable[bytes], compression: str, size: int) -> Iterato
     """Decompress all members (frames, streams) of a file of `size` bytes, in pieces of at most about `BLOCK_BYTES`.
 
     The standard library's files of bz2 and xz ignore everything after the first member that cannot be decompressed, and
-    fsspec's of zst end without an error where a file is cut: here both are damage.
+    fsspec's of zst end without an error where a file is cut; here both count as damage.
     """
     decompressor, complete, read = None, False, 0
     for block in blocks:

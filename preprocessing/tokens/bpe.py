@@ -1,4 +1,4 @@
-"""Byte-level BPE as RoBERTa's: training it, copying it, and loading it for a corpus."""
+"""Byte-level BPE like RoBERTa's: training it, copying it, and loading it for a corpus."""
 
 from __future__ import annotations
 

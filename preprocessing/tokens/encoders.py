@@ -15,7 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -82,21 +82,6 @@ class BackendDifference(Exception):
     """The fast backend failed or gave other ids than the reference: its ids of this unit must not be used."""
 
 
-class Encoder(Protocol):
-    """Turns documents into ids; made once in every worker process."""
-
-    def encode(self, documents: Sequence[bytes]) -> Encoded:
-        """Encode documents.
-
-        Args:
-            documents: as `sentence_bytes` gives them.
-
-        Raises:
-            BackendDifference: a fast backend's ids are not the reference's.
-        """
-        ...
-
-
 def choose_backend(requested: str, folder: Path) -> tuple[str, str]:
     """The backend for the tokenizer in `folder`, and a line that says which it is and why.
 
@@ -161,7 +146,7 @@ class HuggingFaceEncoder:
         self._known: dict[str, bytes] = {}
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
+        """Encode documents, each as `sentence_bytes` gives it."""
         texts = [tokenizer_lines(document) for document in documents]
         lines = b"\n".join(texts).decode().split("\n")
         sentence_counts = np.fromiter((text.count(b"\n") + 1 for text in texts), np.int64, len(texts))
@@ -228,7 +213,11 @@ class GigatokenEncoder:
         self._load()
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
+        """As the reference does.
+
+        Raises:
+            BackendDifference: the ids are not the reference's.
+        """
         text = b"\r".join([*map(tokenizer_lines, documents), b""])
         letters = np.frombuffer(text, np.uint8)
         if not self._characters.cover(letters):
@@ -297,6 +286,9 @@ class GigatokenEncoder:
             self._load()
 
 
+Encoder = HuggingFaceEncoder | GigatokenEncoder
+
+
 class _KnownCharacters:
     """Whether a text has only characters that are assigned in this Python's Unicode.
 
@@ -333,7 +325,7 @@ def _obstacle(content: dict[str, Any]) -> str | None:
     if content.get("normalizer") is not None:
         return "a normalizer"
     if splitter.get("type") != "ByteLevel" or splitter.get("add_prefix_space") or not splitter.get("use_regex", True):
-        return "another pre-tokenizer than GPT-2's"
+        return "a pre-tokenizer other than GPT-2's"
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
         return "subword marks or ignore_merges"
     return None

@@ -186,4 +186,4 @@ def test_the_letters_of_special_tokens_stay_text(tmp_path, tokenizer_folder, kin
 def test_texts_that_are_cut_are_counted_with_their_letters(tokenizer_folder, caplog):
     texts = [Text(str(number), text) for number, text in enumerate(["<mask>" * 3, "kato"])]
     encode_texts(open_tokenizer(tokenizer_folder), texts, 8)
-    assert "1 of 2 texts are longer than 8 tokens and are cut there, first 0" in caplog.text
+    assert "1 of 2 texts are longer than 8 tokens and were cut, first 0" in caplog.text

@@ -103,7 +103,7 @@ def test_numbers(ask):
 
 def test_long_texts_are_cut_and_reported_with_the_row(ask, caplog):
     ask("classification", [{"text": "sulto"}, {"text": "karen " * 200}, {"text": "karen " * 99}])
-    assert "2 of 3 texts are longer than 62 tokens and are cut there, first " in caplog.text
+    assert "2 of 3 texts are longer than 62 tokens and were cut, first " in caplog.text
     assert ".jsonl, row 2\n" in caplog.text
     rows, _ = ask("classification", text="karen " * 200)
     assert rows[0]["scores"] != ask("classification", text="karen " * 200, max_seq_length=40)[0][0]["scores"]
