@@ -1,4 +1,4 @@
-"""From raw text to a filled mask in minutes, with the real commands, each of which also works on your own text."""
+"""From raw text to a filled mask in minutes, with the real commands, which also work on your own text."""
 
 import json
 import shlex

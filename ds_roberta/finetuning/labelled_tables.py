@@ -96,8 +96,7 @@ def read_splits(
         if not (path := split_entry(entry)[1]).exists():
             raise UserError(f"--data {str(path)!r} does not exist: choose a folder or files that do")
     found: Mapping[str, Path | Table]
-    folder = Path(given[0])
-    if len(given) == 1 and folder.is_dir():
+    if len(given) == 1 and (folder := Path(given[0])).is_dir():
         try:
             files = sorted(folder.iterdir())
         except OSError as error:

@@ -23,7 +23,7 @@ class Question:
         id: as in the file, else the row's number; unique in it.
         answers: the gold answers' texts; none if the context does not answer it, or if the file does not say.
         start: where the first answer begins in `context`, in characters; None if there is none.
-        may_be_unanswerable: whether its file is of SQuAD 2.0's kind: a context need not answer its question.
+        may_be_unanswerable: whether its file is like SQuAD 2.0's, in which a context need not answer its question.
     """
 
     place: str

@@ -255,7 +255,7 @@ class BadDocuments:
             self.check()
 
     def check(self) -> None:
-        """Raise a `UserError` that names the file with most bad documents and the first with the commonest reason."""
+        """Raise a `UserError` that names the worst file, and its first document with the most common reason."""
         if self._bad > self._max_fraction * self._read:
             worst = max(self._accounts, key=lambda path: self._accounts[path].bad)  # the first of several
             account = self._accounts[worst]

@@ -26,7 +26,7 @@ def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
     An Arrow stream at a URL is one part: it can only be read from the start.
 
     Raises:
-        UserError: the file cannot be opened, or has two columns of a name in the options.
+        UserError: the file cannot be opened, or a column that an option names occurs twice.
     """
     try:
         if known_format(path).kind == PARQUET:
@@ -46,7 +46,7 @@ def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
 
 
 def check_columns(path: str, names: list[str], options: ReadOptions) -> None:
-    """Raise `UserError` if two columns have a name in the options."""
+    """Raise `UserError` if a column that an option names occurs twice."""
     for column in (options.text_column, options.id_column, options.source_column):
         if column is not None and names.count(column) > 1:
             raise UserError(

@@ -2,7 +2,7 @@
 
 A `.txt` file is cut into documents by blank lines, by every line, or not at all; a `.jsonl` file holds one per line and
 a `.csv` file one per row, the text in a column; `columns` reads `.parquet` and `.arrow`. Line ends are normalised to
-`\\n`, and a byte-order mark at a file's start is dropped; nothing else of the text changes here. Documents are found in
+`\\n`, and a byte-order mark at a file's start is dropped; nothing else in the text changes here. Documents are found in
 the bytes and decoded one by one, so that a bad byte spoils only one.
 """
 

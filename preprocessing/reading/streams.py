@@ -36,7 +36,7 @@ _ZSTD_LONGEST_WINDOW = 1 << 31
 _MAGIC = {
     "gz": (b"\x1f\x8b",),
     "bz2": (b"BZh",),
-    "xz": (b"\xfd7zXZ\0", b"\x5d\0\0"),  # the second is of .lzma
+    "xz": (b"\xfd7zXZ\0", b"\x5d\0\0"),  # the second is .lzma's
     "zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))),  # and skippable frames
 }
 _MAGIC_BYTES = 6

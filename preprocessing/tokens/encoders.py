@@ -300,7 +300,7 @@ class _KnownCharacters:
 
     def cover(self, text: np.ndarray) -> bool:
         """Whether this holds for a text in UTF-8, (bytes,) uint8."""
-        # Below U+0800, where UTF-8 has one or two bytes, all versions since 3.2 mean the same or differ in no letter.
+        # Below U+0800, where UTF-8 has one or two bytes, no two versions since 3.2 differ in a letter.
         leads = np.flatnonzero(text >= 0xE0)
         if not len(leads):
             return True
