@@ -1,9 +1,9 @@
-"""What the engine costs a micro-step: a step of many, beside a plain loop over the same model and micro-batches.
+"""What the engine adds to a micro-step, compared with a plain loop over the same model and micro-batches.
 
     python -m benchmarks.accumulation
 
-Processes joined by gloo hold both and take steps of each in turn. The plain loop is the least that the same numbers
-need: a backward pass a micro-step into fp32 sums, one all-reduce of them a step, torch's fused AdamW on fp32 weights.
+Processes joined by gloo hold both and take steps of each in turn. The plain loop does the least that gives the same
+numbers: a backward pass per micro-step into fp32 sums, one all-reduce per step, torch's fused AdamW on fp32 weights.
 Writes a Markdown table with the hardware, the versions and the commit.
 """
 
@@ -12,22 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.environment import python_path
-from benchmarks.loader import commit, cpu_model
+from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
 from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
 from ds_roberta.config import PRESETS, MaskingConfig, model_config
 from ds_roberta.data.loader import Counts, MicroBatch
@@ -36,10 +33,9 @@ from ds_roberta.distributed import leave
 from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 
-REPOSITORY = Path(__file__).parents[1]
 STAGES = (1, 2, 3)
 Step = Callable[[], tuple[float, float]]
-"""Takes a step; returns CPU-seconds of its micro-steps, and of all of it."""
+"""Takes a step; returns the CPU-seconds of its micro-steps, and of the whole step."""
 
 
 def main() -> None:
@@ -60,7 +56,7 @@ def main() -> None:
 
 def lines(arguments: argparse.Namespace) -> Iterator[str]:
     load = os.getloadavg()[0]
-    yield "# Accumulation: what the engine costs a micro-step"
+    yield "# Accumulation: what the engine adds to a micro-step"
     yield ""
     yield "| ZeRO stage | plain loop, micro-step | engine, micro-step | overhead | the whole step |"
     yield "|---|---|---|---|---|"
@@ -79,14 +75,10 @@ def lines(arguments: argparse.Namespace) -> Iterator[str]:
         f"{arguments.model} at {length} tokens, micro-batches of {arguments.micro_batch_tokens} tokens, bf16, "
         f"{arguments.processes} processes of one thread, {arguments.micro_steps} micro-steps a step. CPU-seconds of "
         f"all processes; medians of {arguments.rounds} rounds (lowest to highest), in each of which both take a step. "
-        "*In all*: with the reduction and the optimizer."
+        "*The whole step*: with the reduction and the optimizer."
     )
     yield ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-    yield (
-        f"{cpu_model()}, load average {load:.1f} before. Python {platform.python_version()}, {versions}, "
-        f"commit {commit()}."
-    )
+    yield f"{cpu_model()}, load average {load:.1f} before. {versions('torch', 'deepspeed')}"
 
 
 def milliseconds(rounds: list[tuple[float, float]], arguments: argparse.Namespace) -> str:

@@ -1,9 +1,9 @@
-"""What a checkpoint costs the training: seconds that the loop stands still, and what the writing beside it takes.
+"""What a checkpoint costs training: how long the loop stands still, and how much the steps slow down meanwhile.
 
     python -m benchmarks.checkpoint
 
-Two saves in turn in the same process: one waited for at once, as if there were no thread, and one with steps going on
-until it is complete. Writes a Markdown table with the hardware, the versions and the commit.
+The same process saves twice: once it waits for the save, as if there were no thread, and once it takes steps until the
+save is complete. Writes a Markdown table with the hardware, the versions and the commit.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the second core is the writer's
 
 import argparse
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks.loader import commit, cpu_model, example_corpus
+from benchmarks.environment import REPOSITORY, cpu_model, versions
+from benchmarks.loader import example_corpus
 from ds_roberta.config import PRESETS, IntervalConfig, model_config
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.data.shards import TOKENIZER_FOLDER
@@ -37,14 +36,13 @@ from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 
-REPOSITORY = Path(__file__).parents[1]
 VOCABULARY = 50_265
 SEQUENCES = 2
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one save; `slower` is what the steps taken while it was written took longer than others."""
+    """Seconds of one save; `slower` is by how much the steps taken while it was written exceeded others."""
 
     waited: float
     stalled: float
@@ -71,9 +69,9 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
     ranks = init_distributed()
     tokenizer = example_corpus(folder) / TOKENIZER_FOLDER
     interval = IntervalConfig.save_interval
-    yield "# Checkpoints: what a save costs the training"
+    yield "# Checkpoints: what a save costs training"
     yield ""
-    yield "| model | state of the process | waited for | loop stands still | steps beside it, in all | writing | step |"
+    yield "| model | state of the process | waited for | loop stands still | steps meanwhile, in all | writing | step |"
     yield "|---|---|---|---|---|---|---|"
     shares = []
     for name in models:
@@ -96,14 +94,14 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
             f"{written:.2f} s | {seconds:.2f} s ({min(steps):.2f} to {max(steps):.2f}) |"
         )
         shares.append(
-            f"{name} {waited / (interval * seconds):.3%} waited for, {stalled / (interval * seconds):.3%} beside"
+            f"{name} {waited / (interval * seconds):.3%} waited for, {stalled / (interval * seconds):.3%} in the loop"
         )
     yield ""
     yield (
-        f"Medians of {repetitions} saves of each kind, in turn in one process. *Waited for*: from the save's begin "
-        "until it is complete, without training meanwhile. *Loop stands still*: the copy into host memory and the "
-        "completion of a save written beside the training. *Steps beside it*: how much longer the steps meanwhile took "
-        "than as many others. *Writing*: serialising, syncing and summing up, nothing beside it."
+        f"Medians of {repetitions} saves of each kind, in turn in one process. *Waited for*: from the start of the "
+        "save until it is complete, without training meanwhile. *Loop stands still*: the copy into host memory and the "
+        "completion of a save written during training. *Steps meanwhile*: how much longer these steps took "
+        "than as many others. *Writing*: serialising, syncing and checksums, with nothing else running."
     )
     yield ""
     yield (
@@ -113,10 +111,7 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
     yield ""
     yield (
         f"{cpu_model()}, {torch.get_num_threads()} thread, load average {os.getloadavg()[0]:.1f}, one process, "
-        f"{precision}, ZeRO stage {engine.zero_stage}. "
-        f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "safetensors"))
-        + f", commit {commit()}."
+        f"{precision}, ZeRO stage {engine.zero_stage}. {versions('torch', 'deepspeed', 'safetensors')}"
     )
 
 
@@ -141,7 +136,7 @@ def step_of(engine: Engine, length: int) -> Callable[[], None]:
 
 
 def measure(engine: Engine, step: Callable[[], None], step_seconds: float, tokenizer: Path, folder: Path) -> Costs:
-    """One save waited for, then one beside steps."""
+    """One save that is waited for, then one during which steps are taken."""
     with CheckpointWriter(engine, tokenizer, folder, Retention(1), lambda _: None) as writer:
         copied = timed(lambda: writer.save(TrainState({}, 1)))
         written = timed(writer.finish)

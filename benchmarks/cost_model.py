@@ -44,7 +44,7 @@ class Gpu:
 
     Attributes:
         name: torch's, by which `training.peak` knows the dense 16-bit rate.
-        link: bytes/s in one direction of a GPU to the others of its node: NVLink, or PCIe where there is none.
+        link: bytes/s in one direction from a GPU to the others of its node: NVLink, or PCIe without it.
         network: Gbit/s of the network for each GPU in NVIDIA's own systems.
     """
 
@@ -76,7 +76,7 @@ class Case:
     """A run to plan.
 
     Attributes:
-        model: a preset, or the path of a RobertaConfig, whose vocabulary then counts instead of `vocab_size`.
+        model: a preset, or the path of a RobertaConfig, whose vocabulary then replaces `vocab_size`.
         utilisation: the assumed share of the GPU's rate.
         interconnect: Gbit/s for each GPU; None for the GPU's own.
     """
@@ -118,7 +118,7 @@ class _Flash(torch.autograd.Function):
 
 @cache
 def meta_model(config: ModelConfig) -> MaskedLM:
-    """The real model in 16 bits without memory."""
+    """The real model in 16 bits, without any memory."""
     with torch.device("meta"):
         return MaskedLM(config).to(torch.bfloat16)
 
@@ -162,7 +162,7 @@ def engine_bytes(
 
     Args:
         parameters: of the model.
-        persistent: those of them in tensors of at most `PERSISTENT_ELEMENTS`, which stage 3 keeps whole.
+        persistent: the parameters in tensors of at most `PERSISTENT_ELEMENTS`, which stage 3 keeps whole.
 
     Weights have 16 bits. Autograd's fp32 gradient sum is whole on every process at every stage. DeepSpeed's bf16
     optimizer at stage 1 has a second whole fp32 buffer for it, its stage 3 an fp32 buffer of this process's part. The
@@ -214,7 +214,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """What limits, and which setting to change."""
+        """What limits the run, and which setting to change."""
         case = self.case
         if self.batch is None:
             return "does not fit: stage 2 or 3, or a shorter sequence"
@@ -233,7 +233,7 @@ class Plan:
 
 
 def plan(case: Case) -> Plan:
-    """All figures of a case; pure arithmetic beside the counting on the meta device."""
+    """All figures of a case, by arithmetic and by counting on the meta device."""
     gpu, config, world = GPUS[case.gpu], case.config, case.gpus
     sizes = [parameter.numel() for parameter in meta_model(config).parameters()]
     total, persistent = sum(sizes), sum(size for size in sizes if size <= PERSISTENT_ELEMENTS)
@@ -274,23 +274,22 @@ def largest_micro_batch(case: Case, state: float, parameters: int, limit: int) -
     config, length = case.config, case.max_seq_length
     one = saved_bytes(config, length, 1)
     sequence = saved_bytes(config, length, 2) - one
-    # Assumed: beside what is saved, a layer's gradients take no more values a token than four of the MLP's inner width
-    # and eight of the hidden size, the head no more than two fp32 blocks of 1,024 rows and its fp32 weights.
+    # Assumed: in addition to what is saved, a layer's gradients take at most 4 times the MLP's inner width plus 8 times
+    # the hidden size in values per token, the head at most two fp32 blocks of 1,024 rows and its fp32 weights.
     passing = 2 * (4 * config.intermediate_size + 8 * config.hidden_size) * length
     head = 2 * 4 * 1024 * config.vocab_size + 6 * config.vocab_size * config.hidden_size
     capacity = MEMORY_SHARE * (GPUS[case.gpu].memory - CONTEXT_BYTES) - state
-    # When the gradient is reduced activations are gone, and a bucket of it is copied.
+    # When the gradient is reduced, the activations are gone, and a bucket of it is copied.
     if capacity < 4 * min(parameters, BUCKET_ELEMENTS):
         return 0
     return min(limit, max(0, math.floor((capacity - (one - sequence) - head) / (sequence + passing))))
 
 
 def wire_bytes(parameters: int, persistent: int, zero_stage: int, world: int, micro_steps: int) -> float:
-    """Bytes that a GPU sends in a step, by rings, as seen of DeepSpeed 0.19.8 in our engine.
+    """Bytes that a GPU sends in a step, by rings, as observed with DeepSpeed 0.19.8 in our engine.
 
     Stages 1 and 2 all-reduce the fp32 gradient (twice its size) and gather the 16-bit weights. Stage 3 reduce-scatters
-    it, gathers in each micro-step the weights of large tensors once, which stay until the backward pass is through,
-    and those of small ones when they were updated.
+    the gradient, gathers large tensors once per micro-step, for both passes, and small ones after each update.
     """
     hops = (world - 1) / world
     if zero_stage < 3:

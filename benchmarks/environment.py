@@ -1,8 +1,12 @@
-"""The environment of the processes that benchmarks and tests start."""
+"""What benchmarks and tests share: the environment of the processes they start, and how a report names the machine."""
 
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -11,3 +15,42 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def python_path(program: Path = REPOSITORY) -> str:
     """A PYTHONPATH with `program` first, which keeps what is on it already: packages may be installed only there."""
     return os.pathsep.join(filter(None, (str(program), os.environ.get("PYTHONPATH"))))
+
+
+def cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
+
+
+def versions(*packages: str) -> str:
+    """Python's version, the packages' and the commit, as every report ends with them."""
+
+    def named() -> Iterator[str]:
+        yield f"Python {platform.python_version()}"
+        for name in packages:
+            try:
+                yield f"{name} {version(name)}"
+            except PackageNotFoundError:
+                yield f"no {name}"
+        yield f"commit {commit()}."
+
+    return ", ".join(named())
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether the library or the benchmarks differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", "ds_roberta", "preprocessing", "benchmarks"
+        )
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -30,11 +30,10 @@ import psutil
 import safetensors.torch
 import torch
 
-from benchmarks.environment import python_path
+from benchmarks.environment import REPOSITORY, python_path
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 40
 SETTINGS = f"--model tiny --max_seq_length 32 --train_batch_size 24 --learning_rate 1e-3 --max_steps {STEPS}"
 SETTINGS += " --warmup_steps 4 --save_interval 3 --eval_interval 10 --eval_sequences 64"
@@ -70,7 +69,7 @@ def start(folder: Path, output: str, processes: int, deepspeed_config: Path) -> 
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all below it: the launcher gives its workers process groups of their own."""
+    """SIGKILL to a process and all its descendants: the launcher gives its workers process groups of their own."""
     launcher = psutil.Process(pid)
     processes = [launcher, *launcher.children(recursive=True)]
     for process in processes:
@@ -80,7 +79,7 @@ def kill_tree(pid: int) -> None:
 
 
 def signal_one(pid: int, chosen: random.Random) -> str:
-    """A stop signal to one training process, which all have to follow; what was sent, and how they left."""
+    """Send a stop signal to one training process, wait until all have left, and return what was sent, in words."""
     launcher = psutil.Process(pid)
     workers = [child for child in launcher.children() if "launch/pretrain.py" in " ".join(child.cmdline())]
     if not workers:  # the launcher is still starting
@@ -98,7 +97,7 @@ def signal_one(pid: int, chosen: random.Random) -> str:
 
 
 def finish(folder: Path, output: str, process: subprocess.Popen[str]) -> float:
-    """Wait for the end of the run; its seconds."""
+    """Wait for the end of the run; return the seconds that took."""
     began = time.monotonic()
     if process.wait() != 0:
         last_lines = " ".join((folder / f"{output}.log").read_text(encoding="utf-8").split()[-60:])
@@ -140,7 +139,7 @@ def inject(arguments: argparse.Namespace, folder: Path) -> int:
     moments, alike = random.Random(arguments.seed), True
     for kill in range(1, arguments.kills + 1):
         process = start(folder, "broken", arguments.processes, arguments.deepspeed_config)
-        # The run must make progress whatever the moments: from a kill while it starts to one after several saves.
+        # From a kill during the start to one after several saves: the run must make progress in any case.
         delay, sent = moments.uniform(0.25, 0.6) * seconds, "SIGKILL to all"
         try:
             process.wait(timeout=delay)
@@ -167,7 +166,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--signal", action="store_true", help="a stop signal to one process instead of SIGKILL to all")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--deepspeed_config", type=Path, default=REPOSITORY / "ds_configs/zero2.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fault_injection-") as folder:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in three groups of less than nine minutes each, what matters most first:
-#   speed      throughput of ours, a run of base on text that is killed and goes on, a profile
-#   contracts  the tests under the marker `gpu`, kills compared bit by bit, the other objective, a fine-tuning
-#   peers      throughput beside peers, base and large
+# Everything that needs a GPU, in three groups of less than nine minutes each, the most important first:
+#   speed      our throughput, a run of base on text that is killed and resumed, a profile
+#   contracts  the tests with the marker `gpu`, kills compared bit by bit, the other objective, a fine-tuning
+#   peers      throughput compared with peers, base and large
 # Every part has a time limit of its own; one that fails is named at the end and stops no other. After each part
-# OUTPUT_FOLDER/GROUP.log and GROUP.tgz hold all that is small, so a group that is cut off loses one part at most.
+# OUTPUT_FOLDER/GROUP.log and GROUP.tgz hold all small files, so a group that is cut off loses one part at most.
 # Usage: benchmarks/gpu.sh GROUP [OUTPUT_FOLDER], where the package is installed or on PYTHONPATH; PYTHON is the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -14,7 +14,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" output python
 mkdir -p "$output" || exit 1
 failed=()
 
-keep() { # what is small of the output, complete or not there
+keep() { # archive the small files of the output, atomically
   find "$output" -type f \( -name '*.log' -o -name '*.md' -o -name '*.jsonl' -o -name config.json -o -name results.json \
     -o -name micro_batch.json \) -size -2M -print0 | tar -czf "$output/$group.tgz.new" --null -T - &&
     mv "$output/$group.tgz.new" "$output/$group.tgz"
@@ -43,7 +43,7 @@ corpus() {
 base=("$python" launch/pretrain.py --deepspeed_config ds_configs/zero2.json --data_dir "$output/data"
   --output_dir "$output/base" --model base --train_batch_size 1024 --max_steps 12 --warmup_steps 3 --save_interval 4)
 
-killed() { # until its first checkpoint is whole
+killed() { # run a command and kill it after its first checkpoint
   "$@" &
   local process=$!
   until [[ -e $output/base/checkpoints/latest ]]; do

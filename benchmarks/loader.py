@@ -1,4 +1,4 @@
-"""The training loader beside `datasets` with transformers' collator, on one core, in CPU-seconds, medians.
+"""The training loader compared with `datasets` and transformers' collator: CPU-seconds on one core, medians.
 
     python -m benchmarks.loader [--corpus DIR]
 
@@ -12,15 +12,12 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # read when numpy and torch are imported
 
 import argparse
-import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 
@@ -29,6 +26,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
+from benchmarks.environment import REPOSITORY, cpu_model, versions
 from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
@@ -39,7 +37,6 @@ from ds_roberta.data.words import word_starts
 from ds_roberta.files import write_text
 from preprocessing.cli import main as preprocess
 
-REPOSITORY = Path(__file__).parents[1]
 LENGTH = 512
 BATCH, MICRO_BATCH = 2048, 32
 PEER_ROWS = 512
@@ -112,11 +109,7 @@ def lines(corpus_folder: Path, folder: Path, repetitions: int) -> Iterator[str]:
             repetitions,
         )
     yield ""
-    yield (
-        f"{cpu_model()}, one core. Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("numpy", "torch", "pyarrow", "datasets", "transformers"))
-        + f", commit {commit()}."
-    )
+    yield f"{cpu_model()}, one core. {versions('numpy', 'torch', 'pyarrow', 'datasets', 'transformers')}"
     yield ""
     yield (
         f"The corpus has {corpus.manifest.tokens(TRAIN_SPLIT):,} tokens. Ours: batches of {BATCH:,} in micro-batches "
@@ -138,7 +131,7 @@ def our_loader(corpus: Corpus, unit: str = "token") -> Callable[[int], int]:
 
 
 def peer_loaders(corpus: Corpus, folder: Path) -> dict[str, Callable[[int], int]]:
-    """The same of `datasets` rows and transformers' collator; the step is not needed."""
+    """The same with `datasets` rows and transformers' collator, which ignore the step."""
     tokenizer = AutoTokenizer.from_pretrained(corpus.folder / TOKENIZER_FOLDER)
     values = corpus.split(TRAIN_SPLIT).values(0)
     texts = [tokenizer.decode(values[first : first + LENGTH]) for first in range(0, len(values), LENGTH)]
@@ -156,7 +149,7 @@ def peer_loaders(corpus: Corpus, folder: Path) -> dict[str, Callable[[int], int]
     loaders = {}
     for unit, names in columns.items():
         path = folder / f"rows-{unit}"
-        # With whole words it cannot put random tokens, which is less work.
+        # With whole words it cannot insert random tokens, which is less work.
         shares = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0} if unit == "whole-word" else {}
         collator = DataCollatorForLanguageModeling(tokenizer, whole_word_mask=unit == "whole-word", **shares)
         datasets.Dataset.from_dict({name: encoded[name] for name in names}).save_to_disk(str(path))
@@ -233,26 +226,6 @@ def peak_mebibytes(function: Callable[[], object]) -> float:
 
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
-def cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "ds_roberta", "benchmarks/loader.py")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

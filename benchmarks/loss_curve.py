@@ -1,9 +1,9 @@
-"""The loss with this project's own kernels beside torch's plain operations: the same weights, data, masks and steps.
+"""The loss with our own kernels and with torch's plain operations: the same weights, data, masks and steps.
 
     python -m benchmarks.loss_curve
 
-Without dropout the two differ only in rounding. With it they draw other masks: what that may change is shown by
-torch's operations with dropout of another seed. Writes a Markdown table with the hardware, the versions and the commit.
+Without dropout the two differ only in rounding. With it they draw different masks: torch's operations with another seed
+for dropout show how much that may change. Writes a Markdown table with the hardware, the versions and the commit.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import argparse
-import platform
 import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.loader import commit, cpu_model, example_corpus
+from benchmarks.environment import REPOSITORY, cpu_model, versions
+from benchmarks.loader import example_corpus
 from ds_roberta.config import MaskingConfig, PackingConfig, ScheduleConfig, Stage, model_config
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
@@ -41,7 +40,6 @@ from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.optimizer import learning_rate
 
-REPOSITORY = Path(__file__).parents[1]
 LENGTH, SEQUENCES = 128, 8
 PEAK, WARMUP_SHARE, DROPOUT = 1e-3, 0.1, 0.1
 ROWS = 10
@@ -74,7 +72,7 @@ def plain_operations() -> ExitStack:
     stack = ExitStack()
     for name, function in (
         ("encoder.attention", F.scaled_dot_product_attention),
-        ("dropout.Dropout.forward", torch.nn.Dropout.forward),
+        ("kernels.Dropout.forward", torch.nn.Dropout.forward),
         ("objectives.linear_cross_entropy", linear_cross_entropy),
     ):
         stack.enter_context(mock.patch(f"ds_roberta.model.{name}", function))
@@ -86,7 +84,7 @@ def settings() -> DeepSpeedConfig:
 
 
 def losses(corpus: Corpus, ranks: Ranks, steps: int, dropout: float, dropout_seed: int = 0) -> list[float]:
-    """The loss of each step, in nats a masked token."""
+    """The loss of each step, in nats per masked token."""
     tokenizer = corpus.manifest.tokenizer
     packing = PackingConfig(LENGTH)
     build_index(corpus, TRAIN_SPLIT, packing)
@@ -115,7 +113,7 @@ def lines(own: list[list[float]], plain: list[list[float]]) -> Iterator[str]:
         own: the curves without dropout and with it.
         plain: the same, and with dropout of another seed.
     """
-    yield "# Loss: own kernels beside torch's operations"
+    yield "# Loss: our own kernels and torch's operations"
     yield ""
     yield "| steps | own, no dropout | torch's | difference | own, dropout | torch's | torch's, another seed |"
     yield "|---|---|---|---|---|---|---|"
@@ -134,8 +132,7 @@ def lines(own: list[list[float]], plain: list[list[float]]) -> Iterator[str]:
         "masks."
     )
     yield ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-    yield f"{cpu_model()}. Python {platform.python_version()}, {versions}, commit {commit()}."
+    yield f"{cpu_model()}. {versions('torch', 'deepspeed')}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Masked language modelling beside random token substitution: tokens per second, and fine-tuned accuracy.
+"""Masked language modelling and random token substitution compared: tokens per second, and fine-tuned accuracy.
 
     python -m benchmarks.objectives --data_dir data/corpus --finetune_data data/sst2
 
-Both pretrain by the real command on the same data, in turn, a short run after the other, for the rates. Then both
-pretrain for as long a time by these rates, the learning rate's shape stretched to each one's own steps, and are
-fine-tuned with the same settings and seeds; so is an encoder that was not trained. Writes a Markdown table with the
-hardware, the versions and the commit.
+To measure the rates, both pretrain on the same data by the real command, in short alternating runs. Then both pretrain
+for the same time by these rates, the learning rate's schedule stretched to each one's number of steps, and are
+fine-tuned with the same settings and seeds; so is an untrained encoder. Writes a Markdown table with the hardware, the
+versions and the commit.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loader import commit, cpu_model
+from benchmarks.environment import REPOSITORY, cpu_model, versions
 from ds_roberta.files import write_text
 from ds_roberta.model.objectives import SUMMARIES as OBJECTIVES
 
-REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "ds_configs/zero1.json"
 ROUNDS, STEPS_OF_A_ROUND, STEPS_LEFT_OUT = 3, 12, 2
 
@@ -36,16 +33,17 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="made by 'preprocess shard'")
     parser.add_argument("--finetune_data", type=Path, required=True, help="for launch/finetune.py: classification")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--init_from", type=Path, help="a transformers folder to begin with, of a size of one's own")
+    parser.add_argument("--init_from", type=Path, help="a transformers folder to start from, for another size")
     parser.add_argument("--max_seq_length", type=int, default=128)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--minutes", type=float, default=5, help="of pretraining, for each objective")
     parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning")
     parser.add_argument("--num_train_epochs", type=int, default=3)
-    parser.add_argument("--finetune_learning_rate", default="1e-4", help="or several, of which each takes its best")
+    parser.add_argument("--finetune_learning_rate", default="1e-4", help="or several: each objective gets its best")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/objectives.md")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands it runs
     with tempfile.TemporaryDirectory() as folder:
         lines = compare(options, Path(folder))
     write_text(options.output, "\n".join(lines) + "\n")
@@ -83,13 +81,12 @@ def compare(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
         "# Objectives",
         "",
-        f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads; "
-        f"torch {version('torch')}, DeepSpeed {version('deepspeed')}, transformers {version('transformers')}, Python "
-        f"{platform.python_version()}, commit {commit()}.",
+        f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, {os.environ['OMP_NUM_THREADS']} threads. "
+        f"{versions('torch', 'deepspeed', 'transformers')}",
         "",
         f"{size(options)}, {options.max_seq_length} tokens a sequence, a vocabulary of {vocabulary:,}, "
         f"{options.train_batch_size} sequences a step at a peak of {options.learning_rate:g}. Rates are medians of "
-        f"{ROUNDS} runs of each by turns, steps those that take {options.minutes:g} minutes at them. Fine-tuned on "
+        f"{ROUNDS} alternating runs of each; the steps take {options.minutes:g} minutes at these rates. Fine-tuned on "
         f"{options.finetune_data.name}: {options.num_train_epochs} epochs at {options.finetune_learning_rate}, the "
         "rate with the best median, each run's best epoch on the validation split.",
         "",
@@ -107,7 +104,7 @@ def size(options: argparse.Namespace) -> str:
 def pretrain(
     options: argparse.Namespace, objective: str, steps: int, output: Path, learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Pretrain by the command; the rows of its steps."""
+    """Pretrain by the command and return the rows of its steps."""
     settings = {
         "deepspeed_config": CONFIG,
         "data_dir": options.data_dir,

@@ -14,16 +14,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, plan
+from benchmarks.environment import REPOSITORY
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS
 from ds_roberta.data.shards import CHUNK_BYTES, InputPiece, ShardInfo
 from ds_roberta.files import write_text
 from ds_roberta.model.architecture import model_choice
 
-REPOSITORY = Path(__file__).parents[1]
 DOCUMENT = REPOSITORY / "docs/scaling.md"
 SHARDS, SHARD_BYTES = 10_000, 200_000_000
 """The corpus of `benchmarks.loader`'s largest manifest: 10^12 tokens."""

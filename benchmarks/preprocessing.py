@@ -1,9 +1,9 @@
-"""`preprocess shard`, with both tokenizer backends and one worker, beside the usual recipe on the same text.
+"""`preprocess shard`, with both tokenizer backends and one worker, compared with the usual recipe on the same text.
 
     python -m benchmarks.preprocessing [--corpus FILE.jsonl|FILE.txt] [--tokenizer DIR] [--description TEXT]
 
-CPU-seconds are those of whole processes, start and children included; medians over the repetitions. Every run's
-output is new. The slow ones may get less of the text, its beginning. Writes a Markdown table with the hardware, the
+CPU-seconds are those of whole processes, start and children included; medians over the repetitions. Every run writes a
+new output. The slow ones may get only the beginning of the text. Writes a Markdown table with the hardware, the
 versions and the commit.
 """
 
@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.environment import python_path
+from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
 from ds_roberta.data.shards import SPLITS, Manifest
 from ds_roberta.files import write_text
 
-REPOSITORY = Path(__file__).parents[1]
 EXAMPLE_COPIES = 10
 USUAL = "datasets.map + group_texts"
 GIGATOKEN, REFERENCE = "preprocess shard, gigatoken", "preprocess shard, huggingface"
@@ -54,9 +51,6 @@ def main() -> None:
     parser.add_argument("--slow_megabytes", type=float, help="of the text for the others (default: all of it)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/preprocessing.md")
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    ).stdout.strip()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         corpus = (arguments.corpus or example_corpus(folder)).resolve()
@@ -77,7 +71,7 @@ def main() -> None:
                     done.append(run(name, corpora[name], tokenizer, folder))
                     starts[name].append(run(name, little, tokenizer, folder).cpu_seconds)
                     print(f"{name}: {done[-1]}", file=sys.stderr, flush=True)
-    lines = [*table(runs, starts, text_bytes), "", *conditions(arguments.description, text_bytes[GIGATOKEN], commit)]
+    lines = [*table(runs, starts, text_bytes), "", *conditions(arguments.description, text_bytes[GIGATOKEN])]
     report = "\n".join(lines) + "\n"
     print(report)
     arguments.output.parent.mkdir(exist_ok=True)
@@ -135,16 +129,14 @@ def table(runs: dict[str, list[Run]], starts: dict[str, list[float]], text_bytes
     return lines
 
 
-def conditions(description: str, text_bytes: int, commit: str) -> list[str]:
+def conditions(description: str, text_bytes: int) -> list[str]:
     packages = ("tokenizers", "gigatoken", "datasets", "transformers", "pyarrow", "numpy")
     return [
         f"- Text: {description}, {text_bytes / 1e6:.0f} MB.",
         "- One worker. CPU-seconds of whole processes, medians; the start is a run on only the first 20 documents.",
         "- The usual recipe is `benchmarks/usual_recipe.py`, as transformers' `run_mlm`.",
-        "- Disk: all that a run leaves, without the tokenizer: for the recipe its copy of the text and both caches.",
-        f"- {processor()}, {os.cpu_count()} cores; Python {platform.python_version()}; "
-        + ", ".join(f"{name} {version(name)}" for name in packages),
-        f"- Commit {commit}",
+        "- Disk: what a run leaves, except the tokenizer: for the recipe its copy of the text and both caches.",
+        f"- {cpu_model()}, {os.cpu_count()} cores. {versions(*packages)}",
     ]
 
 
@@ -158,18 +150,10 @@ def write_beginning(corpus: Path, target: Path, size: int) -> None:
 
 
 def first_documents(corpus: Path) -> bytes:
-    """So little that a run on it costs only its start."""
+    """The first documents, so few that a run on them costs only its start."""
     border = b"\n" if corpus.suffix == ".jsonl" else b"\n\n"
     with corpus.open("rb") as file:
         return border.join(file.read(1 << 20).split(border)[:20]) + border
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def example_corpus(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: by stage of the step, by operator, and the share in which training stands idle.
+"""Where a step's time goes: by stage of the step, by operator, and the share in which training is idle.
 
     python -m benchmarks.profile [--model base --max_seq_length 512]                   # on random data
     python -m benchmarks.profile --data_dir data/corpus --deepspeed_config ds_configs/zero2.json
@@ -6,7 +6,7 @@
 
 The run is the real one, `ds_roberta.training.run.pretrain`, in a temporary folder; its parts are wrapped from here.
 Some steps are timed by stage, and one more is taken under torch's profiler, which would disturb the timing: on a CPU
-its records make large copies meet fresh memory. Rank 0 writes a Markdown page with the hardware, the versions and the
+its records force large copies into fresh memory. Rank 0 writes a Markdown page with the hardware, the versions and the
 commit.
 """
 
@@ -21,13 +21,11 @@ import argparse
 import contextlib
 import functools
 import json
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +33,7 @@ from unittest import mock
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from benchmarks.loader import commit, cpu_model
+from benchmarks.environment import REPOSITORY, cpu_model, versions
 from benchmarks.throughput_contenders import write_data
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS, IntervalConfig, PackingConfig
@@ -52,7 +50,6 @@ from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.settings import pretrain_options
 from ds_roberta.training.trainer import Trainer
 
-REPOSITORY = Path(__file__).parents[1]
 WAIT, FORWARD, BACKWARD, REDUCTION, OPTIMIZER, SAVE, REST = STAGES = (
     "waiting for data",
     "forward",
@@ -85,7 +82,7 @@ class Times:
 
 
 class StageClock:
-    """Each stage's own time: without that of the stages within it. What is in no stage is the rest."""
+    """Each stage's own time, without that of the stages within it. What is in no stage is the rest."""
 
     def __init__(self, now: Callable[[], Times]):
         self._now, self._open, self._since = now, [REST], now()
@@ -102,7 +99,7 @@ class StageClock:
             self._open.pop()
 
     def take(self) -> dict[str, Times]:
-        """The times since this was called before."""
+        """The times since the last call."""
         self._lap()
         times, self._times = self._times, {}
         return times
@@ -165,7 +162,7 @@ class Probe:
         return call
 
     def _accumulation(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Gradients that are reduced once for all micro-steps are so where the block ends."""
+        """Gradients that are reduced once for all micro-steps are reduced at the end of the block."""
 
         @contextlib.contextmanager
         def accumulation(engine: Engine) -> Iterator[None]:
@@ -178,7 +175,7 @@ class Probe:
         return accumulation
 
     def _steps(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A step lasts from where its data are asked for to where the next one's are."""
+        """A step lasts from the request for its data to the request for the next step's."""
 
         def steps(*arguments: Any) -> Generator[list[MicroBatch], None, None]:
             with contextlib.closing(method(*arguments)) as inner:
@@ -197,7 +194,7 @@ class Probe:
         def train_step(trainer: Trainer, *arguments: Any) -> Any:
             if trainer.state.global_step < WARM_UP + self._timed_steps or not self._ranks.is_main:
                 return method(trainer, *arguments)
-            with torch.profiler.profile() as self.operators:  # of the CPU, and of CUDA where it is there
+            with torch.profiler.profile() as self.operators:  # of the CPU, and of CUDA if there is a GPU
                 return method(trainer, *arguments)
 
         return train_step
@@ -227,7 +224,7 @@ def main(arguments: argparse.Namespace) -> int:
             train_batch_size=batch,
         )
         probe = Probe(arguments.steps, ranks)
-        # This process has joined the others.
+        # This process has joined the others already.
         with mock.patch.object(run, "init_distributed", return_value=ranks), probe.attached():
             code = run.pretrain(options)
         if ranks.is_main and code == 0:
@@ -241,7 +238,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path, length: int, batch: int) -> None:
-    """Put the run's DeepSpeed JSON, and data where the user gave none, into `folder`."""
+    """Put the run's DeepSpeed JSON, and data if the user gave none, into `folder`."""
     try:
         settings = json.loads(arguments.deepspeed_config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -306,7 +303,7 @@ def lines(arguments: argparse.Namespace, probe: Probe, output_dir: Path, ranks: 
     yield (
         f"The mean of {len(probe.steps)} step(s) of rank 0 after {WARM_UP} of warm-up, without the profiler; a stage's "
         "own time, without the stages within it"
-        f"{', after waiting for the GPU at its begin and end, so that nothing overlaps' if on_gpu() else ''}. *CPU*: "
+        f"{', after waiting for the GPU at its start and end, so that nothing overlaps' if on_gpu() else ''}. *CPU*: "
         "of all threads of the process, those of the loader and the checkpoint's writer among them. "
         f"*{SAVE.capitalize()}*: {times[SAVE].wall * arguments.save_interval:.3f} s in which the loop stood still for "
         f"one save, over {arguments.save_interval:,} steps. *{REDUCTION.capitalize()}*: the gradient's; what stage 3 "
@@ -321,9 +318,7 @@ def lines(arguments: argparse.Namespace, probe: Probe, output_dir: Path, ranks: 
     device = f"{torch.cuda.get_device_name()}, " if on_gpu() else ""
     yield (
         f"{device}{cpu_model()}, {torch.get_num_threads()} thread(s) a process, load average {os.getloadavg()[0]:.1f}. "
-        f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-        + f", commit {commit()}."
+        f"{versions('torch', 'deepspeed')}"
     )
 
 
@@ -332,7 +327,7 @@ def operator_times(profile: torch.profiler.profile) -> dict[str, tuple[int, floa
     return {
         event.key: (event.count, (event.self_device_time_total if on_gpu() else event.self_cpu_time_total) / 1e6)
         for event in profile.key_averages()
-        # Kernels have entries of their own beside those of their operators.
+        # Kernels have entries of their own in addition to those of their operators.
         if event.device_type == torch.autograd.DeviceType.CPU
     }
 

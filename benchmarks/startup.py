@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup
 
-One process of each launcher in turn. All starts are warm but an untimed first one: files are in memory, the index is
+One process of each launcher in turn. All starts except an untimed first one are warm: files are in memory, the index is
 built and the micro-batch known. Writes a Markdown table with the hardware, the versions and the commit.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -19,18 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.environment import python_path
-from benchmarks.loader import commit, cpu_model, example_corpus, spread
+from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
+from benchmarks.loader import example_corpus, spread
 from ds_roberta.files import write_text
 
-REPOSITORY = Path(__file__).parents[1]
 MODULE = "benchmarks.startup_marks"  # not its path: modules here have names of the standard library's
 PHASES = ("python", "imports", "data", "engine", "micro-batch", "evaluation", "first step")
 BAR = 12
-"""Seconds that a start by plain python may take to the end of the first step."""
+"""The most seconds that plain python may take from the start to the end of the first step."""
 
 
 def main() -> None:
@@ -77,9 +74,7 @@ def lines(repetitions: int, folder: Path) -> Iterator[str]:
     yield ""
     yield (
         f"{cpu_model()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}. "
-        f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "pyarrow"))
-        + f", commit {commit()}."
+        f"{versions('torch', 'deepspeed', 'transformers', 'pyarrow')}"
     )
 
 

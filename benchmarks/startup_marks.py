@@ -15,7 +15,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in launch/pretrain.py
 
 began = time.time()
-from ds_roberta.training import run  # noqa: E402 - its time is taken
+from ds_roberta.training import run  # noqa: E402 - the import is timed
 
 marks = {"python": began, "imports": time.time()}
 
@@ -45,11 +45,11 @@ train = run.Trainer.train
 
 
 @functools.wraps(train)
-def train_and_tell(trainer: run.Trainer) -> bool:
+def train_and_write_marks(trainer: run.Trainer) -> bool:
     complete = train(trainer)
     Path(os.environ["STARTUP_MARKS"]).write_text(json.dumps(marks), encoding="utf-8")
     return complete
 
 
-run.Trainer.train = train_and_tell  # type: ignore[method-assign]
+run.Trainer.train = train_and_write_marks  # type: ignore[method-assign]
 runpy.run_path(str(Path(__file__).parents[1] / "launch/pretrain.py"), run_name="__main__")

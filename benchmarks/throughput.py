@@ -1,10 +1,10 @@
-"""Our trainer beside its peers on the same model, data, batch, threads and allocator: tokens per second of one device.
+"""Our trainer and its peers on the same model, data, batch, threads and allocator: tokens per second of one device.
 
     python -m benchmarks.throughput                            # on random ids
     python -m benchmarks.throughput --data_dir data/corpus     # real text with its padding, which is not counted
 
-Every contender is a process of its own (`benchmarks.throughput_contenders`), and they train in turn, a round after the
-other. After each round the Markdown table, with the hardware, the versions and the commit, is written as far as it is.
+Every contender is a process of its own (`benchmarks.throughput_contenders`), and they take turns, one round after the
+other. After each round the Markdown table so far is written, with the hardware, the versions and the commit.
 Needs `accelerate` for transformers' Trainer and a C++ compiler for torch.compile; without one of them its row says so.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -22,14 +21,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.environment import python_path
-from benchmarks.loader import commit, cpu_model
+from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
 from benchmarks.throughput_contenders import CONTENDERS, PEAK, Case, as_json, write_data, write_rows
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, PackingConfig
 from ds_roberta.data.packing import build_index
@@ -37,12 +34,11 @@ from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 
-REPOSITORY = Path(__file__).parents[1]
 MICRO_BATCH_TOKENS = {"tiny": 2_048, "small": 2_048, "base": 2_048, "large": 1_024}
-"""On a CPU: so few that two peers fit into 24 GB, and the slowest takes less than a minute a step."""
+"""On a CPU: few enough for two peers to fit into 24 GB, and for the slowest to take less than a minute per step."""
 GPU_MICRO_BATCH_TOKENS = 16_384
 GPU_STEPS = 20
-"""So many that a round on a GPU takes seconds."""
+"""Enough for a round on a GPU to take seconds."""
 SEQUENCES, ROWS = 512, 8_192  # at least, of random ids; at most, of a user's text for peers
 OURS = "ours-bf16"
 DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name and name != "ours-fp16"]
@@ -64,7 +60,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A contender's rounds; or why it has none."""
+    """A contender's rounds, or why it has none."""
 
     name: str
     rounds: tuple[Measured, ...] = ()
@@ -107,7 +103,7 @@ class Contender:
         return json.loads(line)
 
     def warm_up(self) -> None:
-        """The first step: it makes optimizer states, and compiles."""
+        """Take the first step, which makes optimizer states and compiles."""
         self.unavailable = self.take(1).get("unavailable", "")
 
     def close(self) -> None:
@@ -124,9 +120,7 @@ def main() -> None:
         default=["tiny", "small", "base"],
         help=f"{', '.join(PRESETS)}, or LAYERSxHIDDENxHEADS such as 8x384x6",
     )
-    parser.add_argument(
-        "--max_seq_length", nargs="+", type=int, help="of each model (default: the presets', else base's)"
-    )
+    parser.add_argument("--max_seq_length", nargs="+", type=int, help="of each model (default: the presets')")
     parser.add_argument("--micro_batch_tokens", type=int, help="for all contenders (default: by the model)")
     parser.add_argument("--micro_steps", type=int, default=2, help="of a step (default: %(default)s)")
     parser.add_argument(
@@ -158,7 +152,7 @@ def main() -> None:
             for outcomes, peak in measure(case, arguments):
                 loads.append(os.getloadavg()[0])
                 of_model = section(case, outcomes, flops, peak)
-                # After each round: a run takes minutes, and may be broken off.
+                # After each round: a run takes minutes, and may be interrupted.
                 report = "\n".join(lines(arguments, [*tables, *of_model], [*peaks, peak], loads)) + "\n"
                 write_text(arguments.output, report)
         tables += of_model
@@ -167,7 +161,7 @@ def main() -> None:
 
 
 def prepare(model: str, length: int, micro_batch_size: int, arguments: argparse.Namespace, folder: Path) -> Case:
-    """What all train, its data written into `folder`, or indexed where the user gave some."""
+    """What all contenders train; random data is written into `folder`, or the user's data is indexed."""
     data, rows = arguments.data_dir or folder / "data", ROWS
     case = Case(model, length, micro_batch_size, arguments.micro_steps, str(folder), str(data))
     if arguments.data_dir is None:
@@ -182,7 +176,7 @@ def prepare(model: str, length: int, micro_batch_size: int, arguments: argparse.
 
 
 def masked_share(case: Case) -> float:
-    """Of the tokens."""
+    """The share of the tokens that are masked."""
     return MaskingConfig.mlm_probability * (1 - SPECIAL_TOKENS_PER_SEQUENCE / (case.max_seq_length * case.filled))
 
 
@@ -209,7 +203,7 @@ def model_size(text: str) -> str:
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if size is None or int(size[2]) % int(size[3]):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {', '.join(PRESETS)}, and no LAYERSxHIDDENxHEADS of which the last divides the second"
+            f"{text!r} is none of {', '.join(PRESETS)}, and not LAYERSxHIDDENxHEADS with HEADS dividing HIDDEN"
         )
     return text
 
@@ -225,14 +219,14 @@ def lines(
     """
     on_gpu = torch.cuda.is_available()
     second = "second of the GPU" if on_gpu else "CPU-second"
-    yield "# Throughput: ds_roberta beside its peers"
+    yield "# Throughput: ds_roberta and its peers"
     yield ""
     yield from tables
     yield (
         f"Medians of {arguments.rounds} rounds of {arguments.steps} step(s) after one of warm-up, with the lowest and "
         f"highest; in each round the processes train in turn, at most {alive()} of them alive. *Device*: tokens per "
         f"{second}{'' if on_gpu else ', all threads'}. *Useful*: the work of the model as `flops_per_token` counts it, "
-        f"the vocabulary at masked tokens only, whatever a contender computes beside it. *Utilisation*: its share of "
+        f"the vocabulary at masked tokens only, whatever else a contender computes. *Utilisation*: its share of "
         f"the largest rate of bf16 matrix products measured in the same run "
         f"({' and '.join(f'{peak / 1e9:,.0f}' for peak in peaks)} GFLOP/s), for fp32 too. *Memory*: the highest "
         f"{'allocated on the GPU' if on_gpu else 'resident set of the process'}. *Graphs*: those of torch.compile."
@@ -246,29 +240,20 @@ def lines(
     device = f"{torch.cuda.get_device_name()}, " if on_gpu else ""
     yield (
         f"{device}{cpu_model()}, {arguments.threads} thread{'s' if arguments.threads > 1 else ''} each, load average "
-        f"{' to '.join(f'{load:.1f}' for load in (min(loads), max(loads)))}. Python {platform.python_version()}, "
-        + ", ".join(versions())
-        + f", commit {commit()}."
+        f"{' to '.join(f'{load:.1f}' for load in (min(loads), max(loads)))}. "
+        f"{versions('torch', 'transformers', 'accelerate', 'datasets', 'deepspeed')}"
     )
 
 
-def versions() -> Iterator[str]:
-    for name in ("torch", "transformers", "accelerate", "datasets", "deepspeed"):
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield f"no {name}"
-
-
 def alive() -> int:
-    """How many contenders are measured by turns: side by side they meet the same noise of a CPU."""
+    """How many contenders are alive at a time and take turns: so they meet the same noise on a CPU."""
     return 1 if torch.cuda.is_available() else 2
 
 
 def measure(case: Case, arguments: argparse.Namespace) -> Iterator[tuple[list[Outcome], float]]:
     """After each round, all contenders' rounds so far and the device's peak in FLOP/s.
 
-    All would not fit into memory at a time, so they come in groups, each with a process that measures the peak.
+    They would not all fit into memory at once, so they come in groups, each with a process that measures the peak.
     """
     outcomes: list[Outcome] = []
     peaks = []

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from benchmarks.environment import REPOSITORY
 from ds_roberta.config import PRESETS, MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
 from ds_roberta.distributed import keep_freed_memory
 from ds_roberta.training.compilation import compiled_graphs
@@ -31,7 +32,6 @@ from ds_roberta.training.compilation import compiled_graphs
 VOCABULARY = 50_265
 SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": VOCABULARY - 1}  # RoBERTa's ids
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.01
-REPOSITORY = Path(__file__).parents[1]
 MATRIX_SIZES = (1024, 2048, 3072)
 GPU_MATRIX_SIZES = (4096, 8192, 16384)
 _MATRIX_SECONDS = 0.7
@@ -44,7 +44,7 @@ class Case:
 
     Attributes:
         model: a preset's name, or LAYERSxHIDDENxHEADS such as 8x384x6.
-        folder: of what contenders write, with the `rows` of transformers' contenders.
+        folder: where contenders write, with the `rows` for transformers' contenders.
         micro_batch_size: sequences.
         micro_steps: of a step.
         data: a data folder, indexed for `packing`.
@@ -80,7 +80,7 @@ class Unavailable(Exception):
 
 
 class Gate:
-    """Stands between steps: lets through as many as were ordered and answers what they took."""
+    """Called between steps: lets as many through as were ordered, then answers with what they took."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], None], tokens: int):
         self._answer, self._tokens = answer, tokens
@@ -108,7 +108,7 @@ class Gate:
 
 
 def stopwatch() -> Callable[[], tuple[float, float]]:
-    """Starts; the function returns the device's seconds (a GPU's, or all threads' on CPUs) and the clock's."""
+    """Start a clock; the function returns the device's seconds (a GPU's, or all threads' on CPUs) and the wall's."""
     if not torch.cuda.is_available():
         cpu, wall = time.process_time(), time.perf_counter()
         return lambda: (time.process_time() - cpu, time.perf_counter() - wall)
@@ -156,7 +156,7 @@ def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
 
 
 def write_rows(case: Case, most: int) -> float:
-    """The first of the packed sequences, padded, as rows for `datasets`, up to `most`; how full they are."""
+    """Write the first packed sequences, at most `most`, padded, as rows for `datasets`; return how full they are."""
     import datasets
 
     from ds_roberta.data.packing import open_index
@@ -202,7 +202,7 @@ def require_compiler() -> None:
 def run_mlm(
     case: Case, make_gate: Callable[[], Gate], precision: str, attention: str, torch_compile: bool = False
 ) -> None:
-    """transformers' `run_mlm.py`: its Trainer with its defaults, but for the optimizer's numbers and clipping."""
+    """transformers' `run_mlm.py`: its Trainer with its defaults, except the optimizer's numbers and clipping."""
     if torch_compile:
         require_compiler()
     if importlib.util.find_spec("accelerate") is None:
@@ -230,7 +230,7 @@ def run_mlm(
         adam_beta2=BETAS[1],
         adam_epsilon=EPS,
         weight_decay=WEIGHT_DECAY,
-        max_grad_norm=0.0,  # as the others
+        max_grad_norm=0.0,  # as for the others
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -274,7 +274,7 @@ def loop(case: Case, make_gate: Callable[[], Gate], attention: str, compiled: bo
 
 
 def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) -> None:
-    """DeepSpeed around transformers' model as its tutorials show: ZeRO-1, bf16, `backward` and `step` a micro-step."""
+    """DeepSpeed around transformers' model as its tutorials show: ZeRO-1, bf16, `step` after each `backward`."""
     from ds_roberta.training.device import init_distributed
 
     init_distributed()
@@ -392,7 +392,7 @@ PEAK = "peak"
 
 def main(name: str, case_json: str) -> NoReturn:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print there is no answer
+    os.dup2(2, 1)  # so that what libraries print is not taken for an answer
 
     def answer(content: dict[str, Any]) -> None:
         print(json.dumps(content), file=answers, flush=True)

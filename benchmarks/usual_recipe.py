@@ -3,7 +3,7 @@
 
     python benchmarks/usual_recipe.py FILE TOKENIZER CACHE_FOLDER
 
-Prints the tokens of all blocks. `benchmarks/preprocessing.py` runs it beside `preprocess shard`.
+Prints the tokens of all blocks. `benchmarks/preprocessing.py` compares it with `preprocess shard`.
 """
 
 import sys

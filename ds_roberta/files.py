@@ -72,6 +72,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{str(path)!r} is not JSON ({error}): fix or remove it") from error
 
 
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file; raises `UserError`, which ends with `remedy`, if it cannot be read or is not one."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is not a JSON object: {remedy}")
+    return content
+
+
 def value_at(tree: Any, place: Sequence[str | int]) -> Any:
     """The value in a JSON tree at a place given by keys and indexes; None if there is no such place."""
     for key in place:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import tempfile
 import zipfile
@@ -34,13 +33,18 @@ from ds_roberta.data.tokenizer_files import (
 )
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
+from ds_roberta.files import read_json_object
 
+EXPORT_AGAIN = "export or copy the model again"
 MOST_PIECES = 2000
 """The maximum number of the vocabulary's tokens whose text is compared."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """transformers' names for a file of weights; with `.index.json` added, for the list of several."""
 _KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute", "quantization_config": None}
-"""Settings of a RoBERTa's config that make it a different model, with the only value supported here."""
+"""Settings that make a RoBERTa a different model, with the only value supported here.
+
+`model.architecture` refuses more: what transformers can compute, but our own encoder cannot.
+"""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The floating-point dtypes by safetensors' names."""
 Model = TypeVar("Model", bound=transformers.PreTrainedModel)
@@ -63,7 +67,7 @@ class TransformersFolder:
     max_seq_length: int
 
     def sequence_length(self, asked: int | None, shortest: int = 1) -> int:
-        """The length that is asked for, or the one that was trained; a warning says if it is more than that.
+        """The length that is asked for, with a warning if it is more than the trained one; by default that one.
 
         Raises:
             UserError: it is less than `shortest`, or the model has fewer positions.
@@ -74,7 +78,7 @@ class TransformersFolder:
             raise UserError(f"--max_seq_length must be at least {shortest}, got {asked}")
         if asked > self.max_positions:
             raise UserError(
-                f"--max_seq_length {asked} is more than the model's {self.max_positions} positions: give less"
+                f"--max_seq_length {asked} is more than the model's {self.max_positions} positions: reduce it"
             )
         if asked > self.max_seq_length:
             logger.warning(
@@ -88,7 +92,7 @@ def open_folder(folder: Path) -> TransformersFolder:
     """Read a folder as `save_pretrained` writes it, or as downloaded from a model hub.
 
     Raises:
-        UserError: it is no such folder, not of RoBERTa's architecture, without weights or tokenizer, or its parts do
+        UserError: it is not such a folder, not of RoBERTa's architecture, without weights or tokenizer, or its parts do
             not fit together.
     """
     config = _read_config(folder)
@@ -122,7 +126,7 @@ def weights_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(read_json(index)["weight_map"].values()))
+                names = sorted(set(read_json_object(index, EXPORT_AGAIN)["weight_map"].values()))
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{str(index)!r} is not an index of weights ({error!r}): copy the model again"
@@ -193,7 +197,7 @@ def read_model(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers logs only errors and shows no progress bars."""
+    """Make transformers log only errors and show no progress bars."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -205,7 +209,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """transformers shows no progress bars."""
+    """Keep transformers from showing progress bars."""
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
@@ -299,7 +303,7 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
             f"no model in {str(folder)!r} (config.json is missing): choose a local transformers folder, such as "
             "launch/export_hf.py writes"
         )
-    content = read_json(path)
+    content = read_json_object(path, EXPORT_AGAIN)
     if "model_type" not in content and "run" in content:
         raise UserError(f"{str(folder)!r} is a run's folder: choose the model in it, such as {str(folder / 'hf')!r}")
     if content.get("model_type") != "roberta":
@@ -330,18 +334,3 @@ def _check_dtypes(path: Path) -> None:
     for name, dtype in dtypes.items():
         if dtype not in _FLOATS.values() and not name.endswith("position_ids"):
             raise UserError(f"{name!r} in {str(path)!r} has dtype {dtype}: use weights in fp32, fp16 or bf16")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model's folder.
-
-    Raises:
-        UserError: it cannot be read, or is not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}): export or copy the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is not a JSON object: export or copy the model again")
-    return content

@@ -21,7 +21,7 @@ def make_parser() -> ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    pairs = commands.add_parser("minimal-pairs", help="is the acceptable sentence of a pair more likely (BLiMP)")
+    pairs = commands.add_parser("minimal-pairs", help="is each pair's acceptable sentence the more likely (BLiMP)")
     add_common(pairs)
     pairs.add_argument("--data", type=Path, nargs="+", required=True, help="BLiMP's .jsonl files, or folders of them")
     pairs.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is masked besides each token")

@@ -15,7 +15,7 @@ def make_parser() -> ArgumentParser:
         "--checkpoint", type=Path, required=True, help="a run's folder (its newest good checkpoint), or one checkpoint"
     )
     parser.add_argument(
-        "--best", action="store_true", help="of a run's folder, the checkpoint with the lowest held-out loss"
+        "--best", action="store_true", help="for a run's folder, export the checkpoint with the lowest held-out loss"
     )
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     return parser

@@ -23,7 +23,7 @@ def derive_key(*parts: int | str) -> int:
 def mix64(values: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): uint64 in, a new array of well-mixed uint64 out."""
     mixed = values + _GOLDEN
-    shifted = mixed >> np.uint64(30)  # made once: fresh memory costs more than the arithmetic
+    shifted = mixed >> np.uint64(30)  # allocated once: fresh memory costs more than the arithmetic
     mixed ^= shifted
     mixed *= _MULTIPLIER_1
     mixed ^= np.right_shift(mixed, np.uint64(27), out=shifted)

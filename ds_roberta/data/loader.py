@@ -1,14 +1,14 @@
-"""From a step's number to a process's micro-batches.
+"""Micro-batches: those of a training step, by its number, and those of the held-out sample.
 
-Shapes: B sequences of a micro-batch, T tokens a sequence, M masked tokens.
+Shapes: B sequences of a micro-batch, T tokens per sequence, M labelled tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ds_roberta.distributed import Ranks
 
 _HELD_OUT_SEED = 0
 EMPTY_PLACE = -1
-"""Fills up a micro-batch if the batch does not divide evenly: a row without labels, so without weight."""
+"""A row that fills up a micro-batch if the batch does not divide evenly. It has no labels, so no weight."""
 
 
 class Counts(NamedTuple):
@@ -37,7 +37,7 @@ class Counts(NamedTuple):
     def total(cls, counts: Iterable[Counts], ranks: Ranks) -> Counts:
         """Their sum over all processes; a collective call.
 
-        A batch of a few very short sequences may have no label: it counts as one, so that loss and gradient are 0.
+        A batch of a few very short sequences may have no label: the count is then 1, so that loss and gradient are 0.
         """
         labels, tokens, sequences = ranks.sum(*map(sum, zip(*counts, strict=True)))
         return cls(max(labels, 1), tokens, sequences)
@@ -70,22 +70,14 @@ class MicroBatch:
         return Counts(len(self.labels), self.tokens, self.sequences)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`; the copies to a GPU do not wait for it."""
+        """The same on `device`; copies to a GPU do not make the CPU wait."""
         if device.type == "cpu":
             return self
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        return MicroBatch(
-            move(self.input_ids),
-            None if self.attention_mask is None else move(self.attention_mask),
-            move(self.masked_positions),
-            move(self.labels),
-            self.tokens,
-            self.sequences,
-            None if self.next_sentence_labels is None else move(self.next_sentence_labels),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()
+        }
+        return replace(self, **moved)
 
 
 class Collator:
@@ -106,17 +98,17 @@ class Collator:
         micro_batch_size: int,
         mlm_probability: float | None = None,
     ) -> list[MicroBatch]:
-        """Micro-batches of consecutive rows, which share their memory: made together, small ones cost no more.
+        """Micro-batches of consecutive rows, sharing memory: made together, small ones cost no more than large ones.
 
         Args:
             sequences: (rows,) int64, which sequence fills each row; ignored in empty places.
             places: (rows,) int64, the rows' places, or numbers of `copy_numbers`, which decide their masks;
-                `EMPTY_PLACE` in the last rows if there are too few. The micro-batch size divides their number.
+                `EMPTY_PLACE` in the last rows if there are too few. Their number is a multiple of the micro-batch size.
             mlm_probability: the share of tokens to mask, if not the masker's.
         """
         filled = int(np.count_nonzero(places != EMPTY_PLACE))
         tokenizer, shape = self.tokenizer, (len(places), self.max_seq_length)
-        # Until the end, ids have the type they have on disk: a quarter of the memory to move.
+        # Until the end, ids keep the type they have on disk: only a quarter of the memory is moved.
         compact = np.full(shape, tokenizer.pad_token_id, dtype=token_type(tokenizer.vocab_size))
         compact[:, 0], compact[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
         rows = compact[:filled]
@@ -176,8 +168,8 @@ class LoaderStage:
     """What the loader needs to know about a stage.
 
     Attributes:
-        collator: of the split packed to the stage's length.
-        order: of those sequences.
+        collator: collates the split, packed to the stage's length.
+        order: the order of those sequences.
     """
 
     stage: Stage
@@ -193,7 +185,7 @@ class TrainLoader:
 
     Args:
         mlm_probability: the share of tokens to mask at a step, counted from 0; None for the masker's.
-        masking_copies: fixed masks of each sequence; if None, its place decides the mask.
+        masking_copies: the number of fixed masks per sequence; None: its place decides the mask.
     """
 
     def __init__(
@@ -245,11 +237,11 @@ def prefetch(make: Callable[[int], list[MicroBatch]], first: int, last: int) -> 
 
 
 class HeldOutSample:
-    """A fixed sample of a split.
+    """A fixed sample of a split: every run has the same sequences and masks, on any number of processes.
 
     Args:
-        collator: of the held-out split, with `evaluation_masker`.
-        sequences: size of the sample, at most; all of a smaller split.
+        collator: collates the held-out split, with `evaluation_masker`.
+        sequences: the most sequences to take; a smaller split is taken whole.
     """
 
     def __init__(self, collator: Collator, sequences: int, micro_batch_size: int, ranks: Ranks):
@@ -261,14 +253,14 @@ class HeldOutSample:
     def evaluate(
         self, model: Callable[[MicroBatch], dict[str, float]], stop: Callable[[], bool] = lambda: False
     ) -> tuple[dict[str, float], Counts] | None:
-        """The sums of an objective over the sample, and what they are of; all ranks call it.
+        """Evaluate a model on the sample; a collective call.
 
         Args:
-            model: returns its sums over a micro-batch.
+            model: returns an objective's sums over a micro-batch.
             stop: called before each micro-batch; all ranks must get the same answer.
 
         Returns:
-            None if it was stopped.
+            The sums over the whole sample, and its counts; None if it was stopped.
         """
         sums: dict[str, float] = {}
         counts = []

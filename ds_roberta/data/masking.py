@@ -4,11 +4,11 @@ A pure function of (key, place, position, share): the same place of the same epo
 process, in any micro-batch, after any restart, and differently in every epoch (Liu et al. 2019, RoBERTa, section 4.1).
 
 Static masking (the same section; BERT's preprocessing repeats its data 10 times) is the same function of another
-number: a sequence has `copies` masks, and its visit e has that of copy e mod `copies`; see `copy_numbers`.
+number: a sequence has `copies` masks, and in epoch e it gets number e mod `copies`; see `copy_numbers`.
 
 Units are drawn in random order, whole, until a share `mlm_probability` of a sequence's maskable tokens is chosen:
 
-* `token` — single tokens, so that their number is the share, rounded up or down at random.
+* `token` — single tokens; their number is the share, rounded up or down at random.
 * `whole-word` — all tokens of a word (Devlin et al. 2019, the "whole word masking" models of BERT's repository).
 * `span` — spans of 1 to 10 whole words of geometric length (Joshi et al. 2020, SpanBERT, section 3.1).
 
@@ -34,11 +34,11 @@ from ds_roberta.data.shards import TokenizerInfo
 from ds_roberta.data.words import word_bounds
 
 SPAN_P, MAX_SPAN_WORDS = 0.2, 10
-"""SpanBERT's geometric distribution of a span's words, cut off at its longest; 3.8 on average."""
+"""SpanBERT's geometric distribution of the words in a span, cut off at the longest; 3.8 on average."""
 _CHUNK_TOKENS = 1 << 17
-"""Tokens masked at a time: few enough that the work stays in a core's cache."""
+"""Tokens masked at a time: few enough to stay in a core's cache."""
 _NEVER = np.uint32(0xFFFFFFFF)
-"""The key of what cannot be chosen: after all others."""
+"""The key of what cannot be chosen: it sorts after all others."""
 _SHARE_BITS = 16
 _SPAN_WORDS = 1 + np.searchsorted(
     np.cumsum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)) / np.sum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)),
@@ -53,7 +53,7 @@ class _Draws(NamedTuple):
     Attributes:
         row_keys: (B,) uint64.
         bits: (B, T) uint32; the upper bits decide the order, the lower 16 are free.
-        keys: (B, T) uint32, distinct within a row: upper bits of `bits` over the position.
+        keys: (B, T) uint32, the upper bits of `bits`, then the position: distinct within a row.
         position_mask: the bits of `keys` that hold the position.
     """
 
@@ -102,9 +102,9 @@ class Masker:
         """Choose and replace tokens, in place.
 
         Args:
-            input_ids: (B, T) integers of any type, C-contiguous; the chosen tokens are replaced. A sequence has a
-                special token.
-            places: (B,) int64, the place of each sequence in the endless order, or its number of `copy_numbers`.
+            input_ids: (B, T) integers of any type, C-contiguous; the chosen tokens are replaced. Every
+                sequence has a special token.
+            places: (B,) int64, the place of each sequence in the endless order, or its number from `copy_numbers`.
             mlm_probability: the share to choose, if not the masker's.
 
         Returns:
@@ -167,11 +167,11 @@ class Masker:
 
 
 class Substituter(Masker):
-    """A `Masker` that puts random tokens at all chosen positions and labels all ordinary tokens: were they replaced?
+    """A `Masker` that puts random tokens at all chosen positions and labels every ordinary token: was it replaced?
 
     The random tokens are drawn evenly from the ordinary ones (Di Liello et al. 2022, "Effective Pretraining Objectives
-    for Transformer-based Autoencoders", Findings of EMNLP), where ELECTRA (Clark et al. 2020) asks a second model. A
-    token that is drawn for itself counts as not replaced, as in ELECTRA (section 2).
+    for Transformer-based Autoencoders", Findings of EMNLP), while ELECTRA (Clark et al. 2020) trains a second model to
+    draw them. A token that is replaced by itself counts as not replaced, as in ELECTRA (section 2).
     """
 
     def __init__(self, config: MaskingConfig, *arguments: Any):
@@ -184,7 +184,7 @@ class Substituter(Masker):
     def mask(
         self, input_ids: np.ndarray, places: np.ndarray, mlm_probability: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Replace tokens, in place; arguments as of `Masker.mask`.
+        """Replace tokens, in place; arguments as in `Masker.mask`.
 
         Returns:
             Flat positions of all tokens that are not special, rising, and 1 for each that changed, else 0: two (M,)
@@ -207,7 +207,7 @@ def training_masker(
 
 
 def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.ndarray:
-    """What is used instead of places if masks are fixed: a number for each sequence's copy in an epoch.
+    """The numbers used instead of places if masks are fixed: one for each sequence and copy.
 
     Args:
         sequences: (B,) int64.
@@ -263,12 +263,12 @@ def _choose_units(
         tokens: (N,) the number of tokens of the unit at each of these positions; at least 1.
 
     Returns:
-        The flat positions of the chosen ones, in no order.
+        The flat positions of the chosen units, in no particular order.
     """
     rows, length = draws.keys.shape
     keys = np.full(rows * length, _NEVER)
     keys[units] = draws.keys.reshape(-1)[units]
-    # A unit has at least one token, so those beyond the quota's number are out of reach.
+    # A unit has at least one token, so at most as many units as the quota has tokens are chosen.
     lowest = np.sort(keys.reshape(rows, length), axis=1)[:, : int(quota.max()) + 1]
     flat = np.minimum(lowest & draws.position_mask, length - 1) + np.arange(0, rows * length, length)[:, None]
     size = tokens[flat]
@@ -299,7 +299,7 @@ def _choose_spans(
     """The flat positions of the tokens of chosen spans, rising, and for each the position that identifies its span.
 
     A span begins at every word; each word belongs to the span with the lowest key of those that reach it. Choosing
-    spans in the order of their keys is then drawing them one by one, and a word drawn twice stays with the first.
+    spans in the order of their keys is the same as drawing them one by one: a word drawn twice stays with the first.
     """
     length = draws.keys.shape[1]
     keys = draws.keys.reshape(-1)[starts]

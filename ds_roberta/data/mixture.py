@@ -6,8 +6,8 @@ to the next. As n grows by one, each count grows by one or not at all, so every 
 number there is the count before it. In every prefix of the places each of K sources is within 1 + ln(K) / 2 sequences
 of its share, so every batch has the same mixture.
 
-A source's numbers go through a `SampleOrder` of its own: its epochs follow each other, each with a new permutation,
-however long those of the others are. Everything is integer arithmetic on the place: nothing is stored, nothing drifts.
+Each source has its own `SampleOrder` for its numbers: its epochs follow one another, each with a new permutation,
+however long the others' are. Everything is integer arithmetic on the place: nothing is stored, nothing drifts.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _Places = TypeVar("_Places", int, np.ndarray)
 def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int] | None:
     """The weights in `NAME=WEIGHT,NAME=WEIGHT,…` as the smallest whole numbers of the same proportions, by name.
 
-    None stays None: no weights. A name of the data's may hold `,` and `=`.
+    None stays None: no weights. A source's name may contain `,` and `=`.
 
     Raises:
-        UserError: it has another form; a name is not of the data, occurs twice, or is missing; a weight is negative or
+        UserError: it has another form; a name is not in the data, occurs twice, or is missing; a weight is negative or
             has too many digits; all are zero; a source that is to be drawn has no training sequence.
     """
     if text is None:

@@ -9,12 +9,12 @@ Formats (Liu et al. 2019, RoBERTa, section 4.2):
 * `full-sentences` — as many whole sentences as fit, across document borders.
 * `doc-sentences` — the same within one document. Sequences at documents' ends are shorter. The batch keeps its number
   of sequences, while the paper adds some to keep its number of tokens.
-* `contiguous` — every sequence is full except a shard's last, whatever the sentences.
+* `contiguous` — every sequence is full except a shard's last; sentences are ignored.
 * `segment-pair`, `sentence-pair` — `<s> A </s></s> B </s>`: A and B are slices of several sentences, or of one, and B
   follows A or comes from another document (`pairs.py`). For next sentence prediction.
 
-A sentence longer than a sequence is cut into pieces that fill one. No piece and no contiguous sequence ends inside a
-character, as a token may hold only part of one: it is up to three tokens shorter instead.
+A sentence longer than a sequence is cut into pieces that fill one. A token may hold only part of a character, so a
+piece or a contiguous sequence that would end inside one is up to three tokens shorter.
 
 The index of a split is two files: the slices, six bytes each (pairs: 17), and the number of the first sequence of each
 shard. Both are memory-mapped for reading and written shard by shard, so memory does not grow with the data.
@@ -34,7 +34,6 @@ from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint
 
-_SEPARATORS_OF_A_PAIR = 2
 INDEX_FOLDER = "index"
 
 
@@ -135,7 +134,7 @@ class PackedSplit:
             sequences: (B,) int64.
 
         Returns:
-            Three (B,) int64; for pairs, three of the first segments and three of the second ones.
+            Three (B,) int64 arrays; for pairs, three for the first segments and three for the second ones.
         """
         slices = self._slices[sequences]
         shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
@@ -165,10 +164,10 @@ class PackedSplit:
         """
         columns = np.ones(len(sequences), dtype=np.int64)
         for number, (shards, starts, ends) in enumerate(self.segments(sequences)):
-            if number:
-                for _ in range(_SEPARATORS_OF_A_PAIR):
-                    out[np.arange(len(sequences)), columns] = self._separator_id
-                    columns += 1
+            if number:  # two separators between the segments of a pair
+                out[np.arange(len(sequences)), columns] = self._separator_id
+                out[np.arange(len(sequences)), columns + 1] = self._separator_id
+                columns += 2
             values = {shard: self._split.values(shard) for shard in np.unique(shards).tolist()}
             places = zip(columns.tolist(), shards.tolist(), starts.tolist(), ends.tolist(), strict=True)
             for row, (column, shard, start, end) in zip(out, places, strict=True):
@@ -211,7 +210,7 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
         return
     split = corpus.split(split_name)
     first_sequence, following = [0], 0
-    remedy = "make the data folder writable for the first run at this packing and max_seq_length"
+    remedy = "make the data folder writable for the first run with this packing and max_seq_length"
     with errors_of_the_disk(slices_path.parent, "the packing index ", remedy):
         slices_path.parent.mkdir(exist_ok=True)
         with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
@@ -224,11 +223,12 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
                 remedy = "prepare the data again with --sentences rules"
                 if corpus.manifest.options.get("sentences") == "rules":
                     remedy = (
-                        "--sentences rules, which the data was prepared with, found no second one (Thai and Lao do not "
-                        "mark the ends of sentences): put one sentence on a line, or use another --packing"
+                        "--sentences rules, which the data was prepared with, found no second sentence in any (Thai "
+                        "and Lao do not mark the ends of sentences): put one sentence on a line, or use another "
+                        "--packing"
                     )
                 raise UserError(
-                    f"--packing {packing.format} needs documents of several sentences, but none in the {split_name} "
+                    f"--packing {packing.format} needs documents with several sentences, but none in the {split_name} "
                     f"split has two: {remedy}"
                 )
         with atomic_path(first_path) as temporary, temporary.open("wb") as file:

@@ -1,11 +1,11 @@
 """Pairs of segments for next sentence prediction (Devlin et al. 2019, BERT, section 3.1; Liu et al. 2019, section 4.2).
 
-A document is cut into chunks of as many whole sentences as fit into a sequence, and each chunk at a random border
-between its sentences. With a chance of one half the two parts are a pair. Otherwise the first part goes with a segment
-that begins at a random sentence of another document and fills the sequence, and the next chunk begins with the second
-part, as in BERT's `create_pretraining_data.py`. So every sentence is in an epoch once, in addition to the segments
-drawn. The last sentence of a document, if left over, can only have a drawn one. Unlike in BERT, only drawn segments are
-truncated, and no sequences are short by design.
+A document is cut into chunks of as many whole sentences as fit into a sequence, and each chunk is cut in two at a
+random border between its sentences. With probability one half the two parts are a pair. Otherwise the first part is
+paired with a segment that begins at a random sentence of another document and fills the sequence, and the next chunk
+begins with the second part, as in BERT's `create_pretraining_data.py`. So every sentence occurs once per epoch, apart
+from the drawn segments. The last sentence of a document, if left over, can only be paired with a drawn segment. Unlike
+in BERT, only drawn segments are truncated, and no sequences are short by design.
 
 Segments are drawn from the same shard; if it holds only one document, from the next shard that has any, of the same
 source if there is one. Everything is a pure function of the data and the packing: epochs and runs share the pairs.
@@ -23,7 +23,7 @@ from ds_roberta.data.shards import Split
 from ds_roberta.errors import UserError
 
 IS_NEXT, IS_RANDOM = 0, 1
-"""Labels, as of transformers' `BertForPreTraining`."""
+"""Labels, as in transformers' `BertForPreTraining`."""
 
 
 class Pairs(NamedTuple):
@@ -53,7 +53,7 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
     Raises:
         UserError: there is no other document in the split.
     """
-    # Cut to halves, a first segment of one sentence leaves room for a second one.
+    # If no sentence is longer than half, a first segment of one sentence leaves room for a second segment.
     starts, ends = cut_long_sentences(*split.sentence_bounds(shard), capacity // 2, split.in_character(shard))
     count, key = len(starts), derive_key("pairs", split.name, shard, capacity, longest or 0)
     number = np.arange(count)
@@ -109,7 +109,7 @@ def _draw(key: int, purpose: str, sentences: np.ndarray, choices: np.ndarray) ->
 
 
 def _other_documents(split: Split, shard: int) -> int:
-    """The shard that segments of other documents are drawn from."""
+    """The shard from which segments of other documents are drawn."""
     shards = split.shards
     if shards[shard].documents > 1:
         return shard
@@ -118,7 +118,7 @@ def _other_documents(split: Split, shard: int) -> int:
     same_source = [number for number in filled if shards[number].source == shards[shard].source]
     if not filled:
         raise UserError(
-            f"pairs need segments of other documents, and the {split.name} split has only one: prepare more, or "
-            "use another --packing"
+            f"pairs need segments of other documents, but the {split.name} split has only one document: prepare more "
+            "text, or use another --packing"
         )
     return (same_source or filled)[0]

@@ -9,11 +9,11 @@ import numpy as np
 InCharacter = Callable[[np.ndarray], np.ndarray]
 """For places in the tokens, (N,) int64, whether the token there begins inside a character: (N,) bool."""
 _MOST_INSIDE = 3
-"""Tokens that begin inside one character: it has at most four bytes."""
+"""The most tokens that can begin inside one character, which has at most four bytes."""
 
 
 def nowhere(places: np.ndarray) -> np.ndarray:
-    """An `InCharacter` for tokens that may be cut anywhere: wherever a sequence is full."""
+    """An `InCharacter` for tokens that may be cut anywhere."""
     return np.zeros(len(places), dtype=bool)
 
 
@@ -77,7 +77,7 @@ def document_bounds(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, n
 
 
 def walk(following: np.ndarray) -> np.ndarray:
-    """The sentences met from the first one on, if `following[i]` > i comes after sentence i: int64, rising."""
+    """The sentences visited from the first one on, if `following[i]` > i comes after sentence i: int64, rising."""
     met, sentence, steps = [], 0, following.tolist()
     while sentence < len(steps):
         met.append(sentence)

@@ -80,10 +80,10 @@ class ShardInfo:
 class InputInfo:
     """What became of one input file: documents_read = documents_kept + the sum over `rejected`.
 
-    `source` is the name that the user gave it, if any. `places` are the first documents that are bad: `reason`, `byte`
-    or `row` in the file, counted from 0, and `detail`. `damage` are the first places, of the same form, where a
-    part of the file is lost; its documents are counted only if their number is known. `too_long_bytes` are those of the
-    documents that are rejected as too long.
+    `source` is the name that the user gave it, if any. `places` are the first bad documents: `reason`, `byte` or `row`
+    in the file, counted from 0, and `detail`. `damage` are the first places, in the same form, where a part of the file
+    is lost; its documents are counted only if their number is known. `too_long_bytes` is the size of the documents that
+    were rejected as too long.
     """
 
     path: str
@@ -97,7 +97,7 @@ class InputInfo:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> InputInfo:
-        """The inverse of `dataclasses.asdict`, after a way through JSON."""
+        """The inverse of `dataclasses.asdict`, after a round trip through JSON."""
         lists = {name: tuple(entry.get(name, ())) for name in ("places", "damage")}
         return cls(**{**entry, **lists})
 
@@ -122,7 +122,7 @@ class Manifest:
 
     @property
     def packing_version(self) -> int:
-        """How the data is packed: as when it was prepared, so that runs which go on find the same sequences."""
+        """How the data is packed: as when it was prepared, so that resumed runs find the same sequences."""
         return int(self.options.get("packing_version", _BETWEEN_CHARACTERS - 1))
 
     def tokens(self, split: str) -> int:
@@ -164,7 +164,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, folder: Path) -> Manifest:
-        """Read a data folder's manifest, whatever became of the other files.
+        """Read a data folder's manifest without checking the other files.
 
         Raises:
             UserError: the folder or manifest is missing, of another format version or damaged.
@@ -316,7 +316,7 @@ class Split:
         return np.from_dlpack(self._columns(shard)[0].values)
 
     def in_character(self, shard: int) -> InCharacter:
-        """Where packing must not cut the shard's values, if it can: nowhere in data of an earlier packing version."""
+        """Where packing must not cut the shard's values, if it can avoid it; data of version 2 may be cut anywhere."""
         if not self._between_characters:
             return nowhere
         inside, values = ids_inside_characters(self.folder / TOKENIZER_FOLDER), self.values(shard)

@@ -1,7 +1,7 @@
 """The stages of a run, and which places of an order a step draws when length and number of sequences change.
 
-Each length has an order of its own. A step draws the places after those that earlier steps drew at its length; how
-many these are follows from the stages in closed form, so any step is found at once.
+Each length has an order of its own. A step draws the places after those that earlier steps drew at its length; their
+number follows from the stages in closed form, so any step is found at once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make_stages(
     for _, size in sizes:
         if size % sizes[0][1]:
             raise UserError(
-                f"--train_batch_size_schedule must have multiples of its first size ({sizes[0][1]}), got {size}"
+                f"every size in --train_batch_size_schedule must be a multiple of the first ({sizes[0][1]}), got {size}"
             )
     first_steps = sorted({step for step, _ in (*lengths, *sizes)})
     return tuple(Stage(step, _value_at(lengths, step), _value_at(sizes, step)) for step in first_steps)
@@ -126,7 +126,7 @@ def skip(
         global_step: steps taken at the state that the run goes back to.
         skipped: what that state already skips.
         spiked_step: steps taken until now.
-        skipped_until_then: what these skipped.
+        skipped_until_then: what was skipped until now.
     """
     new = []
     for length in sorted({stage.max_seq_length for stage in stages}):

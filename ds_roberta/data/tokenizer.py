@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +12,7 @@ import orjson
 import xxhash
 
 from ds_roberta.errors import UserError
+from ds_roberta.files import read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,7 +38,7 @@ PROBES = {
     "control characters": "a\x00b\x1f\x7f\u200b\ufeff",
     "white space": "a  b\t\tc\n\n d\u00a0\u3000e ",
 }
-"""A text in each script, which a tokenizer must give back."""
+"""A text in each script, which a tokenizer must reproduce."""
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -94,7 +93,7 @@ class TokenizerInfo:
             eos_token_id=ids["</s>"],
             mask_token_id=ids["<mask>"],
             special_ids=tuple(sorted(specials)),
-            # As `json_fingerprint`, whose canonical form this is too where there are no fractions, but much faster.
+            # The same as `json_fingerprint` if there are no fractions, but much faster.
             fingerprint=xxhash.xxh3_128_hexdigest(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)),
         )
 
@@ -117,7 +116,7 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
         )
     try:
         content: dict[str, Any] = orjson.loads(path.read_bytes())
-        obstacle = _OBSTACLES["RobertaTokenizer"](content)
+        obstacle = _why_not_bpe(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the tokenizer in {str(folder)!r} cannot be read ({str(path)!r} is not a byte-level BPE tokenizer.json: "
@@ -181,13 +180,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))  # orjson does not know Infinity
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}): copy it again or remove it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is not a JSON object: copy it again or remove it")
-    return content
+    return read_json_object(path, "copy it again or remove it")
 
 
 def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
@@ -200,7 +193,8 @@ def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
         if (folder / "added_tokens.json").is_file():
             further = dict(orjson.loads((folder / "added_tokens.json").read_bytes()))
         named = {name: further.pop(name) for name in SPECIAL_TOKENS if name in further}
-        content = roberta_content({**vocabulary, **named}, merges, _asks_for_prefix_space(folder))
+        prefix_space = read_tokenizer_config(folder).get("add_prefix_space") is True
+        content = roberta_content({**vocabulary, **named}, merges, prefix_space)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"vocab.json and merges.txt in {str(folder)!r} cannot be read ({error}): {REMEDY}") from error
     except KeyError as error:
@@ -209,10 +203,6 @@ def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
         {**special_token(name, further[name]), "special": False} for name in sorted(further, key=further.__getitem__)
     ]
     return content
-
-
-def _asks_for_prefix_space(folder: Path) -> bool:
-    return read_tokenizer_config(folder).get("add_prefix_space") is True
 
 
 def token_bytes(folder: Path) -> dict[int, bytes]:
@@ -278,12 +268,9 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
 
 
 def _why_not_bpe(content: dict[str, Any]) -> str | None:
+    """What a `tokenizer.json` has that no byte-level BPE has, in words; None if there is nothing."""
     model = content["model"]
     kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not say
     if kind != "BPE":
         return f"a model of type {kind}"
     return None if isinstance(model["vocab"], dict) else "a vocabulary that is not an object"
-
-
-_OBSTACLES: dict[str, Callable[[dict[str, Any]], str | None]] = {"RobertaTokenizer": _why_not_bpe}
-"""By transformers' class of tokenizer: what a `tokenizer.json` has that this class does not allow, or None."""

@@ -1,4 +1,4 @@
-"""A tokenizer's folder as any program opens it: `tokenizer.json` and `tokenizer_config.json`, complete.
+"""A tokenizer's folder that any program can open: `tokenizer.json` and `tokenizer_config.json`, both complete.
 
 Training reads `tokenizer.json` only, so that file is the reference. transformers also needs the class and the special
 tokens, which many folders leave out: it then opens them without mask, padding and `<s>`.
@@ -45,7 +45,7 @@ _NO_LIMIT = 1e18  # transformers writes 1e30 if there is none, others infinity
 
 
 def corpus_content(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a `tokenizer.json` without what must not be done to a corpus.
+    """The content of a `tokenizer.json` without settings that would harm a corpus.
 
     A file that was saved after other uses may cut texts, pad them, drop merges at random, or take the letters of a
     special token for the token.
@@ -58,15 +58,16 @@ def corpus_content(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "truncation": None, "padding": None, "model": model, "added_tokens": added}
 
 
-def load_tokenizer(content: dict[str, Any], folder: Path) -> Tokenizer:
-    """The library's tokenizer, which takes the letters of a special token for text.
+def training_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> Tokenizer:
+    """The tokenizer of a folder as it encodes a corpus, in which the letters of a special token are text.
 
     Args:
-        folder: for the message.
+        add_prefix_space: whether a text is given a space before its first word; None: as the folder says.
 
     Raises:
-        UserError: the library refuses the content.
+        UserError: the folder has no tokenizer of RoBERTa's kind.
     """
+    content = _with_prefix_space(corpus_content(tokenizer_content(folder)), add_prefix_space)
     try:
         tokenizer = Tokenizer.from_buffer(orjson.dumps(content))
     except Exception as error:  # the library raises nothing more precise
@@ -76,18 +77,6 @@ def load_tokenizer(content: dict[str, Any], folder: Path) -> Tokenizer:
         ) from error
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def training_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> Tokenizer:
-    """The tokenizer of a folder as it encodes a corpus.
-
-    Args:
-        add_prefix_space: whether a text is given a space before its first word; None: as the folder says.
-
-    Raises:
-        UserError: the folder has no tokenizer of RoBERTa's kind.
-    """
-    return load_tokenizer(_with_prefix_space(corpus_content(tokenizer_content(folder)), add_prefix_space), folder)
 
 
 def write_tokenizer(
@@ -114,7 +103,7 @@ def write_files(content: dict[str, Any], before: dict[str, Any], max_seq_length:
 
     Args:
         content: of `tokenizer.json`.
-        before: what `tokenizer_config.json` said so far, some of which is kept.
+        before: the `tokenizer_config.json` so far, some of which is kept.
     """
     (folder / "tokenizer.json").write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
     write_json(folder / TOKENIZER_CONFIG, tokenizer_config(content, before, max_seq_length))
@@ -159,9 +148,9 @@ def tokenizer_config(content: dict[str, Any], before: dict[str, Any], max_seq_le
 
 
 def class_of(content: dict[str, Any]) -> str:
-    """transformers' class of tokenizer that gives the ids of a `tokenizer.json`.
+    """transformers' class of tokenizer that produces the ids of a `tokenizer.json`.
 
-    `RobertaTokenizer` takes only vocabulary and merges from the file (transformers 5), the generic class all of it.
+    `RobertaTokenizer` takes only vocabulary and merges from the file (transformers 5), the generic class everything.
     """
     model, before = content["model"], content.get("pre_tokenizer") or {}
     other = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")

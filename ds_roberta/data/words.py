@@ -20,9 +20,9 @@ from ds_roberta.data.tokenizer import is_continuation, token_bytes
 from ds_roberta.errors import UserError
 
 WORDS_VERSION = 2
-"""Raised when the words of the same ids change, and with them the masks."""
+"""Incremented when the words of the same ids change, and with them the masks."""
 MAX_WORD_TOKENS = 16
-"""A longer run without a space, such as an address, is cut into pieces of about this length, between characters."""
+"""A longer run without a space, such as a URL, is cut into pieces of about this length, between characters."""
 
 _BEGINS, _CONTINUES = 1 << 0, 1 << 1  # a space; a character or its base
 _FIRST, _LAST = 2, 4  # places of the kinds of a token's first and last character
@@ -101,7 +101,7 @@ def word_bounds(flags: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.
     starts = np.flatnonzero(begins)
     ends = np.append(starts[1:], flat.size)
     long = np.flatnonzero(ends - starts > MAX_WORD_TOKENS)
-    if len(long):  # they are few
+    if len(long):  # a few at most
         cuts = cut_long_sentences(starts[long], ends[long], MAX_WORD_TOKENS)[0]
         begins.reshape(-1)[whole_characters(cuts, (flat >= _IN_CHARACTER).take)] = True
         starts = np.flatnonzero(begins)

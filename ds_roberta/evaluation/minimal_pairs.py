@@ -35,12 +35,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of a group of pairs; `accuracy` is `correct / pairs`."""
+    """The accuracy on a group of pairs, `correct / pairs`."""
 
     pairs: int
     correct: int
     ties: int
     accuracy: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The mean gives each phenomenon the same weight, however many pairs it has; in BLiMP all have as many."""
+
+    mean_accuracy: float
+    phenomena: dict[str, Accuracy]
+    fields: dict[str, Accuracy]
 
 
 def evaluate_minimal_pairs(
@@ -63,17 +72,8 @@ def evaluate_minimal_pairs(
     report = score_pairs(folder, pairs, metric)
     print(_table(report))
     settings = {"model": str(model), "data": [str(path) for path in data], "metric": metric, "precision": precision}
-    write_figures(json_path, {**settings, **_as_json(report)})
+    write_figures(json_path, {**settings, **asdict(report)})
     return report
-
-
-@dataclass(frozen=True)
-class Report:
-    """`mean` is over phenomena, whatever their numbers of pairs; in BLiMP all are of equal size."""
-
-    phenomena: dict[str, Accuracy]
-    fields: dict[str, Accuracy]
-    mean: float
 
 
 def score_pairs(folder: RobertaFolder, pairs: Sequence[Pair], metric: str) -> Report:
@@ -88,7 +88,7 @@ def score_pairs(folder: RobertaFolder, pairs: Sequence[Pair], metric: str) -> Re
     margins = (scores[:, 0] - scores[:, 1]).tolist()
     phenomena = _by_group([pair.phenomenon for pair in pairs], margins)
     fields = _by_group([pair.field for pair in pairs], margins)
-    return Report(phenomena, fields, fmean(group.accuracy for group in phenomena.values()))
+    return Report(fmean(group.accuracy for group in phenomena.values()), phenomena, fields)
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -149,7 +149,7 @@ def _check_lengths(folder: RobertaFolder, pairs: Sequence[Pair], sentences: Sequ
 
 
 def _by_group(names: Sequence[str], margins: Sequence[float]) -> dict[str, Accuracy]:
-    """By name; pairs whose name is empty are in no group."""
+    """The accuracy of each name's pairs; those whose name is empty are left out."""
     groups: dict[str, list[float]] = {}
     for name, margin in zip(names, margins, strict=True):
         if name:
@@ -162,14 +162,6 @@ def _accuracy(margins: Sequence[float]) -> Accuracy:
     return Accuracy(len(margins), correct, sum(margin == 0 for margin in margins), correct / len(margins))
 
 
-def _as_json(report: Report) -> dict[str, object]:
-    return {"mean_accuracy": report.mean, "phenomena": _entries(report.phenomena), "fields": _entries(report.fields)}
-
-
-def _entries(groups: dict[str, Accuracy]) -> dict[str, object]:
-    return {name: asdict(accuracy) for name, accuracy in groups.items()}
-
-
 def _table(report: Report) -> str:
     width = max(map(len, [*report.phenomena, *report.fields, "mean of phenomena"]))
 
@@ -179,5 +171,5 @@ def _table(report: Report) -> str:
 
     header = f"{'':<{width}}  {'pairs':>7}  {'ties':>5}  {'accuracy':>8}"
     fields = [*rows(report.fields), ""] if report.fields else []
-    mean = f"{'mean of phenomena':<{width}}  {'':>7}  {'':>5}  {report.mean:8.1%}"
+    mean = f"{'mean of phenomena':<{width}}  {'':>7}  {'':>5}  {report.mean_accuracy:8.1%}"
     return "\n".join([header, *rows(report.phenomena), "", *fields, mean])

@@ -18,14 +18,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class RobertaFolder(TransformersFolder):
-    """With the model in evaluation mode, and the tokenizer as training uses it."""
+    """A folder with its model, in evaluation mode, and its tokenizer, as training uses it."""
 
     model: transformers.RobertaForMaskedLM
     tokenizer: tokenizers.Tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def log_likelihoods(
         self,
@@ -48,7 +44,7 @@ class RobertaFolder(TransformersFolder):
         Raises:
             UserError: one is not finite.
         """
-        device = self.device
+        device = self.model.device
         mask = None if attention_mask is None else attention_mask.to(device)
         with torch.inference_mode():
             hidden = self.model.roberta(input_ids=input_ids.to(device), attention_mask=mask).last_hidden_state

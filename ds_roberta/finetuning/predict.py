@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk
+from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk, read_json_object
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
-from ds_roberta.transformers_folder import open_folder, open_tokenizer, read_json, read_model
+from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
         UserError: the folder has no such model, its parts do not fit together, or the model has fewer positions.
     """
     opened = open_folder(folder)
-    results = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    results = read_json_object(folder / RESULTS, EXPORT_AGAIN) if (folder / RESULTS).is_file() else {}
     known = [task for task in TASKS.values() if task.fits(opened.config)]
     if not known:
         architecture = (opened.config.architectures or ["model without a name"])[0]

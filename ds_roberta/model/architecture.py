@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 from ds_roberta.config import PRESETS, ModelConfig
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
+from ds_roberta.files import read_json_object
 from ds_roberta.model.encoder import ACTIVATIONS
 
 CONFIG_NAME = "config.json"
+_REMEDY = f"give the {CONFIG_NAME} of a transformers RobertaConfig"
 _TOKENIZER_FIELDS = {"vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 DEFAULTS: dict[str, Any] = {
     **_TOKENIZER_FIELDS,
@@ -30,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
     "layer_norm_eps": 1e-12,
 }
-"""transformers' values of the fields that make a `ModelConfig`, for those that a file leaves out."""
+"""transformers' defaults of a `ModelConfig`'s fields, for those that a file leaves out."""
 _ONLY: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -68,7 +69,7 @@ _VALID: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         lambda value: isinstance(value, str) and value in ACTIVATIONS,
     ),
 )
-"""The fields of a `ModelConfig`, what each must be, and whether it is."""
+"""The fields of a `ModelConfig`, what each must be, and a check of that."""
 
 
 def model_choice(text: str) -> str:
@@ -102,7 +103,7 @@ def read_architecture(path: Path, tokenizer: TokenizerInfo | None = None) -> Mod
     Raises:
         UserError: the file is unreadable or a run's, or the architecture cannot be trained.
     """
-    content = _read(path)
+    content = read_json_object(path, _REMEDY)
     if "model_type" not in content and "run" in content:
         raise UserError(
             f"{str(path)!r} is a run's record: give the config of its model, in {str(path.parent / 'hf')!r}"
@@ -111,15 +112,14 @@ def read_architecture(path: Path, tokenizer: TokenizerInfo | None = None) -> Mod
 
 
 def unused_fields(path: Path) -> list[str]:
-    """The names in a `config.json` that training has no use for."""
-    return sorted(_read(path).keys() - DEFAULTS.keys() - _ONLY.keys() - {"model_type"})
+    """The fields of a `config.json` that training does not use."""
+    return sorted(read_json_object(path, _REMEDY).keys() - DEFAULTS.keys() - _ONLY.keys() - {"model_type"})
 
 
 def architecture(content: Mapping[str, Any], path: Path, tokenizer: TokenizerInfo | None = None) -> ModelConfig:
     """The architecture that the fields of a `RobertaConfig` describe.
 
-    A field that is left out has transformers' default. Fields that change neither the model nor its training are passed
-    over.
+    A missing field has transformers' default. Fields that change neither the model nor its training are ignored.
 
     Args:
         path: named in errors.
@@ -184,16 +184,6 @@ def _misfits(values: Mapping[str, Any], tokenizer: TokenizerInfo | None) -> list
 
 def _other_model_type(model_type: object) -> str:
     if model_type in ("camembert", "xlm-roberta"):
-        return f"model_type is {model_type!r}, whose architecture is RoBERTa's: write 'roberta' for it in a copy"
+        return f"model_type is {model_type!r}, which has RoBERTa's architecture: write 'roberta' instead, in a copy"
     found = "missing" if model_type is None else repr(model_type)
     return f"model_type is {found}, but only 'roberta' can be trained: give a transformers RobertaConfig"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}): fix or replace it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is not a JSON object: give the {CONFIG_NAME} of a transformers RobertaConfig")
-    return content

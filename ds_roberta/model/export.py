@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,28 +26,11 @@ share of the largest logit (or of 1, if all are smaller): rounding grows with th
 
 _DIVERGED = "the training has diverged, nothing was written; export an earlier checkpoint"
 ENCODER, MASKED_LM_HEAD = "roberta.", "lm_head."
-"""How the names of the parameters that transformers' models have begin in ours."""
+"""The prefixes, in our names, of the parameters that transformers' models have too."""
 
 
 def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
-    return transformers.RobertaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        hidden_act=config.hidden_act,
-        hidden_dropout_prob=config.hidden_dropout_prob,
-        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-        max_position_embeddings=config.max_position_embeddings,
-        type_vocab_size=config.type_vocab_size,
-        initializer_range=config.initializer_range,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        tie_word_embeddings=True,
-    )
+    return transformers.RobertaConfig(**asdict(config), tie_word_embeddings=True)
 
 
 def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> transformers.PreTrainedModel:
@@ -89,9 +73,9 @@ def compared_outputs(weights: Mapping[str, torch.Tensor]) -> str:
 def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_model: torch.nn.Module) -> float:
     """The largest difference between our logits and transformers', as a share, on random ids with padding.
 
-    First transformers' are computed in fp32, as users do: finite weights may be so large that logits are not finite.
-    Then both compute in float64, and `hf_model` stays so: in float32 sharp attention can amplify the rounding of some
-    machines beyond any tolerance.
+    First transformers' logits are computed in fp32, as users do: finite weights may be so large that they are not
+    finite. Then both are computed in float64, because sharp attention can amplify some machines' fp32 rounding beyond
+    any tolerance; `hf_model` stays in float64.
 
     Without a masked-LM head hidden states are compared instead.
 
@@ -160,14 +144,14 @@ def export(
         The largest difference of logits in the parity check, as a share.
 
     Raises:
-        UserError: the weights do not fit or are not finite, the logits are not or differ, the tokenizer differs, or the
-            folder cannot be written.
+        UserError: the weights do not fit or are not finite, the logits are not finite or differ, the tokenizer differs,
+            or the folder cannot be written.
     """
     if (name := first_not_finite(weights.items())) is not None:
         raise UserError(f"{name!r} is not finite: {_DIVERGED}")
     hf_model = to_transformers(config, weights)
     # Read back what was written: the files are checked, not the object they came from.
-    with replaced_folder(output, is_model_folder, "an exported model alone") as temporary:
+    with replaced_folder(output, is_model_folder, "an exported model without other files") as temporary:
         with quiet():
             hf_model.save_pretrained(temporary)
         write_tokenizer(tokenizer_folder, temporary, max_seq_length)

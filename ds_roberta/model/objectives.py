@@ -30,8 +30,8 @@ class Objective(nn.Module):
 
     Attributes:
         name: the choice of `--objective`.
-        summary: of the option's help.
-        description: what the model card says of it.
+        summary: its line in the option's help.
+        description: its name in the model card.
         chosen: what happens to the tokens that masking chooses, in one word.
         masker: prepares the inputs and labels.
         is_paired: whether it needs a packing of pairs; one name may stand for two objectives, with pairs and without.
@@ -57,7 +57,7 @@ class Objective(nn.Module):
         """The scalar to differentiate, for one micro-batch's sums.
 
         Args:
-            counts: of the step's whole batch; the engine divides the result by its labels.
+            counts: of the step's whole batch; the engine divides the result by the number of its labels.
         """
         return sums["loss"]
 
@@ -74,7 +74,7 @@ class Objective(nn.Module):
     @staticmethod
     def report(evaluation: Mapping[str, float]) -> dict[str, str]:
         """An evaluation in words, for the log and the model card."""
-        return {"held-out loss": f"{evaluation['loss']:.4f} nats a token"}
+        return {"held-out loss": f"{evaluation['loss']:.4f} nats per token"}
 
     @staticmethod
     def head_parameters(config: ModelConfig) -> int:
@@ -102,7 +102,7 @@ class Objective(nn.Module):
 
     @classmethod
     def identity(cls) -> dict[str, Any]:
-        """What a run's identity says of it; see `objective_of`. Masked language modelling was there first: nothing."""
+        """Its entries in a run's identity; see `objective_of`. Masked language modelling came first and has none."""
         pairs = {"next_sentence_prediction": True} if cls.is_paired else {}
         return pairs if cls.name == MaskedLM.name else {**pairs, "objective": cls.name}
 
@@ -166,7 +166,7 @@ class MaskedLM(Objective):
     @staticmethod
     def report(evaluation: Mapping[str, float]) -> dict[str, str]:
         loss = evaluation["loss"]
-        return {"held-out loss": f"{loss:.4f} nats a masked token (perplexity {perplexity(loss):,.2f})"}
+        return {"held-out loss": f"{loss:.4f} nats per masked token (perplexity {perplexity(loss):,.2f})"}
 
     @staticmethod
     def head_parameters(config: ModelConfig) -> int:
@@ -233,7 +233,7 @@ class MaskedLMWithNextSentence(MaskedLM):
 
     @classmethod
     def evaluation(cls, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
-        """Its `loss` is the masked tokens' alone, which runs without pairs have too."""
+        """Its `loss` is only the masked tokens', to be compared with runs without pairs."""
         metrics = cls.metrics(sums, counts)
         loss = metrics["mlm_loss"]
         pairs = {name: metrics[name] for name in ("nsp_loss", "nsp_accuracy")}

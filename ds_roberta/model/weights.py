@@ -18,8 +18,8 @@ VOCABULARY_PARAMETERS = ("roberta.embeddings.word_embeddings.weight", "lm_head.b
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    Either makes the sum so too, which takes one pass and no mask; if the sum of finite numbers overflows, each of them
-    is checked.
+    If one is, so is the sum, which takes one pass and no mask. Because a sum of finite numbers can overflow, a sum that
+    is not finite is followed by a check of every element.
     """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
@@ -32,7 +32,7 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 def position_rows(
     weight_PD: torch.Tensor, pad_token_id: int, learned: int, new_pad_token_id: int, length: int
 ) -> torch.Tensor:
-    """Position embeddings for sequences of `length` tokens: the learned ones, over and over.
+    """Position embeddings for sequences of `length` tokens: the learned ones, repeated.
 
     Position *p* gets what position *p* mod `learned` has, as in Longformer (Beltagy et al. 2020, arXiv:2004.05150,
     section 5): attention is mostly local, and the copies keep that everywhere except at their borders.

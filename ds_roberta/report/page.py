@@ -2,7 +2,7 @@
 
     runs' folders → runs → figures and tables → one HTML page, PNGs in a folder beside it
 
-The page holds all it shows and fetches nothing.
+The page contains everything it shows and fetches nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ds_roberta.report.plots import METRICS, Metric, best, describe, draw, png, 
 from ds_roberta.report.runs import Run, flatten, read_runs
 from ds_roberta.training.settings import RunConfig
 
-SETTINGS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # by name: places in config.json, an older run's last
+SETTINGS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # by name: places in config.json, older versions' last
     "model": (("run", "model_name"),),
     "layers": (("run", "model", "num_hidden_layers"),),
     "hidden size": (("run", "model", "hidden_size"),),
@@ -68,8 +68,8 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
     """Write the page of runs to `output`, and its plots as PNGs into the folder `STEM_plots` beside it.
 
     Raises:
-        UserError: a run cannot be read, the output cannot be written, or matplotlib is not installed. The output is
-            then not there.
+        UserError: a run cannot be read, the output cannot be written, or matplotlib is not installed. Nothing is then
+            written.
     """
     runs = read_runs(folders)
     if output.is_dir():
@@ -161,7 +161,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _other_differences(runs: Sequence[Run], shown: set[str]) -> dict[str, list[str]]:
-    """The runs' other settings, by their place in `config.json`, as far as they differ."""
+    """The runs' other settings, by their place in `config.json`, where they differ."""
     settings = [flatten({part: run.setting(part) or {} for part in ("run", "deepspeed")}) for run in runs]
     names = dict.fromkeys(name for of_run in settings for name in of_run)
     rows = {name: [_text(of_run.get(name)) for of_run in settings] for name in names}

@@ -1,4 +1,4 @@
-"""The plots of a report: a metric over the steps, the runs laid over each other."""
+"""The plots of a report: a metric over the steps, with a line for each run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Metric:
     """A column of `metrics.jsonl` to show.
 
     Attributes:
-        best: picks the best of some values; None if none is better.
+        best: chooses the best of several values; None if no value is better than another.
         log: draw on a logarithmic axis if the values differ much.
         precision: the only one in which the metric is informative; None for all.
         of_some: only some objectives have it, so a run without it is not reported to lack it.
@@ -51,11 +51,11 @@ class Metric:
 
 
 METRICS = (
-    Metric("loss", "Loss", "nats a labelled token", best=min),
-    Metric("eval_loss", "Held-out loss", "nats a labelled token", best=min),
-    Metric("mlm_loss", "Loss of pairs' masked tokens", "nats a masked token", best=min, of_some=True),
-    Metric("nsp_loss", "Loss of next sentence prediction", "nats a pair", best=min, of_some=True),
-    Metric("loss_by_position", "Held-out loss by position", "nats a masked token", over="position"),
+    Metric("loss", "Loss", "nats per labelled token", best=min),
+    Metric("eval_loss", "Held-out loss", "nats per labelled token", best=min),
+    Metric("mlm_loss", "Loss of pairs' masked tokens", "nats per masked token", best=min, of_some=True),
+    Metric("nsp_loss", "Loss of next sentence prediction", "nats per pair", best=min, of_some=True),
+    Metric("loss_by_position", "Held-out loss by position", "nats per masked token", over="position"),
     Metric("eval_detection_f1", "Replaced tokens found, held out", "F1", best=max, of_some=True),
     Metric("eval_nsp_accuracy", "Next sentence prediction, held out", "accuracy", best=max, percent=True, of_some=True),
     Metric("learning_rate", "Learning rate", "learning rate"),

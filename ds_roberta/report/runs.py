@@ -36,9 +36,9 @@ class Run:
         name: distinguishes it from the other runs of the report.
         rows: of `metrics.jsonl`, each with `global_step`; at least one.
         config: `config.json`.
-        results: flat keys and values of each file of results, by its path in the folder.
+        results: flat keys and values of each results file, by its path in the folder.
         loss_by_position: held-out loss at the middles of ranges of positions, from the first file that has it.
-        warnings: what is wrong with the folder, but not fatal.
+        warnings: problems of the folder that are not fatal.
     """
 
     name: str
@@ -98,15 +98,20 @@ def _read_run(folder: Path, name: str) -> Run:
     for file in (METRICS_NAME, CONFIG_NAME):
         if not (folder / file).is_file():
             raise UserError(f"{str(folder)!r} is not the folder of a run (it has no {file}): give a run's --output_dir")
-    rows, warnings = _read_metrics(folder / METRICS_NAME)
-    for warning in warnings:
-        logger.warning(f"{name}: {warning}")
+    rows, is_cut = read_metrics(folder / METRICS_NAME)
+    if not rows:
+        raise UserError(f"{str(folder / METRICS_NAME)!r} has no whole row: the run has not taken a step yet")
+    warnings = []
+    if is_cut:
+        warnings.append(f"the last line of {METRICS_NAME} ({len(rows) + 1}) is incomplete and left out")
+        logger.warning(f"{name}: {warnings[0]}")
     config = read_record(folder / CONFIG_NAME)
     files = sorted({path for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
     contents = {str(path.relative_to(folder)): read_json(path) for path in files}
     by_position = [content[BY_POSITION] for content in contents.values() if _is_perplexity(content)]
     results = {file: flatten(_in_short(content)) for file, content in contents.items()}
-    return Run(name, rows, config, results, warnings, _loss_by_position(by_position[0]) if by_position else None)
+    loss_by_position = _loss_by_position(by_position[0]) if by_position else None
+    return Run(name, tuple(rows), config, results, tuple(warnings), loss_by_position)
 
 
 def _is_perplexity(content: Any) -> bool:
@@ -134,11 +139,3 @@ def _in_short(content: Any) -> Any:
         return content
     settings = [{name: value for name, value in each.items() if name != "runs"} for each in content["settings"]]
     return {**content, "settings": settings}
-
-
-def _read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
-    rows, is_cut = read_metrics(path)
-    if not rows:
-        raise UserError(f"{str(path)!r} has no whole row: the run has not taken a step yet")
-    warning = f"the last line of {path.name} ({len(rows) + 1}) is broken and left out, as a killed run leaves it"
-    return tuple(rows), (warning,) if is_cut else ()

@@ -198,7 +198,7 @@ def test_a_model_of_another_or_with_other_files_is_not_replaced(tmp_path, do_exp
     """Of a fine-tuning, with notes of the user's, and a downloaded one, whose card is another."""
     do_export(tmp_path / "model")
     (tmp_path / "model" / damage).write_text("precious")
-    with pytest.raises(UserError, match="not empty and not an exported model alone"):
+    with pytest.raises(UserError, match="not empty and not an exported model without other files"):
         do_export(tmp_path / "model")
     assert (tmp_path / "model" / damage).read_text() == "precious"
 

@@ -96,7 +96,7 @@ def pair(good, bad, phenomenon="p", field="f"):
 
 def test_ties_are_counted_and_wrong(folder):
     report = score_pairs(folder, [pair("kato to", "kato to"), pair("to", "to", "q", "")], "original")
-    assert (report.phenomena["p"].ties, report.phenomena["p"].correct, report.mean) == (1, 0, 0.0)
+    assert (report.phenomena["p"].ties, report.phenomena["p"].correct, report.mean_accuracy) == (1, 0, 0.0)
     assert list(report.fields) == ["f"]
 
 
@@ -108,7 +108,7 @@ def test_accuracies_are_of_their_groups_and_the_mean_is_over_phenomena(folder):
     assert report.phenomena["p"].accuracy == pytest.approx(2 / 3)
     assert report.phenomena["q"].accuracy == 1
     assert report.fields["f"].accuracy == 3 / 4
-    assert report.mean == pytest.approx((2 / 3 + 1) / 2)
+    assert report.mean_accuracy == pytest.approx((2 / 3 + 1) / 2)
 
 
 def line(**changes):
@@ -224,7 +224,7 @@ def without_head(folder):
         (lambda folder: (folder / "config.json").write_text('{"run": {}}'), "is a run's folder: choose .*/hf'"),
         (
             lambda folder: change_json(folder / "tokenizer_config.json", model_max_length="64"),
-            "the model_max_length '64': give a number",
+            "the model_max_length '64': it must be a number",
         ),
         (lambda folder: change_json(folder / "config.json", pad_token_id=5), "<pad> is 1.* is not the model's.*is 5"),
         (lambda folder: change_json(folder / "config.json", vocab_size=399), "400 ids.* is not the model's .399"),

@@ -67,7 +67,7 @@ def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     assert (facts["steps"], facts["tokens seen"], facts["sequences a step"]) == ("1,200", "250,000,000", "256")
     assert facts["schedule of their length"] == "0:128,900:1024"
     assert "schedule of their number" not in facts
-    assert facts["held-out loss"] == "7.0000 nats a masked token (perplexity 1,096.63), after step 1,000"
+    assert facts["held-out loss"] == "7.0000 nats per masked token (perplexity 1,096.63), after step 1,000"
     assert facts["next sentence prediction"] == "loss 0.5000, accuracy 80.00%, after step 1,000"
     assert (facts["began with"], facts["data"]) == ("weights of checksum f00d", "fingerprint da7a")
     assert (facts["folder of the data"], facts["folder that it began with"]) == ("wiki", "roberta-base")
@@ -87,7 +87,7 @@ def test_the_card_of_token_substitution_speaks_of_replaced_tokens(run):
     )
     facts = table(card)
     assert facts["replaced"] == "0.3 to 0.15 of the tokens, by span, dynamic"
-    assert facts["held-out loss"] == "0.4000 nats a token, after step 1,000"
+    assert facts["held-out loss"] == "0.4000 nats per token, after step 1,000"
     assert facts["replaced tokens found"] == "precision 0.500, recall 0.250, f1 0.333, after step 1,000"
     assert "perplexity" not in card
     assert "fill-mask" not in card
