@@ -24,13 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
+from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
 from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
 from ds_roberta.config import PRESETS, MaskingConfig, model_config
 from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import leave
-from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 
 STAGES = (1, 2, 3)
@@ -50,8 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         measure(arguments)
-    write_text(arguments.output, "\n".join(lines(arguments)) + "\n")
-    print(arguments.output.read_text(encoding="utf-8"))
+    publish(lines(arguments), arguments.output)
 
 
 def lines(arguments: argparse.Namespace) -> Iterator[str]:

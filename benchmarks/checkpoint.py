@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import REPOSITORY, cpu_model, versions
+from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from benchmarks.loader import example_corpus
 from ds_roberta.config import PRESETS, IntervalConfig, model_config
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
@@ -59,9 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/checkpoint.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        report = "\n".join(lines(arguments.models, arguments.repetitions, Path(folder))) + "\n"
-    print(report)
-    write_text(arguments.output, report)
+        publish(lines(arguments.models, arguments.repetitions, Path(folder)), arguments.output)
 
 
 def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:

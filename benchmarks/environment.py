@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ds_roberta.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -15,6 +17,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def python_path(program: Path = REPOSITORY) -> str:
     """A PYTHONPATH with `program` first, which keeps what is on it already: packages may be installed only there."""
     return os.pathsep.join(filter(None, (str(program), os.environ.get("PYTHONPATH"))))
+
+
+def publish(lines: Iterable[str], output: Path) -> None:
+    """Print a report and write it to a file."""
+    report = "\n".join(lines) + "\n"
+    print(report)
+    write_text(output, report)
 
 
 def cpu_model() -> str:

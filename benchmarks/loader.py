@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from benchmarks.environment import REPOSITORY, cpu_model, versions
+from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
@@ -34,7 +34,6 @@ from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, Corpus, Manifest, ShardInfo, write_shard
 from ds_roberta.data.words import word_starts
-from ds_roberta.files import write_text
 from preprocessing.cli import main as preprocess
 
 LENGTH = 512
@@ -55,10 +54,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        report = "\n".join(lines(arguments.corpus or example_corpus(folder), folder, arguments.repetitions)) + "\n"
-    print(report)
-    arguments.output.parent.mkdir(exist_ok=True)
-    write_text(arguments.output, report)
+        publish(lines(arguments.corpus or example_corpus(folder), folder, arguments.repetitions), arguments.output)
 
 
 def lines(corpus_folder: Path, folder: Path, repetitions: int) -> Iterator[str]:

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benchmarks.environment import REPOSITORY, cpu_model, versions
+from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from benchmarks.loader import example_corpus
 from ds_roberta.config import MaskingConfig, PackingConfig, ScheduleConfig, Stage, model_config
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
@@ -33,7 +33,6 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave
-from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
@@ -57,8 +56,7 @@ def main() -> None:
         with plain_operations():
             plain = [losses(corpus, ranks, arguments.steps, dropout) for dropout in (0.0, DROPOUT)]
             plain.append(losses(corpus, ranks, arguments.steps, DROPOUT, dropout_seed=1))
-    write_text(arguments.output, "\n".join(lines(own, plain)) + "\n")
-    print(arguments.output.read_text(encoding="utf-8"))
+    publish(lines(own, plain), arguments.output)
 
 
 def plain_operations() -> ExitStack:

@@ -20,8 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import REPOSITORY, cpu_model, versions
-from ds_roberta.files import write_text
+from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from ds_roberta.model.objectives import SUMMARIES as OBJECTIVES
 
 CONFIG = REPOSITORY / "ds_configs/zero1.json"
@@ -45,9 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands it runs
     with tempfile.TemporaryDirectory() as folder:
-        lines = compare(options, Path(folder))
-    write_text(options.output, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+        publish(compare(options, Path(folder)), options.output)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> list[str]:

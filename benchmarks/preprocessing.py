@@ -18,9 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
+from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
 from ds_roberta.data.shards import SPLITS, Manifest
-from ds_roberta.files import write_text
 
 EXAMPLE_COPIES = 10
 USUAL = "datasets.map + group_texts"
@@ -72,10 +71,7 @@ def main() -> None:
                     starts[name].append(run(name, little, tokenizer, folder).cpu_seconds)
                     print(f"{name}: {done[-1]}", file=sys.stderr, flush=True)
     lines = [*table(runs, starts, text_bytes), "", *conditions(arguments.description, text_bytes[GIGATOKEN])]
-    report = "\n".join(lines) + "\n"
-    print(report)
-    arguments.output.parent.mkdir(exist_ok=True)
-    write_text(arguments.output, report)
+    publish(lines, arguments.output)
 
 
 def run(name: str, corpus: Path, tokenizer: Path, folder: Path) -> Run:

@@ -33,14 +33,13 @@ from unittest import mock
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from benchmarks.environment import REPOSITORY, cpu_model, versions
+from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from benchmarks.throughput_contenders import write_data
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS, IntervalConfig, PackingConfig
 from ds_roberta.data.loader import MicroBatch, TrainLoader
 from ds_roberta.distributed import Ranks, leave
 from ds_roberta.errors import UserError
-from ds_roberta.files import write_text
 from ds_roberta.training import run
 from ds_roberta.training.checkpoint_writer import CheckpointWriter
 from ds_roberta.training.compilation import compiled_graphs
@@ -228,9 +227,7 @@ def main(arguments: argparse.Namespace) -> int:
         with mock.patch.object(run, "init_distributed", return_value=ranks), probe.attached():
             code = run.pretrain(options)
         if ranks.is_main and code == 0:
-            report = "\n".join(lines(arguments, probe, options.output_dir, ranks)) + "\n"
-            print(report)
-            write_text(arguments.output, report)
+            publish(lines(arguments, probe, options.output_dir, ranks), arguments.output)
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)

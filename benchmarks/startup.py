@@ -20,9 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
+from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
 from benchmarks.loader import example_corpus, spread
-from ds_roberta.files import write_text
 
 MODULE = "benchmarks.startup_marks"  # not its path: modules here have names of the standard library's
 PHASES = ("python", "imports", "data", "engine", "micro-batch", "evaluation", "first step")
@@ -36,9 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/startup.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = "\n".join(lines(arguments.repetitions, Path(folder))) + "\n"
-    print(report)
-    write_text(arguments.output, report)
+        publish(lines(arguments.repetitions, Path(folder)), arguments.output)
 
 
 def lines(repetitions: int, folder: Path) -> Iterator[str]:

@@ -13,8 +13,7 @@ however long the others' are. Everything is integer arithmetic on the place: not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from math import gcd, lcm
 from typing import TypeVar
@@ -123,7 +122,6 @@ def sample_order(packed: PackedSplit, source_weights: Mapping[str, int] | None, 
     return MixedOrder(packed.source_ranges(), source_weights, seed)
 
 
-@dataclass(frozen=True)
 class _Source:
     """A source that is drawn.
 
@@ -133,19 +131,12 @@ class _Source:
         shift: (shards,) int64, what is added to its own number to get the split's.
     """
 
-    name: str
-    weight: int
-    order: SampleOrder
-    first: np.ndarray
-    shift: np.ndarray
-
-    @classmethod
-    def of(cls, name: str, weight: int, ranges: np.ndarray, seed: int) -> _Source:
+    def __init__(self, name: str, weight: int, ranges: np.ndarray, seed: int):
         ends = np.cumsum(ranges[:, 1] - ranges[:, 0])
-        first = np.append(0, ends[:-1])
-        return cls(
-            name, weight, SampleOrder(int(ends[-1]), derive_key("source", seed, name)), first, ranges[:, 0] - first
-        )
+        self.name, self.weight = name, weight
+        self.order = SampleOrder(int(ends[-1]), derive_key("source", seed, name))
+        self.first = np.append(0, ends[:-1])
+        self.shift = ranges[:, 0] - self.first
 
     def sequences(self, numbers: np.ndarray) -> np.ndarray:
         """The split's sequences at places of this source's own stream: (places,) int64."""
@@ -165,23 +156,22 @@ class MixedOrder(SampleOrder):
 
     def __init__(self, ranges: Mapping[str, np.ndarray], weights: Mapping[str, int], seed: int):
         drawn = sorted((-weight, name) for name, weight in weights.items() if weight)
-        self._sources = [_Source.of(name, -weight, ranges[name], seed) for weight, name in drawn]
+        self._sources = [_Source(name, -weight, ranges[name], seed) for weight, name in drawn]
         self._total_weight = -sum(weight for weight, _ in drawn)
         super().__init__(sum(source.order.size for source in self._sources), seed)
 
     def sequences(self, places: np.ndarray) -> np.ndarray:
-        numbers = np.asarray(places, dtype=np.int64)
-        result = np.empty_like(numbers)
-        for source, chosen, own in self._dealt(numbers):
-            result[chosen] = source.sequences(own)
-        return result
+        return self._of_sources(places, _Source.sequences)
 
     def epochs(self, places: np.ndarray) -> np.ndarray:
         """How often the sequence at each place came before, which differs by source: int64, of the same shape."""
+        return self._of_sources(places, lambda source, own: source.order.epochs(own))
+
+    def _of_sources(self, places: np.ndarray, find: Callable[[_Source, np.ndarray], np.ndarray]) -> np.ndarray:
         numbers = np.asarray(places, dtype=np.int64)
         result = np.empty_like(numbers)
         for source, chosen, own in self._dealt(numbers):
-            result[chosen] = source.order.epochs(own)
+            result[chosen] = find(source, own)
         return result
 
     def lane_order(self, places: np.ndarray) -> np.ndarray:

@@ -105,8 +105,20 @@ def write_files(content: dict[str, Any], before: dict[str, Any], max_seq_length:
         content: of `tokenizer.json`.
         before: the `tokenizer_config.json` so far, some of which is kept.
     """
+    added = [token["content"] for token in content["added_tokens"] if token["special"]]
+    further = [token for token in added if token not in SPECIAL_TOKENS]
+    config = {
+        **{name: before[name] for name, values in _KEPT.items() if before.get(name) in values},
+        **{name: token if token in added else None for name, token in NAMED_TOKENS.items()},
+        **({"additional_special_tokens": further} if further else {}),
+        "add_prefix_space": has_prefix_space(content),
+        "errors": "replace",
+        "model_max_length": max_seq_length,
+        "tokenizer_class": class_of(content),
+        "trim_offsets": content["post_processor"]["trim_offsets"],
+    }
     (folder / "tokenizer.json").write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
-    write_json(folder / TOKENIZER_CONFIG, tokenizer_config(content, before, max_seq_length))
+    write_json(folder / TOKENIZER_CONFIG, config)
 
 
 def completed(content: dict[str, Any]) -> dict[str, Any]:
@@ -128,22 +140,6 @@ def completed(content: dict[str, Any]) -> dict[str, Any]:
         **content,
         "added_tokens": sorted(added.values(), key=lambda token: token["id"]),
         "post_processor": processor,
-    }
-
-
-def tokenizer_config(content: dict[str, Any], before: dict[str, Any], max_seq_length: int) -> dict[str, Any]:
-    """The `tokenizer_config.json` of a completed tokenizer; see `write_files`."""
-    added = [token["content"] for token in content["added_tokens"] if token["special"]]
-    further = [token for token in added if token not in SPECIAL_TOKENS]
-    return {
-        **{name: before[name] for name, values in _KEPT.items() if before.get(name) in values},
-        **{name: token if token in added else None for name, token in NAMED_TOKENS.items()},
-        **({"additional_special_tokens": further} if further else {}),
-        "add_prefix_space": has_prefix_space(content),
-        "errors": "replace",
-        "model_max_length": max_seq_length,
-        "tokenizer_class": class_of(content),
-        "trim_offsets": content["post_processor"]["trim_offsets"],
     }
 
 
