@@ -53,7 +53,7 @@ def gigabytes(value: float) -> str:
 
 
 def memory_table(cases: Sequence[Case]) -> str:
-    head = ("model", "stage", "GPUs", "weights", "gradients", "optimizer", "gathered in a pass", "activations of a "
+    head = ("model", "stage", "GPUs", "weights", "gradients", "optimizer", "gathered per pass", "activations per "
             "sequence", "largest micro-batch")  # fmt: skip
     rows = (
         (
@@ -71,8 +71,8 @@ def memory_table(cases: Sequence[Case]) -> str:
 
 
 def cost_table(cases: Sequence[Case]) -> str:
-    head = ("model", "GPUs", "stage", "batch", "micro-batch x accumulation", "sent a step", "computing",
-            "communicating", "tokens/s", "run", "GPU-hours", "what limits")  # fmt: skip
+    head = ("model", "GPUs", "stage", "batch", "micro-batch x accumulation", "sent per step", "computing",
+            "communicating", "tokens/s", "run", "GPU-hours", "limit")  # fmt: skip
 
     def row(each: Plan) -> Sequence[str]:
         case, batch, hours = each.case, each.batch, each.hours
@@ -95,8 +95,8 @@ def cost_table(cases: Sequence[Case]) -> str:
 
 
 def files_table(cases: Sequence[Case]) -> str:
-    head = ("model", "GPUs", "a checkpoint", "files of it", "the largest share of a rank", "seconds between saves",
-            "tokens/s of a GPU, share of one core's loader")  # fmt: skip
+    head = ("model", "GPUs", "checkpoint", "its files", "largest share of a rank", "seconds between saves",
+            "tokens/s per GPU, share of one core's loader")  # fmt: skip
     loader = 1e6 * float(measured("loader.md", r"\| token \| ([\d.]+)"))
 
     def row(each: Plan) -> Sequence[str]:
@@ -130,7 +130,7 @@ def sources_table() -> str:
         (f"{LINK_SHARE:.0%} of a link's rate; {CONTEXT_BYTES / 1e9:.0f} GB for CUDA and NCCL; nothing of the "
          "communication hidden; latency not counted", "assumed"),
     ]  # fmt: skip
-    return table(("what", "where it is from"), iter(rows))
+    return table(("what", "source"), iter(rows))
 
 
 def document_tables() -> dict[str, str]:
