@@ -53,7 +53,7 @@ def test_two_schedules_together_are_stages():
         ("0:1024,9:512", None, r"must not exceed --max_seq_length \(512\).*got 1024"),
         (None, "0:0,9:64", "each value of --train_batch_size_schedule must be a positive whole number, got 0"),
         (None, "0:16,9:32", r"must end with the run's train_batch_size \(64\)"),
-        (None, "0:48,9:64", r"multiples of its first size \(48\), got 64"),
+        (None, "0:48,9:64", r"must be a multiple of the first \(48\), got 64"),
     ],
 )
 def test_a_wrong_schedule_is_a_user_error(lengths, sizes, words):
