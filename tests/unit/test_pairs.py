@@ -150,13 +150,13 @@ def test_a_shard_of_one_document_draws_from_the_next_of_its_source(tmp_path, wri
 
 def test_data_of_which_no_pairs_can_be_made_are_refused(tmp_path, write_corpus):
     one = write_corpus(tmp_path / "one", {"train": [[[np.arange(4, 14)]]]})
-    with pytest.raises(UserError, match="the train split has only one: prepare more, or use another --packing"):
+    with pytest.raises(UserError, match="has only one document: prepare more text, or use another --packing"):
         build(one, "segment-pair")
     lines = write_corpus(tmp_path / "lines", {"train": [[[np.arange(4, 14)]] * 9]})
-    with pytest.raises(UserError, match=r"--packing sentence-pair needs documents of several.*--sentences rules"):
+    with pytest.raises(UserError, match=r"--packing sentence-pair needs documents with several.*--sentences rules"):
         build(lines, "sentence-pair")
     by_rules = Corpus(lines.folder, replace(lines.manifest, options={"sentences": "rules"}))
-    with pytest.raises(UserError, match=r"found no second one \(Thai.*: put one sentence on a line"):
+    with pytest.raises(UserError, match=r"found no second sentence in any \(Thai.*: put one sentence on a line"):
         build(by_rules, "sentence-pair")
     with pytest.raises(UserError, match="--max_seq_length must be at least 6, got 5"):
         PackingConfig(5, "segment-pair")
