@@ -36,7 +36,9 @@ def make_parser() -> ArgumentParser:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="a transformers folder with its tokenizer")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of weights (default: fp32)")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="precision of the weights (default: fp32)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
 
 

@@ -17,7 +17,9 @@ def make_parser() -> ArgumentParser:
     )
     add_options(parser, FinetuneConfig)
     runs = parser.add_argument_group("Runs; the best is kept")
-    runs.add_argument("--seeds", type=several(whole_number), default=(0,), help="such as 0,1,2; default: 0")
+    runs.add_argument(
+        "--seeds", type=several(whole_number), default=(0,), help="seeds of the runs, such as 0,1,2; default: 0"
+    )
     runs.add_argument("--sweep", action="store_true", help="try batches of 16 and 32 at rates of 1e-5, 2e-5 and 3e-5")
     runs.add_argument(
         "--learning_rate", type=several(positive_number),

@@ -30,7 +30,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--output", type=Path, help="also write the answers to this file, as JSON lines")
     add_options(parser, Columns, only=("text_column", "text_pair_column"))
     parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: as in fine-tuning")
-    parser.add_argument("--batch_size", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument("--batch_size", type=positive, default=32, help="texts per forward pass (default: %(default)s)")
     parser.add_argument(
         "--no_answer_threshold", type=probability,
         help="give no answer if its probability is above this; default: as in fine-tuning",

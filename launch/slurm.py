@@ -44,10 +44,10 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("template", help=", ".join(TEMPLATES))
     parser.add_argument("--output", type=Path, help="the job file to write (default: JOB_NAME.sbatch)")
-    parser.add_argument("--job_name", help="(default: the template's name)")
+    parser.add_argument("--job_name", help="name of the job (default: the template's)")
     parser.add_argument("--time", help="limit of one start, such as 24:00:00 or 2-00:00:00; a run may need several")
-    parser.add_argument("--partition", help="(default: the site's)")
-    parser.add_argument("--account", help="(default: yours)")
+    parser.add_argument("--partition", help="partition to run in (default: the site's)")
+    parser.add_argument("--account", help="account to charge (default: yours)")
     parser.add_argument("--nodes", help="a number, or MIN-MAX: a requeued run continues on what is free")
     parser.add_argument("--gpus_per_node", type=int, help="0 trains on CPUs")
     parser.add_argument("--processes_per_node", type=int, help="(default: one for each GPU; 1 on CPUs)")
@@ -60,7 +60,9 @@ def make_parser() -> ArgumentParser:
         default=120,
         help="seconds before the limit at which to stop and save (default: %(default)s)",
     )
-    parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--log_dir", type=Path, default=Path("logs"), help="folder of the job's logs (default: %(default)s)"
+    )
     parser.add_argument("--setup", default="", help="a bash command before the job's, such as 'module load cuda'")
     return parser
 

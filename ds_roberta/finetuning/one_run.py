@@ -50,10 +50,12 @@ class Recipe(Settings):
     num_train_epochs: int = option("passes over the training examples", 10, check=require_positive)
     gradient_accumulation_steps: int = option("micro-batches per batch", 1, check=require_positive)
     weight_decay: float = option(
-        "of AdamW", 0.1, check=must_be("0 or a number above it", lambda value: 0 <= value < math.inf)
+        "AdamW's weight decay", 0.1, check=must_be("0 or a number above it", lambda value: 0 <= value < math.inf)
     )
     warmup_ratio: float = option(
-        "fraction of all steps", 0.06, check=must_be("between 0 and 1", lambda value: 0 <= value <= 1)
+        "fraction of all steps in which the rate rises",
+        0.06,
+        check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
     )
     bf16: bool = option("compute in bf16; the weights stay fp32, with DeepSpeed its master copies", False)
     fp16: bool = option("compute in fp16 on a GPU; the weights stay fp32, with DeepSpeed its master copies", False)

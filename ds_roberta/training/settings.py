@@ -43,11 +43,11 @@ LONGEST_BY_DEFAULT = 512
 
 @dataclass(frozen=True)
 class StartOptions(Settings):
-    """The start; config.json has what these options led to."""
+    """What is trained, and from where; config.json has what these options led to."""
 
     deepspeed_config: Path = option("DeepSpeed JSON; see ds_configs/", required=True)
-    train_batch_size: int | None = option("overrides the JSON's", None)
-    learning_rate: float | None = option("overrides the JSON's peak", None)
+    train_batch_size: int | None = option("sequences per optimizer step, instead of the JSON's", None)
+    learning_rate: float | None = option("peak learning rate, instead of the JSON's", None)
     model: str | None = option(
         f"{', '.join(PRESETS)} (default: base with a GPU, tiny without), or a transformers RobertaConfig, for an "
         "architecture of your own: a config.json or its folder, whose weights are not read (see --init_from)",
@@ -76,7 +76,7 @@ class StartOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """The run; all its settings, as config.json keeps them.
+    """Data, objective and files; all settings of a run, as config.json keeps them.
 
     Attributes:
         model_name: the preset's name, or that of the config or folder that the run starts from.
@@ -123,7 +123,7 @@ class RunConfig(Settings):
         "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()), "mlm", choices=SUMMARIES
     )
     init_from: Path | None = option(
-        "start from this model instead: a transformers folder or one of our checkpoints", None
+        "start from this trained model instead of random weights: a transformers folder or one of our checkpoints", None
     )
 
     def __post_init__(self) -> None:

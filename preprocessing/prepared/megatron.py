@@ -288,7 +288,9 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     export = commands.add_parser("export", help="write a split of prepared data in another system's format")
     export.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
     export.add_argument("--format", choices=("megatron",), required=True, help="Megatron-LM's .bin and .idx")
-    export.add_argument("--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"default: {TRAIN_SPLIT}")
+    export.add_argument(
+        "--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"which documents (default: {TRAIN_SPLIT})"
+    )
     export.add_argument(
         "--output", type=Path, required=True, metavar="PREFIX", help="path of PREFIX.bin and PREFIX.idx"
     )
@@ -298,7 +300,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     import_.add_argument("prefix", type=Path, metavar="PREFIX", help="training documents: path without .bin and .idx")
     import_.add_argument("--validation", type=Path, metavar="PREFIX", help="held-out documents, likewise")
     import_.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="the tokenizer that made the ids")
-    import_.add_argument("--output", type=Path, required=True, metavar="DIR")
+    import_.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the prepared data")
     import_.set_defaults(run=_import)
 
 

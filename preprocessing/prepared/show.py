@@ -70,7 +70,9 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--doc", required=True, metavar="N", help="its number, -1 for the last, or a range (10:20, --doc=-5:)"
     )
-    parser.add_argument("--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"default: {TRAIN_SPLIT}")
+    parser.add_argument(
+        "--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"which documents (default: {TRAIN_SPLIT})"
+    )
     parser.add_argument("--ids", action="store_true", help="show the token ids under each sentence")
     parser.add_argument("--offsets", action="store_true", help=OFFSETS_HELP)
     parser.set_defaults(run=_show)

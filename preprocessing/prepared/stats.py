@@ -294,7 +294,12 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--max_seq_length", type=int, nargs="+", default=[128, 512], help="lengths to pack for (default: 128 512)"
     )
-    parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0])
+    parser.add_argument(
+        "--packing",
+        choices=PACKING_FORMATS,
+        default=PACKING_FORMATS[0],
+        help="how documents become sequences (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with all inputs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also write an image (needs matplotlib)")
     parser.set_defaults(run=_stats)
