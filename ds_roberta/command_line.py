@@ -1,4 +1,4 @@
-"""What every command shares: how it reads its arguments and how it ends."""
+"""Argument parsing and exit codes, shared by all commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with one-line errors; it accepts only UTF-8, since the libraries cannot open other paths."""
+    """argparse's parser with one-line errors. Arguments must be UTF-8, since the libraries cannot open other paths."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else list(args)
@@ -35,7 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """At least 0; a `type` for argparse, like those below."""
+    """Parse an integer that is at least 0; a `type` for argparse, like the functions below."""
     return _number(text, int, "a whole number", lambda number: number >= 0)
 
 
@@ -52,7 +52,7 @@ def probability(text: str) -> float:
 
 
 def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
-    """A `type` for comma-separated values of one kind."""
+    """Make an argparse `type` for comma-separated values, each of them parsed by `kind`."""
     return lambda text: tuple(kind(part) for part in text.split(","))
 
 
@@ -72,7 +72,7 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
     The exit code is the command's own; or 2, after one line on stderr (or a line for each of several problems), for a
     `UserError` or a write that the disk or standard output refused; or 141, as in a shell, if the reader of our output,
     such as `head`, has closed it. Under a launcher, every process meets the same error and the first on each host
-    reports it; a process whose own write the disk refused reports it itself.
+    reports it; a process that could not write its own file reports that itself.
     """
     # A file's name may not be UTF-8, and a terminal may not have every character.
     if isinstance(sys.stdout, TextIOWrapper):
@@ -106,7 +106,7 @@ def _say(line: str) -> None:
 
 
 def _drop_what_is_refused(stream: TextIO) -> None:
-    """At exit, Python would flush what is left in a stream and report a failure in its own words."""
+    """Discard what a stream refuses: Python would flush it again at exit and report the failure in its own words."""
     try:
         stream.flush()
     except OSError:

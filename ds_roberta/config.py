@@ -29,7 +29,7 @@ class ModelConfig:
     """The encoder's architecture, named as in transformers' `RobertaConfig`.
 
     Attributes:
-        max_position_embeddings: rows of the table; positions begin after the padding's, at `pad_token_id + 1`.
+        max_position_embeddings: rows of the position table; a sequence's first token is at `pad_token_id + 1`.
         intermediate_size: width of the MLP; 0 becomes four times the hidden size, as in every size of the paper.
         hidden_act: the MLP's activation, one of `model.encoder.ACTIVATIONS`.
     """
@@ -52,7 +52,7 @@ class ModelConfig:
 
     @property
     def max_length(self) -> int:
-        """The most tokens that a sequence may have."""
+        """The maximum number of tokens in a sequence."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of model, and its default training recipe."""
+    """A model size and its default training recipe."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -89,7 +89,7 @@ _MIN_POSITIONS = 512
 def model_config(model: str, vocab_size: int, max_seq_length: int, pad_token_id: int = 1, **others: Any) -> ModelConfig:
     """The architecture of a preset for a tokenizer and a sequence length.
 
-    Positions begin after the padding's, so there are `pad_token_id + 1` more of them than tokens in a sequence.
+    Positions are counted from `pad_token_id + 1`, so the table has that many more rows than a sequence has tokens.
 
     Args:
         others: further fields of `ModelConfig`.
@@ -110,7 +110,7 @@ def model_config(model: str, vocab_size: int, max_seq_length: int, pad_token_id:
 class PackingConfig(Settings):
     """Sequences."""
 
-    max_seq_length: int = option("tokens per sequence (default: 512, tiny 128, or what the positions allow)")
+    max_seq_length: int = option("tokens per sequence (default: 512, tiny 128; less if the model has fewer positions)")
     format: str = option("how documents become sequences", "full-sentences", name="packing", choices=PACKING_FORMATS)
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class PackingConfig(Settings):
 
 @dataclass(frozen=True)
 class MaskingConfig(Settings):
-    """Masking; probabilities are named as in transformers' `DataCollatorForLanguageModeling`.
+    """Masking options; the probabilities are named as in transformers' `DataCollatorForLanguageModeling`.
 
     Attributes:
         mlm_probability_end: if given, the share moves linearly from `mlm_probability` to this over the run.
@@ -177,32 +177,36 @@ class MaskingConfig(Settings):
 class ScheduleConfig(Settings):
     """Steps and learning rate; see `training.optimizer.learning_rate`.
 
-    Options of a shape that the type does not use are None; for others None becomes the default.
+    Options that the schedule's type does not use are None; for the others, None is replaced by the default.
 
     Attributes:
         lr_scheduler_type: named as in transformers' `SchedulerType`.
-        lr_power: 1, the default, is a straight line.
-        min_lr_ratio: not for "linear".
+        lr_power: 1, the default, gives a straight line.
+        min_lr_ratio: not used by "linear".
         decay_steps: a tenth of the run by default, which Hu et al. (2024, MiniCPM, arXiv:2404.06395, section 4) found
             enough.
         decay_type: "1-sqrt" by default, the best of those that Hägele et al. (2024, arXiv:2405.18392) compared.
     """
 
-    max_steps: int = option("optimizer steps of the run (default: that of the model's size)", check=require_positive)
+    max_steps: int = option("optimizer steps of the run (default: depends on the model's size)", check=require_positive)
     warmup_steps: int = option("steps of linear warm-up (default: 6%% of max_steps, base 4.8%%)")
     lr_scheduler_type: str = option(
         "shape of the learning rate after the warm-up", "linear", choices=LR_SCHEDULER_TYPES
     )
-    lr_power: float | None = option("exponent of polynomial (default: 1)", None, check=require_positive_number)
+    lr_power: float | None = option(
+        "exponent of the polynomial decay (default: 1)", None, check=require_positive_number
+    )
     min_lr_ratio: float | None = option(
-        "where polynomial, cosine and warmup_stable_decay end, as a share of the peak (default: 0)",
+        "final rate of polynomial, cosine and warmup_stable_decay, as a share of the peak (default: 0)",
         None,
         check=must_be("from 0 to 1", lambda ratio: 0 <= ratio <= 1),
     )
     decay_steps: int | None = option(
-        "last steps, in which warmup_stable_decay decays (default: a tenth of max_steps)", None
+        "number of final steps in which warmup_stable_decay decays (default: a tenth of max_steps)", None
     )
-    decay_type: str | None = option("shape of that decay (default: 1-sqrt)", None, choices=LR_DECAY_TYPES)
+    decay_type: str | None = option(
+        "shape of the decay of warmup_stable_decay (default: 1-sqrt)", None, choices=LR_DECAY_TYPES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -248,15 +252,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class GuardConfig(Settings):
-    """Spikes of the loss; see `ds_roberta.training.loss_spikes`.
+    """What to do about loss spikes; see `ds_roberta.training.loss_spikes`.
 
     Attributes:
-        loss_spike_threshold: None if spikes are not watched for.
+        loss_spike_threshold: None if the loss is not checked for spikes.
     """
 
-    loss_spike: str = option("what to do about a spike of the loss", "warn", choices=LOSS_SPIKE_POLICIES)
+    loss_spike: str = option("what to do about a loss spike", "warn", choices=LOSS_SPIKE_POLICIES)
     loss_spike_threshold: float | None = option(
-        "robust standard deviations above the recent median (default: 10)", None, check=require_positive_number
+        "a spike is this many robust standard deviations above the recent median (default: 10)",
+        None,
+        check=require_positive_number,
     )
 
     def __post_init__(self) -> None:
@@ -270,7 +276,7 @@ class GuardConfig(Settings):
 
 @dataclass(frozen=True)
 class IntervalConfig(Settings):
-    """Intervals, in optimizer steps."""
+    """Intervals between saves, evaluations and rows of the log, in optimizer steps."""
 
     save_interval: int = option("steps between checkpoints", 1_000, check=require_positive)
     eval_interval: int = option("steps between evaluations on the held-out split", 1_000, check=require_positive)

@@ -89,7 +89,7 @@ class DeepSpeedConfig:
             supported: precisions that the device supports.
 
         Raises:
-            UserError: the JSON asks for one that the device or the ZeRO stage does not support, or for both.
+            UserError: the JSON asks for fp16 and bf16, or for one that the device or the ZeRO stage does not support.
         """
         asked = {name: self.content.get(name, {}).get("enabled", False) for name in ("fp16", "bf16")}
         if asked["fp16"] is True and asked["bf16"] is True:
@@ -107,7 +107,7 @@ class DeepSpeedConfig:
             # At stage 0, DeepSpeed 0.19 does not scale the fp16 loss and takes a dummy step at the start.
             raise UserError(f"{self.source}: {precision} needs zero_optimization.stage 1, 2 or 3, but it is 0")
         if precision != "fp32" and self.zero_stage == 2 and self._is_offloaded("offload_optimizer"):
-            # There, DeepSpeed's buffers for gradients on the host have the weights' dtype.
+            # At stage 2, DeepSpeed's buffers for gradients on the host have the weights' dtype.
             raise UserError(
                 f"{self.source}: zero_optimization.offload_optimizer at stage 2 would round the gradients, which are "
                 f"summed in fp32, to {precision}: use stage 1 or 3, or leave the optimizer on the device"
@@ -138,13 +138,13 @@ class DeepSpeedConfig:
             # CPU versions, used for offloading too, are not bit-reproducible: it is used only on a GPU, with
             # "torch_adam": false.
             params.update(torch_adam=True, fused=True)
-        # Nothing prints its rates, and it synchronizes with the GPU at every micro-step.
+        # The timer's rates are never printed, and it synchronizes with the GPU at every micro-step.
         content["timers"] = {"throughput": {"enabled": False}}
         return content
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the log: settings that differ from the file's."""
+        """Lines for the log about settings that differ from the file."""
         if self.content.get("zero_optimization", {}).get("contiguous_gradients"):
             return [
                 f"{self.source}: zero_optimization.contiguous_gradients is set to false: DeepSpeed's buffers would "

@@ -1,4 +1,4 @@
-"""Every key that DeepSpeed knows in its JSON: those accepted here, with what their values must be, and those refused.
+"""Every key of DeepSpeed's JSON: accepted ones with a check of their values, refused ones with the reason.
 
 DeepSpeed ignores a misspelt key at the top level and in several sections, and rejects one elsewhere with pydantic's
 error. A test compares these tables with DeepSpeed's own models, so that new keys of its next version are noticed.
@@ -33,7 +33,7 @@ class Refused:
     It passes silently if its value is one of `ours`, or if it is switched off and true is not one of them.
 
     Args:
-        keys: what a section may contain when it is switched off, divided by spaces; None: anything.
+        keys: what a section may contain when it is switched off, separated by spaces; None: anything.
     """
 
     reason: str
@@ -51,7 +51,7 @@ Section: TypeAlias = "dict[str, Kind | Refused | Section]"
 
 
 def _each(names: str, known: Kind | Refused) -> Section:
-    """The same for several keys."""
+    """Map each of several keys, separated by spaces, to the same entry."""
     return dict.fromkeys(names.split(), known)
 
 
@@ -269,7 +269,7 @@ KEYS: Section = {
 
 
 def problems(content: dict[str, Any], keys: Section = KEYS, place: str = "") -> list[str]:
-    """What is wrong with the keys and values of a JSON, each by its dotted name; missing keys are not looked for."""
+    """What is wrong with the keys and values of a JSON, each by its dotted name; missing keys are not reported."""
     found: list[str] = []
     for key, value in content.items():
         name, known = f"{place}.{key}" if place else key, keys.get(key)

@@ -34,7 +34,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among the others, and their control group."""
+    """This process's rank, the number of processes, and the group for control messages."""
 
     rank: int
     world_size: int
@@ -43,7 +43,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Call on all processes at once, after the default process group is made."""
+        """This process's rank in the default process group, which must exist; a collective call."""
         control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
 
@@ -83,9 +83,9 @@ class Ranks:
         return cast(Result, value)
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on every rank; its value here, or on all processes a `UserError` if any met one.
+        """Run `function` on every rank and return its value here; raise a `UserError` on all ranks if any rank met one.
 
-        It is the first error that users should see; it names the hosts that met it, unless all did.
+        The error is the first one meant for users; it names the hosts that met it, unless all did.
         """
         value, problem = _attempt(function)
         problems = self.gather((socket.gethostname(), problem))
@@ -100,7 +100,7 @@ class Ranks:
         """Compare facts that all ranks must share with rank 0's.
 
         Raises:
-            UserError: a rank's differs; the first is named, with its host.
+            UserError: a rank's facts differ from rank 0's; the first difference is named, with the rank's host.
         """
         everyones = self.gather((socket.gethostname(), dict(facts)))
         main_host, expected = everyones[0]
@@ -176,7 +176,7 @@ class StopRequest:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep large blocks that were freed for the next ones, instead of giving each back.
+    """Make glibc's malloc reuse large freed blocks instead of returning each one to the system.
 
     Every step makes the same large tensors. Getting fresh pages for them takes a quarter of a CPU run's time.
     """

@@ -22,13 +22,13 @@ _WORDS_WITHOUT_NUMBER = re.compile(
     r"PytorchStreamWriter|inline_container\.cc.*unexpected pos|iostream error"  # torch.save
     r"|Not enough free space to write|\d+ requested and \d+ written"  # numpy.save and tofile
 )
-_LIKENESS = 0.65  # below this difflib suggests what nobody meant: at 0.5 "fp32" is like "fp16"
+_LIKENESS = 0.65  # below this, difflib's suggestions mislead: at 0.5, "fp32" is like "fp16"
 
 
 class UserError(ValueError):
     """Something outside the program is wrong: the message names it, its value and the remedy, in one line.
 
-    If several things are wrong at once, each further argument is a line of its own.
+    If several things are wrong at once, each further argument adds a line.
     """
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """The disk refused a file, perhaps only to this one of several processes."""
+    """The disk refused a write, perhaps only that of this process."""
 
 
 def disk_refusal(error: BaseException) -> str | None:
@@ -48,7 +48,7 @@ def disk_refusal(error: BaseException) -> str | None:
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return next((str(reason) for _, _, reason in error.args[0]), None)
     if isinstance(error, OSError) and error.errno is not None:
-        file = error.filename2 or error.filename  # of two, a copy's target
+        file = error.filename2 or error.filename  # the target, if it was a copy
         name = f": {os.fsdecode(file)}" if isinstance(file, str | bytes) else ""
         return f"{os.strerror(error.errno)}{name}" if error.errno in _REFUSALS else None
     text = str(error)
@@ -60,7 +60,7 @@ def disk_refusal(error: BaseException) -> str | None:
 
 
 def standard_output_is_refused() -> bool:
-    """Whether the error that just occurred may come from standard output: a full disk, or a reader that has left."""
+    """Whether the error that just occurred may come from standard output: a full disk, or a reader that closed it."""
     try:
         sys.stdout.flush()  # what could not be written is still there, unless nothing is buffered
         poller = select.poll()

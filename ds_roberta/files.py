@@ -30,7 +30,7 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-TOKENIZER_FILES = frozenset(  # those that any version of transformers writes
+TOKENIZER_FILES = frozenset(  # the files that any version of transformers may write
     {
         "added_tokens.json",
         "merges.txt",
@@ -105,7 +105,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Raise `UserError` before the work, not after it, if an option's file could not be written."""
+    """Raise `UserError` if an option's file could not be written; call it before the work rather than after."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(
             f"{option} {str(path)!r} is a folder, or its folder is missing: choose a file in a folder that exists"
@@ -113,7 +113,7 @@ def check_output_file(option: str, path: Path | None) -> None:
 
 
 def write_figures(path: Path | None, figures: Any) -> None:
-    """Write the results of a command as JSON, atomically; nothing if there is no path.
+    """Write the results of a command as JSON, atomically; do nothing if `path` is None.
 
     Raises:
         UserError: the file cannot be written.
@@ -150,7 +150,7 @@ def honour_umask(files: Iterable[Path]) -> None:
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """Found by creating a file: Python can read the umask only by changing it, for all threads at once."""
+    """Find the mode by creating a file: Python can read the umask only by changing it, for all threads at once."""
     probe = folder / f".{secrets.token_hex(4)}.tmp"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -161,7 +161,7 @@ def _mode_of_new_files(folder: Path) -> int:
 
 
 def holds_only(folder: Path, names: frozenset[str]) -> bool:
-    """Whether a folder has no entries but these."""
+    """Whether every entry of a folder is one of `names`."""
     return {path.name for path in folder.iterdir()} <= names
 
 
@@ -182,7 +182,7 @@ def file_checksum(path: Path) -> str:
 
 @contextmanager
 def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `output`; on success it replaces it, on failure nothing is left.
+    """Yield an empty temporary folder next to `output`; on success it replaces `output`, on failure it is removed.
 
     Args:
         is_ours: whether an existing, non-empty folder is of the kind that this command writes and may replace.
@@ -212,7 +212,7 @@ def partial_folder(output: Path) -> Path:
 
 
 def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) -> None:
-    """Refuse an `output` that must not be replaced, as `replaced_folder` says; finish what a killed job left."""
+    """Raise `UserError` if `output` must not be replaced; otherwise finish an exchange that a kill interrupted."""
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {str(output)!r} is a file: choose a folder as --output")
     if output.exists() and any(output.iterdir()) and not is_ours(output):
@@ -230,7 +230,7 @@ def put_in_place(folder: Path, output: Path) -> None:
 
 
 def exchange(folder: Path, output: Path) -> None:
-    """Move the durable `folder` to `output`, whose old content is removed; on failure the old content stays."""
+    """Move the durable `folder` to `output` and remove the old content; on failure the old content stays."""
     old = _old_folder(output)
     try:
         if output.exists():
@@ -270,9 +270,9 @@ def created_parents(path: Path) -> Iterator[None]:
 def errors_of_the_disk(
     output: Path, kind: str = "", remedy: str = "fix this or choose another output"
 ) -> Iterator[None]:
-    """Turn every `OSError`, and what libraries raise for one, into a `DiskError`: `output` cannot be written.
+    """Turn every `OSError`, and what libraries raise for one, into a `DiskError` about `output`.
 
-    Errors of standard output are not about `output` and stay as they are.
+    Errors of standard output do not concern `output` and are not changed.
 
     Args:
         kind: what the output is, such as "the plot ".

@@ -37,9 +37,9 @@ def option(
 
     Args:
         text: the help, to which a default that is not None is added.
-        default: the field's; without one, the option is None until the program resolves it.
-        name: the option's, where it differs from the field's.
-        check: of values that are not None.
+        default: the field's default; without one, the option is None until the program resolves it.
+        name: the option's name, if it differs from the field's.
+        check: checks a value that is not None.
         keywords: for `add_argument`, such as `required`, `metavar` or a `type` that the annotation does not give.
     """
     declared = {"help": text, "name": name, "choices": choices, "check": check, "keywords": keywords}
@@ -88,7 +88,7 @@ class Option:
 
     Attributes:
         place: names of the fields that lead to it from the outermost group.
-        kind: of its values that are not None.
+        kind: the type of its values that are not None.
     """
 
     name: str
@@ -166,7 +166,7 @@ def _is_group(kind: Any) -> bool:
 
 
 def _without_none(kind: Any) -> Any:
-    """`int` of `int | None`."""
+    """The type without None, such as `int` for `int | None`."""
     if get_origin(kind) is types.UnionType:
         (kind,) = (each for each in get_args(kind) if each is not types.NoneType)
     return kind
@@ -189,5 +189,5 @@ require_positive_number = must_be("a positive number", lambda value: 0 < value <
 
 
 def require_one_of(name: str, value: str, known: Collection[str]) -> None:
-    """Raise `UserError` unless `value` is known."""
+    """Raise `UserError` unless `value` is one of `known`."""
     must_be(f"one of {', '.join(known)}", lambda value: value in known)(name, value)

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, which write rarely into a log and never stop the work."""
+"""Progress bars on stderr that write rarely into a log file and never stop the work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def byte_bar(total: int, what: str, done: int = 0) -> Iterator[tqdm[Any]]:
 
 @contextmanager
 def clock(what: str) -> Iterator[Callable[[], None]]:
-    """Show how long something takes that gives no other sign of life; yields a function that starts the clock."""
+    """Show the time that work without any other output takes; yields a function that starts the clock."""
     ended = threading.Event()
 
     def show() -> None:

@@ -1,7 +1,7 @@
-"""Before the process group exists: this process's rank from the launcher's environment, and a wait for all others.
+"""Set-up before the process group exists: find this process's rank in the launcher's environment, and wait for all.
 
-Under a launcher that sets no ranks every process would be a run of its own, each overwriting the others' files: so
-srun's own variables are understood, and the number of processes that met is compared with the launcher's.
+Under a launcher that sets no ranks, each process would be a separate run and overwrite the others' files. Therefore
+srun's variables are read too, and the number of processes that met is compared with the launcher's.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ Model = TypeVar("Model", bound=transformers.PreTrainedModel)
 
 @dataclass(frozen=True)
 class TransformersFolder:
-    """A folder whose config and tokenizer fit together; its weights have not been read.
+    """A folder with a matching config and tokenizer; the weights have not been read.
 
     Attributes:
         max_positions: the maximum number of tokens in a sequence, `<s>` and `</s>` included.

@@ -1,7 +1,6 @@
 """Keyed hashing and keyed permutations: all randomness of the data is a pure function of its arguments.
 
-Nothing here keeps state. Keys are made by hashing (never by adding), so that seed 1 in epoch 2 and seed 2 in epoch 1
-have nothing in common.
+This module keeps no state. Keys are hashed, never added, so that seed 1 in epoch 2 and seed 2 in epoch 1 are unrelated.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _FEISTEL_ROUNDS = 6
 
 
 def derive_key(*parts: int | str) -> int:
-    """A 64-bit key from a purpose and its numbers, for example `derive_key("order", seed, epoch)`."""
+    """Derive a 64-bit key from a purpose and numbers, for example `derive_key("order", seed, epoch)`."""
     return xxhash.xxh3_64_intdigest(repr(parts).encode())
 
 
@@ -36,7 +35,7 @@ def permute(positions: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarr
     """A keyed pseudo-random permutation of `range(size)`, evaluated only at `positions`.
 
     A balanced Feistel network over the next power of four, walked until it falls inside the range (Black and
-    Rogaway, 2002, "Ciphers with arbitrary finite domains"). It takes only the memory of the positions.
+    Rogaway, 2002, "Ciphers with arbitrary finite domains"). It needs memory only for `positions`.
 
     Args:
         positions: uint64, each below `size`.

@@ -1,4 +1,4 @@
-"""Micro-batches: those of a training step, by its number, and those of the held-out sample.
+"""The micro-batches of a training step, found by the step's number, and of the held-out sample.
 
 Shapes: B sequences of a micro-batch, T tokens per sequence, M labelled tokens.
 """
@@ -23,11 +23,11 @@ from ds_roberta.distributed import Ranks
 
 _HELD_OUT_SEED = 0
 EMPTY_PLACE = -1
-"""A row that fills up a micro-batch if the batch does not divide evenly. It has no labels, so no weight."""
+"""The place of a row that fills up a micro-batch if the batch does not divide evenly; the row has no labels."""
 
 
 class Counts(NamedTuple):
-    """How many labels, tokens that are not padding, and sequences a micro-batch or a whole batch has."""
+    """The numbers of labels, non-padding tokens and sequences in a micro-batch or a whole batch."""
 
     labels: float
     tokens: float
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def total(cls, counts: Iterable[Counts], ranks: Ranks) -> Counts:
-        """Their sum over all processes; a collective call.
+        """Sum counts over all processes; a collective call.
 
         A batch of a few very short sequences may have no label: the count is then 1, so that loss and gradient are 0.
         """
@@ -45,15 +45,15 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs and labels of the model.
+    """The model's inputs and labels for one micro-batch.
 
     Attributes:
         input_ids: (B, T) int64, with masked tokens replaced.
         attention_mask: (B, T) bool, true at tokens and false at padding; None if no row has padding.
         masked_positions: (M,) int64, flat positions b * T + t of the labelled tokens.
-        labels: (M,) int64, from the masker: their true ids, or whether they were replaced.
-        tokens: tokens that are not padding.
-        sequences: rows that are not empty places.
+        labels: (M,) int64, from the masker: the tokens' true ids, or whether each was replaced.
+        tokens: number of tokens that are not padding.
+        sequences: number of rows that are not empty places.
         next_sentence_labels: (sequences,) int64 for pairs, see `PackedSplit.next_sentence_labels`; else None.
     """
 
@@ -70,7 +70,7 @@ class MicroBatch:
         return Counts(len(self.labels), self.tokens, self.sequences)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`; copies to a GPU do not make the CPU wait."""
+        """Copy the micro-batch to `device`; the CPU does not wait for copies to a GPU."""
         if device.type == "cpu":
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -98,17 +98,18 @@ class Collator:
         micro_batch_size: int,
         mlm_probability: float | None = None,
     ) -> list[MicroBatch]:
-        """Micro-batches of consecutive rows, sharing memory: made together, small ones cost no more than large ones.
+        """Micro-batches of consecutive rows, made together and sharing memory: small ones cost no more than large ones.
 
         Args:
             sequences: (rows,) int64, which sequence fills each row; ignored in empty places.
-            places: (rows,) int64, the rows' places, or numbers of `copy_numbers`, which decide their masks;
-                `EMPTY_PLACE` in the last rows if there are too few. Their number is a multiple of the micro-batch size.
+            places: (rows,) int64, the rows' places, or their numbers from `copy_numbers`, which decide the masks;
+                `EMPTY_PLACE` in the last rows if there are too few sequences. The number of rows is a multiple of the
+                micro-batch size.
             mlm_probability: the share of tokens to mask, if not the masker's.
         """
         filled = int(np.count_nonzero(places != EMPTY_PLACE))
         tokenizer, shape = self.tokenizer, (len(places), self.max_seq_length)
-        # Until the end, ids keep the type they have on disk: only a quarter of the memory is moved.
+        # Ids keep their type on disk until the end, so that only a quarter of the memory is moved.
         compact = np.full(shape, tokenizer.pad_token_id, dtype=token_type(tokenizer.vocab_size))
         compact[:, 0], compact[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
         rows = compact[:filled]
@@ -146,7 +147,7 @@ class Collator:
 
 
 def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
-    """A process's part of a global batch, as micro-batches of equal size; every process gets the same number.
+    """Split a process's part of a global batch into micro-batches of equal size; each process gets the same number.
 
     Args:
         places: (train_batch_size,) int64, the places of the global batch.
@@ -185,7 +186,7 @@ class TrainLoader:
 
     Args:
         mlm_probability: the share of tokens to mask at a step, counted from 0; None for the masker's.
-        masking_copies: the number of fixed masks per sequence; None: its place decides the mask.
+        masking_copies: the number of fixed masks per sequence; None: a sequence's place decides its mask.
     """
 
     def __init__(
@@ -241,7 +242,7 @@ class HeldOutSample:
 
     Args:
         collator: collates the held-out split, with `evaluation_masker`.
-        sequences: the most sequences to take; a smaller split is taken whole.
+        sequences: the maximum number of sequences to use; a smaller split is used whole.
     """
 
     def __init__(self, collator: Collator, sequences: int, micro_batch_size: int, ranks: Ranks):

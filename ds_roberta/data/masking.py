@@ -3,10 +3,10 @@
 A pure function of (key, place, position, share): the same place of the same epoch is masked the same way on any
 process, in any micro-batch, after any restart, and differently in every epoch (Liu et al. 2019, RoBERTa, section 4.1).
 
-Static masking (the same section; BERT's preprocessing repeats its data 10 times) is the same function of another
+Static masking (the same section; BERT's preprocessing repeats its data 10 times) applies the same function to another
 number: a sequence has `copies` masks, and in epoch e it gets number e mod `copies`; see `copy_numbers`.
 
-Units are drawn in random order, whole, until a share `mlm_probability` of a sequence's maskable tokens is chosen:
+Whole units are drawn in random order until a share `mlm_probability` of a sequence's maskable tokens is chosen:
 
 * `token` — single tokens; their number is the share, rounded up or down at random.
 * `whole-word` — all tokens of a word (Devlin et al. 2019, the "whole word masking" models of BERT's repository).
@@ -36,9 +36,9 @@ from ds_roberta.data.words import word_bounds
 SPAN_P, MAX_SPAN_WORDS = 0.2, 10
 """SpanBERT's geometric distribution of the words in a span, cut off at the longest; 3.8 on average."""
 _CHUNK_TOKENS = 1 << 17
-"""Tokens masked at a time: few enough to stay in a core's cache."""
+"""Number of tokens masked at a time, small enough to stay in a core's cache."""
 _NEVER = np.uint32(0xFFFFFFFF)
-"""The key of what cannot be chosen: it sorts after all others."""
+"""The key of a token that cannot be chosen; it sorts after all others."""
 _SHARE_BITS = 16
 _SPAN_WORDS = 1 + np.searchsorted(
     np.cumsum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)) / np.sum((1 - SPAN_P) ** np.arange(MAX_SPAN_WORDS)),
@@ -67,8 +67,8 @@ class Masker:
     """Masks batches of token ids.
 
     Args:
-        key: from `derive_key`, of the run's seed for training, fixed for evaluation.
-        share: of the maskable tokens to choose, unless `mask` is given another.
+        key: made by `derive_key` from the run's seed for training; fixed for evaluation.
+        share: the share of the maskable tokens to choose, unless `mask` is given another.
         word_starts: (V,) bool from `words.word_starts`; needed only by `whole-word` and `span`.
     """
 
@@ -108,7 +108,7 @@ class Masker:
             mlm_probability: the share to choose, if not the masker's.
 
         Returns:
-            Flat positions (b * T + t) of the chosen tokens, rising, and their true ids: two (M,) int64.
+            Flat positions (b * T + t) of the chosen tokens, ascending, and their true ids: two (M,) int64.
         """
         share = self.share if mlm_probability is None else mlm_probability
         rows, sequence_length = input_ids.shape
@@ -148,7 +148,7 @@ class Masker:
         return positions, labels
 
     def _specials(self, input_ids: np.ndarray) -> np.ndarray:
-        """Which tokens are special: (B, T) bool. Special ids form a few runs: comparing is faster than looking up."""
+        """Which tokens are special: (B, T) bool. Special ids form a few ranges; comparing is faster than a look-up."""
         special = np.zeros(input_ids.shape, dtype=bool)
         for first, last in self._special_runs:
             special |= (input_ids >= first) & (input_ids <= last) if first < last else input_ids == first
@@ -167,7 +167,7 @@ class Masker:
 
 
 class Substituter(Masker):
-    """A `Masker` that puts random tokens at all chosen positions and labels every ordinary token: was it replaced?
+    """A `Masker` that replaces all chosen tokens by random ones and labels whether each ordinary token was replaced.
 
     The random tokens are drawn evenly from the ordinary ones (Di Liello et al. 2022, "Effective Pretraining Objectives
     for Transformer-based Autoencoders", Findings of EMNLP), while ELECTRA (Clark et al. 2020) trains a second model to
@@ -187,7 +187,7 @@ class Substituter(Masker):
         """Replace tokens, in place; arguments as in `Masker.mask`.
 
         Returns:
-            Flat positions of all tokens that are not special, rising, and 1 for each that changed, else 0: two (M,)
+            Flat positions of all tokens that are not special, ascending, and 1 for each that changed, else 0: two (M,)
             int64.
         """
         original = input_ids.copy()
@@ -211,7 +211,7 @@ def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.n
 
     Args:
         sequences: (B,) int64.
-        epochs: (B,) int64, how often each was visited before.
+        epochs: (B,) int64, how often each sequence was visited before.
 
     Returns:
         (B,) int64.
@@ -225,12 +225,12 @@ def evaluation_masker(
     word_starts: np.ndarray | None = None,
     kind: type[Masker] = Masker,
 ) -> Masker:
-    """Masks that are the same in every run and at every step, so that held-out losses can be compared."""
+    """A masker with the same masks in every run and at every step, so that held-out losses can be compared."""
     return kind(config, tokenizer, derive_key("evaluation mask"), config.final_probability, word_starts)
 
 
 def _draw(row_keys: np.ndarray, length: int) -> _Draws:
-    """One 64-bit hash serves two tokens."""
+    """Draw a chunk's random numbers; one 64-bit hash is used for two tokens."""
     counters = np.arange((length + 1) // 2, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
     bits = mix64(row_keys[:, None] + counters).view(np.uint32)[:, :length]
     position_mask = np.uint32((1 << max(_SHARE_BITS, (length - 1).bit_length())) - 1)
@@ -259,7 +259,7 @@ def _choose_units(
     """Choose whole units in the order of their keys until a row's quota of tokens is full.
 
     Args:
-        units: flat positions of the units, rising; the key there is the unit's.
+        units: flat positions of the units, ascending; the key there is the unit's.
         tokens: (N,) the number of tokens of the unit at each of these positions; at least 1.
 
     Returns:
@@ -268,7 +268,7 @@ def _choose_units(
     rows, length = draws.keys.shape
     keys = np.full(rows * length, _NEVER)
     keys[units] = draws.keys.reshape(-1)[units]
-    # A unit has at least one token, so at most as many units as the quota has tokens are chosen.
+    # A unit has at least one token, so no more units than the quota of tokens are chosen.
     lowest = np.sort(keys.reshape(rows, length), axis=1)[:, : int(quota.max()) + 1]
     flat = np.minimum(lowest & draws.position_mask, length - 1) + np.arange(0, rows * length, length)[:, None]
     size = tokens[flat]
@@ -280,10 +280,10 @@ def _choose_units(
 def _choose_words(
     draws: _Draws, starts: np.ndarray, ends: np.ndarray, quota: np.ndarray, border: np.ndarray
 ) -> np.ndarray:
-    """The flat positions of the tokens of chosen words, rising: (M,) int64.
+    """The flat positions of the tokens of chosen words, ascending: (M,) int64.
 
     Args:
-        starts, ends: flat bounds of the words: two (W,) int64, rising, without gaps.
+        starts, ends: flat bounds of the words: two (W,) int64, ascending, without gaps.
     """
     tokens = np.zeros(draws.keys.size, dtype=np.int32)
     tokens[starts] = ends - starts
@@ -296,9 +296,9 @@ def _choose_words(
 def _choose_spans(
     draws: _Draws, starts: np.ndarray, ends: np.ndarray, special: np.ndarray, quota: np.ndarray, border: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The flat positions of the tokens of chosen spans, rising, and for each the position that identifies its span.
+    """The flat positions of the tokens of chosen spans, ascending, and for each the position that identifies its span.
 
-    A span begins at every word; each word belongs to the span with the lowest key of those that reach it. Choosing
+    A span begins at every word; each word belongs to the span with the lowest key that reaches it. Choosing
     spans in the order of their keys is the same as drawing them one by one: a word drawn twice stays with the first.
     """
     length = draws.keys.shape[1]
@@ -312,7 +312,7 @@ def _choose_spans(
     words = np.minimum(drawn, room).astype(np.uint8)
     lowest = keys.copy()
     for further in range(1, min(MAX_SPAN_WORDS, len(starts))):
-        out_of_reach = (words[:-further] > further).astype(np.uint32) - np.uint32(1)  # all bits where it is
+        out_of_reach = (words[:-further] > further).astype(np.uint32) - np.uint32(1)  # all bits set where out of reach
         out_of_reach |= keys[:-further]
         np.minimum(lowest[further:], out_of_reach, out=lowest[further:])
     spans = np.where(is_special, starts, row_starts + (lowest & draws.position_mask))
@@ -325,5 +325,5 @@ def _choose_spans(
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers `start … start + count - 1` of all pairs, one after the other."""
+    """The numbers `start … start + count - 1` of all pairs, concatenated."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

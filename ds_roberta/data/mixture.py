@@ -1,13 +1,13 @@
 """Named sources mixed by weights: an order of places in which each source has its share, whatever its size.
 
 The places are dealt to the sources one after the other, from the heaviest to the lightest: of the first n places that
-are left, a source of weight w gets round(n * w / r), where r is the sum of the weights from its own on, and the rest go
-to the next. As n grows by one, each count grows by one or not at all, so every place belongs to one source, and its
-number there is the count before it. In every prefix of the places each of K sources is within 1 + ln(K) / 2 sequences
-of its share, so every batch has the same mixture.
+are left, a source of weight w gets round(n * w / r), where r is the sum of its own and all later weights, and the rest
+go to the next. As n grows by one, each count grows by one or not at all, so every place belongs to one source, and its
+number within the source is the count before it. In every prefix of the places each of K sources is within
+1 + ln(K) / 2 sequences of its share, so every batch has the same mixture.
 
-Each source has its own `SampleOrder` for its numbers: its epochs follow one another, each with a new permutation,
-however long the others' are. Everything is integer arithmetic on the place: nothing is stored, nothing drifts.
+Each source has its own `SampleOrder` for its numbers: its epochs follow one another, each with a new permutation, and
+do not depend on the other sources. Everything is integer arithmetic on the place, so there is no state and no drift.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ds_roberta.data.shards import TRAIN_SPLIT, Manifest
 from ds_roberta.errors import UserError, unknown_key_message
 
 MAX_TOTAL_WEIGHT = 1 << 30
-"""Twice its square fits int64, so a share of any place is exact."""
+"""The largest sum of weights: twice its square fits int64, so the shares of any place are exact."""
 _WEIGHT = re.compile(r"-?(\d+\.?\d*|\.\d+)", re.ASCII)
 _Places = TypeVar("_Places", int, np.ndarray)
 
@@ -35,11 +35,11 @@ _Places = TypeVar("_Places", int, np.ndarray)
 def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int] | None:
     """The weights in `NAME=WEIGHT,NAME=WEIGHT,…` as the smallest whole numbers of the same proportions, by name.
 
-    None stays None: no weights. A source's name may contain `,` and `=`.
+    None, which means no weights, stays None. A source's name may contain `,` and `=`.
 
     Raises:
-        UserError: it has another form; a name is not in the data, occurs twice, or is missing; a weight is negative or
-            has too many digits; all are zero; a source that is to be drawn has no training sequence.
+        UserError: the text has another form; a name is not in the data, occurs twice, or is missing; a weight is
+            negative or has too many digits; all are zero; a source with a positive weight has no training sequence.
     """
     if text is None:
         return None
@@ -116,19 +116,19 @@ def _check_names(given: Mapping[str, Fraction], manifest: Manifest) -> None:
 
 
 def sample_order(packed: PackedSplit, source_weights: Mapping[str, int] | None, seed: int) -> SampleOrder:
-    """The order of a run: of sources by weights, or without weights of all sequences equally often."""
+    """The order of a run's sequences: sources mixed by weights, or, without weights, all sequences equally often."""
     if source_weights is None:
         return SampleOrder(len(packed), seed)
     return MixedOrder(packed.source_ranges(), source_weights, seed)
 
 
 class _Source:
-    """A source that is drawn.
+    """A source with a positive weight.
 
     Attributes:
-        order: of its own sequences, numbered from 0 through its shards.
+        order: the order of its own sequences, which are numbered from 0 across its shards.
         first: (shards,) int64, the first of its own numbers in each of its shards.
-        shift: (shards,) int64, what is added to its own number to get the split's.
+        shift: (shards,) int64, what to add to the source's number of a sequence to get the split's.
     """
 
     def __init__(self, name: str, weight: int, ranges: np.ndarray, seed: int):
@@ -145,12 +145,12 @@ class _Source:
 
 
 class MixedOrder(SampleOrder):
-    """A `SampleOrder` of a packed split whose sources have weights.
+    """The `SampleOrder` of a packed split with weighted sources.
 
     Args:
-        ranges: by source, the bounds of its runs of sequences in the split, not all of them empty: (runs, 2) int64.
-        weights: by source, whole numbers that add up to at most `MAX_TOTAL_WEIGHT`; at least one is positive, and the
-            positive ones have ranges.
+        ranges: for each source, the bounds of its runs of sequences in the split, not all empty: (runs, 2) int64.
+        weights: for each source, a whole number; they add up to at most `MAX_TOTAL_WEIGHT`. At least one is positive,
+            and sources with a positive weight have ranges.
         seed: the run's seed.
     """
 
@@ -201,7 +201,7 @@ class MixedOrder(SampleOrder):
         return "; ".join(parts)
 
     def _dealt(self, places: np.ndarray) -> Iterator[tuple[_Source, tuple[np.ndarray, ...], np.ndarray]]:
-        """For each source, which of the places are its own, as an index into `places`, and their numbers there."""
+        """For each source, which places belong to it, as an index into `places`, and their numbers in the source."""
         left, numbers, rest = np.arange(places.size), places.ravel(), self._total_weight
         for source in self._sources:
             before = _share(numbers, source.weight, rest)

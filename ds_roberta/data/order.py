@@ -1,4 +1,4 @@
-"""Which sequence is at which place: a closed-form permutation of each epoch, with locality.
+"""The order of training sequences: a closed-form permutation of each epoch, with locality.
 
 Places are numbered without end: place `g` is place `g % size` of epoch `g // size`. A global batch of B sequences at
 step t is places t*B … (t+1)*B - 1, whatever the number of processes.
@@ -21,7 +21,7 @@ import numpy as np
 from ds_roberta.data.hashing import derive_key, mix64, permute
 
 BLOCK = 256
-"""Neighbouring sequences that move together: 256 KiB of a 512-token corpus on disk."""
+"""Number of neighbouring sequences that move together: 256 KiB of a 512-token corpus on disk."""
 WINDOW_BLOCKS = 16
 MAX_LANES = 256
 

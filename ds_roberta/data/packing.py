@@ -1,4 +1,4 @@
-"""Packing: which slices of the shards are the training sequences.
+"""Packing: the slices of the shards that become training sequences.
 
 A sequence of `max_seq_length` tokens is `<s>` + a contiguous slice of a shard's token ids + `</s>` (+ `<pad>`).
 Where the slice crosses documents, the separator that closes the earlier one is between them. Slices never cross shards,
@@ -43,7 +43,7 @@ def pack_full_sentences(
     """Greedy packing of whole sentences.
 
     Args:
-        starts, ends: bounds of the sentences of one shard in its values, rising: two (sentences,) int64.
+        starts, ends: bounds of the sentences of one shard in its values, ascending: two (sentences,) int64.
         capacity: tokens of a sequence between `<s>` and `</s>`.
 
     Returns:
@@ -99,7 +99,7 @@ def pack_shard(split: Split, shard: int, packing: PackingConfig) -> np.ndarray:
 
 
 def packed_tokens(slices: np.ndarray, packing: PackingConfig) -> int:
-    """The tokens of `pack_shard`'s sequences, including those that frame them."""
+    """The number of tokens in `pack_shard`'s sequences, including the special tokens that frame them."""
     lengths = [slices[name].sum(dtype=np.int64) for name in slices.dtype.names or () if name.endswith("length")]
     return int(sum(lengths)) + len(slices) * (packing.max_seq_length - packing.capacity)
 
@@ -109,8 +109,8 @@ class PackedSplit:
 
     Args:
         slices: (sequences,) of `_slice_type`, start and length of each in its shard's values; or pairs of them.
-        first_sequence: (shards + 1,) int64, the number of the first sequence of each shard, and of all.
-        separator_id: comes twice between the segments of a pair.
+        first_sequence: (shards + 1,) int64, the number of each shard's first sequence, and last the number of all.
+        separator_id: the id of the token that is put twice between the segments of a pair.
     """
 
     def __init__(self, split: Split, slices: np.ndarray, first_sequence: np.ndarray, separator_id: int):
@@ -122,13 +122,13 @@ class PackedSplit:
         return len(self._slices)
 
     def source_ranges(self) -> dict[str, np.ndarray]:
-        """By source, the first sequence of each of its shards and the one after its last: (shards, 2) int64."""
+        """For each source, the bounds of its shards' sequences, first and last (exclusive): (shards, 2) int64."""
         sources = np.array([shard.source for shard in self._split.shards], dtype=object)
         ranges = np.stack([self._first_sequence[:-1], self._first_sequence[1:]], axis=1)
         return {source: ranges[sources == source] for source in dict.fromkeys(sources.tolist())}
 
     def segments(self, sequences: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Where sequences are: their shards, and the beginning and end of each in its shard's values.
+        """Locate sequences: their shards, and the beginning and end of each in its shard's values.
 
         Args:
             sequences: (B,) int64.
@@ -200,7 +200,7 @@ def _index_paths(corpus: Corpus, split: str, packing: PackingConfig) -> tuple[Pa
 
 
 def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None:
-    """Compute and store the index of a split unless it is there already. One process of a run does this.
+    """Compute and store the index of a split unless it exists; only one process of a run calls this.
 
     Raises:
         UserError: the data folder cannot be written; or there is nothing to make pairs from.

@@ -8,7 +8,7 @@ from the drawn segments. The last sentence of a document, if left over, can only
 in BERT, only drawn segments are truncated, and no sequences are short by design.
 
 Segments are drawn from the same shard; if it holds only one document, from the next shard that has any, of the same
-source if there is one. Everything is a pure function of the data and the packing: epochs and runs share the pairs.
+source if possible. Everything is a pure function of the data and the packing: epochs and runs share the pairs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Pairs(NamedTuple):
     """The pairs of one shard: six (pairs,) arrays of integers.
 
     Attributes:
-        start, length: of the first segments, in the shard's values.
-        second_shard, second_start, second_length: of the second ones.
+        start, length: where the first segments are in the shard's values.
+        second_shard, second_start, second_length: where the second segments are.
         next_sentence_label: `IS_NEXT` or `IS_RANDOM`.
     """
 
@@ -48,7 +48,7 @@ def pack_pairs(split: Split, shard: int, capacity: int, longest: int | None) -> 
 
     Args:
         capacity: tokens of both segments together; at least 2. Sentences longer than half of it are cut.
-        longest: the most sentences of a segment; None for as many as fit.
+        longest: the maximum number of sentences in a segment; None for as many as fit.
 
     Raises:
         UserError: there is no other document in the split.

@@ -1,4 +1,4 @@
-"""The sentences of a shard as bounds in its values, and walks along them: what all packing formats share."""
+"""The bounds of a shard's sentences in its values, and walks along them; all packing formats use this."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 InCharacter = Callable[[np.ndarray], np.ndarray]
 """For places in the tokens, (N,) int64, whether the token there begins inside a character: (N,) bool."""
 _MOST_INSIDE = 3
-"""The most tokens that can begin inside one character, which has at most four bytes."""
+"""The maximum number of tokens that can begin inside one character, which has at most four bytes."""
 
 
 def nowhere(places: np.ndarray) -> np.ndarray:
@@ -59,8 +59,8 @@ def whole_characters(cuts: np.ndarray, in_character: InCharacter) -> np.ndarray:
         cuts: (C,) int64, places in the tokens before which to cut.
 
     Returns:
-        (C,) int64. At most three tokens begin inside a character: a place with more of them before it, which no text
-        has, stays.
+        (C,) int64. At most three tokens begin inside a character: a place with more such tokens before it, which
+        text never has, is not moved.
     """
     moved = cuts
     for _ in range(_MOST_INSIDE):
@@ -77,7 +77,7 @@ def document_bounds(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, n
 
 
 def walk(following: np.ndarray) -> np.ndarray:
-    """The sentences visited from the first one on, if `following[i]` > i comes after sentence i: int64, rising."""
+    """The sentences visited from the first one on, if `following[i]` > i comes after sentence i: int64, ascending."""
     met, sentence, steps = [], 0, following.tolist()
     while sentence < len(steps):
         met.append(sentence)

@@ -1,4 +1,4 @@
-"""The shard format: where preprocessing and training meet.
+"""The shard format, which preprocessing writes and training reads.
 
     DIR/manifest.json            what is in the folder, and its fingerprint
     DIR/tokenizer/               the tokenizer that made the ids
@@ -31,7 +31,7 @@ from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, write
 
 FORMAT_VERSION = 2
 PACKING_VERSION = _BETWEEN_CHARACTERS = 3
-"""From this version on sequences are cut between characters."""
+"""The first format version with which sequences are cut only between characters."""
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
@@ -113,7 +113,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokens and their sources: what a checkpoint is bound to, whatever the input's paths were."""
+        """A hash of the tokens and their sources, independent of the inputs' paths; a checkpoint is bound to it."""
         shards = {split: [shard.checksum for shard in shards] for split, shards in self.splits.items()}
         content: dict[str, Any] = {"tokenizer": self.tokenizer.fingerprint, "splits": shards}
         if any(map(self.sources, self.splits)):
@@ -122,7 +122,7 @@ class Manifest:
 
     @property
     def packing_version(self) -> int:
-        """How the data is packed: as when it was prepared, so that resumed runs find the same sequences."""
+        """The version of packing when the data was prepared, which resumed runs keep to find the same sequences."""
         return int(self.options.get("packing_version", _BETWEEN_CHARACTERS - 1))
 
     def tokens(self, split: str) -> int:
@@ -226,7 +226,7 @@ def write_shard(
     vocab_size: int,
     part: int = 0,
 ) -> ShardInfo:
-    """`write_flat_shard`, with an array of token ids and one of sentence ends for each document."""
+    """As `write_flat_shard`, but with one array of token ids and one of sentence ends for each document."""
     (ids, lengths), (ends, counts) = _flatten(documents), _flatten(sentence_ends)
     return write_flat_shard(folder, split, index, ids, lengths, ends, counts, vocab_size, part)
 
@@ -247,7 +247,7 @@ def write_flat_shard(
     Args:
         ids: token ids, (tokens,), one document after the other, each closed by the separator.
         lengths: tokens of each document, separator included, (documents,).
-        sentence_ends: offsets in the document after each sentence, rising, (sentences,); the last of a document is
+        sentence_ends: offsets in the document after each sentence, ascending, (sentences,); the last of a document is
             its length without the separator.
         sentence_counts: sentences of each document, (documents,).
         part: number of the shard, if work unit `index` makes more than one.
@@ -277,7 +277,7 @@ def checksums(path: Path) -> tuple[int, str, tuple[str, ...]]:
 
 
 def _checksums(chunks: Iterable[bytes | memoryview]) -> tuple[str, tuple[str, ...]]:
-    """XXH3-128 of all, and XXH3-64 of each."""
+    """XXH3-128 of all chunks, and XXH3-64 of each."""
     whole, digests = xxhash.xxh3_128(), []
     for chunk in chunks:
         whole.update(chunk)
@@ -288,7 +288,7 @@ def _checksums(chunks: Iterable[bytes | memoryview]) -> tuple[str, tuple[str, ..
 class Split:
     """Memory-mapped, zero-copy access to the shards of one split; a shard is opened when it is first needed.
 
-    Arrays come by DLPack, since pyarrow's own `to_numpy` imports pandas.
+    Arrays are passed by DLPack, because pyarrow's own `to_numpy` imports pandas.
     """
 
     def __init__(self, folder: Path, split: str, shards: Sequence[ShardInfo], between_characters: bool = False):
@@ -351,7 +351,7 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> Corpus:
-        """Raises `UserError` as `Manifest.read` does."""
+        """Open a data folder; raises `UserError` as `Manifest.read` does."""
         return cls(Path(folder), Manifest.read(Path(folder)))
 
     def split(self, name: str) -> Split:

@@ -1,7 +1,7 @@
 """The stages of a run, and which places of an order a step draws when length and number of sequences change.
 
-Each length has an order of its own. A step draws the places after those that earlier steps drew at its length; their
-number follows from the stages in closed form, so any step is found at once.
+Each length has its own order. A step draws the places that follow those of earlier steps at the same length. The
+number of these follows from the stages in closed form, so any step can be located directly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the data needs to know about a tokenizer, read from its folder without transformers."""
+"""The properties of a tokenizer that the data depends on, read from its folder without transformers."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ class TokenizerInfo:
 
 
 def tokenizer_content(folder: Path) -> dict[str, Any]:
-    """The content of `tokenizer.json`, of RoBERTa's kind: the vocabulary is an object.
+    """The content of a `tokenizer.json` of RoBERTa's kind, in which the vocabulary is an object.
 
     If there is no such file, it is made from `vocab.json` and `merges.txt`.
 
     Raises:
-        UserError: there are no such files, they are not a tokenizer's, or the tokenizer is of another kind.
+        UserError: the files are missing or are not a tokenizer's, or the tokenizer is of another kind.
     """
     path = folder / "tokenizer.json"
     if not path.is_file() and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -184,7 +184,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
-    """From the two files that `transformers` reads if there is no `tokenizer.json`, and `added_tokens.json`."""
+    """The content made from `vocab.json`, `merges.txt` and `added_tokens.json`, as transformers does."""
     try:
         vocabulary = dict(orjson.loads((folder / "vocab.json").read_bytes()))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -211,7 +211,7 @@ def token_bytes(folder: Path) -> dict[int, bytes]:
     Raises:
         UserError: as `tokenizer_content`.
     """
-    # Byte-level BPE writes bytes that are visible in Latin-1 as they are, the others as letters from U+0100 on.
+    # Byte-level BPE keeps bytes that are visible in Latin-1, and writes the others as letters from U+0100 on.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {chr(byte): bytes([byte]) for byte in visible}
     hidden = [byte for byte in range(0x100) if byte not in visible]
@@ -241,7 +241,7 @@ def is_continuation(byte: int) -> bool:
 
 
 def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """Encode and decode texts of many scripts.
+    """Check that texts of many scripts survive encoding and decoding.
 
     Args:
         tokenizer: the one of `folder`, which neither cuts nor pads texts.
@@ -268,7 +268,7 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
 
 
 def _why_not_bpe(content: dict[str, Any]) -> str | None:
-    """What a `tokenizer.json` has that no byte-level BPE has, in words; None if there is nothing."""
+    """What a `tokenizer.json` has that no byte-level BPE has, in words; None if it is a byte-level BPE's."""
     model = content["model"]
     kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not say
     if kind != "BPE":

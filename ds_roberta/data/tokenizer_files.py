@@ -40,7 +40,7 @@ _KEPT = {
     "padding_side": ("left", "right"),
     "truncation_side": ("left", "right"),
 }
-"""Settings of `tokenizer_config.json` that are kept, with their values: those that do not change any id."""
+"""The settings of `tokenizer_config.json` that are kept, with their values, because they do not change any id."""
 _NO_LIMIT = 1e18  # transformers writes 1e30 if there is none, others infinity
 
 
@@ -82,12 +82,12 @@ def training_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> To
 def write_tokenizer(
     source: Path, target: Path, max_seq_length: int | None = None, add_prefix_space: bool | None = None
 ) -> None:
-    """Write a folder's tokenizer, completed, into another folder.
+    """Complete a folder's tokenizer and write it into another folder.
 
     Args:
-        source: with `tokenizer.json`, or `vocab.json` and `merges.txt`.
+        source: a folder with `tokenizer.json`, or `vocab.json` and `merges.txt`.
         target: an existing folder.
-        max_seq_length: what it truncates to, `<s>` and `</s>` included; None: what `source` says, else 512.
+        max_seq_length: the length to truncate to, `<s>` and `</s>` included; None: what `source` says, else 512.
         add_prefix_space: see `training_tokenizer`.
 
     Raises:
@@ -102,8 +102,8 @@ def write_files(content: dict[str, Any], before: dict[str, Any], max_seq_length:
     """Write the two files of a completed tokenizer.
 
     Args:
-        content: of `tokenizer.json`.
-        before: the `tokenizer_config.json` so far, some of which is kept.
+        content: the content of `tokenizer.json`.
+        before: the earlier `tokenizer_config.json`; some of its settings are kept.
     """
     added = [token["content"] for token in content["added_tokens"] if token["special"]]
     further = [token for token in added if token not in SPECIAL_TOKENS]
@@ -122,7 +122,7 @@ def write_files(content: dict[str, Any], before: dict[str, Any], max_seq_length:
 
 
 def completed(content: dict[str, Any]) -> dict[str, Any]:
-    """With all of RoBERTa's special tokens, and the processor that puts them around texts and pairs."""
+    """Add RoBERTa's missing special tokens, and the processor that puts them around texts and pairs."""
     vocabulary = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     added = {token["content"]: token for token in content["added_tokens"]}
     for name in SPECIAL_TOKENS:
@@ -157,8 +157,8 @@ def class_of(content: dict[str, Any]) -> str:
 def other_token(data: Path, model: Path) -> str | None:
     """A token whose id differs between the tokenizers of two folders, in words; None if they give the same ids.
 
-    Vocabularies are compared, not fingerprints: files that give the same ids may differ in settings that change none,
-    as copies made by several versions of transformers do.
+    Vocabularies are compared, not fingerprints: files that give the same ids may differ in settings that do not
+    affect ids, as copies made by several versions of transformers do.
     """
     in_data, in_model = (training_tokenizer(folder).get_vocab(with_added_tokens=True) for folder in (data, model))
     different = sorted(in_data.items() ^ in_model.items())
@@ -169,10 +169,10 @@ def other_token(data: Path, model: Path) -> str | None:
 
 
 def stated_length(folder: Path) -> int | None:
-    """What a folder's tokenizer truncates to, `<s>` and `</s>` included; None if it sets no limit.
+    """The length that a folder's tokenizer truncates to, `<s>` and `</s>` included; None if it sets no limit.
 
     Raises:
-        UserError: it is not a number of tokens.
+        UserError: the length is not a number of tokens.
     """
     length = read_tokenizer_config(folder).get("model_max_length")
     if length is None:

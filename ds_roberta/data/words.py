@@ -20,7 +20,7 @@ from ds_roberta.data.tokenizer import is_continuation, token_bytes
 from ds_roberta.errors import UserError
 
 WORDS_VERSION = 2
-"""Incremented when the words of the same ids change, and with them the masks."""
+"""Incremented when a change of this module gives the same ids other words, and thus other masks."""
 MAX_WORD_TOKENS = 16
 """A longer run without a space, such as a URL, is cut into pieces of about this length, between characters."""
 
@@ -66,7 +66,7 @@ _WORD_BEGINS = np.array([_begins(key) for key in range(64)])
 
 
 def word_starts(tokenizer_folder: Path, vocab_size: int) -> np.ndarray:
-    """What `word_bounds` needs to know about each id: (vocab_size,) uint8, whose lowest bit means a space at its start.
+    """Flags of each id for `word_bounds`: (vocab_size,) uint8; the lowest bit means that it starts with a space.
 
     Raises:
         UserError: the tokenizer does not mark where words begin.
@@ -83,14 +83,14 @@ def word_starts(tokenizer_folder: Path, vocab_size: int) -> np.ndarray:
 
 
 def word_bounds(flags: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The words of a batch, each special token a word of its own.
+    """The words of a batch; each special token is a separate word.
 
     Args:
-        flags: (B, T) uint8, of `word_starts` for each token; or bool, whether its id begins a word.
+        flags: (B, T) uint8, each token's flags from `word_starts`; or bool, whether its id begins a word.
         special: (B, T) bool.
 
     Returns:
-        Flat beginnings (b * T + t) and ends, rising, without gaps: two (W,) int64. A sequence's first token and the
+        Flat beginnings (b * T + t) and ends, ascending, without gaps: two (W,) int64. A sequence's first token and the
         token after a special one begin a word, whatever their ids.
     """
     flat = flags.view(np.uint8).reshape(-1)
@@ -146,7 +146,7 @@ def _flags(data: bytes) -> int:
 
 
 def _kind(data: bytes) -> int:
-    """The kind of the first character; if its end is missing, the kind of more than half of those it may be."""
+    """The kind of the first character; if its end is missing, the kind of most characters that it may be."""
     first, last = _points(data)
     return next(
         (kind for kind, ranges in _RANGES.items() if 2 * _within(first, last, ranges) > last - first + 1), _OTHER

@@ -1,4 +1,4 @@
-"""Grammatical knowledge by minimal pairs: is the acceptable sentence more likely than the other?
+"""Grammatical knowledge, tested with minimal pairs: how often is the acceptable sentence the more likely one?
 
 Reads BLiMP's JSON lines (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon) and,
 optionally, `field`. A pair is correct if the acceptable sentence has the higher score, which is BLiMP's own rule, so a
@@ -24,7 +24,7 @@ from ds_roberta.files import check_output_file, write_figures
 
 @dataclass(frozen=True)
 class Pair:
-    """A line of the data; `place` is its file and line, `field` is empty if it has none."""
+    """One minimal pair; `place` is its file and line, and `field` is empty if the data has none."""
 
     good: str
     bad: str
@@ -45,7 +45,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Report:
-    """The mean gives each phenomenon the same weight, however many pairs it has; in BLiMP all have as many."""
+    """Accuracies by phenomenon and field, and their mean over phenomena, which have equally many pairs in BLiMP."""
 
     mean_accuracy: float
     phenomena: dict[str, Accuracy]
@@ -149,7 +149,7 @@ def _check_lengths(folder: RobertaFolder, pairs: Sequence[Pair], sentences: Sequ
 
 
 def _by_group(names: Sequence[str], margins: Sequence[float]) -> dict[str, Accuracy]:
-    """The accuracy of each name's pairs; those whose name is empty are left out."""
+    """The accuracy on each name's pairs; pairs with an empty name are left out."""
     groups: dict[str, list[float]] = {}
     for name, margin in zip(names, margins, strict=True):
         if name:

@@ -57,14 +57,14 @@ def evaluate_perplexity(
 ) -> Perplexity:
     """Print a model's held-out loss and perplexity on a data folder; write them, with the loss by position, as JSON.
 
-    With the run's length, packing, masking and number of sequences they are what the run logged.
+    They equal what the run logged if the length, packing, masking and number of sequences are the same.
 
     Args:
         model: a transformers folder.
         data: a folder made by `preprocess shard`, with held-out documents.
-        max_seq_length: of the packed sequences; None: the folder's own.
-        masking: None: the defaults.
-        sequences: the largest size of the sample.
+        max_seq_length: the length of the packed sequences; None: the model folder's own.
+        masking: the masking options; None: the defaults.
+        sequences: the maximum number of sequences in the sample.
 
     Raises:
         UserError: the model, the data, their tokenizers or the JSON's path is wrong, or the length too large.
@@ -123,7 +123,7 @@ def held_out_perplexity(
     sample = HeldOutSample(collator, sequences, micro_batch_size, Ranks(0, 1, 0, None))
     losses = _LossByPosition(folder, packing.max_seq_length)
     result = sample.evaluate(losses.add)
-    assert result is not None  # nothing stops it
+    assert result is not None  # it is never stopped
     if not losses.counts.any():
         raise UserError("no token of the held-out sequences is masked: raise --mlm_probability or --eval_sequences")
     found = MaskedLM.evaluation(*result)

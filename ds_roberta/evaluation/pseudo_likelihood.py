@@ -4,8 +4,8 @@ Each token is masked in turn and its log-probability taken; their sum is the sen
 "Masked Language Model Scoring", section 2). `within_word_l2r` also masks the later tokens of the token's word, since
 the rest of a word gives it away (Kauf & Ivanova 2023, "A Better Way to Do Masked Language Model Scoring", section 2).
 
-A sentence of N tokens is N masked copies. Copies of many sentences, sorted by length, fill batches with about the same
-number of tokens, few of which are padding.
+A sentence of N tokens becomes N masked copies. Copies of many sentences, sorted by length, fill batches with about the
+same number of tokens, few of which are padding.
 
 Shapes: B masked copies, T tokens a sequence.
 """
@@ -24,12 +24,12 @@ from ds_roberta.progress import progress_bar
 
 METRICS = ("original", "within_word_l2r")
 BATCH_TOKENS = 4096
-"""Tokens of a batch, padding included."""
+"""The default maximum number of tokens in a batch, padding included."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Token ids without `<s>` and `</s>`, and the number of each one's word."""
+    """A sentence's token ids, without `<s>` and `</s>`, and the number of each token's word."""
 
     ids: tuple[int, ...]
     words: tuple[int | None, ...]
@@ -37,7 +37,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class MaskedCopies:
-    """A batch.
+    """A batch of masked copies of sentences.
 
     Attributes:
         sentences: (B,) int64, the sentence that each row is a copy of.
@@ -53,7 +53,7 @@ class MaskedCopies:
 
 
 def encode(folder: RobertaFolder, texts: Sequence[str]) -> list[Sentence]:
-    """Words are the tokenizer's: what its pre-tokenizer splits the text into."""
+    """Encode texts; their words are the parts that the tokenizer's pre-tokenizer splits them into."""
     encodings = folder.tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [Sentence(tuple(encoding.ids), tuple(encoding.word_ids)) for encoding in encodings]
 
@@ -66,7 +66,7 @@ def pseudo_log_likelihoods(
     Args:
         sentences: none longer than `folder.max_positions` with its two special tokens.
         metric: one of `METRICS`.
-        batch_tokens: tokens of a batch, at most, unless a single row has more.
+        batch_tokens: the maximum number of tokens in a batch, unless a single row has more.
     """
     different = list(dict.fromkeys(sentences))
     scores = np.zeros(len(different))
@@ -90,7 +90,7 @@ def pseudo_log_likelihoods(
 def masked_copies(
     sentences: Sequence[Sentence], special: TokenizerInfo, metric: str, batch_tokens: int
 ) -> Iterator[MaskedCopies]:
-    """Each token's copy of its sentence, longest first, so that a batch that does not fit in memory fails at once."""
+    """Batches with a masked copy for each token, longest first, so that too large a batch fails at once."""
     by_length = sorted(range(len(sentences)), key=lambda index: -len(sentences[index].ids))
     copies = [(index, token) for index in by_length for token in range(len(sentences[index].ids))]
     first = 0

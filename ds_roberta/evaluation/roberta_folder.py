@@ -1,4 +1,4 @@
-"""A transformers folder of a RoBERTa, opened for evaluation."""
+"""A transformers folder with a RoBERTa model, opened for evaluation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RobertaFolder(TransformersFolder):
             (M,) float32 on the CPU.
 
         Raises:
-            UserError: one is not finite.
+            UserError: a log-probability is not finite.
         """
         device = self.model.device
         mask = None if attention_mask is None else attention_mask.to(device)

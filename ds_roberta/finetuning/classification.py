@@ -42,7 +42,7 @@ SHOWN_LABELS = 5
 
 
 class _TextTask(Task):
-    """A label or a number for each text or pair."""
+    """The common part of tasks that predict a label or a number for each text or pair."""
 
     model_class = transformers.RobertaForSequenceClassification
     options_class = Columns
@@ -80,7 +80,7 @@ class _TextTask(Task):
 
 
 class Classification(_TextTask):
-    """The label of a text or a pair, one of `names`."""
+    """Predicts the label of a text or a pair, one of `names`."""
 
     name = "classification"
 
@@ -134,7 +134,7 @@ class Classification(_TextTask):
 
 
 class Regression(_TextTask):
-    """A number for a text or a pair."""
+    """Predicts a number for a text or a pair."""
 
     name = "regression"
     metric_names = ("pearson", "spearman")
@@ -199,7 +199,8 @@ def encode_texts(
 
 
 def label_column(table: Table, columns: Columns) -> str:
-    """
+    """The name of the column that holds the labels.
+
     Raises:
         UserError: no column is named, and the table has none of the usual ones.
     """
@@ -213,7 +214,7 @@ def label_column(table: Table, columns: Columns) -> str:
 
 
 def without_unlabelled_tests(tables: dict[str, Table], columns: Columns) -> dict[str, Table]:
-    """All splits but tests without labels (-1 or nothing), as most of GLUE's tests are."""
+    """All splits except test splits without labels (-1 or no value), which most of GLUE's are."""
     label = label_column(tables["train"], columns)
     kept = {}
     for split, table in tables.items():
@@ -260,7 +261,7 @@ def class_names(train: Table, columns: Columns) -> list[str]:
 
 
 def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
-    """scikit-learn's metrics.
+    """scikit-learn's metrics of a classification.
 
     Args:
         logits: (examples, classes), float.

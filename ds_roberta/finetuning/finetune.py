@@ -175,7 +175,7 @@ def _problem(config: FinetuneConfig, max_seq_length: int, deepspeed_config: dict
 def _train_all(
     config: FinetuneConfig, problem: Problem, work: Path, ranks: Ranks
 ) -> tuple[dict[Setting, list[Run]], Run]:
-    """All runs, and the best one, whose folder has its model.
+    """Train all runs; return them and the best one, with its model in its folder.
 
     Raises:
         Stopped: a run was asked to stop and has saved.
@@ -215,7 +215,7 @@ def is_finetuned_folder(folder: Path) -> bool:
 
 
 def _ranks(with_deepspeed: bool) -> Ranks:
-    """This process among those of the launcher; a single process joins no group unless DeepSpeed needs one."""
+    """This process's rank under the launcher; a single process joins no group unless DeepSpeed needs one."""
     if not with_deepspeed and "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return Ranks(0, 1, 0, None)
     from ds_roberta.training.device import init_distributed  # DeepSpeed takes seconds
@@ -241,7 +241,8 @@ def _check(config: FinetuneConfig, world_size: int) -> None:
 
 
 def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
-    """
+    """Read a DeepSpeed JSON for fine-tuning and check it; None without a path.
+
     Raises:
         UserError: the file cannot be read, is not a JSON object, has a key that DeepSpeed does not know, or sets what
             the command line sets.
@@ -276,9 +277,9 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
 
 
 def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[str, Any] | None) -> Path:
-    """The runs' folder until the output is written; another plan's is removed.
+    """The folder that holds the runs until the output is written; one with another plan is removed.
 
-    Settings and seeds are not part of a plan: each run has a folder of its own.
+    Settings and seeds are not part of a plan: each run has its own folder.
 
     Raises:
         UserError: the output exists and must not be replaced.

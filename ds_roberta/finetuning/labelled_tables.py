@@ -85,7 +85,7 @@ def read_splits(
     Args:
         data: one folder with a file for each split, or saved by `datasets`; or files, each named after its split
             (`dev.tsv`) or given as `validation=FILE`.
-        suffixes: of the files to read in a folder.
+        suffixes: the endings of the files to read in a folder.
         read: reads a file, or converts a table that `datasets` saved; None: `read_table`.
 
     Raises:
@@ -132,7 +132,8 @@ def read_table(source: Path | Table) -> Table:
 
 
 def read_text(path: Path) -> str:
-    """
+    """Read a UTF-8 text file.
+
     Raises:
         UserError: the file cannot be read or is not UTF-8.
     """

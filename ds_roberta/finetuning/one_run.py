@@ -29,7 +29,7 @@ _TRAINER_STATE = "trainer_state.json"  # the last file that Trainer writes to a 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a sweep varies."""
+    """The hyperparameters that a sweep varies."""
 
     learning_rate: float
     train_batch_size: int
@@ -53,7 +53,7 @@ class Recipe(Settings):
         "AdamW's weight decay", 0.1, check=must_be("0 or a number above it", lambda value: 0 <= value < math.inf)
     )
     warmup_ratio: float = option(
-        "fraction of all steps in which the rate rises",
+        "fraction of all steps in which the learning rate rises",
         0.06,
         check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
     )
@@ -108,7 +108,7 @@ class Stopped(Exception):
 
 
 def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: StopRequest, ranks: Ranks) -> Run:
-    """Fine-tune from the model's weights, or continue from the folder's checkpoint; a finished run is read.
+    """Fine-tune from the model's weights, or continue from the folder's checkpoint; a finished run's result is read.
 
     Args:
         folder: the run's own, created if necessary.
@@ -155,8 +155,8 @@ def make_trainer(
     """A Trainer that evaluates and saves after each epoch, keeps the best and normalizes its loss as `Task.loss` does.
 
     Args:
-        folder: of its checkpoints.
-        weights: the folder with the encoder, and perhaps with a head, which is new otherwise; None: the problem's.
+        folder: where Trainer writes its checkpoints.
+        weights: the folder with the encoder and perhaps the head, which is otherwise new; None: the problem's model.
     """
     recipe = problem.recipe
     train_set, validation_set = problem.encoded["train"], problem.encoded["validation"]

@@ -21,12 +21,12 @@ from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_token
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """What a model is asked.
+    """The inputs and options of a prediction.
 
     Attributes:
         input: a file; None: only `text`, with `text_pair` if the task has pairs (the question about a context).
         output: the file for the JSON lines; None: they are only printed for people.
-        task_options: the task's own, by name; others are ignored. The rest is as in fine-tuning.
+        task_options: the task's own, by name; others are ignored. Missing ones are as in fine-tuning.
         max_seq_length: in tokens; None: as in fine-tuning.
     """
 
@@ -42,7 +42,8 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class FinetunedModel:
-    """
+    """A fine-tuned model with its task and its tokenizer.
+
     Attributes:
         max_seq_length: in tokens, the special ones included.
     """
@@ -114,7 +115,7 @@ def logits(finetuned: FinetunedModel, sequences: Sequence[list[int]], batch_size
     """The model's output for each sequence of token ids, as `Task.metrics` takes it; float32.
 
     Raises:
-        UserError: one is not finite.
+        UserError: a logit is not finite.
     """
     found: dict[int, list[np.ndarray]] = {}
     by_length = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))

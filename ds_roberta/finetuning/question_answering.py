@@ -108,10 +108,10 @@ class Decoded:
 
 
 class QuestionAnswering(Task):
-    """The span of a context that answers a question.
+    """Finds the span of a context that answers a question.
 
     Attributes:
-        with_null: whether "no answer" is an answer.
+        with_null: whether "no answer" is a possible answer.
     """
 
     name = "question-answering"
@@ -136,7 +136,7 @@ class QuestionAnswering(Task):
     def from_model(
         cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
     ) -> QuestionAnswering:
-        """Answers are chosen as in fine-tuning; with a threshold given, "no answer" is an answer."""
+        """Answers are chosen as in fine-tuning; with a threshold given, "no answer" is a possible answer."""
         stored = results.get("question_answering") or {}
         try:
             options = SpanOptions(**{**stored.get("options", {}), **given})

@@ -17,10 +17,11 @@ COLUMNS = ("question", "context", "answers")
 
 @dataclass(frozen=True)
 class Question:
-    """
+    """A question about a context, with its gold answers.
+
     Attributes:
-        place: in its file, for messages.
-        id: as in the file, else the row's number; unique in it.
+        place: the question's place in its file, for messages.
+        id: as in the file, else the row's number; unique within the file.
         answers: the gold answers' texts; none if the context does not answer it, or if the file does not say.
         start: where the first answer begins in `context`, in characters; None if there is none.
         may_be_unanswerable: whether its file is like SQuAD 2.0's, in which a context need not answer its question.
@@ -39,11 +40,11 @@ def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
     """Read SQuAD's JSON.
 
     Args:
-        labelled: whether each question must have an answer or be marked as without one. If not, answers are
+        labelled: whether each question must have an answer or be marked as having none. If not, answers are
             ignored.
 
     Raises:
-        UserError: the file cannot be read, is not of SQuAD's form, has no question or an id twice, or an answer is
+        UserError: the file cannot be read, is not in SQuAD's format, has no question or an id twice, or an answer is
             not at its `answer_start`.
     """
     try:
@@ -120,7 +121,7 @@ def _question(
 
 
 def _answers(place: str, context: str, entry: dict[str, Any], given: Any, may_be_none: bool) -> list[tuple[str, int]]:
-    """Texts and starts; none if the context does not answer the question."""
+    """The answers' texts and starts; empty if the context does not answer the question."""
     if not isinstance(given, list):
         raise UserError(f"{place}: 'answers' is {given!r}, not a list: give a file in SQuAD's format")
     if given and entry.get("is_impossible"):

@@ -21,9 +21,10 @@ WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
 
 @dataclass(frozen=True)
 class Sentence:
-    """
+    """A sentence as words, with their tags if they are known.
+
     Attributes:
-        place: in its file, for messages.
+        place: the sentence's place in its file, for messages.
         words: at least one, none empty.
         tags: one for each word; empty if there are none.
         text: what the words were taken from; None if they were given one by one.
@@ -131,7 +132,7 @@ def split_text(place: str, text: str) -> Sentence:
     """The words and punctuation marks of a text, separated as in the data of token classification.
 
     Raises:
-        UserError: it has none.
+        UserError: the text has no words.
     """
     found = list(WORD_IN_TEXT.finditer(text))
     if not found:
@@ -155,7 +156,8 @@ def are_of_entities(tags: Iterable[str]) -> bool:
 
 
 def check_tags(tagged: Iterable[tuple[str, str]]) -> None:
-    """
+    """Check the form of tags that mark entities.
+
     Args:
         tagged: a file's tags, each with its place.
 

@@ -1,4 +1,4 @@
-"""What each kind of fine-tuning defines."""
+"""The interface that each kind of fine-tuning implements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_roberta.options import Settings
 
 RESULTS = "results.json"
 NO_LABEL = -100  # Trainer does not count it, and torch's cross entropy ignores it
-SHORTEST = 8  # tokens in a sequence, at least
+SHORTEST = 8  # lower limit of --max_seq_length
 COMMAND_LINE = "the command line"  # the place of a single text, for messages
 
 
@@ -36,10 +36,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Answer:
-    """
+    """What the model predicts for one input.
+
     Attributes:
-        lines: for people.
-        row: for programs.
+        lines: the prediction as text, for people.
+        row: the prediction as a JSON object, for programs.
     """
 
     lines: list[str]
@@ -56,7 +57,7 @@ class Task(ABC):
         options_class: the task's own options.
         collator: makes a batch of features; called with the tokenizer.
         add_prefix_space: how the model's tokenizer is opened and saved; None: as it is.
-        metric_names: those that may choose the best epoch and run; the first is the default.
+        metric_names: the metrics that may choose the best epoch and run; the first is the default.
         head: the head's values in the model's configuration.
         results: the task's own entries in `results.json`.
     """
@@ -119,7 +120,8 @@ class Task(ABC):
     def encode(
         self, tokenizer: transformers.PreTrainedTokenizerBase, inputs: Sequence[Any], max_seq_length: int
     ) -> Encoded:
-        """
+        """Turn inputs into token ids, and into labels where they have any.
+
         Args:
             max_seq_length: in tokens, the special ones included.
         """
@@ -153,7 +155,7 @@ class Task(ABC):
 
 
 def label_head(names: Sequence[str]) -> dict[str, Any]:
-    """The values of a head with these labels."""
+    """The configuration values of a head with these labels."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),

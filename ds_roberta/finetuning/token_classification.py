@@ -73,7 +73,7 @@ class Entity:
 
 
 class TokenClassification(Task):
-    """A tag for each word, one of `names`."""
+    """Predicts a tag for each word, one of `names`."""
 
     name = "token-classification"
     model_class = transformers.RobertaForTokenClassification

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
     "layer_norm_eps": 1e-12,
 }
-"""transformers' defaults of a `ModelConfig`'s fields, for those that a file leaves out."""
+"""transformers' defaults for the fields of a `ModelConfig` that a file leaves out."""
 _ONLY: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -69,11 +69,11 @@ _VALID: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         lambda value: isinstance(value, str) and value in ACTIVATIONS,
     ),
 )
-"""The fields of a `ModelConfig`, what each must be, and a check of that."""
+"""The fields of a `ModelConfig`, each with what it must be and a check."""
 
 
 def model_choice(text: str) -> str:
-    """A preset's name, or the path of a config or its folder; as argparse's `type`."""
+    """Parse a preset's name, or the path of a config or its folder; a `type` for argparse."""
     if text not in PRESETS:
         try:
             config_path(text)
@@ -86,7 +86,7 @@ def config_path(model: str) -> Path:
     """The config that a path names: itself, or the one in a folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     path = Path(model) / CONFIG_NAME if Path(model).is_dir() else Path(model)
     if not path.is_file():
@@ -127,7 +127,7 @@ def architecture(content: Mapping[str, Any], path: Path, tokenizer: TokenizerInf
             The vocabulary may be larger than the tokenizer's, such as a multiple of 64; the rest are never inputs.
 
     Raises:
-        UserError: the model cannot be trained; every problem is named, on a line of its own.
+        UserError: the model cannot be trained; every problem is named on a separate line.
     """
     if content.get("model_type") != "roberta":
         raise UserError(f"{str(path)!r}: {_other_model_type(content.get('model_type'))}")

@@ -1,4 +1,4 @@
-"""The RoBERTa encoder (Liu et al. 2019), with the parameter names and numbers of transformers' `RobertaModel`.
+"""The RoBERTa encoder (Liu et al. 2019), with the parameter names and results of transformers' `RobertaModel`.
 
 Shapes: B sequences, T tokens, D hidden size, H heads, K = D / H.
 """
@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | type[nn.Module]]
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-"""The functions of the MLP by transformers' names, equal up to rounding; a module where it has parameters.
+"""The MLP's activations by transformers' names, equal to them up to rounding; modules if they have parameters.
 
 transformers' `xielu` is missing: it keeps its parameters in bf16.
 """

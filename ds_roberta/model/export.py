@@ -1,4 +1,4 @@
-"""From our parameters to a transformers folder that loads anywhere, checked before it appears."""
+"""Export of our parameters as a transformers folder, which is checked before it appears."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def compared_outputs(weights: Mapping[str, torch.Tensor]) -> str:
 def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_model: torch.nn.Module) -> float:
     """The largest difference between our logits and transformers', as a share, on random ids with padding.
 
-    First transformers' logits are computed in fp32, as users do: finite weights may be so large that they are not
-    finite. Then both are computed in float64, because sharp attention can amplify some machines' fp32 rounding beyond
-    any tolerance; `hf_model` stays in float64.
+    First transformers' logits are computed in fp32, as users do: finite weights may be so large that the logits are
+    not finite. Then both are computed in float64, because sharp attention can amplify some machines' fp32 rounding
+    beyond any tolerance; `hf_model` stays in float64.
 
-    Without a masked-LM head hidden states are compared instead.
+    Without a masked-LM head, hidden states are compared instead.
 
     Raises:
-        UserError: it is above `PARITY_TOLERANCE`, or NaN; or the fp32 logits are not finite.
+        UserError: the difference is above `PARITY_TOLERANCE` or NaN, or the fp32 logits are not finite.
     """
     ours: MaskedLM | RobertaModel
     if has_masked_lm_head(weights):

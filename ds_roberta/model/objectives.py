@@ -1,4 +1,4 @@
-"""What the encoder is trained to do. An objective is one class here, listed in `OBJECTIVES`.
+"""The training objectives of the encoder. Each is one class in this module, listed in `OBJECTIVES`.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary, M labelled tokens.
 """
@@ -30,7 +30,7 @@ class Objective(nn.Module):
 
     Attributes:
         name: the choice of `--objective`.
-        summary: its line in the option's help.
+        summary: the line about it in the option's help.
         description: its name in the model card.
         chosen: what happens to the tokens that masking chooses, in one word.
         masker: prepares the inputs and labels.
@@ -57,7 +57,7 @@ class Objective(nn.Module):
         """The scalar to differentiate, for one micro-batch's sums.
 
         Args:
-            counts: of the step's whole batch; the engine divides the result by the number of its labels.
+            counts: the counts of the step's whole batch; the engine divides the result by the number of its labels.
         """
         return sums["loss"]
 
@@ -94,7 +94,7 @@ class Objective(nn.Module):
 
         Args:
             length: T, the tokens of a sequence; for shorter ones this counts more attention than they need.
-            labelled_share: of all tokens, `<s>` and `</s>` included, that have a label.
+            labelled_share: the share of all tokens, `<s>` and `</s>` included, that have a label.
         """
         hidden = config.hidden_size
         layer = 6 * (4 * hidden**2 + 2 * hidden * config.intermediate_size) + 12 * hidden * length
@@ -102,13 +102,13 @@ class Objective(nn.Module):
 
     @classmethod
     def identity(cls) -> dict[str, Any]:
-        """Its entries in a run's identity; see `objective_of`. Masked language modelling came first and has none."""
+        """The objective's entries in a run's identity; see `objective_of`. Masked language modelling has none."""
         pairs = {"next_sentence_prediction": True} if cls.is_paired else {}
         return pairs if cls.name == MaskedLM.name else {**pairs, "objective": cls.name}
 
 
 class MaskedLMHead(nn.Module):
-    """Transforms hidden states for the vocabulary projection, whose matrix is the word embeddings'."""
+    """Transforms hidden states and projects them to the vocabulary with the matrix of the word embeddings."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -127,7 +127,7 @@ class MaskedLMHead(nn.Module):
 
 
 class MaskedLM(Objective):
-    """Masked language modelling; parameter names and numbers of transformers' `RobertaForMaskedLM`."""
+    """Masked language modelling; parameter names and results of transformers' `RobertaForMaskedLM`."""
 
     name = "mlm"
     summary = "predict masked tokens"
@@ -174,12 +174,12 @@ class MaskedLM(Objective):
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean cross-entropy in nats; finite even if the model has diverged."""
+    """The perplexity for a mean cross-entropy in nats; finite even if the model has diverged."""
     return math.exp(min(loss, 700.0))
 
 
 class NextSentenceHead(nn.Module):
-    """Whether the second segment follows the first, from the hidden state of `<s>` (BERT's pooler and classifier)."""
+    """Predicts from `<s>` whether the second segment follows the first, with BERT's pooler and classifier."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -233,7 +233,7 @@ class MaskedLMWithNextSentence(MaskedLM):
 
     @classmethod
     def evaluation(cls, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
-        """Its `loss` is only the masked tokens', to be compared with runs without pairs."""
+        """The `loss` is only that of the masked tokens, so that it can be compared with runs without pairs."""
         metrics = cls.metrics(sums, counts)
         loss = metrics["mlm_loss"]
         pairs = {name: metrics[name] for name in ("nsp_loss", "nsp_accuracy")}
@@ -246,7 +246,7 @@ class MaskedLMWithNextSentence(MaskedLM):
 
 
 class SubstitutionHead(nn.Module):
-    """Whether a token was replaced, from its hidden state (ELECTRA's discriminator, Clark et al. 2020)."""
+    """Predicts whether a token was replaced, from its hidden state (ELECTRA's discriminator, Clark et al. 2020)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -34,7 +34,7 @@ def position_rows(
 ) -> torch.Tensor:
     """Position embeddings for sequences of `length` tokens: the learned ones, repeated.
 
-    Position *p* gets what position *p* mod `learned` has, as in Longformer (Beltagy et al. 2020, arXiv:2004.05150,
+    Position *p* gets the row of position *p* mod `learned`, as in Longformer (Beltagy et al. 2020, arXiv:2004.05150,
     section 5): attention is mostly local, and the copies keep that everywhere except at their borders.
 
     Args:
@@ -80,7 +80,7 @@ def token_sources(
 
 
 def token_rows(rows: torch.Tensor, sources: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The mean of each list of rows: (V, D) or (V,) float32 to as many rows as there are lists."""
+    """The mean of each list of rows: from (V, D) or (V,) float32 to one row for each list."""
     flat = torch.tensor([old_id for ids in sources for old_id in ids])
     offsets = torch.tensor([0, *(len(ids) for ids in sources[:-1])]).cumsum(0)
     return F.embedding_bag(flat, rows.reshape(len(rows), -1), offsets, mode="mean").reshape(-1, *rows.shape[1:])

@@ -1,6 +1,6 @@
-"""The report's page and the files beside it.
+"""The report's page and the files next to it.
 
-    runs' folders → runs → figures and tables → one HTML page, PNGs in a folder beside it
+    runs' folders → runs → figures and tables → one HTML page, PNGs in a folder next to it
 
 The page contains everything it shows and fetches nothing.
 """
@@ -65,7 +65,7 @@ tr.differs td { font-weight: 600; }
 
 
 def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Write the page of runs to `output`, and its plots as PNGs into the folder `STEM_plots` beside it.
+    """Write the page of runs to `output`, and its plots as PNGs into the folder `STEM_plots` next to it.
 
     Raises:
         UserError: a run cannot be read, the output cannot be written, or matplotlib is not installed. Nothing is then

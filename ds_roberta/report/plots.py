@@ -23,7 +23,7 @@ class Metric:
         best: chooses the best of several values; None if no value is better than another.
         log: draw on a logarithmic axis if the values differ much.
         precision: the only one in which the metric is informative; None for all.
-        of_some: only some objectives have it, so a run without it is not reported to lack it.
+        of_some: only some objectives have it, so it is not reported as missing from a run.
         over: the x axis: steps, or for `loss_by_position` positions in the sequence.
     """
 
@@ -129,7 +129,7 @@ def png(figure: Figure) -> bytes:
 
 
 def describe(runs: Sequence[Run], metric: Metric) -> str:
-    """What the plot of `metric` shows, for those who cannot see it."""
+    """A text description of the plot of `metric`, for readers who cannot see it."""
     sentences = [f"{metric.title.removesuffix(f' by {metric.over}')} by {metric.over}."]
     for run in runs:
         if series := metric.of(run):
@@ -141,7 +141,7 @@ def describe(runs: Sequence[Run], metric: Metric) -> str:
 
 
 def best(metric: Metric, series: Series) -> tuple[int, float] | None:
-    """The step and value of the metric's best finite value, the first of equals; None if no value is better."""
+    """The step and value of the metric's best finite value, the first of equals; None if no value is best."""
     if metric.best is None:
         return None
     value = metric.best([value for value in series.values if math.isfinite(value)])

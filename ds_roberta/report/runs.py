@@ -34,7 +34,7 @@ class Run:
 
     Attributes:
         name: distinguishes it from the other runs of the report.
-        rows: of `metrics.jsonl`, each with `global_step`; at least one.
+        rows: the rows of `metrics.jsonl`, each with `global_step`; at least one.
         config: `config.json`.
         results: flat keys and values of each results file, by its path in the folder.
         loss_by_position: held-out loss at the middles of ranges of positions, from the first file that has it.
@@ -115,7 +115,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _is_perplexity(content: Any) -> bool:
-    """Whether it is what `launch/evaluate.py perplexity` writes, not another tool's."""
+    """Whether `launch/evaluate.py perplexity`, and not another tool, wrote `content`."""
     ranges = content.get(BY_POSITION) if isinstance(content, dict) else None
     return isinstance(ranges, list) and all(
         isinstance(each, dict) and {"first", "last", "loss"} <= each.keys() for each in ranges

@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 CHECKPOINTS_FOLDER = "checkpoints"
 LATEST_NAME, BEST_NAME = "latest", "best"
 TRAINED_TENSORS = ("weight", "exp_avg", "exp_avg_sq")
-"""What is stored of a parameter, as `KEY.NAME`."""
+"""The tensors that are stored for each parameter, as `KEY.NAME`."""
 _NAME_PATTERN = re.compile(r"global_step(\d+)")
 MANIFEST_NAME = "manifest.json"
 
@@ -52,11 +52,11 @@ class TrainState:
         consumed_tokens: tokens trained on, padding not counted.
         loss_scaler: the numbers of fp16's dynamic loss scaler.
         best_eval_loss: the lowest held-out loss after a step, in nats; None before the first evaluation.
-        best_step: the step that it was measured at.
-        recent_losses: of the last steps, by which a loss spike is recognised.
-        loss_spikes: steps whose loss was one, including those that were rolled back.
+        best_step: the step at which it was measured.
+        recent_losses: the losses of the last steps, with which a new loss is compared to find spikes.
+        loss_spikes: the number of steps with a loss spike, including steps that were rolled back.
         skipped_places: what the run skips after such a step, each with the fields of `data.stages.SkippedPlaces`.
-        learned_positions: of the model that the run started from; 0 if it started from scratch.
+        learned_positions: the learned positions of the model that the run started from; 0 if it started from scratch.
     """
 
     identity: dict[str, Any]
@@ -201,7 +201,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def state_from(content: dict[str, Any]) -> TrainState:
-    """The reverse of `asdict`; numbers that an earlier version did not store have their defaults."""
+    """The reverse of `asdict`; fields that an earlier version did not store get their defaults."""
     return TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState) if entry.name in content})
 
 
@@ -211,7 +211,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def load(engine: Engine, checkpoint: Path) -> TrainState:
-    """Put a verified checkpoint into an engine of any ZeRO stage, precision and world size, on all ranks."""
+    """Load a verified checkpoint into an engine of any ZeRO stage, precision and world size, on all ranks."""
     state = read_state(checkpoint)
     files = {key: file for key, _, file in _stored(checkpoint)}
     for name, parameter in engine.module.named_parameters():

@@ -57,7 +57,7 @@ class Retention:
     keep_every: int | None = None
 
     def removable(self, steps: list[int], state: TrainState) -> list[int]:
-        """Those of the saved `steps`, the newest first, that may be removed now that `state` is saved."""
+        """Which of the saved `steps` (newest first) may be removed now that `state` is saved."""
         return [
             step
             for step in steps[self.keep_last :]
@@ -72,7 +72,7 @@ class _Save:
     state: TrainState
     target: Path
     share: Future[FileEntries]
-    """This process's files, once they are on the disk."""
+    """Resolves to this process's files once they are on the disk."""
 
 
 class CheckpointWriter:
@@ -96,7 +96,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: _Save | None = None
         self.saved_step = 0
-        """Of the last checkpoint that this writer completed; 0 for none."""
+        """The step of the last checkpoint that this writer completed; 0 for none."""
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -154,7 +154,7 @@ class CheckpointWriter:
             self.poll()
 
     def _write_share(self, state: TrainState, tensors: dict[str, torch.Tensor], temporary: Path) -> FileEntries:
-        """In the thread: write this rank's files durably; rank 0 also writes the shared ones."""
+        """Write this rank's files durably, in the thread; rank 0 also writes the shared ones."""
         paths = []
         if tensors:
             name = f"state-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
@@ -173,7 +173,7 @@ class CheckpointWriter:
         return {str(path.relative_to(temporary)): file_entry(path) for path in paths}
 
     def _complete(self, save: _Save, entries: list[FileEntries], problems: list[str]) -> None:
-        """On rank 0: give the checkpoint its name, or remove what was written."""
+        """Rename the checkpoint to its final name, or remove what was written; called on rank 0."""
         temporary = temporary_folder(save.target)
         with errors_of_saving(save.target):
             if problems:
@@ -224,7 +224,7 @@ def begin(target: Path) -> None:
 
 
 def put_in_place(target: Path) -> None:
-    """Give a durable temporary folder its name, and let `latest` name it."""
+    """Rename the durable temporary folder to `target`, and make `latest` name it."""
     # The same step may exist already: a stop interrupted its evaluation, which was repeated after the resume.
     exchange(temporary_folder(target), target)
     write_pointer(target.parent, LATEST_NAME, target)

@@ -67,7 +67,7 @@ def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = _GRAPHS_AT_MOST
     # Otherwise kernels are chosen by timing them, and a resumed run might round differently.
     torch._inductor.config.deterministic = True
-    # Their seeds are Python numbers, each of which would need a graph of its own. They are excluded only here because
+    # Their seeds are Python numbers, each of which would need a separate graph. They are excluded only here because
     # that imports torch's compiler, which takes a second.
     for name in ("cpu_dropout", "plain_attention"):
         setattr(kernels, name, torch.compiler.disable(getattr(kernels, name)))

@@ -75,7 +75,7 @@ def find(path: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: str) -> TrainState:
-    """The state in a checkpoint that such a run can load.
+    """The state in a checkpoint, if a run with these settings can load it.
 
     Raises:
         UserError: it cannot be read, or was not written by this program, or by a run of another kind.
@@ -108,7 +108,7 @@ def _precision(config: dict[str, Any]) -> str:
 
 
 def load(engine: Engine, checkpoint: Path, state: TrainState) -> None:
-    """Put a checkpoint, whose state was read, into an engine of the same kind, on all ranks.
+    """Load a checkpoint, after `read_state`, into an engine of the same kind; all ranks call it.
 
     Raises:
         UserError: DeepSpeed cannot load it (a file is missing or damaged).

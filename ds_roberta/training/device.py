@@ -52,8 +52,8 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
 def without_compiler() -> Iterator[None]:
     """Make `torch.compile` leave functions unchanged.
 
-    To check whether an optimizer is its Muon (ours never is), DeepSpeed imports that, which wraps three functions for
-    compilation, for which torch imports its whole compiler: a second of every start.
+    To check whether an optimizer is its Muon, which ours never is, DeepSpeed imports Muon. That module compiles three
+    functions, for which torch imports its whole compiler; this would take a second at every start.
     """
     name = "TORCHDYNAMO_DISABLE"  # read at each call of torch.compile
     before = os.environ.get(name)

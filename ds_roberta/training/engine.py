@@ -1,4 +1,4 @@
-"""DeepSpeed's engine: the only place that makes one, and what the trainer needs of it.
+"""A wrapper around DeepSpeed's engine, and the only module that creates one.
 
 Accumulation. Gradients of all micro-steps are summed in fp32 on every process and reduced once a step, at every ZeRO
 stage and precision:
@@ -81,7 +81,7 @@ class Engine:
         Args:
             config: from `DeepSpeedConfig.resolved`.
             seed: the run's; dropout derives from it.
-            groups: of parameters; None if the optimizer treats all alike.
+            groups: parameter groups; None if the optimizer treats all alike.
 
         Raises:
             UserError: DeepSpeed refuses the configuration.
@@ -220,7 +220,7 @@ class Engine:
         return problems[0] if problems else None
 
     def load_deepspeed_checkpoint(self, folder: Path, tag: str) -> None:
-        """The reverse, into an engine of the same ZeRO stage, precision and world size; may raise `UserError`."""
+        """Load such a checkpoint if ZeRO stage, precision and world size are the same; may raise `UserError`."""
         try:
             self.deepspeed.load_checkpoint(str(folder), tag=tag)
         except Exception as error:  # whatever pickle makes of a damaged file
@@ -228,7 +228,7 @@ class Engine:
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Link moments to parameters: DeepSpeed does not for those that it loads, nor beyond the first group."""
+        """Link moments to parameters: DeepSpeed does not do so for loaded moments, nor beyond the first group."""
         if self.zero_stage in (1, 2):
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
@@ -280,7 +280,7 @@ class Engine:
         """One micro-step within `accumulation`.
 
         Args:
-            counts: of the whole global batch.
+            counts: the counts of the whole global batch.
             last: whether the step's gradient is complete after this micro-step.
 
         Returns:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a transformers folder with a model card."""
+"""Export of a checkpoint as a transformers folder with a model card."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     """The text of `README.md` in the form of Hugging Face's model cards.
 
     Args:
-        weights: those exported, by parameter name.
+        weights: the exported weights, by parameter name.
         checkpoint: `RUN/checkpoints/global_stepN`; outside a run's folder the card has only the checkpoint's facts.
 
     Raises:
@@ -108,15 +108,17 @@ def _training(state: TrainState) -> dict[str, Any]:
         objective.chosen: _masking(masking) if masking else None,
         "sequences": f"{packing['max_seq_length']} tokens",
         "packing": packing.get("format"),
-        "schedule of their length": _schedule(identity.get("max_seq_length_schedule")),
-        "sequences a step": identity.get("train_batch_size"),
-        "schedule of their number": _schedule(identity.get("train_batch_size_schedule")),
+        "sequence length schedule": _schedule(identity.get("max_seq_length_schedule")),
+        "sequences per step": identity.get("train_batch_size"),
+        "batch size schedule": _schedule(identity.get("train_batch_size_schedule")),
         "steps": f"{state.global_step:,}",
         "sequences seen": f"{state.consumed_samples:,}",
         "tokens seen": f"{state.consumed_tokens:,}",
-        "began with": f"weights of checksum {identity['init_from']}" if identity.get("init_from") else "random weights",
+        "started from": f"weights of checksum {identity['init_from']}"
+        if identity.get("init_from")
+        else "random weights",
         "data": f"fingerprint {identity['data']}" if "data" in identity else None,
-        "weights of its sources": identity.get("source_weights"),
+        "source weights": identity.get("source_weights"),
         "seed": identity.get("seed"),
     }
     return {name: value for name, value in facts.items() if value is not None}
@@ -131,7 +133,7 @@ def _masking(masking: dict[str, Any]) -> str:
 
 
 def _schedule(text: str | None) -> str | None:
-    """Of more than one stage."""
+    """The schedule if it has more than one stage, else None."""
     return text if text and "," in text else None
 
 
@@ -156,13 +158,13 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
     """What the run's `config.json` adds, as its last start wrote it; an earlier version's has less."""
     deepspeed, optimizer = ("deepspeed",), ("deepspeed", "optimizer", "params")
     places: dict[str, tuple[str | int, ...]] = {
-        "folder of the data": ("run", "data_dir"),
-        "folder that it began with": ("run", "init_from"),
+        "data folder": ("run", "data_dir"),
+        "folder of the initial model": ("run", "init_from"),
         "optimizer": (*deepspeed, "optimizer", "type"),
         "peak learning rate": (*optimizer, "lr"),
         "weight decay": (*optimizer, "weight_decay"),
-        "biases and LayerNorms not decayed": ("run", "no_decay_bias_and_norm"),
-        "shape of the learning rate": ("run", "schedule", "lr_scheduler_type"),
+        "no weight decay of biases and LayerNorms": ("run", "no_decay_bias_and_norm"),
+        "learning rate schedule": ("run", "schedule", "lr_scheduler_type"),
         "warm-up steps": ("run", "schedule", "warmup_steps"),
         "precision": ("precision",),
         "ZeRO stage": (*deepspeed, "zero_optimization", "stage"),
@@ -171,6 +173,6 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
         "commit of ds_roberta": ("commit",),
     }
     found = {name: value_at(record, place) for name, place in places.items()}
-    for name in ("folder of the data", "folder that it began with"):
+    for name in ("data folder", "folder of the initial model"):
         found[name] = found[name] and Path(found[name]).name  # its parents are private
     return {name: str(value) for name, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What is known of a run: what a resumed run must share, what all processes must share, the record `config.json`."""
+"""Facts about a run: what a resumed run must share, what all its processes must share, and the record `config.json`."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ _PATHS = ("data_dir", "deepspeed_config")  # compared by content: a host may hav
 def shared_facts(
     options: dict[str, Any], deepspeed_config: DeepSpeedConfig, corpus: Corpus, model: ModelConfig, precision: str
 ) -> dict[str, str]:
-    """This process's program, options, data, model and precision, as a comparison between hosts shows them."""
+    """This process's program, options, data, model and precision, in the words of an error about different hosts."""
     return {
         "ds_roberta": f"{ds_roberta.__version__} of source {source_fingerprint()}",
         "torch": torch.__version__,

@@ -41,7 +41,7 @@ class InitialModel:
         learned_positions: tokens of the longest sequences it was trained on: for a checkpoint, in its run or before it;
             for a transformers folder, what its tokenizer truncates to, at most its positions.
         tokenizer_folder: with `tokenizer.json`.
-        is_checkpoint: of this program; else a transformers folder.
+        is_checkpoint: whether the folder is a checkpoint of this program; else it is a transformers folder.
     """
 
     folder: Path
@@ -124,7 +124,7 @@ class InitialModel:
         Parameters of a head that this one does not have stay as they are.
 
         Returns:
-            What was done, in words.
+            Lines for the log about what was done.
 
         Raises:
             UserError: the weights cannot be read, are not finite, or do not fit.
@@ -169,7 +169,7 @@ class InitialModel:
         return done
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """fp32, by parameter name."""
+        """The fp32 weights by parameter name."""
         if self.is_checkpoint:
             checkpoint.verify(self.folder)
             return checkpoint.weights(self.folder)
@@ -178,7 +178,7 @@ class InitialModel:
 
 
 def _copy(weights: dict[str, torch.Tensor], model: Objective, folder: Path) -> tuple[list[str], list[str]]:
-    """Copy the weights that the model has parameters for; the modules that were left out, and those without weights."""
+    """Copy the weights that the model has parameters for; return the modules left out and those without weights."""
     parameters = dict(model.named_parameters())
     missing = parameters.keys() - weights.keys()
     wrong = sorted(name for name in missing if name.startswith("roberta."))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ds_roberta.errors import UserError
 
 WINDOW = 100
-"""Number of losses that one is compared with; the first ones of a stage, which fall fast, are not checked."""
+"""Number of earlier losses that a loss is compared with; a stage's first losses, which fall fast, are not checked."""
 _DEVIATIONS_TO_SIGMA = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -35,7 +35,7 @@ class LossSpike(UserError):
 def spike_limit(recent_losses: Sequence[float], threshold: float) -> float:
     """The largest loss that is not a spike: median + threshold * robust standard deviation of the recent losses.
 
-    Neither moves much by single outliers (Hampel 1974, "The influence curve and its role in robust estimation").
+    Single outliers hardly move either (Hampel 1974, "The influence curve and its role in robust estimation").
     It is infinite until there are `WINDOW` losses. A falling loss widens the deviation and raises the limit, and no
     loss is too low.
     """

@@ -17,12 +17,12 @@ from ds_roberta.progress import progress_bar
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
-"""Next to the metrics: all that it takes to reproduce the run; `ds_roberta.training.run` writes it."""
+"""The file next to the metrics with all that is needed to reproduce the run; `ds_roberta.training.run` writes it."""
 _REMEDY = "fix this, then run the same command again to continue from the newest checkpoint"
 
 
 def memory_gb(device: torch.device) -> float:
-    """10⁹ bytes: on a GPU the most that this process has allocated there so far, else what it has in memory now."""
+    """Memory in 10⁹ bytes: on a GPU the most that this process has allocated so far, else what it uses now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

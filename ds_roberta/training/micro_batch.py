@@ -5,8 +5,8 @@ keeps there. On a CPU, where memory is not the limit, it is the fastest of a few
 folder and in the user's cache, keyed by all that it depends on: a run that resumes under the same conditions gets
 the same micro-batch, or it could not be bit-identical to an uninterrupted one.
 
-A trial uses a twin of the model that DeepSpeed does not know. So nothing is collective: a process that runs out of
-memory leaves no other waiting, and nothing in DeepSpeed needs repair.
+A trial uses a twin of the model that DeepSpeed does not know, so it makes no collective calls: a process that runs out
+of memory leaves no other waiting, and DeepSpeed's state needs no repair.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ def _remember(path: Path, key: str, finding: dict[str, Any]) -> None:
 
 
 def _findings(path: Path) -> dict[str, Any]:
-    """The content of a file of findings; nothing if it is missing or damaged: they are found again."""
+    """The content of a file of findings; empty if it is missing or damaged, so that sizes are found again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

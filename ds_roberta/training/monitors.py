@@ -1,6 +1,6 @@
 """TensorBoard, CSV files and Weights & Biases, set up by the DeepSpeed JSON's sections, written where DeepSpeed would.
 
-DeepSpeed itself does not get the sections: it would add series of its own, against a sample counter that restarts with
+DeepSpeed itself does not get the sections: it would add other series, against a sample counter that restarts with
 every start. Here x is `global_step`, and a series has each step once. `metrics.jsonl` is the record: when a run starts,
 resumes or rolls back, every monitor is made to match what is left of it.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from ds_roberta.training.metrics import MetricsLog
 
 Point = tuple[int, dict[str, float]]
-"""A step and values at it by their series' names."""
+"""A step, and its values by the series' names."""
 
 RECORD_NAME = "monitors.json"
-"""In the run's folder: the id by which W&B and the monitors' folders know the run."""
+"""The file in the run's folder with the id by which W&B and the monitors' folders know the run."""
 OWNER_NAME = ".run_id"
-"""In a monitor's folder: the id of the run that writes there."""
+"""The file in a monitor's folder with the id of the run that writes there."""
 _PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
 _FILES = {"tensorboard": "*tfevents*", "csv_monitor": "Train_*.csv"}
 
@@ -58,7 +58,7 @@ class Monitor(Protocol):
 class Monitors:
     """The monitors of a run on the rank that opened them; on the others every method does nothing.
 
-    One that fails during the run (a full disk, a lost service) is reported and left out until the next start.
+    A monitor that fails during the run (a full disk, a lost service) is reported and left out until the next start.
     """
 
     def __init__(self, output_dir: Path, sections: dict[str, Any], may_roll_back: bool):
@@ -179,7 +179,7 @@ def _check_owner(folder: Path, section: str, run_id: str | None) -> None:
 
 
 def _take_folder(folder: Path, section: str, run_id: str) -> None:
-    """Make a monitor's folder this run's, or raise `UserError`."""
+    """Claim a monitor's folder for this run, or raise `UserError`."""
     with errors_of_the_disk(folder, remedy=f"change {section}.output_path"):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / OWNER_NAME) as temporary:
@@ -187,7 +187,7 @@ def _take_folder(folder: Path, section: str, run_id: str) -> None:
 
 
 class CsvMonitor(Monitor):
-    """A file for each series, with the columns `global_step` and the series' own name."""
+    """Writes a CSV file for each series, with the columns `global_step` and the series' name."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -218,7 +218,7 @@ class CsvMonitor(Monitor):
 
 
 class TensorBoardMonitor(Monitor):
-    """Event files; those of a new start hide what earlier ones have from its first step on."""
+    """Writes event files; those of a new start hide what earlier ones contain from its first step on."""
 
     def __init__(self, folder: Path):
         self._folder = folder

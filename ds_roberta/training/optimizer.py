@@ -1,4 +1,4 @@
-"""Schedules of the learning rate and of the share to mask, and which parameters are decayed."""
+"""Schedules of the learning rate and of the share to mask, and the parameters that weight decay applies to."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
 
 
 def _decay(shape: str, progress: float, power: float | None) -> float:
-    """From 1 at progress 0 to 0 at progress 1."""
+    """The factor of a decay, from 1 at progress 0 to 0 at progress 1."""
     if shape == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
     if shape == "1-sqrt":

@@ -1,4 +1,4 @@
-"""The most that a device can compute: a run's model FLOPs utilisation (`mfu`) is a share of it."""
+"""A device's peak FLOP/s; a run's model FLOPs utilisation (`mfu`) is a share of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA_SHEET, MEASURED = "data sheet", "measured"
 _FIRST_SIZE, _LAST_SIZE = 1_024, 8_192
 _SIZE_SECONDS = 0.1
 _LARGER_SECONDS = 0.2
-"""A larger product is tried if it is expected to take no longer than this."""
+"""Seconds; a larger product is tried if it is expected to take no longer."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def device_peak(device: torch.device, precision: str, ranks: Ranks) -> Peak:
 
 
 def data_sheet_rate(device_name: str) -> float | None:
-    """FLOP/s by torch's name of a GPU; None if it is not in the table, as a part of a GPU (MIG) is not."""
+    """FLOP/s by torch's name of a GPU; None if the table does not have it, for example a MIG slice."""
     return next((rate for pattern, rate in _DATA_SHEETS if re.fullmatch(pattern, device_name)), None)
 
 
@@ -80,11 +80,11 @@ def product_rate(
 ) -> float:
     """FLOP/s of the fastest among the products of two `size` x `size` matrices that fit into `seconds`.
 
-    The fastest, because nothing but other work on the machine makes one slower than another.
+    The fastest is used because only other work on the machine makes one slower than another.
 
     Args:
-        seconds: of the wall clock; at least one product is timed.
-        clock: what a product is timed by.
+        seconds: wall-clock time; at least one product is timed.
+        clock: the function that gives the time, in seconds.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

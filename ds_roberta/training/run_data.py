@@ -27,8 +27,8 @@ class RunData:
     """The sequences of a run.
 
     Attributes:
-        train: by length.
-        orders: of `train`.
+        train: the training sequences by length.
+        orders: their orders by length.
         held_out: None if the data has no validation split.
     """
 

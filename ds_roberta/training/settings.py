@@ -43,14 +43,14 @@ LONGEST_BY_DEFAULT = 512
 
 @dataclass(frozen=True)
 class StartOptions(Settings):
-    """What is trained, and from where; config.json has what these options led to."""
+    """Options of a run's start; config.json has the settings that follow from them."""
 
     deepspeed_config: Path = option("DeepSpeed JSON; see ds_configs/", required=True)
     train_batch_size: int | None = option("sequences per optimizer step, instead of the JSON's", None)
     learning_rate: float | None = option("peak learning rate, instead of the JSON's", None)
     model: str | None = option(
-        f"{', '.join(PRESETS)} (default: base with a GPU, tiny without), or a transformers RobertaConfig, for an "
-        "architecture of your own: a config.json or its folder, whose weights are not read (see --init_from)",
+        f"{', '.join(PRESETS)} (default: base with a GPU, tiny without), or, for another architecture, a "
+        "transformers RobertaConfig: a config.json or its folder; its weights are not read (see --init_from)",
         None,
         type=model_choice,
     )
@@ -59,10 +59,10 @@ class StartOptions(Settings):
     )
     attention_probs_dropout_prob: float | None = option("dropout of attention weights (default: the same)", None)
     extend_positions: bool = option(
-        "for sequences longer than --init_from's: the learned positions are repeated", False
+        "allow longer sequences than --init_from's model was trained on, by repeating its learned positions", False
     )
     remap_token_embeddings: bool = option(
-        "for data made with another tokenizer than --init_from's: embeddings are copied by the tokens' texts", False
+        "allow data made with another tokenizer than --init_from's: copy embeddings by the tokens' texts", False
     )
     max_seq_length_schedule: str | None = option(
         "STEP:LENGTH pairs that end with --max_seq_length, such as 0:128,9000:512", None
@@ -80,7 +80,7 @@ class RunConfig(Settings):
 
     Attributes:
         model_name: the preset's name, or that of the config or folder that the run starts from.
-        source_weights: by source; if None, every sequence is trained on equally often.
+        source_weights: the weight of each source; if None, every sequence is trained on equally often.
     """
 
     data_dir: Path = option("folder made by 'preprocess shard'", Path("data/corpus"))
@@ -110,14 +110,14 @@ class RunConfig(Settings):
         "auto",
     )
     save_deepspeed_checkpoint: bool = option(
-        "at each save, also write one in DeepSpeed's own layout (deepspeed_checkpoints/); training waits for it",
+        "at each save, also write a checkpoint in DeepSpeed's layout (deepspeed_checkpoints/); training waits for it",
         False,
     )
     torch_compile: str = option(
         "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
     )
     no_decay_bias_and_norm: bool = option(
-        "the JSON's weight decay leaves out biases and LayerNorms (the paper's does not)", False
+        "exempt biases and LayerNorms from the JSON's weight decay (the paper does not)", False
     )
     objective: str = option(
         "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()), "mlm", choices=SUMMARIES
@@ -142,12 +142,12 @@ class RunConfig(Settings):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, read and checked; the same on every rank.
+    """A run's inputs, read and checked; the same on every rank.
 
     Attributes:
-        deepspeed: the JSON.
+        deepspeed: the checked DeepSpeed JSON.
         compiled: whether the encoder is compiled.
-        allow_change: the option.
+        allow_change: the value of `--allow_change`.
         initial_model: the model that a fresh run starts from, instead of random weights.
     """
 

@@ -54,7 +54,7 @@ def test_the_run_has_the_folders_architecture_and_the_new_length(unbroken):
     assert losses[-1] < losses[0]
     card = (unbroken / "hf/README.md").read_text()
     assert f"| held-out loss | {losses[-1]:.4f} nats" in card
-    assert "| folder that it began with | model |" in card
+    assert "| folder of the initial model | model |" in card
 
 
 def test_a_killed_run_that_goes_on_is_the_unbroken_one(workspace, unbroken):

@@ -64,13 +64,13 @@ def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     facts = table(card)
     assert facts["objective"].startswith("masked language modelling and next sentence prediction")
     assert facts["masked"] == "0.3 to 0.15 of the tokens, by span, dynamic"
-    assert (facts["steps"], facts["tokens seen"], facts["sequences a step"]) == ("1,200", "250,000,000", "256")
-    assert facts["schedule of their length"] == "0:128,900:1024"
-    assert "schedule of their number" not in facts
+    assert (facts["steps"], facts["tokens seen"], facts["sequences per step"]) == ("1,200", "250,000,000", "256")
+    assert facts["sequence length schedule"] == "0:128,900:1024"
+    assert "batch size schedule" not in facts
     assert facts["held-out loss"] == "7.0000 nats per masked token (perplexity 1,096.63), after step 1,000"
     assert facts["next sentence prediction"] == "loss 0.5000, accuracy 80.00%, after step 1,000"
-    assert (facts["began with"], facts["data"]) == ("weights of checksum f00d", "fingerprint da7a")
-    assert (facts["folder of the data"], facts["folder that it began with"]) == ("wiki", "roberta-base")
+    assert (facts["started from"], facts["data"]) == ("weights of checksum f00d", "fingerprint da7a")
+    assert (facts["data folder"], facts["folder of the initial model"]) == ("wiki", "roberta-base")
     assert "secret" not in card
     assert (facts["torch"], facts["commit of ds_roberta"], facts["processes"]) == ("2.13.0", "c0ffee", "8")
     assert not any("None" in value for value in facts.values())
@@ -113,7 +113,7 @@ def test_a_checkpoint_alone_has_its_own_facts(tmp_path):
     card = model_card(CONFIG, state, weights("lm_head", 1), tmp_path / "checkpoints/global_step7")
     assert "# RoBERTa\n" in card
     facts = table(card)
-    assert (facts["steps"], facts["tokens seen"], facts["began with"]) == ("7", "9", "random weights")
+    assert (facts["steps"], facts["tokens seen"], facts["started from"]) == ("7", "9", "random weights")
     assert not {"held-out loss", "torch", "data", "seed"} & facts.keys()
 
 
