@@ -108,7 +108,7 @@ def model_config(model: str, vocab_size: int, max_seq_length: int, pad_token_id:
 
 @dataclass(frozen=True)
 class PackingConfig(Settings):
-    """Sequences."""
+    """Packing of documents into sequences."""
 
     max_seq_length: int = option("tokens per sequence (default: 512, tiny 128; less if the model has fewer positions)")
     format: str = option("how documents become sequences", "full-sentences", name="packing", choices=PACKING_FORMATS)
@@ -137,7 +137,7 @@ class MaskingConfig(Settings):
     Attributes:
         mlm_probability_end: if given, the share moves linearly from `mlm_probability` to this over the run.
         unit: see `ds_roberta.data.masking`.
-        copies: fixed masks of each sequence, used in turn, one per epoch; if None, every epoch has new ones.
+        copies: number of fixed masks per sequence, used in turn, one per epoch; None: new masks in every epoch.
     """
 
     mlm_probability: float = option("share of the tokens to mask", 0.15, check=_BETWEEN_0_AND_1)
@@ -252,7 +252,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class GuardConfig(Settings):
-    """What to do about loss spikes; see `ds_roberta.training.loss_spikes`.
+    """Loss spikes, and what to do about them; see `ds_roberta.training.loss_spikes`.
 
     Attributes:
         loss_spike_threshold: None if the loss is not checked for spikes.
@@ -276,7 +276,7 @@ class GuardConfig(Settings):
 
 @dataclass(frozen=True)
 class IntervalConfig(Settings):
-    """Intervals between saves, evaluations and rows of the log, in optimizer steps."""
+    """Intervals, in optimizer steps."""
 
     save_interval: int = option("steps between checkpoints", 1_000, check=require_positive)
     eval_interval: int = option("steps between evaluations on the held-out split", 1_000, check=require_positive)

@@ -181,7 +181,7 @@ class DeepSpeedConfig:
         return found
 
     def _contradictions(self) -> list[str]:
-        """Problems of several keys together."""
+        """Describe values that are valid alone but contradict each other."""
         found = []
         optimizer = _section(self.content, "optimizer")
         type_ = str(optimizer.get("type")).lower()

@@ -99,7 +99,7 @@ _NVME = 'nothing is offloaded to NVMe here; "device": "cpu" keeps it in host mem
 _UNTESTED = "it is not tested with this trainer's exact sums and checkpoints"
 _GONE = "DeepSpeed has removed it"
 _OTHER_OPTIMIZER = "it belongs to another optimizer than AdamW"
-_UNPRINTED = "nothing prints it; tokens_per_second is in metrics.jsonl"
+_UNPRINTED = "it is never printed; tokens_per_second is in metrics.jsonl"
 _IDLE = "DeepSpeed's counts start from 0 at every start and include rehearsals"
 
 _OFFLOAD_DEVICE = Kind('be "none" or "cpu" (nothing is offloaded to NVMe here)', lambda value: value in ("none", "cpu"))
@@ -221,7 +221,7 @@ KEYS: Section = {
         keys="enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
     ),
     "comms_logger": Refused(
-        "nothing prints what it collects, and it makes the device wait for each communication",
+        "what it collects is never printed, and it makes the device wait for each communication",
         keys="enabled verbose prof_all debug prof_ops",
     ),
     "memory_breakdown": Refused("it resets the peak that memory_gb in metrics.jsonl reports"),
@@ -255,13 +255,13 @@ KEYS: Section = {
     "autotuning": Refused('the micro-batch is found if train_micro_batch_size_per_gpu is "auto"'),
     **_each(
         "compression_training quantize_training eigenvalue weight_quantization",
-        Refused("the model is trained whole, without quantisation or pruning"),
+        Refused("the whole model is trained, without quantisation or pruning"),
     ),
     "progressive_layer_drop": Refused("the encoder always has all its layers"),
     "sparse_gradients": Refused(_DENSE),
     "sparse_attention": Refused("attention covers the whole sequence"),
     **_each("compile graph_harvesting", Refused("--torch_compile says what is compiled")),
-    "hybrid_engine": Refused("nothing is generated in pretraining"),
+    "hybrid_engine": Refused("pretraining generates no text"),
     **_each("pipeline tensor_parallel expert_parallel use_data_before_expert_parallelism", Refused(_PARALLEL)),
     "sequence_parallel_size": Refused(_PARALLEL, (1,)),
     "vocabulary_size": Refused("the vocabulary is the tokenizer's"),

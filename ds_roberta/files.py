@@ -1,4 +1,4 @@
-"""Atomic writing, and checksums."""
+"""Atomic writing of files and folders, JSON files, and checksums."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) ->
     with errors_of_the_disk(output), created_parents(output):
         check_replaceable(output, is_ours, kind)
         try:
-            if partial.exists():  # a killed job's
+            if partial.exists():  # left by a killed job
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
             yield partial

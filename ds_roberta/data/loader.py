@@ -88,7 +88,7 @@ class Collator:
         self.tokenizer, self.max_seq_length = tokenizer, max_seq_length
 
     def collate(self, sequences: np.ndarray, places: np.ndarray) -> MicroBatch:
-        """One micro-batch; see `collate_all`."""
+        """Assemble one micro-batch; see `collate_all`."""
         return self.collate_all(sequences, places, len(places))[0]
 
     def collate_all(

@@ -63,8 +63,8 @@ def parse_source_weights(text: str | None, manifest: Manifest) -> dict[str, int]
     weights = {name: weight // divisor for name, weight in whole.items()}
     if sum(weights.values()) > MAX_TOTAL_WEIGHT:
         raise UserError(
-            f"--source_weights {text!r}: as whole numbers they add up to {sum(weights.values())}, and only up "
-            f"to {MAX_TOTAL_WEIGHT} are shares exact; round them to fewer digits"
+            f"--source_weights {text!r}: as whole numbers they add up to {sum(weights.values())}, but shares are "
+            f"exact only up to {MAX_TOTAL_WEIGHT}; round them to fewer digits"
         )
     return weights
 

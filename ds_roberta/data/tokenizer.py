@@ -270,7 +270,7 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
 def _why_not_bpe(content: dict[str, Any]) -> str | None:
     """What a `tokenizer.json` has that no byte-level BPE has, in words; None if it is a byte-level BPE's."""
     model = content["model"]
-    kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not say
+    kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not state the type
     if kind != "BPE":
         return f"a model of type {kind}"
     return None if isinstance(model["vocab"], dict) else "a vocabulary that is not an object"

@@ -77,7 +77,7 @@ def evaluate_minimal_pairs(
 
 
 def score_pairs(folder: RobertaFolder, pairs: Sequence[Pair], metric: str) -> Report:
-    """The accuracy on pairs.
+    """Score pairs and compute the accuracy.
 
     Raises:
         UserError: a sentence has more tokens than the model has positions.

@@ -66,7 +66,8 @@ class _TextTask(Task):
 
     @staticmethod
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        """
+        """Cross-entropy, or the squared error in regression; see `Task.loss`.
+
         Args:
             outputs: with `logits`, (examples, classes), or (examples, 1) in regression.
             labels: (examples,), int64, or float in regression.

@@ -14,7 +14,7 @@ from ds_roberta.options import Settings, option
 
 SPLIT_PREFIXES = {  # of file names; the first that matches counts
     "train": ("train",),
-    "validation_mismatched": ("validation_mismatched", "valid_mismatched", "dev_mismatched"),  # MNLI's second
+    "validation_mismatched": ("validation_mismatched", "valid_mismatched", "dev_mismatched"),  # MNLI has two
     "test_mismatched": ("test_mismatched",),
     "validation": ("validation", "valid", "dev"),
     "test": ("test",),
@@ -34,7 +34,7 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and of i
 
 @dataclass(frozen=True)
 class Columns(Settings):
-    """The columns of tables."""
+    """Names of table columns."""
 
     text_column: str | None = option("default: sentence, text, tokens, or the first of a pair such as sentence1", None)
     text_pair_column: str | None = option("default: the second of such a pair, if there is one", None)

@@ -170,7 +170,8 @@ class QuestionAnswering(Task):
 
     @staticmethod
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        """
+        """The mean of the cross-entropies of start and end; see `Task.loss`.
+
         Args:
             outputs: with `start_logits` and `end_logits`, (B, T).
             labels: (B, 2), int64: the positions of an answer's first and last token.

@@ -166,7 +166,8 @@ class RobertaModel(nn.Module):
         self.encoder = RobertaEncoder(config)
 
     def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """
+        """Compute the hidden states of the last layer.
+
         Args:
             input_ids_BT: (B, T) int64, any padding on the right.
             attention_mask_BT: (B, T) bool, false at padding; None without padding, which is faster.

@@ -14,7 +14,7 @@ from ds_roberta.files import read_json, value_at
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
 
 logger = logging.getLogger("ds_roberta")
-BY_POSITION = "by_position"  # of launch/evaluate.py perplexity
+BY_POSITION = "by_position"  # a key that launch/evaluate.py perplexity writes
 RESULTS_PATTERNS = ("results.json", "evaluation*.json")
 
 Value = str | int | float | bool | None

@@ -77,7 +77,8 @@ class Engine:
     """A model in a DeepSpeed engine, stepped once per global batch."""
 
     def __init__(self, model: Objective, config: dict[str, Any], ranks: Ranks, seed: int, groups: Groups = None):
-        """
+        """Initialize DeepSpeed with a model.
+
         Args:
             config: from `DeepSpeedConfig.resolved`.
             seed: the run's; dropout derives from it.
@@ -116,7 +117,7 @@ class Engine:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The Adam inside DeepSpeed's wrapper."""
+        """The Adam optimizer inside DeepSpeed's wrapper."""
         return self.deepspeed.basic_optimizer
 
     @property
@@ -277,7 +278,7 @@ class Engine:
     def forward_backward(
         self, micro_batch: MicroBatch, counts: Counts, global_step: int, micro_step: int, last: bool
     ) -> dict[str, torch.Tensor]:
-        """One micro-step within `accumulation`.
+        """Take one micro-step within `accumulation`.
 
         Args:
             counts: the counts of the whole global batch.

@@ -72,7 +72,7 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     """
     run = checkpoint.resolve().parents[1]
     record = read_record(run / CONFIG_NAME) if (run / CONFIG_NAME).is_file() else {}
-    if "run" not in record:  # another program's
+    if "run" not in record:  # written by another program
         record = {}
     facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())

@@ -247,7 +247,7 @@ class Trial:
         return self._engine.twin(self._make_model)
 
     def run(self, size: int) -> None:
-        """One micro-step of `size` sequences."""
+        """Take one micro-step with `size` sequences."""
         batch = full_micro_batch(size, self.max_seq_length, self._masking, self._model.masker).to(self._device)
         self._model.weigh(self._model(batch), batch.counts).backward()
 

@@ -124,7 +124,8 @@ class Monitors:
         self._each(lambda monitor: monitor.saved(global_step))
 
     def close(self, complete: bool) -> None:
-        """
+        """Close the monitors.
+
         Args:
             complete: whether the run is complete; if not, its last step may yet be evaluated.
         """

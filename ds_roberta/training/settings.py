@@ -43,7 +43,7 @@ LONGEST_BY_DEFAULT = 512
 
 @dataclass(frozen=True)
 class StartOptions(Settings):
-    """Options of a run's start; config.json has the settings that follow from them."""
+    """How a run starts; config.json has the settings that follow from these options."""
 
     deepspeed_config: Path = option("DeepSpeed JSON; see ds_configs/", required=True)
     train_batch_size: int | None = option("sequences per optimizer step, instead of the JSON's", None)
@@ -62,7 +62,7 @@ class StartOptions(Settings):
         "allow longer sequences than --init_from's model was trained on, by repeating its learned positions", False
     )
     remap_token_embeddings: bool = option(
-        "allow data made with another tokenizer than --init_from's: copy embeddings by the tokens' texts", False
+        "allow data made with another tokenizer than --init_from's; embeddings are copied by the tokens' texts", False
     )
     max_seq_length_schedule: str | None = option(
         "STEP:LENGTH pairs that end with --max_seq_length, such as 0:128,9000:512", None
@@ -132,7 +132,7 @@ class RunConfig(Settings):
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(
                 f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "
-                "does not reach: shorten the schedule or raise it"
+                "does not reach: shorten the schedule or raise --max_steps"
             )
 
     def as_json(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Trainer:
         self.engine.set_batch(plan)
 
     def train_step(self, micro_batches: list[MicroBatch], began: float) -> dict[str, Any] | None:
-        """One optimizer step on this process's micro-batches of the next global batch.
+        """Take one optimizer step on this process's micro-batches of the next global batch.
 
         Args:
             began: `time.perf_counter()` when the process began to wait for these micro-batches.
