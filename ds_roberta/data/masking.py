@@ -52,7 +52,7 @@ class _Draws(NamedTuple):
 
     Attributes:
         row_keys: (B,) uint64.
-        bits: (B, T) uint32; the upper bits decide the order, the lower 16 are free.
+        bits: (B, T) uint32; the upper bits decide the order, the lower 16 are not used for it.
         keys: (B, T) uint32, the upper bits of `bits`, then the position: distinct within a row.
         position_mask: the bits of `keys` that hold the position.
     """
@@ -207,10 +207,10 @@ def training_masker(
 
 
 def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.ndarray:
-    """The numbers used instead of places if masks are fixed: one for each sequence and copy.
+    """The numbers that replace places if masks are fixed: one for each sequence and copy.
 
     Args:
-        sequences: (B,) int64.
+        sequences: (B,) int64, the sequences' numbers.
         epochs: (B,) int64, how often each sequence was visited before.
 
     Returns:

@@ -175,11 +175,11 @@ class MixedOrder(SampleOrder):
         return result
 
     def lane_order(self, places: np.ndarray) -> np.ndarray:
-        """The places of one batch, sorted by lane of their own source, the lanes of all sources side by side.
+        """The places of one batch, sorted by lane within their source, with the sources' lanes interleaved.
 
-        Consecutive parts of the result have about the batch's mixture. From batch to batch each takes the same lanes of
-        every source, except a few at its borders, as a source's part of a batch is not a multiple of its lanes: a block
-        is read by 1.2 of 8 processes on average, 2.3 of 64.
+        Consecutive parts of the result have about the batch's mixture. From batch to batch, each part takes the same
+        lanes of every source, except a few at its borders, because a source's part of a batch is not a multiple of its
+        lanes: a block is read by 1.2 of 8 processes on average, 2.3 of 64.
         """
         lanes = np.empty_like(places)
         for source, chosen, own in self._dealt(places):
@@ -188,7 +188,7 @@ class MixedOrder(SampleOrder):
         return places[np.argsort(lanes, kind="stable")]
 
     def summary(self, places: int) -> str:
-        """One line about what the first `places` places draw: each source's share, sequences and epochs."""
+        """Describe what the first `places` places draw, in one line: each source's share, sequences and epochs."""
         parts, left, rest = [], places, self._total_weight
         for source in self._sources:
             drawn = _share(left, source.weight, rest)

@@ -78,7 +78,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class InputInfo:
-    """What became of one input file: documents_read = documents_kept + the sum over `rejected`.
+    """The outcome of reading one input file: documents_read = documents_kept + the sum over `rejected`.
 
     `source` is the name that the user gave it, if any. `places` are the first bad documents: `reason`, `byte` or `row`
     in the file, counted from 0, and `detail`. `damage` are the first places, in the same form, where a part of the file

@@ -120,13 +120,13 @@ def skip(
     spiked_step: int,
     skipped_until_then: Sequence[SkippedPlaces],
 ) -> list[SkippedPlaces]:
-    """Everything that a run skips when it goes back to `global_step` to leave out what it has drawn since.
+    """All places that a run skips after going back to `global_step`, including those drawn since that step.
 
     Args:
-        global_step: steps taken at the state that the run goes back to.
-        skipped: what that state already skips.
-        spiked_step: steps taken until now.
-        skipped_until_then: what was skipped until now.
+        global_step: number of steps taken at the state that the run goes back to.
+        skipped: the places that this state already skips.
+        spiked_step: number of steps taken until now.
+        skipped_until_then: the places skipped until now.
     """
     new = []
     for length in sorted({stage.max_seq_length for stage in stages}):

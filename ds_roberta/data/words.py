@@ -1,4 +1,4 @@
-"""Where words begin, from a table over the vocabulary: no offsets into the text are needed.
+"""Word boundaries, found with a table over the vocabulary; no offsets into the text are needed.
 
 A byte-level BPE puts the space before a word into the word's first token (Radford et al. 2019, GPT-2; fairseq's
 whole-word masking of RoBERTa reads it the same way). Punctuation that follows a word without a space belongs to it.

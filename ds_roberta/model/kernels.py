@@ -1,4 +1,4 @@
-"""Attention, dropout and the vocabulary's cross-entropy, where torch's own are slow on a CPU or take too much memory.
+"""Attention, dropout and cross-entropy, for cases where torch's are slow on a CPU or take too much memory.
 
 Shapes: B sequences, H heads, T tokens, K size of a head; M rows, D hidden size, V vocabulary.
 """

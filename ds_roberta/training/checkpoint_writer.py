@@ -1,8 +1,8 @@
 """Writing checkpoints while training continues.
 
-The loop does what the processes must do together: it copies weights and moments into host memory, and, at the end of
-the first step after every process has written its file, it renames the folder, so that the checkpoint appears. In
-between, a thread in each process serialises, syncs and checksums its share; it never communicates.
+The training loop does what the processes must do together: it copies weights and moments into host memory, and, at the
+end of the first step after every process has written its file, it renames the folder, which makes the checkpoint
+visible. In between, a thread in each process serialises, syncs and checksums its share, without communication.
 
 Files are written into `.global_stepN.tmp` next to the final folder, which is renamed as a whole: a kill at any moment
 leaves the earlier checkpoints as they were, and at worst a hidden folder that the next start removes.

@@ -112,9 +112,9 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
 
 
 def compilation_notice(config: dict[str, Any]) -> str | None:
-    """What to log before DeepSpeed compiles its FusedAdam; None if torch's Adam is used, which is compiled already.
+    """The message to log before DeepSpeed compiles its FusedAdam; None with torch's Adam, which is already compiled.
 
-    A start that is killed while it compiles leaves a lock, on which all later ones wait silently.
+    If a start is killed while it compiles, it leaves a lock, for which all later starts wait silently.
 
     Args:
         config: from `DeepSpeedConfig.resolved`.

@@ -3,8 +3,8 @@
     deepspeed_checkpoints/global_stepN/   written by DeepSpeed: *_model_states.pt, *_optim_states.pt
     deepspeed_checkpoints/latest          global_stepN
 
-They load only with the same number of processes, ZeRO stage and precision, have no checksums, and are pickles: reading
-one can run code that is in it, so read only folders that you trust.
+They load only with the same number of processes, ZeRO stage and precision, and have no checksums. They are pickles,
+and reading a pickle can run code in it, so read only folders that you trust.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`"train_micro_batch_size_per_gpu": "auto"`: the size of a micro-batch, found in the running process.
 
-On a GPU it is the largest that fits: forward and backward passes of full sequences are tried next to all that training
-keeps there. On a CPU, where memory is not the limit, it is the fastest of a few. The size found is kept in the run's
-folder and in the user's cache, keyed by all that it depends on: a run that resumes under the same conditions gets
-the same micro-batch, or it could not be bit-identical to an uninterrupted one.
+On a GPU it is the largest that fits: forward and backward passes of full sequences are tried while everything that
+training keeps there is in place. On a CPU, where memory is not the limit, it is the fastest of a few. The size found is
+kept in the run's folder and in the user's cache, with everything it depends on as the key: a run that resumes under the
+same conditions must get the same micro-batch to be bit-identical to an uninterrupted one.
 
 A trial uses a twin of the model that DeepSpeed does not know, so it makes no collective calls: a process that runs out
 of memory leaves no other waiting, and DeepSpeed's state needs no repair.

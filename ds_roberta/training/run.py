@@ -86,7 +86,7 @@ def _read_settings(options: Namespace, ranks: Ranks) -> Run:
 
 
 def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
-    """The JSON, the data, the run's settings, its precision and the model to continue from, as found on this host."""
+    """Read the JSON, the data, the run's settings, its precision and the model to continue from, on this host."""
     deepspeed = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)
     corpus = Corpus.open(options.data_dir)
     initial_model = None

@@ -1,6 +1,6 @@
 """The training loop.
 
-A step is one optimizer step on exactly `train_batch_size` sequences; the micro-steps it is made of are counted from 0.
+A step is one optimizer step on exactly `train_batch_size` sequences; its micro-steps are counted from 0.
 """
 
 from __future__ import annotations
@@ -250,9 +250,9 @@ class Trainer:
         self._progress.say(problem)
 
     def _roll_back(self, spike: LossSpike) -> None:
-        """Go back to the newest good checkpoint and skip the data since then, including the spiked step's.
+        """Go back to the newest good checkpoint and skip the data since then, including that of the spiked step.
 
-        What is skipped is saved at once, so that an interrupted run skips the same.
+        The skipped places are saved at once, so that an interrupted run skips the same ones.
 
         Raises:
             UserError: there is no checkpoint, or it does not help: the run was rolled back to it before or began there.

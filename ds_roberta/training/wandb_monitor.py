@@ -1,8 +1,8 @@
-"""Weights & Biases: one run, found again by its id.
+"""The monitor for Weights & Biases, with one W&B run for all starts of a training run.
 
-W&B accepts no step that is smaller than one it has, and its rewinding of a run is a preview that works neither
+W&B rejects a step that is smaller than one it has, and its rewinding of a run is a preview that works neither
 offline nor with a self-hosted server. So no step is sent twice: the last step that W&B already has is read from
-its server or, offline, from the files of earlier starts, and what follows is sent from the run's own record.
+its server or, offline, from the files of earlier starts, and later steps are sent from `metrics.jsonl`.
 """
 
 from __future__ import annotations
