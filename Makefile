@@ -1,4 +1,4 @@
-# What people and CI share. `make quickstart` and `make test` need nothing but Python and a compiler-free machine.
+# Commands for people and CI. `make quickstart` and `make test` need only Python, and no compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 install: $(VENV)/.installed
 
-# torch comes first: DeepSpeed's installation asks for it and must find this one, not fetch another.
-# setuptools_scm is what seqeval's setup.py asks for; fetched by it in the middle of its own run, it lacks a part.
+# torch is installed first: DeepSpeed's installation imports it and must find this version, not fetch another.
+# seqeval's setup.py needs setuptools_scm; if it fetches that itself while it runs, a part is missing.
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt setuptools setuptools_scm wheel numpy torch
@@ -24,7 +24,7 @@ quickstart: install
 test: install
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest
 
-# All tests are collected, those of tests/unit run.
+# Collect all tests, but run only those in tests/unit.
 unit: install
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q --collect-only >/dev/null
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest tests/unit
