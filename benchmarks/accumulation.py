@@ -2,7 +2,7 @@
 
     python -m benchmarks.accumulation
 
-Processes joined by gloo hold both and take steps of each in turn. The plain loop does the least that gives the same
+Processes joined by gloo hold both, and take a step of each in turn. The plain loop does the least that gives the same
 numbers: a backward pass per micro-step into fp32 sums, one all-reduce per step, torch's fused AdamW on fp32 weights.
 Writes a Markdown table with the hardware, the versions and the commit.
 """
@@ -34,7 +34,7 @@ from ds_roberta.model.objectives import MaskedLM
 
 STAGES = (1, 2, 3)
 Step = Callable[[], tuple[float, float]]
-"""Takes a step; returns the CPU-seconds of its micro-steps, and of the whole step."""
+"""A function that takes a step and returns the CPU-seconds of its micro-steps and of the whole step."""
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def percent(shares: list[float]) -> str:
 
 
 def run_processes(stage: int, arguments: argparse.Namespace) -> list[dict[str, tuple[float, float]]]:
-    """The rounds of a ZeRO stage, measured by processes of their own."""
+    """Measure the rounds of a ZeRO stage in new processes."""
     with tempfile.NamedTemporaryFile() as results:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -107,7 +107,7 @@ def run_processes(stage: int, arguments: argparse.Namespace) -> list[dict[str, t
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """A process's part: warm up, take the rounds, leave."""
+    """Run one process's part: warm up, take the rounds, exit."""
     from ds_roberta.training.device import init_distributed, on_gpu
     from ds_roberta.training.engine import Engine
 
@@ -161,7 +161,7 @@ def engine_loop(engine, batches: list[MicroBatch]) -> Step:  # type: ignore[no-u
             for number, batch in enumerate(batches):
                 engine.forward_backward(batch, counts, 0, number, number == len(batches) - 1)
                 if number == len(batches) - 2:
-                    # The last micro-step reduces, at stage 1.
+                    # At stage 1 the last micro-step includes the reduction.
                     micro_steps = (time.process_time() - began) * len(batches) / (len(batches) - 1)
         engine.step(LEARNING_RATE)
         return micro_steps, time.process_time() - began

@@ -1,16 +1,16 @@
-"""What a checkpoint costs training: how long the loop stands still, and how much the steps slow down meanwhile.
+"""What a checkpoint costs training: how long the loop stands still, and how much slower steps are during the save.
 
     python -m benchmarks.checkpoint
 
-The same process saves twice: once it waits for the save, as if there were no thread, and once it takes steps until the
-save is complete. Writes a Markdown table with the hardware, the versions and the commit.
+The same process saves in two ways: it waits for the save, as if there were no thread, or it takes steps until the save
+is complete. Writes a Markdown table with the hardware, the versions and the commit.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the second core is the writer's
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the second core is left to the writer
 
 import argparse
 import shutil
@@ -41,7 +41,7 @@ SEQUENCES = 2
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one save; `slower` is by how much the steps taken while it was written exceeded others."""
+    """Seconds of one save; `slower` is how much longer the steps taken during the save lasted than other steps."""
 
     waited: float
     stalled: float
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
-    """The report, line by line."""
+    """Yield the lines of the report."""
     ranks = init_distributed()
     tokenizer = example_corpus(folder) / TOKENIZER_FOLDER
     interval = IntervalConfig.save_interval
@@ -113,7 +113,7 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
 
 
 def step_of(engine: Engine, length: int) -> Callable[[], None]:
-    """A function that takes one training step of `SEQUENCES` random sequences."""
+    """Return a function that takes one training step on `SEQUENCES` random sequences."""
     masked = SEQUENCES * length // 7
     micro_batch = MicroBatch(
         input_ids=torch.randint(5, VOCABULARY, (SEQUENCES, length)),
@@ -133,7 +133,7 @@ def step_of(engine: Engine, length: int) -> Callable[[], None]:
 
 
 def measure(engine: Engine, step: Callable[[], None], step_seconds: float, tokenizer: Path, folder: Path) -> Costs:
-    """One save that is waited for, then one during which steps are taken."""
+    """Measure one save that the loop waits for, then one during which it takes steps."""
     with CheckpointWriter(engine, tokenizer, folder, Retention(1), lambda _: None) as writer:
         copied = timed(lambda: writer.save(TrainState({}, 1)))
         written = timed(writer.finish)

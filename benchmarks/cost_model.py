@@ -1,8 +1,8 @@
-"""What a step costs on GPUs that are not available: memory, communication and time of a configuration, computed.
+"""Compute what a step would cost on GPUs that are not available: memory, communication and time.
 
 Parameters and saved activations are counted on the real model, on torch's meta device; state bytes follow
-`engine_bytes`, which a test compares with a real engine; batches come from `BatchPlan`. GPUs and networks are as in
-their data sheets; the constants below and `Case` hold what is assumed.
+`engine_bytes`, which a test compares with a real engine; batches come from `BatchPlan`. Figures of GPUs and networks
+come from data sheets; the constants below and `Case` hold the assumptions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTEXT_BYTES = 2_000_000_000
 LINK_SHARE = 0.7
 """Assumed: the share of a link's data-sheet rate that a large collective reaches."""
 FULL_TOKENS = 16_384
-"""Assumed: tokens of a micro-batch that a GPU needs to reach the utilisation."""
+"""Assumed: tokens that a micro-batch needs for a GPU to reach the utilisation."""
 COMMUNICATION_SHARE = 0.2
 """Share of the step above which communication counts as the limit."""
 PERSISTENT_ELEMENTS = 100_000
@@ -40,10 +40,10 @@ BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class Gpu:
-    """From NVIDIA's data sheets.
+    """A GPU's figures from NVIDIA's data sheets.
 
     Attributes:
-        name: torch's, by which `training.peak` knows the dense 16-bit rate.
+        name: the name that torch gives the GPU, under which `training.peak` has its dense 16-bit rate.
         link: bytes/s in one direction from a GPU to the others of its node: NVLink, or PCIe without it.
         network: Gbit/s of the network for each GPU in NVIDIA's own systems.
     """
@@ -105,12 +105,12 @@ class Case:
 class _Flash(torch.autograd.Function):
     """What torch's flash attention saves for its backward pass: Q, K, V, the output and a sum per head and token.
 
-    Memory is counted after the forward pass, so it has no backward pass.
+    Memory is counted after the forward pass, so this function needs no backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        # The kernel puts heads next to each other, so no copy is needed after it.
+        # The kernel writes heads next to each other, so that its output is not copied again.
         output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
         return output
@@ -118,16 +118,16 @@ class _Flash(torch.autograd.Function):
 
 @cache
 def meta_model(config: ModelConfig) -> MaskedLM:
-    """The real model in 16 bits, without any memory."""
+    """Return the real model in 16 bits on the meta device, where it takes no memory."""
     with torch.device("meta"):
         return MaskedLM(config).to(torch.bfloat16)
 
 
 @cache
 def saved_bytes(config: ModelConfig, length: int, sequences: int) -> int:
-    """Bytes that autograd keeps of a micro-batch on a GPU between the forward and the backward pass.
+    """Return the bytes that autograd keeps for a micro-batch on a GPU between the forward and the backward pass.
 
-    torch's dropout on a GPU keeps a mask of one byte an element; that of attention is drawn again by its kernel.
+    torch's dropout on a GPU keeps a mask of one byte per element; the mask of attention is drawn again by its kernel.
     """
     model = meta_model(config)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -158,15 +158,15 @@ def saved_bytes(config: ModelConfig, length: int, sequences: int) -> int:
 def engine_bytes(
     parameters: int, persistent: int, zero_stage: int, precision: str, world_size: int
 ) -> dict[str, float]:
-    """What our engine holds on a GPU while gradients are summed; passes at stage 3 add `gathered`.
+    """Return the bytes that the engine holds on a GPU while gradients are summed; at stage 3 a pass adds `gathered`.
 
     Args:
-        parameters: of the model.
-        persistent: the parameters in tensors of at most `PERSISTENT_ELEMENTS`, which stage 3 keeps whole.
+        parameters: number of the model's parameters.
+        persistent: number of parameters in tensors of at most `PERSISTENT_ELEMENTS`, which stage 3 keeps whole.
 
-    Weights have 16 bits. Autograd's fp32 gradient sum is whole on every process at every stage. DeepSpeed's bf16
-    optimizer at stage 1 has a second whole fp32 buffer for it, its stage 3 an fp32 buffer of this process's part. The
-    fp32 master and Adam's two moments are divided.
+    Weights have 16 bits. Autograd's fp32 gradient sum is whole on every process at every stage. At stage 1, DeepSpeed's
+    bf16 optimizer has a second whole fp32 buffer for it; at stage 3, DeepSpeed has an fp32 buffer for this process's
+    part. The fp32 master and Adam's two moments are divided.
     """
     spread = parameters - persistent
     divided = zero_stage == 3
@@ -181,7 +181,7 @@ def engine_bytes(
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from a case; bytes and seconds of one GPU."""
+    """The computed figures of a case; bytes and seconds are those of one GPU."""
 
     case: Case
     parameters: int
@@ -214,7 +214,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """What limits the run, and which setting to change."""
+        """Say what limits the run, and which setting to change."""
         case = self.case
         if self.batch is None:
             return "does not fit: stage 2 or 3, or a shorter sequence"
@@ -233,7 +233,7 @@ class Plan:
 
 
 def plan(case: Case) -> Plan:
-    """All figures of a case, by arithmetic and by counting on the meta device."""
+    """Compute all figures of a case, by arithmetic and by counting on the meta device."""
     gpu, config, world = GPUS[case.gpu], case.config, case.gpus
     sizes = [parameter.numel() for parameter in meta_model(config).parameters()]
     total, persistent = sum(sizes), sum(size for size in sizes if size <= PERSISTENT_ELEMENTS)
@@ -244,7 +244,7 @@ def plan(case: Case) -> Plan:
     micro_steps = batch.accumulation_steps if batch else 0
     wire = wire_bytes(total, persistent, case.zero_stage, world, micro_steps)
     links = gpu.link
-    if world > case.gpus_per_node:  # rings leave a node by all its network cards
+    if world > case.gpus_per_node:  # rings leave a node through all its network cards
         links = min(links, (case.interconnect or gpu.network) * 1e9 / 8 * case.gpus_per_node)
     rows = batch.micro_batch_size * micro_steps if batch else 0
     length = case.max_seq_length
@@ -270,7 +270,8 @@ def plan(case: Case) -> Plan:
 
 
 def largest_micro_batch(case: Case, state: float, parameters: int, limit: int) -> int:
-    """The largest micro-batch of 1 … `limit` that fits as `training.micro_batch` finds it; 0 for none."""
+    """Return the largest micro-batch from 1 to `limit` that fits, searched as in `training.micro_batch`; 0 if none
+    fits."""
     config, length = case.config, case.max_seq_length
     one = saved_bytes(config, length, 1)
     sequence = saved_bytes(config, length, 2) - one
@@ -279,14 +280,14 @@ def largest_micro_batch(case: Case, state: float, parameters: int, limit: int) -
     passing = 2 * (4 * config.intermediate_size + 8 * config.hidden_size) * length
     head = 2 * 4 * 1024 * config.vocab_size + 6 * config.vocab_size * config.hidden_size
     capacity = MEMORY_SHARE * (GPUS[case.gpu].memory - CONTEXT_BYTES) - state
-    # When the gradient is reduced, the activations are gone, and a bucket of it is copied.
+    # When the gradient is reduced, the activations are freed, and one bucket of the gradient is copied.
     if capacity < 4 * min(parameters, BUCKET_ELEMENTS):
         return 0
     return min(limit, max(0, math.floor((capacity - (one - sequence) - head) / (sequence + passing))))
 
 
 def wire_bytes(parameters: int, persistent: int, zero_stage: int, world: int, micro_steps: int) -> float:
-    """Bytes that a GPU sends in a step, by rings, as observed with DeepSpeed 0.19.8 in our engine.
+    """Return the bytes that a GPU sends in a step by ring collectives, as observed with DeepSpeed 0.19.8 in our engine.
 
     Stages 1 and 2 all-reduce the fp32 gradient (twice its size) and gather the 16-bit weights. Stage 3 reduce-scatters
     the gradient, gathers large tensors once per micro-step, for both passes, and small ones after each update.

@@ -1,4 +1,4 @@
-"""What benchmarks and tests share: the environment of the processes they start, and how a report names the machine."""
+"""Helpers of benchmarks and tests: the environment of the processes they start, and the machine's name in reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def python_path(program: Path = REPOSITORY) -> str:
-    """A PYTHONPATH with `program` first, which keeps what is on it already: packages may be installed only there."""
+    """Return PYTHONPATH with `program` put first; existing entries are kept, since packages may be installed only
+    there."""
     return os.pathsep.join(filter(None, (str(program), os.environ.get("PYTHONPATH"))))
 
 
@@ -35,7 +36,7 @@ def cpu_model() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Python's version, the packages' and the commit, as every report ends with them."""
+    """Return the versions of Python and of the packages, and the commit: the end of every report."""
 
     def named() -> Iterator[str]:
         yield f"Python {platform.python_version()}"
@@ -50,7 +51,7 @@ def versions(*packages: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether the library or the benchmarks differ from it."""
+    """Return the commit that is checked out, and whether the library or the benchmarks differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]

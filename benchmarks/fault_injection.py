@@ -1,13 +1,13 @@
-"""Kill a training run at random moments, start it again, and compare its end with an unbroken run's.
+"""Kill a training run at random moments, start it again, and compare its result with that of an unbroken run.
 
     python -m benchmarks.fault_injection --kills 20
     python -m benchmarks.fault_injection --kills 20 --signal
 
 Every kill is SIGKILL to the launcher and all its processes at a random moment: while starting, within a micro-step,
 within a save, between an evaluation and the save of the best. With --signal it is SIGTERM or SIGUSR1 to one process, as
-schedulers send them; all must then save and leave within a minute. The runs pass when the final state, weights, both
+schedulers send them; all must then save and exit within a minute. The runs pass when the final state, weights, both
 Adam moments and all metrics but times are bit-identical (dropout is on; sequences have 32 tokens, one block of
-keys, so that a GPU's attention rounds alike as well).
+keys, so that a GPU's attention rounds identically too).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def prepare(folder: Path) -> None:
 
 
 def start(folder: Path, output: str, processes: int, deepspeed_config: Path) -> subprocess.Popen[str]:
-    """Start the run; what it prints is kept in OUTPUT.log."""
+    """Start the run; its output goes to OUTPUT.log."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher, str(REPOSITORY / "launch/pretrain.py"), *SETTINGS.split()]
     command += ["--deepspeed_config", str(deepspeed_config), "--data_dir", "data", "--output_dir", output]
@@ -69,7 +69,7 @@ def start(folder: Path, output: str, processes: int, deepspeed_config: Path) -> 
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all its descendants: the launcher gives its workers process groups of their own."""
+    """Send SIGKILL to a process and all its descendants: the launcher puts its workers into other process groups."""
     launcher = psutil.Process(pid)
     processes = [launcher, *launcher.children(recursive=True)]
     for process in processes:
@@ -79,7 +79,7 @@ def kill_tree(pid: int) -> None:
 
 
 def signal_one(pid: int, chosen: random.Random) -> str:
-    """Send a stop signal to one training process, wait until all have left, and return what was sent, in words."""
+    """Send a stop signal to one training process, wait until all have exited, and return what was sent, in words."""
     launcher = psutil.Process(pid)
     workers = [child for child in launcher.children() if "launch/pretrain.py" in " ".join(child.cmdline())]
     if not workers:  # the launcher is still starting
@@ -97,7 +97,7 @@ def signal_one(pid: int, chosen: random.Random) -> str:
 
 
 def finish(folder: Path, output: str, process: subprocess.Popen[str]) -> float:
-    """Wait for the end of the run; return the seconds that took."""
+    """Wait for the end of the run; return how many seconds it took."""
     began = time.monotonic()
     if process.wait() != 0:
         last_lines = " ".join((folder / f"{output}.log").read_text(encoding="utf-8").split()[-60:])
@@ -106,7 +106,7 @@ def finish(folder: Path, output: str, process: subprocess.Popen[str]) -> float:
 
 
 def result(folder: Path, output: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """The metrics without times and the final state, and the final weights and moments."""
+    """Return the metrics without times and the final state; and the final weights and moments."""
     lines = (folder / output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
     checkpoint = folder / output / f"checkpoints/global_step{STEPS}"
@@ -119,7 +119,7 @@ def result(folder: Path, output: str) -> tuple[list[dict[str, Any]], dict[str, t
 
 
 def ended_alike(folder: Path) -> bool:
-    """Whether the broken run's end equals the unbroken one's; the broken run's folder is then cleared."""
+    """Return whether the broken run ended like the unbroken one, and clear the broken run's folder."""
     (rows, tensors), (broken_rows, broken_tensors) = result(folder, "unbroken"), result(folder, "broken")
     shutil.rmtree(folder / "broken")
     same_tensors = tensors.keys() == broken_tensors.keys() and all(

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def lines(corpus_folder: Path, folder: Path, repetitions: int) -> Iterator[str]:
-    """The report, line by line."""
+    """Yield the lines of the report."""
     yield "# Loader: gather, mask, collate"
     yield ""
     corpus = Corpus.open(corpus_folder)
@@ -68,7 +68,7 @@ def lines(corpus_folder: Path, folder: Path, repetitions: int) -> Iterator[str]:
     speeds: dict[str, list[float]] = {name: [] for name in (*ours, *peers)}
     for repetition in range(repetitions):
         for name, load in {**ours, **peers}.items():
-            load(repetition)  # untimed: what ran before left its own data in the caches
+            load(repetition)  # untimed: the caches still hold the data of what ran before
             seconds, tokens = cpu_seconds(lambda load=load, step=repetition + 1: load(step))  # type: ignore[misc]
             speeds[name].append(tokens / seconds / 1e6)
     median = {name: statistics.median(values) for name, values in speeds.items()}
@@ -115,7 +115,7 @@ def lines(corpus_folder: Path, folder: Path, repetitions: int) -> Iterator[str]:
 
 
 def our_loader(corpus: Corpus, unit: str = "token") -> Callable[[int], int]:
-    """A function that makes the batch of a step and returns its number of tokens."""
+    """Return a function that makes the batch of a step and returns its number of tokens."""
     tokenizer = corpus.manifest.tokenizer
     packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(LENGTH))
     table = None if unit == "token" else word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
@@ -127,7 +127,7 @@ def our_loader(corpus: Corpus, unit: str = "token") -> Callable[[int], int]:
 
 
 def peer_loaders(corpus: Corpus, folder: Path) -> dict[str, Callable[[int], int]]:
-    """The same with `datasets` rows and transformers' collator, which ignore the step."""
+    """Return such a function for `datasets` rows and transformers' collator, which ignore the step."""
     tokenizer = AutoTokenizer.from_pretrained(corpus.folder / TOKENIZER_FOLDER)
     values = corpus.split(TRAIN_SPLIT).values(0)
     texts = [tokenizer.decode(values[first : first + LENGTH]) for first in range(0, len(values), LENGTH)]
@@ -145,7 +145,7 @@ def peer_loaders(corpus: Corpus, folder: Path) -> dict[str, Callable[[int], int]
     loaders = {}
     for unit, names in columns.items():
         path = folder / f"rows-{unit}"
-        # With whole words it cannot insert random tokens, which is less work.
+        # With whole words the collator cannot insert random tokens, so it has less work.
         shares = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0} if unit == "whole-word" else {}
         collator = DataCollatorForLanguageModeling(tokenizer, whole_word_mask=unit == "whole-word", **shares)
         datasets.Dataset.from_dict({name: encoded[name] for name in names}).save_to_disk(str(path))
@@ -164,7 +164,8 @@ def opened(folder: Path) -> Callable[[int], int]:
 
 
 def many_shards(folder: Path, like: Path, chunks: int) -> Path:
-    """A data folder with a given number of shards (one tiny file under all names) and of chunk checksums in each."""
+    """Make a data folder with a given number of shards (one tiny file under many names) and of chunk checksums in
+    each."""
     shutil.copytree(like / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
     tokenizer = Corpus.open(like).manifest.tokenizer
     document = np.append(np.full(LENGTH - 2, tokenizer.vocab_size // 2), tokenizer.eos_token_id)
@@ -202,7 +203,7 @@ def cpu_seconds(function: Callable[[], int]) -> tuple[float, int]:
 
 
 def row(what: str, function: Callable[[], object], repetitions: int) -> str:
-    """A line of the second table: medians in milliseconds."""
+    """Return a line of the second table: medians in milliseconds."""
     cpu, wall = [], []
     for _ in range(repetitions):
         before = time.process_time(), time.perf_counter()

@@ -1,9 +1,11 @@
-"""The loss with our own kernels and with torch's plain operations: the same weights, data, masks and steps.
+"""Compare the loss of our own kernels with that of torch's plain operations, on the same weights, data, masks and
+steps.
 
     python -m benchmarks.loss_curve
 
-Without dropout the two differ only in rounding. With it they draw different masks: torch's operations with another seed
-for dropout show how much that may change. Writes a Markdown table with the hardware, the versions and the commit.
+Without dropout the two differ only in rounding. With it they draw different masks: torch's operations with another
+dropout seed show how large a difference that alone makes. Writes a Markdown table with the hardware, the versions and
+the commit.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def plain_operations() -> ExitStack:
-    """torch's attention, dropout and cross-entropy in place of this project's."""
+    """Use torch's attention, dropout and cross-entropy in place of this project's."""
 
     def linear_cross_entropy(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
@@ -82,7 +84,7 @@ def settings() -> DeepSpeedConfig:
 
 
 def losses(corpus: Corpus, ranks: Ranks, steps: int, dropout: float, dropout_seed: int = 0) -> list[float]:
-    """The loss of each step, in nats per masked token."""
+    """Return the loss of each step, in nats per masked token."""
     tokenizer = corpus.manifest.tokenizer
     packing = PackingConfig(LENGTH)
     build_index(corpus, TRAIN_SPLIT, packing)
@@ -105,11 +107,11 @@ def losses(corpus: Corpus, ranks: Ranks, steps: int, dropout: float, dropout_see
 
 
 def lines(own: list[list[float]], plain: list[list[float]]) -> Iterator[str]:
-    """The report, line by line.
+    """Yield the lines of the report.
 
     Args:
-        own: the curves without dropout and with it.
-        plain: the same, and with dropout of another seed.
+        own: the curves of our kernels, without dropout and with it.
+        plain: the same curves of torch's operations, and one with another dropout seed.
     """
     yield "# Loss: our own kernels and torch's operations"
     yield ""

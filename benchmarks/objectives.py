@@ -1,11 +1,11 @@
-"""Masked language modelling and random token substitution compared: tokens per second, and fine-tuned accuracy.
+"""Compare masked language modelling with random token substitution: tokens per second, and fine-tuned accuracy.
 
     python -m benchmarks.objectives --data_dir data/corpus --finetune_data data/sst2
 
-To measure the rates, both pretrain on the same data by the real command, in short alternating runs. Then both pretrain
-for the same time by these rates, the learning rate's schedule stretched to each one's number of steps, and are
-fine-tuned with the same settings and seeds; so is an untrained encoder. Writes a Markdown table with the hardware, the
-versions and the commit.
+To measure their speed, both pretrain on the same data with the real command, in short alternating runs. Then each
+pretrains for as many steps as take the same time at that speed, with a learning rate schedule of that length. Both
+models, and an untrained encoder, are fine-tuned with the same settings and seeds. Writes a Markdown table with the
+hardware, the versions and the commit.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def size(options: argparse.Namespace) -> str:
 def pretrain(
     options: argparse.Namespace, objective: str, steps: int, output: Path, learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Pretrain by the command and return the rows of its steps."""
+    """Pretrain with the command and return the metrics of its steps."""
     settings = {
         "deepspeed_config": CONFIG,
         "data_dir": options.data_dir,
@@ -121,7 +121,7 @@ def pretrain(
 
 
 def accuracies(options: argparse.Namespace, model: Path, output: Path) -> str:
-    """Three cells: the rate of the best median, the accuracy with each seed, and their median."""
+    """Return three cells: the rate with the best median, the accuracy with each seed, and their median."""
     settings = {
         "model": model,
         "task": "classification",

@@ -1,4 +1,4 @@
-"""What a run would cost: memory, communication, time and files of a configuration, in tables.
+"""Print tables of what a run would cost: memory, communication, time and files.
 
     python -m benchmarks.plan --model large --gpus 512 --gpu h100
     python -m benchmarks.plan --model my_architecture/config.json --gpus 8
@@ -25,11 +25,11 @@ from ds_roberta.model.architecture import model_choice
 
 DOCUMENT = REPOSITORY / "docs/scaling.md"
 SHARDS, SHARD_BYTES = 10_000, 200_000_000
-"""The corpus of `benchmarks.loader`'s largest manifest: 10^12 tokens."""
+"""The corpus of `benchmarks.loader`'s largest manifest, with 10^12 tokens."""
 
 
 def manifest_bytes() -> int:
-    """About the size of the manifest of `SHARDS` shards of `SHARD_BYTES`, as indented JSON."""
+    """Return the approximate size of the manifest of `SHARDS` shards of `SHARD_BYTES`, as indented JSON."""
     piece = InputPiece("corpus/part-00000.jsonl.zst", 0, SHARD_BYTES, 100_000)
     chunks = ("0" * 16,) * -(-SHARD_BYTES // CHUNK_BYTES)
     shard = ShardInfo("train/shard-00000.arrow", 100_000, 10**8, SHARD_BYTES, "0" * 32, chunks, (piece,))
@@ -37,7 +37,7 @@ def manifest_bytes() -> int:
 
 
 def measured(name: str, pattern: str) -> str:
-    """A figure from a report in benchmarks/results."""
+    """Return a figure from a report in benchmarks/results."""
     found = re.search(pattern, (REPOSITORY / "benchmarks/results" / name).read_text(encoding="utf-8"))
     assert found, f"{name} no longer has {pattern!r}"
     return found[1]
@@ -64,7 +64,7 @@ def memory_table(cases: Sequence[Case]) -> str:
             gigabytes(each.activations_per_sequence),
             f"{each.largest_micro_batch:,}",
         )
-        # The batch must not be the limit: a huge one never is.
+        # A huge batch, so that the batch is not what limits the micro-batch.
         for each in (plan(replace(case, train_batch_size=case.gpus << 20)) for case in cases)
     )
     return table(head, rows)
@@ -134,7 +134,7 @@ def sources_table() -> str:
 
 
 def document_tables() -> dict[str, str]:
-    """The tables of docs/scaling.md by the names of their markers."""
+    """Return the tables of docs/scaling.md by the names of their markers."""
     models, counts = ("base", "large"), (8, 64, 512, 4_096)
     cases = [Case(model, gpus) for model in models for gpus in counts]
     large_batch = {"train_batch_size": 32_768, "max_steps": 125_000}
@@ -155,7 +155,7 @@ def document_tables() -> dict[str, str]:
 
 
 def with_tables(text: str) -> str:
-    """The document with new tables between its markers."""
+    """Return the document with new tables between its markers."""
     for name, content in document_tables().items():
         begin, end = f"<!-- {name}: python -m benchmarks.plan --write -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
@@ -165,7 +165,7 @@ def with_tables(text: str) -> str:
 
 
 def parse_case(words: Sequence[str] | None = None) -> Case | None:
-    """The run that the command line describes; None for the tables of the document."""
+    """Return the run that the command line describes, or None if it asks for the tables of the document."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables of docs/scaling.md instead")
     choices = {"gpu": list(GPUS), "zero_stage": [1, 2, 3], "precision": ["bf16", "fp16"]}

@@ -1,10 +1,10 @@
-"""`preprocess shard`, with both tokenizer backends and one worker, compared with the usual recipe on the same text.
+"""Compare `preprocess shard`, with each tokenizer backend and one worker, with the usual recipe on the same text.
 
     python -m benchmarks.preprocessing [--corpus FILE.jsonl|FILE.txt] [--tokenizer DIR] [--description TEXT]
 
-CPU-seconds are those of whole processes, start and children included; medians over the repetitions. Every run writes a
-new output. The slow ones may get only the beginning of the text. Writes a Markdown table with the hardware, the
-versions and the commit.
+CPU-seconds are medians over the repetitions and cover whole processes, their start and children included. Every run
+writes a new output. The slow contenders may get only the beginning of the text. Writes a Markdown table with the
+hardware, the versions and the commit.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run(name: str, corpus: Path, tokenizer: Path, folder: Path) -> Run:
-    """One run in a new process, its output in a new folder."""
+    """Measure one run in a new process, with its output in a new folder."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         output = Path(temporary) / "output"
         if name == USUAL:
@@ -137,7 +137,8 @@ def conditions(description: str, text_bytes: int) -> list[str]:
 
 
 def write_beginning(corpus: Path, target: Path, size: int) -> None:
-    """Copy the documents in about the first `size` bytes, line by line: a run's peak memory is never below ours."""
+    """Copy the documents in about the first `size` bytes. Line by line, because a run's peak memory is never below
+    ours."""
     with corpus.open("rb") as file, target.open("wb") as copy:
         for line in file:
             copy.write(line)
@@ -146,7 +147,7 @@ def write_beginning(corpus: Path, target: Path, size: int) -> None:
 
 
 def first_documents(corpus: Path) -> bytes:
-    """The first documents, so few that a run on them costs only its start."""
+    """Copy the first documents, so few that a run on them costs little more than its start."""
     border = b"\n" if corpus.suffix == ".jsonl" else b"\n\n"
     with corpus.open("rb") as file:
         return border.join(file.read(1 << 20).split(border)[:20]) + border
@@ -160,7 +161,7 @@ def example_corpus(folder: Path) -> Path:
 
 
 def example_tokenizer(folder: Path) -> Path:
-    # As a process of its own: in this file's folder `preprocessing` is this file.
+    # In its own process: within this file's folder, `preprocessing` is this file.
     command = [sys.executable, "-m", "preprocessing.cli", "train-tokenizer", "--vocab_size", "8192"]
     command += ["--input", str(REPOSITORY / "examples/corpus"), "--output", str(folder / "tokenizer")]
     subprocess.run(command, env=ENVIRONMENT, cwd=folder, check=True, stdout=subprocess.DEVNULL)

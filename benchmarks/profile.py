@@ -1,13 +1,13 @@
-"""Where a step's time goes: by stage of the step, by operator, and the share in which training is idle.
+"""Show where a step's time goes: by stage, by operator, and the share in which training stands still.
 
     python -m benchmarks.profile [--model base --max_seq_length 512]                   # on random data
     python -m benchmarks.profile --data_dir data/corpus --deepspeed_config ds_configs/zero2.json
     torchrun --nproc_per_node 2 -m benchmarks.profile                                  # or: deepspeed --module …
 
 The run is the real one, `ds_roberta.training.run.pretrain`, in a temporary folder; its parts are wrapped from here.
-Some steps are timed by stage, and one more is taken under torch's profiler, which would disturb the timing: on a CPU
-its records force large copies into fresh memory. Rank 0 writes a Markdown page with the hardware, the versions and the
-commit.
+Some steps are timed by stage. One more is taken under torch's profiler, separately because it would disturb the timing:
+on a CPU its records force large copies into fresh memory. Rank 0 writes a Markdown page with the hardware, the versions
+and the commit.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ STEP_TOKENS, GPU_STEP_TOKENS = 8_192, 262_144
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the wall clock, and of all threads of the process on CPUs."""
+    """Seconds of the wall clock, and CPU-seconds of all threads of the process."""
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -81,7 +81,7 @@ class Times:
 
 
 class StageClock:
-    """Each stage's own time, without that of the stages within it. What is in no stage is the rest."""
+    """Measures each stage's own time, without that of the stages within it. Time in no stage counts as the rest."""
 
     def __init__(self, now: Callable[[], Times]):
         self._now, self._open, self._since = now, [REST], now()
@@ -98,7 +98,7 @@ class StageClock:
             self._open.pop()
 
     def take(self) -> dict[str, Times]:
-        """The times since the last call."""
+        """Return the times since the last call."""
         self._lap()
         times, self._times = self._times, {}
         return times
@@ -111,7 +111,7 @@ class StageClock:
 
 
 def now() -> Times:
-    """The time at which the device has finished what it was given."""
+    """Wait until the device has finished its work, and return the time."""
     if on_gpu():
         torch.cuda.synchronize()
     return Times(time.perf_counter(), time.process_time())
@@ -121,8 +121,8 @@ class Probe:
     """Wraps the parts of a run while its `attached` block lasts.
 
     Attributes:
-        steps: the times by stage of each timed step.
-        operators: of the step after them, on rank 0.
+        steps: for each timed step, its times by stage.
+        operators: the operators of the step after those, on rank 0.
     """
 
     def __init__(self, timed_steps: int, ranks: Ranks):
@@ -193,7 +193,7 @@ class Probe:
         def train_step(trainer: Trainer, *arguments: Any) -> Any:
             if trainer.state.global_step < WARM_UP + self._timed_steps or not self._ranks.is_main:
                 return method(trainer, *arguments)
-            with torch.profiler.profile() as self.operators:  # of the CPU, and of CUDA if there is a GPU
+            with torch.profiler.profile() as self.operators:  # profiles the CPU, and CUDA if there is a GPU
                 return method(trainer, *arguments)
 
         return train_step
@@ -235,7 +235,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path, length: int, batch: int) -> None:
-    """Put the run's DeepSpeed JSON, and data if the user gave none, into `folder`."""
+    """Write the run's DeepSpeed JSON into `folder`, and random data if the user gave none."""
     try:
         settings = json.loads(arguments.deepspeed_config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -249,24 +249,24 @@ def prepare(arguments: argparse.Namespace, folder: Path, length: int, batch: int
 
 
 def mean_step(steps: Sequence[dict[str, Times]], save_interval: int) -> dict[str, Times]:
-    """The mean step's times by stage, in the order of `STAGES`.
+    """Return the times by stage of the mean step, in the order of `STAGES`.
 
     Args:
-        steps: there is one save in them.
-        save_interval: steps that share the time of a save.
+        steps: the timed steps, which include one save.
+        save_interval: number of steps over which the time of a save is spread.
     """
     sums = {stage: sum((step.get(stage, Times()) for step in steps), Times()) for stage in STAGES}
     return {stage: sums[stage] / (save_interval if stage == SAVE else len(steps)) for stage in STAGES}
 
 
 def shares(times: dict[str, Times]) -> dict[str, float]:
-    """Each stage's part of the wall clock; they sum to one."""
+    """Return each stage's share of the wall clock time; the shares sum to one."""
     whole = sum(each.wall for each in times.values())
     return {stage: each.wall / whole for stage, each in times.items()}
 
 
 def lines(arguments: argparse.Namespace, probe: Probe, output_dir: Path, ranks: Ranks) -> Iterator[str]:
-    """The report, line by line."""
+    """Yield the lines of the report."""
     record = json.loads((output_dir / CONFIG_NAME).read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (output_dir / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
     timed = [row for row in rows if "loss" in row and WARM_UP < row["global_step"] <= WARM_UP + len(probe.steps)]
@@ -320,7 +320,8 @@ def lines(arguments: argparse.Namespace, probe: Probe, output_dir: Path, ranks: 
 
 
 def operator_times(profile: torch.profiler.profile) -> dict[str, tuple[int, float]]:
-    """Calls of each operator and its own seconds: of its kernels on a GPU, else of the CPU."""
+    """Return each operator's number of calls and its own seconds: those of its kernels on a GPU, otherwise those of the
+    CPU."""
     return {
         event.key: (event.count, (event.self_device_time_total if on_gpu() else event.self_cpu_time_total) / 1e6)
         for event in profile.key_averages()
@@ -330,7 +331,7 @@ def operator_times(profile: torch.profiler.profile) -> dict[str, tuple[int, floa
 
 
 def operator_table(operators: dict[str, tuple[int, float]], top: int) -> Iterator[str]:
-    """A Markdown table of the `top` operators that take most, and of all others together."""
+    """Yield a Markdown table of the `top` operators that take the most time, and of all others together."""
     ordered = sorted(operators.items(), key=lambda item: -item[1][1])
     whole = sum(seconds for _, seconds in operators.values())
     yield "| operator | calls | own time | share |"

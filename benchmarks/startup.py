@@ -1,9 +1,9 @@
-"""What a start costs: from the command to the end of the first step, by phase and by launcher.
+"""Measure what a start costs, from the command to the end of the first step, by phase and by launcher.
 
     python -m benchmarks.startup
 
-One process of each launcher in turn. All starts except an untimed first one are warm: files are in memory, the index is
-built and the micro-batch known. Writes a Markdown table with the hardware, the versions and the commit.
+The launchers take turns, with one process each. All starts except an untimed first one are warm: files are in memory,
+the index is built and the micro-batch known. Writes a Markdown table with the hardware, the versions and the commit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
 from benchmarks.loader import example_corpus, spread
 
-MODULE = "benchmarks.startup_marks"  # not its path: modules here have names of the standard library's
+MODULE = "benchmarks.startup_marks"  # replaces this folder, in which modules have names of the standard library
 PHASES = ("python", "imports", "data", "engine", "micro-batch", "evaluation", "first step")
 BAR = 12
-"""The most seconds that plain python may take from the start to the end of the first step."""
+"""The most seconds that plain python should take from the start to the end of the first step."""
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def lines(repetitions: int, folder: Path) -> Iterator[str]:
-    """The report, line by line."""
+    """Yield the lines of the report."""
     corpus = example_corpus(folder)
     first = start("python", corpus, folder / "first")
     runs: dict[str, list[dict[str, float]]] = {"python": [], "torchrun": [], "deepspeed": []}
@@ -76,7 +76,8 @@ def lines(repetitions: int, folder: Path) -> Iterator[str]:
 
 
 def start(launcher: str, corpus: Path, output: Path) -> dict[str, float]:
-    """One run of one step: seconds of each phase, "total" to the end of the first step, its "CPU", and "command"."""
+    """Run one step; return seconds by phase, "total" to the end of the first step, its "CPU", and the whole
+    "command"."""
     commands = {
         "python": ["-m"],
         "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"],

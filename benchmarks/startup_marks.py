@@ -1,4 +1,4 @@
-"""`launch/pretrain.py` with the times at which its phases end, measured from outside: what `benchmarks.startup` runs.
+"""Run `launch/pretrain.py` for `benchmarks.startup`, and record from outside when each of its phases ends.
 
 Takes the same arguments and writes {phase: seconds since 1970} to the file named by `STARTUP_MARKS`.
 """

@@ -1,11 +1,12 @@
-"""Our trainer and its peers on the same model, data, batch, threads and allocator: tokens per second of one device.
+"""Compare our trainer with its peers on the same model, data, batch, threads and allocator: tokens per second of one
+device.
 
     python -m benchmarks.throughput                            # on random ids
     python -m benchmarks.throughput --data_dir data/corpus     # real text with its padding, which is not counted
 
-Every contender is a process of its own (`benchmarks.throughput_contenders`), and they take turns, one round after the
-other. After each round the Markdown table so far is written, with the hardware, the versions and the commit.
-Needs `accelerate` for transformers' Trainer and a C++ compiler for torch.compile; without one of them its row says so.
+Every contender runs in its own process (`benchmarks.throughput_contenders`); in each round they take turns. After each
+round the Markdown table so far is written, with the hardware, the versions and the commit. Needs `accelerate` for
+transformers' Trainer and a C++ compiler for torch.compile; a row that lacks one says so.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name and nam
 
 @dataclass(frozen=True)
 class Measured:
-    """What some steps took; `seconds` are the device's: of all threads on CPUs, between events on a GPU.
+    """The cost of some steps. `seconds` is the device's time: of all threads on CPUs, between events on a GPU.
 
-    `graphs` are those that torch.compile had made by then.
+    `graphs` is the number of graphs that torch.compile had made by then.
     """
 
     tokens: int
@@ -60,7 +61,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A contender's rounds, or why it has none."""
+    """A contender's rounds, or the reason why it has none."""
 
     name: str
     rounds: tuple[Measured, ...] = ()
@@ -92,7 +93,7 @@ class Contender:
             )
 
     def take(self, steps: int) -> dict[str, Any]:
-        """Its answer to an order of steps."""
+        """Order a number of steps, and return the process's answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{steps}\n")
@@ -103,7 +104,7 @@ class Contender:
         return json.loads(line)
 
     def warm_up(self) -> None:
-        """Take the first step, which makes optimizer states and compiles."""
+        """Take the first step, which creates the optimizer's states and compiles."""
         self.unavailable = self.take(1).get("unavailable", "")
 
     def close(self) -> None:
@@ -161,7 +162,7 @@ def main() -> None:
 
 
 def prepare(model: str, length: int, micro_batch_size: int, arguments: argparse.Namespace, folder: Path) -> Case:
-    """What all contenders train; random data is written into `folder`, or the user's data is indexed."""
+    """Make the case that all contenders train; write random data into `folder`, or index the user's data."""
     data, rows = arguments.data_dir or folder / "data", ROWS
     case = Case(model, length, micro_batch_size, arguments.micro_steps, str(folder), str(data))
     if arguments.data_dir is None:
@@ -176,12 +177,12 @@ def prepare(model: str, length: int, micro_batch_size: int, arguments: argparse.
 
 
 def masked_share(case: Case) -> float:
-    """The share of the tokens that are masked."""
+    """Return the share of the tokens that are masked."""
     return MaskingConfig.mlm_probability * (1 - SPECIAL_TOKENS_PER_SEQUENCE / (case.max_seq_length * case.filled))
 
 
 def section(case: Case, outcomes: Sequence[Outcome], flops: float, peak: float) -> list[str]:
-    """A model's part of the report."""
+    """Yield a model's part of the report."""
     what = "full sequences of random ids"
     if case.packing != "contiguous":
         what = f"text of {Path(case.data).name}: {case.filled:.1%} of the places hold tokens, the rest is padding"
@@ -197,7 +198,7 @@ def section(case: Case, outcomes: Sequence[Outcome], flops: float, peak: float) 
 
 
 def model_size(text: str) -> str:
-    """A preset's name or a size, checked; for argparse."""
+    """Check a preset's name or a size, for argparse."""
     if text in PRESETS:
         return text
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
@@ -211,10 +212,10 @@ def model_size(text: str) -> str:
 def lines(
     arguments: argparse.Namespace, tables: Sequence[str], peaks: Sequence[float], loads: Sequence[float]
 ) -> Iterator[str]:
-    """The report, line by line.
+    """Yield the lines of the report.
 
     Args:
-        peaks: FLOP/s of the device, measured beside each table.
+        peaks: FLOP/s of the device, measured along with each table.
         loads: load averages before and after each table was measured.
     """
     on_gpu = torch.cuda.is_available()
@@ -246,12 +247,12 @@ def lines(
 
 
 def alive() -> int:
-    """How many contenders are alive at a time and take turns: so they meet the same noise on a CPU."""
+    """Return how many contenders are alive at a time. They take turns, so that they meet the same noise on a CPU."""
     return 1 if torch.cuda.is_available() else 2
 
 
 def measure(case: Case, arguments: argparse.Namespace) -> Iterator[tuple[list[Outcome], float]]:
-    """After each round, all contenders' rounds so far and the device's peak in FLOP/s.
+    """After each round, yield all contenders' rounds so far and the device's peak in FLOP/s.
 
     They would not all fit into memory at once, so they come in groups, each with a process that measures the peak.
     """
@@ -280,9 +281,9 @@ def measure(case: Case, arguments: argparse.Namespace) -> Iterator[tuple[list[Ou
 
 
 def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Iterator[str]:
-    """A Markdown table: `flops` of a token, `peak_flops` of a second of the device.
+    """Yield a Markdown table, for `flops` per token and a device with `peak_flops` per second.
 
-    The last column says how many times as many tokens ours processes in bf16.
+    The last column says how many times as many tokens our trainer processes in bf16.
     """
     rates = {
         outcome.name: [each.tokens / each.seconds for each in outcome.rounds] for outcome in outcomes if outcome.rounds

@@ -1,9 +1,10 @@
-"""The trainers that `benchmarks/throughput.py` compares, each in a process of its own:
+"""The trainers that `benchmarks/throughput.py` compares, each in its own process:
 
     python -m benchmarks.throughput_contenders NAME CASE    # CASE is a `Case` as JSON
 
-The process reads numbers of steps from its standard input, trains as many, and answers each with a line of JSON on its
-standard output. Data, model, optimizer, threads and allocator are the same for all; imports are each contender's own.
+The process reads numbers of steps from its standard input, trains that many, and answers each number with a line of
+JSON on its standard output. Data, model, optimizer, threads and allocator are the same for all; each contender imports
+only what it needs.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Case:
 
     Attributes:
         model: a preset's name, or LAYERSxHIDDENxHEADS such as 8x384x6.
-        folder: where contenders write, with the `rows` for transformers' contenders.
-        micro_batch_size: sequences.
-        micro_steps: of a step.
+        folder: where contenders write; it has the `rows` for transformers' contenders.
+        micro_batch_size: sequences per micro-step.
+        micro_steps: micro-steps per step.
         data: a data folder, indexed for `packing`.
         filled: the share of a step's places that hold tokens; the others are padding.
     """
@@ -76,11 +77,11 @@ class Case:
 
 
 class Unavailable(Exception):
-    """Why a contender cannot run here."""
+    """A contender cannot run here; the message says why."""
 
 
 class Gate:
-    """Called between steps: lets as many through as were ordered, then answers with what they took."""
+    """Called between steps: lets through as many steps as were ordered, then answers with what they cost."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], None], tokens: int):
         self._answer, self._tokens = answer, tokens
@@ -102,13 +103,14 @@ class Gate:
     def _await_order(self) -> None:
         line = sys.stdin.readline()
         if not line:
-            os._exit(0)  # out of the middle of someone else's loop
+            os._exit(0)  # ends the process from within another library's loop
         self._ordered = self._left = int(line)
         self._lap = stopwatch()
 
 
 def stopwatch() -> Callable[[], tuple[float, float]]:
-    """Start a clock; the function returns the device's seconds (a GPU's, or all threads' on CPUs) and the wall's."""
+    """Start a clock; the returned function gives the device's seconds (of a GPU, or of all CPU threads) and the wall
+    clock's."""
     if not torch.cuda.is_available():
         cpu, wall = time.process_time(), time.perf_counter()
         return lambda: (time.process_time() - cpu, time.perf_counter() - wall)
@@ -130,7 +132,7 @@ def device() -> torch.device:
 
 
 def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
-    """A data folder of full sequences of random ids, and their tokenizer."""
+    """Write a data folder of full sequences of random ids, with a tokenizer."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -156,7 +158,7 @@ def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
 
 
 def write_rows(case: Case, most: int) -> float:
-    """Write the first packed sequences, at most `most`, padded, as rows for `datasets`; return how full they are."""
+    """Write the first packed sequences, padded and at most `most`, as rows for `datasets`; return how full they are."""
     import datasets
 
     from ds_roberta.data.packing import open_index
@@ -181,7 +183,7 @@ def write_rows(case: Case, most: int) -> float:
 
 
 def hf_parts(case: Case, attention: str) -> tuple[Any, Any, Any]:
-    """transformers' model, the rows and the collator, as `run_mlm.py` makes them."""
+    """Return transformers' model, the rows and the collator, as `run_mlm.py` makes them."""
     import datasets
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling, RobertaForMaskedLM
 
@@ -202,7 +204,8 @@ def require_compiler() -> None:
 def run_mlm(
     case: Case, make_gate: Callable[[], Gate], precision: str, attention: str, torch_compile: bool = False
 ) -> None:
-    """transformers' `run_mlm.py`: its Trainer with its defaults, except the optimizer's numbers and clipping."""
+    """Train as transformers' `run_mlm.py` does: its Trainer with its defaults, except the optimizer's numbers and
+    clipping."""
     if torch_compile:
         require_compiler()
     if importlib.util.find_spec("accelerate") is None:
@@ -252,7 +255,7 @@ def micro_batches(case: Case, rows: Any, collator: Any) -> Iterator[dict[str, to
 
 
 def loop(case: Case, make_gate: Callable[[], Gate], attention: str, compiled: bool) -> None:
-    """A plain loop around transformers' model, in bf16 by autocast."""
+    """Train transformers' model by a plain loop, in bf16 by autocast."""
     if compiled:
         require_compiler()
     model, rows, collator = hf_parts(case, attention)
@@ -274,7 +277,7 @@ def loop(case: Case, make_gate: Callable[[], Gate], attention: str, compiled: bo
 
 
 def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) -> None:
-    """DeepSpeed around transformers' model as its tutorials show: ZeRO-1, bf16, `step` after each `backward`."""
+    """Train transformers' model with DeepSpeed as its tutorials show: ZeRO-1, bf16, `step` after each `backward`."""
     from ds_roberta.training.device import init_distributed
 
     init_distributed()
@@ -304,7 +307,7 @@ def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) ->
 
 
 def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
-    """The parts as `ds_roberta.training.run` makes them, stepped as the trainer does."""
+    """Train with the parts that `ds_roberta.training.run` makes, in steps like the trainer's."""
     from ds_roberta.data.loader import Collator, Counts, LoaderStage, TrainLoader
     from ds_roberta.data.masking import training_masker
     from ds_roberta.data.order import SampleOrder
@@ -345,7 +348,7 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
 
 
 def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
-    """The device's peak: the best rate of square bf16 matrix products of a few sizes, answered to each order."""
+    """Answer each order with the device's peak: the best rate of square bf16 matrix products of a few sizes."""
     from ds_roberta.training.peak import product_rate
 
     on_cpu = device().type == "cpu"
@@ -386,13 +389,13 @@ CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]
         lambda c, g: deepspeed_loop(c, g, "eager"),
     ),
 }
-"""By name: what it is, its precision, and the function that trains until its gate ends the process."""
+"""By name: a contender's description, its precision, and the function that trains until its gate ends the process."""
 PEAK = "peak"
 
 
 def main(name: str, case_json: str) -> NoReturn:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # so that what libraries print is not taken for an answer
+    os.dup2(2, 1)  # so that output of libraries is not taken for an answer
 
     def answer(content: dict[str, Any]) -> None:
         print(json.dumps(content), file=answers, flush=True)

@@ -1,5 +1,5 @@
 """The usual way to prepare text for masked language modelling, as transformers' `run_mlm` example does it:
-`datasets` tokenizes with one map and joins and cuts the ids to blocks with a second.
+one map of `datasets` tokenizes, and a second joins the ids and cuts them into blocks.
 
     python benchmarks/usual_recipe.py FILE TOKENIZER CACHE_FOLDER
 

@@ -1,4 +1,5 @@
-"""Evaluate a transformers folder as it is: `python launch/evaluate.py minimal-pairs --model DIR --data FILES`."""
+"""Evaluate a transformers folder without training it: `python launch/evaluate.py minimal-pairs --model DIR --data
+FILES`."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ask a fine-tuned model: `python launch/predict.py --model DIR --input FILE`, or `--text TEXT`."""
+"""Predict with a fine-tuned model: `python launch/predict.py --model DIR --input FILE`, or `--text TEXT`."""
 
 import argparse
 from pathlib import Path

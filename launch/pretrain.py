@@ -7,7 +7,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-# Threads that spin while they wait slow each other down on busy cores; read when torch is imported.
+# Waiting threads that spin slow each other down on busy cores. torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ds_roberta.command_line import ArgumentParser, run_command

@@ -3,7 +3,7 @@
     python launch/slurm.py pretrain_multi_node --nodes 4 --gpus_per_node 8 --time 24:00:00 -- \
         --deepspeed_config ds_configs/zero1.json --data_dir data/corpus --output_dir runs/base
 
-What follows `--` is passed to the template's command as it is, if that command's parser accepts it.
+What follows `--` is passed to the template's command unchanged, if that command's parser accepts it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = {path.stem: path for path in sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))}
 COUNTS = ("gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds", "tasks")
 PRETRAIN_PARSER = "from launch.pretrain import parse_arguments as parse"
-# Defines parse(words) for the options after --; it runs in a process of its own, as the import may be slow.
+# Code that defines parse(words) for the options after --. It runs in another process, as the import may be slow.
 PARSERS = {
     "finetune": "from launch.finetune import parse_arguments as parse",
     "preprocess": "from preprocessing.cli import parser; parse = lambda words: parser().parse_args(['shard', *words])",
@@ -75,13 +75,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def split_command(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words before and after the first `--`."""
+    """Return the words before and after the first `--`."""
     place = words.index("--") if "--" in words else len(words)
     return words[:place], words[place + 1 :]
 
 
 def job_values(arguments: argparse.Namespace) -> dict[str, str]:
-    """The value of each placeholder; those without a value are missing.
+    """Return the value of each placeholder that has one.
 
     Raises:
         UserError: a value is out of range, or cannot be written into a job file.
@@ -122,7 +122,7 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def fill(template: str, values: dict[str, str]) -> str:
-    """The template with its values; a line whose `OPTIONAL` value is missing is left out."""
+    """Return the template with its values; a line whose `OPTIONAL` value is missing is left out."""
     lines = []
     for line in template.splitlines():
         names = _PLACEHOLDER.findall(line)
@@ -135,11 +135,11 @@ def fill(template: str, values: dict[str, str]) -> str:
 
 
 OPTIONAL = ("partition", "account", "gpus_per_node", "mem")
-OPTION_OF = {"array": "tasks"}  # placeholders that are made from an option of another name
+OPTION_OF = {"array": "tasks"}  # placeholders made from an option with another name
 
 
 def job_file(arguments: argparse.Namespace) -> str:
-    """The job file's text.
+    """Return the job file's text.
 
     Raises:
         UserError: the template is unknown, or a value is missing, out of range or not used by the template.
@@ -166,10 +166,10 @@ def job_file(arguments: argparse.Namespace) -> str:
 
 
 def check_command(template: str, words: list[str]) -> None:
-    """Have the parser of the template's command check the options after `--`: now, not when the job starts.
+    """Have the parser of the template's command check the options after `--` now, rather than when the job starts.
 
     Raises:
-        UserError: it refuses them.
+        UserError: the parser refuses them.
     """
     program = f"import sys; {PARSERS[template]}; parse(sys.argv[1:])"
     result = subprocess.run([sys.executable, "-c", program, *words], cwd=REPOSITORY, capture_output=True, text=True)
@@ -178,7 +178,7 @@ def check_command(template: str, words: list[str]) -> None:
 
 
 def check(path: Path) -> None:
-    """Have bash read the file, and sbatch where there is one.
+    """Have bash check the file, and sbatch too if it is installed.
 
     Raises:
         UserError: one of them refuses it.

@@ -98,10 +98,11 @@ def shard(
     Args:
         inputs: `[NAME=]PATH` each, as `--input` takes them.
         tokenizer: a RoBERTa tokenizer's folder.
-        options: of reading, holding out and dropping duplicates; None for the defaults.
-        workers: processes on this machine; None for one per core, and under MPI.
+        options: how to read, hold out and deduplicate documents; None for the defaults.
+        workers: number of processes on this machine; None for one per core, and always None under MPI.
         tokenizer_backend: one of `encoders.BACKENDS`; the ids are the same with each.
-        task: the share of the work to do here, and the number of shares; None for the SLURM array's.
+        task: which share of the work to do here, and the number of shares; None takes both from the
+            SLURM array, if any.
 
     Returns:
         The manifest of the finished folder; None if other tasks or ranks finish it.

@@ -3,7 +3,7 @@
 Every unit writes, next to its shards, a table of its documents' keys: a hash of the text, and for near copies one key
 for each band of a MinHash signature. When all units are done, the tables are merged range by range, which finds the
 documents that resemble an earlier one in the order of the plan, and the units' shards are rewritten without them.
-What is kept depends only on the plan, and no process ever holds more than one range of keys.
+Which documents are kept depends only on the plan, and no process ever holds more than one range of keys.
 
 A near copy is a document that shares a band with an earlier one and whose signature agrees with it in at least
 `NEAR_SIMILARITY` of its components, an estimate of the Jaccard similarity of their sets of five neighbouring words.
@@ -28,7 +28,7 @@ NEAR_SIMILARITY = 0.8
 BANDS, BAND_ROWS = 16, 8  # finds 95% of the pairs at similarity 0.8 and all but 0.01% of those at 0.9
 SHINGLE_WORDS = 5
 RANGE_ROWS = 1 << 21
-"""Keys that one merge holds in memory, about 250 MB with everything else that it needs."""
+"""Number of keys that one merge holds in memory: about 250 MB with everything else it needs."""
 
 _SEED = 1
 _WORD = re.compile(r"\w+")
@@ -40,7 +40,7 @@ _PAIRS_AT_ONCE = 1 << 15
 
 
 def dedup_options(kind: str) -> dict[str, Any]:
-    """What the manifest says about deduplication: all that decides which documents are dropped.
+    """Return the manifest's entry about deduplication: all settings that decide which documents are dropped.
 
     Raises:
         UserError: the library that finds near copies is missing.
@@ -86,9 +86,9 @@ class DocumentTable:
     def write(self, folder: Path, unit: int) -> None:
         """Write the unit's tables.
 
-        rows: (documents,), as `load_rows` says. keys: (tables, 3, documents) uint64, of each table
-        key, check and row, sorted by key; two documents are the same if key and check are. signatures: (documents,
-        places) uint32.
+        rows: (documents,), as `load_rows` says. keys: (tables, 3, documents) uint64: for each table the key, check and
+        row, sorted by key; two documents are the same if both key and check are. signatures: (documents, places)
+        uint32.
         """
         hashes = np.array([(h >> 64, h & (2**64 - 1)) for h in self._hashes], np.uint64).reshape(-1, 2)
         columns = [(hashes[:, 0], hashes[:, 1])]
@@ -108,12 +108,12 @@ class DocumentTable:
 
 
 def merge_count(kind: str, documents: int) -> int:
-    """The number of merges into which the keys of this many documents are divided."""
+    """Return the number of merges into which the keys of this many documents are divided."""
     return (1 + BANDS * (kind == "near")) * _ranges(documents)
 
 
 def merge(folder: Path, target: Path, kind: str, units: int, documents: int, index: int) -> dict[str, Any]:
-    """Find the documents to drop by one range of one table, and write them under `target`, sorted.
+    """Find the documents to drop according to one range of one table, and write them under `target`, sorted.
 
     The rows of `drops/NNNNN.npy` are (unit, row) of documents that resemble an earlier one.
     """
@@ -147,7 +147,7 @@ def merge(folder: Path, target: Path, kind: str, units: int, documents: int, ind
 
 
 def dropped_rows(folder: Path, kind: str, documents: int, unit: int) -> dict[str, np.ndarray]:
-    """The rows of a unit that are dropped, ascending, by reason; an exact copy is not also a near one."""
+    """Return the rows of a unit to drop, by reason and ascending; an exact copy does not also count as a near one."""
     rows = []
     for index in range(merge_count(kind, documents)):
         drops = _load(folder / "drops", index)
@@ -159,7 +159,7 @@ def dropped_rows(folder: Path, kind: str, documents: int, unit: int) -> dict[str
 
 
 def load_rows(folder: Path, unit: int) -> np.ndarray:
-    """The unit's documents, (documents,) of split, part, piece, source, bytes and special."""
+    """Load the table of a unit's documents: (documents,) records of split, part, piece, source, bytes and special."""
     return _load(folder / "rows", unit)
 
 
@@ -186,7 +186,7 @@ def _signature(text: str) -> np.ndarray:
 
 
 def _signatures(folder: Path, places: np.ndarray) -> np.ndarray:
-    """The signatures, (documents, components) uint32, of documents given as (unit, row)."""
+    """Load the signatures, (documents, components) uint32, of documents given as (unit, row)."""
     signatures = np.empty((len(places), BANDS * BAND_ROWS), np.uint32)
     for unit in np.unique(places[:, 0]):
         here = places[:, 0] == unit

@@ -1,4 +1,4 @@
-"""From a plan to a data folder: workers tokenize units in any order; the manifest is written last."""
+"""From a plan to a data folder: workers tokenize units in any order, and the manifest is written last."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from preprocessing.tokens.sentence_splitting import RULES_VERSION
 from preprocessing.units import RECORD_VERSION, ShardOptions, UnitResult, shard_unit, thin_unit
 
 FileState = tuple[int, int]
-"""Size and modification time."""
+"""The size and modification time of an input."""
 
 
 class Totals(NamedTuple):
@@ -128,7 +128,7 @@ def run_job(
 def _plan_fingerprint(
     states: Mapping[str, FileState], units: Sequence[Unit], tokenizer: Path, options: ShardOptions
 ) -> str:
-    """Identity of all that the output's bytes depend on: work is resumed only if it is the same."""
+    """Return a fingerprint of everything that the output's bytes depend on: work is resumed only if it is the same."""
     # The records show what is bad or damaged, so a job that allows more can resume.
     decisive = replace(options, max_bad_fraction=0.0, allow_damaged_files=False)
     content = {
@@ -149,7 +149,7 @@ def _plan_fingerprint(
 
 
 def _state(path: str) -> FileState:
-    """Size and modification time of an input; of a URL only the size, as not all file systems know more."""
+    """Return the size and modification time of an input; of a URL only the size, as some file systems know no more."""
     with readable(path):
         if not is_url(path):
             state = os.stat(path)
@@ -183,8 +183,8 @@ class _Sharding:
     """The steps of a job that make its output.
 
     Attributes:
-        states: of the inputs when the job was planned.
-        units: all of the plan.
+        states: of each input, as it was when the job was planned.
+        units: all units of the plan.
     """
 
     job: Job
@@ -197,13 +197,13 @@ class _Sharding:
     output: Path
 
     def tokenizer_info(self) -> TokenizerInfo:
-        """What the first phase found; reading the tokenizer again would take long for a small corpus."""
+        """What the first phase recorded; for a small corpus, reading the tokenizer again would take relatively long."""
         record = self.job.record(FIRST_PHASE, 0)
         assert record is not None
         return TokenizerInfo.from_json(record)
 
     def run_units(self, units: Sequence[Unit], bad: BadDocuments | None = None) -> dict[int, UnitResult]:
-        """Do the unfinished ones of `units`; return the results of all of these, by unit number.
+        """Do those of `units` that are unfinished; return the results of all `units`, by unit number.
 
         Args:
             bad: receives the units in the plan's order; None unless `units` are all of them.
@@ -279,7 +279,7 @@ class _Sharding:
         return manifest, totals
 
     def _deduplicate(self, results: dict[int, UnitResult]) -> dict[int, UnitResult]:
-        """The results of all units without repeated documents."""
+        """Rewrite the units without repeated documents; return the results."""
         job, kind = self.job, self.options.dedup
         documents = sum(result.documents for result in results.values())
         merges = [i for i in range(dedup.merge_count(kind, documents)) if job.record("drops", i) is None]

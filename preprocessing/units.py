@@ -1,4 +1,4 @@
-"""The work of one unit: from a part of the input to shards, and from these to shards without repeated documents."""
+"""The work of one unit: turn a part of the input into shards, and rewrite these without repeated documents."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 _BATCH_BYTES = 1 << 20
 _SOURCES_AT_MOST = 256
-"""In one part of a unit: each source has its own shards, which would become too many and too small."""
+"""The most sources in one part of a unit: each source has its own shards, which would become too many and too small."""
 RECORD_VERSION = 2
-"""Of the content of a unit's record: a job does not resume from another version's."""
+"""Version of a unit's record: a job does not resume from records of another version."""
 _PART_UNITS = 2
 """A unit that turns out larger, such as a compressed file, is written in parts of this many times `unit_bytes`."""
 
@@ -50,10 +50,10 @@ class Prepared(NamedTuple):
     """A document ready to be encoded."""
 
     sentences: bytes
-    """As `sentence_bytes` gives them."""
+    """The document's sentences, as `sentence_bytes` gives them."""
     source: str | None
     piece: int
-    """Number of the piece in the unit that holds it."""
+    """Number of the piece, within the unit, that holds the document."""
 
 
 require_fraction = must_be("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -102,7 +102,7 @@ class UnitResult:
         return sum(account.counts[KEPT] for account in self.accounts.values())
 
     def record(self) -> Record:
-        """As JSON can hold it."""
+        """Return the result as JSON values."""
         return {
             "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
             "accounts": {path: vars(account) for path, account in self.accounts.items()},
@@ -113,7 +113,7 @@ class UnitResult:
 
     @classmethod
     def from_record(cls, record: Record) -> UnitResult:
-        """The inverse of `record`, after a trip through JSON."""
+        """Make a result from what `record` returned, after a trip through JSON."""
         shards = {split: tuple(map(ShardInfo.from_json, shards)) for split, shards in record["shards"].items()}
         accounts = {
             path: Account(**{**account, "counts": Counter(account["counts"])})
@@ -123,7 +123,7 @@ class UnitResult:
 
 
 def split_of(document: bytes | str, validation_fraction: float) -> str:
-    """The split of a document, a function of its sentences only: it does not move when the corpus grows."""
+    """Return the split of a document. It depends only on the sentences, so it does not change when the corpus grows."""
     position = xxhash.xxh3_64_intdigest(document.encode() if isinstance(document, str) else document) / 2**64
     return VALIDATION_SPLIT if position < validation_fraction else TRAIN_SPLIT
 
@@ -190,7 +190,7 @@ def _tokenize_unit(
 def thin_unit(
     job: Path, info: TokenizerInfo, kind: str, documents: int, unit: Unit, result: UnitResult, scratch: Path
 ) -> Record:
-    """Write the staged shards of a unit again, without repeated documents. `documents` is the number in all units."""
+    """Rewrite the staged shards of a unit without repeated documents. `documents` counts those of all units."""
     rows = dedup.load_rows(job, unit.index)
     keep, text_bytes, special_documents = np.ones(len(rows), bool), result.text_bytes, result.special_documents
     accounts = {path: replace(a, counts=Counter(a.counts)) for path, a in result.accounts.items()}
@@ -232,10 +232,10 @@ class _Writer:
         self.shards: list[ShardInfo] = []
         self._unit, self._place, self._vocab_size = unit, (folder, split, unit.index), vocab_size
         self._gathered: dict[str, tuple[list[Encoded], Counter[int]]] = {}
-        """By source, the documents and how many of them came from each of the unit's pieces."""
+        """For each source, the documents and how many of them came from each of the unit's pieces."""
 
     def add(self, encoded: Encoded, documents: Sequence[Prepared], chosen: np.ndarray) -> None:
-        """Add those documents of a batch for which `chosen`, (documents,) bool, is true."""
+        """Add the documents of a batch where `chosen`, (documents,) bool, is true."""
         for source in {document.source for document in compress(documents, chosen)}:
             of_source = chosen & np.fromiter((document.source == source for document in documents), bool)
             parts, pieces = self._gathered.setdefault(source or "", ([], Counter()))
@@ -257,14 +257,14 @@ class _Writer:
 
 
 def _input_pieces(unit: Unit, documents: Counter[int]) -> tuple[InputPiece, ...]:
-    """The unit's pieces that a shard's documents come from, and how many come from each."""
+    """Return the unit's pieces that a shard's documents come from, and how many come from each."""
     pieces = ((unit.pieces[number], count) for number, count in sorted(documents.items()))
     return tuple(InputPiece(piece.path, piece.start, piece.end, count) for piece, count in pieces)
 
 
 @lru_cache(maxsize=2)
 def _encoder(folder: Path, info: TokenizerInfo, backend: str) -> tuple[Encoder, SpecialLetters]:
-    """Loaded once per process; `info` tells apart two tokenizers that were at the same path at different times."""
+    """Load the encoder once per process; `info` distinguishes tokenizers that replaced each other at the same path."""
     return make_encoder(backend, folder, info)
 
 
@@ -282,7 +282,7 @@ def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:
 
 
 def _lists(column: pa.ListArray, keep: np.ndarray) -> list[np.ndarray]:
-    """The rows of a column for which `keep`, (rows,) bool, is true."""
+    """Return the rows of a column where `keep`, (rows,) bool, is true."""
     values = column.values.to_numpy(zero_copy_only=True)
     bounds = pairwise(column.offsets.to_numpy(zero_copy_only=True))
     return [values[begin:end] for (begin, end), kept in zip(bounds, keep, strict=True) if kept]

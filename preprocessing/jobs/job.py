@@ -1,4 +1,4 @@
-"""The work of one job on disk: items that are done once, whoever does them and however often the job is killed.
+"""The work of one job on disk: each item is done once, by any process, however often the job is killed.
 
     .NAME.partial/                 next to the output NAME
       leases/  finishing/          who is working, and who moves the output into place
@@ -8,14 +8,15 @@
         scratch/                   what is being made now
 
 An item is written into a folder of its own in `scratch`; then its files are moved into place and its record is written.
-An item's bytes depend only on the plan, so doing one twice does no harm. The plan's fingerprint is in the path, so an
-orphan of another plan finds nothing to write to.
+An item's bytes depend only on the plan, so doing one twice does no harm. The plan's fingerprint is in the path, so a
+process left over from another plan finds nothing to write to.
 
-A job holds a lease while it lives, and its workers look at it before they write: a small file with a random name, one
-for each process that runs a job (or an array task of one). On the same machine it lives as long as its process; seen
-from another machine, as long as it is touched. The next job removes a dead lease, and a job whose own lease is gone
-stops. No locks are used: on network file systems they are unreliable, while creating, opening and removing a file are
-not. (filelock's `SoftFileLease` has one holder per file and does not record its work, so tasks could not share a plan.)
+While a job is alive it holds a lease, which its workers check before they write. A lease is a small file with a random
+name, one for each process that runs a job (or an array task of one). On the same machine it is alive as long as its
+process; seen from another machine, as long as it is touched. The next job removes a dead lease, and a job whose own
+lease is gone stops. No locks are used: on network file systems they are unreliable, while creating, opening and
+removing a file are not. (filelock's `SoftFileLease` has one holder per file and does not record its work, so tasks
+could not share a plan.)
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import check_replaceable, partial_folder, put_in_place, sync_directory, sync_file, write_json
 
 FIRST_PHASE = "tokenizer"
-"""The phase that makes `data`."""
+"""Name of the phase that makes `data`."""
 UNITS = "units"
-"""The long phase: without a record of it there is nothing to resume."""
+"""Name of the long phase: without a record of it, there is nothing to resume."""
 Record = dict[str, Any]
 Task = tuple[int, int]
-"""Number (from 0) and count of the array task that a process is."""
+"""The number (from 0) of this process's array task, and the number of tasks."""
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 60.0
 _PATIENCE_SECONDS = 3.0
@@ -60,7 +61,7 @@ class LeaseHeld(UserError):
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lease says about the process that holds it."""
+    """The content of a lease: which process holds it."""
 
     plan: str
     task: Task | None
@@ -76,7 +77,7 @@ class Holder:
         return cls(plan, task, socket.gethostname(), pid, _machine(), _process(pid), since)
 
     def excludes(self, other: Holder) -> bool:
-        """Whether the two must not work at the same time: only different tasks of one array on one plan may."""
+        """Return whether two holders may not work at once: only different tasks of one array on one plan may."""
         if self.task is None or other.task is None or self.plan != other.plan:
             return True
         return self.task[1] != other.task[1] or self.task[0] == other.task[0]
@@ -111,7 +112,7 @@ def held_lease(folder: Path, plan: str, task: Task | None, output: Path) -> Iter
     Args:
         plan: the plan's fingerprint.
         task: this process, if it is an array task.
-        output: what the user knows the job by, for the error.
+        output: the job's output, by which the error names the job.
 
     Raises:
         LeaseHeld: a living job holds a lease that excludes this one.
@@ -133,7 +134,7 @@ def held_lease(folder: Path, plan: str, task: Task | None, output: Path) -> Iter
 
 
 def is_alive(path: Path) -> bool:
-    """Whether a process still holds the lease `path`; on another machine this can take a minute to find out."""
+    """Return whether a process still holds the lease `path`; for a holder on another machine this can take a minute."""
     holder = _read(path)
     if holder is None:
         return False
@@ -175,7 +176,7 @@ def _acquire(folder: Path, ours: Holder, output: Path) -> Lease:
 
 
 def _living_excluder(folder: Path, own: Path, ours: Holder) -> Holder | None:
-    """A living holder that excludes us, if any; dead leases are removed."""
+    """Return a living holder that excludes this job, if any, and remove dead leases."""
     for path in sorted(folder.glob("*.json")):
         holder = None if path == own else _read(path)
         if holder is None or not ours.excludes(holder):
@@ -211,7 +212,7 @@ def _touched(path: Path) -> int | None:
 
 
 def _machine() -> str:
-    """Identity of the running system and its process numbers; empty if unknown."""
+    """Return what identifies the running system and its process numbers; empty if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -219,7 +220,7 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> str:
-    """Identity of a living process, in case its number is given to another one; empty if it is dead."""
+    """Return what identifies a living process even if its number is reused later; empty if it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -241,7 +242,7 @@ class Job:
 
     @property
     def is_published(self) -> bool:
-        """Whether the output is already in place, because the job was killed just after."""
+        """Whether the output is already in place, because the job was killed just after moving it there."""
         return self.finished(FIRST_PHASE) > 0 and not self.data.exists()
 
     def record(self, phase: str, index: int) -> Record | None:
@@ -256,14 +257,15 @@ class Job:
         return sum(1 for _ in (self.folder / phase).glob("[0-9]*.json"))
 
     def do(self, phase: str, index: int, work: Callable[[Path], Record]) -> Record:
-        """Do an item.
+        """Do one item and record it.
 
         Args:
             work: writes files into the empty folder it is given, under the paths that they get in the job's folder,
                 and returns the item's record.
 
         Raises:
-            JobStopped: the lease was lost; nothing is moved into place. And whatever `work` raises.
+            JobStopped: the lease was lost; nothing is moved into place.
+            Exception: whatever `work` raises.
         """
         self.lease.check()
         scratch = self.folder / "scratch" / f"{phase}-{index:05d}-{secrets.token_hex(4)}"
@@ -292,9 +294,9 @@ class Job:
 
 @contextmanager
 def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Job]:
-    """Take the lease on `output` and yield the job of `plan` with its finished items; other plans' work is removed.
+    """Take the lease on `output`, remove the work of other plans, and yield the job of `plan` with its finished items.
 
-    If no unit is finished at the end, nothing is left; otherwise the work stays for the same plan.
+    If no unit is finished at the end, the work is removed; otherwise it is kept so that the same plan can resume.
 
     Raises:
         UserError: another job is alive, or the output must not be replaced.
@@ -327,6 +329,6 @@ def publish(job: Job, output: Path) -> None:
 def clear(job: Job) -> None:
     """Remove what a published job left next to the output."""
     with suppress(OSError):  # the output is whole
-        # In one move, so that no other task mistakes what is left of the job for work to resume.
+        # Renamed first, so that no other task takes a half-removed job for work to resume.
         job.folder.rename(job.folder.with_name("done"))
     shutil.rmtree(job.folder.parent, ignore_errors=True)

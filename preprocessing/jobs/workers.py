@@ -1,4 +1,4 @@
-"""Spreading work over processes: of this machine, of an MPI job, or only this one.
+"""Spread work over the processes of this machine or of an MPI job, or do it all in this process.
 
 Every process exits as soon as its parent dies. Otherwise the workers of a killed job, or the ranks of a killed mpirun,
 would go on writing.
@@ -29,7 +29,7 @@ _LOOK_SECONDS = 0.3
 class Workers:
     """Runs a function on the items of a list; without an executor, in this process.
 
-    As a context it ends all work after an error, before the folder that is written to is removed.
+    Used as a context manager, it ends all work after an error, before the folder that the work writes to is removed.
     """
 
     def __init__(self, count: int, executor: Executor | None, stop: Callable[[], None]):
@@ -91,7 +91,7 @@ def is_mpi(environment: Mapping[str, str] = os.environ) -> bool:
 
 @contextmanager
 def mpi_workers() -> Iterator[Workers | None]:
-    """In rank 0, the other ranks as workers; in the others None, once all work is done.
+    """Yield the other ranks as workers in rank 0; in the other ranks, yield None once all work is done.
 
     Raises:
         UserError: mpi4py is missing.
@@ -115,7 +115,7 @@ def mpi_workers() -> Iterator[Workers | None]:
 
 
 def slurm_task(environment: Mapping[str, str] = os.environ) -> Task | None:
-    """This process's number (from 0) and the count of tasks in a SLURM array; None without an array.
+    """Return this process's number (from 0) and the number of tasks of its SLURM array, or None outside an array.
 
     Raises:
         UserError: the array's numbers are not evenly spaced, so a task cannot derive its own from them.

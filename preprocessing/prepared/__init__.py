@@ -1,1 +1,1 @@
-"""What can be done with prepared data: check it, count it, look into it, export and import it."""
+"""Check, count, show, trace, export and import prepared data."""

@@ -56,7 +56,7 @@ _TYPES = {code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "
 _TYPES[8] = np.dtype("<u2")
 _CODES = {dtype: code for code, dtype in _TYPES.items()}
 _SHARD_TOKENS = 1 << 21
-"""About as many as a work unit of text has."""
+"""Tokens per shard of an import: about as many as a work unit of text has."""
 _EMPTY = "empty"
 
 
@@ -202,12 +202,12 @@ class IndexedDataset:
             )
 
     def tokens(self, sequence: int) -> np.ndarray:
-        """The ids of one sequence: (tokens,), in the dataset's own type."""
+        """Return the ids of one sequence: (tokens,), in the dataset's own type."""
         begin = int(self.pointers[sequence])
         return self.data[begin : begin + int(self.lengths[sequence]) * self.dtype.itemsize].view(self.dtype)
 
     def byte_range(self, first: int, last: int) -> tuple[int, int]:
-        """The range of bytes of the .bin that holds the documents `first … last - 1`, which must have a sequence."""
+        """Return the range of bytes of the .bin for the documents `first … last - 1`, which must have a sequence."""
         chosen = slice(int(self.documents[first]), int(self.documents[last]))
         ends = self.pointers[chosen] + self.lengths[chosen].astype(np.int64) * self.dtype.itemsize
         return int(self.pointers[chosen].min()), int(ends.max())
@@ -262,14 +262,14 @@ def _import_shards(dataset: IndexedDataset, folder: Path, split: str, info: Toke
 
 
 def _shard_borders(dataset: IndexedDataset) -> list[int]:
-    """The first document of each shard, and the number of documents."""
+    """Return the first document of each shard, followed by the number of documents."""
     tokens = np.concatenate([[0], np.cumsum(dataset.lengths, dtype=np.int64)])[dataset.documents]
     first_of_shard = np.flatnonzero(np.diff(tokens[:-1] // _SHARD_TOKENS)) + 1
     return [0, *first_of_shard.tolist(), len(dataset.documents) - 1]
 
 
 def _document(sentences: list[np.ndarray], separator: int) -> tuple[np.ndarray, np.ndarray]:
-    """A document's ids without a closing separator, and the offset after each sentence that has ids."""
+    """Return a document's ids without a closing separator, and the offset after each sentence that has ids."""
     if not sentences:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     ids = np.concatenate(sentences)

@@ -1,4 +1,4 @@
-"""`preprocess show`: documents of prepared data as text, one line per sentence, as packing sees them."""
+"""`preprocess show`: print documents of prepared data as text, one line per sentence, as packing sees them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def show(
     with_ids: bool = False,
     origins: Origins | None = None,
 ) -> Iterator[str]:
-    """The lines that show one document: where it is, where it came from, and its numbered sentences."""
+    """Yield the lines that show one document: where it is stored, where it came from, and its numbered sentences."""
     sentences = documents.sentences(document)
     yield (
         f"document {document.number} of {documents.split.name}: {document.end - document.start - 1} tokens, "
@@ -44,7 +44,7 @@ def show(
 
 
 def document_numbers(text: str, count: int) -> range:
-    """`N` or `FIRST:LAST` (without the last) as numbers, which may be negative to count from the end.
+    """Parse `N` or `FIRST:LAST` (LAST excluded); negative numbers count from the end.
 
     Raises:
         UserError: it is neither, or the range is empty.

@@ -1,6 +1,6 @@
-"""`preprocess stats`: what is in prepared data, from the shards only.
+"""`preprocess stats`: count what is in prepared data, from the shards only.
 
-Byte-level BPE loses nothing, so the bytes of text are the sum of the bytes that the ids stand for.
+Byte-level BPE loses nothing, so the size of the text is the sum of the bytes that the ids stand for.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class SplitStats(SourceStats):
     sources: dict[str, SourceStats] = field(default_factory=dict)
 
     def percentiles(self) -> dict[int, int]:
-        """The length that this percentage of the documents does not exceed."""
+        """Return the length that this percentage of the documents does not exceed."""
         lengths, counts = np.array(sorted(self.document_lengths.items())).T
         totals = np.cumsum(counts)
         ranks = np.ceil(np.array(PERCENTILES) / 100 * totals[-1]).clip(min=1)
@@ -108,7 +108,7 @@ def corpus_stats(corpus: Corpus, packings: Sequence[PackingConfig]) -> Stats:
 
 
 def token_bytes(corpus: Corpus) -> np.ndarray:
-    """The number of bytes of text that each id stands for, 0 for special ids: (vocab_size,) int64."""
+    """Return the number of bytes of text that each id stands for, 0 for special ids: (vocab_size,) int64."""
     info, tokenizer = corpus.manifest.tokenizer, _tokenizer(corpus)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     sizes = np.zeros(info.vocab_size, np.int64)
@@ -159,7 +159,7 @@ def _add_shard(
 
 
 def _origins(info: ShardInfo) -> Iterator[tuple[str | None, int, int]]:
-    """The inputs of a shard's documents in their order: path, first row, row after the last."""
+    """Yield the inputs of a shard's documents in order: path, first row, row after the last."""
     row = 0
     for piece in info.pieces:
         yield piece.path, row, row + piece.documents
@@ -169,7 +169,7 @@ def _origins(info: ShardInfo) -> Iterator[tuple[str | None, int, int]]:
 
 
 def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
-    """Everything as JSON values."""
+    """Return the statistics as JSON values."""
 
     def amount(value: Amount) -> dict[str, Any]:
         return {**asdict(value), "bytes_per_token": value.text_bytes / max(value.tokens, 1)}
@@ -201,7 +201,7 @@ def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
 
 
 def vocabulary(stats: Stats, corpus: Corpus) -> dict[str, Any]:
-    """How many of the ordinary (not special) ids occur, and which occur most and least."""
+    """Return how many of the ordinary (not special) ids occur, and which occur most and least often."""
     decoder = decoders.ByteLevel()
     tokens = {id_: token for token, id_ in _tokenizer(corpus).get_vocab().items()}
     ordinary = np.setdiff1d(list(tokens), corpus.manifest.tokenizer.special_ids)
@@ -221,7 +221,7 @@ def vocabulary(stats: Stats, corpus: Corpus) -> dict[str, Any]:
 
 
 def as_text(content: dict[str, Any]) -> Iterator[str]:
-    """The lines of a report on `content`, which `as_json` made."""
+    """Yield the lines of a report on `content`, which `as_json` made."""
     for name, split in content["splits"].items():
         yield (
             f"{name:<12}{split['documents']:,} documents, {split['sentences']:,} sentences, {split['tokens']:,} "
@@ -256,7 +256,7 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
 
 
 def plot(stats: Stats, path: Path) -> None:
-    """Write an image of the lengths of documents and the frequencies of ids.
+    """Plot the lengths of documents and the frequencies of ids, and save the image.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""Documents of prepared data by number: where each is, its text, and where it came from.
+"""Find documents of prepared data by number: where each is stored, its text, and where it came from.
 
 The documents of a split are numbered from 0 through its shards. Shards do not record positions in the input: the part
 of the input that a document came from is read again, as it was for the data, until its text is found.
@@ -62,7 +62,7 @@ class StoredDocuments:
         return int(self._first[-1])
 
     def document(self, number: int) -> StoredDocument:
-        """The document of this number, counted from the end if negative. Raises `UserError` if there is none."""
+        """Return a document by number, counted from the end if negative. Raises `UserError` if there is none."""
         if not -len(self) <= number < len(self):
             raise UserError(
                 f"no document {number} in split {self.split.name!r}: it has {len(self)}, numbered from 0 to "
@@ -73,13 +73,13 @@ class StoredDocuments:
         return self._at(shard, number - int(self._first[shard]))
 
     def overlapping(self, shard: int, start: int, end: int) -> Iterator[StoredDocument]:
-        """The documents that have tokens in `start … end` of a shard's values."""
+        """Yield the documents that have tokens in `start … end` of a shard's values."""
         offsets = self.split.document_offsets(shard)
         first, last = np.searchsorted(offsets, [start, end - 1], side="right") - 1
         return (self._at(shard, row) for row in range(int(first), int(last) + 1))
 
     def sentences(self, document: StoredDocument) -> list[np.ndarray]:
-        """The ids of each sentence, without the separator: views of the file."""
+        """Return the ids of each sentence, without the separator, as views of the file."""
         values = self.split.values(document.shard)
         bounds = [document.start, *(document.start + self.split.sentence_ends(document.shard, document.row)).tolist()]
         return [values[start:end] for start, end in pairwise(bounds)]
@@ -100,12 +100,12 @@ class Decoder:
         self._tokenizer.decoder = decoders.ByteLevel()
 
     def lines(self, sentences: list[np.ndarray]) -> list[str]:
-        """The text of each sentence, without the space at the start of all but the first."""
+        """Return the text of each sentence; all but the first lose the space at their start."""
         first, *others = self._decoded(sentences)
         return [first, *(text.removeprefix(" ") for text in others)]
 
     def text(self, sentences: list[np.ndarray]) -> str:
-        """The whole document, with a newline between sentences that had white space between them."""
+        """Return the whole document, with a newline between sentences that were separated by white space."""
         first, *others = self._decoded(sentences)
         return "".join([first, *(f"\n{text[1:]}" if text.startswith(" ") else text for text in others)])
 
@@ -124,8 +124,8 @@ class Origins:
         self._spans = lru_cache(maxsize=_PARTS_KEPT)(self._read)
 
     def span(self, document: StoredDocument) -> tuple[int, int | None] | None:
-        """Where the document, and what follows it, begins in its input: bytes of the (decompressed) file or, in tables,
-        rows. If several documents of a part have the same text, it is the first.
+        """Return where the document begins in its input, and where the next one does: bytes of the (decompressed) file
+        or, in tables, rows. If several documents of a part have the same text, the first of them is returned.
 
         The end is None at the end of a compressed file; the result is None if the input is unknown or no longer
         contains the text.

@@ -1,4 +1,4 @@
-"""`preprocess trace`: which documents are in the global batch of any past or future step.
+"""`preprocess trace`: list the documents in the global batch of any past or future step.
 
 The order is a pure function of (numbers of sequences, seed, weights of sources, place) and a step's places follow from
 the run's stages, so only the run's options are needed, and a late step costs no more than an early one.
@@ -49,7 +49,7 @@ class BatchTracer:
     """Names the documents of any global batch of a run.
 
     Args:
-        packing: of the run's last stage; those of other stages differ in length.
+        packing: the packing of the run's last stage; other stages' packings differ in length.
         stages, seed, source_weights, skipped: the run's.
 
     Raises:
@@ -83,7 +83,7 @@ class BatchTracer:
         return self._stages[stage_number(self._stages, step - 1)]
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """The places of a step's batch, or of one process's part of it in its own order: int64.
+        """Return the places of a step's batch, or of one process's part of it in that process's order: int64.
 
         Args:
             step: as in `metrics.jsonl`: step 1 is the first, on global batch 0.
@@ -101,7 +101,7 @@ class BatchTracer:
         return own[own != EMPTY_PLACE]
 
     def trace(self, step: int, places: np.ndarray) -> Iterator[TracedSequence]:
-        """The sequence at each of `places` of the step's order; for a pair, each of its segments."""
+        """Yield the sequence at each of `places` in the step's order; for a pair, each of its segments."""
         length = self._stage(step).max_seq_length
         packed, order = self._data(length)
         sequences = order.sequences(places)
@@ -115,7 +115,7 @@ class BatchTracer:
 
 
 def rows(step: int, traced: TracedSequence, origins: Origins | None = None) -> Iterator[dict[str, Any]]:
-    """What the command prints about each document of a sequence, by column.
+    """Yield what the command prints about each document of a sequence, by column.
 
     `tokens_start … tokens_end` are the document's tokens in the sequence; `input_start … input_end` is the part of the
     input that contains the document, or with `origins` the document's own bytes (in tables: rows).

@@ -1,4 +1,4 @@
-"""`preprocess verify`: whether a data folder is as it was when it was made.
+"""`preprocess verify`: check that a data folder is unchanged since it was made.
 
 Arrow does not notice a flipped bit, so every byte is read and compared with the manifest: shards chunk by chunk, so
 that damage is located, small files as a whole, the manifest by its own checksum. The packing index in `index/` is a
@@ -27,10 +27,10 @@ DAMAGED_EXIT_CODE = 1
 
 
 def verify(folder: Path, workers: int = 1) -> list[str]:
-    """Everything that is wrong with a data folder, one line each; empty if it is whole.
+    """Return everything that is wrong with a data folder, one line per problem; empty if it is intact.
 
     Args:
-        workers: shards read at the same time, in threads, as reading releases the interpreter lock.
+        workers: number of shards read at the same time, in threads, because reading releases the interpreter lock.
 
     Raises:
         UserError: there is no manifest to compare with.
@@ -65,7 +65,7 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
 
 
 def shard_problems(folder: Path, info: ShardInfo) -> list[str]:
-    """What is wrong with one shard: a line for every damaged chunk, with its first and last byte."""
+    """Return what is wrong with one shard: a line for every damaged chunk, with its first and last byte."""
     try:
         size, checksum, chunks = checksums(folder / info.file)
     except OSError as error:
@@ -84,7 +84,7 @@ def shard_problems(folder: Path, info: ShardInfo) -> list[str]:
 
 
 def file_problems(folder: Path, name: str, checksum: str) -> Iterator[str]:
-    """What is wrong with one small file, checked as a whole."""
+    """Yield what is wrong with one small file, which is checked as a whole."""
     try:
         if file_checksum(folder / name) != checksum:
             yield f"{name}: damaged or edited somewhere in its {(folder / name).stat().st_size} bytes"

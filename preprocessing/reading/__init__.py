@@ -1,1 +1,1 @@
-"""From what a user names as input to documents, and an account of what became of each."""
+"""Turn the inputs that a user names into documents, and account for each of them."""

@@ -1,9 +1,9 @@
-"""Which documents are kept, and what became of the others: read = kept + rejected by reason, per input file.
+"""Decide which documents are kept, and count the others: read = kept + rejected by reason, per input file.
 
-A document is kept as it is, normalised, unless it is too short or too long or the user's own filter rejects it.
+A document is normalised and kept, unless it is too short or too long or the user's filter rejects it.
 
-A document is *bad* if the input is broken (its bytes, its syntax, a missing column); rejects by the user's own
-options are not. Bad documents are skipped unless they are more than a fraction of all. Where a *file* is damaged, an
+A document is *bad* if the input is broken (its bytes, its syntax, a missing column); documents that the user's options
+reject are not bad. Bad documents are skipped unless they are more than a fraction of all. Where a *file* is damaged, an
 unknown number of documents is lost: that ends a job unless the user allows it.
 """
 
@@ -40,7 +40,7 @@ KEPT = "kept"
 MAX_BAD_FRACTION = 0.01
 PLACES_AT_MOST = 5
 MIN_DOCUMENTS_TO_STOP = 10_000
-"""Documents read before a job stops early: fewer say little about the whole, and a small job ends soon anyway."""
+"""A job stops only after this many documents: fewer say little about the whole, and a small job ends soon anyway."""
 
 REMEDIES = {
     "not_utf8": "convert the file, for example with iconv -t UTF-8",
@@ -66,9 +66,9 @@ class Account:
     """Documents of one input file, or of a part of it, ready for JSON.
 
     Attributes:
-        places: of the first bad documents, and of the first for each reason.
-        damage: the first places after which documents are lost.
-        too_long_bytes: of the documents rejected as too long.
+        places: where the first bad documents are, and the first one of each reason.
+        damage: the first places after which documents were lost.
+        too_long_bytes: total bytes of the documents rejected as too long.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -127,7 +127,7 @@ def kept_documents(piece: Piece, options: ReadOptions, account: Account) -> Iter
 
 
 def kept_or_rejected(document: Document, piece: Piece, options: ReadOptions) -> Document | Reject:
-    """The document as it is kept, normalised, or why it is not kept.
+    """Return the normalised document if it is kept, otherwise the reason for rejecting it.
 
     Raises:
         UserError: the filter fails.
@@ -155,7 +155,7 @@ def kept_or_rejected(document: Document, piece: Piece, options: ReadOptions) -> 
 
 
 def _rejected_by(name: str, document: Document, path: str) -> str | None:
-    """Why the user's filter rejects a document, None if it keeps it."""
+    """Return why the user's filter rejects a document, or None if it keeps it."""
     try:
         answer = load_filter(name)(document.text, {"id": document.id, "source": document.source})
     except Exception as error:  # anything may go wrong in a user's function
@@ -209,7 +209,7 @@ def refuse_damage(accounts: Mapping[str, Account]) -> None:
 
 
 def total_accounts(files: Iterable[str], parts: Iterable[dict[str, Account]]) -> dict[str, Account]:
-    """The account of every file; the parts come in the plan's order."""
+    """Combine the accounts of parts, given in the plan's order, into one account per file."""
     totals = {path: Account() for path in files}
     for part in parts:
         for path, account in part.items():
@@ -237,7 +237,7 @@ def input_infos(accounts: dict[str, Account], sources: Mapping[str, str]) -> tup
 class BadDocuments:
     """Stops a job that has too many bad documents.
 
-    It checks after every unit, in the plan's order, so that the outcome does not depend on who worked on what: after
+    It checks after every unit, in the plan's order, so that the outcome does not depend on which worker did what: after
     `MIN_DOCUMENTS_TO_STOP` documents, and at the end.
     """
 
@@ -268,7 +268,7 @@ class BadDocuments:
 
 
 def located(path: str, place: dict[str, Any]) -> str:
-    """File, position and what is wrong there, in one line."""
+    """Format a file, a position and what is wrong there, in one line."""
     kind = counted_in(path)
     where = f"{kind} {place[kind]}"
     line = _line_number(path, place[kind]) if kind == "byte" else None
@@ -276,12 +276,12 @@ def located(path: str, place: dict[str, Any]) -> str:
 
 
 def counted_in(path: str) -> str:
-    """What an `offset` in a file counts: rows or bytes."""
+    """Return what an `offset` in a file counts: rows or bytes."""
     return "row" if known_format(path).kind in TABLES else "byte"
 
 
 def _line_number(path: str, offset: int) -> int | None:
-    """The line of a byte, counted from 1; None if it is so far back that counting would take long."""
+    """Return the line of a byte, counted from 1; None if it is so far into the file that counting would take long."""
     if offset > _LINES_COUNTED_UP_TO:
         return None
     compression = known_format(path).compression
@@ -301,7 +301,7 @@ def _line_number(path: str, offset: int) -> int | None:
 
 
 def summary_lines(infos: Sequence[InputInfo], files_at_most: int = 20) -> list[str]:
-    """The closing table: totals, then files (of many, only those with rejects), then bad documents."""
+    """Format the closing table: totals, then files (if there are many, only those with rejects), then bad documents."""
     read, kept = (sum(getattr(info, f"documents_{what}") for info in infos) for what in ("read", "kept"))
     rejected: Counter[str] = sum((Counter(info.rejected) for info in infos), Counter())
     lines = [f"documents   {_equation(read, kept, rejected)}, from {len(infos)} files"]

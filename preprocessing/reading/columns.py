@@ -15,13 +15,14 @@ from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions
 from preprocessing.reading.streams import PARQUET, Damaged, is_url, known_format, open_binary, readable, share_read
 
 _ROWS = 128
-"""Rows taken at a time: a megabyte or two of web pages."""
+"""Number of rows read at a time: a megabyte or two of web pages."""
 _READ_BYTES = 1 << 20
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
 def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
-    """The bytes of every row group or record batch, where the plan may cut, and whether the file is damaged after them.
+    """Return the size of every row group or record batch, between which the plan may cut, and whether the file is
+    damaged after them.
 
     An Arrow stream at a URL is one part: it can only be read from the start.
 
@@ -56,7 +57,7 @@ def check_columns(path: str, names: list[str], options: ReadOptions) -> None:
 
 
 def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
-    """The rows of a piece; what cannot be read is damage, with the number of documents known to be lost."""
+    """Yield the rows of a piece; what cannot be read is damage, with the number of documents known to be lost."""
     batches = _parquet_batches if known_format(piece.path).kind == PARQUET else _arrow_batches
     for row, batch in batches(piece, options):
         if isinstance(batch, pa.RecordBatch):
@@ -212,7 +213,7 @@ def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Doc
 
 
 def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
-    """The values of a column of strings as bytes, to be checked one by one; None for another type."""
+    """Return a column of strings as bytes, to be checked one by one; None for a column of another type."""
     if pa.types.is_null(column.type):
         return [None] * len(column)
     if pa.types.is_dictionary(column.type):
@@ -227,7 +228,7 @@ def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
 
 
 def _names(batch: pa.RecordBatch, column: str | None) -> list[bytes | None]:
-    """The values of a column other than the text's, as UTF-8; if not text, as Python prints them."""
+    """Return a column other than the text column as UTF-8; values that are not text, as Python prints them."""
     if column is None or column not in batch.schema.names:
         return [None] * batch.num_rows
     values = batch.column(column)

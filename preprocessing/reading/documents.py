@@ -1,4 +1,5 @@
-"""What passes between plan, readers and accounts: pieces of files, documents, rejects and damage; and the options."""
+"""The types that the plan, the readers and the accounts exchange: pieces of files, documents, rejects and damage; and
+the reading options."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class Piece:
 
 
 class Document(NamedTuple):
-    """A text, where it begins (as in `Reject`), and its id and source if the input has them."""
+    """A document's text, where it begins (as in `Reject`), and its id and source if the input has them."""
 
     text: str
     offset: int
@@ -87,7 +88,7 @@ class Reject(NamedTuple):
     """A document that is not kept: why not, and where it begins.
 
     `offset` is a byte of the (decompressed) file, or a row of a table, both counted from 0. `documents` is above 1
-    if that many rows share the reason. `bytes` are those of a document that is too long.
+    if that many rows share the reason. `bytes` is the size of a document that is too long.
     """
 
     reason: str

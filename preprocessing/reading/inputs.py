@@ -1,4 +1,4 @@
-"""Which files a command reads: the paths, folders, globs, URLs and data sets that a user names, in a fixed order.
+"""Find the files that a command reads from paths, folders, globs, URLs and data sets, in a fixed order.
 
 Links are followed, loops end, and what cannot be read is an error.
 """
@@ -37,7 +37,7 @@ _PassedOver = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files to read, as the user wrote them, in reading order; their sources; and what was skipped, by reason."""
+    """The files to read, as the user wrote them and in reading order; their sources; what was skipped, by reason."""
 
     files: tuple[str, ...]
     passed_over: dict[str, tuple[str, ...]]
@@ -85,7 +85,7 @@ def _split_source(argument: str) -> tuple[str, str]:
 
 
 def _expand(argument: str, passed_over: _PassedOver) -> list[str]:
-    """The readable files of one argument."""
+    """Return the readable files of one argument."""
     hub = _HUB_DATASET.fullmatch(argument)
     if hub:
         return _readable_of(dataset_files(hub[1], hub[2], hub[3] or ""), argument, passed_over)
@@ -125,13 +125,13 @@ def _expand_url(url: str, passed_over: _PassedOver) -> list[str]:
 
 
 def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
-    """The files of one split of a data set, as the `datasets` library resolves its name; nothing is copied.
+    """Return the files of one split of a data set, as the `datasets` library resolves its name; nothing is copied.
 
     Args:
         query: `config=CONFIG&split=SPLIT`, either or both; the default split is `train`.
 
     Raises:
-        UserError: the library does not find the data set, its config or the split, or reading it needs code.
+        UserError: the library does not find the data set, its config or the split, or reading it requires running code.
     """
     import datasets
 
@@ -177,10 +177,10 @@ def _is_readable(path: str) -> bool:
 
 
 def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
-    """The files of a path that was found in a folder or by a glob.
+    """Return the files of a path that was found in a folder or by a glob.
 
     Raises:
-        UserError: it is a broken link that would be read by its name.
+        UserError: it is a broken link whose name is that of a readable file.
     """
     kind = kind_of(path)
     if kind == FILE:
@@ -194,7 +194,7 @@ def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
 
 
 def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
-    """The files of a saved data set, or else all visible files, in an order that no file system changes."""
+    """Return the files of a saved data set, or else all visible files, in the same order on every file system."""
     if any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED_DATASET_FILES):
         return [file.as_posix() for file in _saved_dataset(Path(folder))]
     found: list[str] = []
@@ -213,7 +213,7 @@ def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """The Arrow files of all splits of a folder that `datasets` saved, without its caches."""
+    """Return the Arrow files of all splits in a folder that `datasets` saved, without its caches."""
     import datasets
 
     try:
@@ -240,7 +240,7 @@ def _enumerate(paths: Sequence[str]) -> str:
 
 
 def kind_of(path: str) -> str | None:
-    """`FILE`, `FOLDER` or `OTHER` (a pipe, a device), of what a link points to; None if that does not exist.
+    """Return `FILE`, `FOLDER` or `OTHER` (a pipe, a device) for a path, following links; None if it does not exist.
 
     Raises:
         UserError: it cannot be examined.
@@ -256,7 +256,7 @@ def kind_of(path: str) -> str | None:
 
 
 def tree(folder: str, again: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """`folder` and every visible folder below it, each once, with its sorted names.
+    """Walk `folder` and every visible folder below it, each once, with its sorted names.
 
     Links to folders are followed last, so that a file is found by its own path rather than through a link.
 
@@ -284,7 +284,7 @@ def tree(folder: str, again: list[str] | None = None) -> Iterator[tuple[str, lis
 
 
 def matches(pattern: str) -> list[str]:
-    """What `glob.glob` finds, `**` included, sorted.
+    """Return what `glob.glob` finds, `**` included, sorted.
 
     Raises:
         UserError: a folder that must be searched cannot be read.

@@ -34,7 +34,7 @@ _SEARCH_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker turns into shards, of one source; `index` is their number."""
+    """A work unit: pieces of one source that one worker turns into shards numbered `index`."""
 
     index: int
     pieces: tuple[Piece, ...]
@@ -55,7 +55,7 @@ def plan_units(
 
     Args:
         sources: the source's name of every file that has one.
-        allow_damaged: whether a file whose first bytes or index show damage is left to the readers.
+        allow_damaged: whether a file whose first bytes or index show damage is left to the readers instead of raising.
 
     Raises:
         UserError: a file cannot be read, has another encoding or is damaged, or all are empty.
@@ -84,7 +84,7 @@ def plan_units(
 
 
 def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> tuple[list[Piece], bool]:
-    """The pieces of a file, and whether the last of them is damaged, as far as a first look can show."""
+    """Return the pieces of a file, and whether the last one is damaged, as far as a first look can show."""
     kind, compression = known_format(path)
     if kind in TABLES:
         parts, damaged = measure_table(path, options)
@@ -106,7 +106,8 @@ def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> tuple
 
 
 def _border_after(file: BinaryIO, target: int, size: int, kind: str, longest: int) -> tuple[int, bool]:
-    """The first border after `target` and True; or, past a document's length, where the search ended and False."""
+    """Return the first border after `target` and True; or, if none is within a document's length, the end of the search
+    and False."""
     length = _SEARCH_BYTES
     while True:
         file.seek(target)

@@ -1,9 +1,9 @@
-"""From the bytes of a file to documents: text, or a located reason why a piece of the file is not one.
+"""Turn the bytes of a file into documents, or say where and why a piece of the file is not one.
 
 A `.txt` file is cut into documents by blank lines, by every line, or not at all; a `.jsonl` file holds one per line and
 a `.csv` file one per row, the text in a column; `columns` reads `.parquet` and `.arrow`. Line ends are normalised to
 `\\n`, and a byte-order mark at a file's start is dropped; nothing else in the text changes here. Documents are found in
-the bytes and decoded one by one, so that a bad byte spoils only one.
+the bytes and decoded one by one, so that a bad byte spoils only one document.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LINE = re.compile(_NEWLINE)
 _BLANK_LINES = re.compile(_NEWLINE + rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _BLANK_LINES_WITHOUT_RETURNS = re.compile(rb"\n[ \t\v\f]*\n(?:[ \t\v\f]*\n)*")
 _CSV_FIELD_LIMIT = (1 << 31) - 1
-"""Of the parser; this module checks how long a row is."""
+"""The highest limit that the parser takes; this module itself checks how long a row is."""
 _LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*" + _NEWLINE + rb")+")
 _BLANK_LINE = re.compile(_NEWLINE + rb"[ \t\v\f]*" + _NEWLINE)
 _JSON_LINE = re.compile(rb"\n")
@@ -35,11 +35,11 @@ _LAST_WINDOW = 1 << 14
 _LONGEST_BLANK = 1 << 20
 
 BORDERS = {"blank-line": _BLANK_LINE, "line": _LINE, "json-line": _JSON_LINE, "file": None}
-"""By kind of document: what comes before a border; None if a file is one document."""
+"""For each kind of document, what comes before a border; None if the whole file is one document."""
 
 
 def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
-    """Every document of a piece, in order, or why there is none.
+    """Yield every document of a piece in order, or the reason why it cannot be one.
 
     Raises:
         UserError: the file cannot be read or has become shorter.
@@ -95,7 +95,7 @@ def _read_text(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject
 
 
 def _chunks(piece: Piece, kind: str, options: ReadOptions) -> Iterator[tuple[int, bytes | Reject | Damage]]:
-    """Offset in the file and bytes of parts that hold whole documents; for those that cannot be read, the reason."""
+    """Yield offset and bytes of parts that hold whole documents; for parts that cannot be read, the reason."""
     compression = known_format(piece.path).compression
     origin = piece.start if compression is None else 0
     end = origin
@@ -119,7 +119,7 @@ def _separator(kind: str, chunk: bytes) -> re.Pattern[bytes] | None:
 
 
 def _spans(data: bytes, begin: int, separator: re.Pattern[bytes] | None) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of everything between separators; what follows the last separator counts unless it is empty."""
+    """Yield offset and bytes of everything between separators; what follows the last one counts unless it is empty."""
     if separator is None:
         yield begin, data[begin:]
         return
@@ -170,7 +170,7 @@ def _name(row: dict[str, Any], column: str | None) -> str | None:
 
 
 class _Unclosed(Exception):
-    """A row that does not end where it should."""
+    """A row does not end where it should."""
 
 
 class _TooLong(Exception):
@@ -209,7 +209,7 @@ class _Lines:
         return line
 
     def length(self) -> int:
-        """The bytes of the whole file, as far as it can be read; this uses up the lines."""
+        """Return the size of the whole file, as far as it can be read; this uses up the lines."""
         with suppress(Damaged):
             for _ in self._lines:
                 pass
@@ -313,7 +313,7 @@ def _not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
 
 
 def first_border(data: bytes, kind: str, complete: bool) -> int | None:
-    """The offset after the first separator of documents; None if there is none.
+    """Return the offset after the first separator of documents, or None if there is none.
 
     Args:
         complete: whether nothing follows `data`; otherwise a `\\r` at its end may be half of a `\\r\\n`.
@@ -324,7 +324,7 @@ def first_border(data: bytes, kind: str, complete: bool) -> int | None:
 
 
 def last_border(data: bytes, kind: str, complete: bool) -> int | None:
-    """The offset after the last separator of documents; None if there is none."""
+    """Return the offset after the last separator of documents, or None if there is none."""
     pattern, end, window = BORDERS[kind], _usable(data, complete), _LAST_WINDOW
     if pattern is None:
         return None
@@ -343,10 +343,10 @@ def last_border(data: bytes, kind: str, complete: bool) -> int | None:
 def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator[tuple[int, bytes | int]]:
     """Gather the blocks of a stream into chunks that end at borders.
 
-    A document longer than `longest` bytes is skipped: the number of its bytes is given instead.
+    For a document longer than `longest` bytes, its size is yielded instead of its bytes.
 
     Yields:
-        Offset in the stream and bytes of each chunk.
+        The offset in the stream and the bytes of each chunk.
     """
     offset, buffer, too_long = 0, b"", None  # the last is where an overlong document begins
     for block in blocks:
@@ -377,5 +377,5 @@ def _usable(data: bytes, complete: bool) -> int:
 
 
 def _blank_end(data: bytes) -> bytes:
-    """The white space at the end of `data`, in which a border may begin."""
+    """Return the white space at the end of `data`, in which a border may begin."""
     return data[max(len(data.rstrip(b" \t\v\f\r\n")), len(data) - _LONGEST_BLANK) :]

@@ -30,9 +30,9 @@ _NAME = re.compile(rf"\.({TEXT}|{JSON_LINES}|{CSV})(?:\.({'|'.join(COMPRESSIONS)
 BLOCK_BYTES = 1 << 20
 _COMPRESSED_BLOCK_BYTES = 1 << 16
 _ZSTD_BLOCK_BYTES = 1 << 11
-"""zstandard does not bound what one call returns; a run of one byte grows 32,000-fold."""
+"""zstandard does not bound what one call returns: a run of one repeated byte grows 32,000-fold."""
 _ZSTD_LONGEST_WINDOW = 1 << 31
-"""The longest that zstd writes (`--long=31`): a worker then needs 2 GiB for it, however long the file is."""
+"""The longest window that zstd writes (`--long=31`): a worker then needs 2 GiB for it, whatever the file's length."""
 _MAGIC = {
     "gz": (b"\x1f\x8b",),
     "bz2": (b"BZh",),
@@ -41,7 +41,7 @@ _MAGIC = {
 }
 _MAGIC_BYTES = 6
 _OTHER_ENCODINGS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
-"""By their byte-order marks."""
+"""Names of refused encodings by their byte-order marks."""
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gz": lambda: zlib.decompressobj(wbits=31),
@@ -59,7 +59,7 @@ class Format(NamedTuple):
 
 
 def format_of(path: str) -> Format | None:
-    """The format that a file name's ending stands for; None if it is not one that we read."""
+    """Return the format that a file name's ending stands for, or None if it is not supported."""
     match = _NAME.search(path.lower())
     return Format(match[1] or match[3], match[2]) if match else None
 
@@ -72,12 +72,12 @@ def known_format(path: str) -> Format:
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is fsspec's to open, such as `s3://bucket/text.jsonl`."""
+    """Return whether fsspec must open a path, such as `s3://bucket/text.jsonl`."""
     return "://" in path
 
 
 class Damaged(Exception):
-    """What follows in a file cannot be read: `truncated`, `corrupt` or `unclosed_quote`."""
+    """The rest of a file cannot be read, because it is `truncated`, `corrupt` or has an `unclosed_quote`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -85,13 +85,13 @@ class Damaged(Exception):
 
 
 def share_read(read: int, total: int) -> str:
-    """How much of a file was read, in words; rounded down."""
+    """Say how much of a file was read, rounded down."""
     return f"{math.floor(1000 * read / total) / 10 if total else 0.0:g}% of the file was read"
 
 
 @contextmanager
 def readable(path: str, place: str = "") -> Iterator[None]:
-    """Turn errors of the disk or the network into a `UserError` that names `path`, and where in it if given."""
+    """Turn errors of the disk or the network into a `UserError` that names `path` and, if given, the place in it."""
     try:
         yield
     except OSError as error:
@@ -144,7 +144,7 @@ def read_blocks(path: str, start: int, end: int, compression: str | None) -> Ite
 
 
 def begins_well(path: str, file: BinaryIO, compression: str | None) -> bool:
-    """Whether the first bytes of an open file are those of its format, checked before the work starts.
+    """Check, before the work starts, whether the first bytes of an open file are those of its format.
 
     Raises:
         UserError: it is text in another encoding than UTF-8.
@@ -208,7 +208,7 @@ def _decompress(blocks: Iterable[bytes], compression: str, size: int) -> Iterato
 
 
 def _step(decompressor: Any, compression: str, block: bytes) -> tuple[bytes, bytes]:
-    """Some content, and the compressed bytes that are still to be fed."""
+    """Decompress a block; return some content and the compressed bytes that must be fed next."""
     if compression == "zst":
         content = decompressor.decompress(block[:_ZSTD_BLOCK_BYTES])
         return content, (decompressor.unused_data if decompressor.eof else b"") + block[_ZSTD_BLOCK_BYTES:]

@@ -21,7 +21,7 @@ from ds_roberta.files import TOKENIZER_FILES, holds_only
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 _MIN_PAIR_FREQUENCY = 2
 _LONGEST_WORD = 1024
-"""In bytes. Words of a language are shorter; random letters, a genome or base64 without digits may not be."""
+"""The longest word to learn from, in bytes. Words of a language are shorter; a genome may not be."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class CorpusTokenizer:
     """A tokenizer without settings that would harm a corpus. It is shared, so it must not be changed."""
 
     content: dict[str, Any]
-    """Of `tokenizer.json`."""
+    """The content of `tokenizer.json`."""
 
     @cached_property
     def library(self) -> Tokenizer:
-        """As the library loads it, with the library's errors."""
+        """The library's tokenizer; loading it raises the library's errors."""
         tokenizer = Tokenizer.from_buffer(orjson.dumps(self.content))
         # By default the letters "</s>" or "<mask>" in a text would become the special id.
         tokenizer.encode_special_tokens = True
@@ -41,7 +41,7 @@ class CorpusTokenizer:
 
 
 def corpus_tokenizer(folder: Path) -> CorpusTokenizer:
-    """The tokenizer in `folder`; loading takes long, so the last one is kept."""
+    """Return the tokenizer in `folder`; loading takes long, so the last one is kept."""
     return _load((folder / "tokenizer.json").read_bytes())
 
 
@@ -51,7 +51,7 @@ def _load(file: bytes) -> CorpusTokenizer:
 
 
 def is_tokenizer_folder(folder: Path) -> bool:
-    """Whether `folder` contains a tokenizer and nothing else, so that replacing it loses nothing else."""
+    """Return whether `folder` contains a tokenizer and nothing else, so that replacing it loses nothing else."""
     return (folder / "tokenizer.json").is_file() and holds_only(folder, TOKENIZER_FILES)
 
 
@@ -59,7 +59,7 @@ def train_bpe(documents: Iterable[list[str]], vocab_size: int, folder: Path) -> 
     """Train a byte-level BPE on the lines of documents and save it in `folder`.
 
     Special tokens are not searched for in the text: their letters are split like any others, so no merge can make one.
-    Words longer than 1,024 bytes are learned from in parts of that length, because the library's time grows with the
+    Words longer than 1,024 bytes are split into parts of that length, because the library's time grows with the
     square of a word's length.
 
     Returns:

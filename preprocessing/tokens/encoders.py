@@ -1,8 +1,9 @@
-"""From documents to ids. `tokenizers` is the reference; `gigatoken`, if installed, gives the same ids much faster.
+"""Encode documents as ids. `tokenizers` is the reference; `gigatoken`, if installed, gives the same ids much faster.
 
-A document is its sentences, as `sentence_bytes` gives them. The tokenizer sees one line for each: `tokenizer_lines`.
+A document is given as its sentences (see `sentence_bytes`). The tokenizer sees one line for each (see
+`tokenizer_lines`).
 
-The letters of a special token in a text are text: no encoder turns them into the special id.
+If a text contains the letters of a special token, they stay text: no encoder turns them into the special id.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Encoded(NamedTuple):
     """(documents,) int64, sentences of each document."""
 
     def select(self, chosen: np.ndarray) -> Encoded:
-        """The documents for which `chosen`, (documents,) bool, is true."""
+        """Return the documents where `chosen`, (documents,) bool, is true."""
         return Encoded(
             _rows(self.ids, self.lengths, chosen),
             self.lengths[chosen],
@@ -71,7 +72,7 @@ class Encoded(NamedTuple):
 
 
 def _rows(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The values of the rows where `chosen` is true, copied in runs of rows: most rows are in a few long runs."""
+    """Return the values of the rows where `chosen` is true, copied run by run, as most rows are in a few long runs."""
     edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
     bounds = np.concatenate([[0], np.cumsum(lengths)])[edges].tolist()
     runs = zip(bounds[::2], bounds[1::2], strict=True)
@@ -83,7 +84,7 @@ class BackendDifference(Exception):
 
 
 def choose_backend(requested: str, folder: Path) -> tuple[str, str]:
-    """The backend for the tokenizer in `folder`, and a line that says which it is and why.
+    """Return the backend for the tokenizer in `folder`, and a line that says which one it is and why.
 
     Raises:
         UserError: gigatoken is requested but is not installed, or cannot replace this tokenizer.
@@ -129,11 +130,11 @@ def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encod
 
 
 class HuggingFaceEncoder:
-    """The reference: `tokenizers`, which is asked only once for each frequent word.
+    """The reference: `tokenizers`, which is called only once for each frequent word.
 
     The pattern with which plain byte-level BPE splits a text into words never makes a word across a boundary between
     another character and a space, and looks ahead only from white space. So the ids of a line are those of the pieces
-    between such boundaries, and the ids of a piece that was seen before are known.
+    between such boundaries, and the ids of a piece that was seen before are looked up.
     """
 
     def __init__(self, tokenizer: CorpusTokenizer, info: TokenizerInfo):
@@ -166,7 +167,7 @@ class HuggingFaceEncoder:
         pieces = [line.replace(" ", "\n ").removeprefix("\n").split("\n") for line in lines]
         if len(self._known) > _KNOWN_PIECES:
             self._known.clear()
-        # There is no such boundary after white space: a line with a piece that ends in it is encoded whole.
+        # There is no such boundary after white space: a line with a piece that ends in white space is encoded whole.
         new = [piece for piece in set(chain.from_iterable(pieces)) - self._known.keys() if not piece[-1:].isspace()]
         ids = dict(zip(new, self._whole(new), strict=True))
         self._known.update((piece, row) for piece, row in ids.items() if len(piece) <= _KNOWN_CHARACTERS)
@@ -192,7 +193,7 @@ class HuggingFaceEncoder:
 class GigatokenEncoder:
     """`gigatoken`, compared with the reference on a sample of every batch.
 
-    It gets a batch as one text, since its own batches cost more and come in a library that is slow to import. A
+    It gets a batch as one text, because its own batches are slower and need a library that is slow to import. A
     `\\r` ends each document. The pattern of plain byte-level BPE makes a `\\n` or `\\r` between lines a word of its
     own, or puts it at the start of a run of white space; without the merges that join it to what follows it is one id,
     and the ids around it are those of the separate lines.
@@ -213,7 +214,7 @@ class GigatokenEncoder:
         self._load()
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
-        """As the reference does.
+        """Encode documents as the reference does.
 
         Raises:
             BackendDifference: the ids are not the reference's.
@@ -224,7 +225,7 @@ class GigatokenEncoder:
             return self._reference.encode(documents)
         try:
             ids = self._tokenizer.encode(text).astype(token_type(self._info.vocab_size))
-        except Exception as error:  # whatever it is, the reference may manage
+        except Exception as error:  # whatever the error, the reference may succeed
             raise BackendDifference(f"failed ({error!r})") from error
         text_ends = np.flatnonzero((letters == ord("\n")) | (letters == ord("\r")))
         inside = ids == self._line_end
@@ -275,7 +276,7 @@ class GigatokenEncoder:
 
         try:
             self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
-        except Exception as error:  # whatever it is, the reference could load it
+        except Exception as error:  # whatever the error, the reference could load it
             raise BackendDifference(f"cannot load this tokenizer ({error!r})") from error
         self._resident = self._process.memory_info().rss
 
@@ -290,16 +291,17 @@ Encoder = HuggingFaceEncoder | GigatokenEncoder
 
 
 class _KnownCharacters:
-    """Whether a text has only characters that are assigned in this Python's Unicode.
+    """Check whether a text has only characters that are assigned in this Python's Unicode.
 
-    A newer one may be a letter to one backend and unassigned to the other, as their tables have different versions.
+    A newer character may be a letter to one backend and unassigned to the other, as their tables have different
+    versions.
     """
 
     def __init__(self) -> None:
         self._verdicts = np.zeros(0x110000, np.int8)  # 0 not asked yet, 1 assigned, -1 unassigned
 
     def cover(self, text: np.ndarray) -> bool:
-        """Whether this holds for a text in UTF-8, (bytes,) uint8."""
+        """Return whether a text in UTF-8, (bytes,) uint8, has only assigned characters."""
         # Below U+0800, where UTF-8 has one or two bytes, no two versions since 3.2 differ in a letter.
         leads = np.flatnonzero(text >= 0xE0)
         if not len(leads):
@@ -318,7 +320,7 @@ class _KnownCharacters:
 
 
 def _obstacle(content: dict[str, Any]) -> str | None:
-    """What a tokenizer has beyond plain byte-level BPE, the only kind on which the backends were compared."""
+    """Return what a tokenizer has beyond plain byte-level BPE, the only kind for which the backends were compared."""
     model, splitter = content["model"], content.get("pre_tokenizer") or {}
     if any(not token["special"] for token in content["added_tokens"]):
         return "added tokens that are not special"
@@ -332,7 +334,7 @@ def _obstacle(content: dict[str, Any]) -> str | None:
 
 
 def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in groups of bounded size, one for each call."""
+    """Yield the texts in groups of bounded size, one group for each call."""
     begin = characters = 0
     for end, text in enumerate(texts):
         if characters + len(text) > _CALL_CHARACTERS and end > begin:
@@ -344,7 +346,7 @@ def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _safe_cut(text: str) -> int:
-    """The last position inside a text at which cutting it changes no id (see `HuggingFaceEncoder`), or 0."""
+    """Return the last position inside a text at which cutting changes no id (see `HuggingFaceEncoder`), or 0."""
     for position in range(len(text) - 1, 0, -1):
         if text[position] == " " and not text[position - 1].isspace():
             return position
@@ -354,7 +356,7 @@ def _safe_cut(text: str) -> int:
 def _close_documents(
     ids: np.ndarray, line_lengths: np.ndarray, sentence_counts: np.ndarray, info: TokenizerInfo
 ) -> Encoded:
-    """Put `</s>` after every document, and count its sentence ends from its beginning."""
+    """Put `</s>` after every document, and count sentence ends from the beginning of their document."""
     last_lines = np.cumsum(sentence_counts) - 1
     line_ends = np.cumsum(line_lengths)
     document_ends = line_ends[last_lines]

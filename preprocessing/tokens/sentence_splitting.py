@@ -7,7 +7,8 @@ r"""The sentences of a document, which packing keeps whole.
 * at a mark that ends sentences in other scripts (。 ۔ ። ។ and the like), with or without white space, as Unicode's
   rules do (UAX #29, SB8a and SB11).
 
-They have no dictionary except a few abbreviations, so they find nothing in Thai or Lao text, which has no such marks.
+The rules have no dictionary except a few abbreviations, so they find nothing in Thai or Lao text, which has no such
+marks.
 
 Both give the same text: as bytes, the sentences are separated by `\n` where they had white space between them, and
 otherwise by `\r`, which no document contains.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import re
 
 RULES_VERSION = 2
-"""Raised with every change of what `rules` finds."""
+"""Version of `rules`, raised with every change of what they find."""
 
 _NEAR_TERMINALS = (
     r"\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b\u1362\u1367\u1368"
@@ -41,7 +42,7 @@ list is here because the bytes of shards must not depend on the Unicode version 
 _CONTINUING = frozenset(",-:;՝،؍߸᠂᠈–—、︐︑︓︔︱︲﹐﹑﹕﹘﹣，－：；､")
 """Unicode's Sentence_Break=SContinue: no sentence ends before one."""
 _GEORGIAN = range(0x10D0, 0x1100)
-"""Letters that Unicode calls lower-case but that begin sentences, as nobody writes in their capitals."""
+"""Letters that Unicode calls lower-case but that begin sentences, because their capitals are not used in writing."""
 _CJK = r"\u3041-\u30ff\u3105-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _CLOSING = "\"'”’»›)\\]」』"
 _WIDE_CLOSING = f"{_CLOSING}}}）］｝｠｣】〉》〗〙〛〕〞〟﹂﹄"
@@ -68,7 +69,7 @@ _ABBREVIATIONS = frozenset(
 
 
 def sentence_bytes(text: str, kind: str) -> bytes:
-    """The sentences of a document, none of them empty or ending in white space, separated as described above.
+    """Return the sentences of a document, none of them empty or ending in white space, separated as described above.
 
     Args:
         kind: "lines", in which case most texts are left as they are, or "rules".
@@ -80,10 +81,10 @@ def sentence_bytes(text: str, kind: str) -> bytes:
 
 
 def tokenizer_lines(document: bytes) -> bytes:
-    r"""A document's sentences as the tokenizer sees them, separated by `\n`; those after white space begin with one.
+    r"""Return the sentences as the tokenizer sees them, separated by `\n`; those after white space begin with a space.
 
-    Byte-level BPE marks a word's start by the space before it. With it the first word of a line looks like
-    the same word elsewhere, and the ids of the whole document decode to readable text.
+    Byte-level BPE marks a word's start by the space before it. With that space, the first word of a line looks like the
+    same word elsewhere, and the ids of the whole document decode to readable text.
     """
     return document.replace(b"\n", b"\n ").replace(b"\r", b"\n")
 
@@ -101,8 +102,8 @@ def _by_rules(line: str) -> str:
 
 
 def _ends_a_sentence(line: str, mark: int, begin: int, following: int) -> bool:
-    """Whether the closing mark at `mark` ends a sentence, where the next begins at `begin`, its first word at
-    `following`."""
+    """Return whether the closing mark at `mark` ends a sentence, if the next would begin at `begin` and its first word
+    at `following`."""
     if line[mark] not in ".!?…．":
         return line[begin] not in _CONTINUING
     first = line[following : following + 1]
