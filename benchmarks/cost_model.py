@@ -270,8 +270,7 @@ def plan(case: Case) -> Plan:
 
 
 def largest_micro_batch(case: Case, state: float, parameters: int, limit: int) -> int:
-    """Return the largest micro-batch from 1 to `limit` that fits, searched as in `training.micro_batch`; 0 if none
-    fits."""
+    """Return the largest micro-batch up to `limit` that fits, searched as in `training.micro_batch`; 0 if none does."""
     config, length = case.config, case.max_seq_length
     one = saved_bytes(config, length, 1)
     sequence = saved_bytes(config, length, 2) - one

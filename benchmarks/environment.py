@@ -15,8 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def python_path(program: Path = REPOSITORY) -> str:
-    """Return PYTHONPATH with `program` put first; existing entries are kept, since packages may be installed only
-    there."""
+    """Return PYTHONPATH with `program` put first; its entries are kept, as packages may be installed only there."""
     return os.pathsep.join(filter(None, (str(program), os.environ.get("PYTHONPATH"))))
 
 

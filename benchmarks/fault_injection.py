@@ -164,9 +164,9 @@ def inject(arguments: argparse.Namespace, folder: Path) -> int:
 def main() -> int:
     parser = ArgumentParser(description="Kill a run at random moments and compare its end with an unbroken run's.")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--signal", action="store_true", help="a stop signal to one process instead of SIGKILL to all")
+    parser.add_argument("--signal", action="store_true", help="send a stop signal to one process, not SIGKILL to all")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--deepspeed_config", type=Path, default=REPOSITORY / "ds_configs/zero2.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fault_injection-") as folder:

@@ -3,8 +3,8 @@
 #   speed      our throughput, a run of base on text that is killed and resumed, a profile
 #   contracts  the tests with the marker `gpu`, kills compared bit by bit, the other objective, a fine-tuning
 #   peers      throughput compared with peers, base and large
-# Every part has a time limit of its own; one that fails is named at the end and stops no other. After each part
-# OUTPUT_FOLDER/GROUP.log and GROUP.tgz hold all small files, so a group that is cut off loses one part at most.
+# Every part has its own time limit; a part that fails is named at the end and does not stop the others. After each part
+# OUTPUT_FOLDER/GROUP.log and GROUP.tgz hold all small files, so a group that is cut off loses at most one part.
 # Usage: benchmarks/gpu.sh GROUP [OUTPUT_FOLDER], where the package is installed or on PYTHONPATH; PYTHON is the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1

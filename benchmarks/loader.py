@@ -46,7 +46,7 @@ LATE_STEP = 400_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, help="made by 'preprocess shard' (default: from examples/corpus)")
+    parser.add_argument("--corpus", type=Path, help="a data folder (default: made from examples/corpus)")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/loader.md")
     arguments = parser.parse_args()
@@ -164,8 +164,7 @@ def opened(folder: Path) -> Callable[[int], int]:
 
 
 def many_shards(folder: Path, like: Path, chunks: int) -> Path:
-    """Make a data folder with a given number of shards (one tiny file under many names) and of chunk checksums in
-    each."""
+    """Make a data folder of many shards (one tiny file under many names), each with `chunks` times the checksums."""
     shutil.copytree(like / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
     tokenizer = Corpus.open(like).manifest.tokenizer
     document = np.append(np.full(LENGTH - 2, tokenizer.vocab_size // 2), tokenizer.eos_token_id)

@@ -29,20 +29,20 @@ ROUNDS, STEPS_OF_A_ROUND, STEPS_LEFT_OUT = 3, 12, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="made by 'preprocess shard'")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder made by 'preprocess shard'")
     parser.add_argument("--finetune_data", type=Path, required=True, help="for launch/finetune.py: classification")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--init_from", type=Path, help="a transformers folder to start from, for another size")
     parser.add_argument("--max_seq_length", type=int, default=128)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--minutes", type=float, default=5, help="of pretraining, for each objective")
-    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning")
+    parser.add_argument("--minutes", type=float, default=5, help="minutes of pretraining for each objective")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of fine-tuning")
     parser.add_argument("--num_train_epochs", type=int, default=3)
-    parser.add_argument("--finetune_learning_rate", default="1e-4", help="or several: each objective gets its best")
+    parser.add_argument("--finetune_learning_rate", default="1e-4", help="one or several; each objective gets its best")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/objectives.md")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands it runs
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that this runs
     with tempfile.TemporaryDirectory() as folder:
         publish(compare(options, Path(folder)), options.output)
 

@@ -45,9 +45,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="one file (default: examples/corpus, repeated)")
     parser.add_argument("--tokenizer", type=Path, help="a folder (default: 8,192 ids trained on examples/corpus)")
     parser.add_argument("--description", default="examples/corpus, repeated; a tokenizer of 8,192 ids trained on it")
-    parser.add_argument("--repetitions", type=int, default=3, help="of the fast backend")
-    parser.add_argument("--slow_repetitions", type=int, default=3, help="of the others, which take minutes")
-    parser.add_argument("--slow_megabytes", type=float, help="of the text for the others (default: all of it)")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of the fast backend")
+    parser.add_argument("--slow_repetitions", type=int, default=3, help="runs of the others, which take minutes")
+    parser.add_argument("--slow_megabytes", type=float, help="text given to the others (default: all)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/preprocessing.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -137,8 +137,7 @@ def conditions(description: str, text_bytes: int) -> list[str]:
 
 
 def write_beginning(corpus: Path, target: Path, size: int) -> None:
-    """Copy the documents in about the first `size` bytes. Line by line, because a run's peak memory is never below
-    ours."""
+    """Copy about the first `size` bytes of documents; line by line, as a run's peak memory is never below ours."""
     with corpus.open("rb") as file, target.open("wb") as copy:
         for line in file:
             copy.write(line)

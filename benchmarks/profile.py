@@ -347,20 +347,20 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="base", choices=list(PRESETS))
     parser.add_argument("--max_seq_length", type=int, help="(default: the model's)")
-    parser.add_argument("--data_dir", type=Path, help="made by 'preprocess shard' (default: random ids)")
+    parser.add_argument("--data_dir", type=Path, help="folder made by 'preprocess shard' (default: random ids)")
     parser.add_argument("--deepspeed_config", type=Path, default=REPOSITORY / "ds_configs/zero1.json")
     parser.add_argument(
         "--train_batch_size", type=int, help="(default: 8,192 tokens a process on a CPU, 262,144 on a GPU)"
     )
     parser.add_argument("--micro_batch_size", type=int, help="(default: as the JSON says)")
-    parser.add_argument("--steps", type=int, default=3, help="timed by stage (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps timed by stage (default: %(default)s)")
     parser.add_argument(
         "--save_interval",
         type=int,
         default=IntervalConfig.save_interval,
-        help="steps that share the time of a save (default: %(default)s)",
+        help="steps over which the time of a save is spread (default: %(default)s)",
     )
-    parser.add_argument("--top", type=int, default=15, help="operators shown (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=15, help="number of operators to show (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where the run's checkpoints go (default: the temporary folder)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/profile.md")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

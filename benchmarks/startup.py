@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
 from benchmarks.loader import example_corpus, spread
 
-MODULE = "benchmarks.startup_marks"  # replaces this folder, in which modules have names of the standard library
+MODULE = "benchmarks.startup_marks"  # run by name: by path, modules here would hide the standard library's
 PHASES = ("python", "imports", "data", "engine", "micro-batch", "evaluation", "first step")
 BAR = 12
 """The most seconds that plain python should take from the start to the end of the first step."""

@@ -1,5 +1,4 @@
-"""Compare our trainer with its peers on the same model, data, batch, threads and allocator: tokens per second of one
-device.
+"""Compare our trainer with its peers on the same model, data, batch, threads and allocator, in tokens per second.
 
     python -m benchmarks.throughput                            # on random ids
     python -m benchmarks.throughput --data_dir data/corpus     # real text with its padding, which is not counted
@@ -121,17 +120,17 @@ def main() -> None:
         default=["tiny", "small", "base"],
         help=f"{', '.join(PRESETS)}, or LAYERSxHIDDENxHEADS such as 8x384x6",
     )
-    parser.add_argument("--max_seq_length", nargs="+", type=int, help="of each model (default: the presets')")
-    parser.add_argument("--micro_batch_tokens", type=int, help="for all contenders (default: by the model)")
-    parser.add_argument("--micro_steps", type=int, default=2, help="of a step (default: %(default)s)")
+    parser.add_argument("--max_seq_length", nargs="+", type=int, help="length of each model (default: the presets')")
+    parser.add_argument("--micro_batch_tokens", type=int, help="of all contenders (default: by the model)")
+    parser.add_argument("--micro_steps", type=int, default=2, help="micro-steps per step (default: %(default)s)")
     parser.add_argument(
         "--steps",
         type=int,
         default=GPU_STEPS if torch.cuda.is_available() else 1,
-        help="timed in each round (default: %(default)s)",
+        help="steps timed in each round (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="of each contender (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each contender (default: %(default)s)")
     parser.add_argument("--contenders", nargs="+", default=DEFAULT_CONTENDERS, choices=list(CONTENDERS))
     parser.add_argument("--data_dir", type=Path, help="made by 'preprocess shard' (default: full rows of random ids)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/throughput.md")

@@ -109,8 +109,7 @@ class Gate:
 
 
 def stopwatch() -> Callable[[], tuple[float, float]]:
-    """Start a clock; the returned function gives the device's seconds (of a GPU, or of all CPU threads) and the wall
-    clock's."""
+    """Start a clock; the returned function gives seconds of the device (a GPU, or all CPU threads) and of the wall."""
     if not torch.cuda.is_available():
         cpu, wall = time.process_time(), time.perf_counter()
         return lambda: (time.process_time() - cpu, time.perf_counter() - wall)
@@ -204,8 +203,7 @@ def require_compiler() -> None:
 def run_mlm(
     case: Case, make_gate: Callable[[], Gate], precision: str, attention: str, torch_compile: bool = False
 ) -> None:
-    """Train as transformers' `run_mlm.py` does: its Trainer with its defaults, except the optimizer's numbers and
-    clipping."""
+    """Train as transformers' `run_mlm.py`: Trainer's defaults, except the optimizer's numbers and clipping."""
     if torch_compile:
         require_compiler()
     if importlib.util.find_spec("accelerate") is None:

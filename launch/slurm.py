@@ -48,10 +48,12 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--time", help="limit of one start, such as 24:00:00 or 2-00:00:00; a run may need several")
     parser.add_argument("--partition", help="partition to run in (default: the site's)")
     parser.add_argument("--account", help="account to charge (default: yours)")
-    parser.add_argument("--nodes", help="a number, or MIN-MAX: a requeued run continues on what is free")
-    parser.add_argument("--gpus_per_node", type=int, help="0 trains on CPUs")
-    parser.add_argument("--processes_per_node", type=int, help="(default: one for each GPU; 1 on CPUs)")
-    parser.add_argument("--tasks", type=int, help="tasks of the array")
+    parser.add_argument("--nodes", help="number of nodes, or MIN-MAX to start on what is free")
+    parser.add_argument("--gpus_per_node", type=int, help="GPUs of each node; 0 trains on CPUs")
+    parser.add_argument(
+        "--processes_per_node", type=int, help="processes on each node (default: one for each GPU; 1 on CPUs)"
+    )
+    parser.add_argument("--tasks", type=int, help="number of tasks in the array")
     parser.add_argument("--cpus_per_task", type=int, help="CPU cores of each process (default: 8; preprocess: 16)")
     parser.add_argument("--mem", help="memory of a node, such as 64G (default: the site's)")
     parser.add_argument(
@@ -63,7 +65,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--log_dir", type=Path, default=Path("logs"), help="folder of the job's logs (default: %(default)s)"
     )
-    parser.add_argument("--setup", default="", help="a bash command before the job's, such as 'module load cuda'")
+    parser.add_argument("--setup", default="", help="bash command to run before the job's, such as 'module load cuda'")
     return parser
 
 

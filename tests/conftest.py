@@ -1,4 +1,4 @@
-"""What tests share: a small tokenizer, a small prepared corpus, and processes that are threads."""
+"""Fixtures of all tests: a small tokenizer, a small prepared corpus, and threads that stand in for processes."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def pytest_cmdline_main(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory):
-    """Puts what libraries and commands leave in the temporary folder into pytest's, which removes it."""
+    """Redirects temporary files of libraries and commands into pytest's folder, which pytest removes."""
     folder = tmp_path_factory.mktemp("tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
@@ -125,7 +125,7 @@ def corpus(corpus_folder):
 
 @pytest.fixture(scope="session")
 def with_sources():
-    """A function that gives the same data with its training shards of these sources."""
+    """A function that copies the data and assigns these sources to its training shards."""
 
     def name_sources(corpus, names):
         shards = corpus.manifest.splits["train"]
@@ -137,7 +137,7 @@ def with_sources():
 
 @pytest.fixture(scope="session")
 def sourced(corpus, with_sources):
-    """The corpus of `corpus_folder`, its training shards of three sources."""
+    """The corpus of `corpus_folder`, with training shards from three sources."""
     return with_sources(corpus, ["wiki", "books", "web", "books", "wiki"])
 
 
@@ -196,7 +196,7 @@ class ThreadRanks:
 
 @pytest.fixture(scope="session")
 def on_ranks():
-    """A function that calls `body(ranks)` on so many threads and returns their results, exceptions among them."""
+    """A function that calls `body(ranks)` on a number of threads and returns their results, exceptions included."""
 
     def run(world_size, body):
         barrier, slots = threading.Barrier(world_size), [None] * world_size

@@ -41,7 +41,7 @@ def tensorboard_series(folder):
 
 
 def wandb_series(folder, project="deepspeed", group=None):
-    """Of all offline files in W&B's folder, which must be of one run, in the order in which they are synced."""
+    """Read all offline files in W&B's folder, which must belong to one run, in the order in which they are synced."""
     import json
 
     from wandb.proto import wandb_internal_pb2

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What the job files share; each sources it by its absolute path, since SLURM runs a copy of the job file elsewhere.
+# Functions of the job files. Each sources this by its absolute path, since SLURM runs a copy of the job file elsewhere.
 
-readonly STOPPED=85 # exit code of a run that was asked to stop and saved: started again, it continues
+readonly STOPPED=85 # exit code of a run that was asked to stop and has saved; started again, it continues
 
-# record_start FOLDER: write down what started here and where, again at every start of a requeued job.
+# record_start FOLDER: record what started and where, at every start of a requeued job.
 # Variables whose names look like secrets stay out.
 record_start() {
     mkdir -p "$1"

@@ -68,7 +68,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser("show", help="show documents of prepared data as text")
     parser.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
     parser.add_argument(
-        "--doc", required=True, metavar="N", help="its number, -1 for the last, or a range (10:20, --doc=-5:)"
+        "--doc", required=True, metavar="N", help="number of a document, -1 for the last, or a range (10:20, --doc=-5:)"
     )
     parser.add_argument(
         "--split", choices=SPLITS, default=TRAIN_SPLIT, help=f"which documents (default: {TRAIN_SPLIT})"

@@ -149,17 +149,19 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--step", type=int, nargs="+", required=True, metavar="N", help="steps as in metrics.jsonl: 1 is the first"
     )
-    parser.add_argument("--train_batch_size", type=int, required=True, help="the run's")
-    parser.add_argument("--max_seq_length", type=int, required=True, help="the run's")
-    parser.add_argument("--train_batch_size_schedule", help="the run's, if any")
-    parser.add_argument("--max_seq_length_schedule", help="the run's, if any")
+    parser.add_argument("--train_batch_size", type=int, required=True, help="batch size of the run")
+    parser.add_argument("--max_seq_length", type=int, required=True, help="sequence length of the run")
+    parser.add_argument("--train_batch_size_schedule", help="schedule of the run, if any")
+    parser.add_argument("--max_seq_length_schedule", help="schedule of the run, if any")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="of a run that rolled back, for the places that it skipped"
+        "--checkpoint", type=Path, metavar="DIR", help="checkpoint of a run that rolled back; it lists what was skipped"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the run's (default: 0, as in training)")
-    parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="the run's")
-    parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="the run's (default: none)")
-    parser.add_argument("--rank", default="0/1", metavar="R/W", help="only process R (from 0) of W, in its order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0, as in training)")
+    parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="packing of the run")
+    parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="source weights of the run (default: none)")
+    parser.add_argument(
+        "--rank", default="0/1", metavar="R/W", help="only the part of process R (0 to W - 1), in its order"
+    )
     parser.add_argument("--offsets", action="store_true", help=OFFSETS_HELP)
     parser.add_argument("--json", action="store_true", help="one object per line instead of columns")
     parser.set_defaults(run=_trace)

@@ -105,7 +105,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `verify` to the command line."""
     parser = commands.add_parser("verify", help="compare every byte of prepared data with its checksums")
     parser.add_argument("data_dir", type=Path, metavar="DIR", help="a folder that 'preprocess shard' made")
-    parser.add_argument("--workers", type=int, default=1, help="shards read at once (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="number of shards to read at once (default: 1)")
     parser.set_defaults(run=_verify)
 
 

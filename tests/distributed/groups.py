@@ -21,7 +21,7 @@ def run_group(
     worker: Path = WORKER,
     length: int = SEQUENCE_LENGTH,
 ) -> dict:
-    """Run cases of worker.py, or another script, in one process group; their findings by file name."""
+    """Run cases of worker.py, or another script, in one process group; return their findings by file name."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {
         **os.environ,

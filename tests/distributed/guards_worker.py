@@ -1,4 +1,4 @@
-"""Trainer's guards and counters on real engines: `torchrun --nproc_per_node N guards_worker.py CASES CORPUS FOLDER`.
+"""Trainer guards and counters on real engines: `torchrun --nproc_per_node N guards_worker.py CASES CORPUS FOLDER`.
 
 One engine of each ZeRO stage and precision takes many short runs, each from the same first checkpoint.
 """
@@ -49,7 +49,7 @@ class Lab:
         self.first = save(self.engine, corpus, folder / "first", state)
 
     def run(self, name: str, hurt=contextlib.nullcontext, policy="warn", rate=1e-3, path: Path | None = None, **others):
-        """A run from the first checkpoint, or from `path`: how it ended, and what is left of it.
+        """Run from the first checkpoint, or from `path`; return how the run ended and what is left of it.
 
         Args:
             hurt: makes a context in which it goes wrong.
@@ -115,7 +115,7 @@ class Lab:
             setattr(self.engine, name, original)
 
     def loss_times(self, factor: float, at_step: int = HURT_STEP):
-        """The loss of one micro-step on the last rank is multiplied, the first time that the run comes by."""
+        """Multiply the loss of one micro-step on the last rank, the first time that the run reaches it."""
         waiting = [self.ranks.rank == self.ranks.world_size - 1]
 
         def replacement(forward_backward):
@@ -132,7 +132,7 @@ class Lab:
 
     @contextlib.contextmanager
     def infinite_gradient(self, at_step: int = HURT_STEP):
-        """Of one parameter, on the last rank alone, while the loss stays finite; once."""
+        """Make the gradient of one parameter infinite once, on the last rank alone; the loss stays finite."""
         step, waiting = [0], [self.ranks.rank == self.ranks.world_size - 1]
 
         def remember(forward_backward):
@@ -154,7 +154,7 @@ class Lab:
         handle.remove()
 
     def infinite_weight(self, at_step: int = HURT_STEP, key: str = "weight"):
-        """After one step's update one number of one parameter is infinite; once."""
+        """Make one number of one parameter infinite once, after a step's update."""
         calls = []
 
         def replacement(step):
@@ -173,7 +173,7 @@ class Lab:
         return self.patched("step", replacement)
 
     def nan_held_out_loss(self, call: int):
-        """Of the evaluation of that number, counted from 0."""
+        """Make the held-out loss of one evaluation NaN; evaluations are counted from 0."""
         calls = []
 
         def replacement(evaluate):
@@ -187,7 +187,7 @@ class Lab:
 
 
 def guards(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """At every stage and precision: what ends a run, what is rolled back, what is counted, and what is saved of it."""
+    """Record, at every stage and precision, what ends a run, what is rolled back, what is counted and what is saved."""
     loss_spikes.WINDOW = 2
     findings = {}
     for number, (stage, precision) in enumerate(COMBINATIONS):
@@ -206,7 +206,7 @@ def guards(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
 
 
 def rare(lab: Lab) -> dict:
-    """What depends little on stage and precision."""
+    """Record what depends little on the stage and the precision."""
     found = {"resumed": lab.run("resumed", path=lab.folder / "rollback/checkpoints/global_step2", policy="rollback")}
     final = [
         checkpoint.weights(lab.folder / run / f"checkpoints/global_step{STEPS}") for run in ("rollback", "resumed")

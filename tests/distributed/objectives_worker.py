@@ -23,7 +23,7 @@ OBJECTIVES = {"pairs": {"packing": PAIRS}, "rts": {"objective": "rts"}}
 
 
 def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[dict]:
-    """Steps `first` … `last - 1` as the trainer takes them: the sums and metrics, the gradient's norm, the data."""
+    """Take steps `first` … `last - 1` as the trainer does; return the sums, metrics, gradient norm and data."""
     rows = []
     for step in range(first, last):
         micro_batches = loader.micro_batches(step)
@@ -46,7 +46,7 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[di
 
 
 def objective(name: str, ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Four steps at ZeRO stages and precisions, and the last two of them again from a checkpoint."""
+    """Take four steps at each ZeRO stage and precision, and the last two of them again from a checkpoint."""
     findings = {}
     for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16")):
         case = f"{stage}-{precision}"

@@ -1,4 +1,4 @@
-"""What an engine of each ZeRO stage holds and sends, counted: `torchrun … plan_worker.py - CORPUS FOLDER`."""
+"""Count what an engine of each ZeRO stage holds and sends: `torchrun … plan_worker.py - CORPUS FOLDER`."""
 
 import gc
 import json
@@ -40,7 +40,7 @@ class Traffic(TorchDispatchMode):
 
 
 def fp32_bytes() -> int:
-    """Of all fp32 tensors alive, each storage once."""
+    """Return the bytes of all live fp32 tensors, counting each storage once."""
     gc.collect()
     storages = {}
     for each in gc.get_objects():
@@ -52,7 +52,7 @@ def fp32_bytes() -> int:
 
 
 def weight_bytes(engine: Engine) -> int:
-    """Of the working weights between micro-steps, each storage once."""
+    """Return the bytes of the working weights between micro-steps, counting each storage once."""
     tensors = [t for p in engine.module.parameters() for t in (p.data, getattr(p, "ds_tensor", None)) if t is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

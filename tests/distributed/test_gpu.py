@@ -1,8 +1,8 @@
 """The same contracts on a GPU, against the CPU's findings.
 
 Sequences have 512 tokens: with several blocks of keys the backward pass of attention adds their parts in any order, so
-that only what comes before it repeats bit for bit. Each case runs in a group of its own, so that one that fails hides
-no other.
+that only what comes before it repeats bit for bit. Each case runs in its own process group, so that a
+failing case hides no other.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What the trainer promises of numbers that are not finite, with real engines at every ZeRO stage and precision."""
+"""What the trainer promises about numbers that are not finite, with real engines at every ZeRO stage and precision."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ LOST = "lower the learning rate or warm up longer, and resume from the last chec
 
 @pytest.fixture(scope="module")
 def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Runs of two processes, 4 steps each, saved every 2; what goes wrong does so in the third, on rank 1."""
+    """Runs of two processes, with 4 steps each and a save every 2; the fault happens in the third step, on rank 1."""
     output = tmp_path_factory.mktemp("findings")
     worker = Path(__file__).with_name("guards_worker.py")
     found = run_group(2, "guards,weight_decay", corpus_folder, output, worker=worker)
@@ -83,7 +83,7 @@ def test_a_finite_spike_is_counted(findings, name):
 @pytest.mark.parametrize("key", ["weight", "exp_avg_sq"])
 @pytest.mark.parametrize("name", RARE)
 def test_what_is_not_finite_is_never_saved(findings, name, key):
-    """It became so in the update of step 3, whose loss was finite."""
+    """The weight becomes infinite in the update of step 3, whose loss was finite."""
     found = findings[name][key]
     assert found["error"] == f"'{key}.lm_head.bias' after step 3 is not finite: {LOST}"
     assert (found["saved"], found["deepspeed"], found["hidden"]) == ([1, 2], [1, 2], [])

@@ -92,10 +92,10 @@ def make(
 
 
 def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_masked: int = 1) -> list[dict[str, float]]:
-    """Steps `first` … `last - 1` as the trainer takes them: loss, gradient norm and collective reductions of each.
+    """Take steps `first` … `last - 1` as the trainer does; return loss, gradient norm and collective reductions.
 
     Args:
-        more_masked: divides the loss as if there were so many times the masked tokens in the batch.
+        more_masked: divide the loss as if the batch had this many times as many masked tokens.
     """
     rows = []
     for step in range(first, last):
@@ -123,7 +123,7 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_maske
 
 
 def digests(micro_batches: list[MicroBatch]) -> list[str]:
-    """Of every sequence its inputs and labels, hashed."""
+    """Return a hash of the inputs and labels of every sequence."""
     found = []
     for batch in micro_batches:
         labels = torch.full(batch.input_ids.shape, -100)
@@ -134,7 +134,7 @@ def digests(micro_batches: list[MicroBatch]) -> list[str]:
 
 
 class Reductions:
-    """Counts the elements that gradient reductions carry within a block, at the doors of DeepSpeed's communication."""
+    """Counts the elements that gradient reductions carry within a block, by wrapping DeepSpeed's communication."""
 
     NAMES = ("all_reduce", "reduce", "reduce_scatter_fn", "reduce_scatter_tensor", "all_reduce_coalesced")
 
@@ -191,13 +191,13 @@ def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
 
 
 def reference(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """The losses of five steps of ZeRO-0 in fp32."""
+    """Record the losses of five steps of ZeRO-0 in fp32."""
     engine, loader = make(ranks, corpus, 0, "fp32", 4)
     (folder / "reference.json").write_text(json.dumps([row["loss"] for row in train(engine, loader, 0, 5)]))
 
 
 def save(engine: Engine, corpus: Corpus, folder: Path, state: TrainState) -> Path:
-    """A portable checkpoint, when it is complete."""
+    """Save a portable checkpoint, and return it when it is complete."""
     with CheckpointWriter(engine, corpus.folder / "tokenizer", folder, Retention(2)) as writer:
         return writer.save(state)
 

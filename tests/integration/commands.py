@@ -1,4 +1,4 @@
-"""Running the real commands, and breaking them off."""
+"""Run the real commands, and interrupt them."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def environment(cwd: Path) -> dict[str, str]:
 
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
-    """Run a command to its end and check its exit code; what it printed on both streams."""
+    """Run a command to its end and check its exit code; return what it printed on both streams."""
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -39,7 +39,7 @@ def pretrain(cwd: Path, *arguments: str | Path, code: int = 0) -> str:
 
 
 def pretrain_until(cwd: Path, condition, number: signal.Signals, *arguments: str | Path) -> tuple[int, str]:
-    """Start pretraining in a process group of its own, signal all of it once `condition()` holds."""
+    """Start pretraining in a new process group, and send a signal to the whole group once `condition()` holds."""
     command = [sys.executable, PRETRAIN, "--deepspeed_config", CONFIG, *arguments]
     with subprocess.Popen(
         [str(part) for part in command],

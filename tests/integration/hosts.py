@@ -1,6 +1,6 @@
 """Hosts on one machine: namespaces of their own (network, name, mounts, processes) with an sshd, on a bridge of theirs.
 
-Nothing of it touches the machine's own network, and all of it ends with the processes started here.
+None of this touches the machine's own network, and all of it ends with the processes started here.
 """
 
 import os
@@ -16,7 +16,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def why_not() -> str | None:
-    """Why there can be no hosts here."""
+    """Return why hosts cannot be made on this machine, if so."""
     if os.geteuid() != 0:
         return "hosts are made by root"
     if missing := [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]:

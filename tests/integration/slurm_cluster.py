@@ -52,7 +52,7 @@ PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, if so."""
+    """Return why no cluster can be started on this machine, if so."""
     if os.geteuid() != 0:
         return "SLURM's daemons are started by root alone"
     absent = [name for name in (*DAEMONS, *COMMANDS) if shutil.which(name, path=SEARCH_PATH) is None]
@@ -78,7 +78,7 @@ class Cluster:
         return result.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, Restarts, ExitCode, NumNodes, …"""
+        """Return what SLURM knows about a job: JobState, Restarts, ExitCode, NumNodes, …"""
         words = self.run("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -93,7 +93,7 @@ class Cluster:
         return states == ["idle"] * len(NODES)
 
     def finish(self, number: str) -> str:
-        """Wait for a job's end; its state."""
+        """Wait for a job's end, and return its state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: self.job(number)["JobState"] in ended)
         return self.job(number)["JobState"]
@@ -104,7 +104,7 @@ class Cluster:
 
 @contextmanager
 def running_cluster(folder: Path) -> Iterator[Cluster]:
-    """Start the daemons, wait until both nodes are idle; all are ended at the end, jobs before them."""
+    """Start the daemons and wait until both nodes are idle; at the end, stop the jobs and then the daemons."""
     folder.mkdir()
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir()

@@ -1,4 +1,4 @@
-"""What the documents and the quickstart tell people to type is accepted by the commands; links lead somewhere."""
+"""The commands accept what the documents and the quickstart tell people to type, and every link has a target."""
 
 import re
 import runpy

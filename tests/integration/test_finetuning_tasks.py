@@ -1,4 +1,4 @@
-"""Each task by the commands: a small model is fine-tuned on a few rows, and asked; what it says gives its figures."""
+"""Each task with the real commands: a small model is fine-tuned on a few rows, and its predictions give its metrics."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Going on with a model by the real command: longer sequences, broken off and started again."""
+"""Start from a model with the real command: on longer sequences, interrupted and started again."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""DeepSpeed's launchers and mpirun over two hosts: one training of two processes, the same by each."""
+"""DeepSpeed's launchers and mpirun over two hosts: each starts one run of two processes, with the same results."""
 
 import json
 import shutil

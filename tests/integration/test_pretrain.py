@@ -1,4 +1,4 @@
-"""The whole way by the real commands, and what happens when it is broken off."""
+"""From text to export with the real commands, and what happens when a run is interrupted."""
 
 import json
 import shutil
@@ -262,7 +262,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_run_begins_without_packages_that_training_does_not_need(workspace):
-    """Each costs every start up to a second, and its memory."""
+    """Each package would cost every start up to a second, and memory."""
     command = [sys.executable, "-c", TELL_MODULES, PRETRAIN, "--deepspeed_config", CONFIG, *SETTINGS]
     output = run(*command, "--max_steps", "1", "--warmup_steps", "1", "--output_dir", "runs/modules", cwd=workspace)
     assert "needlessly loaded: []" in output

@@ -1,4 +1,4 @@
-"""The job files on a real SLURM: two nodes train one run; whatever ends a start, the job goes on and ends the same."""
+"""The job files on a real SLURM: two nodes train one run, which continues after any interruption and ends the same."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A start that cannot become one run ends on all ranks, in one line: real processes, as if on hosts of their own."""
+"""A start that cannot become one run ends on all ranks with one line: real processes, as if on different hosts."""
 
 import shutil
 import subprocess
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def others(workspace) -> Path:
-    """Another host's things: other data, and this program with a line of its own."""
+    """What another host has: other data, and this program with an added line."""
     folder = workspace / "others"
     source = str(REPOSITORY / "examples/corpus/ethan-frome.txt")
     run(

@@ -1,4 +1,4 @@
-"""The house's rules, read from the source: who may import whom, who may import DeepSpeed, how long a file may be."""
+"""The project's rules, checked on the source: who may import whom, who may import DeepSpeed, how long a file may be."""
 
 import ast
 import re

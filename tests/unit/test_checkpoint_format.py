@@ -138,7 +138,7 @@ def test_weights_that_the_manifest_does_not_name_are_noticed(tmp_path, save):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("key", ["weight.0.bias", "exp_avg_sq.0.bias"])
 def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, save, key, value):
-    """As an earlier version could write one: its checksums are right."""
+    """An earlier version could write such a checkpoint: its checksums are right."""
     earlier, path = save(tmp_path, 2), save(tmp_path, 3)
     (file,) = (file for file in path.glob("state-*.safetensors") if key in load_file(file))
     tensors = load_file(file)

@@ -120,7 +120,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(capsys, monkeypatch):
 
 
 def test_messages_that_are_refused_are_lost(monkeypatch):
-    """As into a log on a full disk: neither a bar nor the report of an error changes how a command ends."""
+    """For example with a log on a full disk: neither a bar nor an error's message changes how a command ends."""
 
     def command():
         bar = progress_bar(total=2)

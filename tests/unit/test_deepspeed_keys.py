@@ -67,7 +67,7 @@ def not_taken(keys=KEYS, place=""):
 
 @pytest.mark.parametrize("key", not_taken())
 def test_a_key_of_deepspeed_that_is_not_taken_is_refused_and_told_as_that_alone(read_config, key):
-    """`3` is no value of ours of any of them."""
+    """`3` is a value that we accept for none of them."""
     (found,) = problems_of(read_config, {key: 3})
     assert found.startswith(f"remove {key!r}: ")
 

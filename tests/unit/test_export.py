@@ -59,7 +59,7 @@ def test_the_tokenizer_in_the_folder_gives_the_same_ids(tmp_path, do_export, tok
 
 
 def test_a_tokenizer_that_names_no_class_is_completed(tmp_path, config, weights, tokenizer_folder):
-    """A checkpoint carries the file of the hub's RoBERTa as it is."""
+    """The checkpoint has the unchanged file of RoBERTa on the hub."""
     (tmp_path / "tokenizer").mkdir()
     for name, content in (
         ("tokenizer.json", (tokenizer_folder / "tokenizer.json").read_bytes()),
@@ -175,7 +175,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path, weights, do_export):
 
 
 def test_finite_weights_of_a_model_whose_logits_are_not_are_refused(tmp_path, weights, do_export):
-    """In float64, in which the models are compared, they are finite."""
+    """They are finite in float64, in which the models are compared."""
     weights.update({name: weight * 1e18 for name, weight in weights.items() if name.endswith("dense.weight")})
     with pytest.raises(UserError, match="the model's logits are not finite in fp32: the training has diverged"):
         do_export(tmp_path / "model")

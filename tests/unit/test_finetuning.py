@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Trainer's
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Texts whose label is whether they hold a word; the test split is the validation split."""
+    """Texts labelled by whether they contain a word; the test split is the validation split."""
     rng = random.Random(0)
     rows = []
     for _ in range(80):
@@ -81,7 +81,7 @@ def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
 
 
 class StopAfter:
-    """In the place of `StopRequest`: asks to stop after so many steps."""
+    """Replaces `StopRequest`: asks to stop after a number of steps."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -271,7 +271,7 @@ def change_config(folder, **changes):
 
 
 def of_another_kind(folder):
-    """A tokenizer of which transformers makes one of bytes that has no merges, silently."""
+    """A tokenizer that transformers silently opens as a byte-level one without merges."""
     content = json.loads((folder / "tokenizer.json").read_text())
     model = {"type": "Unigram", "vocab": [[token, -1.0] for token in content["model"]["vocab"]], "unk_id": 3}
     (folder / "tokenizer.json").write_text(json.dumps(content | {"model": model}))

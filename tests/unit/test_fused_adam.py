@@ -1,4 +1,4 @@
-"""What is told before DeepSpeed compiles."""
+"""The messages before DeepSpeed compiles."""
 
 import os
 import time

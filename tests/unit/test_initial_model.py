@@ -1,4 +1,4 @@
-"""A run's first weights are those of another model, resized as asked."""
+"""A run starts with the weights of another model, resized as asked."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def copied(tmp_path, hub_folder):
 
 @pytest.fixture(scope="module")
 def other_tokenizer(tmp_path_factory):
-    """Of 320 ids, trained on real words: it shares some tokens with the made-up ones."""
+    """A tokenizer of 320 ids, trained on real words: it shares some tokens with the one of made-up words."""
     folder = tmp_path_factory.mktemp("other") / "tokenizer"
     folder.mkdir()
     train_bpe(iter([[InitialModel.initialize.__doc__ + InitialModel.resized.__doc__ + __doc__] * 3]), 320, folder)
@@ -192,7 +192,7 @@ def test_another_vocabulary_is_mapped_by_the_tokens_texts(
 
 
 def test_weights_without_masked_lm_head_are_mapped_too(hub_folder, corpus, other_corpus, monkeypatch):
-    """As a checkpoint of token substitution has them."""
+    """A checkpoint of token substitution has such weights."""
     read = InitialModel._weights
     monkeypatch.setattr(
         InitialModel,

@@ -49,7 +49,7 @@ def rows(micro_batch):
 
 
 def true_ids(micro_batch):
-    """The rows that hold a sequence, with their labels put back, as bytes."""
+    """The rows that hold a sequence, with the true ids put back from the labels, as bytes."""
     ids = micro_batch.input_ids.clone()
     ids.view(-1)[micro_batch.masked_positions] = micro_batch.labels
     return [row.tobytes() for row in ids[: micro_batch.sequences].numpy()]

@@ -1,4 +1,5 @@
-"""4,096 ranks, computed rather than run: each rank's part is a pure function, so the union can be held against one."""
+"""4,096 ranks, computed rather than run: each rank's part is a pure function, so their union can
+be compared with the batch of one process."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sources mixed by weights: their shares, their own epochs, and the same stream wherever it is looked at."""
+"""Sources mixed by weights: their shares, their own epochs, and the same stream from any starting point."""
 
 import math
 import re
@@ -30,7 +30,7 @@ def mixed(weights=WEIGHTS, seed=3):
 
 
 def source_of(sequences):
-    """Which source the sequences are of, as a number in `RANGES`; each must be of one."""
+    """The source of each sequence, as a number in `RANGES`; each must have exactly one."""
     inside = [
         np.any([(sequences >= begin) & (sequences < end) for begin, end in ranges], axis=0)
         for ranges in RANGES.values()

@@ -1,4 +1,4 @@
-"""Our own dropout, attention and cross-entropy beside torch's."""
+"""Our own dropout, attention and cross-entropy, compared with torch's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What an objective is to the rest of the program: one class, whatever it learns."""
+"""An objective is one class, and the rest of the program needs to know nothing else about it."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""One's own architecture: a RobertaConfig is read, checked, trained, planned and exported as transformers has it."""
+"""A custom architecture: a RobertaConfig is read, checked, trained, planned and exported as transformers means it."""
 
 import json
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""The rate that utilisation is measured by: whose data sheet holds, and what is made of several processes' rates."""
+"""The peak rate behind utilisation: which data sheet applies, and how several processes' rates are combined."""
 
 import pytest
 import torch

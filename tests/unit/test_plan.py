@@ -17,7 +17,7 @@ def test_the_plan_counts_the_models_parameters(model):
 @pytest.mark.parametrize("model", list(PRESETS))
 def test_saved_activations_of_a_layer_are_those_counted_by_hand(model):
     """34 bytes a token and hidden unit as in Korthikanti et al. (2022, arXiv:2205.05198, section 4.1), without the
-    attention matrix; beside it only sums of rows."""
+    attention matrix, of which only sums of rows are saved."""
     length = 64
     config = model_config(model, 1_000, length)
     hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers

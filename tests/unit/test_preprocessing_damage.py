@@ -1,4 +1,4 @@
-"""What a damaged file does to a job: it ends with the file's name, before the work if possible, unless allowed."""
+"""A damaged file ends a job with the file's name, before the work begins if possible, unless damage is allowed."""
 
 import gzip
 import io

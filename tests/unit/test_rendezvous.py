@@ -103,7 +103,7 @@ for rank in ranks:
 
 
 def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(tmp_path):
-    """As under the `deepspeed` launcher, which gives both the same port."""
+    """The `deepspeed` launcher gives both runs the same port."""
     told = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     environment = {**os.environ, **told, "TMPDIR": str(tmp_path), "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", LAUNCHER]

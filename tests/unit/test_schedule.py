@@ -45,7 +45,7 @@ def shaped(max_steps=60, warmup_steps=10, **options):
 
 
 def of_transformers(name, max_steps=60, warmup_steps=10, **options):
-    """Its rates at our steps: ours of the warm-up are those of its next step, so that the first step learns."""
+    """transformers' rates at our steps; in the warm-up, ours are its next step's, so that the first step learns."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
     scheduler = get_scheduler(name, optimizer, warmup_steps, max_steps, options or None)
     factor = scheduler.lr_lambdas[0]

@@ -1,4 +1,4 @@
-"""A tokenizer's folder is completed from what training reads of it, and opens in transformers as that."""
+"""A tokenizer folder is completed from what training reads, and transformers opens it as the same tokenizer."""
 
 import json
 
@@ -39,7 +39,7 @@ def added(**changes):
 
 
 def token(name, **flags):
-    """As transformers 4 wrote a token."""
+    """A token as transformers 4 wrote it."""
     return {"__type": "AddedToken", "content": name, "lstrip": False, "normalized": True} | flags
 
 
@@ -81,7 +81,7 @@ OTHER_KINDS = {"a normalizer": {"normalizer": {"type": "NFC"}}, "digits apart": 
 
 
 def assert_opens(folder, source, expected_class):
-    """By `AutoTokenizer`, as what training uses."""
+    """Check that `AutoTokenizer` opens the folder as the tokenizer that training uses."""
     check_tokenizer(folder, source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(tokenizer).__name__ == expected_class

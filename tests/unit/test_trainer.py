@@ -1,4 +1,4 @@
-"""The training loop with a stand-in engine: stages, spikes of the loss, and going on after a break."""
+"""The training loop with a stand-in engine: stages, loss spikes, and resuming after an interruption."""
 
 import contextlib
 import errno
@@ -34,7 +34,7 @@ SPIKE = (8, 12 * 15)
 
 
 class PlacesCollator:
-    """Micro-batches whose inputs are their places, and whose length is told by the mask."""
+    """Micro-batches whose inputs are their places; the mask shows the length."""
 
     def __init__(self, length):
         self.length = length

@@ -67,7 +67,7 @@ def in_parts(folder, lost=False):
 
 
 def linked(folder):
-    """As a hub's cache keeps files."""
+    """Links to files, as the hub's cache keeps them."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for number, path in enumerate(sorted(folder.iterdir())):

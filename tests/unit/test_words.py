@@ -81,7 +81,7 @@ def units(folder, text):
 
 @pytest.fixture(scope="module")
 def of_all_scripts(tmp_path_factory):
-    """A tokenizer of which each character of these texts is a token, and each byte of others."""
+    """A tokenizer in which each character of these texts is a token; other characters become bytes."""
     folder = tmp_path_factory.mktemp("scripts")
     train_bpe(iter([list("".join(TEXTS.values()))] * 2), 1000, folder)
     return folder

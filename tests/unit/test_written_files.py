@@ -1,4 +1,4 @@
-"""What every command that writes has in common: a disk that refuses costs nothing, and the umask decides who reads."""
+"""All commands that write: a disk that refuses loses nothing, and the umask decides who may read."""
 
 import argparse
 import errno
