@@ -65,6 +65,7 @@ def accept(words, monkeypatch, capsys):
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
         monkeypatch.setattr(sys, "argv", [words[2], "--help"])
+        monkeypatch.delitem(sys.modules, words[2], raising=False)  # another test's import, of which runpy warns
         text = help_of(lambda: runpy.run_module(words[2], run_name="__main__"), capsys)
         assert all(word in text for word in words if word.startswith("--"))
     elif first is not None and words[first] == "preprocess":
