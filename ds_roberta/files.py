@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r} ({error.strerror}): fix this") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not JSON ({error}): fix or remove it") from error
 
 
@@ -76,7 +76,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file; raises `UserError`, which ends with `remedy`, if it cannot be read or is not one."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read ({error}): {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} is not a JSON object: {remedy}")

@@ -46,8 +46,9 @@ _ONLY: dict[str, Any] = {
 """Fields that would make another model, or compute it differently, with the one value that can be trained here."""
 _COUNTS: tuple[str, ...] = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
 _COUNTS += ("intermediate_size", "max_position_embeddings", "type_vocab_size")
+_LARGEST = 2**31 - 1  # the product of two such sizes is a number of elements that torch can express
 _VALID: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    (_COUNTS, "a positive whole number", lambda value: type(value) is int and value >= 1),
+    (_COUNTS, f"a whole number from 1 to {_LARGEST}", lambda value: type(value) is int and 1 <= value <= _LARGEST),
     (
         ("pad_token_id", "bos_token_id", "eos_token_id"),
         "a token's id, a whole number from 0 up",

@@ -144,7 +144,7 @@ def _make_engine(run: Run, start: Start, data: RunData) -> tuple[Engine, list[Ba
     """The DeepSpeed engine at the state to start from, how each stage's batch is divided, and the device's peak."""
     config, ranks = run.config, run.ranks
     torch.manual_seed(config.seed)
-    model = _make_model(config)
+    model = ranks.together(lambda: _allocate_model(config))
     initial_model = run.initial_model
     if initial_model is not None and start.is_fresh:
         for line in ranks.together(lambda: initial_model.initialize(model, config, run.corpus)):
@@ -172,6 +172,14 @@ def _make_engine(run: Run, start: Start, data: RunData) -> tuple[Engine, list[Ba
 
 def _make_model(config: RunConfig) -> Objective:
     return find_objective(config.objective, config.packing)(config.model)
+
+
+def _allocate_model(config: RunConfig) -> Objective:
+    try:
+        return _make_model(config)
+    except RuntimeError as error:  # torch's, for memory and for sizes that it cannot express
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot allocate the model {config.model_name} ({reason}): choose smaller sizes") from error
 
 
 def _batch_plans(run: Run, start: Start, engine: Engine) -> list[BatchPlan]:

@@ -170,8 +170,9 @@ def test_all_problems_of_a_config_are_named_at_once(write_config, corpus):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, got 0"),
-        ({"hidden_size": 96.0}, "hidden_size must be a positive whole number, got 96.0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number from 1 to 2147483647, got 0"),
+        ({"hidden_size": 96.0}, "hidden_size must be a whole number from 1 to 2147483647, got 96.0"),
+        ({"vocab_size": 10**12}, "vocab_size must be a whole number from 1 to 2147483647, got 1000000000000"),
         ({"hidden_dropout_prob": 1}, "hidden_dropout_prob must be at least 0 and below 1, got 1"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a positive number, got nan"),
         ({"layer_norm_eps": 10**400}, "layer_norm_eps must be a positive number, got 1000"),
@@ -192,7 +193,8 @@ def test_a_config_that_cannot_be_trained_is_refused(write_config, corpus, conten
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path, corpus):
-    for content, words in (("{", "cannot be read"), ("[]", "not a JSON object"), ('{"run": {}}', "a run's record")):
+    cases = [("{", "cannot be read"), ("[]", "not a JSON object"), ('{"run": {}}', "a run's record")]
+    for content, words in [*cases, ("[" * 100_000, "cannot be read")]:
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=words):
             settings(tmp_path, corpus)
