@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary, M labelled tokens.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from ds_roberta.model.kernels import linear_cross_entropy
 from ds_roberta.options import require_one_of
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """An encoder with a head and a loss.
 
     `forward` returns sums over a micro-batch, which are added up over micro-steps and processes. The other methods say
@@ -48,9 +49,9 @@ class Objective(nn.Module):
         super().__init__()
         self.roberta = RobertaModel(config)
 
+    @abstractmethod
     def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Named sums, each a float32 scalar; losses in nats, with a gradient, and counts without one."""
-        raise NotImplementedError
 
     @staticmethod
     def weigh(sums: Mapping[str, torch.Tensor], counts: Counts) -> torch.Tensor:
@@ -77,9 +78,9 @@ class Objective(nn.Module):
         return {"held-out loss": f"{evaluation['loss']:.4f} nats per token"}
 
     @staticmethod
+    @abstractmethod
     def head_parameters(config: ModelConfig) -> int:
         """Elements of the matrices that each labelled token's hidden state is multiplied by."""
-        raise NotImplementedError
 
     @classmethod
     def flops_per_token(cls, config: ModelConfig, length: int, labelled_share: float) -> float:
