@@ -212,7 +212,8 @@ def rare(lab: Lab) -> dict:
         checkpoint.weights(lab.folder / run / f"checkpoints/global_step{STEPS}") for run in ("rollback", "resumed")
     ]
     found["resumed"]["equal"] = all(torch.equal(value, final[1][key]) for key, value in final[0].items())
-    found["spike"] = lab.run("spike", partial(lab.loss_times, 1e3), "warn")
+    for policy in ("warn", "stop", "rollback"):
+        found[f"spike {policy}"] = lab.run(f"spike-{policy}", partial(lab.loss_times, 1e3), policy)
     for key in ("weight", "exp_avg_sq"):
         hurt = partial(lab.infinite_weight, key=key)
         found[key] = lab.run(key, hurt, save_interval=1, save_deepspeed_checkpoint=True)

@@ -74,10 +74,17 @@ def test_a_run_that_was_rolled_back_and_resumed_is_bit_identical(findings, name)
 
 
 @pytest.mark.parametrize("name", RARE)
-def test_a_finite_spike_is_counted(findings, name):
-    found = findings[name]["spike"]
+def test_a_finite_spike_is_counted_stops_the_run_or_is_rolled_back(findings, name):
+    found = findings[name]["spike warn"]
     assert (found["error"], found["saved"]) == (None, [2, 4])
     assert [spikes for _, spikes, _ in found["counted"]] == [0, 0, 1, 1]
+    found = findings[name]["spike stop"]
+    assert found["error"].startswith("the loss of step 3 is a spike: ")
+    assert (found["saved"], found["steps"], found["hidden"]) == ([2], [1, 2], [])
+    found, not_a_number = findings[name]["spike rollback"], findings[name]["rollback"]
+    assert (found["error"], found["saved"], found["applied_steps"]) == (None, [2, 4], 4)
+    assert found["losses"] == not_a_number["losses"]  # the same data are left out
+    assert found["state"] == not_a_number["state"]
 
 
 @pytest.mark.parametrize("key", ["weight", "exp_avg_sq"])
