@@ -163,7 +163,7 @@ def test_bytes_that_are_not_text_and_places_without_data_are_refused(tmp_path, e
         evaluate_minimal_pairs(exported, [tmp_path / "empty"])
     with pytest.raises(UserError, match="does not exist"):
         evaluate_minimal_pairs(exported, [tmp_path / "nothing"])
-    with pytest.raises(UserError, match=r"--json .* in none"):
+    with pytest.raises(UserError, match=r"--json .* is a folder, or its folder is missing"):
         evaluate_minimal_pairs(exported, [tmp_path], json_path=tmp_path / "nothing/out.json")
 
 
