@@ -35,7 +35,13 @@ def run_config(**changes):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("tiny", (4, 256, 4)), ("small", (6, 512, 8)), ("base", (12, 768, 12)), ("large", (24, 1024, 16))],
+    [
+        ("nano", (2, 128, 2)),
+        ("tiny", (4, 256, 4)),
+        ("small", (6, 512, 8)),
+        ("base", (12, 768, 12)),
+        ("large", (24, 1024, 16)),
+    ],
 )
 def test_presets_have_their_sizes(name, size):
     config = model_config(name, 50_265, 512)
@@ -47,7 +53,7 @@ def test_presets_have_their_sizes(name, size):
 def test_base_and_large_are_trained_as_in_the_paper():
     assert (PRESETS["base"].max_steps, PRESETS["base"].warmup_steps) == (500_000, 24_000)
     assert (PRESETS["large"].max_steps, PRESETS["large"].warmup_steps) == (500_000, 30_000)
-    assert {preset.max_seq_length for name, preset in PRESETS.items() if name != "tiny"} == {512}
+    assert {preset.max_seq_length for name, preset in PRESETS.items() if name not in ("nano", "tiny")} == {512}
 
 
 def test_positions_begin_behind_the_paddings():
