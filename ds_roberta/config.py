@@ -7,7 +7,9 @@ belong to these dataclasses.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from ds_roberta.errors import UserError
@@ -176,6 +178,22 @@ class MaskingConfig(Settings):
         return self.mlm_probability if self.mlm_probability_end is None else self.mlm_probability_end
 
 
+def step_number(name: str, text: int | str, max_steps: int) -> int:
+    """A number of steps, given as such or as a percent of the run, which is rounded down to a whole step.
+
+    Args:
+        name: the option's, for the error.
+
+    Raises:
+        UserError: it is neither.
+    """
+    matched = re.fullmatch(r"(-?\d+)|(\d+(?:\.\d+)?)%", str(text))
+    if matched is None:
+        raise UserError(f"{name} must be a number of steps, or a percent of the run such as 6%, got {text!r}")
+    steps, percent = matched.groups()
+    return int(steps) if steps else int(Fraction(percent) * max_steps / 100)
+
+
 @dataclass(frozen=True)
 class ScheduleConfig(Settings):
     """Steps and learning rate; see `training.optimizer.learning_rate`.
@@ -192,7 +210,9 @@ class ScheduleConfig(Settings):
     """
 
     max_steps: int = option("optimizer steps of the run (default: depends on the model's size)", check=require_positive)
-    warmup_steps: int = option("steps of linear warm-up (default: 6%% of max_steps, base 4.8%%)")
+    warmup_steps: int = option(
+        "steps of linear warm-up, or a percent of the run such as 6%% (default: 6%%, base 4.8%%)", type=str
+    )
     lr_scheduler_type: str = option(
         "shape of the learning rate after the warm-up", "linear", choices=LR_SCHEDULER_TYPES
     )
@@ -205,7 +225,9 @@ class ScheduleConfig(Settings):
         check=must_be("from 0 to 1", lambda ratio: 0 <= ratio <= 1),
     )
     decay_steps: int | None = option(
-        "number of final steps in which warmup_stable_decay decays (default: a tenth of max_steps)", None
+        "number of final steps, or percent of the run, in which warmup_stable_decay decays (default: 10%%)",
+        None,
+        type=str,
     )
     decay_type: str | None = option(
         "shape of the decay of warmup_stable_decay (default: 1-sqrt)", None, choices=LR_DECAY_TYPES

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_roberta.config import PackingConfig, Stage
+from ds_roberta.config import PackingConfig, Stage, step_number
 from ds_roberta.errors import UserError
 from ds_roberta.options import require_positive
 
@@ -37,15 +37,19 @@ def make_stages(
     train_batch_size: int,
     max_seq_length_schedule: str | None = None,
     train_batch_size_schedule: str | None = None,
+    max_steps: int | None = None,
 ) -> tuple[Stage, ...]:
     """The stages of a run, from its two schedules if given.
+
+    Args:
+        max_steps: what percents in a schedule refer to; None if they are refused.
 
     Raises:
         UserError: a schedule is malformed, or does not end with the value given separately.
     """
     require_positive("--train_batch_size", train_batch_size)
-    lengths = _parse_schedule("max_seq_length", max_seq_length_schedule, max_seq_length)
-    sizes = _parse_schedule("train_batch_size", train_batch_size_schedule, train_batch_size)
+    lengths = _parse_schedule("max_seq_length", max_seq_length_schedule, max_seq_length, max_steps)
+    sizes = _parse_schedule("train_batch_size", train_batch_size_schedule, train_batch_size, max_steps)
     for _, length in lengths:
         PackingConfig(length)
         if length > max_seq_length:
@@ -69,16 +73,27 @@ def schedule_text(stages: tuple[Stage, ...], name: str) -> str:
     return ",".join(f"{step}:{value}" for step, value in changes)
 
 
-def _parse_schedule(name: str, text: str | None, last: int) -> list[tuple[int, int]]:
+def _parse_schedule(name: str, text: str | None, last: int, max_steps: int | None) -> list[tuple[int, int]]:
     """Steps and values of `STEP:VALUE,…`, or the one value for all steps if there is no schedule."""
     if text is None:
         return [(0, last)]
-    if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
-        raise UserError(f"--{name}_schedule must be STEP:VALUE pairs such as 0:128,9000:512, got {text!r}")
-    pairs = [(int(step), int(value)) for step, value in (pair.split(":") for pair in text.split(","))]
+    pair = r"\d+(\.\d+%|%|):\d+"
+    if not re.fullmatch(f"{pair}(,{pair})*", text):
+        raise UserError(
+            f"--{name}_schedule must be STEP:VALUE pairs such as 0:128,9000:512 or 0:128,90%:512, got {text!r}"
+        )
+    if "%" in text and max_steps is None:
+        raise UserError(
+            f"--{name}_schedule needs steps here, not percents, got {text!r}: the run's config.json has them (stages)"
+        )
+    words = [pair.split(":") for pair in text.split(",")]
+    if late := [step for step, _ in words if step.endswith("%") and float(step[:-1]) >= 100]:
+        raise UserError(f"a percent in --{name}_schedule must be below 100, where the run ends, got {late[0]}")
+    pairs = [(step_number(f"--{name}_schedule", step, max_steps or 0), int(value)) for step, value in words]
     steps = [step for step, _ in pairs]
     if steps[0] != 0 or steps != sorted(set(steps)):
-        raise UserError(f"the steps of --{name}_schedule must start at 0 and increase, got {text!r}")
+        resolved = f" (steps {', '.join(map(str, steps))} of {max_steps})" if "%" in text else ""
+        raise UserError(f"the steps of --{name}_schedule must start at 0 and increase, got {text!r}{resolved}")
     for _, value in pairs:
         require_positive(f"each value of --{name}_schedule", value)
     if pairs[-1][1] != last:

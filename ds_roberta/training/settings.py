@@ -18,6 +18,7 @@ from ds_roberta.config import (
     ScheduleConfig,
     Stage,
     model_config,
+    step_number,
 )
 from ds_roberta.data.mixture import parse_source_weights
 from ds_roberta.data.shards import Corpus
@@ -65,10 +66,10 @@ class StartOptions(Settings):
         "allow data made with another tokenizer than --init_from's; embeddings are copied by the tokens' texts", False
     )
     max_seq_length_schedule: str | None = option(
-        "STEP:LENGTH pairs that end with --max_seq_length, such as 0:128,9000:512", None
+        "STEP:LENGTH pairs that end with --max_seq_length, such as 0:128,9000:512 or 0:128,90%%:512", None
     )
     train_batch_size_schedule: str | None = option(
-        "STEP:SIZE pairs that end with the batch size, such as 0:1024,5000:8192", None
+        "STEP:SIZE pairs that end with the batch size, such as 0:1024,5000:8192 or 0:1024,10%%:8192", None
     )
     allow_change: str | None = option("what may differ from the checkpoint's run, such as seed,masking.unit", None)
     rendezvous_timeout: float = option("seconds that processes wait for each other at the start", RENDEZVOUS_TIMEOUT)
@@ -193,8 +194,15 @@ def run_config(
         name, model, defaults = (_of_preset if chosen in PRESETS else _of_config)(chosen, options, corpus)
     values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
     dropout = {name: values[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    for name in ("warmup_steps", "decay_steps"):
+        if values[name] is not None:
+            values[name] = step_number(f"--{name}", values[name], values["max_steps"])
     stages = make_stages(
-        values["max_seq_length"], train_batch_size, options.max_seq_length_schedule, options.train_batch_size_schedule
+        values["max_seq_length"],
+        train_batch_size,
+        options.max_seq_length_schedule,
+        options.train_batch_size_schedule,
+        values["max_steps"],
     )
     return RunConfig.from_options(
         values,

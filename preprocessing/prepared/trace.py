@@ -151,8 +151,8 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--train_batch_size", type=int, required=True, help="batch size of the run")
     parser.add_argument("--max_seq_length", type=int, required=True, help="sequence length of the run")
-    parser.add_argument("--train_batch_size_schedule", help="schedule of the run, if any")
-    parser.add_argument("--max_seq_length_schedule", help="schedule of the run, if any")
+    parser.add_argument("--train_batch_size_schedule", help="schedule of the run, if any, in steps")
+    parser.add_argument("--max_seq_length_schedule", help="schedule of the run, if any, in steps")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="checkpoint of a run that rolled back; it lists what was skipped"
     )

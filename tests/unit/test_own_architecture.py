@@ -63,6 +63,18 @@ def settings(model, corpus, **options) -> RunConfig:
     return run_config(pretrain_options(corpus.folder, model=str(model), **given), corpus, 8, False, None)
 
 
+def test_steps_may_be_percents_of_the_run(corpus):
+    percents = {"warmup_steps": "5.9%", "decay_steps": "20%", "max_seq_length_schedule": "0:16,59%:32"}
+    steps = {"warmup_steps": 2, "decay_steps": 10, "max_seq_length_schedule": "0:16,29:32"}
+    options = {"max_seq_length": 32, "lr_scheduler_type": "warmup_stable_decay"}
+    assert settings("tiny", corpus, **options, **percents) == settings("tiny", corpus, **options, **steps)
+    for wrong in ("6 %", "a%", "1e2", "-6%", ""):
+        with pytest.raises(UserError, match=r"--warmup_steps must be a number of steps, or a percent .* got '"):
+            settings("tiny", corpus, warmup_steps=wrong)
+    with pytest.raises(UserError, match=r"--warmup_steps must be from 0 to max_steps \(50\), got 51"):
+        settings("tiny", corpus, warmup_steps="102%")
+
+
 def test_defaults_are_those_of_transformers():
     theirs = transformers.RobertaConfig()
     assert {name: getattr(theirs, name) for name in DEFAULTS} == DEFAULTS

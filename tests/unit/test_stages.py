@@ -44,6 +44,11 @@ def test_two_schedules_together_are_stages():
     [
         ("128,512", None, "--max_seq_length_schedule must be STEP:VALUE pairs .* got '128,512'"),
         ("0:128,", None, "STEP:VALUE pairs"),
+        ("0:128,1.%:512", None, "STEP:VALUE pairs"),
+        ("0:128,100%:512", None, "must be below 100, where the run ends, got 100%"),
+        ("5%:512", None, r"start at 0 and increase, got '5%:512' \(steps 50 of 1000\)"),
+        ("0:128,900:256,60%:512", None, r"start at 0 and increase, .* \(steps 0, 900, 600 of 1000\)"),
+        ("0:128,60%:256,60.05%:512", None, r"start at 0 and increase, .* \(steps 0, 600, 600 of 1000\)"),
         ("", None, "STEP:VALUE pairs"),
         ("0:128,-9:512", None, "STEP:VALUE pairs"),
         ("5:512", None, "steps of --max_seq_length_schedule must start at 0 and increase"),
@@ -58,7 +63,15 @@ def test_two_schedules_together_are_stages():
 )
 def test_a_wrong_schedule_is_a_user_error(lengths, sizes, words):
     with pytest.raises(UserError, match=words):
-        make_stages(512, 64, lengths, sizes)
+        make_stages(512, 64, lengths, sizes, 1_000)
+
+
+def test_percents_are_of_the_run_and_rounded_down_to_a_step():
+    assert make_stages(512, 64, "0:128,9.99%:512", "0%:32,50%:64", max_steps=301) == make_stages(
+        512, 64, "0:128,30:512", "0:32,150:64"
+    )
+    with pytest.raises(UserError, match=r"needs steps here, not percents, got '0:128,50%:512': the run's config\.json"):
+        make_stages(512, 64, "0:128,50%:512")
 
 
 @pytest.mark.parametrize("length", [128, 512])
