@@ -237,6 +237,14 @@ def prefetch(make: Callable[[int], list[MicroBatch]], first: int, last: int) -> 
             yield current
 
 
+def held_out_sequences(size: int, sequences: int) -> np.ndarray:
+    """Which sequences of a split of `size` models are evaluated on, at most `sequences` of them: (B,) int64.
+
+    They are always the same. A sequence's number is also the place that decides its masks.
+    """
+    return SampleOrder(size, _HELD_OUT_SEED).sequences(np.arange(min(size, sequences)))
+
+
 class HeldOutSample:
     """A fixed sample of a split: every run has the same sequences and masks, on any number of processes.
 
@@ -247,8 +255,7 @@ class HeldOutSample:
 
     def __init__(self, collator: Collator, sequences: int, micro_batch_size: int, ranks: Ranks):
         self._collator, self._ranks = collator, ranks
-        size = len(collator.packed)
-        sample = SampleOrder(size, _HELD_OUT_SEED).sequences(np.arange(min(size, sequences)))
+        sample = held_out_sequences(len(collator.packed), sequences)
         self._parts = split_places(sample, ranks.rank, ranks.world_size, micro_batch_size)
 
     def evaluate(
