@@ -194,9 +194,9 @@ def run_config(
         name, model, defaults = (_of_preset if chosen in PRESETS else _of_config)(chosen, options, corpus)
     values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
     dropout = {name: values[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-    for name in ("warmup_steps", "decay_steps"):
-        if values[name] is not None:
-            values[name] = step_number(f"--{name}", values[name], values["max_steps"])
+    for each in ("warmup_steps", "decay_steps"):
+        if values[each] is not None:
+            values[each] = step_number(f"--{each}", values[each], values["max_steps"])
     stages = make_stages(
         values["max_seq_length"],
         train_batch_size,
