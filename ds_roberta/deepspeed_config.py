@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ class DeepSpeedConfig:
             config._params["lr"] = learning_rate
         config._check()
         return config
+
+    def with_optimizer_params(self, params: Mapping[str, float], learning_rate: float | None) -> DeepSpeedConfig:
+        """The same with other values in `optimizer.params`, but with the command line's learning rate, if given."""
+        content = copy.deepcopy(self.content)
+        content["optimizer"]["params"] |= params
+        if learning_rate is not None:
+            content["optimizer"]["params"]["lr"] = learning_rate
+        return DeepSpeedConfig(content, self.source)
 
     @property
     def train_batch_size(self) -> int:

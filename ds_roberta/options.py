@@ -63,7 +63,7 @@ class Settings:
 
     @classmethod
     def from_options(cls: type[Group], options: Mapping[str, Any], **given: Any) -> Group:
-        """An instance, nested groups included, from values by their options' names.
+        """An instance, nested groups included, from values by their options' names; None stands for the default.
 
         Args:
             given: values of fields, instead of their options'.
@@ -76,7 +76,9 @@ class Settings:
             if each.name in given:
                 continue
             if _DECLARED in each.metadata:
-                given[each.name] = options[each.metadata[_DECLARED]["name"] or each.name]
+                value = options[each.metadata[_DECLARED]["name"] or each.name]
+                if value is not None or each.default is MISSING:
+                    given[each.name] = value
             elif _is_group(kinds[each.name]):
                 given[each.name] = kinds[each.name].from_options(options)
         return cls(**given)

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.distributed import leave
 from ds_roberta.options import add_options
+from ds_roberta.training.recipes import OPTIONS_OF_RECIPES
 from ds_roberta.training.run import pretrain
 from ds_roberta.training.settings import RunConfig, StartOptions
 
@@ -23,6 +24,7 @@ def make_parser() -> ArgumentParser:
     )
     add_options(parser, StartOptions)
     add_options(parser, RunConfig)
+    parser.set_defaults(**dict.fromkeys(OPTIONS_OF_RECIPES))  # unless one is given, the recipe decides
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 

@@ -27,6 +27,7 @@ from ds_roberta.training.micro_batch import BatchPlan, Trial, find_micro_batch_s
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.optimizer import without_bias_and_norm
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
+from ds_roberta.training.recipes import RECIPES
 from ds_roberta.training.run_data import RunData, make_loaders, open_data
 from ds_roberta.training.settings import Run, RunConfig, model_origin, run_config
 from ds_roberta.training.start import Start, find_start
@@ -87,7 +88,14 @@ def _read_settings(options: Namespace, ranks: Ranks) -> Run:
 
 def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
     """Read the JSON, the data, the run's settings, its precision and the model to continue from, on this host."""
-    deepspeed = DeepSpeedConfig.read(options.deepspeed_config, options.train_batch_size, options.learning_rate)
+    if options.deepspeed_config is None and options.recipe is None:
+        raise UserError(
+            f"how to train is not given: name a --recipe ({', '.join(RECIPES)}), or a DeepSpeed JSON by "
+            "--deepspeed_config, such as ds_configs/zero2.json"
+        )
+    recipe = RECIPES[options.recipe] if options.deepspeed_config is None else None
+    source = recipe.deepspeed_config if recipe else options.deepspeed_config
+    deepspeed = DeepSpeedConfig.read(source, options.train_batch_size, options.learning_rate)
     corpus = Corpus.open(options.data_dir)
     initial_model = None
     if options.init_from is not None:
@@ -95,6 +103,8 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
 
         initial_model = InitialModel.open(options.init_from)
     config = run_config(options, corpus, deepspeed.train_batch_size, on_gpu(), initial_model)
+    if recipe:
+        deepspeed = deepspeed.with_optimizer_params(recipe.params_for(config.model.hidden_size), options.learning_rate)
     _check_output_dir(config)
     if config.no_decay_bias_and_norm and not deepspeed.content["optimizer"]["params"].get("weight_decay"):
         raise UserError(

@@ -31,6 +31,7 @@ from ds_roberta.model.objectives import SUMMARIES, find_objective
 from ds_roberta.options import Settings, must_be, option, options_of, require_positive
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training.monitors import Monitors
+from ds_roberta.training.recipes import OPTIONS_OF_RECIPES, RECIPES
 
 if TYPE_CHECKING:  # it needs transformers, which a run that starts from random weights does not
     from ds_roberta.training.initial_model import InitialModel
@@ -46,7 +47,7 @@ LONGEST_BY_DEFAULT = 512
 class StartOptions(Settings):
     """How a run starts; config.json has the settings that follow from these options."""
 
-    deepspeed_config: Path = option("DeepSpeed JSON; see ds_configs/", required=True)
+    deepspeed_config: Path | None = option("DeepSpeed JSON; see ds_configs/ (default: that of --recipe)", None)
     train_batch_size: int | None = option("sequences per optimizer step, instead of the JSON's", None)
     learning_rate: float | None = option("peak learning rate, instead of the JSON's", None)
     model: str | None = option(
@@ -123,6 +124,12 @@ class RunConfig(Settings):
     objective: str = option(
         "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()), "mlm", choices=SUMMARIES
     )
+    recipe: str | None = option(
+        "the JSON and the defaults of other options; fast: for small budgets; paper: as Liu et al. 2019, which are the "
+        "defaults with --deepspeed_config too",
+        None,
+        choices=RECIPES,
+    )
     init_from: Path | None = option(
         "start from this trained model instead of random weights: a transformers folder or one of our checkpoints", None
     )
@@ -163,13 +170,14 @@ class Run:
     monitors: Monitors
 
 
-def pretrain_options(deepspeed_config: Path, **given: Any) -> Namespace:
-    """The options of `launch/pretrain.py` by their names, completed by their defaults.
+def pretrain_options(deepspeed_config: Path | None = None, **given: Any) -> Namespace:
+    """The options of `launch/pretrain.py` by their names, completed by their defaults, if no recipe may set them.
 
     Raises:
         TypeError: there is no such option.
     """
     defaults = {each.name: each.default for group in (StartOptions, RunConfig) for each in options_of(group)}
+    defaults |= dict.fromkeys(OPTIONS_OF_RECIPES)
     for name in given:
         if name not in defaults:
             raise TypeError(unknown_key_message("option", name, defaults))
@@ -179,7 +187,7 @@ def pretrain_options(deepspeed_config: Path, **given: Any) -> Namespace:
 def run_config(
     options: Namespace, corpus: Corpus, train_batch_size: int, has_gpu: bool, initial: InitialModel | None
 ) -> RunConfig:
-    """The run's settings, completed from the model's preset, or from the model to continue from, and the batch size.
+    """The run's settings, completed from recipe, preset or model to continue from, and batch size.
 
     Raises:
         UserError: a value is out of range, missing, or has no effect.
@@ -192,6 +200,8 @@ def run_config(
                 raise UserError(f"--{name} needs --init_from: give both, or remove it")
         chosen = options.model or ("base" if has_gpu else "tiny")
         name, model, defaults = (_of_preset if chosen in PRESETS else _of_config)(chosen, options, corpus)
+    if options.recipe is not None:
+        defaults |= RECIPES[options.recipe].options_beside(vars(options), defaults["max_seq_length"])
     values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
     dropout = {name: values[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     for each in ("warmup_steps", "decay_steps"):
@@ -200,8 +210,8 @@ def run_config(
     stages = make_stages(
         values["max_seq_length"],
         train_batch_size,
-        options.max_seq_length_schedule,
-        options.train_batch_size_schedule,
+        values["max_seq_length_schedule"],
+        values["train_batch_size_schedule"],
         values["max_steps"],
     )
     return RunConfig.from_options(

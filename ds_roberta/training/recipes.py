@@ -1,0 +1,84 @@
+"""Recipes: a DeepSpeed JSON and values of options that go together; `--recipe` names one.
+
+Every value is only a default: an option on the command line takes its place, and `--deepspeed_config` that of the JSON
+with its batch, optimizer and rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+_SHORTEST_STAGE = 32
+"""Tokens; shorter sequences have too little to look at."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe sets.
+
+    Attributes:
+        deepspeed_config: the JSON: batch, optimizer, clipping.
+        options: values by the options' names.
+        starts_at_half_length: trains the first 60% of the run at half of the maximum length.
+        optimizer_params: values of the JSON's `optimizer.params` by the model's width: those of the largest width that
+            does not exceed the model's apply.
+    """
+
+    deepspeed_config: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    starts_at_half_length: bool = False
+    optimizer_params: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+
+    def options_beside(self, given: Mapping[str, Any], max_seq_length: int) -> dict[str, Any]:
+        """The values of options that are not given, and that mean something beside those that are.
+
+        Args:
+            given: values by all options' names, None for those that are not given.
+        """
+        values = dict(self.options)
+        if self.starts_at_half_length and max_seq_length // 2 >= _SHORTEST_STAGE:
+            values["max_seq_length_schedule"] = f"0:{max_seq_length // 2},60%:{max_seq_length}"
+        if given["lr_scheduler_type"] not in (None, values.get("lr_scheduler_type")):
+            values.pop("decay_steps", None)
+        if given["masking_copies"] is not None:
+            values.pop("mlm_probability_end", None)
+        return {name: value for name, value in values.items() if given[name] is None}
+
+    def params_for(self, hidden_size: int) -> Mapping[str, float]:
+        """The values of `optimizer.params` for a model of this width, in place of the JSON's."""
+        widths = sorted(self.optimizer_params)
+        fitting = [width for width in widths if width <= hidden_size] or widths[:1]
+        return self.optimizer_params[fitting[-1]] if fitting else {}
+
+
+RECIPES = {
+    # Liu et al. 2019: the defaults of all options are theirs.
+    "paper": Recipe(_CONFIGS / "zero2.json"),
+    "fast": Recipe(
+        _CONFIGS / "fast.json",
+        {
+            "packing": "contiguous",
+            "mlm_probability": 0.4,
+            "mlm_probability_end": 0.15,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "warmup_steps": "6%",
+            "lr_scheduler_type": "warmup_stable_decay",
+            "decay_steps": "20%",
+        },
+        starts_at_half_length=True,
+        optimizer_params={
+            128: {"lr": 4e-3},
+            256: {"lr": 2e-3},
+            512: {"lr": 1e-3},
+            768: {"lr": 6e-4},
+            1024: {"lr": 4e-4},
+        },
+    ),
+}
+OPTIONS_OF_RECIPES = frozenset({name for recipe in RECIPES.values() for name in recipe.options})
+"""Names of the options that a recipe may set: those that are not given must stay None until it is known."""
