@@ -18,6 +18,7 @@ from ds_roberta.options import Settings, must_be, option, require_positive, requ
 LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
 LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
 LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
+LOSS_PLATEAU_POLICIES = ("off", "warn", "stop")
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 MASKING_UNITS = ("token", "whole-word", "span")
@@ -277,7 +278,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class GuardConfig(Settings):
-    """Loss spikes, and what to do about them; see `ds_roberta.training.loss_spikes`.
+    """Loss spikes and plateaus, and what to do about them; see `training.loss_spikes` and `training.loss_plateau`.
 
     Attributes:
         loss_spike_threshold: None if the loss is not checked for spikes.
@@ -288,6 +289,11 @@ class GuardConfig(Settings):
         "a spike is this many robust standard deviations above the recent median (default: 10)",
         None,
         check=require_positive_number,
+    )
+    loss_plateau: str = option(
+        "what to do if a masked LM's held-out loss stands still after 30%% of the run",
+        "warn",
+        choices=LOSS_PLATEAU_POLICIES,
     )
 
     def __post_init__(self) -> None:

@@ -254,7 +254,7 @@ class HeldOutSample:
     """
 
     def __init__(self, collator: Collator, sequences: int, micro_batch_size: int, ranks: Ranks):
-        self._collator, self._ranks = collator, ranks
+        self.collator, self.sequences, self._ranks = collator, sequences, ranks
         sample = held_out_sequences(len(collator.packed), sequences)
         self._parts = split_places(sample, ranks.rank, ranks.world_size, micro_batch_size)
 
@@ -275,7 +275,7 @@ class HeldOutSample:
         for part in self._parts:
             if stop():
                 return None
-            micro_batch = self._collator.collate(part, part)
+            micro_batch = self.collator.collate(part, part)
             sums = {name: sums.get(name, 0.0) + value for name, value in model(micro_batch).items()}
             counts.append(micro_batch.counts)
         return self._ranks.sum_each(sums), Counts.total(counts, self._ranks)

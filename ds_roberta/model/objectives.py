@@ -36,6 +36,7 @@ class Objective(nn.Module, ABC):
         chosen: what happens to the tokens that masking chooses, in one word.
         masker: prepares the inputs and labels.
         is_paired: whether it needs a packing of pairs; one name may stand for two objectives, with pairs and without.
+        predicts_tokens: whether its held-out loss is that of the masked tokens' ids, as of `data.count_models`.
     """
 
     name: ClassVar[str]
@@ -44,6 +45,7 @@ class Objective(nn.Module, ABC):
     chosen: ClassVar[str] = "masked"
     masker: ClassVar[type[Masker]] = Masker
     is_paired: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -133,6 +135,7 @@ class MaskedLM(Objective):
     name = "mlm"
     summary = "predict masked tokens"
     description = "masked language modelling"
+    predicts_tokens = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

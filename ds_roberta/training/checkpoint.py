@@ -56,6 +56,9 @@ class TrainState:
         recent_losses: the losses of the last steps, with which a new loss is compared to find spikes.
         loss_spikes: the number of steps with a loss spike, including steps that were rolled back.
         skipped_places: what the run skips after such a step, each with the fields of `data.stages.SkippedPlaces`.
+        lines: the held-out losses of `data.count_models` by their names; empty if the run has none to compare with.
+        recent_evaluations: step and held-out loss of the evaluations that a later one may be compared with.
+        plateau: the kind of the last plateau of the held-out loss that was reported.
         learned_positions: the learned positions of the model that the run started from; 0 if it started from scratch.
     """
 
@@ -70,6 +73,9 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     loss_spikes: int = 0
     skipped_places: list[dict[str, int]] = field(default_factory=list)
+    lines: dict[str, float] = field(default_factory=dict)
+    recent_evaluations: list[list[float]] = field(default_factory=list)
+    plateau: str | None = None
     learned_positions: int = 0
 
     def count_step(self, counts: Counts, skipped: bool) -> None:

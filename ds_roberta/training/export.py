@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS
 from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.distributed import logger
 from ds_roberta.files import value_at
@@ -74,7 +75,7 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     record = read_record(run / CONFIG_NAME) if (run / CONFIG_NAME).is_file() else {}
     if "run" not in record:  # written by another program
         record = {}
-    facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_circumstances(record)}
+    facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_lines(state), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
     return f"""{_HEADER.format(task=_FILL_MASK if has_head else _ENCODER)}
@@ -152,6 +153,15 @@ def _evaluation(state: TrainState, metrics: Path) -> dict[str, str]:
     evaluation = {name.removeprefix("eval_"): value for name, value in last.items()}
     report = objective_of(state.identity).report(evaluation)
     return {name: f"{text}, after step {last['global_step']:,}" for name, text in report.items()}
+
+
+def _lines(state: TrainState) -> dict[str, str]:
+    names = {UNIGRAM_LOSS: "frequencies of the training text's tokens alone", NEIGHBOUR_LOSS: "counts of neighbours"}
+    return {
+        f"held-out loss from {text}": f"{state.lines[name]:.4f} nats per masked token"
+        for name, text in names.items()
+        if name in state.lines
+    }
 
 
 def _circumstances(record: dict[str, Any]) -> dict[str, str]:

@@ -98,9 +98,10 @@ class Progress:
 
     Args:
         visible: false on ranks other than 0.
+        first_line: what the bar shows until a step ends.
     """
 
-    def __init__(self, max_steps: int, global_step: int, visible: bool):
+    def __init__(self, max_steps: int, global_step: int, visible: bool, first_line: str = ""):
         self._max_steps, self._global_step, self._visible = max_steps, global_step, visible
         self._first_micro_step_end: float | None = None
         self._expected_time_said = not visible
@@ -110,6 +111,7 @@ class Progress:
             disable=not visible,
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
             dynamic_ncols=True,
+            postfix=first_line,
         )
 
     def restart(self, global_step: int) -> None:

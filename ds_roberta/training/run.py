@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ds_roberta.data.shards import Corpus
+from ds_roberta.data.shards import VALIDATION_SPLIT, Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
@@ -28,7 +28,7 @@ from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.optimizer import without_bias_and_norm
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.recipes import RECIPES
-from ds_roberta.training.run_data import RunData, make_loaders, open_data
+from ds_roberta.training.run_data import RunData, find_lines, make_loaders, open_data
 from ds_roberta.training.settings import Run, RunConfig, model_origin, run_config
 from ds_roberta.training.start import Start, find_start
 from ds_roberta.training.trainer import Trainer
@@ -111,6 +111,14 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
             f"--no_decay_bias_and_norm does nothing: {deepspeed.source!r} has no optimizer.params.weight_decay "
             "above 0: set one there, or remove the option"
         )
+    if config.guard.loss_plateau == "stop":
+        if not find_objective(config.objective, config.packing).predicts_tokens:
+            raise UserError(f"--loss_plateau stop does nothing with --objective {config.objective}: remove it")
+        if not corpus.manifest.splits.get(VALIDATION_SPLIT):
+            raise UserError(
+                "--loss_plateau stop does nothing without held-out documents: remove it, or prepare the data with "
+                "--validation_fraction"
+            )
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: name a checkpoint's folder, or use 'auto'")
     return deepspeed, corpus, config, choose_precision(deepspeed), initial_model
@@ -220,6 +228,7 @@ def _batch_plans(run: Run, start: Start, engine: Engine) -> list[BatchPlan]:
 
 def _make_trainer(run: Run, start: Start, data: RunData, engine: Engine, plans: list[BatchPlan], peak: Peak) -> Trainer:
     loader, held_out = make_loaders(run, data, plans, engine.module.masker)
+    find_lines(run, start.state, held_out, engine.module)
     return Trainer(
         run.config,
         run.deepspeed.learning_rate,

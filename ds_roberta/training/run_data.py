@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ds_roberta.config import PackingConfig
+from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS, count_losses
 from ds_roberta.data.loader import Collator, HeldOutSample, LoaderStage, TrainLoader
 from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
 from ds_roberta.data.mixture import MixedOrder, sample_order
@@ -15,6 +16,8 @@ from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
 from ds_roberta.data.stages import places_used
 from ds_roberta.data.words import share_without_spaces, word_starts
+from ds_roberta.model.objectives import Objective
+from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.optimizer import mlm_probability
 from ds_roberta.training.settings import Run
@@ -88,6 +91,18 @@ def make_loaders(
     masker = evaluation_masker(config.masking, tokenizer, words, kind)
     collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length)
     return loader, HeldOutSample(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
+
+
+def find_lines(run: Run, state: TrainState, held_out: HeldOutSample | None, objective: Objective) -> None:
+    """Log the lines to compare the held-out losses with, if there are any; `state` keeps them."""
+    if held_out is None or not objective.predicts_tokens:
+        return
+    if not state.lines:
+        state.lines = run.ranks.on_main(lambda: count_losses(run.corpus, held_out.collator, held_out.sequences))
+    run.ranks.log(
+        f"lines to compare with: held-out loss {state.lines[UNIGRAM_LOSS]:.4f} from the frequencies of tokens alone, "
+        f"{state.lines[NEIGHBOUR_LOSS]:.4f} from counts of neighbours"
+    )
 
 
 def _log_text_without_words(run: Run, packed: PackedSplit) -> None:

@@ -58,6 +58,7 @@ def find_start(run: Run) -> Start:
         state = checkpoint.read_state(path)
     for change in check_identity(path, completed_identity(state.identity), identity, allowed):
         ranks.log(f"allowed change: {path}: {change}")
+        state.lines = {}  # other data or masks have others
     state.identity = identity
     newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
     if newer and config.resume != "auto":

@@ -23,6 +23,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
+from ds_roberta.training.loss_plateau import REMEDY, LossPlateau, find_plateau, with_evaluation
 from ds_roberta.training.loss_spikes import LossSpike, spike_limit, with_loss
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
 from ds_roberta.training.micro_batch import BatchPlan
@@ -66,7 +67,8 @@ class Trainer:
         self._saved_state = copy.deepcopy(state) if last_checkpoint else None
         self._stop = StopRequest(self.ranks)
         self._monitors = monitors
-        self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main)
+        lines = ", ".join(f"{name} {loss:.3f}" for name, loss in state.lines.items())
+        self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main, lines)
         self._metrics = self._open_metrics()
         self._writer = CheckpointWriter(
             engine,
@@ -89,6 +91,10 @@ class Trainer:
                     complete = self._take_steps()
                     self.save()
                     return complete
+                except LossPlateau:
+                    self.save()
+                    self._writer.finish()
+                    raise
                 except LossSpike as spike:
                     self._writer.finish()
                     if self.config.guard.loss_spike != "rollback":
@@ -263,7 +269,7 @@ class Trainer:
             raise UserError(f"{spike.problem}; there is no checkpoint to go back to")
         spiked, skipped = self.state, self._skipped
         self.state = checkpoint.load(self.engine, path)
-        self.state.identity = spiked.identity
+        self.state.identity, self.state.lines = spiked.identity, spiked.lines
         step = self.state.global_step
         if any(entry.global_step == step for entry in self._skipped):
             raise UserError(f"{spike.problem}; it is the second one since step {step}: skipping data does not help")
@@ -290,6 +296,7 @@ class Trainer:
 
         Raises:
             LossSpike: the loss is not finite: the model is useless, whatever the training loss says.
+            LossPlateau: it stands still, and the run shall stop then.
         """
         if self._held_out is None:
             return True
@@ -305,10 +312,27 @@ class Trainer:
         lowest = math.inf if state.best_eval_loss is None else state.best_eval_loss
         if state.global_step and loss < lowest:
             state.best_eval_loss, state.best_step = loss, state.global_step
-        self.log({"global_step": state.global_step, **{f"eval_{name}": value for name, value in evaluation.items()}})
+        columns = {f"eval_{name}": value for name, value in evaluation.items()}
+        self.log({"global_step": state.global_step, **columns, **({} if state.global_step else state.lines)})
         report = "; ".join(f"{name} {text}" for name, text in self.objective.report(evaluation).items())
         self._progress.say(f"step {state.global_step}: {report}")
+        self._check_plateau(loss)
         return True
+
+    def _check_plateau(self, loss: float) -> None:
+        """Report the plateau that the held-out loss is on, once for each kind, or raise `LossPlateau`."""
+        state, max_steps = self.state, self.config.schedule.max_steps
+        if not state.lines:
+            return
+        state.recent_evaluations = with_evaluation(state.recent_evaluations, state.global_step, loss, max_steps)
+        plateau = find_plateau(state.recent_evaluations, max_steps, state.lines)
+        if plateau is None or self.config.guard.loss_plateau == "off":
+            return
+        reported, state.plateau = state.plateau, plateau.kind
+        if self.config.guard.loss_plateau == "stop":
+            raise LossPlateau(f"{plateau.problem}; the step is saved, --loss_plateau warn continues{REMEDY}")
+        if plateau.kind != reported:
+            self._progress.say(f"{plateau.problem}{REMEDY}")
 
     def log(self, row: dict[str, Any]) -> None:
         """Write a row to `metrics.jsonl` and to the monitors."""

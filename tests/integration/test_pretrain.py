@@ -1,6 +1,7 @@
 """From text to export with the real commands, and what happens when a run is interrupted."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -45,7 +46,8 @@ def assert_same_end(output: Path, unbroken: Path) -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(workspace: Path) -> Path:
-    pretrain(workspace, *SETTINGS, "--output_dir", "runs/unbroken")
+    printed = pretrain(workspace, *SETTINGS, "--output_dir", "runs/unbroken")
+    (workspace / "unbroken.log").write_text(printed, encoding="utf-8")
     return workspace / "runs/unbroken"
 
 
@@ -61,6 +63,38 @@ def test_metrics_tell_each_step_and_evaluation(unbroken):
     assert [row["global_step"] for row in evaluations] == [0, 3, 6]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.3
     assert evaluations[0]["eval_perplexity"] > evaluations[-1]["eval_perplexity"]
+
+
+def test_counts_are_shown_to_compare_the_held_out_loss_with(unbroken, workspace):
+    first, *others = [row for row in rows(unbroken) if "eval_loss" in row]
+    unigram, neighbour = lines = [first["unigram_loss"], first["neighbour_loss"]]
+    assert 3 < neighbour < unigram < first["eval_loss"]
+    assert not any("unigram_loss" in row for row in others)
+    assert list(final_state(unbroken)["lines"].values()) == lines
+    printed = (workspace / "unbroken.log").read_text(encoding="utf-8")
+    logged = (
+        f"held-out loss {unigram:.4f} from the frequencies of tokens alone, {neighbour:.4f} from counts of neighbours"
+    )
+    assert printed.index(logged) < printed.index("step 0: held-out loss")
+    assert re.search(rf" 0%\|.*unigram_loss {unigram:.3f}, neighbour_loss {neighbour:.3f}\]", printed)
+    card = (unbroken / "hf/README.md").read_text(encoding="utf-8")
+    assert f"tokens alone | {unigram:.4f} nats" in card
+    assert f"counts of neighbours | {neighbour:.4f} nats" in card
+
+
+def test_a_loss_that_stands_still_is_said_once_or_ends_the_run_with_its_checkpoint(unbroken, workspace):
+    words = "is not 0.15 below "
+    assert (workspace / "unbroken.log").read_text(encoding="utf-8").count("step 3: the held-out loss, 7.") == 1
+    assert (workspace / "unbroken.log").read_text(encoding="utf-8").count(words) == 1
+    arguments = (*SETTINGS, "--output_dir", "runs/still")
+    printed = pretrain(workspace, *arguments, "--loss_plateau", "stop", code=2)
+    error = printed.splitlines()[-1]
+    assert error.startswith("error: step 3: the held-out loss, ")
+    assert words in error
+    assert "docs/pretraining.md" in error
+    assert (workspace / "runs/still/checkpoints/latest").read_text().strip() == "global_step3"
+    assert words not in pretrain(workspace, *arguments)
+    assert_same_end(workspace / "runs/still", unbroken)
 
 
 def test_the_run_records_how_it_was_made(unbroken):
@@ -221,6 +255,7 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
         (["--resume", "nowhere"], ["'nowhere'", "auto"]),
         (["--max_seq_length", "2"], ["max_seq_length", "2"]),
         (["--mask_steps", "2"], ["--mask_steps"]),
+        (["--loss_plateau", "stop", "--objective", "rts"], ["--loss_plateau stop does nothing with --objective rts"]),
         (["--allow_change", "sed"], ["--allow_change", "did you mean 'seed'"]),
         (["--output_dir", "runs/unbroken", *SETTINGS, "--seed", "7"], ["seed", "7", "--output_dir"]),
         (

@@ -55,7 +55,8 @@ def run(tmp_path):
 
 
 def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
-    state = TrainState(IDENTITY, 1200, 307_200, 250_000_000)
+    lines = {"unigram_loss": 7.12345, "neighbour_loss": 5.5}
+    state = TrainState(IDENTITY, 1200, 307_200, 250_000_000, lines=lines)
     card = model_card(CONFIG, state, weights("lm_head", 7_000_000), run / "checkpoints/global_step1200")
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
     assert "\n# domain\n" in card
@@ -68,6 +69,8 @@ def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     assert facts["sequence length schedule"] == "0:128,900:1024"
     assert "batch size schedule" not in facts
     assert facts["held-out loss"] == "7.0000 nats per masked token (perplexity 1,096.63), after step 1,000"
+    assert facts["held-out loss from frequencies of the training text's tokens alone"] == "7.1235 nats per masked token"
+    assert facts["held-out loss from counts of neighbours"] == "5.5000 nats per masked token"
     assert facts["next sentence prediction"] == "loss 0.5000, accuracy 80.00%, after step 1,000"
     assert (facts["started from"], facts["data"]) == ("weights of checksum f00d", "fingerprint da7a")
     assert (facts["data folder"], facts["folder of the initial model"]) == ("wiki", "roberta-base")
@@ -114,7 +117,8 @@ def test_a_checkpoint_alone_has_its_own_facts(tmp_path):
     assert "# RoBERTa\n" in card
     facts = table(card)
     assert (facts["steps"], facts["tokens seen"], facts["started from"]) == ("7", "9", "random weights")
-    assert not {"held-out loss", "torch", "data", "seed"} & facts.keys()
+    assert not {"torch", "data", "seed"} & facts.keys()
+    assert not any(name.startswith("held-out loss") for name in facts)
 
 
 @pytest.mark.parametrize(

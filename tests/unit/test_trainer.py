@@ -14,7 +14,7 @@ from monitor_readers import assert_same_series, csv_series, expected_series, ten
 from torch import nn
 
 from ds_roberta.config import GuardConfig, IntervalConfig, PackingConfig, ScheduleConfig, model_config
-from ds_roberta.data.loader import LoaderStage, MicroBatch, TrainLoader
+from ds_roberta.data.loader import Counts, LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
@@ -29,6 +29,9 @@ from ds_roberta.training.trainer import Trainer
 STEPS, SAVE_INTERVAL, WINDOW = 60, 25, 8
 PEAK_FLOPS = 1e9
 STAGES = make_stages(8, 12, "0:4,30:8", "0:4,20:12")  # step 30 lies between a checkpoint and SPIKE
+LINES = {"unigram_loss": 7.0, "neighbour_loss": 5.0}
+STILL = {0: 9.0, 12: 6.95, 30: 6.2, 36: 6.19, 54: 4.9}
+"""Held-out losses on one plateau and then another, and beyond both; a tenth of the run is 6 steps."""
 SPIKE = (8, 12 * 15)
 """A place of length 8, of step 46."""
 
@@ -103,6 +106,9 @@ class FakeEngine:
         spike = sum(self._spikes.get(place, 0.0) for place in places)
         return {"loss": self.module.weight.detach().sum() * len(places) + 0.01 * noise + spike}
 
+    def evaluate(self, micro_batch):
+        raise NotImplementedError  # `HeldOut` asks no model
+
     def step(self, rate, loss):
         self.module.weight.data -= rate * self._gradient
         self._gradient = 0.0
@@ -121,7 +127,17 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
     """A function that makes a trainer as a run does, from the newest checkpoint where there is one."""
     monkeypatch.setattr(loss_spikes, "WINDOW", WINDOW)
 
-    def make(policy, spikes=(SPIKE,), name="run", interrupted_at=None, height=100.0, monitors=None, **intervals):
+    def make(
+        policy,
+        spikes=(SPIKE,),
+        name="run",
+        interrupted_at=None,
+        height=100.0,
+        monitors=None,
+        plateau="warn",
+        held_out=None,
+        **intervals,
+    ):
         config = RunConfig(
             data_dir=corpus_folder,
             output_dir=tmp_path / name,
@@ -131,7 +147,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
             schedule=ScheduleConfig(STEPS, 5),
             stages=STAGES,
             intervals=IntervalConfig(**{"save_interval": SAVE_INTERVAL, **intervals}),
-            guard=GuardConfig(policy),
+            guard=GuardConfig(policy, loss_plateau=plateau),
         )
         config.output_dir.mkdir(exist_ok=True)
         loader = TrainLoader(
@@ -142,8 +158,8 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         )
         engine = FakeEngine(solo_ranks, dict.fromkeys(spikes, height), interrupted_at)
         path = checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
-        state = TrainState({}) if path is None else checkpoint.load(engine, path)
-        return Trainer(
+        state = TrainState({}, lines=LINES) if path is None else checkpoint.load(engine, path)
+        trainer = Trainer(
             config,
             1e-3,
             engine,
@@ -154,8 +170,21 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
             PEAK_FLOPS,
             monitors or Monitors(config.output_dir, {}, False),
         )
+        trainer._held_out = held_out and HeldOut(trainer, held_out)
+        return trainer
 
     return make
+
+
+class HeldOut:
+    """A held-out sample whose losses are given, by the first step that has each."""
+
+    def __init__(self, trainer, losses):
+        self.trainer, self.losses = trainer, losses
+
+    def evaluate(self, model, stop):
+        step = max(step for step in self.losses if step <= self.trainer.state.global_step)
+        return {"loss": self.losses[step]}, Counts(1, 1, 1)
 
 
 def rows(trainer):
@@ -315,3 +344,49 @@ def test_a_loss_that_is_not_finite_stops_or_is_rolled_back(make):
     trainer = make("rollback", height=math.nan)
     assert trainer.train()
     assert np.isfinite([row["loss"] for row in rows(trainer)]).all()
+
+
+@pytest.mark.parametrize(("plateau", "interrupted_at"), [("off", None), ("warn", None), ("warn", 22), ("warn", 40)])
+def test_each_plateau_is_said_once_and_a_broken_off_run_decides_the_same(make, capsys, plateau, interrupted_at):
+    options = {"plateau": plateau, "held_out": STILL, "eval_interval": 6, "save_interval": 10}
+    unbroken = make("off", name="unbroken", **options)
+    assert unbroken.train()
+    said = capsys.readouterr().err
+    words = ["step 18: the held-out loss, 6.9500, is not 0.15 below 7.0000", "step 36: the held-out loss, 6.1900, has"]
+    assert [said.count(each) for each in words] == [plateau == "warn"] * 2
+    assert said.count("When the loss does not fall") == 2 * (plateau == "warn")
+    if interrupted_at:
+        with pytest.raises(Interrupted):
+            make("off", interrupted_at=interrupted_at, **options).train()
+        resumed = make("off", **options)
+        assert resumed.train()
+        assert rows(resumed) == rows(unbroken)
+        assert resumed.state == unbroken.state
+        said = capsys.readouterr().err
+        assert [said.count(each) for each in words] == [1, 1]
+    evaluated = [row for row in rows(unbroken) if "eval_loss" in row]
+    assert {name: evaluated[0][name] for name in LINES} == LINES
+    assert not any(row.keys() & LINES for row in evaluated[1:])
+
+
+def test_a_plateau_ends_a_run_after_its_step_is_saved_each_time_until_told_otherwise(make):
+    options = {"held_out": STILL, "eval_interval": 6}
+    for _ in range(2):
+        trainer = make("off", plateau="stop", **options)
+        with pytest.raises(UserError, match=r"^step 18: .* is not 0.15 below 7.0000.*the step is saved.*try shorter"):
+            trainer.train()
+        assert checkpoint.saved_steps(trainer.config.output_dir / checkpoint.CHECKPOINTS_FOLDER)[0] == 18
+        assert trainer.state.global_step == 18
+    assert make("off", plateau="warn", **options).train()
+
+
+def test_the_lines_survive_a_rollback_to_a_checkpoint_without_them(make):
+    trainer = make("rollback", held_out={0: 9.0}, interrupted_at=30)
+    trainer.state.lines = {}  # as in a run of an earlier version
+    with pytest.raises(Interrupted):
+        trainer.train()
+    trainer = make("rollback", held_out={0: 9.0})
+    trainer.state.lines = LINES
+    assert trainer.train()
+    assert trainer.state.loss_spikes == 1
+    assert trainer.state.lines == LINES
