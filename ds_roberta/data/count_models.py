@@ -84,6 +84,28 @@ class CountModel:
         self._weights = self._tune(self._text(pieces[_TUNING_EVERY - 1 :: _TUNING_EVERY]))
         self._frequencies = self._count(pieces)
 
+    @classmethod
+    def of(cls, corpus: Corpus) -> CountModel:
+        """Count a corpus's training split, which must have documents."""
+        return cls(sample(corpus.split(TRAIN_SPLIT)), corpus.manifest.tokenizer)
+
+    def losses(self, collator: Collator, sequences: int) -> dict[str, float]:
+        """The held-out losses by their names, in nats per masked token.
+
+        Args:
+            collator: collates the held-out split, with `evaluation_masker` of a `Masker` that labels tokens by ids.
+            sequences: as in `HeldOutSample`: the losses are of the same masked tokens as a model's.
+        """
+        chosen = held_out_sequences(len(collator.packed), sequences)
+        sums, labels = dict.fromkeys((UNIGRAM_LOSS, NEIGHBOUR_LOSS), 0.0), 0
+        for first in range(0, len(chosen), _SEQUENCES_AT_ONCE):
+            part = chosen[first : first + _SEQUENCES_AT_ONCE]
+            masked = self.masked(collator.collate(part, part))
+            for name, probabilities in ((UNIGRAM_LOSS, self.unigram(masked)), (NEIGHBOUR_LOSS, self.neighbour(masked))):
+                sums[name] -= float(np.log(probabilities).sum())
+            labels += len(masked.tokens)
+        return {name: value / max(labels, 1) for name, value in sums.items()}
+
     def masked(self, batch: MicroBatch) -> Predicted:
         """A micro-batch's masked tokens, with the neighbours that the masks leave."""
         ids, positions, labels = (each.numpy() for each in (batch.input_ids, batch.masked_positions, batch.labels))
@@ -189,22 +211,3 @@ def _slice(split: Split, ends: np.ndarray, start: int, end: int) -> np.ndarray:
         parts.append(split.values(shard)[start - first : stop - first])
         start = stop
     return np.concatenate(parts)
-
-
-def count_losses(corpus: Corpus, collator: Collator, sequences: int) -> dict[str, float]:
-    """The held-out losses of the two models by their names, in nats per masked token.
-
-    Args:
-        collator: collates the held-out split, with `evaluation_masker` of a `Masker` that labels tokens by their ids.
-        sequences: as in `HeldOutSample`: the losses are of the same masked tokens as a model's.
-    """
-    model = CountModel(sample(corpus.split(TRAIN_SPLIT)), corpus.manifest.tokenizer)
-    chosen = held_out_sequences(len(collator.packed), sequences)
-    sums, labels = dict.fromkeys((UNIGRAM_LOSS, NEIGHBOUR_LOSS), 0.0), 0
-    for first in range(0, len(chosen), _SEQUENCES_AT_ONCE):
-        part = chosen[first : first + _SEQUENCES_AT_ONCE]
-        masked = model.masked(collator.collate(part, part))
-        for name, probabilities in ((UNIGRAM_LOSS, model.unigram(masked)), (NEIGHBOUR_LOSS, model.neighbour(masked))):
-            sums[name] -= float(np.log(probabilities).sum())
-        labels += len(masked.tokens)
-    return {name: value / max(labels, 1) for name, value in sums.items()}

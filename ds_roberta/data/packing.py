@@ -241,3 +241,11 @@ def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> Packe
     slices = np.memmap(slices_path, _slice_type(packing), mode="r")
     separator_id = corpus.manifest.tokenizer.eos_token_id
     return PackedSplit(corpus.split(split_name), slices, np.load(first_path), separator_id)
+
+
+def pack_split(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:
+    """Pack a split in memory, without an index in the data folder."""
+    split = corpus.split(split_name)
+    slices = [pack_shard(split, shard, packing) for shard in range(len(split.shards))]
+    first_sequence = np.cumsum([0, *map(len, slices)])
+    return PackedSplit(split, np.concatenate(slices), first_sequence, corpus.manifest.tokenizer.eos_token_id)

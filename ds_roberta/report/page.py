@@ -16,7 +16,7 @@ from typing import Any
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from ds_roberta.options import options_of
-from ds_roberta.report.plots import METRICS, Metric, best, describe, draw, png, show
+from ds_roberta.report.plots import LINES, METRICS, Metric, best, describe, draw, png, show
 from ds_roberta.report.runs import Run, flatten, read_runs
 from ds_roberta.training.settings import RunConfig
 
@@ -140,6 +140,10 @@ def _values(runs: Sequence[Run], metrics: Sequence[Metric]) -> dict[str, list[st
         latest = [run.series(count) for run in runs]
         if any(latest):
             rows[count] = [f"{series.values[-1]:,.0f}" if series else NOTHING for series in latest]
+    for column, (title, _) in LINES.items():
+        found = [run.series(column) for run in runs]
+        if any(found):
+            rows[title] = [f"{series.values[0]:.4f}" if series else NOTHING for series in found]
     of_steps = [metric for metric in metrics if metric.over == "step"]
     return rows | {metric.title: [_last_and_best(metric, run) for run in runs] for metric in of_steps}
 

@@ -24,6 +24,7 @@ class Metric:
         log: draw on a logarithmic axis if the values differ much.
         precision: the only one in which the metric is informative; None for all.
         of_some: only some objectives have it, so it is not reported as missing from a run.
+        has_lines: draw the lines to compare it with, which count models give.
         over: the x axis: steps, or for `loss_by_position` positions in the sequence.
     """
 
@@ -35,6 +36,7 @@ class Metric:
     percent: bool = False
     precision: str | None = None
     of_some: bool = False
+    has_lines: bool = False
     over: str = "step"
 
     def of(self, run: Run) -> Series | None:
@@ -52,7 +54,7 @@ class Metric:
 
 METRICS = (
     Metric("loss", "Loss", "nats per labelled token", best=min),
-    Metric("eval_loss", "Held-out loss", "nats per labelled token", best=min),
+    Metric("eval_loss", "Held-out loss", "nats per labelled token", best=min, has_lines=True),
     Metric("mlm_loss", "Loss of pairs' masked tokens", "nats per masked token", best=min, of_some=True),
     Metric("nsp_loss", "Loss of next sentence prediction", "nats per pair", best=min, of_some=True),
     Metric("loss_by_position", "Held-out loss by position", "nats per masked token", over="position"),
@@ -75,6 +77,9 @@ DOTS_PER_INCH = 160
 MARKED_POINTS = 30
 LOG_FROM_RATIO = 100  # below, a logarithmic axis has hardly a number at it
 LONGEST_LABEL = 48
+LINES = {"unigram_loss": ("Unigram line", (0, (6, 3))), "neighbour_loss": ("Neighbour line", (0, (2, 2)))}
+"""The titles of the lines that count models give, and their dashes, by their columns."""
+LINE_COLOUR = "#666666"
 
 
 def draw(runs: Sequence[Run], metric: Metric) -> Figure:
@@ -89,7 +94,8 @@ def draw(runs: Sequence[Run], metric: Metric) -> Figure:
     except ImportError as error:
         raise UserError("the report needs matplotlib: pip install 'ds_roberta[plot]'") from error
     shown = [(index, run, series) for index, run in enumerate(runs) if (series := metric.of(run))]
-    height = HEIGHT_INCHES + LEGEND_ROW_INCHES * len(shown)
+    references = _references([run for _, run, _ in shown]) if metric.has_lines else []
+    height = HEIGHT_INCHES + LEGEND_ROW_INCHES * (len(shown) + len(references))
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
     for index, _, series in shown:
@@ -103,6 +109,8 @@ def draw(runs: Sequence[Run], metric: Metric) -> Figure:
             markersize=3.5,
             alpha=0.85,
         )
+    for reference in references:
+        axes.axhline(reference.loss, color=LINE_COLOUR, linestyle=LINES[reference.column][1], linewidth=1)
     axes.set(title=metric.title, xlabel="global_step" if metric.over == "step" else metric.over, ylabel=metric.unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     values = [value for _, _, series in shown for value in series.values if math.isfinite(value)]
@@ -113,9 +121,8 @@ def draw(runs: Sequence[Run], metric: Metric) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    legend = figure.legend(
-        axes.lines, [_label(run.name) for _, run, _ in shown], loc="outside lower left", frameon=False
-    )
+    labels = [*(run.name for _, run, _ in shown), *(reference.label for reference in references)]
+    legend = figure.legend(axes.lines, list(map(_label, labels)), loc="outside lower left", frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a run's name is a letter
     return figure
@@ -137,6 +144,8 @@ def describe(runs: Sequence[Run], metric: Metric) -> str:
             finite = [value for value in series.values if math.isfinite(value)]
             limits = f"between {show(metric, min(finite))} and {show(metric, max(finite))}"
             sentences.append(f"{run.name}: from {first} to {last}, {limits}.")
+    if metric.has_lines:
+        sentences += [f"{reference.label}." for reference in _references(runs)]
     return " ".join(sentences)
 
 
@@ -155,6 +164,32 @@ def show(metric: Metric, value: float) -> str:
     if metric.percent:
         return f"{value:.1%}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A line to compare losses with: its column in `metrics.jsonl`, its loss, its label."""
+
+    column: str
+    loss: float
+    label: str
+
+
+def _references(runs: Sequence[Run]) -> list[_Reference]:
+    """The runs' lines, those of equal loss once; a label names the runs unless all of them share it."""
+    found: dict[tuple[str, float], list[str]] = {}
+    for column in LINES:
+        for run in runs:
+            if series := run.series(column):
+                found.setdefault((column, series.values[0]), []).append(run.name)
+    return [
+        _Reference(
+            column,
+            loss,
+            f"{LINES[column][0]} {loss:.3f}" + ("" if len(names) == len(runs) else f" of {', '.join(names)}"),
+        )
+        for (column, loss), names in found.items()
+    ]
 
 
 def _label(name: str) -> str:

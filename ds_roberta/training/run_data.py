@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ds_roberta.config import PackingConfig
-from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS, count_losses
+from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS, CountModel
 from ds_roberta.data.loader import Collator, HeldOutSample, LoaderStage, TrainLoader
 from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
 from ds_roberta.data.mixture import MixedOrder, sample_order
@@ -98,7 +98,8 @@ def find_lines(run: Run, state: TrainState, held_out: HeldOutSample | None, obje
     if held_out is None or not objective.predicts_tokens:
         return
     if not state.lines:
-        state.lines = run.ranks.on_main(lambda: count_losses(run.corpus, held_out.collator, held_out.sequences))
+        collator, sequences = held_out.collator, held_out.sequences
+        state.lines = run.ranks.on_main(lambda: CountModel.of(run.corpus).losses(collator, sequences))
     run.ranks.log(
         f"lines to compare with: held-out loss {state.lines[UNIGRAM_LOSS]:.4f} from the frequencies of tokens alone, "
         f"{state.lines[NEIGHBOUR_LOSS]:.4f} from counts of neighbours"

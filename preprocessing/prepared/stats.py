@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders
 
-from ds_roberta.config import PACKING_FORMATS, PackingConfig
+from ds_roberta.config import EVAL_SEQUENCES, PACKING_FORMATS, MaskingConfig, PackingConfig
 from ds_roberta.data.mixture import shown_source
-from ds_roberta.data.packing import pack_shard, packed_tokens
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, ShardInfo, Split
+from ds_roberta.data.packing import pack_shard, pack_split, packed_tokens
+from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus, ShardInfo, Split
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, errors_of_the_disk
 from ds_roberta.progress import byte_bar
@@ -84,10 +84,13 @@ class Stats:
     Attributes:
         inputs: by path, for the inputs that the manifest attributes documents to.
         id_counts: how often each id occurs, special ids included: (vocab_size,) int64.
+        lines: by sequence length, the losses of `CountModel.losses` on the sample of held-out sequences of a run with
+            default masks; none without held-out sequences.
     """
 
     splits: dict[str, SplitStats] = field(default_factory=dict)
     inputs: dict[str, Amount] = field(default_factory=dict)
+    lines: dict[int, dict[str, float]] = field(default_factory=dict)
     id_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
@@ -104,7 +107,26 @@ def corpus_stats(corpus: Corpus, packings: Sequence[PackingConfig]) -> Stats:
                 _add_shard(stats, found, split, shard, packings, bytes_of)
                 bar.update(info.bytes)
             stats.splits[name] = found
+    stats.lines = _lines(corpus, packings)
     return stats
+
+
+def _lines(corpus: Corpus, packings: Sequence[PackingConfig]) -> dict[int, dict[str, float]]:
+    if not all(map(corpus.manifest.documents, (TRAIN_SPLIT, VALIDATION_SPLIT))):
+        return {}
+    # They need torch, which would slow the start of every other command.
+    from ds_roberta.data.count_models import CountModel
+    from ds_roberta.data.loader import Collator
+    from ds_roberta.data.masking import evaluation_masker
+
+    tokenizer, model = corpus.manifest.tokenizer, CountModel.of(corpus)
+    masker, lines = evaluation_masker(MaskingConfig(), tokenizer), {}
+    for packing in packings:
+        packed = pack_split(corpus, VALIDATION_SPLIT, packing)
+        if len(packed):
+            collator = Collator(packed, masker, tokenizer, packing.max_seq_length)
+            lines[packing.max_seq_length] = model.losses(collator, EVAL_SEQUENCES)
+    return lines
 
 
 def token_bytes(corpus: Corpus) -> np.ndarray:
@@ -195,6 +217,7 @@ def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
     }
     return {
         "splits": splits,
+        "lines": stats.lines,
         "inputs": {path: amount(value) for path, value in stats.inputs.items()},
         "vocabulary": vocabulary(stats, corpus),
     }
@@ -240,6 +263,13 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
                 f"  source {shown_source(source)}: {amount['documents']:,} documents, {amount['tokens']:,} tokens"
                 + (f", sequences {sequences}" if sequences else "")
             )
+    if content["lines"]:
+        yield "lines       held-out loss by counting alone, in nats per masked token"
+    for length, lines in content["lines"].items():
+        yield (
+            f"  --max_seq_length {length:<6}{lines['unigram_loss']:.4f} from the frequencies of tokens, "
+            f"{lines['neighbour_loss']:.4f} from counts of neighbours"
+        )
     inputs = sorted(content["inputs"].items(), key=lambda entry: -entry[1]["tokens"])
     if inputs:
         yield f"inputs      {len(inputs)} with documents" + (", the largest" if len(inputs) > _NAMED_INPUTS else "")

@@ -45,6 +45,8 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "data.order",
         "data.mixture",
         "data.loader",
+        "data.masking",
+        "data.count_models",
         "data.stages",
         "command_line",
         "errors",

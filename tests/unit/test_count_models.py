@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds_roberta.config import MaskingConfig, PackingConfig
-from ds_roberta.data.count_models import CountModel, Predicted, count_losses, sample
+from ds_roberta.data.count_models import CountModel, Predicted, sample
 from ds_roberta.data.loader import Collator, HeldOutSample
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
@@ -104,7 +104,7 @@ def test_the_losses_are_those_of_counts_in_plain_python(chained):
         sides = (side if side in ordinary else None for side in (flat[position - 1], flat[position + 1]))
         without.append(plain.loss(label, None, None))
         between.append(plain.loss(label, *sides))
-    found = count_losses(chained, collator, 10_000)
+    found = CountModel.of(chained).losses(collator, 10_000)
     assert found == pytest.approx({"unigram_loss": np.mean(without), "neighbour_loss": np.mean(between)}, rel=1e-12)
     assert 4 < found["unigram_loss"] < math.log(120) + 0.05
     assert found["neighbour_loss"] < found["unigram_loss"] - 2
@@ -113,12 +113,12 @@ def test_the_losses_are_those_of_counts_in_plain_python(chained):
 @pytest.mark.parametrize("sequences", [50, 10_000])
 def test_they_are_of_the_same_masked_tokens_as_a_models_loss_on_any_number_of_processes(corpus, on_ranks, sequences):
     collator = collator_of(corpus)
-    model = CountModel(sample(corpus.split("train")), corpus.manifest.tokenizer)
+    model = CountModel.of(corpus)
 
     def sums(micro_batch):
         return {"loss": -float(np.log(model.neighbour(model.masked(micro_batch))).sum())}
 
-    expected = count_losses(corpus, collator, sequences)["neighbour_loss"]
+    expected = model.losses(collator, sequences)["neighbour_loss"]
     for world_size, micro_batch_size in ((1, 64), (3, 7)):
         for found, counts in on_ranks(
             world_size,
@@ -151,7 +151,7 @@ def test_probabilities_add_up_to_one_whatever_is_known():
 def test_a_single_short_document_is_enough(tmp_path, write_corpus, tokens):
     document = [np.arange(10, 10 + tokens)]
     corpus = write_corpus(tmp_path, {"train": [[document]], "validation": [[document]]})
-    losses = count_losses(corpus, collator_of(corpus, mlm_probability=0.5), 10)
+    losses = CountModel.of(corpus).losses(collator_of(corpus, mlm_probability=0.5), 10)
     assert all(math.isfinite(loss) for loss in losses.values())
     assert losses["neighbour_loss"] <= losses["unigram_loss"]
 

@@ -8,7 +8,10 @@ import pytest
 from prepare import prepare_corpus
 from tokenizers import Tokenizer
 
-from ds_roberta.config import PackingConfig
+from ds_roberta.config import MaskingConfig, PackingConfig
+from ds_roberta.data.count_models import CountModel
+from ds_roberta.data.loader import Collator
+from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -118,6 +121,12 @@ def test_stats_count_what_is_there(prepared, capsys):
             tokens = index.gather(np.arange(len(index)), out).sum() + 2 * len(index)
             assert packed["sequences"] == len(index)
             assert packed["efficiency"] == pytest.approx(tokens / out.size)
+    tokenizer = corpus.manifest.tokenizer
+    for length, lines in found["lines"].items():
+        index = open_index(corpus, "validation", PackingConfig(int(length)))
+        collator = Collator(index, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, int(length))
+        assert lines == CountModel.of(corpus).losses(collator, 2048)
+    assert list(found["lines"]) == ["16", "64"]
     assert [amount["documents"] for amount in found["inputs"].values()] == [50, 10]
     for (path, amount), texts in zip(found["inputs"].items(), (TEXTS[:50], TEXTS[50:]), strict=True):
         assert path.endswith(".txt")
@@ -143,7 +152,15 @@ def test_stats_are_read_by_people_and_drawn(prepared, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert run(f"stats {prepared[0]} --plot {tmp_path / 'p.png'}") == 0
     output = capsys.readouterr().out
-    for word in ("train ", "validation ", "bytes/token", "--max_seq_length 512", "a.txt", "ordinary ids used"):
+    for word in (
+        "train ",
+        "validation ",
+        "bytes/token",
+        "--max_seq_length 512",
+        "a.txt",
+        "from counts of neighbours",
+        "ordinary ids used",
+    ):
         assert word in output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert run(f"stats {prepared[0]} --plot {tmp_path / 'missing/p.png'}") == 2

@@ -83,6 +83,29 @@ def test_a_run_keeps_its_colour_where_another_lacks_the_metric(tmp_path):
     assert mfu.axes[0].lines[0].get_color() == loss.axes[0].lines[1].get_color()
 
 
+def test_what_counts_know_is_dashed_lines_in_the_plot_of_the_held_out_loss(tmp_path):
+    rows = [
+        {"global_step": 0, "eval_loss": 9.0, "unigram_loss": 7.0, "neighbour_loss": 5.5},
+        *steps(2, eval_loss=float),
+    ]
+    other = [{**rows[0], "neighbour_loss": 5.0}, *rows[1:]]
+    rts = steps(2, eval_loss=lambda s: 0.1 * s)
+    folders = [write_run(tmp_path / name, of) for name, of in (("a", rows), ("b", rows), ("c", other), ("rts", rts))]
+    runs = read_runs(folders)
+    figure = draw(runs[:3], BY_COLUMN["eval_loss"])
+    assert lines(figure)[3:] == [([0, 1], [loss, loss]) for loss in (7.0, 5.5, 5.0)]
+    assert all(line.is_dashed() for line in figure.axes[0].lines[3:])
+    labels = ["Unigram line 7.000", "Neighbour line 5.500 of a, b", "Neighbour line 5.000 of c"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c", *labels]
+    assert all(f" {label}." in describe(runs[:3], BY_COLUMN["eval_loss"]) for label in labels)
+    assert len(lines(draw(runs[3:], BY_COLUMN["eval_loss"]))) == 1
+    cells = Cells(page(runs[1:], {}))
+    assert (cells.row("Unigram line"), cells.row("Neighbour line")) == (
+        ["7.0000", "7.0000", "–"],
+        ["5.5000", "5.0000", "–"],
+    )
+
+
 def test_a_value_that_was_not_finite_is_a_gap(tmp_path):
     losses = {1: 3.0, 2: None, 3: 2.0}
     runs = read_runs([write_run(tmp_path / "a", steps(3, loss=losses.get))])
