@@ -258,6 +258,11 @@ class HeldOutSample:
         sample = held_out_sequences(len(collator.packed), sequences)
         self._parts = split_places(sample, ranks.rank, ranks.world_size, micro_batch_size)
 
+    @property
+    def micro_batches(self) -> int:
+        """This process's micro-batches, as many as every other's."""
+        return len(self._parts)
+
     def evaluate(
         self, model: Callable[[MicroBatch], dict[str, float]], stop: Callable[[], bool] = lambda: False
     ) -> tuple[dict[str, float], Counts] | None:

@@ -234,11 +234,12 @@ class Engine:
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def rehearse(self, *micro_batches: MicroBatch) -> None:
         """Take a step at weight and learning rate 0 and uncount it: nothing in the training changes."""
         applied_steps, loss_scaler_state = self.applied_steps, self.loss_scaler_state
         with self.accumulation():
-            self._micro_step(micro_batch, Counts(1, 1, 1), 0.0, last=True)
+            for number, micro_batch in enumerate(micro_batches, 1):
+                self._micro_step(micro_batch, Counts(1, 1, 1), 0.0, last=number == len(micro_batches))
         self.step(0.0)
         self.applied_steps, self.loss_scaler_state = applied_steps, loss_scaler_state
 

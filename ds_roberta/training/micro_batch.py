@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_roberta.config import MaskingConfig, ModelConfig
+from ds_roberta.config import MaskingConfig, ModelConfig, Stage
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.data.masking import Masker
 from ds_roberta.errors import UserError
@@ -90,6 +90,14 @@ class BatchPlan:
             f"{self.train_batch_size} sequences a step = {self.micro_batch_size} (micro-batch) x "
             f"{self.accumulation_steps} (accumulation) x {self.world_size} (processes){empty}"
         )
+
+
+def batch_plans(stages: Sequence[Stage], largest_micro_batches: Mapping[int, int], world_size: int) -> list[BatchPlan]:
+    """How each stage's batch is divided, given the largest micro-batch of each length."""
+    return [
+        BatchPlan.fit(stage.train_batch_size, largest_micro_batches[stage.max_seq_length], world_size)
+        for stage in stages
+    ]
 
 
 def find_micro_batch_size(

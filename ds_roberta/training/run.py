@@ -17,18 +17,19 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
+from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
 from ds_roberta.training.checkpoint_writer import clean_up
 from ds_roberta.training.compilation import compilation_notice, compile_layers, resolve_torch_compile
 from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.facts import run_record, shared_facts
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
-from ds_roberta.training.micro_batch import BatchPlan, Trial, find_micro_batch_size, finding_conditions
+from ds_roberta.training.micro_batch import BatchPlan, Trial, batch_plans, find_micro_batch_size, finding_conditions
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.optimizer import without_bias_and_norm
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.recipes import RECIPES
-from ds_roberta.training.run_data import RunData, find_lines, make_loaders, open_data
+from ds_roberta.training.run_data import RunData, find_lines, log_sources, make_loaders, open_data
 from ds_roberta.training.settings import Run, RunConfig, model_origin, run_config
 from ds_roberta.training.start import Start, find_start
 from ds_roberta.training.trainer import Trainer
@@ -57,7 +58,11 @@ def pretrain(options: Namespace) -> int:
     start = find_start(run)
     ranks.on_main(lambda: _open_output_dir(run, start.state.best_step))
     data = open_data(run)
-    engine, plans, peak = _make_engine(run, start, data)
+    engine, micro_batch_sizes, peak = _make_engine(run, start)
+    run = fix_steps(run, start, data, engine, micro_batch_sizes)
+    plans = _divide_batches(run, data, micro_batch_sizes)
+    start.load(engine)
+    ranks.on_main(lambda: write_json(run.config.output_dir / CONFIG_NAME, run_record(run, engine, plans, peak)))
     trainer = _make_trainer(run, start, data, engine, plans, peak)
     complete = False
     try:
@@ -83,7 +88,9 @@ def _read_settings(options: Namespace, ranks: Ranks) -> Run:
     compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
     origin = "" if initial_model else model_origin(options.model, config.model, on_gpu())
     ranks.log(f"model {config.model_name}{origin}, precision {precision}, ZeRO stage {zero_stage}")
-    return Run(ranks, config, corpus, deepspeed, precision, compiled, options.allow_change, initial_model, monitors)
+    budget = budget_of(options)
+    run = Run(ranks, config, corpus, deepspeed, precision, compiled, options, budget, initial_model, monitors)
+    return with_kept_plan(run)
 
 
 def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
@@ -102,6 +109,8 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
         from ds_roberta.training.initial_model import InitialModel  # other runs need no transformers until their end
 
         initial_model = InitialModel.open(options.init_from)
+    if budget_of(options):
+        options = Namespace(**{**vars(options), "max_steps": UNPLANNED_STEPS})
     config = run_config(options, corpus, deepspeed.train_batch_size, on_gpu(), initial_model)
     if recipe:
         deepspeed = deepspeed.with_optimizer_params(recipe.params_for(config.model.hidden_size), options.learning_rate)
@@ -158,8 +167,8 @@ def _open_output_dir(run: Run, best_step: int | None) -> None:
     run.monitors.open(run.ranks.log)
 
 
-def _make_engine(run: Run, start: Start, data: RunData) -> tuple[Engine, list[BatchPlan], Peak]:
-    """The DeepSpeed engine at the state to start from, how each stage's batch is divided, and the device's peak."""
+def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
+    """The DeepSpeed engine with initial weights, the largest micro-batch of each length, and the device's peak."""
     config, ranks = run.config, run.ranks
     torch.manual_seed(config.seed)
     model = ranks.together(lambda: _allocate_model(config))
@@ -172,20 +181,14 @@ def _make_engine(run: Run, start: Start, data: RunData) -> tuple[Engine, list[Ba
         ranks.log(notice)
     groups = without_bias_and_norm(model) if config.no_decay_bias_and_norm else None
     engine = Engine(model, resolved, ranks, config.seed, groups)
-    plans = _batch_plans(run, start, engine)
-    for stage, plan in zip(config.stages, plans, strict=True):
-        begin = f"from step {stage.first_step}: " if stage.first_step else ""
-        sequences = len(data.train[stage.max_seq_length])
-        ranks.log(f"{begin}{stage.max_seq_length} tokens a sequence, {sequences:,} sequences in the data; {plan}")
+    micro_batch_sizes = _micro_batch_sizes(run, start, engine)
     peak = device_peak(engine.device, fastest_precision(), ranks)
     if peak.source == MEASURED:
         ranks.log(f"peak of a process: {peak.flops_per_second / 1e9:,.0f} GFLOP/s, measured ({fastest_precision()})")
     if run.compiled:  # only now: the rehearsal and the micro-batch trials have sizes that do not occur again
         compile_layers(model.roberta.encoder)
         ranks.log("the encoder is compiled (--torch_compile): the first steps of each length take longer")
-    start.load(engine)
-    ranks.on_main(lambda: write_json(config.output_dir / CONFIG_NAME, run_record(run, engine, plans, peak)))
-    return engine, plans, peak
+    return engine, micro_batch_sizes, peak
 
 
 def _make_model(config: RunConfig) -> Objective:
@@ -200,8 +203,8 @@ def _allocate_model(config: RunConfig) -> Objective:
         raise UserError(f"cannot allocate the model {config.model_name} ({reason}): choose smaller sizes") from error
 
 
-def _batch_plans(run: Run, start: Start, engine: Engine) -> list[BatchPlan]:
-    """How each stage's batch is divided.
+def _micro_batch_sizes(run: Run, start: Start, engine: Engine) -> dict[int, int]:
+    """The largest micro-batch of each length.
 
     The JSON's micro-batch applies to every length, and fits if it fits the longest; for "auto", one is found for each.
     """
@@ -220,10 +223,18 @@ def _batch_plans(run: Run, start: Start, engine: Engine) -> list[BatchPlan]:
             share,
             folders,
         )
-    return [
-        BatchPlan.fit(stage.train_batch_size, sizes[stage.max_seq_length], engine.ranks.world_size)
-        for stage in config.stages
-    ]
+    return sizes
+
+
+def _divide_batches(run: Run, data: RunData, micro_batch_sizes: dict[int, int]) -> list[BatchPlan]:
+    """How each stage's batch is divided; it and the data are logged."""
+    log_sources(run, data)
+    plans = batch_plans(run.config.stages, micro_batch_sizes, run.ranks.world_size)
+    for stage, plan in zip(run.config.stages, plans, strict=True):
+        begin = f"from step {stage.first_step}: " if stage.first_step else ""
+        sequences = len(data.train[stage.max_seq_length])
+        run.ranks.log(f"{begin}{stage.max_seq_length} tokens a sequence, {sequences:,} sequences in the data; {plan}")
+    return plans
 
 
 def _make_trainer(run: Run, start: Start, data: RunData, engine: Engine, plans: list[BatchPlan], peak: Peak) -> Trainer:

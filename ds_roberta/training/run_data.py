@@ -56,11 +56,15 @@ def open_data(run: Run) -> RunData:
     else:
         ranks.log("no held-out documents: no evaluation (preprocess shard --validation_fraction makes some)")
     orders = {length: sample_order(packed, config.source_weights, config.seed) for length, packed in train.items()}
-    for length, order in orders.items():
-        if isinstance(order, MixedOrder):
-            places = places_used(config.stages, length, config.schedule.max_steps)
-            ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
     return RunData(train, orders, held_out)
+
+
+def log_sources(run: Run, data: RunData) -> None:
+    """Log how much of each source the run trains on, if they have weights."""
+    for length, order in data.orders.items():
+        if isinstance(order, MixedOrder):
+            places = places_used(run.config.stages, length, run.config.schedule.max_steps)
+            run.ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
 
 def make_loaders(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.model.architecture import CONFIG_NAME, config_path, model_choice, read_architecture, unused_fields
 from ds_roberta.model.objectives import SUMMARIES, find_objective
-from ds_roberta.options import Settings, must_be, option, options_of, require_positive
+from ds_roberta.options import Settings, must_be, option, options_of, require_positive, require_positive_number
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.recipes import OPTIONS_OF_RECIPES, RECIPES
@@ -71,6 +72,15 @@ class StartOptions(Settings):
     )
     train_batch_size_schedule: str | None = option(
         "STEP:SIZE pairs that end with the batch size, such as 0:1024,5000:8192 or 0:1024,10%%:8192", None
+    )
+    max_tokens: int | None = option(
+        "end after about this many tokens, padding not counted; fixes max_steps", None, check=require_positive
+    )
+    max_minutes: float | None = option(
+        "end after about this many minutes, start and evaluations included: fixes max_steps by the speed measured at "
+        "the start",
+        None,
+        check=require_positive_number,
     )
     allow_change: str | None = option("what may differ from the checkpoint's run, such as seed,masking.unit", None)
     rendezvous_timeout: float = option("seconds that processes wait for each other at the start", RENDEZVOUS_TIMEOUT)
@@ -155,7 +165,9 @@ class Run:
     Attributes:
         deepspeed: the checked DeepSpeed JSON.
         compiled: whether the encoder is compiled.
-        allow_change: the value of `--allow_change`.
+        options: those of `launch/pretrain.py`.
+        budget: what `max_steps` is still to be fixed by, by the option's name; see `training.budget`.
+        began: `time.perf_counter()` when its settings were read.
         initial_model: the model that a fresh run starts from, instead of random weights.
     """
 
@@ -165,9 +177,11 @@ class Run:
     deepspeed: DeepSpeedConfig
     precision: str
     compiled: bool
-    allow_change: str | None
+    options: Namespace
+    budget: dict[str, float]
     initial_model: InitialModel | None
     monitors: Monitors
+    began: float = field(default_factory=time.perf_counter)
 
 
 def pretrain_options(deepspeed_config: Path | None = None, **given: Any) -> Namespace:

@@ -44,7 +44,7 @@ def find_start(run: Run) -> Start:
     """
     config, ranks, initial_model = run.config, run.ranks, run.initial_model
     identity = run_identity(run)
-    allowed = [] if run.allow_change is None else run.allow_change.split(",")
+    allowed = [] if run.options.allow_change is None else run.options.allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
     in_deepspeeds_layout = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
     path = in_deepspeeds_layout or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
@@ -52,6 +52,11 @@ def find_start(run: Run) -> Start:
         check_identity(folder, identity, identity, allowed)
         learned = initial_model.learned_positions if initial_model else 0
         return Start(TrainState(identity, learned_positions=learned))
+    if run.budget:
+        raise UserError(
+            f"--{' --'.join(run.budget)} fixes the steps when a run starts, but this one resumes from {str(path)!r}: "
+            "give --max_steps"
+        )
     if in_deepspeeds_layout:
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from commands import CONFIG, PRETRAIN, REPOSITORY, pretrain, pretrain_until, run
 
-SETTINGS = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--max_steps", "6")
-SETTINGS += ("--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "64", "--warmup_steps", "2")
+WITHOUT_STEPS = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--save_interval")
+WITHOUT_STEPS += ("2", "--eval_interval", "3", "--eval_sequences", "64", "--warmup_steps", "2")
+SETTINGS = (*WITHOUT_STEPS, "--max_steps", "6")
 
 
 def rows(output: Path) -> list[dict]:
@@ -203,8 +204,11 @@ def test_export_hf_writes_the_same_model_from_the_checkpoint(unbroken, workspace
     ],
 )
 def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, number, row):
+    """Whether its steps are given or follow from a budget of tokens."""
     output = workspace / f"runs/{number.name}-{row}"
-    arguments = (*SETTINGS, "--output_dir", output)
+    tokens = final_state(unbroken)["consumed_tokens"]
+    end = ("--max_tokens", str(tokens + tokens // 12)) if number == signal.SIGKILL else ("--max_steps", "6")
+    arguments = (*WITHOUT_STEPS, *end, "--output_dir", output)
 
     def third_step_has_its_row() -> bool:
         metrics = output / "metrics.jsonl"
@@ -219,6 +223,28 @@ def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, nu
         assert "stopped on request" in printed
     assert "resuming from" in pretrain(workspace, *arguments)
     assert_same_end(output, unbroken)
+
+
+def test_minutes_fix_the_steps_once_and_change_nothing_else(unbroken, workspace):
+    output = workspace / "runs/minutes"
+    arguments = (*WITHOUT_STEPS, "--save_interval", "1000", "--output_dir", output)
+
+    def has_step(number: int) -> bool:
+        metrics = output / "metrics.jsonl"
+        return metrics.exists() and f'"global_step": {number}, "loss"' in metrics.read_text()
+
+    pretrain_until(workspace, lambda: has_step(3), signal.SIGKILL, *arguments, "--max_minutes", "2")
+    assert not (output / "checkpoints/latest").exists()
+    steps = [row["loss"] for row in rows(unbroken) if "loss" in row]  # the rates differ from step 3 on
+    assert [row["loss"] for row in rows(output) if "loss" in row][:3] == steps[:3]
+    plan = json.loads((output / "plan.json").read_text())
+    assert plan["max_steps"] > 6
+    (output / "metrics.jsonl").unlink()
+    _, printed = pretrain_until(workspace, lambda: has_step(1), signal.SIGTERM, *arguments, "--max_minutes", "2")
+    assert f"--max_minutes 2: {plan['max_steps']:,} steps, as planned before ({output}/plan.json)" in printed
+    assert json.loads((output / "config.json").read_text())["run"]["schedule"]["max_steps"] == plan["max_steps"]
+    refused = pretrain(workspace, *arguments, "--max_minutes", "3", code=2)
+    assert f"was planned by --max_minutes 2 ({plan['max_steps']} steps), not by --max_minutes 3" in refused
 
 
 def test_a_named_change_is_allowed_and_becomes_the_runs_own(unbroken, workspace):
@@ -256,6 +282,8 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
         (["--max_seq_length", "2"], ["max_seq_length", "2"]),
         (["--mask_steps", "2"], ["--mask_steps"]),
         (["--loss_plateau", "stop", "--objective", "rts"], ["--loss_plateau stop does nothing with --objective rts"]),
+        (["--max_tokens", "9", "--max_minutes", "1"], ["--max_tokens and --max_minutes", "give one of them"]),
+        (["--output_dir", "runs/unbroken", *WITHOUT_STEPS, "--max_minutes", "1"], ["global_step6", "--max_steps"]),
         (["--allow_change", "sed"], ["--allow_change", "did you mean 'seed'"]),
         (["--output_dir", "runs/unbroken", *SETTINGS, "--seed", "7"], ["seed", "7", "--output_dir"]),
         (
