@@ -22,6 +22,7 @@ from ds_roberta.config import Stage
 from ds_roberta.data.loader import HeldOutSample, MicroBatch
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint, write_json
+from ds_roberta.options import require_positive, require_positive_number
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, saved_steps
 from ds_roberta.training.device import on_gpu
 from ds_roberta.training.facts import run_identity
@@ -49,13 +50,16 @@ def budget_of(options: Namespace) -> dict[str, float]:
     """The budget that is given, by its option's name; empty if `max_steps` is not to be fixed.
 
     Raises:
-        UserError: more than one of the options that say where a run ends is given.
+        UserError: more than one of the options that say where a run ends is given, or one is not positive.
     """
     names = ("max_steps", "max_tokens", "max_minutes")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if len(given) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in given)} each say where the run ends: give one of them")
-    return {name: value for name, value in given.items() if name != "max_steps"}
+    given.pop("max_steps", None)
+    for name, value in given.items():
+        (require_positive if name == "max_tokens" else require_positive_number)(f"--{name}", value)
+    return given
 
 
 def with_max_steps(run: Run, max_steps: int) -> Run:
@@ -132,7 +136,10 @@ def _fitting_steps(
     """As `steps_within`, by the cost of a step of each stage's length and batch, and of an evaluation."""
 
     def cost(max_steps: int) -> float:
-        stages = with_max_steps(run, max_steps).config.stages
+        try:
+            stages = with_max_steps(run, max_steps).config.stages
+        except UserError as error:
+            raise UserError(f"{_as_option(run.budget)} allows about {max_steps} steps: {error}") from error
         ends = [*(stage.first_step for stage in stages[1:]), max_steps]
         steps = sum((end - stage.first_step) * per_step[_shape(stage)] for stage, end in zip(stages, ends, strict=True))
         return steps + per_evaluation * evaluations(max_steps, run.config.intervals.eval_interval)

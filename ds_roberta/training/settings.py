@@ -29,7 +29,7 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.model.architecture import CONFIG_NAME, config_path, model_choice, read_architecture, unused_fields
 from ds_roberta.model.objectives import SUMMARIES, find_objective
-from ds_roberta.options import Settings, must_be, option, options_of, require_positive, require_positive_number
+from ds_roberta.options import Settings, must_be, option, options_of, require_positive
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.recipes import OPTIONS_OF_RECIPES, RECIPES
@@ -73,14 +73,11 @@ class StartOptions(Settings):
     train_batch_size_schedule: str | None = option(
         "STEP:SIZE pairs that end with the batch size, such as 0:1024,5000:8192 or 0:1024,10%%:8192", None
     )
-    max_tokens: int | None = option(
-        "end after about this many tokens, padding not counted; fixes max_steps", None, check=require_positive
-    )
+    max_tokens: int | None = option("end after about this many tokens, padding not counted: fixes max_steps", None)
     max_minutes: float | None = option(
         "end after about this many minutes, start and evaluations included: fixes max_steps by the speed measured at "
         "the start",
         None,
-        check=require_positive_number,
     )
     allow_change: str | None = option("what may differ from the checkpoint's run, such as seed,masking.unit", None)
     rendezvous_timeout: float = option("seconds that processes wait for each other at the start", RENDEZVOUS_TIMEOUT)
@@ -260,7 +257,10 @@ def _of_config(chosen: str, options: Namespace, corpus: Corpus) -> tuple[str, Mo
     path = config_path(chosen)
     model = read_architecture(path, corpus.manifest.tokenizer)
     if options.output_dir is None or options.max_steps is None:
-        raise UserError(f"--model {chosen!r} comes without a training recipe: give --output_dir and --max_steps")
+        raise UserError(
+            f"--model {chosen!r} comes without a training recipe: give --output_dir and --max_steps (or --max_tokens, "
+            "--max_minutes)"
+        )
     longest = min(LONGEST_BY_DEFAULT, model.max_length)
     max_seq_length = longest if options.max_seq_length is None else options.max_seq_length
     if max_seq_length > model.max_length:

@@ -22,6 +22,10 @@ def test_only_one_option_says_where_a_run_ends():
     assert budget_of(pretrain_options(max_tokens=5)) == {"max_tokens": 5}
     with pytest.raises(UserError, match="--max_steps and --max_minutes each say where the run ends: give one of them"):
         budget_of(pretrain_options(max_steps=5, max_minutes=1.5))
+    for wrong in ({"max_tokens": 0}, {"max_minutes": -1.0}, {"max_minutes": float("nan")}):
+        (name,) = wrong
+        with pytest.raises(UserError, match=f"--{name} must be a positive"):
+            budget_of(pretrain_options(**wrong))
 
 
 @pytest.mark.parametrize("budget", [1.0, 999.0, 12_345.6])

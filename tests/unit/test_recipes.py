@@ -23,7 +23,9 @@ def read(corpus, **given):
 
 def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
     content, config = read(corpus, recipe="fast", model="nano")
-    assert content == json.loads(FAST.deepspeed_config.read_text())
+    expected = json.loads(FAST.deepspeed_config.read_text())
+    expected["optimizer"]["params"] |= FAST.params_for(128)
+    assert content == expected
     assert config.as_json()["recipe"] == "fast"
     assert (config.model.hidden_dropout_prob, config.model.attention_probs_dropout_prob) == (0.0, 0.0)
     assert (config.packing.format, config.masking.final_probability) == ("contiguous", 0.15)
