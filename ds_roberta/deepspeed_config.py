@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.deepspeed_keys import AUTO, accepted_part, problems
+from ds_roberta.deepspeed_keys import AUTO, MUON_PARAMS, accepted_part, problems
 from ds_roberta.errors import UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _MONITORS = ("tensorboard", "csv_monitor", "wandb")
 
-_OPTIMIZER_TYPES = ("adam", "adamw")  # in upper or lower case, as in DeepSpeed
+_OPTIMIZER_TYPES = ("adam", "adamw", "muon")  # in upper or lower case, as in DeepSpeed
 _OTHER_OPTIMIZERS = (
-    *("adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd"),
+    *("adagrad", "lamb", "lion", "muadam", "muadamw", "musgd"),
     *("onebitadam", "zerooneadam", "onebitlamb", "sgd", "rmsprop", "adamax", "nadam", "radam", "adafactor"),
 )
 
@@ -36,7 +36,11 @@ class DeepSpeedConfig:
 
     @classmethod
     def read(
-        cls, path: Path, train_batch_size: int | None = None, learning_rate: float | None = None
+        cls,
+        path: Path,
+        train_batch_size: int | None = None,
+        learning_rate: float | None = None,
+        muon_lr: float | None = None,
     ) -> DeepSpeedConfig:
         """Read a JSON file.
 
@@ -58,19 +62,33 @@ class DeepSpeedConfig:
         if train_batch_size is not None:
             content["train_batch_size"] = train_batch_size
         config = cls(content, str(path))
-        if learning_rate is not None and isinstance(content.get("optimizer"), dict):
+        if isinstance(content.get("optimizer"), dict):
             content["optimizer"].setdefault("params", {})
-            config._params["lr"] = learning_rate
+            config._override_rates(learning_rate, muon_lr)
         config._check()
         return config
 
-    def with_optimizer_params(self, params: Mapping[str, float], learning_rate: float | None) -> DeepSpeedConfig:
-        """The same with other values in `optimizer.params`, but with the command line's learning rate, if given."""
+    def with_optimizer_params(
+        self, params: Mapping[str, float], learning_rate: float | None, muon_lr: float | None = None
+    ) -> DeepSpeedConfig:
+        """The same with other values in `optimizer.params`, but with the command line's learning rates, if given."""
         content = copy.deepcopy(self.content)
         content["optimizer"]["params"] |= params
+        config = DeepSpeedConfig(content, self.source)
+        config._override_rates(learning_rate, muon_lr)
+        return config
+
+    def _override_rates(self, learning_rate: float | None, muon_lr: float | None) -> None:
         if learning_rate is not None:
-            content["optimizer"]["params"]["lr"] = learning_rate
-        return DeepSpeedConfig(content, self.source)
+            self._params["adam_lr" if self._is_muon else "lr"] = learning_rate
+        if muon_lr is None:
+            return
+        if not self._is_muon:
+            raise UserError(
+                f"--muon_lr {muon_lr} does nothing: the optimizer of {self.source!r} is "
+                f"{_section(self.content, 'optimizer').get('type')}: remove it, or choose Muon there"
+            )
+        self._params["muon_lr"] = muon_lr
 
     @property
     def train_batch_size(self) -> int:
@@ -84,7 +102,15 @@ class DeepSpeedConfig:
 
     @property
     def learning_rate(self) -> float:
-        return self.content["optimizer"]["params"]["lr"]
+        """The peak of Adam's parameters; with Muon, `lr` stands for `adam_lr` and `muon_lr`, as in DeepSpeed."""
+        return self._params["adam_lr"] if "adam_lr" in self._params else self._params["lr"]
+
+    @property
+    def muon_lr(self) -> float | None:
+        """The peak of Muon's matrices; None if the optimizer is not Muon."""
+        if not self._is_muon:
+            return None
+        return self._params["muon_lr"] if "muon_lr" in self._params else self._params["lr"]
 
     @property
     def zero_stage(self) -> int:
@@ -147,6 +173,8 @@ class DeepSpeedConfig:
             # CPU versions, used for offloading too, are not bit-reproducible: it is used only on a GPU, with
             # "torch_adam": false.
             params.update(torch_adam=True, fused=True)
+        if self._is_muon:  # our own, which DeepSpeed does not know
+            content |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         # The timer's rates are never printed, and it synchronizes with the GPU at every micro-step.
         content["timers"] = {"throughput": {"enabled": False}}
         return content
@@ -185,8 +213,13 @@ class DeepSpeedConfig:
             found.append("train_batch_size is missing; the paper's is 8192")
         if "gradient_clipping" not in self.content:
             found.append("gradient_clipping is missing; set it (0.0 is the paper's): DeepSpeed's default has changed")
+        rates = ("muon_lr", "adam_lr") if self._is_muon else ("lr",)
         if "lr" not in self._params:
-            found.append("optimizer.params.lr must be a positive number, got None")
+            found += [
+                f"optimizer.params.{name} must be a positive number, got None"
+                for name in rates
+                if name not in self._params
+            ]
         return found
 
     def _contradictions(self) -> list[str]:
@@ -195,11 +228,17 @@ class DeepSpeedConfig:
         optimizer = _section(self.content, "optimizer")
         type_ = str(optimizer.get("type")).lower()
         if type_ not in _OPTIMIZER_TYPES:
-            reason = "; portable checkpoints and bit-identical resume support only Adam's moments"
+            reason = "; portable checkpoints and bit-identical resume support only the moments of these"
             about = reason if type_ in _OTHER_OPTIMIZERS else ""
-            found.append(f"optimizer.type must be one of Adam, AdamW, got {optimizer.get('type')!r}{about}")
+            found.append(f"optimizer.type must be one of Adam, AdamW, Muon, got {optimizer.get('type')!r}{about}")
         if type_ == "adamw" and self._params.get("adam_w_mode") is False:
             found.append('optimizer.params.adam_w_mode is false, but optimizer.type is AdamW: write "Adam", or true')
+        for name in () if self._is_muon else MUON_PARAMS:
+            if name in self._params:
+                found.append(f"remove 'optimizer.params.{name}': it belongs to Muon")
+        for name in ("adam_w_mode", "torch_adam") if self._is_muon else ():
+            if self._params.get(name) is False:
+                found.append(f"optimizer.params.{name} is false, but Muon's other parameters have torch's AdamW")
         stage = _section(self.content, "zero_optimization").get("stage", 0)
         if self._is_offloaded("offload_param") and stage != 3:
             found.append(
@@ -215,6 +254,10 @@ class DeepSpeedConfig:
                 "with DeepSpeed's own CPU Adam no run resumes bit-identically; remove it or set it to true"
             )
         return found
+
+    @property
+    def _is_muon(self) -> bool:
+        return str(_section(self.content, "optimizer").get("type")).lower() == "muon"
 
     @property
     def _params(self) -> dict[str, Any]:

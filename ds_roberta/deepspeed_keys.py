@@ -16,6 +16,9 @@ from ds_roberta.errors import unknown_key_message
 AUTO = "auto"
 REQUIRED = ("train_batch_size", "gradient_clipping", "optimizer.params.lr")
 """Keys without a default, by their dotted names."""
+MUON_RATES = ("muon_lr", "adam_lr")
+MUON_PARAMS = (*MUON_RATES, "momentum")
+"""Of `optimizer.params`, those that only Muon has."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ _WHOLE = Kind("be a whole number, at least 0", lambda value: _is_whole(value) an
 _NUMBER = Kind("be a number, at least 0", lambda value: is_number(value) and value >= 0)
 _TEXT = Kind("be a string", lambda value: isinstance(value, str))
 _TEXT_OR_NULL = Kind("be a string or null", lambda value: value is None or isinstance(value, str))
+_RATE = Kind("be a positive number", lambda value: is_number(value) and value > 0)
 _BETAS = Kind(
     "be two numbers, at least 0 and below 1",
     lambda value: isinstance(value, list) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value),
@@ -98,7 +102,7 @@ _PARALLEL = "a run is data-parallel, with ZeRO; its model is not split in any ot
 _NVME = 'nothing is offloaded to NVMe here; "device": "cpu" keeps it in host memory'
 _UNTESTED = "it is not tested with this trainer's exact sums and checkpoints"
 _GONE = "DeepSpeed has removed it"
-_OTHER_OPTIMIZER = "it belongs to another optimizer than AdamW"
+_OTHER_OPTIMIZER = "it belongs to an optimizer that is not accepted"
 _UNPRINTED = "it is never printed; tokens_per_second is in metrics.jsonl"
 _IDLE = "DeepSpeed's counts start from 0 at every start and include rehearsals"
 
@@ -117,7 +121,7 @@ KEYS: Section = {
     "optimizer": {
         "type": _TEXT,
         "params": {
-            "lr": Kind("be a positive number", lambda value: is_number(value) and value > 0),
+            "lr": _RATE,
             "betas": _BETAS,
             "eps": _NUMBER,
             "weight_decay": _NUMBER,
@@ -133,8 +137,11 @@ KEYS: Section = {
             "differentiable": Refused("nothing differentiates through the optimizer"),
             "set_grad_none": Refused("DeepSpeed frees the gradients itself", (True,)),
             **_each("fp32_optimizer_states fp32_optimizer_states_in_cpu", Refused(_FP32_STATES, (True,))),
-            **_each("momentum freeze_step cuda_aware comm_backend_name max_coeff min_coeff", Refused(_OTHER_OPTIMIZER)),
-            **_each("muon_lr adam_lr ns_method", Refused(_OTHER_OPTIMIZER)),
+            **_each(" ".join(MUON_RATES), _RATE),
+            "momentum": Kind("be a number, at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1),
+            "ns_method": Refused("Newton-Schulz is iterated as in torch.optim.Muon", ("standard",)),
+            "per_head_muon": Refused("a projection of all heads is one matrix"),
+            **_each("freeze_step cuda_aware comm_backend_name max_coeff min_coeff", Refused(_OTHER_OPTIMIZER)),
         },
         "legacy_fusion": Refused(_UNTESTED),
     },
@@ -192,7 +199,7 @@ KEYS: Section = {
         **_each("legacy_stage1 parameter_alignment", Refused(_UNTESTED)),
         **_each("memory_efficient_linear override_module_apply", Refused(_UNTESTED, (True,))),
         "pipeline_loading_checkpoint": Refused(_CHECKPOINTS),
-        "save_muon_momentum_buffer_in_memory": Refused(_OTHER_OPTIMIZER),
+        "save_muon_momentum_buffer_in_memory": Refused("Muon's momentum is kept like Adam's moments"),
         "leaf_module": Refused("the encoder has no branches that ZeRO-3 could not follow"),
         "cpu_offload": Refused('write "offload_optimizer": {"device": "cpu"}'),
         "cpu_offload_param": Refused('write "offload_param": {"device": "cpu"}'),

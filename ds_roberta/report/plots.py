@@ -61,6 +61,7 @@ METRICS = (
     Metric("eval_detection_f1", "Replaced tokens found, held out", "F1", best=max, of_some=True),
     Metric("eval_nsp_accuracy", "Next sentence prediction, held out", "accuracy", best=max, percent=True, of_some=True),
     Metric("learning_rate", "Learning rate", "learning rate"),
+    Metric("muon_lr", "Muon's learning rate", "learning rate", of_some=True),
     Metric("grad_norm", "Gradient norm", "gradient norm", log=True),
     Metric("loss_scale", "Loss scale", "loss scale", log=True, precision="fp16"),
     Metric("tokens_per_second", "Tokens per second", "tokens/s", best=max),

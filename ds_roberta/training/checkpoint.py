@@ -1,6 +1,7 @@
 """Checkpoints: one portable format for every ZeRO stage, precision and number of processes.
 
-    global_stepN/state-RRRRR-of-WWWWW.safetensors   fp32 weights, exp_avg and exp_avg_sq by parameter name
+    global_stepN/state-RRRRR-of-WWWWW.safetensors   fp32 weights and moments as KEY.NAME, by parameter name:
+                                                    exp_avg and exp_avg_sq, or Muon's momentum_buffer
     global_stepN/train_state.json                   the numbers of `TrainState`
     global_stepN/tokenizer/                         so that a checkpoint can be exported on its own
     global_stepN/manifest.json                      size and checksum of every other file
@@ -34,8 +35,6 @@ if TYPE_CHECKING:  # the format is read without DeepSpeed
 FORMAT_VERSION = 1
 CHECKPOINTS_FOLDER = "checkpoints"
 LATEST_NAME, BEST_NAME = "latest", "best"
-TRAINED_TENSORS = ("weight", "exp_avg", "exp_avg_sq")
-"""The tensors that are stored for each parameter, as `KEY.NAME`."""
 _NAME_PATTERN = re.compile(r"global_step(\d+)")
 MANIFEST_NAME = "manifest.json"
 
@@ -219,10 +218,12 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def load(engine: Engine, checkpoint: Path) -> TrainState:
     """Load a verified checkpoint into an engine of any ZeRO stage, precision and world size, on all ranks."""
     state = read_state(checkpoint)
-    files = {key: file for key, _, file in _stored(checkpoint)}
+    stored: dict[str, dict[str, Any]] = {}
+    for key, name, file in _stored(checkpoint):
+        stored.setdefault(name, {})[key] = file
     for name, parameter in engine.module.named_parameters():
         engine.set_tensors(
-            parameter, {key: files[f"{key}.{name}"].get_tensor(f"{key}.{name}") for key in TRAINED_TENSORS}
+            parameter, {key.split(".", 1)[0]: file.get_tensor(key) for key, file in stored[name].items()}
         )
     engine.applied_steps = state.global_step - state.skipped_steps
     engine.loss_scaler_state = state.loss_scaler

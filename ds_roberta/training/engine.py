@@ -26,7 +26,6 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +49,15 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import sync_file
 from ds_roberta.model.objectives import Objective
-from ds_roberta.training.device import without_compiler
+from ds_roberta.training.device import fastest_precision, without_compiler
 from ds_roberta.training.micro_batch import BatchPlan
-from ds_roberta.training.optimizer import Groups
+from ds_roberta.training.muon import ADAM_STATES, Muon, muon_arguments
+from ds_roberta.training.optimizer import Groups, StepResult
 
 FP16_LOSS_UNIT = 4_096
 """What the loss is divided by within fp16's backward pass: about the masked tokens of a micro-batch."""
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAMES_SHOWN = 3
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What the optimizer did: `skipped` if fp16's loss scale made the gradient overflow and nothing was updated.
-
-    `grad_norm` is the 2-norm before clipping, infinite if it is not finite; `loss_scale` is 1 without fp16.
-    """
-
-    grad_norm: float
-    skipped: bool
-    loss_scale: float
 
 
 class Engine:
@@ -88,19 +75,25 @@ class Engine:
             UserError: DeepSpeed refuses the configuration.
         """
         self.ranks, self.config, self._seed = ranks, config, seed
+        self.device = torch.device(get_accelerator().current_device_name())
         self.deepspeed_version = deepspeed.__version__
         try:
             # DeepSpeed prints memory figures to stdout.
             with contextlib.redirect_stdout(io.StringIO()), without_compiler():
-                self.deepspeed, *_ = deepspeed.initialize(model=model, config=config, model_parameters=groups)
+                dtype = torch.bfloat16 if fastest_precision() == "bf16" else torch.float32
+                arguments = muon_arguments(model, config, groups, ranks, self.device, dtype)
+                self.deepspeed, *_ = deepspeed.initialize(
+                    model=model, **(arguments or {"config": config, "model_parameters": groups})
+                )
         except (ValueError, AssertionError) as error:
             raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
-        self.device = torch.device(get_accelerator().current_device_name())
         self.zero_stage = int(self.deepspeed.zero_optimization_stage())
         for parameter in self.module.parameters():
             parameter.grad_dtype = torch.float32
         if self.deepspeed.fp16_enabled():
             self._stop_when_skipping_cannot_help()
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.locate_matrices(self.module.parameters(), self.deepspeed.optimizer, self.zero_stage)
         # Adam's moments exist only after a first update: this is one, so that fresh and resumed runs are alike.
         nothing = torch.empty(0, dtype=torch.int64)
         self.rehearse(MicroBatch(torch.zeros(1, 2, dtype=torch.int64), None, nothing, nothing, 0, 0, nothing))
@@ -117,7 +110,7 @@ class Engine:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The Adam optimizer inside DeepSpeed's wrapper."""
+        """The optimizer inside DeepSpeed's wrapper."""
         return self.deepspeed.basic_optimizer
 
     @property
@@ -137,22 +130,24 @@ class Engine:
                 entry["step"] = steps
 
     def full_tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """The whole fp32 `weight`, `exp_avg` and `exp_avg_sq` of a parameter; a collective call at stages 1 to 3."""
+        """The whole fp32 `weight` and moments (`exp_avg`, …) of a parameter; a collective call at stages 1 to 3."""
+        moments = self.optimizer.states_of(parameter) if isinstance(self.optimizer, Muon) else ADAM_STATES
         if self.zero_stage == 0:
-            return {"weight": parameter.data, **{key: self.optimizer.state[parameter][key] for key in _MOMENTS}}
+            return {"weight": parameter.data, **{key: self.optimizer.state[parameter][key] for key in moments}}
         return {
             "weight": safe_get_full_fp32_param(parameter),
-            **{key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS},
+            **{key: safe_get_full_optimizer_state(parameter, key) for key in moments},
         }
 
     def set_tensors(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
         """The reverse of `full_tensors`; also sets the low-precision working weights; all ranks call it."""
         values = {key: value.to(self.device) for key, value in values.items()}
+        moments = [key for key in values if key != "weight"]
         with torch.no_grad():
             if self.zero_stage == 3:
                 partitions = {key: self._own_partition(parameter, value) for key, value in values.items()}
                 safe_set_local_fp32_param(parameter, partitions["weight"])
-                for key in _MOMENTS:
+                for key in moments:
                     safe_set_local_optimizer_state(parameter, partitions[key], key)
                 # DeepSpeed sets only the fp32 master; the working copy follows only here.
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -161,7 +156,7 @@ class Engine:
             parameter.data.copy_(values["weight"])
             if self.zero_stage > 0:
                 safe_set_full_fp32_param(parameter, values["weight"])
-            for key in _MOMENTS:
+            for key in moments:
                 if self.zero_stage == 0:
                     self.optimizer.state[parameter][key].copy_(values[key])
                 else:
@@ -317,18 +312,19 @@ class Engine:
         candidates = ((getattr(p, "grad_accum", None), p.grad) for p in self.module.parameters())
         return [gradient for pair in candidates for gradient in pair if gradient is not None]
 
-    def step(self, learning_rate: float, loss: float = 0.0) -> StepResult:
+    def step(self, learning_rate: float, loss: float = 0.0, muon_lr: float = 0.0) -> StepResult:
         """Apply the optimizer to the accumulated gradient, which is then cleared; one that is not finite is discarded.
 
         Args:
             loss: the step's, the same on all ranks; if it is not finite, the loss scale is not to blame.
+            muon_lr: the rate of the matrices that Muon updates, if it does.
 
         Raises:
             UserError: the gradient overflows in fp16 and the loss scale cannot become smaller.
         """
         self._loss_is_finite = math.isfinite(loss)
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = muon_lr if "momentum" in group else learning_rate
         grad_norm = self._unpartitioned_grad_norm() if self.zero_stage == 0 else None
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.deepspeed.step()

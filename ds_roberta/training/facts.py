@@ -35,6 +35,7 @@ _FIXED = {
     "model": "the weights have that architecture; --init_from can start another run from them",
     "next_sentence_prediction": "the weights have a head for it, or have none",
     "objective": "the weights have only its head; --init_from can start another run from the encoder",
+    "optimizer": "the checkpoint has its moments; --init_from can start another run from the weights",
     "train_batch_size": _COUNTED,
     "train_batch_size_schedule": _COUNTED,
 }
@@ -63,12 +64,13 @@ def run_identity(run: Run) -> dict[str, Any]:
         **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
         "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before the option existed
         "decay_type": config.schedule.decay_type,
+        "optimizer": "Adam" if run.deepspeed.muon_lr is None else "Muon",
     }
 
 
 def completed_identity(saved: dict[str, Any]) -> dict[str, Any]:
     """An identity from an earlier version, with the settings that it did not have at their defaults."""
-    completed = dict(saved)
+    completed = {"optimizer": "Adam", **saved}
     for name, group in (("model", ModelConfig), ("masking", MaskingConfig), ("packing", PackingConfig)):
         own = {field.name for field in fields(group)}
         values = saved.get(name, {})

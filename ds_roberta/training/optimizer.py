@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -73,3 +74,15 @@ def without_bias_and_norm(model: nn.Module) -> Groups:
         {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
         {"params": [parameter for parameter in parameters if parameter.ndim == 1], "weight_decay": 0.0},
     ]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the optimizer did: `skipped` if fp16's loss scale made the gradient overflow and nothing was updated.
+
+    `grad_norm` is the 2-norm before clipping, infinite if it is not finite; `loss_scale` is 1 without fp16.
+    """
+
+    grad_norm: float
+    skipped: bool
+    loss_scale: float

@@ -102,7 +102,7 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
         )
     recipe = RECIPES[options.recipe] if options.deepspeed_config is None else None
     source = recipe.deepspeed_config if recipe else options.deepspeed_config
-    deepspeed = DeepSpeedConfig.read(source, options.train_batch_size, options.learning_rate)
+    deepspeed = DeepSpeedConfig.read(source, options.train_batch_size, options.learning_rate, options.muon_lr)
     corpus = Corpus.open(options.data_dir)
     initial_model = None
     if options.init_from is not None:
@@ -113,7 +113,8 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
         options = Namespace(**{**vars(options), "max_steps": UNPLANNED_STEPS})
     config = run_config(options, corpus, deepspeed.train_batch_size, on_gpu(), initial_model)
     if recipe:
-        deepspeed = deepspeed.with_optimizer_params(recipe.params_for(config.model.hidden_size), options.learning_rate)
+        params = recipe.params_for(config.model.hidden_size)
+        deepspeed = deepspeed.with_optimizer_params(params, options.learning_rate, options.muon_lr)
     _check_output_dir(config)
     if config.no_decay_bias_and_norm and not deepspeed.content["optimizer"]["params"].get("weight_decay"):
         raise UserError(
@@ -250,6 +251,7 @@ def _make_trainer(run: Run, start: Start, data: RunData, engine: Engine, plans: 
         start.checkpoint,
         peak.flops_per_second,
         run.monitors,
+        run.deepspeed.muon_lr,
     )
 
 

@@ -50,7 +50,8 @@ class StartOptions(Settings):
 
     deepspeed_config: Path | None = option("DeepSpeed JSON; see ds_configs/ (default: that of --recipe)", None)
     train_batch_size: int | None = option("sequences per optimizer step, instead of the JSON's", None)
-    learning_rate: float | None = option("peak learning rate, instead of the JSON's", None)
+    learning_rate: float | None = option("peak learning rate (with Muon: Adam's), instead of the JSON's", None)
+    muon_lr: float | None = option("peak learning rate of Muon's matrices, instead of the JSON's", None)
     model: str | None = option(
         f"{', '.join(PRESETS)} (default: base with a GPU, tiny without), or, for another architecture, a "
         "transformers RobertaConfig: a config.json or its folder; its weights are not read (see --init_from)",

@@ -28,18 +28,19 @@ from ds_roberta.training.loss_spikes import LossSpike, spike_limit, with_loss
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.monitors import Monitors
-from ds_roberta.training.optimizer import learning_rate
+from ds_roberta.training.optimizer import StepResult, learning_rate
 from ds_roberta.training.settings import RunConfig
 
 if TYPE_CHECKING:  # the loop is tested without DeepSpeed
-    from ds_roberta.training.engine import Engine, StepResult
+    from ds_roberta.training.engine import Engine
 
 
 class Trainer:
     """Trains a run from its state to its end; `ds_roberta.training.run` makes its parts.
 
     Args:
-        peak_learning_rate: the JSON's `optimizer.params.lr`.
+        peak_learning_rate: Adam's.
+        peak_muon_lr: that of the matrices that Muon updates; None if the optimizer is not Muon.
         held_out: None if there is no validation split.
         last_checkpoint: the portable one that `state` comes from; None for a fresh run.
         peak_flops: peak FLOP/s of one device.
@@ -57,10 +58,11 @@ class Trainer:
         last_checkpoint: Path | None,
         peak_flops: float,
         monitors: Monitors,
+        peak_muon_lr: float | None = None,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.ranks, self.objective = engine.ranks, engine.module
-        self._peak_learning_rate = peak_learning_rate
+        self._peak_learning_rate, self._peak_muon_lr = peak_learning_rate, peak_muon_lr
         self._peak_flops = peak_flops * self.ranks.world_size
         self._held_out = held_out
         self.last_checkpoint = last_checkpoint
@@ -177,17 +179,22 @@ class Trainer:
                 sums = {name: sums.get(name, 0.0) + value for name, value in more.items()}
                 self._progress.micro_step(micro_step, len(micro_batches), next(iter(sums.values())).item)
         metrics = self.objective.metrics(self.ranks.sum_each(sums), counts)
-        rate = learning_rate(self.config.schedule, self._peak_learning_rate, state.global_step + 1)
-        result = self.engine.step(rate, metrics["loss"])
+        peaks = {"learning_rate": self._peak_learning_rate, "muon_lr": self._peak_muon_lr}
+        rates = {
+            name: learning_rate(self.config.schedule, peak, state.global_step + 1)
+            for name, peak in peaks.items()
+            if peak is not None
+        }
+        result = self.engine.step(rates["learning_rate"], metrics["loss"], rates.get("muon_lr", 0.0))
         self._check_loss(metrics["loss"], result)
         state.recent_losses = with_loss(state.recent_losses, metrics["loss"])
         state.count_step(counts, result.skipped)
-        return self._row(metrics, rate, result, counts, waited, time.perf_counter() - began)
+        return self._row(metrics, rates, result, counts, waited, time.perf_counter() - began)
 
     def _row(
         self,
         metrics: dict[str, float],
-        rate: float,
+        rates: dict[str, float],
         result: StepResult,
         counts: Counts,
         waited: float,
@@ -200,7 +207,7 @@ class Trainer:
         row = {
             "global_step": state.global_step,
             **metrics,
-            "learning_rate": rate,
+            **rates,
             "grad_norm": result.grad_norm,
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,

@@ -34,8 +34,9 @@ from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import BatchPlan, Trial, full_micro_batch, largest_size
 from ds_roberta.training.optimizer import without_bias_and_norm
 
-SEED, BATCH = 3, 22  # 22 sequences: neither 3 nor 4 processes divide them
+SEED, BATCH = 3, 22  # neither 3 nor 4 processes divide 22
 LENGTH = int(os.environ.get("SEQUENCE_LENGTH", "32"))
+MUON = {"type": "Muon", "params": {"muon_lr": 0.01, "adam_lr": 1e-3, "weight_decay": 0.1}}
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -108,11 +109,10 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_maske
                 for micro_step, batch in enumerate(micro_batches):
                     last_one = micro_step == len(micro_batches) - 1
                     loss_sum += float(engine.forward_backward(batch, counts, step, micro_step, last_one)["loss"])
-            result = engine.step(1e-3)
-        loss = engine.ranks.sum(loss_sum)[0] / counts.labels
+            result = engine.step(1e-3, muon_lr=0.01)
         rows.append(
             {
-                "loss": loss,
+                "loss": engine.ranks.sum(loss_sum)[0] / counts.labels,
                 "grad_norm": result.grad_norm,
                 "reduced": reductions.elements,
                 "skipped": result.skipped,
@@ -210,9 +210,11 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     findings = {}
     in_place = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16"))
     on_host = ((1, "bf16"), (2, "fp32"), (3, "bf16"))
-    for stage, precision, offloaded in [(*c, False) for c in in_place] + [(*c, True) for c in on_host]:
-        name = f"{stage}-{precision}{'-offloaded' if offloaded else ''}"
-        unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, offloaded=offloaded)
+    by_muon = ((0, "fp32", False), (1, "bf16", False), (2, "fp32", True), (2, "fp16", False), (3, "bf16", True))
+    cases = [(*c, False, {}) for c in in_place] + [(*c, True, {}) for c in on_host]
+    for stage, precision, offloaded, changes in cases + [(*c, {"optimizer": MUON}) for c in by_muon]:
+        name = f"{stage}-{precision}{'-offloaded' if offloaded else ''}{'-muon' if changes else ''}"
+        unbroken, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, offloaded=offloaded, **changes)
         rows = train(unbroken, loader, 0, 2)
         state = TrainState({"case": name}, global_step=2, loss_scaler=unbroken.loss_scaler_state)
         theirs = deepspeed_checkpoint.save(unbroken, state, folder / f"{name}-deepspeed", keep_last=2)
@@ -221,7 +223,7 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
             rows += train(unbroken, loader, 2, 4)
         findings[name] = {"unbroken": [row["loss"] for row in rows[2:]]}
         for layout in ("portable", "deepspeed"):
-            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, offloaded=offloaded)
+            resumed, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1, offloaded=offloaded, **changes)
             if layout == "portable":
                 checkpoint.verify(path)
                 assert checkpoint.load(resumed, path) == state

@@ -142,10 +142,36 @@ def test_an_optimizers_name_is_taken_in_any_case(read_config, name):
     read_config({"optimizer.type": name})
 
 
-@pytest.mark.parametrize("name", ["OneBitAdam", "Muon", "FusedAdam", "adamx", None, 3])
+@pytest.mark.parametrize("name", ["OneBitAdam", "Lion", "FusedAdam", "adamx", None, 3])
 def test_other_optimizers_are_refused(read_config, name):
     changes = {"optimizer.type": name} if name is not None else {"optimizer": {"params": {"lr": 1e-3}}}
-    assert f"optimizer.type must be one of Adam, AdamW, got {name!r}" in problems_of(read_config, changes)[-1]
+    assert f"optimizer.type must be one of Adam, AdamW, Muon, got {name!r}" in problems_of(read_config, changes)[-1]
+
+
+MUON = {"optimizer.type": "Muon", "optimizer.params": {"muon_lr": 0.02, "adam_lr": 2e-3, "momentum": 0.9}}
+
+
+def test_muon_takes_deepspeeds_names_and_the_command_lines_rates(read_config):
+    config = read_config(MUON)
+    assert (config.muon_lr, config.learning_rate) == (0.02, 2e-3)
+    config = read_config(MUON, learning_rate=1e-3, muon_lr=0.01)
+    assert (config.muon_lr, config.learning_rate) == (0.01, 1e-3)
+    both = read_config(MUON | {"optimizer.params": {"lr": 1e-2}}, learning_rate=1e-3)
+    assert (both.muon_lr, both.learning_rate) == (1e-2, 1e-3)
+    assert read_config({}).muon_lr is None
+
+
+def test_a_rate_or_a_key_of_the_wrong_optimizer_is_refused(read_config):
+    with pytest.raises(UserError, match=r"--muon_lr 0\.1 does nothing: the optimizer of .* is AdamW"):
+        read_config({}, muon_lr=0.1)
+    assert problems_of(read_config, {"optimizer.params.momentum": 0.9}) == [
+        "remove 'optimizer.params.momentum': it belongs to Muon"
+    ]
+    (found,) = problems_of(read_config, MUON | {"optimizer.params": {"adam_lr": 1e-3}})
+    assert found == "optimizer.params.muon_lr must be a positive number, got None"
+    for name in ("adam_w_mode", "torch_adam"):
+        (found,) = problems_of(read_config, MUON | {"optimizer.params": {"lr": 1e-3, name: False}})
+        assert f"optimizer.params.{name} is false" in found
 
 
 def test_an_adamw_that_is_none_is_refused(read_config):

@@ -101,3 +101,15 @@ def test_settings_that_an_earlier_version_did_not_have_were_at_their_defaults():
     assert completed["model"]["intermediate_size"] == 128
     assert completed["seed"] == 3
     assert saved["masking"] == {"mlm_probability": 0.2, "words": 2}
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_and_an_old_one_is_adams():
+    sizes = {"vocab_size": 400, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    old = {"model": sizes, "packing": {"max_seq_length": 64}}
+    adams, muons = completed_identity(old), completed_identity(old | {"optimizer": "Muon"})
+    assert adams == completed_identity(old | {"optimizer": "Adam"})
+    for saved, current in ((adams, muons), (muons, adams)):
+        with pytest.raises(UserError, match=r"its optimizer is .*Adam.*--init_from can start another run"):
+            check_identity(RUN, saved, current)
+        with pytest.raises(UserError, match="--allow_change optimizer: it can never change in a run"):
+            check_identity(RUN, saved, current, ["optimizer"])

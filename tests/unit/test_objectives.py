@@ -87,7 +87,7 @@ class TorchEngine:
         (self.module.weigh(sums, counts) / counts.labels).backward()
         return {name: value.detach() for name, value in sums.items()}
 
-    def step(self, rate, loss):
+    def step(self, rate, loss, muon_lr):
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()

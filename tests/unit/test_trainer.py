@@ -109,7 +109,7 @@ class FakeEngine:
     def evaluate(self, micro_batch):
         raise NotImplementedError  # `HeldOut` asks no model
 
-    def step(self, rate, loss):
+    def step(self, rate, loss, muon_lr):
         self.module.weight.data -= rate * self._gradient
         self._gradient = 0.0
         self.applied_steps += 1
