@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from commands import CONFIG, PRETRAIN, REPOSITORY, pretrain, run
+from commands import CONFIG, PRETRAIN, REPOSITORY, launch, pretrain, run
 
 SETTINGS = ("--max_seq_length", "32", "--train_batch_size", "8", "--learning_rate", "1e-3", "--warmup_steps", "1")
 SETTINGS += ("--eval_interval", "100", "--eval_sequences", "8", "--save_interval", "2")
@@ -55,8 +55,8 @@ def test_deepspeeds_layout_is_refused_by_runs_that_cannot_load_it(saved, workspa
     folder = saved / "deepspeed_checkpoints"
 
     def refusal(*arguments: str | Path, config: Path = CONFIG) -> str:
-        command = ("python", PRETRAIN, "--deepspeed_config", config, *SETTINGS, "--max_steps", "4")
-        printed = run(*command, "--output_dir", "runs/refused", *arguments, cwd=workspace, code=2)
+        command = (PRETRAIN, "--deepspeed_config", config, *SETTINGS, "--max_steps", "4")
+        printed = launch(*command, "--output_dir", "runs/refused", *arguments, cwd=workspace, code=2)
         (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
         assert "Traceback" not in printed
         assert not (workspace / "runs/refused").exists()
@@ -92,5 +92,5 @@ def test_a_full_disk_ends_the_run_with_one_error_and_earlier_checkpoints_stay_go
 def test_export_hf_takes_the_best_of_a_run(saved, workspace):
     state = json.loads((saved / "checkpoints/global_step4/train_state.json").read_text())
     assert state["best_step"] == 4
-    command = ("python", REPOSITORY / "launch/export_hf.py", "--checkpoint", saved, "--best", "--output", "best")
-    assert "exported" in run(*command, cwd=workspace)
+    command = (REPOSITORY / "launch/export_hf.py", "--checkpoint", saved, "--best", "--output", "best")
+    assert "exported" in launch(*command, cwd=workspace)

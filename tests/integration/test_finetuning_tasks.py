@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from commands import REPOSITORY, run
+from commands import REPOSITORY, launch, run
 from safetensors.torch import load_file
 from seqeval.metrics import accuracy_score, f1_score
 from sklearn.metrics import accuracy_score as share_of_equal
@@ -26,26 +25,12 @@ def finetuned(roberta_folder, tmp_path):
         (tmp_path / f"train{name}").write_text(content)
         (tmp_path / f"dev{name}").write_text(content)
         files = [tmp_path / f"{split}{name}" for split in ("train", "dev")]
-        run(
-            *(
-                sys.executable,
-                FINETUNE,
-                "--model",
-                roberta_folder,
-                "--task",
-                task,
-                "--data",
-                *files,
-                "--output_dir",
-                "tuned",
-            ),
+        launch(
+            *(FINETUNE, "--model", roberta_folder, "--task", task, "--data", *files, "--output_dir", "tuned"),
             *("--num_train_epochs", "4", "--learning_rate", "1e-2", *options),
             cwd=tmp_path,
         )
-        run(
-            *(sys.executable, PREDICT, "--model", "tuned", "--input", files[1], "--output", "answers.jsonl"),
-            cwd=tmp_path,
-        )
+        launch(PREDICT, "--model", "tuned", "--input", files[1], "--output", "answers.jsonl", cwd=tmp_path)
         best = json.loads((tmp_path / "tuned/results.json").read_text())["best"]
         rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         return best["validation"], rows
@@ -127,7 +112,7 @@ def test_zero_3_on_two_processes_trains_what_one_process_does(roberta_folder, tm
         (tmp_path / f"{split}.jsonl").write_text(content)
     settings = ("--model", model, "--task", "classification", "--data", tmp_path, "--num_train_epochs", "3")
     settings += ("--learning_rate", "1e-3", "--train_batch_size", "8")
-    run(sys.executable, FINETUNE, *settings, "--output_dir", "one", cwd=tmp_path)
+    launch(FINETUNE, *settings, "--output_dir", "one", cwd=tmp_path)
     zero_3 = ("--deepspeed_config", "zero3.json", "--output_dir", "two")
     run("deepspeed", "--num_accelerators", "2", FINETUNE, *settings, *zero_3, cwd=tmp_path)
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
@@ -144,8 +129,8 @@ def test_zero_3_on_two_processes_trains_what_one_process_does(roberta_folder, tm
 def test_errors_are_one_line(roberta_folder, tmp_path):
     (tmp_path / "train.conll").write_text("karen B-X\nsulto\n")
     (tmp_path / "dev.conll").write_text("karen B-X\n")
-    printed = run(
-        *(sys.executable, FINETUNE, "--model", roberta_folder, "--task", "token-classification", "--data", tmp_path),
+    printed = launch(
+        *(FINETUNE, "--model", roberta_folder, "--task", "token-classification", "--data", tmp_path),
         *("--output_dir", "tuned"),
         cwd=tmp_path,
         code=2,
@@ -153,6 +138,6 @@ def test_errors_are_one_line(roberta_folder, tmp_path):
     assert printed.splitlines()[-1].startswith("error: ")
     assert "train.conll, row 2 has the word 'sulto' but no tag" in printed
     assert "Traceback" not in printed
-    printed = run(sys.executable, PREDICT, "--model", roberta_folder, "--text", "x", cwd=tmp_path, code=2)
+    printed = launch(PREDICT, "--model", roberta_folder, "--text", "x", cwd=tmp_path, code=2)
     assert "which has no head for predictions" in printed
     assert "Traceback" not in printed

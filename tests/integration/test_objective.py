@@ -2,10 +2,9 @@
 
 import json
 import signal
-import sys
 
 import transformers
-from commands import REPOSITORY, pretrain, pretrain_until, run
+from commands import REPOSITORY, launch, pretrain, pretrain_until
 
 SETTINGS = ("--objective", "rts", "--max_seq_length", "32", "--train_batch_size", "12", "--learning_rate", "1e-3")
 SETTINGS += ("--max_steps", "12", "--warmup_steps", "2", "--eval_interval", "6", "--eval_sequences", "16")
@@ -41,8 +40,8 @@ def test_a_stopped_run_ends_as_the_unbroken_one_and_its_encoder_is_used(workspac
     assert weights[0] == weights[1]
     assert type(transformers.AutoModel.from_pretrained(whole / "hf")).__name__ == "RobertaModel"
     assert "fill-mask" not in (whole / "hf/README.md").read_text()
-    evaluate = (sys.executable, REPOSITORY / "launch/evaluate.py", "perplexity")
-    line = run(*evaluate, "--model", whole / "hf", "--data", "data/corpus", cwd=workspace, code=2)
+    evaluate = (REPOSITORY / "launch/evaluate.py", "perplexity")
+    line = launch(*evaluate, "--model", whole / "hf", "--data", "data/corpus", cwd=workspace, code=2)
     assert "which still has its head" in line.splitlines()[-1]
 
 

@@ -1,0 +1,10 @@
+"""What the commands of `launch/` import in their course: `commands.py` forks them from a process that has done so."""
+
+import transformers.models.roberta.modeling_roberta
+import transformers.trainer  # noqa: F401
+
+import ds_roberta.finetuning.finetune
+import ds_roberta.finetuning.predict
+import ds_roberta.training.export
+import ds_roberta.training.initial_model
+import ds_roberta.training.run  # noqa: F401
