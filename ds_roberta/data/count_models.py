@@ -2,8 +2,8 @@
 
 * The **unigram** model knows how often each token occurs in the training split. A model whose held-out loss is no lower
   has learned nothing else.
-* The **neighbour** model also knows which tokens occurred after the left neighbour, before the right one, and between
-  the two. A model whose loss is higher has not learned the order of neighbouring words.
+* The **neighbour** model also knows which tokens occurred after the left neighbour and which before the right one. A
+  model whose loss is higher has not learned the order of neighbouring words.
 
 Both interpolate relative frequencies linearly (Jelinek and Mercer 1980, "Interpolated estimation of Markov source
 parameters from sparse data"), down to the uniform distribution. The weights depend on how often the neighbours were
@@ -138,12 +138,10 @@ class CountModel:
         return [_Frequencies(contexts, text.tokens, vocab_size) for contexts in self._contexts(text)]
 
     def _contexts(self, predicted: Predicted) -> Iterator[np.ndarray]:
-        """For each kind of frequency the number of its context: none, the left neighbour, the right one, both."""
-        _, left, right = predicted
-        yield np.zeros_like(left)
-        yield left
-        yield right
-        yield np.where(np.minimum(left, right) == _UNKNOWN, _UNKNOWN, left * self._tokenizer.vocab_size + right)
+        """For each kind of frequency the number of its context: none, the left neighbour, the right one."""
+        yield np.zeros_like(predicted.left)
+        yield predicted.left
+        yield predicted.right
 
     def _components(self, predicted: Predicted) -> tuple[np.ndarray, np.ndarray]:
         """The tokens' probabilities by each component, (M, K) float64, and the cells of their weights, (M,) int64.
@@ -170,8 +168,8 @@ class CountModel:
         sides = [(left, right) for left in (text.left, unknown) for right in (text.right, unknown)]
         left, right = (np.concatenate(side) for side in zip(*sides, strict=True))
         components, cells = self._components(Predicted(np.tile(text.tokens, len(sides)), left, right))
-        numbers = np.arange(_BUCKETS**3)
-        counted = [numbers >= 0, numbers >= 0, *(numbers // _BUCKETS**place % _BUCKETS > 0 for place in (2, 1, 0))]
+        numbers = np.arange(_BUCKETS**2)
+        counted = [numbers >= 0, numbers >= 0, *(numbers // _BUCKETS**place % _BUCKETS > 0 for place in (1, 0))]
         prior = np.stack(counted, axis=1).astype(np.float64)
         weights = prior / prior.sum(axis=1, keepdims=True)
         for _ in range(_ITERATIONS):

@@ -71,7 +71,7 @@ class PlainCounts:
 
     @staticmethod
     def of_sides(left, right):
-        sides = [("all",), ("left", left), ("right", right), ("both", left, right)]
+        sides = [("all",), ("left", left), ("right", right)]
         return [context if None not in context else None for context in sides]
 
     def components(self, token, left, right):
