@@ -1,6 +1,6 @@
 """CPU time of the update alone: Muon beside torch's fused AdamW, on one process, whatever the batch.
 
-    python -m benchmarks.optimizers
+python -m benchmarks.optimizers
 """
 
 import time
