@@ -15,11 +15,17 @@ COMMANDS = [
     "preprocess train-tokenizer --input examples/corpus --vocab_size 8192 --output data/tokenizer",
     "preprocess shard --input examples/corpus --tokenizer data/tokenizer --output data/corpus "
     "--validation_fraction 0.05",
-    "deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json --data_dir data/corpus "
-    f"--output_dir {RUN} --model tiny --train_batch_size 64 --learning_rate 1e-3 --max_steps 100 --eval_interval 50",
+    "deepspeed launch/pretrain.py --recipe fast --model nano --data_dir data/corpus "
+    f"--output_dir {RUN} --max_tokens 4000000 --eval_interval 200",
     f"python launch/export_hf.py --checkpoint {RUN} --output {EXPORTED}",
 ]
-SENTENCES = ["He looked at the door and <mask> nothing.", "She put her hand <mask> the table."]
+SENTENCES = [
+    "She put her hand <mask> the table.",
+    "He did not <mask> what to say.",
+    "I have never <mask> such a thing in my life.",
+    "The two boys ran out <mask> the garden.",
+    "They could not help <mask> at each other.",
+]
 
 
 def main() -> None:
@@ -39,6 +45,10 @@ def main() -> None:
     print(
         f"held-out perplexity  before {before['eval_perplexity']:,.0f}  after {after['eval_perplexity']:,.0f}"
         f"  (loss {before['eval_loss']:.2f} -> {after['eval_loss']:.2f} nats)"
+    )
+    print(
+        f"what it learned      its loss is {before['unigram_loss'] - after['eval_loss']:.2f} nats below that of word "
+        f"frequencies ({before['unigram_loss']:.2f}); counts of neighbouring words reach {before['neighbour_loss']:.2f}"
     )
     fill_masks()
     print(f"exported model       {EXPORTED}  (AutoModelForMaskedLM.from_pretrained({str(EXPORTED)!r}))")

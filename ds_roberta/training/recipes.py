@@ -72,11 +72,11 @@ RECIPES = {
         },
         starts_at_half_length=True,
         optimizer_params={
-            128: {"lr": 4e-3},
-            256: {"lr": 2e-3},
-            512: {"lr": 1e-3},
-            768: {"lr": 6e-4},
-            1024: {"lr": 4e-4},
+            128: {"muon_lr": 0.02, "adam_lr": 4e-3},
+            256: {"muon_lr": 0.01, "adam_lr": 2e-3},
+            512: {"muon_lr": 0.01, "adam_lr": 1e-3},
+            768: {"muon_lr": 0.01, "adam_lr": 6e-4},
+            1024: {"muon_lr": 0.01, "adam_lr": 4e-4},
         },
     ),
 }
