@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from worker import BATCH, LENGTH, SEED, make, parameters, save, small_model, train
+from worker import BATCH, LENGTH, MUON, SEED, make, parameters, save, small_model, train
 
 from ds_roberta.config import GuardConfig, IntervalConfig, MaskingConfig, PackingConfig, ScheduleConfig
 from ds_roberta.data.loader import Collator, HeldOutSample
@@ -30,7 +30,12 @@ from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.settings import RunConfig
 from ds_roberta.training.trainer import Trainer
 
-COMBINATIONS = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
+COMBINATIONS = [
+    (0, "fp32", ""),
+    *((stage, precision, "") for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16")),
+    (2, "fp16", "-muon"),
+    (3, "fp32", "-muon"),
+]
 ALSO_RARE = ("0-fp32", "2-bf16", "3-fp16")
 POLICIES = ("off", "warn", "stop")
 STEPS, SAVE_INTERVAL, HURT_STEP = 4, 2, 2
@@ -41,9 +46,11 @@ IDENTITY = {"packing": {"max_seq_length": LENGTH}}
 class Lab:
     """Runs of one engine, in which something goes wrong once."""
 
-    def __init__(self, ranks: Ranks, corpus: Corpus, folder: Path, stage: int, precision: str):
-        self.ranks, self.corpus, self.folder = ranks, corpus, folder
+    def __init__(self, ranks: Ranks, corpus: Corpus, folder: Path, stage: int, precision: str, optimizer: str):
+        self.ranks, self.corpus, self.folder, self.has_muon = ranks, corpus, folder, bool(optimizer)
         changes = {"fp16": FP16} if precision == "fp16" else {}
+        if self.has_muon:
+            changes["optimizer"] = MUON
         self.engine, self.loader = make(ranks, corpus, stage, precision, 6, dropout=0.1, **changes)
         state = TrainState(IDENTITY, loss_scaler=self.engine.loss_scaler_state)
         self.first = save(self.engine, corpus, folder / "first", state)
@@ -77,7 +84,16 @@ class Lab:
         collator = Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, LENGTH)
         held_out = HeldOutSample(collator, 8, 8, self.ranks)
         trainer = Trainer(
-            config, rate, self.engine, self.loader, held_out, state, path, 1e9, Monitors(config.output_dir, {}, False)
+            config,
+            rate,
+            self.engine,
+            self.loader,
+            held_out,
+            state,
+            path,
+            1e9,
+            Monitors(config.output_dir, {}, False),
+            rate if self.has_muon else None,
         )
         error = None
         try:
@@ -190,9 +206,9 @@ def guards(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """Record, at every stage and precision, what ends a run, what is rolled back, what is counted and what is saved."""
     loss_spikes.WINDOW = 2
     findings = {}
-    for number, (stage, precision) in enumerate(COMBINATIONS):
-        name = f"{stage}-{precision}"
-        lab = Lab(ranks, corpus, ranks.broadcast(folder / name), stage, precision)
+    for number, (stage, precision, optimizer) in enumerate(COMBINATIONS):
+        name = f"{stage}-{precision}{optimizer}"
+        lab = Lab(ranks, corpus, ranks.broadcast(folder / name), stage, precision, optimizer)
         found = {"diverged": lab.run("diverged", rate=1e20, save_interval=1)}
         policy = POLICIES[number % len(POLICIES)]
         found["nan"] = lab.run("nan", partial(lab.loss_times, math.nan), policy)
