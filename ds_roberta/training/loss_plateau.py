@@ -13,9 +13,8 @@ BELOW_UNIGRAM = 0.15
 LEAST_FALL = 0.05
 """Nats by which a loss above the neighbour line falls in a tenth of a run, unless it stands still."""
 REMEDY = (
-    "; try shorter sequences first (--max_seq_length_schedule), Muon, more masks (--mlm_probability, "
-    "--mlm_probability_end), another learning rate, a longer warm-up or another batch size: see docs/pretraining.md, "
-    "'When the loss does not fall' (--loss_plateau)"
+    "; try --recipe fast, which has shorter sequences first, Muon and more masks, or another learning rate, a longer "
+    "warm-up or another batch size: see docs/pretraining.md, 'When the loss does not fall' (--loss_plateau)"
 )
 
 Evaluation = Sequence[float]
