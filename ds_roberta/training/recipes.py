@@ -23,14 +23,15 @@ class Recipe:
     Attributes:
         deepspeed_config: the JSON: batch, optimizer, clipping.
         options: values by the options' names.
-        starts_at_half_length: trains the first 60% of the run at half of the maximum length.
+        starts_at_quarter_length: trains the first 90% of the steps at a quarter of the maximum length, as BERT was
+            (Devlin et al. 2019, appendix A.2).
         optimizer_params: values of the JSON's `optimizer.params` by the model's width: those of the largest width that
             does not exceed the model's apply.
     """
 
     deepspeed_config: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    starts_at_half_length: bool = False
+    starts_at_quarter_length: bool = False
     optimizer_params: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def options_beside(self, given: Mapping[str, Any], max_seq_length: int) -> dict[str, Any]:
@@ -40,8 +41,8 @@ class Recipe:
             given: values by all options' names, None for those that are not given.
         """
         values = dict(self.options)
-        if self.starts_at_half_length and max_seq_length // 2 >= _SHORTEST_STAGE:
-            values["max_seq_length_schedule"] = f"0:{max_seq_length // 2},60%:{max_seq_length}"
+        if self.starts_at_quarter_length and max_seq_length // 4 >= _SHORTEST_STAGE:
+            values["max_seq_length_schedule"] = f"0:{max_seq_length // 4},90%:{max_seq_length}"
         if given["lr_scheduler_type"] not in (None, values.get("lr_scheduler_type")):
             values.pop("decay_steps", None)
         if given["masking_copies"] is not None:
@@ -70,7 +71,7 @@ RECIPES = {
             "lr_scheduler_type": "warmup_stable_decay",
             "decay_steps": "20%",
         },
-        starts_at_half_length=True,
+        starts_at_quarter_length=True,
         optimizer_params={
             128: {"muon_lr": 0.02, "adam_lr": 4e-3},
             256: {"muon_lr": 0.01, "adam_lr": 2e-3},
