@@ -33,6 +33,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
+    logger,
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
@@ -57,6 +58,8 @@ from ds_roberta.training.optimizer import Groups, StepResult
 FP16_LOSS_UNIT = 4_096
 """What the loss is divided by within fp16's backward pass: about the masked tokens of a micro-batch."""
 _NAMES_SHOWN = 3
+# Muon is not among the optimizers that DeepSpeed has tested with ZeRO: our tests do so.
+logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
