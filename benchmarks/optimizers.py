@@ -1,9 +1,13 @@
 """CPU time of the update alone: Muon beside torch's fused AdamW, on one process, whatever the batch.
 
-python -m benchmarks.optimizers
+    python -m benchmarks.optimizers
+
+Writes a Markdown table with the hardware, the versions and the commit.
 """
 
+import argparse
 import time
+from pathlib import Path
 
 import torch
 
@@ -39,6 +43,9 @@ def row(size: str, ranks: Ranks, dtype: torch.dtype) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/optimizers.md")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     ranks = init_distributed()
     dtype = torch.bfloat16 if fastest_precision() == "bf16" else torch.float32
@@ -54,7 +61,7 @@ def main() -> None:
         "",
         f"{cpu_model()}, one thread. {versions('torch')}",
     ]
-    publish(lines, REPOSITORY / "benchmarks/results/optimizers.md")
+    publish(lines, options.output)
 
 
 if __name__ == "__main__":
