@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
 from benchmarks.run_mlm import Case
 
@@ -157,8 +159,6 @@ def report(options: argparse.Namespace, curves: dict[str, list[list[Point]]], li
 
 
 def plot(curves: dict[str, list[list[Point]]], lines: dict[str, float], output: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes: Any = figure.add_subplot(xlabel="seconds of optimizer steps", ylabel="held-out loss, nats per masked token")
     for number, (name, runs) in enumerate(curves.items()):
