@@ -332,14 +332,22 @@ class Trainer:
         if not state.lines:
             return
         state.recent_evaluations = with_evaluation(state.recent_evaluations, state.global_step, loss, max_steps)
+        if self.config.guard.loss_plateau == "off" or not self._trains_at_held_out_length:
+            return
         plateau = find_plateau(state.recent_evaluations, max_steps, state.lines)
-        if plateau is None or self.config.guard.loss_plateau == "off":
+        if plateau is None:
             return
         reported, state.plateau = state.plateau, plateau.kind
         if self.config.guard.loss_plateau == "stop":
             raise LossPlateau(f"{plateau.problem}; the step is saved, --loss_plateau warn continues{REMEDY}")
         if plateau.kind != reported:
             self._progress.say(f"{plateau.problem}{REMEDY}")
+
+    @property
+    def _trains_at_held_out_length(self) -> bool:
+        """Whether the last step had sequences as long as the held-out ones; else it says little about their end."""
+        last_step = max(self.state.global_step - 1, 0)
+        return self.loader.stage(last_step).stage.max_seq_length == self.config.packing.max_seq_length
 
     def log(self, row: dict[str, Any]) -> None:
         """Write a row to `metrics.jsonl` and to the monitors."""
