@@ -1,5 +1,6 @@
 """Fixtures of all tests: a small tokenizer, a small prepared corpus, and threads that stand in for processes."""
 
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -39,6 +40,7 @@ def pytest_cmdline_main(config):
 def temporary_files(tmp_path_factory):
     """Redirects temporary files of libraries and commands into pytest's folder, which pytest removes."""
     folder = tmp_path_factory.mktemp("tmp")
+    multiprocessing.util.get_temp_dir()  # outside the folder, which is gone before this is removed
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "torchinductor"))  # torch chose its own at its import
