@@ -63,7 +63,7 @@ class Settings:
 
     @classmethod
     def from_options(cls: type[Group], options: Mapping[str, Any], **given: Any) -> Group:
-        """An instance, nested groups included, from values by their options' names; None stands for the default.
+        """An instance, nested groups included, from values by their options' names; None means the default.
 
         Args:
             given: values of fields, instead of their options'.
