@@ -102,7 +102,7 @@ class DeepSpeedConfig:
 
     @property
     def learning_rate(self) -> float:
-        """The peak of Adam's parameters; with Muon, `lr` is used if `adam_lr` or `muon_lr` is missing, as in DeepSpeed."""
+        """The peak of Adam's parameters; with Muon, `lr` replaces a missing `adam_lr` or `muon_lr`, as in DeepSpeed."""
         return self._params["adam_lr"] if "adam_lr" in self._params else self._params["lr"]
 
     @property
