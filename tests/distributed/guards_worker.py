@@ -1,4 +1,4 @@
-"""Trainer guards and counters on real engines: `torchrun --nproc_per_node N guards_worker.py CASES CORPUS FOLDER`.
+"""Trainer guards and counters on real engines: `guards_worker.py CASES CORPUS FOLDER`, started by `run_group`.
 
 One engine of each ZeRO stage and precision takes many short runs, each from the same first checkpoint.
 """

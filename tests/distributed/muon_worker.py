@@ -1,4 +1,4 @@
-"""Muon in the processes of the distributed tests: `torchrun --nproc_per_node N muon_worker.py CASES CORPUS FOLDER`."""
+"""Muon in the processes of the distributed tests: `muon_worker.py CASES CORPUS FOLDER`, started by `run_group`."""
 
 import json
 import sys

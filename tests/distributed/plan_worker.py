@@ -1,4 +1,4 @@
-"""Count what an engine of each ZeRO stage holds and sends: `torchrun … plan_worker.py - CORPUS FOLDER`."""
+"""Count what an engine of each ZeRO stage holds and sends: `plan_worker.py - CORPUS FOLDER`."""
 
 import gc
 import json

@@ -1,6 +1,6 @@
 """The training step's contracts, in real process groups: any partition gives the same step, any break the same run.
 
-Each group of processes runs many configurations, because starting one costs ten seconds.
+Each group of processes runs many configurations, because starting one costs seconds.
 """
 
 from pathlib import Path

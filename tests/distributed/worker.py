@@ -1,4 +1,4 @@
-"""What runs inside the processes of the distributed tests: `torchrun --nproc_per_node N worker.py CASES CORPUS FOLDER`.
+"""What runs inside the processes of the distributed tests: `worker.py CASES CORPUS FOLDER`, started by `run_group`.
 
 Starting a process group costs seconds, so one group runs many configurations and writes its findings as JSON.
 """

@@ -1,25 +1,15 @@
 """Run the real commands, and interrupt them.
 
-Half of the processor time of a short run goes into imports. So `launch`, and what is built on it, forks the commands of
-`launch/` from one process that has imported what they need: real processes with exit codes, signals and output of their
-own. `run` starts programs as a shell does.
+`launch`, and what is built on it, forks the commands of `launch/`; `run` starts programs as a shell does.
 """
 
-import multiprocessing.forkserver
 import os
-import runpy
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from functools import cache
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import pytest
-import torch
+from forked import start
 
 REPOSITORY = Path(__file__).parents[2]
 PRETRAIN = REPOSITORY / "launch/pretrain.py"
@@ -48,45 +38,9 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
     return result.stdout
 
 
-@cache
-def _prepared() -> ForkServerContext:
-    """Where processes begin with the imports of the commands."""
-    context = multiprocessing.get_context("forkserver")
-    # CUDA works in no process whose parent has looked for devices, as DeepSpeed does at its import.
-    context.set_forkserver_preload([] if torch.cuda.is_available() else ["launched"])
-    with pytest.MonkeyPatch.context() as patch:  # the numbers of threads are read at the imports
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), os.getenv("PYTHONPATH")])))
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-def _be(words: list[str], cwd: Path, variables: dict[str, str], log: Path) -> None:
-    """Become the command, in a new process group."""
-    os.setsid()
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(variables)
-    with open(log, "wb") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
-def _start(script: Path, *arguments: str | Path, cwd: Path) -> tuple[BaseProcess, Path]:
-    with tempfile.NamedTemporaryFile(delete=False) as file:
-        log = Path(file.name)
-    words = [str(script), *map(str, arguments)]
-    process = _prepared().Process(target=_be, args=(words, cwd, environment(cwd), log))
-    process.start()
-    return process, log
-
-
 def launch(script: Path, *arguments: str | Path, cwd: Path, code: int = 0) -> str:
     """Run a command of `launch/` to its end and check its exit code; return what it printed on both streams."""
-    process, log = _start(script, *arguments, cwd=cwd)
+    process, log = start(script, *arguments, cwd=cwd, environment=environment(cwd))
     process.join(280)
     process.kill()
     printed = log.read_text(encoding="utf-8")
@@ -100,7 +54,8 @@ def pretrain(cwd: Path, *arguments: str | Path, code: int = 0) -> str:
 
 def pretrain_until(cwd: Path, condition, number: signal.Signals, *arguments: str | Path) -> tuple[int, str]:
     """Start pretraining in a new process group, and send a signal to the whole group once `condition()` holds."""
-    process, log = _start(PRETRAIN, "--deepspeed_config", CONFIG, *arguments, cwd=cwd)
+    command = (PRETRAIN, "--deepspeed_config", CONFIG, *arguments)
+    process, log = start(*command, cwd=cwd, environment=environment(cwd))
     try:
         deadline = time.monotonic() + 120
         while not condition() and process.is_alive() and time.monotonic() < deadline:

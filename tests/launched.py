@@ -1,4 +1,4 @@
-"""What the commands of `launch/` import in their course: `commands.py` forks them from a process that has done so."""
+"""What the commands of `launch/` import in their course: `forked.py` starts them from a process that has done so."""
 
 import transformers.models.roberta.modeling_roberta
 import transformers.trainer  # noqa: F401
