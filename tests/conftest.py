@@ -1,5 +1,6 @@
 """Fixtures of all tests: a small tokenizer, a small prepared corpus, and threads that stand in for processes."""
 
+import gc
 import multiprocessing.util
 import os
 import shutil
@@ -34,6 +35,11 @@ def pytest_cmdline_main(config):
     if is_unset and are_folders and not options.usepdb and not torch.cuda.is_available():
         options.numprocesses, options.dist = min(os.cpu_count() or 1, 8), "loadfile"
         options.loadscopereorder = False  # tests/distributed, where a file takes minutes, comes first
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector the modules, which Trainer has it walk through at every start."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

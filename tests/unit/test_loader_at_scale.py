@@ -1,5 +1,5 @@
-"""4,096 ranks, computed rather than run: each rank's part is a pure function, so their union can
-be compared with the batch of one process."""
+"""4,096 ranks, computed rather than run: each rank's part is a pure function, so that it can be compared with the
+batch of one process."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_roberta.config import MaskingConfig, PackingConfig, Stage
-from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+from ds_roberta.data.loader import EMPTY_PLACE, Collator, LoaderStage, TrainLoader, split_places
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
@@ -43,17 +43,22 @@ def rows(micro_batches):
 
 @pytest.mark.parametrize("batch", [5_000, 8_192])
 def test_the_union_of_all_ranks_is_the_batch_of_one_process(collator, batch):
+    """All ranks' places are the batch's, and those of some ranks, of all sizes, are filled as in the one process."""
     plan = BatchPlan.fit(batch, 64, WORLD_SIZE)
-    (expected,) = loader(collator, batch, batch).micro_batches(LATE_STEP)
-    empty, parts = 0, []
-    for rank in range(WORLD_SIZE):
-        micro_batches = loader(collator, batch, plan.micro_batch_size, rank, WORLD_SIZE).micro_batches(LATE_STEP)
-        assert len(micro_batches) == plan.accumulation_steps
-        empty += sum(len(each.input_ids) - each.sequences for each in micro_batches)
-        parts.append(rows(micro_batches))
+    parts = [split_places(np.arange(batch), rank, WORLD_SIZE, plan.micro_batch_size) for rank in range(WORLD_SIZE)]
+    assert {len(part) for part in parts} == {plan.accumulation_steps}
+    places = np.concatenate([place for part in parts for place in part])
     # Ranks take consecutive parts, so that not even the order differs.
-    assert np.array_equal(np.concatenate(parts), rows([expected]))
-    assert empty == plan.empty_places
+    assert np.array_equal(places[places != EMPTY_PLACE], np.arange(batch))
+    assert np.count_nonzero(places == EMPTY_PLACE) == plan.empty_places
+    (whole,) = loader(collator, batch, batch).micro_batches(LATE_STEP)
+    expected = rows([whole])
+    for rank in (*range(0, WORLD_SIZE, 17), WORLD_SIZE - 1):
+        micro_batches = loader(collator, batch, plan.micro_batch_size, rank, WORLD_SIZE).micro_batches(LATE_STEP)
+        filled = [part[part != EMPTY_PLACE] for part in parts[rank]]
+        assert [each.sequences for each in micro_batches] == [len(part) for part in filled]
+        assert {len(each.input_ids) for each in micro_batches} == {plan.micro_batch_size}
+        assert np.array_equal(rows(micro_batches), expected[np.concatenate(filled)])
 
 
 def test_a_rank_computes_its_own_rows_alone_at_any_step(collator, monkeypatch):

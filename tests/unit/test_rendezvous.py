@@ -1,10 +1,9 @@
+import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
 
 import pytest
 
-from benchmarks.environment import python_path
 from ds_roberta import rendezvous
 from ds_roberta.errors import UserError
 from ds_roberta.rendezvous import check_world_size, first_host, set_ranks
@@ -81,34 +80,41 @@ def test_a_task_of_srun_may_start_several_processes(monkeypatch):
     check_world_size(8)
 
 
-LAUNCHER = """
-import os
-from multiprocessing import get_context
-from ds_roberta.rendezvous import meet
+FORK = multiprocessing.get_context("fork")
 
-def join(rank, barrier):
+
+def join(rank, barrier, ports):
     os.environ["RANK"] = str(rank)
-    meet(60)
-    print(os.environ["MASTER_PORT"], flush=True)
+    rendezvous.meet(60)
+    ports.put(os.environ["MASTER_PORT"])
     barrier.wait(60)  # for rank 0 serves the other
 
-fork = get_context("fork")
-barrier = fork.Barrier(2)
-ranks = [fork.Process(target=join, args=(rank, barrier)) for rank in (0, 1)]
-for rank in ranks:
-    rank.start()
-for rank in ranks:
-    rank.join()
-"""
+
+def launch(ports):
+    """What the `deepspeed` launcher does: it starts two ranks and waits for them."""
+    barrier = FORK.Barrier(2)
+    ranks = [FORK.Process(target=join, args=(rank, barrier, ports)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
-def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(tmp_path):
+def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(tmp_path, monkeypatch):
     """The `deepspeed` launcher gives both runs the same port."""
     told = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    environment = {**os.environ, **told, "TMPDIR": str(tmp_path), "PYTHONPATH": python_path()}
-    command = [sys.executable, "-c", LAUNCHER]
-    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    (first, of_first), (second, of_second) = (run.communicate(timeout=120)[0].split() for run in runs)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    queues = [FORK.SimpleQueue() for _ in range(2)]
+    runs = [FORK.Process(target=launch, args=(ports,)) for ports in queues]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert [run.exitcode for run in runs] == [0, 0]
+    (first, of_first), (second, of_second) = ([ports.get(), ports.get()] for ports in queues)
     assert first == of_first
     assert second == of_second
     assert first != second

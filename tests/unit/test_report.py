@@ -1,6 +1,6 @@
 import json
 import math
-import subprocess
+import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -305,11 +305,13 @@ def test_flat_keys_join_names_and_indexes():
     assert flatten({"a": {"b": [1, {"c": None}]}, "d": "x"}) == {"a.b.0": 1, "a.b.1.c": None, "d": "x"}
 
 
-def test_the_command_ends_with_2_and_one_line(tmp_path):
-    command = [sys.executable, REPOSITORY / "launch/report.py", tmp_path / "missing"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith("error: ")
+def test_the_command_ends_with_2_and_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "missing")])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(REPOSITORY / "launch/report.py"), run_name="__main__")
+    error = capfd.readouterr().err
+    assert (leaving.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith("error: ")
 
 
 def test_the_held_out_loss_by_position_is_drawn_and_not_listed(tmp_path):
