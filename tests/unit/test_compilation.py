@@ -96,7 +96,7 @@ def test_on_a_cpu_dropout_draws_what_it_draws_without_compilation():
     plain, compiled = make_models(backend, 0.1, torch.bfloat16)
     counts = []
     for seed in range(2):
-        for case in CASES:
+        for case in CASES[:5]:  # all of one length, and another
             assert take(compiled, *case, 7 + seed, seed) == take(plain, *case, 7 + seed, seed)
         counts.append(backend.frame_count)
     assert counts[0] == counts[1] > 0
