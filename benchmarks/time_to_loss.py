@@ -1,112 +1,218 @@
-"""Held-out loss over time: our recipes and transformers' Trainer as its `run_mlm` example uses it.
+"""Held-out loss over CPU time: our recipes and transformers' Trainer as its `run_mlm` example uses it.
 
     python -m benchmarks.time_to_loss --data_dir data/wiki --model nano --minutes 11 --trainer_minutes 60
 
-All train the same model on the same text, in turn, on one thread, and are measured on the same masked tokens; seconds
-are those of optimizer steps, without start, evaluations and saves. The schedules of ours end with their minutes.
+All train the same model on the same text, on one thread of the CPU, and are measured on the same masked tokens. Seconds
+are the CPU time of the training process and its threads in optimizer steps, without start, evaluations and saves, so
+other work on the machine changes them little. The schedules of ours end with their minutes, which include the start.
 The Trainer has its own collator and linear schedule; it gets the best of several learning rates, found in shorter runs.
-Writes a Markdown table with the hardware, the versions and the commit, and a picture.
+
+Each curve is kept in the folder of results as soon as it is finished. The same command again goes on where the last
+stopped: ours from their checkpoints, a run of the Trainer from its beginning. Calls with different `--contenders` may
+use the folder at the same time. Each call ends with a Markdown table of what is finished, and a picture beside it;
+`--contenders ''` only makes these.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
-from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
+from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, python_path
 from benchmarks.run_mlm import Case
+from benchmarks.time_to_loss_report import Curve, Point, plot, report
+from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
+from ds_roberta.data.shards import Corpus
+from ds_roberta.errors import UserError
+from ds_roberta.files import read_json, write_json
+from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 
 PACKING = "contiguous"
-EVALUATIONS = 12
+EVALUATIONS = 30
+"""Of a run of the Trainer."""
 TRIAL_STEPS = 20
 """Steps of the run that measures the Trainer's speed, by which the steps of the others follow from their minutes."""
+SAVE_INTERVAL = 100
+CONTENDERS = {
+    "fast": "ours, `--recipe fast`",
+    "paper": "ours, the paper's recipe",
+    "trainer": "the Trainer",
+}
+LINES = ("unigram_loss", "neighbour_loss")
+IN_CPU_TIME = """import runpy, sys, time
+time.perf_counter = time.process_time
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+"""Runs the script that is the first argument, with the CPU time of its process and threads as its clock."""
 
 
-class Point(NamedTuple):
-    seconds: float
-    tokens: float
-    loss: float
+@dataclass(frozen=True)
+class Run:
+    """One run, and the name of its curve. `rate` is None where the recipe has its own."""
+
+    contender: str
+    rate: float | None
+    seed: int
+    minutes: float
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.rate is None else f"-{self.rate:g}"
+        return f"{self.contender}{rate}-seed{self.seed}-{self.minutes:g}min"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder made by 'preprocess shard'")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which to run (default: %(default)s)")
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--max_seq_length", type=int, default=128)
-    parser.add_argument("--eval_sequences", type=int, default=512)
-    parser.add_argument("--minutes", type=float, default=11, help="for each of ours")
-    parser.add_argument("--adam_learning_rate", type=float, default=2e-3, help="of the paper's recipe in small batches")
-    parser.add_argument("--trainer_minutes", type=float, default=60, help="for the Trainer at its best learning rate")
-    parser.add_argument("--trainer_search_minutes", type=float, default=10, help="for each learning rate")
-    parser.add_argument("--trainer_learning_rates", default="2e-4,5e-4,1e-3,2e-3")
-    parser.add_argument("--train_batch_size", type=int, default=64, help="of all but the fast recipe")
-    parser.add_argument("--seeds", default="0,1,2", help="of ours; the Trainer gets the first")
+    parser.add_argument("--max_seq_length", type=positive, default=128)
+    parser.add_argument("--eval_sequences", type=positive, default=512)
+    parser.add_argument("--minutes", type=positive_number, default=11, help="for each of ours")
+    parser.add_argument("--adam_learning_rate", type=positive_number, default=2e-3, help="of the paper's recipe")
+    parser.add_argument("--trainer_minutes", type=positive_number, default=60, help="at its best learning rate")
+    parser.add_argument("--trainer_search_minutes", type=positive_number, default=10, help="for each learning rate")
+    parser.add_argument("--trainer_learning_rates", type=several(positive_number), default=(2e-4, 5e-4, 1e-3, 2e-3))
+    parser.add_argument("--train_batch_size", type=positive, default=64, help="of all but the fast recipe")
+    parser.add_argument("--seeds", type=several(int), default=(0, 1, 2), help="of ours; the Trainer gets the first")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "runs/time_to_loss", help="folder of the curves")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/time_to_loss.md")
-    options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that this runs
-    with tempfile.TemporaryDirectory() as folder:
-        compare(options, Path(folder))
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that this runs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess then ends the command that runs
+    run_command(lambda: compare(parser.parse_args()))
 
 
-def compare(options: argparse.Namespace, folder: Path) -> None:
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    adam = ["--deepspeed_config", str(REPOSITORY / "ds_configs/zero1.json"), "--packing", PACKING]
-    adam += ["--train_batch_size", str(options.train_batch_size), "--learning_rate", str(options.adam_learning_rate)]
-    curves: dict[str, list[list[Point]]] = {}
-    lines = {}
-    for name, arguments in (("ours, `--recipe fast`", ["--recipe", "fast"]), ("ours, the paper's recipe", adam)):
-        for seed in seeds:
-            curve, lines = ours(options, arguments, seed, folder / f"{len(curves)}-{seed}")
-            curves.setdefault(name, []).append(curve)
-    rates = [float(rate) for rate in options.trainer_learning_rates.split(",")]
-    trial = trainer(options, rates[0], TRIAL_STEPS, seeds[0])
-    per_step = trial[-1].seconds / TRIAL_STEPS
-    searched = {
-        rate: trainer(options, rate, max(1, int(60 * options.trainer_search_minutes / per_step)), seeds[0])
-        for rate in rates
-    }
-    best = min(rates, key=lambda rate: searched[rate][-1].loss)
-    for rate, curve in searched.items():
-        curves[f"Trainer at {rate:g}"] = [curve]
-    steps = max(1, int(60 * options.trainer_minutes / per_step))
-    curves[f"Trainer at {best:g}, longer"] = [trainer(options, best, steps, seeds[0])]
-    plot(curves, lines, options.output.with_suffix(".png"))
-    publish(report(options, curves, lines), options.output)
+def compare(options: argparse.Namespace) -> None:
+    contenders = [name for name in options.contenders.split(",") if name]
+    if unknown := set(contenders) - CONTENDERS.keys():
+        raise UserError(f"--contenders names {min(unknown)!r}: choose from {', '.join(CONTENDERS)}")
+    check_settings(options)
+    for contender in contenders:
+        with only_here(options.results, contender) as lock:
+            for run in runs_of(options, contender):
+                measure(options, run, lock)
+            if contender == "trainer" and (longest := longest_run(options)):
+                measure(options, longest, lock)
+    rows = table_rows(options)
+    plot(rows, options.output.with_suffix(".png"))
+    publish(report(options, rows), options.output)
 
 
-def ours(
-    options: argparse.Namespace, arguments: Sequence[str], seed: int, output: Path
-) -> tuple[list[Point], dict[str, float]]:
-    """The losses of a run of the real command, and the lines to compare them with."""
-    command = [sys.executable, str(REPOSITORY / "launch/pretrain.py"), *arguments]
+def check_settings(options: argparse.Namespace) -> None:
+    """Raise `UserError` if the folder's curves are of something else; otherwise note there what they are of."""
+    settings = {"data": Corpus.open(options.data_dir).manifest.fingerprint, "cpu": cpu_model()}
+    for name in ("model", "max_seq_length", "eval_sequences", "train_batch_size"):
+        settings[f"--{name}"] = getattr(options, name)
+    path = options.results / "settings.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    kept = read_json(path)
+    if changed := [f"{name} {kept.get(name)!r}, not {value!r}" for name, value in settings.items()
+                   if kept.get(name) != value]:  # fmt: skip
+        raise UserError(f"the curves in {str(path.parent)!r} are of {'; '.join(changed)}: give another --results")
+
+
+@contextmanager
+def only_here(results: Path, contender: str) -> Iterator[int]:
+    """Hold a lock that a second call, or a command that outlived its call, would hold; yields its descriptor."""
+    with (results / f"{contender}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process measures {contender!r} in {str(results)!r}: wait or end it") from error
+        yield file.fileno()
+
+
+def runs_of(options: argparse.Namespace, contender: str) -> list[Run]:
+    """All runs of a contender but the Trainer's longest."""
+    if contender == "trainer":
+        minutes = options.trainer_search_minutes
+        return [Run(contender, rate, options.seeds[0], minutes) for rate in options.trainer_learning_rates]
+    rate = options.adam_learning_rate if contender == "paper" else None
+    return [Run(contender, rate, seed, options.minutes) for seed in options.seeds]
+
+
+def longest_run(options: argparse.Namespace) -> Run | None:
+    """The Trainer's run at its best learning rate, once it is known."""
+    ends = {run: curve.points[-1].loss for run in runs_of(options, "trainer") if (curve := finished(options, run.name))}
+    if len(ends) < len(options.trainer_learning_rates):
+        return None
+    best = min(ends, key=lambda run: ends[run])
+    return Run("trainer", best.rate, best.seed, options.trainer_minutes)
+
+
+def finished(options: argparse.Namespace, name: str) -> Curve | None:
+    path = options.results / f"{name}.json"
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    return Curve([Point(*point) for point in kept["points"]], kept["lines"], kept["commit"])
+
+
+def measure(options: argparse.Namespace, run: Run, lock: int) -> None:
+    """Run what has no curve yet, and keep its curve."""
+    if finished(options, run.name):
+        print(f"{run.name}: finished before", flush=True)
+        return
+    print(f"{run.name}: running", flush=True)
+    if run.contender == "trainer":
+        keep(options, run.name, trainer(options, run, steps_of(options, run, lock), lock), {})
+    else:
+        keep(options, run.name, *ours(options, run, lock))
+
+
+def keep(options: argparse.Namespace, name: str, points: Sequence[Point], lines: dict[str, float]) -> None:
+    write_json(options.results / f"{name}.json", asdict(Curve(list(points), lines, commit())))
+
+
+def ours(options: argparse.Namespace, run: Run, lock: int) -> tuple[list[Point], dict[str, float]]:
+    """The losses of a run of the real command with CPU time as its clock, and the lines to compare them with."""
+    output = options.results / run.name
+    command = [sys.executable, "-c", IN_CPU_TIME, str(REPOSITORY / "launch/pretrain.py")]
+    if run.contender == "fast":
+        command += ["--recipe", "fast"]
+    else:
+        command += ["--deepspeed_config", str(REPOSITORY / "ds_configs/zero1.json"), "--packing", PACKING]
+        command += ["--train_batch_size", str(options.train_batch_size), "--learning_rate", str(run.rate)]
     for name in ("data_dir", "model", "max_seq_length", "eval_sequences"):
         command += [f"--{name}", str(getattr(options, name))]
-    command += ["--output_dir", str(output), "--max_minutes", str(options.minutes), "--seed", str(seed)]
-    command += ["--eval_interval", "100", "--save_interval", "1000000", "--loss_plateau", "off"]
-    run(command)
-    rows = [json.loads(row) for row in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    command += ["--output_dir", str(output), "--max_minutes", str(run.minutes), "--seed", str(run.seed)]
+    command += ["--eval_interval", "100", "--save_interval", str(SAVE_INTERVAL), "--loss_plateau", "off"]
+    execute(command, lock)
     points, seconds, tokens = [], 0.0, 0
+    rows, _ = read_metrics(output / METRICS_NAME)
     for row in rows:
         if "eval_loss" in row:
             points.append(Point(seconds, tokens, row["eval_loss"]))
         else:
             seconds, tokens = seconds + row["step_seconds"], row["consumed_tokens"]
-    return points, {name: rows[0][name] for name in ("unigram_loss", "neighbour_loss")}
+    return points, {name: rows[0][name] for name in LINES}
 
 
-def trainer(options: argparse.Namespace, rate: float, steps: int, seed: int) -> list[Point]:
+def steps_of(options: argparse.Namespace, run: Run, lock: int) -> int:
+    """The steps of the Trainer that take the run's minutes, by the speed of a trial, which is kept as a curve too."""
+    name = "trainer-trial"
+    if not finished(options, name):
+        keep(options, name, trainer(options, run, TRIAL_STEPS, lock), {})
+    trial = finished(options, name)
+    assert trial is not None
+    return max(1, int(60 * run.minutes / trial.points[-1].seconds * TRIAL_STEPS))
+
+
+def trainer(options: argparse.Namespace, run: Run, steps: int, lock: int) -> list[Point]:
     """The losses of a run of transformers' Trainer."""
+    assert run.rate is not None
     case = Case(
         data_dir=str(options.data_dir),
         model=options.model,
@@ -114,62 +220,35 @@ def trainer(options: argparse.Namespace, rate: float, steps: int, seed: int) -> 
         packing=PACKING,
         eval_sequences=options.eval_sequences,
         train_batch_size=options.train_batch_size,
-        learning_rate=rate,
+        learning_rate=run.rate,
         max_steps=steps,
         evaluations=EVALUATIONS,
-        seed=seed,
+        seed=run.seed,
     )
-    printed = run([sys.executable, "-m", "benchmarks.run_mlm", json.dumps(asdict(case))])
+    printed = execute([sys.executable, "-m", "benchmarks.run_mlm", json.dumps(asdict(case))], lock)
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith('{"seconds"')]
     return [Point(**row) for row in rows]
 
 
-def run(command: Sequence[str]) -> str:
+def execute(command: Sequence[str], lock: int) -> str:
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=False, pass_fds=[lock]
+    )  # fmt: skip
     if done.returncode:
-        sys.exit(f"exit code {done.returncode}: {' '.join(command)}")
+        raise UserError(f"exit code {done.returncode}: {' '.join(command)}")
     return done.stdout
 
 
-def report(options: argparse.Namespace, curves: dict[str, list[list[Point]]], lines: dict[str, float]) -> list[str]:
-    ends = {name: [curve[-1] for curve in runs] for name, runs in curves.items()}
-    longest = next(curve for name, (curve, *_) in curves.items() if name.endswith("longer"))
-    table = ["| | seconds | million tokens | held-out loss, by seed | |", "|---|---|---|---|---|"]
-    for name, points in ends.items():
-        losses = ", ".join(f"{point.loss:.3f}" for point in points)
-        worst = max(point.loss for point in points)
-        reached = next((point.seconds for point in longest if point.loss <= worst), math.inf)
-        about = "" if name.startswith("Trainer") else f"the Trainer needs {reached:,.0f} s for the worst of these"
-        if math.isinf(reached) and about:
-            about = f"the Trainer has {longest[-1].loss:.3f} after {longest[-1].seconds:,.0f} s"
-        table.append(f"| {name} | {points[0].seconds:,.0f} | {points[0].tokens / 1e6:.1f} | {losses} | {about} |")
-    vocabulary = json.loads((options.data_dir / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]
-    return [
-        "# Held-out loss over time",
-        "",
-        f"{cpu_model()}, {os.environ['OMP_NUM_THREADS']} thread. {versions('torch', 'deepspeed', 'transformers')}",
-        "",
-        f"{options.model} on {options.data_dir.name}, {vocabulary:,} ids, {options.max_seq_length} tokens. The held-out"
-        f" loss is {lines['unigram_loss']:.3f} from the frequencies of tokens and {lines['neighbour_loss']:.3f} from "
-        "counts of neighbours. Seconds of optimizer steps. All curves are in the picture beside this table.",
-        "",
-        *table,
-    ]
-
-
-def plot(curves: dict[str, list[list[Point]]], lines: dict[str, float], output: Path) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes: Any = figure.add_subplot(xlabel="seconds of optimizer steps", ylabel="held-out loss, nats per masked token")
-    for number, (name, runs) in enumerate(curves.items()):
-        for index, curve in enumerate(runs):
-            label = {} if index else {"label": name.replace("`", "")}
-            axes.plot([p.seconds for p in curve], [p.loss for p in curve], f"C{number}", **label)
-    for name, loss in lines.items():
-        axes.axhline(loss, color="gray", linestyle="--", linewidth=1)
-        axes.annotate(name.replace("_loss", " line"), (0, loss), color="gray")
-    axes.legend()
-    figure.savefig(output, dpi=150)
+def table_rows(options: argparse.Namespace) -> dict[str, list[Curve | None]]:
+    """The curves of each row of the table, None for those that are missing."""
+    rows = {CONTENDERS[name]: [finished(options, run.name) for run in runs_of(options, name)]
+            for name in ("fast", "paper")}  # fmt: skip
+    for run in runs_of(options, "trainer"):
+        rows[f"{CONTENDERS['trainer']} at {run.rate:g}"] = [finished(options, run.name)]
+    longest = longest_run(options)
+    rows["the Trainer at the best of these, longest"] = [finished(options, longest.name) if longest else None]
+    return rows
 
 
 if __name__ == "__main__":
