@@ -2,11 +2,13 @@
 processes with exit codes, signals and output of their own.
 """
 
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import runpy
 import sys
 import tempfile
+import time
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -51,3 +53,31 @@ def start(script: Path, *arguments: str | Path, cwd: Path, environment: dict[str
     process = _prepared().Process(target=_be, args=(words, cwd, environment, log))
     process.start()
     return process, log
+
+
+def run_ranks(
+    processes: int, script: Path, *arguments: str | Path, cwd: Path, environment: dict[str, str], seconds: float
+) -> None:
+    """Run a Python script as the ranks of one run, as the `deepspeed` launcher does; the first that fails ends all."""
+    size = {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")}
+    # Rank 0 finds a free port for all, as LOCAL_SIZE says that they are on one host.
+    together = {**environment, **size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    ranks = {}
+    try:
+        for rank in map(str, range(processes)):
+            variables = {**together, "RANK": rank, "LOCAL_RANK": rank}
+            process, log = start(script, *arguments, cwd=cwd, environment=variables)
+            ranks[process.sentinel] = process, log
+        deadline, running = time.monotonic() + seconds, set(ranks)
+        while running:
+            ended = multiprocessing.connection.wait(running, deadline - time.monotonic())
+            assert ended, f"the processes did not end in {seconds} s"
+            for sentinel in ended:
+                process, log = ranks[sentinel]
+                process.join()
+                assert process.exitcode == 0, log.read_text(encoding="utf-8")[-6000:]
+                running.remove(sentinel)
+    finally:
+        for process, _ in ranks.values():
+            process.kill()
+            process.join()

@@ -1,5 +1,7 @@
 """What the commands of `launch/` import in their course: `forked.py` starts them from a process that has done so."""
 
+import gc
+
 import transformers.models.roberta.modeling_roberta
 import transformers.trainer  # noqa: F401
 
@@ -8,3 +10,5 @@ import ds_roberta.finetuning.predict
 import ds_roberta.training.export
 import ds_roberta.training.initial_model
 import ds_roberta.training.run  # noqa: F401
+
+gc.freeze()  # DeepSpeed collects garbage often, half a second each time if it looks at all that is imported

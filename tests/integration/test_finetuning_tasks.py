@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from commands import REPOSITORY, launch, run
+from commands import REPOSITORY, environment, launch
+from forked import run_ranks
 from safetensors.torch import load_file
 from seqeval.metrics import accuracy_score, f1_score
 from sklearn.metrics import accuracy_score as share_of_equal
@@ -113,8 +114,8 @@ def test_zero_3_on_two_processes_trains_what_one_process_does(roberta_folder, tm
     settings = ("--model", model, "--task", "classification", "--data", tmp_path, "--num_train_epochs", "3")
     settings += ("--learning_rate", "1e-3", "--train_batch_size", "8")
     launch(FINETUNE, *settings, "--output_dir", "one", cwd=tmp_path)
-    zero_3 = ("--deepspeed_config", "zero3.json", "--output_dir", "two")
-    run("deepspeed", "--num_accelerators", "2", FINETUNE, *settings, *zero_3, cwd=tmp_path)
+    command = (FINETUNE, *settings, "--deepspeed_config", "zero3.json", "--output_dir", "two")
+    run_ranks(2, *command, cwd=tmp_path, environment=environment(tmp_path), seconds=280)
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     losses = [[epoch["loss"] for epoch in found["settings"][0]["runs"][0]["epochs"]] for found in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,44 +1,48 @@
 """A start that cannot become one run ends on all ranks with one line: real processes, as if on different hosts."""
 
 import shutil
-import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import gethostname, socket
 
+import forked
 import pytest
 from commands import CONFIG, PRETRAIN, REPOSITORY, environment, run
 
 from benchmarks.environment import python_path
 
 SECONDS = 60  # for two processes to import, meet, disagree and end on busy cores; none may wait for the other's limit
+PRETRAINING = (PRETRAIN, "--deepspeed_config", CONFIG, "--output_dir", "runs/no")
 
 
-def start(cwd: Path, rank: int, port: int, *arguments: str, program: Path = REPOSITORY) -> subprocess.Popen:
-    place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.Popen(
-        [sys.executable, str(PRETRAIN), "--deepspeed_config", str(CONFIG), "--output_dir", "runs/no", *arguments],
-        cwd=cwd,
-        env={**environment(cwd), **place, "MASTER_PORT": str(port), "PYTHONPATH": python_path(program)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def place(rank: int, port: int) -> dict[str, str]:
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", **addresses}
 
 
-def error_lines(*processes: subprocess.Popen) -> list[str]:
+def start(cwd: Path, rank: int, port: int, *arguments: str) -> tuple[BaseProcess, Path]:
+    variables = {**environment(cwd), **place(rank, port)}
+    return forked.start(*PRETRAINING, *arguments, cwd=cwd, environment=variables)
+
+
+def error_lines(*ranks: tuple[BaseProcess, Path]) -> list[str]:
     lines = []
     try:
-        for process in processes:
-            _, printed = process.communicate(timeout=SECONDS)
-            assert process.returncode == 2, printed
-            assert "Traceback" not in printed
-            lines += [line for line in printed.splitlines() if line.startswith("error: ")]
+        for process, log in ranks:
+            process.join(SECONDS)
+            lines += errors_in(log.read_text(encoding="utf-8"))
+            assert process.exitcode == 2, lines
     finally:
-        for process in processes:
+        for process, _ in ranks:
             process.kill()
-            process.wait()
+            process.join()
     return lines
+
+
+def errors_in(printed: str) -> list[str]:
+    assert "Traceback" not in printed
+    return [line for line in printed.splitlines() if line.startswith("error: ")]
 
 
 def free_port() -> int:
@@ -70,21 +74,32 @@ def others(workspace) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "program", "words"),
+    ("arguments", "words"),
     [
-        (("--seed", "5"), "", "has --seed '5', rank 0 on HOST has '0'"),
-        (("--data_dir", "others/data"), "", "has --data_dir 'of data "),
-        (("--data_dir", "nowhere"), "", "on HOST: "),
-        ((), "others", "has ds_roberta '0.1.0 of source "),
+        (("--seed", "5"), "has --seed '5', rank 0 on HOST has '0'"),
+        (("--data_dir", "others/data"), "has --data_dir 'of data "),
+        (("--data_dir", "nowhere"), "on HOST: "),
     ],
 )
-def test_ranks_that_are_not_alike_all_end_and_name_the_host(workspace, others, arguments, program, words):
+def test_ranks_that_are_not_alike_all_end_and_name_the_host(workspace, others, arguments, words):
     port = free_port()
-    program = workspace / program if program else REPOSITORY
-    ranks = start(workspace, 0, port), start(workspace, 1, port, *arguments, program=program)
-    first, second = error_lines(*ranks)
+    first, second = error_lines(start(workspace, 0, port), start(workspace, 1, port, *arguments))
     assert first == second
     assert words.replace("HOST", gethostname()) in first
+    assert not (workspace / "runs/no").exists()
+
+
+def test_a_rank_with_another_program_is_named(workspace, others):
+    port = free_port()
+    waiting = start(workspace, 0, port)
+    variables = {**place(1, port), "PYTHONPATH": python_path(others)}
+    command = ("env", *(f"{name}={value}" for name, value in variables.items()), sys.executable, *PRETRAINING)
+    try:
+        second = errors_in(run(*command, cwd=workspace, code=2))
+    finally:
+        first = error_lines(waiting)
+    assert first == second
+    assert "has ds_roberta '0.1.0 of source " in first[0]
     assert not (workspace / "runs/no").exists()
 
 
@@ -98,13 +113,6 @@ def test_a_host_that_does_not_come_ends_the_start_at_its_limit(workspace):
 
 def test_tasks_that_would_each_train_alone_are_refused(workspace):
     tasks = {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    result = subprocess.run(
-        [sys.executable, PRETRAIN, "--deepspeed_config", CONFIG],
-        cwd=workspace,
-        env={**environment(workspace), **tasks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert result.returncode == 2
-    assert "srun started 2 tasks, but this run has 1 processes: they would be separate runs" in result.stderr
+    variables = {**environment(workspace), **tasks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    (error,) = error_lines(forked.start(*PRETRAINING, cwd=workspace, environment=variables))
+    assert "srun started 2 tasks, but this run has 1 processes: they would be separate runs" in error
