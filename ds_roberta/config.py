@@ -212,7 +212,7 @@ class ScheduleConfig(Settings):
 
     max_steps: int = option("optimizer steps of the run (default: depends on the model's size)", check=require_positive)
     warmup_steps: int = option(
-        "steps of linear warm-up, or a percent of the run such as 6%% (default: 6%%, base 4.8%%)", type=str
+        "steps of linear warm-up, or a percentage of the run such as 6%% (default: 6%%, base 4.8%%)", type=str
     )
     lr_scheduler_type: str = option(
         "shape of the learning rate after the warm-up", "linear", choices=LR_SCHEDULER_TYPES
@@ -226,7 +226,7 @@ class ScheduleConfig(Settings):
         check=must_be("from 0 to 1", lambda ratio: 0 <= ratio <= 1),
     )
     decay_steps: int | None = option(
-        "number of final steps, or percent of the run, in which warmup_stable_decay decays (default: 10%%)",
+        "number of final steps, or percentage of the run, in which warmup_stable_decay decays (default: 10%%)",
         None,
         type=str,
     )
@@ -291,7 +291,7 @@ class GuardConfig(Settings):
         check=require_positive_number,
     )
     loss_plateau: str = option(
-        "what to do if a masked LM's held-out loss stands still after 30%% of the run",
+        "what to do if a masked LM's held-out loss stalls after 30%% of the run",
         "warn",
         choices=LOSS_PLATEAU_POLICIES,
     )

@@ -28,10 +28,10 @@ from ds_roberta.data.shards import TRAIN_SPLIT, Corpus, Split, TokenizerInfo
 UNIGRAM_LOSS, NEIGHBOUR_LOSS = "unigram_loss", "neighbour_loss"
 """The names of the two losses, everywhere."""
 SAMPLE_TOKENS = 1 << 22
-"""Tokens of the training split that are counted at most."""
+"""The most tokens of the training split that are counted."""
 _PIECE_TOKENS = 1 << 13
 _TUNING_EVERY = 40
-"""One piece of the sample in so many finds the weights."""
+"""One piece of the sample in this many is used to find the weights."""
 _ITERATIONS = 20
 _BUCKETS = 16
 _UNKNOWN = -1
@@ -158,7 +158,7 @@ class CountModel:
         return np.stack(components, axis=1), cells
 
     def _tune(self, text: Predicted) -> np.ndarray:
-        """The weights of the components in each cell, (C, K) float64, by which `text` is most probable.
+        """The weights of the components in each cell, (C, K) float64, under which `text` is most probable.
 
         Each token is predicted with and without its neighbours, since masks hide some. A component weighs as if it had
         predicted one more token, so that a cell without tokens has weights, and none is 0; but where its context was

@@ -237,7 +237,7 @@ def _fingerprint(run: Run) -> str:
 
 
 def _kept_steps(folder: Path, budget: Mapping[str, float], settings: str) -> int | None:
-    """The steps in the folder's plan; None without one, or with one that a run of other settings never began."""
+    """The steps in the folder's plan; None without one, or with another run's that never began."""
     path = folder / PLAN_NAME
     if not path.exists():
         return None

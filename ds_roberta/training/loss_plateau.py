@@ -11,7 +11,7 @@ from ds_roberta.errors import UserError
 BELOW_UNIGRAM = 0.15
 """Nats by which a model that learns is soon below the unigram line."""
 LEAST_FALL = 0.05
-"""Nats by which a loss above the neighbour line falls in a tenth of a run, unless it stands still."""
+"""Nats by which a loss above the neighbour line falls in a tenth of a run, unless it stalls."""
 REMEDY = (
     "; try --recipe fast, which has shorter sequences first, Muon and more masks, or another learning rate, a longer "
     "warm-up or another batch size: see docs/pretraining.md, 'When the loss does not fall' (--loss_plateau)"
@@ -22,7 +22,7 @@ Evaluation = Sequence[float]
 
 
 class LossPlateau(UserError):
-    """The held-out loss stands still, and the run shall end; its state is good."""
+    """The held-out loss stalls, and the run is to end; its state is good."""
 
 
 class Plateau(NamedTuple):

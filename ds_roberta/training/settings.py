@@ -133,8 +133,8 @@ class RunConfig(Settings):
         "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()), "mlm", choices=SUMMARIES
     )
     recipe: str | None = option(
-        "the JSON and the defaults of other options; fast: for small budgets; paper: as Liu et al. 2019, which are the "
-        "defaults with --deepspeed_config too",
+        "the JSON and the defaults of other options; fast: for small budgets; paper: those of Liu et al. 2019, which "
+        "also apply with --deepspeed_config alone",
         None,
         choices=RECIPES,
     )

@@ -303,7 +303,7 @@ class Trainer:
 
         Raises:
             LossSpike: the loss is not finite: the model is useless, whatever the training loss says.
-            LossPlateau: it stands still, and the run shall stop then.
+            LossPlateau: it stalls, and the run is to stop when it does.
         """
         if self._held_out is None:
             return True
@@ -339,7 +339,7 @@ class Trainer:
             return
         reported, state.plateau = state.plateau, plateau.kind
         if self.config.guard.loss_plateau == "stop":
-            raise LossPlateau(f"{plateau.problem}; the step is saved, --loss_plateau warn continues{REMEDY}")
+            raise LossPlateau(f"{plateau.problem}; the step is saved: --loss_plateau warn continues{REMEDY}")
         if plateau.kind != reported:
             self._progress.say(f"{plateau.problem}{REMEDY}")
 
