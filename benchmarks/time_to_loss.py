@@ -44,7 +44,7 @@ TRIAL_STEPS = 20
 SAVE_INTERVAL = 100
 CONTENDERS = {
     "fast": "ours, `--recipe fast`",
-    "paper": "ours, the paper's recipe",
+    "paper": "ours, AdamW with the paper's masks and dropout",
     "trainer": "the Trainer",
 }
 LINES = ("unigram_loss", "neighbour_loss")

@@ -47,7 +47,7 @@ def main() -> None:
         f"  (loss {before['eval_loss']:.2f} -> {after['eval_loss']:.2f} nats)"
     )
     print(
-        f"what it learned      its loss is {before['unigram_loss'] - after['eval_loss']:.2f} nats below that of word "
+        f"what it learned      its loss is {before['unigram_loss'] - after['eval_loss']:.2f} nats below that of token "
         f"frequencies ({before['unigram_loss']:.2f}); counts of neighbouring words reach {before['neighbour_loss']:.2f}"
     )
     fill_masks()

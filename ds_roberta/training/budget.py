@@ -173,7 +173,7 @@ def _steps_within_minutes(
     fixed = _FIXED_SECONDS + parameters * _FIXED_SECONDS_PER_PARAMETER + time.perf_counter() - run.began
     left = 60 * minutes - ranks.broadcast(fixed)
     least = max(per_step.values()) + evaluations(1, config.intervals.eval_interval) * per_evaluation
-    measured = ", ".join(f"{each:.3g} s a step of {length} tokens" for (length, _), each in per_step.items())
+    measured = ", ".join(f"{each:.3g} s a step at {length} tokens" for (length, _), each in per_step.items())
     measured += f", {per_evaluation:.3g} s an evaluation" if held_out else ""
     if left < least:
         raise UserError(
