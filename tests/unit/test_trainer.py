@@ -376,7 +376,9 @@ def test_a_plateau_ends_a_run_after_its_step_is_saved_each_time_until_told_other
     options = {"held_out": STILL, "eval_interval": 6}
     for _ in range(2):
         trainer = make("off", plateau="stop", **options)
-        with pytest.raises(UserError, match=r"^step 36: .* is not 0.15 below 7.0000.*saved.*try a new run with --recipe fast"):
+        with pytest.raises(
+            UserError, match=r"^step 36: .* is not 0.15 below 7.0000.*saved.*a new run with --recipe fast"
+        ):
             trainer.train()
         assert checkpoint.saved_steps(trainer.config.output_dir / checkpoint.CHECKPOINTS_FOLDER)[0] == 36
         assert trainer.state.global_step == 36
