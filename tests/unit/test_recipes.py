@@ -29,7 +29,7 @@ def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
     assert config.as_json()["recipe"] == "fast"
     assert (config.model.hidden_dropout_prob, config.model.attention_probs_dropout_prob) == (0.0, 0.0)
     assert (config.packing.format, config.masking.final_probability) == ("contiguous", 0.15)
-    assert [(stage.first_step, stage.max_seq_length) for stage in config.stages] == [(0, 32), (90, 128)]
+    assert [(stage.first_step, stage.max_seq_length) for stage in config.stages] == [(0, 32), (75, 128)]
     assert (config.schedule.warmup_steps, config.schedule.decay_steps) == (6, 20)
 
 
