@@ -1,0 +1,121 @@
+"""The encoder compiled by torch.compile: how often, and that it changes nothing but rounding."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from ds_roberta.config import ModelConfig
+from ds_roberta.data.loader import MicroBatch
+from ds_roberta.model import encoder, kernels
+from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.training.compilation import compile_layers, compiled_graphs
+
+pytestmark = [
+    # torch.compile looks at `.grad` of all inputs, and its own filter of this warning does not stand up to "error".
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0"),
+]
+CASES = [*((32, padded, training) for padded in (False, True) for training in (True, False)), (48, False, True)]
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8), torch._inductor.config.patch(deterministic=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def gpu_kernels(monkeypatch):
+    """The operations that a GPU is given, on the CPU."""
+    monkeypatch.setattr(encoder, "attention", lambda *arguments: F.scaled_dot_product_attention(*arguments))
+    monkeypatch.setattr(kernels.Dropout, "forward", lambda self, values: F.dropout(values, self.p, self.training))
+
+
+def make_models(backend, dropout_prob, dtype):
+    """The same model twice, plain and compiled, whose gradients are summed in fp32."""
+    config = ModelConfig(100, 2, 32, 2, 66, hidden_dropout_prob=dropout_prob, attention_probs_dropout_prob=dropout_prob)
+    torch.manual_seed(0)
+    plain = MaskedLM(config).to(dtype)
+    compiled = copy.deepcopy(plain)
+    for parameter in (*plain.parameters(), *compiled.parameters()):
+        parameter.grad_dtype = torch.float32
+    names = list(compiled.state_dict())
+    compile_layers(compiled.roberta.encoder, backend)
+    assert list(compiled.state_dict()) == names
+    return plain, compiled
+
+
+def take(model, length, padded, training, masked, seed=5):
+    """A micro-step, whose gradient is added to those before, or an evaluation; the loss."""
+    torch.manual_seed(seed)
+    input_ids = torch.randint(4, 99, (4, length))
+    mask = torch.ones(4, length, dtype=torch.bool) if padded else None
+    if padded:
+        mask[1, length // 2 :] = False
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        loss = model(MicroBatch(input_ids, mask, torch.arange(masked), torch.randint(4, 99, (masked,)), 0, 0))["loss"]
+    if training:
+        (loss / max(masked, 1)).backward()
+    return loss.detach()
+
+
+def assert_same_gradients(compiled, plain, tolerance):
+    largest = max(parameter.grad.abs().max().item() for parameter in plain.parameters())
+    for mine, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+        assert mine.grad.dtype == torch.float32
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=tolerance * largest)
+
+
+def test_all_layers_share_a_graph_for_each_shape_and_none_is_made_again(gpu_kernels):
+    backend = CompileCounterWithBackend("aot_eager")
+    plain, compiled = make_models(backend, 0.0, torch.float32)
+    for rounds in range(2):
+        for number, case in enumerate(CASES):
+            for masked in (5, 9, 0):
+                torch.testing.assert_close(take(compiled, *case, masked), take(plain, *case, masked))
+            assert backend.frame_count == (len(CASES) if rounds else number + 1), case
+    assert not counters["graph_break"]
+    assert_same_gradients(compiled, plain, 1e-5)
+
+
+def test_on_a_cpu_dropout_draws_what_it_draws_without_compilation():
+    backend = CompileCounterWithBackend("eager")
+    plain, compiled = make_models(backend, 0.1, torch.bfloat16)
+    counts = []
+    for seed in range(2):
+        for case in (CASES[0], CASES[3], CASES[4]):
+            assert take(compiled, *case, 7 + seed, seed) == take(plain, *case, 7 + seed, seed)
+        counts.append(backend.frame_count)
+    assert counts[0] == counts[1] > 0
+    assert_same_gradients(compiled, plain, 1e-6)
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_layers_that_torch_leaves_uncompiled_are_reported(gpu_kernels, monkeypatch, caplog, disabled):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", disabled)
+    plain, compiled = make_models("eager", 0.0, torch.float32)
+    case = (32, True, True)
+    assert take(compiled, *case, 5) == take(plain, *case, 5)
+    assert compiled_graphs() == (disabled == "0")
+    assert ("the layers run uncompiled" in caplog.text) == (disabled == "1")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_inductor_computes_the_same(gpu_kernels):
+    plain, compiled = make_models("inductor", 0.0, torch.float32)
+    case = (32, True, True)
+    quick = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1, "compile_threads": 1}  # g++ without optimization
+    with torch._inductor.config.patch(quick):
+        torch.testing.assert_close(take(compiled, *case, 5), take(plain, *case, 5))
+    assert_same_gradients(compiled, plain, 1e-5)
