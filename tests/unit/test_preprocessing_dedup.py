@@ -83,10 +83,11 @@ def test_the_first_of_similar_documents_stays(tokenizer_folder, tmp_path):
 def test_workers_and_the_division_of_the_merge_decide_nothing(tokenizer_folder, tmp_path, kind, monkeypatch):
     if kind == "near":
         pytest.importorskip("rensa", reason="near copies are found with the library rensa")
-    files = write(tmp_path, TEXTS, [*NEAR, *FAR], [*TEXTS[::2], *NEAR[::3]])
-    prepare(tmp_path, files, tokenizer_folder, kind, workers=1)
+    files = write(tmp_path, TEXTS[:20], [*NEAR[:8], *FAR[:2]], [*TEXTS[:12:2], *NEAR[:8:3]])
+    rejected = prepare(tmp_path, files, tokenizer_folder, kind, workers=1)[1]
+    assert [sum(counts.values()) for counts in rejected] == ([0, 8, 9] if kind == "near" else [0, 0, 9])
     prepare(tmp_path, files, tokenizer_folder, kind, workers=2, name="two")
-    monkeypatch.setattr(dedup, "RANGE_ROWS", 30)
+    monkeypatch.setattr(dedup, "RANGE_ROWS", 15)
     prepare(tmp_path, files, tokenizer_folder, kind, workers=1, name="divided")
     assert folder_hash(tmp_path / "two") == folder_hash(tmp_path / "out") == folder_hash(tmp_path / "divided")
 

@@ -143,10 +143,10 @@ def test_merges_over_a_line_end_are_never_used(folder, tmp_path):
 
 
 def test_both_backends_agree_on_every_assigned_character(gigatoken, reference):
-    # Every character of the small planes' scripts; of the thousands of Han and Hangul that are all letters, some.
-    points = [p for p in range(0x80, 0x20000) if not 0x3400 <= p < 0xD800 or p % 64 == 0]
+    # Every character of the small planes' scripts; of the thousands of Han, Hangul and Tangut, all letters, some.
+    points = [p for p in range(0x80, 0x20000) if not (0x3400 <= p < 0xD800 or 0x17000 <= p < 0x18D00) or p % 64 == 0]
     characters = [c for c in map(chr, points) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
-    assert len(characters) > 30_000
+    assert len(characters) > 29_000
     documents = [f"{c}'s 1{c}a{c}  {c}.".encode() for c in characters]
     assert equal(gigatoken.encode(documents), reference.encode(documents))
 
@@ -167,7 +167,7 @@ def test_the_reference_gives_the_ids_of_whole_lines(folder, info, monkeypatch):
     monkeypatch.setattr(encoders, "_KNOWN_CHARACTERS", 5)
     monkeypatch.setattr(encoders, "_CALL_CHARACTERS", 100)
     encoder = make_encoder(HUGGINGFACE, folder, info)[0]
-    for seed in range(10):
+    for seed in range(4):
         lines = [line for text in random_documents(100, seed) for line in text.decode().split("\n")]
         lines += [" " + line for line in lines[:50]]
         ids, counts = encoder.encode_lines(lines)

@@ -54,9 +54,9 @@ def run(*command):
 
 @pytest.mark.parametrize("dedup", ["none", "exact"])
 def test_the_bytes_do_not_depend_on_the_workers(files, tokenizer_folder, tmp_path, dedup):
-    for workers in (1, 3):
+    for workers in (1, 2):
         prepare_corpus(files, tokenizer_folder, tmp_path / f"{workers}", options(unit_bytes=2000, dedup=dedup), workers)
-    assert folder_hash(tmp_path / "1") == folder_hash(tmp_path / "3")
+    assert folder_hash(tmp_path / "1") == folder_hash(tmp_path / "2")
 
 
 @pytest.mark.parametrize("dedup", ["none", "exact"])
