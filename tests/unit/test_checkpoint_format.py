@@ -238,7 +238,7 @@ def test_the_newest_of_a_run_is_found_from_its_folder(tmp_path, save):
 
 
 def test_a_checkpoint_exports_by_itself(tmp_path, tokenizer_folder, solo_ranks):
-    config = model_config("tiny", 400, 64)
+    config = model_config("nano", 400, 64)
     engine = FakeEngine(solo_ranks, module=MaskedLM(config))
     identity = {"model": vars(config), "packing": {"max_seq_length": 64}}
     folder = tmp_path / "run" / checkpoint.CHECKPOINTS_FOLDER

@@ -1,12 +1,13 @@
+import atexit
 import errno
 import logging
-import subprocess
+import multiprocessing
 import sys
 
 import pytest
 import torch.distributed as dist
 
-from ds_roberta.distributed import Ranks, set_up_logging
+from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
 
 
@@ -96,13 +97,15 @@ def test_others_are_heard_from_warnings_on():
         ours.setLevel(before[2])
 
 
-def test_leaving_runs_exit_handlers_flushes_and_keeps_the_code():
-    script = """
-import atexit
-from ds_roberta.distributed import leave
-atexit.register(print, "handler")
-print("last words")
-leave(85)
-"""
-    result = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stdout) == (85, "last words\nhandler\n")
+def test_leaving_runs_exit_handlers_flushes_and_keeps_the_code(tmp_path):
+    def body():
+        with open(tmp_path / "output", "w") as sys.stdout:
+            atexit._clear()  # pytest's own
+            atexit.register(print, "handler")
+            print("last words")
+            leave(85)
+
+    child = multiprocessing.get_context("fork").Process(target=body)
+    child.start()
+    child.join()
+    assert (child.exitcode, (tmp_path / "output").read_text()) == (85, "last words\nhandler\n")

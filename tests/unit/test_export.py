@@ -17,7 +17,7 @@ LENGTH = 48
 
 @pytest.fixture(scope="module")
 def config():
-    return model_config("tiny", 400, LENGTH)
+    return model_config("nano", 400, LENGTH)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def missing(weights):
 
 
 def superfluous(weights):
-    weights["roberta.pooler.dense.weight"] = torch.zeros(256, 256)
+    weights["roberta.pooler.dense.weight"] = torch.zeros(128, 128)
 
 
 def another_shape(weights):
@@ -139,7 +139,7 @@ def broken_conversion(monkeypatch):
     def convert_badly(*arguments):
         model = convert(*arguments)
         with torch.no_grad():
-            model.roberta.encoder.layer[2].attention.self.value.bias.add_(0.05)
+            model.roberta.encoder.layer[1].attention.self.value.bias.add_(0.05)
         return model
 
     monkeypatch.setattr(export_module, "to_transformers", convert_badly)

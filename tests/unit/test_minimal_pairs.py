@@ -23,7 +23,7 @@ TEXTS = ["kato miren sulpa.", "to", "kato miren", "shenli vor du, pakami renvor!
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, tokenizer_folder):
     torch.manual_seed(0)
-    config = model_config("tiny", 400, LENGTH)
+    config = model_config("nano", 400, LENGTH)
     weights = {name: parameter.detach() * 2 for name, parameter in MaskedLM(config).named_parameters()}
     output = tmp_path_factory.mktemp("exported") / "model"
     export(config, weights, tokenizer_folder, LENGTH, output, "card")
@@ -211,7 +211,7 @@ def of_another_kind(folder):
 
 
 def without_head(folder):
-    config = transformers.RobertaConfig(**hf_config(model_config("tiny", 400, LENGTH)).to_dict())
+    config = transformers.RobertaConfig(**hf_config(model_config("nano", 400, LENGTH)).to_dict())
     transformers.RobertaModel(config).save_pretrained(folder)
 
 

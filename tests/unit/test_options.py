@@ -1,10 +1,8 @@
 """An option is one field: the command line, its checks, config.json and docs/options.md follow from it."""
 
-import json
-import os
+import multiprocessing
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +105,27 @@ def test_the_page_of_options_is_that_of_the_commands():
     assert PAGE.read_text(encoding="utf-8") == page(), "docs/options.md is old: write it by tests/unit/test_options.py"
 
 
+def describe_run(program, connection):
+    """Send the text of `--help`, the tables of options and a section of config.json, as the copied program has them."""
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("ds_roberta", "launch", "preprocessing"):
+            del sys.modules[name]
+    sys.path.insert(0, str(program))
+    from ds_roberta import options as copied
+    from ds_roberta.config import model_config
+    from ds_roberta.data.stages import make_stages
+    from ds_roberta.training.settings import RunConfig
+    from launch.pretrain import make_parser
+
+    parser = make_parser()
+    options = vars(parser.parse_args(["--deepspeed_config", "a.json", "--made_up", "3"]))
+    options |= {"max_seq_length": 64, "max_steps": 9, "warmup_steps": 1, "output_dir": Path("run")}
+    run = RunConfig.from_options(
+        options, model_name="tiny", model=model_config("tiny", 400, 64), stages=make_stages(64, 8), source_weights=None
+    )
+    connection.send((parser.format_help(), copied.options_tables(parser), run.as_json()["masking"]))
+
+
 def test_an_option_is_added_by_one_field_in_one_file(tmp_path):
     """In a copy of the program, the field appears in --help, config.json and the page of options."""
     for folder in ("ds_roberta", "launch", "preprocessing"):
@@ -116,27 +135,12 @@ def test_an_option_is_added_by_one_field_in_one_file(tmp_path):
     source = config.read_text(encoding="utf-8")
     assert source.count(before) == 1
     config.write_text(source.replace(before, f'    made_up: int = option("a made-up thing", 7)\n{before}'))
-    program = """
-import json
-from pathlib import Path
-from launch.pretrain import make_parser
-from ds_roberta.config import model_config
-from ds_roberta.training.settings import RunConfig
-from ds_roberta.data.stages import make_stages
-from ds_roberta.options import options_tables
-
-parser = make_parser()
-options = vars(parser.parse_args(["--deepspeed_config", "a.json", "--made_up", "3"]))
-options |= {"max_seq_length": 64, "max_steps": 9, "warmup_steps": 1, "output_dir": Path("run")}
-run = RunConfig.from_options(
-    options, model_name="tiny", model=model_config("tiny", 400, 64), stages=make_stages(64, 8), source_weights=None
-)
-print(json.dumps([parser.format_help(), options_tables(parser), run.as_json()["masking"]]))
-"""
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-c", program]
-    output = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-    help_text, tables, masking = json.loads(output.splitlines()[-1])
+    receiving, sending = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=describe_run, args=(tmp_path, sending))
+    child.start()
+    sending.close()
+    help_text, tables, masking = receiving.recv()
+    child.join()
     assert "--made_up MADE_UP" in help_text
     assert "| `--made_up` | a made-up thing (default: 7) |  |" in tables
     assert masking["made_up"] == 3

@@ -24,7 +24,7 @@ LENGTH, SEQUENCES = 96, 20
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = MaskedLM(model_config("tiny", 400, LENGTH)).eval()
+    model = MaskedLM(model_config("nano", 400, LENGTH)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)
@@ -35,7 +35,7 @@ def model():
 def exported(tmp_path_factory, model, tokenizer_folder):
     output = tmp_path_factory.mktemp("exported") / "model"
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    export(model_config("tiny", 400, LENGTH), weights, tokenizer_folder, LENGTH, output, "card")
+    export(model_config("nano", 400, LENGTH), weights, tokenizer_folder, LENGTH, output, "card")
     return output
 
 

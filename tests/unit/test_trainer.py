@@ -269,19 +269,20 @@ def test_a_rollback_leaves_out_the_data_since_the_last_checkpoint(make):
     ]
 
 
-@pytest.mark.parametrize("interrupted_at", [1, 26, 46, 47, 48, 60, 75])
-def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(make, interrupted_at):
+def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(make):
     unbroken = make("rollback", name="unbroken")
     assert unbroken.train()
-    with pytest.raises(Interrupted):
-        make("rollback", interrupted_at=interrupted_at).train()
-    resumed = make("rollback")
-    assert resumed.train()
-    assert rows(resumed) == rows(unbroken)
-    assert resumed.state == unbroken.state
-    assert torch.equal(resumed.engine.module.weight, unbroken.engine.module.weight)
-    for step, drawn in resumed.engine.places.items():
-        assert drawn == unbroken.engine.places[step]
+    for interrupted_at in (1, 26, 46, 47, 48, 60, 75):
+        name = f"interrupted at {interrupted_at}"
+        with pytest.raises(Interrupted):
+            make("rollback", name=name, interrupted_at=interrupted_at).train()
+        resumed = make("rollback", name=name)
+        assert resumed.train()
+        assert rows(resumed) == rows(unbroken), name
+        assert resumed.state == unbroken.state, name
+        assert torch.equal(resumed.engine.module.weight, unbroken.engine.module.weight), name
+        for step, drawn in resumed.engine.places.items():
+            assert drawn == unbroken.engine.places[step], name
 
 
 @pytest.mark.parametrize("logged", [30, 60])
@@ -349,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_or_is_rolled_back(make):
     assert np.isfinite([row["loss"] for row in rows(trainer)]).all()
 
 
-@pytest.mark.parametrize(("plateau", "interrupted_at"), [("off", None), ("warn", None), ("warn", 22), ("warn", 45)])
+@pytest.mark.parametrize(("plateau", "interrupted_at"), [("off", None), ("warn", 22), ("warn", 45)])
 def test_each_plateau_is_said_once_and_a_broken_off_run_decides_the_same(make, capsys, plateau, interrupted_at):
     options = {"plateau": plateau, "held_out": STILL, "eval_interval": 6, "save_interval": 10}
     unbroken = make("off", name="unbroken", **options)
