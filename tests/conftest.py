@@ -37,6 +37,11 @@ def pytest_cmdline_main(config):
         options.loadscopereorder = False  # tests/distributed, where a file takes minutes, comes first
 
 
+def pytest_collection_modifyitems(items):
+    """Begins with the tests that mostly wait, for SLURM, so that they do so while others compute."""
+    items.sort(key=lambda item: "slurm" not in item.keywords)
+
+
 def pytest_collection_finish():
     """Spares the garbage collector the modules, which Trainer has it walk through at every start."""
     gc.freeze()
