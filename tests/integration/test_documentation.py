@@ -1,12 +1,14 @@
 """The commands accept what the documents and the quickstart tell people to type, and every link has a target."""
 
+import doctest
 import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, run
+from commands import REPOSITORY, launch
 
 QUICKSTART = runpy.run_path(str(REPOSITORY / "examples/quickstart.py"))["COMMANDS"]
 README = REPOSITORY / "README.md"
@@ -120,8 +122,9 @@ def test_the_readme_is_short_with_its_tree_in_the_first_third():
     assert text.index("\n```\n", text.index("## The house")) <= len(text) / 3
 
 
-def test_the_examples_from_python_run_as_they_stand(tmp_path):
+def test_the_examples_from_python_run_as_they_stand(tmp_path, monkeypatch):
     for folder in ("ds_configs", "examples"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
-    run("env", "DS_ACCELERATOR=cpu", sys.executable, "-m", "doctest", REPOSITORY / "docs/python.md", cwd=tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launch(Path(doctest.__file__), REPOSITORY / "docs/python.md", cwd=tmp_path)
     assert (tmp_path / "notebook/run/hf").is_dir()
