@@ -194,39 +194,44 @@ def test_the_exported_model_fills_masks_and_loads_for_classification(unbroken):
 
 def test_export_hf_writes_the_same_model_from_the_checkpoint(unbroken, workspace):
     command = (REPOSITORY / "launch/export_hf.py", "--checkpoint", "runs/unbroken", "--output", "exported/model")
-    assert "logits equal" in run("python", *command, cwd=workspace)
+    assert "logits equal" in launch(*command, cwd=workspace)
     ours = safetensors.torch.load_file(workspace / "exported/model/model.safetensors")
     for name, value in safetensors.torch.load_file(unbroken / "hf/model.safetensors").items():
         assert torch.equal(ours[name], value)
 
 
-@pytest.mark.parametrize(
-    ("number", "row"),
-    [
-        (signal.SIGKILL, "loss"),
-        (signal.SIGKILL, "eval_loss"),  # between the evaluation and the checkpoint that it is in
-        (signal.SIGTERM, "loss"),
-        (signal.SIGINT, "loss"),
-    ],
-)
-def test_a_run_broken_off_goes_on_as_if_it_were_unbroken(unbroken, workspace, number, row):
-    """Whether its steps are given or follow from a budget of tokens."""
-    output = workspace / f"runs/{number.name}-{row}"
+def has_row(output: Path, step: int, key: str = "loss") -> bool:
+    metrics = output / "metrics.jsonl"
+    return metrics.exists() and f'"global_step": {step}, "{key}"' in metrics.read_text(encoding="utf-8")
+
+
+def test_a_run_killed_twice_goes_on_as_if_it_were_unbroken(unbroken, workspace):
+    """Its steps follow from a budget of tokens."""
+    output = workspace / "runs/killed"
     tokens = final_state(unbroken)["consumed_tokens"]
-    end = ("--max_tokens", str(tokens + tokens // 12)) if number == signal.SIGKILL else ("--max_steps", "6")
-    arguments = (*WITHOUT_STEPS, *end, "--output_dir", output)
-
-    def third_step_has_its_row() -> bool:
-        metrics = output / "metrics.jsonl"
-        written = metrics.exists() and f'"global_step": 3, "{row}"' in metrics.read_text()
-        return written and (number != signal.SIGKILL or (output / "checkpoints/latest").exists())
-
-    code, printed = pretrain_until(workspace, third_step_has_its_row, number, *arguments)
-    if number == signal.SIGKILL:
+    arguments = (*WITHOUT_STEPS, "--max_tokens", str(tokens + tokens // 12), "--output_dir", output)
+    # Between an evaluation and the checkpoint that it is in, then between two checkpoints.
+    for step, key in ((3, "eval_loss"), (5, "loss")):
+        code, _ = pretrain_until(
+            workspace,
+            lambda: has_row(output, step, key) and (output / "checkpoints/latest").exists(),  # noqa: B023
+            signal.SIGKILL,
+            *arguments,
+        )
         assert code == -signal.SIGKILL
-    else:
+    assert "resuming from" in pretrain(workspace, *arguments)
+    assert_same_end(output, unbroken)
+
+
+def test_a_run_stopped_twice_goes_on_as_if_it_were_unbroken(unbroken, workspace):
+    output = workspace / "runs/stopped"
+    arguments = (*SETTINGS, "--output_dir", output)
+    step = 3  # whose evaluation is due
+    for number in (signal.SIGTERM, signal.SIGINT):
+        code, printed = pretrain_until(workspace, lambda: has_row(output, step), number, *arguments)  # noqa: B023
         assert code == 85, printed
         assert "stopped on request" in printed
+        step = rows(output)[-1]["global_step"] + 1
     assert "resuming from" in pretrain(workspace, *arguments)
     assert_same_end(output, unbroken)
 
@@ -235,18 +240,14 @@ def test_minutes_fix_the_steps_once_and_change_nothing_else(unbroken, workspace)
     output = workspace / "runs/minutes"
     arguments = (*WITHOUT_STEPS, "--save_interval", "1000", "--output_dir", output)
 
-    def has_step(number: int) -> bool:
-        metrics = output / "metrics.jsonl"
-        return metrics.exists() and f'"global_step": {number}, "loss"' in metrics.read_text()
-
-    pretrain_until(workspace, lambda: has_step(3), signal.SIGKILL, *arguments, "--max_minutes", "2")
+    pretrain_until(workspace, lambda: has_row(output, 3), signal.SIGKILL, *arguments, "--max_minutes", "2")
     assert not (output / "checkpoints/latest").exists()
     steps = [row["loss"] for row in rows(unbroken) if "loss" in row]  # the rates differ from step 3 on
     assert [row["loss"] for row in rows(output) if "loss" in row][:3] == steps[:3]
     plan = json.loads((output / "plan.json").read_text())
     assert plan["max_steps"] > 6
     (output / "metrics.jsonl").unlink()
-    _, printed = pretrain_until(workspace, lambda: has_step(1), signal.SIGTERM, *arguments, "--max_minutes", "2")
+    _, printed = pretrain_until(workspace, lambda: has_row(output, 1), signal.SIGTERM, *arguments, "--max_minutes", "2")
     assert f"--max_minutes 2: {plan['max_steps']:,} steps, as planned before ({output}/plan.json)" in printed
     assert json.loads((output / "config.json").read_text())["run"]["schedule"]["max_steps"] == plan["max_steps"]
     refused = pretrain(workspace, *arguments, "--max_minutes", "3", code=2)
@@ -309,10 +310,10 @@ def test_bad_input_is_one_line_and_exit_code_2(workspace, unbroken, arguments, w
     assert sorted(workspace.rglob("*")) == before
 
 
-def test_a_misspelt_key_of_the_json_ends_the_launched_run_with_code_2(workspace):
+def test_a_misspelt_key_of_the_json_is_one_line_and_exit_code_2(workspace):
     misspelt = workspace / "misspelt.json"
     misspelt.write_text(CONFIG.read_text().replace("gradient_clipping", "gradient_cliping"))
-    printed = run("deepspeed", PRETRAIN, "--deepspeed_config", misspelt, cwd=workspace, code=2)
+    printed = launch(PRETRAIN, "--deepspeed_config", misspelt, cwd=workspace, code=2)
     assert "did you mean 'gradient_clipping'?" in printed
     assert "Traceback" not in printed
 
