@@ -177,16 +177,3 @@ class RobertaModel(nn.Module):
         """
         mask_B11T = None if attention_mask_BT is None else attention_mask_BT[:, None, None, :]
         return self.encoder(self.embeddings(input_ids_BT), mask_B11T)
-
-
-def initialize_weights(model: nn.Module, initializer_range: float) -> None:
-    """Normal weights of the given standard deviation, zero biases, zero padding embeddings (BERT's initialisation)."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=initializer_range)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=initializer_range)
-            if module.padding_idx is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx].zero_()

@@ -18,7 +18,8 @@ from ds_roberta.config import ModelConfig, PackingConfig
 from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.data.masking import Masker, Substituter
 from ds_roberta.errors import UserError
-from ds_roberta.model.encoder import RobertaModel, initialize_weights
+from ds_roberta.model.encoder import RobertaModel
+from ds_roberta.model.initialization import initialize_weights
 from ds_roberta.model.kernels import linear_cross_entropy
 from ds_roberta.options import require_one_of
 

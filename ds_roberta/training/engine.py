@@ -327,7 +327,7 @@ class Engine:
         """
         self._loss_is_finite = math.isfinite(loss)
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = muon_lr if "momentum" in group else learning_rate
+            group["lr"] = (muon_lr if "momentum" in group else learning_rate) * group.get("lr_ratio", 1.0)
         grad_norm = self._unpartitioned_grad_norm() if self.zero_stage == 0 else None
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.deepspeed.step()

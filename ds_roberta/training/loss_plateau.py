@@ -13,9 +13,9 @@ BELOW_UNIGRAM = 0.15
 LEAST_FALL = 0.05
 """Nats by which a loss above the neighbour line falls in a tenth of a run, unless it stalls."""
 REMEDY = (
-    "; try a new run with --recipe fast, which has shorter sequences first, Muon and more masks, or with another "
-    "learning rate, a longer warm-up or another batch size: see docs/pretraining.md, 'When the loss does not fall' "
-    "(--loss_plateau)"
+    "; try a new run with --recipe fast, whose heads begin by looking at neighbours, with Muon and more masks, or with "
+    "another learning rate, a longer warm-up or another batch size: see docs/pretraining.md, 'When the loss does not "
+    "fall' (--loss_plateau)"
 )
 
 Evaluation = Sequence[float]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_roberta.model.initialization import NEIGHBOURS
+
 _CONFIGS = Path(__file__).parents[2] / "ds_configs"
-_SHORTEST_STAGE = 32
-"""Tokens; shorter sequences have too little to look at."""
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,27 @@ class Recipe:
     Attributes:
         deepspeed_config: the JSON: batch, optimizer, clipping.
         options: values by the options' names.
-        starts_at_quarter_length: trains at a quarter of the maximum length first, as BERT was (Devlin et al. 2019,
-            appendix A.2), but for 75% of the steps, not 90%: the later positions are learned before the rate decays.
         optimizer_params: values of the JSON's `optimizer.params` by the model's width: those of the largest width that
             does not exceed the model's apply.
     """
 
     deepspeed_config: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    starts_at_quarter_length: bool = False
     optimizer_params: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
-    def options_beside(self, given: Mapping[str, Any], max_seq_length: int) -> dict[str, Any]:
+    def options_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The values of options that are not given, and that mean something beside those that are.
 
         Args:
             given: values by all options' names, None for those that are not given.
         """
         values = dict(self.options)
-        if self.starts_at_quarter_length and max_seq_length // 4 >= _SHORTEST_STAGE:
-            values["max_seq_length_schedule"] = f"0:{max_seq_length // 4},75%:{max_seq_length}"
         if given["lr_scheduler_type"] not in (None, values.get("lr_scheduler_type")):
             values.pop("decay_steps", None)
         if given["masking_copies"] is not None:
             values.pop("mlm_probability_end", None)
+        if given["init_from"] is not None:
+            values.pop("initial_attention", None)
         return {name: value for name, value in values.items() if given[name] is None}
 
     def params_for(self, hidden_size: int) -> Mapping[str, float]:
@@ -62,6 +59,7 @@ RECIPES = {
     "fast": Recipe(
         _CONFIGS / "fast.json",
         {
+            "initial_attention": NEIGHBOURS,
             "packing": "contiguous",
             "mlm_probability": 0.4,
             "mlm_probability_end": 0.15,
@@ -71,9 +69,8 @@ RECIPES = {
             "lr_scheduler_type": "warmup_stable_decay",
             "decay_steps": "20%",
         },
-        starts_at_quarter_length=True,
         optimizer_params={
-            128: {"muon_lr": 0.02, "adam_lr": 4e-3},
+            128: {"muon_lr": 0.01, "adam_lr": 2e-3},
             256: {"muon_lr": 0.01, "adam_lr": 2e-3},
             512: {"muon_lr": 0.01, "adam_lr": 1e-3},
             768: {"muon_lr": 0.01, "adam_lr": 6e-4},

@@ -15,7 +15,9 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
+from ds_roberta.model.initialization import NEIGHBOURS, look_at_neighbours
 from ds_roberta.model.objectives import Objective, find_objective
+from ds_roberta.model.weights import POSITION_EMBEDDINGS
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
 from ds_roberta.training.checkpoint_writer import clean_up
@@ -26,7 +28,7 @@ from ds_roberta.training.facts import run_record, shared_facts
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import BatchPlan, Trial, batch_plans, find_micro_batch_size, finding_conditions
 from ds_roberta.training.monitors import Monitors
-from ds_roberta.training.optimizer import without_bias_and_norm
+from ds_roberta.training.optimizer import parameter_groups
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.recipes import RECIPES
 from ds_roberta.training.run_data import RunData, find_lines, log_sources, make_loaders, open_data
@@ -180,7 +182,8 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
     resolved = run.deepspeed.resolved(run.precision, on_gpu())
     if (notice := compilation_notice(resolved)) is not None:
         ranks.log(notice)
-    groups = without_bias_and_norm(model) if config.no_decay_bias_and_norm else None
+    fixed = {model.get_parameter(POSITION_EMBEDDINGS)} if config.initial_attention == NEIGHBOURS else set()
+    groups = parameter_groups(model, config.no_decay_bias_and_norm, fixed)
     engine = Engine(model, resolved, ranks, config.seed, groups)
     micro_batch_sizes = _micro_batch_sizes(run, start, engine)
     peak = device_peak(engine.device, fastest_precision(), ranks)
@@ -193,7 +196,10 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
 
 
 def _make_model(config: RunConfig) -> Objective:
-    return find_objective(config.objective, config.packing)(config.model)
+    model = find_objective(config.objective, config.packing)(config.model)
+    if config.initial_attention == NEIGHBOURS:
+        look_at_neighbours(model.roberta, config.model.initializer_range)
+    return model
 
 
 def _allocate_model(config: RunConfig) -> Objective:

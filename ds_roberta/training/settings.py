@@ -28,6 +28,7 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.model.architecture import CONFIG_NAME, config_path, model_choice, read_architecture, unused_fields
+from ds_roberta.model.initialization import INITIAL_ATTENTION, RANDOM
 from ds_roberta.model.objectives import SUMMARIES, find_objective
 from ds_roberta.options import Settings, must_be, option, options_of, require_positive
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
@@ -126,6 +127,12 @@ class RunConfig(Settings):
     torch_compile: str = option(
         "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
     )
+    initial_attention: str = option(
+        "random: as BERT's; neighbours: with position embeddings that are sinusoids and stay so, the first layer's "
+        "first heads begin by looking at the tokens beside theirs",
+        RANDOM,
+        choices=INITIAL_ATTENTION,
+    )
     no_decay_bias_and_norm: bool = option(
         "exempt biases and LayerNorms from the JSON's weight decay (the paper does not)", False
     )
@@ -145,6 +152,11 @@ class RunConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_objective(self.objective, self.packing)  # raises if they do not fit
+        if self.initial_attention != RANDOM and self.init_from is not None:
+            raise UserError(
+                f"--initial_attention {self.initial_attention} does nothing with --init_from, whose model has learned "
+                "where to look: remove one of them"
+            )
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(
                 f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "
@@ -213,7 +225,7 @@ def run_config(
         chosen = options.model or ("base" if has_gpu else "tiny")
         name, model, defaults = (_of_preset if chosen in PRESETS else _of_config)(chosen, options, corpus)
     if options.recipe is not None:
-        defaults |= RECIPES[options.recipe].options_beside(vars(options), defaults["max_seq_length"])
+        defaults |= RECIPES[options.recipe].options_beside(vars(options))
     values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
     dropout = {name: values[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     for each in ("warmup_steps", "decay_steps"):

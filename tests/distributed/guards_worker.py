@@ -241,18 +241,20 @@ def rare(lab: Lab) -> dict:
 
 
 def weight_decay(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Three steps without decay of biases and LayerNorms, the third again from a checkpoint, against torch's AdamW."""
+    """Three steps with fixed positions and no decay of biases and LayerNorms, the third also resumed, and torch's."""
     differences = {}
     params = {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.5}
     for stage in (0, 1, 2, 3):
         changes = {"optimizer": {"type": "AdamW", "params": params}}
-        engine, loader = make(ranks, corpus, stage, "fp32", 6, decay_all=False, **changes)
+        engine, loader = make(ranks, corpus, stage, "fp32", 6, is_grouped=True, **changes)
         torch.manual_seed(SEED)
         plain = MaskedLM(small_model(corpus, 0.0)).to(engine.device)
-        named = list(plain.named_parameters())
+        positions = plain.roberta.embeddings.position_embeddings.weight
+        named = [(name, parameter) for name, parameter in plain.named_parameters() if parameter is not positions]
         is_left_out = [name.endswith("bias") or "norm" in name.lower() for name, _ in named]
         groups = [{"params": [p for (_, p), out in zip(named, is_left_out, strict=True) if not out]}]
         groups += [{"params": [p for (_, p), out in zip(named, is_left_out, strict=True) if out], "weight_decay": 0.0}]
+        groups += [{"params": [positions], "lr": 0.0}]
         optimizer = torch.optim.AdamW(groups, **{**params, "betas": tuple(params["betas"])})
         for step in range(3):
             micro_batches = loader.micro_batches(step)
@@ -271,7 +273,9 @@ def weight_decay(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         train(engine, loader, 2, 3)
         again = parameters(engine)
         differences[stage] = {
-            "from torch": max(float(abs(p.detach().cpu().numpy() - final[name]).max()) for name, p in named),
+            "from torch": max(
+                float(abs(p.detach().cpu().numpy() - final[name]).max()) for name, p in plain.named_parameters()
+            ),
             "resumed": max(float(abs(again[name] - value).max()) for name, value in final.items()),
         }
     if ranks.is_main:

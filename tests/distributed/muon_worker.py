@@ -10,10 +10,12 @@ from worker import MUON, SEED, make, parameters, save, small_model, train
 from ds_roberta.data.shards import Corpus
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.model.weights import POSITION_EMBEDDINGS
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.muon import Muon, muon_groups
+from ds_roberta.training.optimizer import parameter_groups
 
 CASES = [*((stage, "fp32") for stage in (0, 1, 2, 3)), *((stage, "bf16") for stage in (1, 2, 3)), (2, "fp16")]
 DTYPES = {"": torch.float32, "-rounded": torch.bfloat16}
@@ -28,7 +30,7 @@ def muon(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     path = ranks.broadcast(folder / "muon" / "global_step2")  # two processes write it, at stage 0
     cases = [(*case, "") for case in CASES] + [(stage, "fp32", "-rounded") for stage in (1, 3)]
     for stage, precision, rounded in cases:
-        engine, loader = make(ranks, corpus, stage, precision, 4, optimizer=MUON)
+        engine, loader = make(ranks, corpus, stage, precision, 4, is_grouped=True, optimizer=MUON)
         engine.optimizer._dtype = DTYPES[rounded]  # as on any device
         rows = train(engine, loader, 0, 2)
         if not ranks.broadcast(path.exists()):
@@ -54,7 +56,9 @@ def plain(ranks: Ranks, corpus: Corpus, engine) -> dict:
         _, loader = make(ranks, corpus, 0, "fp32", 4, optimizer=MUON)
         torch.manual_seed(SEED)
         model = MaskedLM(small_model(corpus, 0.0)).to(engine.device)
-        groups = muon_groups(model, None, MUON["params"])
+        positions = model.get_parameter(POSITION_EMBEDDINGS)
+        at_first = positions.detach().clone()
+        groups = muon_groups(model, parameter_groups(model, True, {positions}), MUON["params"])
         optimizer = Muon(groups, ranks, engine.device, torch.float32)
         for step in range(5):
             micro_batches = loader.micro_batches(step)
@@ -64,9 +68,11 @@ def plain(ranks: Ranks, corpus: Corpus, engine) -> dict:
             for parameter in model.parameters():
                 torch.distributed.all_reduce(parameter.grad)
             for group in optimizer.param_groups:
-                group["lr"] = MUON["params"]["muon_lr"] if "momentum" in group else 1e-3
+                rate = MUON["params"]["muon_lr"] if "momentum" in group else 1e-3
+                group["lr"] = rate * group.get("lr_ratio", 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        assert torch.equal(positions, at_first)
         PLAIN.update({name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()})
     return PLAIN
 

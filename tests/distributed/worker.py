@@ -25,6 +25,7 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM, find_objective
+from ds_roberta.model.weights import POSITION_EMBEDDINGS
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
@@ -32,7 +33,7 @@ from ds_roberta.training.compilation import compile_layers
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import BatchPlan, Trial, full_micro_batch, largest_size
-from ds_roberta.training.optimizer import without_bias_and_norm
+from ds_roberta.training.optimizer import parameter_groups
 
 SEED, BATCH = 3, 22  # neither 3 nor 4 processes divide 22
 LENGTH = int(os.environ.get("SEQUENCE_LENGTH", "32"))
@@ -61,13 +62,14 @@ def make(
     dropout: float = 0.0,
     packing: PackingConfig = PackingConfig(LENGTH),  # noqa: B008 - it is frozen
     objective: str = "mlm",
-    decay_all: bool = True,
+    is_grouped: bool = False,
     offloaded: bool = False,
     **changes,
 ):
     """An engine and a loader of a very small model, as `ds_roberta.training.run` makes them.
 
-    `offloaded` puts the optimizer and at stage 3 the weights into host memory; `changes` are entries of the JSON.
+    `is_grouped` fixes positions and does not decay biases and norms; `offloaded` puts the optimizer and at stage 3 the
+    weights into host memory; `changes` are entries of the JSON.
     """
     path = REPOSITORY / "ds_configs" / f"zero{max(stage, 1)}.json"
     config = DeepSpeedConfig.read(path, train_batch_size=BATCH, learning_rate=1e-3)
@@ -78,18 +80,15 @@ def make(
     tokenizer = corpus.manifest.tokenizer
     torch.manual_seed(SEED)
     model = find_objective(objective, packing)(small_model(corpus, dropout))
-    engine = Engine(
-        model, config.resolved(precision, on_gpu()), ranks, SEED, None if decay_all else without_bias_and_norm(model)
-    )
-    plan = BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size)
-    engine.set_batch(plan)
+    groups = parameter_groups(model, True, {model.get_parameter(POSITION_EMBEDDINGS)}) if is_grouped else None
+    engine = Engine(model, config.resolved(precision, on_gpu()), ranks, SEED, groups)
+    engine.set_batch(BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size))
     packed = open_index(corpus, "train", packing)
     masker = training_masker(MaskingConfig(), tokenizer, SEED, kind=model.masker)
     collator = Collator(packed, masker, tokenizer, LENGTH)
     only = Stage(0, LENGTH, config.train_batch_size)
-    order = SampleOrder(len(packed), SEED)
-    loader = TrainLoader([LoaderStage(only, collator, order, micro_batch_size)], ranks.rank, ranks.world_size)
-    return engine, loader
+    stages = [LoaderStage(only, collator, SampleOrder(len(packed), SEED), micro_batch_size)]
+    return engine, TrainLoader(stages, ranks.rank, ranks.world_size)
 
 
 def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_masked: int = 1) -> list[dict[str, float]]:

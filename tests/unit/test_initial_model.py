@@ -224,12 +224,21 @@ def test_the_mapped_model_says_of_shared_tokens_what_it_said(
         ({"max_seq_length": LENGTH + 1}, f"{LENGTH + 1} is more than the {LENGTH} positions .* or --extend_positions"),
         ({"extend_positions": True}, "--extend_positions does nothing"),
         ({"model": "tiny"}, "--model tiny does nothing with --init_from"),
+        ({"initial_attention": "neighbours"}, "--initial_attention neighbours does nothing with --init_from"),
         ({"max_steps": None}, "give --output_dir and --max_steps"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_named(hub_folder, corpus, options, message):
     with pytest.raises(UserError, match=message):
         begin(hub_folder, corpus, **options)
+
+
+def test_a_recipe_leaves_the_models_attention_as_it_is(hub_folder, corpus):
+    usual, own = (begin(hub_folder, corpus, recipe=recipe)[:2] for recipe in (None, "fast"))
+    assert own[1].initial_attention == "random"
+    assert own[1].masking.mlm_probability == 0.4
+    for before, after in zip(usual[0].state_dict().values(), own[0].state_dict().values(), strict=True):
+        assert torch.equal(before, after)
 
 
 def test_options_of_the_initial_model_need_one(corpus):

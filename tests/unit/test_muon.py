@@ -8,7 +8,7 @@ import torch
 from ds_roberta.config import ModelConfig
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.muon import Matrix, Muon, muon_groups, orthogonalized
-from ds_roberta.training.optimizer import without_bias_and_norm
+from ds_roberta.training.optimizer import parameter_groups
 
 PARAMS = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1, "momentum": 0.9}
 RATES = {True: 0.02, False: 1e-3}
@@ -28,7 +28,7 @@ def set_rates(groups):
 def test_it_takes_the_steps_of_torchs_muon_and_adamw(solo_ranks, decay_all):
     ours = model()
     theirs = copy.deepcopy(ours)
-    groups = muon_groups(ours, None if decay_all else without_bias_and_norm(ours), PARAMS)
+    groups = muon_groups(ours, parameter_groups(ours, no_decay_bias_and_norm=not decay_all), PARAMS)
     assert sum(len(group["params"]) for group in groups) == len(list(ours.parameters()))
     optimizer = Muon(groups, solo_ranks, torch.device("cpu"), torch.bfloat16)
     hidden = [p for name, p in theirs.named_parameters() if "layer." in name and p.ndim == 2]

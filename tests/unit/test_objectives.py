@@ -17,7 +17,7 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
 from ds_roberta.model import objectives
-from ds_roberta.model.encoder import initialize_weights
+from ds_roberta.model.initialization import initialize_weights
 from ds_roberta.model.objectives import OBJECTIVES, MaskedLM, Objective, find_objective, objective_of
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.export import model_card

@@ -29,7 +29,7 @@ def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
     assert config.as_json()["recipe"] == "fast"
     assert (config.model.hidden_dropout_prob, config.model.attention_probs_dropout_prob) == (0.0, 0.0)
     assert (config.packing.format, config.masking.final_probability) == ("contiguous", 0.15)
-    assert [(stage.first_step, stage.max_seq_length) for stage in config.stages] == [(0, 32), (75, 128)]
+    assert config.initial_attention == "neighbours"
     assert (config.schedule.warmup_steps, config.schedule.decay_steps) == (6, 20)
 
 
@@ -37,7 +37,6 @@ def test_what_is_given_takes_the_recipes_place(corpus):
     given = {"max_seq_length": 40, "packing": "full-sentences", "hidden_dropout_prob": 0.1, "masking_copies": 2}
     content, config = read(corpus, recipe="fast", model="nano", train_batch_size=8, lr_scheduler_type="linear", **given)
     assert content["train_batch_size"] == 8
-    assert len(config.stages) == 1  # half of 40 tokens would be too short
     assert (config.packing.format, config.model.hidden_dropout_prob) == ("full-sentences", 0.1)
     assert (config.masking.mlm_probability, config.masking.mlm_probability_end) == (0.4, None)
     assert (config.schedule.lr_scheduler_type, config.schedule.decay_steps) == ("linear", None)

@@ -1,0 +1,83 @@
+"""Initial weights: BERT's, and attention heads that begin by looking at the tokens beside theirs.
+
+Shapes: P rows of positions, D hidden size, K the size of a head, F frequencies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ds_roberta.model.encoder import RobertaLayer, RobertaModel
+
+INITIAL_ATTENTION = RANDOM, NEIGHBOURS = ("random", "neighbours")
+_OFFSETS = (-1, 1, -2, 2)
+"""What the first heads of the first layer look at, one offset a head; fewer if the layer has fewer heads."""
+_POSITIONS_RANGE = 2.0
+"""Root mean square of the position embeddings, in units of `initializer_range`."""
+_NEIGHBOURS_SCORE = 16.0
+"""A head's score for its neighbour; those of other tokens are about 0, so that of 512 it has almost all."""
+
+
+def initialize_weights(model: nn.Module, initializer_range: float) -> None:
+    """Normal weights of the given standard deviation, zero biases, zero padding embeddings (BERT's initialisation)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=initializer_range)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=initializer_range)
+            if module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+
+
+@torch.no_grad()
+def look_at_neighbours(encoder: RobertaModel, initializer_range: float) -> None:
+    """Make the first heads of the first layer look at the tokens beside theirs, by position alone.
+
+    Trained heads of BERT do so (Clark et al. 2019, "What Does BERT Look At?", section 3.1), and a small model needs
+    millions of tokens to find it. The position embeddings become sinusoids, of which a shift is a rotation (Vaswani et
+    al. 2017, section 3.5): a head's key projection keeps its frequencies, its query projection rotates them by its
+    offset, and their product is largest where the two positions meet. The projections are trained on. The position
+    embeddings should stay as they are: at the rates of small models, Adam's steps into the noise of the few gradients
+    that each position gets are soon larger than the embeddings.
+
+    Args:
+        encoder: with BERT's initial weights; other heads and layers keep them.
+        initializer_range: the standard deviation of its word and token type embeddings.
+    """
+    embeddings, first_layer = encoder.embeddings.position_embeddings, encoder.encoder.layer[0]
+    assert isinstance(first_layer, RobertaLayer)
+    assert embeddings.padding_idx is not None
+    attention = first_layer.attention.self
+    positions, hidden_size = embeddings.weight.shape
+    heads = attention.heads
+    head_size = hidden_size // heads
+    # Multiples of the golden ratio are spread evenly over (0, pi), however many there are, and have no common period.
+    golden = (5**0.5 - 1) / 2
+    frequencies_F = (torch.arange(1, hidden_size // 2 + 1, dtype=torch.float64) * golden % 1).sort().values * torch.pi
+    angles_PF = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies_F
+    amplitude = _POSITIONS_RANGE * initializer_range
+    embeddings.weight.zero_()  # of an odd hidden size, the last column stays so
+    embeddings.weight[:, : 2 * len(frequencies_F)] = (
+        (amplitude * 2**0.5) * torch.stack([angles_PF.sin(), angles_PF.cos()], 2).flatten(1)
+    ).to(embeddings.weight)
+    embeddings.weight[embeddings.padding_idx] = 0
+
+    # The share of positions in the variance of what LayerNorm makes of word, token type and position.
+    share = _POSITIONS_RANGE**2 / (_POSITIONS_RANGE**2 + 2)
+    scale = (_NEIGHBOURS_SCORE / (share * head_size**0.5)) ** 0.5
+    for head, offset in zip(range(heads), _OFFSETS, strict=False):
+        own_F = torch.arange(head, len(frequencies_F), heads)[: head_size // 2]
+        columns_K = torch.stack([2 * own_F, 2 * own_F + 1], 1).flatten()
+        rows = slice(head * head_size, head * head_size + len(columns_K))
+        for projection, angle in ((attention.query, offset), (attention.key, 0)):
+            rotation_KD = _rotation(angle * frequencies_F)[columns_K]
+            projection.weight[rows, : rotation_KD.shape[1]] = scale * rotation_KD.to(projection.weight)
+
+
+def _rotation(angles_F: torch.Tensor) -> torch.Tensor:
+    """(2F, 2F): turns the pairs (sin x, cos x) into (sin(x + angle), cos(x + angle))."""
+    cosines_F, sines_F = angles_F.cos(), angles_F.sin()
+    return torch.block_diag(*torch.stack([cosines_F, sines_F, -sines_F, cosines_F], 1).view(-1, 2, 2))
