@@ -46,17 +46,17 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[di
 
 
 def objective(name: str, ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Take four steps at each ZeRO stage and precision, and the last two of them again from a checkpoint."""
+    """Take three steps at each ZeRO stage and precision, and the last of them again from a checkpoint."""
     findings = {}
     for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16")):
         case = f"{stage}-{precision}"
         engine, loader = make(ranks, corpus, stage, precision, 4, **OBJECTIVES[name])
         rows = train(engine, loader, 0, 2)
         path = save(engine, corpus, folder / f"{name}-{case}-{ranks.world_size}", TrainState({}, global_step=2))
-        rows += train(engine, loader, 2, 4)
+        rows += train(engine, loader, 2, 3)
         resumed, loader = make(ranks, corpus, stage, precision, 4, **OBJECTIVES[name])
         checkpoint.load(resumed, path)
-        again = train(resumed, loader, 2, 4)
+        again = train(resumed, loader, 2, 3)
         ends = [parameters(each) for each in (engine, resumed)]
         same = all(np.array_equal(ends[0][key], ends[1][key]) for key in ends[0])
         findings[case] = {"rows": rows, "resumed": again, "same_end": same, "parameters": list(ends[0])}
