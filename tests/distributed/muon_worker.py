@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from worker import MUON, SEED, make, parameters, save, small_model, train
 
+from ds_roberta.data.loader import TrainLoader
 from ds_roberta.data.shards import Corpus
 from ds_roberta.distributed import Ranks, leave, set_up_logging
 from ds_roberta.model.objectives import MaskedLM
@@ -17,31 +18,35 @@ from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.muon import Muon, muon_groups
 from ds_roberta.training.optimizer import parameter_groups
 
-CASES = [*((stage, "fp32") for stage in (0, 1, 2, 3)), *((stage, "bf16") for stage in (1, 2, 3)), (2, "fp16")]
+FP32 = [(stage, "fp32", "") for stage in (0, 1, 2, 3)]
+LOW = [
+    *((stage, "bf16", "") for stage in (1, 2, 3)),
+    (2, "fp16", ""),
+    *((stage, "fp32", "-rounded") for stage in (1, 3)),
+]
 DTYPES = {"": torch.float32, "-rounded": torch.bfloat16}
 
 
 def muon(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Five steps at every ZeRO stage and precision; in fp32 the last three also from another engine's checkpoint.
+    """Three steps at every ZeRO stage and precision; in fp32 the last two also from another engine's checkpoint.
 
     `-rounded` orthogonalizes in bf16, as devices do that are fast in it.
     """
     findings = {}
-    path = ranks.broadcast(folder / "muon" / "global_step2")  # two processes write it, at stage 0
-    cases = [(*case, "") for case in CASES] + [(stage, "fp32", "-rounded") for stage in (1, 3)]
-    for stage, precision, rounded in cases:
+    path = ranks.broadcast(folder / "muon" / "global_step1")  # two processes write it, at stage 0
+    for stage, precision, rounded in FP32 + (LOW if on_gpu() or ranks.world_size > 1 else []):
         engine, loader = make(ranks, corpus, stage, precision, 4, is_grouped=True, optimizer=MUON)
         engine.optimizer._dtype = DTYPES[rounded]  # as on any device
-        rows = train(engine, loader, 0, 2)
+        rows = train(engine, loader, 0, 1)
         if not ranks.broadcast(path.exists()):
-            save(engine, corpus, path.parent, TrainState({}, global_step=2))
-        rows += train(engine, loader, 2, 5)
+            save(engine, corpus, path.parent, TrainState({}, global_step=1))
+        rows += train(engine, loader, 1, 3)
         found = {key: [row[key] for row in rows] for key in ("loss", "grad_norm", "reduced")}
         final = parameters(engine)
-        found["from_torch"] = max(float(abs(final[n] - p).max()) for n, p in plain(ranks, corpus, engine).items())
+        found["from_torch"] = max(float(abs(final[n] - p).max()) for n, p in plain(ranks, corpus, loader).items())
         if precision == "fp32" and not rounded:
             checkpoint.load(engine, path)
-            found["elastic"] = [row["loss"] for row in train(engine, loader, 2, 5)]
+            found["elastic"] = [row["loss"] for row in train(engine, loader, 1, 3)]
         findings[f"{stage}-{precision}{rounded}"] = found
     if ranks.is_main:
         (folder / f"muon-{ranks.world_size}.json").write_text(json.dumps(findings))
@@ -50,21 +55,21 @@ def muon(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
 PLAIN = {}
 
 
-def plain(ranks: Ranks, corpus: Corpus, engine) -> dict:
-    """Weights after five fp32 steps of the optimizer alone, on whole tensors, without DeepSpeed."""
+def plain(ranks: Ranks, corpus: Corpus, loader: TrainLoader) -> dict:
+    """Weights after three fp32 steps of the optimizer alone, on whole tensors, without DeepSpeed."""
     if not PLAIN:
-        _, loader = make(ranks, corpus, 0, "fp32", 4, optimizer=MUON)
+        device = torch.device(get_accelerator().current_device_name())
         torch.manual_seed(SEED)
-        model = MaskedLM(small_model(corpus, 0.0)).to(engine.device)
+        model = MaskedLM(small_model(corpus, 0.0)).to(device)
         positions = model.get_parameter(POSITION_EMBEDDINGS)
         at_first = positions.detach().clone()
         groups = muon_groups(model, parameter_groups(model, True, {positions}), MUON["params"])
-        optimizer = Muon(groups, ranks, engine.device, torch.float32)
-        for step in range(5):
+        optimizer = Muon(groups, ranks, device, torch.float32)
+        for step in range(3):
             micro_batches = loader.micro_batches(step)
             (masked,) = ranks.sum(sum(len(batch.labels) for batch in micro_batches))
             for batch in micro_batches:
-                (model(batch.to(engine.device))["loss"] / masked).backward()
+                (model(batch.to(device))["loss"] / masked).backward()
             for parameter in model.parameters():
                 torch.distributed.all_reduce(parameter.grad)
             for group in optimizer.param_groups:

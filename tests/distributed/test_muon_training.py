@@ -42,7 +42,7 @@ def test_the_engine_takes_the_steps_of_the_optimizer_alone(findings):
 
 
 def test_a_run_of_muon_goes_on_at_another_world_size_and_stage(findings):
-    unbroken = findings["muon-2"]["0-fp32"]["loss"][2:]
+    unbroken = findings["muon-2"]["0-fp32"]["loss"][1:]
     for world_size in (1, 2, 3):
         for stage in (0, 1, 2, 3):
             elastic = findings[f"muon-{world_size}"][f"{stage}-fp32"]["elastic"]

@@ -59,7 +59,7 @@ def test_every_partition_trains_on_the_same_inputs_and_labels(findings):
     [("fp32", 1e-6, 1e-5), ("bf16", 1e-3, None), ("fp16", 1e-4, None)],
 )
 def test_a_step_does_not_depend_on_the_partition(findings, output, capsys, precision, tolerance, parameter_tolerance):
-    """Prints how far the losses, gradient norms and, after five steps, the parameters are from one process's."""
+    """Prints how far the losses, gradient norms and, after three steps, the parameters are from one process's."""
     reference = findings["partition-1"]["0-fp32-4"]
     lines = ["ZeRO-precision-micro_batch  processes  loss     gradient  parameters"]
     with np.load(output / "0-fp32-4-1.npz") as expected:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from commands import CONFIG, PRETRAIN, REPOSITORY, environment
+from commands import CONFIG, PRETRAIN, REPOSITORY, environment, launch
 from slurm_cluster import NODES, Cluster, running_cluster
 
 from benchmarks.environment import python_path
@@ -197,6 +197,6 @@ def test_a_fine_tuning_that_is_told_to_stop_ends_as_if_unbroken(cluster, workspa
     finish(cluster, workspace, number, "tune")
     (logs,) = workspace.glob("logs/tune-*/")
     assert "stopped on request" in (logs / "rank0.out").read_text()
-    cluster.run(sys.executable, REPOSITORY / "launch/finetune.py", *settings, "local", cwd=workspace)
+    launch(REPOSITORY / "launch/finetune.py", *settings, "local", cwd=workspace)
     local, tuned = (json.loads((workspace / name / "results.json").read_text()) for name in ("local", "tuned"))
     assert tuned == local
