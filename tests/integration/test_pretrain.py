@@ -269,9 +269,9 @@ def test_a_named_change_is_allowed_and_becomes_the_runs_own(unbroken, workspace)
 
 def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace, unbroken):
     command = ("deepspeed", "--num_accelerators", "2", PRETRAIN, "--deepspeed_config", CONFIG)
-    printed = run(
-        *command, *SETTINGS, "--attention_probs_dropout_prob", "0", "--hidden_dropout_prob", "0", cwd=workspace
-    )
+    short = ("--max_steps", "2", "--warmup_steps", "1", "--eval_sequences", "8")
+    dropout = ("--attention_probs_dropout_prob", "0", "--hidden_dropout_prob", "0")
+    printed = run(*command, *SETTINGS, *short, *dropout, cwd=workspace)
     assert "model tiny (the default without a GPU" in printed
     assert "expected time per step" in printed
     two = [row["loss"] for row in rows(workspace / "runs/tiny") if "loss" in row]
