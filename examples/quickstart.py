@@ -16,7 +16,7 @@ COMMANDS = [
     "preprocess shard --input examples/corpus --tokenizer data/tokenizer --output data/corpus "
     "--validation_fraction 0.05",
     "deepspeed launch/pretrain.py --recipe fast --model nano --data_dir data/corpus "
-    f"--output_dir {RUN} --max_minutes 4.25 --eval_interval 250",
+    f"--output_dir {RUN} --max_minutes 3.5 --eval_interval 250",
     f"python launch/export_hf.py --checkpoint {RUN} --output {EXPORTED}",
 ]
 SENTENCES = [

@@ -10,6 +10,8 @@ import torch
 import transformers
 from commands import pretrain, pretrain_until, run
 
+from ds_roberta.model.weights import POSITION_EMBEDDINGS
+
 SETTINGS = ("--train_batch_size", "12", "--learning_rate", "1e-3", "--max_steps", "4", "--save_interval", "2")
 SETTINGS += ("--eval_interval", "2", "--eval_sequences", "32", "--warmup_steps", "1")
 CONTINUED = (*SETTINGS, "--init_from", "hub/model", "--max_seq_length", "96", "--extend_positions")
@@ -109,13 +111,17 @@ def test_ones_own_architecture_is_pretrained_resumed_exported_and_begun_with(wor
     own |= {"hidden_act": "silu", "max_position_embeddings": 34, "hidden_dropout_prob": 0, "vocab_size": 2048}
     (workspace / "narrow").mkdir()
     (workspace / "narrow/config.json").write_text(json.dumps({"model_type": "roberta", "n_layer": 4, **own}))
-    arguments = ("--model", "narrow", *SETTINGS, "--output_dir", "runs/narrow")
+    arguments = ("--model", "narrow", *SETTINGS, "--initial_attention", "neighbours", "--output_dir", "runs/narrow")
     printed = pretrain(workspace, *arguments, "--max_steps", "2")
     assert "model narrow (the architecture of narrow/config.json: 3 layers of width 48, 6 heads" in printed
     assert "; not used: n_layer), precision" in printed
     assert "resuming from runs/narrow/checkpoints/global_step2" in pretrain(workspace, *arguments)
     exported = json.loads((workspace / "runs/narrow/hf/config.json").read_text())
     assert {name: exported[name] for name in own} == own
+    positions = safetensors.torch.load_file(workspace / "runs/narrow/hf/model.safetensors")[POSITION_EMBEDDINGS]
+    torch.testing.assert_close(
+        positions[2:].norm(dim=1), torch.full((32,), 0.04 * 48**0.5)
+    )  # still the first sinusoids
     begun = ("--init_from", "runs/narrow/hf", *SETTINGS, "--max_steps", "1", "--output_dir", "runs/begun")
     assert "the weights are those in runs/narrow/hf" in pretrain(workspace, *begun)
     assert rows(workspace / "runs/begun", "eval_loss")[0] == pytest.approx(
