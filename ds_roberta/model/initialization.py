@@ -16,7 +16,7 @@ _OFFSETS = (-1, 1, -2, 2)
 _POSITIONS_RANGE = 2.0
 """Root mean square of the position embeddings, in units of `initializer_range`."""
 _NEIGHBOURS_SCORE = 16.0
-"""A head's score for its neighbour; those of other tokens are about 0, so that of 512 it has almost all."""
+"""A head's score for its neighbour; those of other tokens are about 0, so that even of 512 it has half and more."""
 
 
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:
