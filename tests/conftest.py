@@ -33,9 +33,7 @@ def pytest_cmdline_main(config):
     is_unset = getattr(options, "numprocesses", 0) is None and not hasattr(config, "workerinput")
     are_folders = all(Path(argument).is_dir() for argument in config.args)
     if is_unset and are_folders and not options.usepdb and not torch.cuda.is_available():
-        # One more with tests/integration, where one process mostly waits for SLURM.
-        waiting = any((Path(argument) / "integration").is_dir() for argument in config.args)
-        options.numprocesses, options.dist = min(os.cpu_count() or 1, 8) + waiting, "loadfile"
+        options.numprocesses, options.dist = min(os.cpu_count() or 1, 8), "loadfile"
         options.loadscopereorder = False  # tests/distributed, where a file takes minutes, comes first
 
 
