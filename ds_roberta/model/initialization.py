@@ -39,9 +39,8 @@ def look_at_neighbours(encoder: RobertaModel, initializer_range: float) -> None:
     Trained heads of BERT do so (Clark et al. 2019, "What Does BERT Look At?", section 3.1), and a small model needs
     millions of tokens to find it. The position embeddings become sinusoids, of which a shift is a rotation (Vaswani et
     al. 2017, section 3.5): a head's key projection keeps its frequencies, its query projection rotates them by its
-    offset, and their product is largest where the two positions meet. The projections are trained on. The position
-    embeddings should stay as they are: at the rates of small models, Adam's steps into the noise of the few gradients
-    that each position gets are soon larger than the embeddings.
+    offset, and their product is largest where the two positions meet. The projections are trained on; the position
+    embeddings should stay as they are, see docs/pretraining.md.
 
     Args:
         encoder: with BERT's initial weights; other heads and layers keep them.
