@@ -12,7 +12,7 @@ Goodman 1998, "An empirical study of smoothing techniques for language modeling"
 
 The numbers are a function of the data and the masks alone. A sample of the data is counted, in constant memory.
 
-Shapes: N tokens, M masked tokens, K components of the mixture, C cells, each with its own weights.
+Shapes: N tokens, M masked tokens, V vocabulary, K components of the mixture, C cells, each with its own weights.
 """
 
 from __future__ import annotations
@@ -185,6 +185,18 @@ def _bucket(counts: np.ndarray) -> np.ndarray:
     """0 for 0, 1 for 1 to 3, 2 for 4 to 15, and so on in powers of 4: int64."""
     bits = np.frexp(counts.astype(np.float64))[1]
     return np.minimum((bits + 1) // 2, _BUCKETS - 1)
+
+
+def token_frequencies(corpus: Corpus, vocab_size: int) -> np.ndarray:
+    """Each token's share of a sample of the training split, to which one of each is added: (V,) float64.
+
+    Args:
+        vocab_size: V, at least the tokenizer's.
+    """
+    counts = np.ones(vocab_size)
+    for piece in sample(corpus.split(TRAIN_SPLIT)):
+        counts += np.bincount(piece, minlength=vocab_size)
+    return counts / counts.sum()
 
 
 def sample(split: Split, tokens: int = SAMPLE_TOKENS) -> list[np.ndarray]:

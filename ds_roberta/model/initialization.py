@@ -1,16 +1,19 @@
-"""Initial weights: BERT's, and attention heads that begin by looking at the tokens beside theirs.
+"""Initial weights: BERT's, attention heads that begin by looking at the tokens beside theirs, and a head that begins by
+predicting tokens as often as they occur.
 
-Shapes: P rows of positions, D hidden size, K the size of a head, F frequencies.
+Shapes: P rows of positions, D hidden size, K the size of a head, F frequencies, V vocabulary.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from ds_roberta.model.encoder import RobertaLayer, RobertaModel
 
 INITIAL_ATTENTION = RANDOM, NEIGHBOURS = ("random", "neighbours")
+INITIAL_BIAS = ZERO, FREQUENCIES = ("zero", "frequencies")
 _OFFSETS = (-1, 1, -2, 2)
 """What the first heads of the first layer look at, one offset a head; fewer if the layer has fewer heads."""
 _POSITIONS_RANGE = 2.0
@@ -74,6 +77,20 @@ def look_at_neighbours(encoder: RobertaModel, initializer_range: float) -> None:
         for projection, angle in ((attention.query, offset), (attention.key, 0)):
             rotation_KD = _rotation(angle * frequencies_F)[columns_K]
             projection.weight[rows, : rotation_KD.shape[1]] = scale * rotation_KD.to(projection.weight)
+
+
+@torch.no_grad()
+def predict_frequencies(bias: nn.Parameter, frequencies: np.ndarray) -> None:
+    """Make a masked-LM head predict tokens as often as they occur, whatever its input; its small weights add noise.
+
+    A bias that begins with the logarithm of the prior spares the model its first steps (Lin et al. 2017, "Focal Loss
+    for Dense Object Detection", section 3.3, for the prior of rare objects).
+
+    Args:
+        bias: of the head: (V,).
+        frequencies: the tokens' probabilities, none of which is 0: (V,).
+    """
+    bias.copy_(torch.from_numpy(np.log(frequencies)))
 
 
 def _rotation(angles_F: torch.Tensor) -> torch.Tensor:

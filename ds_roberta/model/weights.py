@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 POSITION_EMBEDDINGS = "roberta.embeddings.position_embeddings.weight"
-VOCABULARY_PARAMETERS = ("roberta.embeddings.word_embeddings.weight", "lm_head.bias")
+HEAD_BIAS = "lm_head.bias"
+VOCABULARY_PARAMETERS = ("roberta.embeddings.word_embeddings.weight", HEAD_BIAS)
 """The parameters that have a row for each token."""
 
 

@@ -21,7 +21,7 @@ from ds_roberta.data.words import WORDS_VERSION
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.files import json_fingerprint
-from ds_roberta.model.initialization import RANDOM
+from ds_roberta.model.initialization import RANDOM, ZERO
 from ds_roberta.model.objectives import find_objective
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.peak import Peak
@@ -65,6 +65,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
         "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before the option existed
         "initial_attention": None if config.initial_attention == RANDOM else config.initial_attention,
+        "initial_bias": None if config.initial_bias == ZERO else config.initial_bias,
         "decay_type": config.schedule.decay_type,
         "optimizer": "Adam" if run.deepspeed.muon_lr is None else "Muon",
     }

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.model.initialization import NEIGHBOURS
+from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS
+from ds_roberta.model.objectives import OBJECTIVES
 
 _CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -44,6 +45,9 @@ class Recipe:
             values.pop("mlm_probability_end", None)
         if given["init_from"] is not None:
             values.pop("initial_attention", None)
+        predicts_tokens = given["objective"] in {each.name for each in OBJECTIVES if each.predicts_tokens}
+        if given["init_from"] is not None or not predicts_tokens:
+            values.pop("initial_bias", None)
         return {name: value for name, value in values.items() if given[name] is None}
 
     def params_for(self, hidden_size: int) -> Mapping[str, float]:
@@ -60,6 +64,7 @@ RECIPES = {
         _CONFIGS / "fast.json",
         {
             "initial_attention": NEIGHBOURS,
+            "initial_bias": FREQUENCIES,
             "packing": "contiguous",
             "mlm_probability": 0.4,
             "mlm_probability_end": 0.15,

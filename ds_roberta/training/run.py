@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ds_roberta.data.count_models import token_frequencies
 from ds_roberta.data.shards import VALIDATION_SPLIT, Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
-from ds_roberta.model.initialization import NEIGHBOURS, look_at_neighbours
+from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
-from ds_roberta.model.weights import POSITION_EMBEDDINGS
+from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
 from ds_roberta.training.checkpoint_writer import clean_up
@@ -179,6 +180,9 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
     if initial_model is not None and start.is_fresh:
         for line in ranks.together(lambda: initial_model.initialize(model, config, run.corpus)):
             ranks.log(line)
+    if config.initial_bias == FREQUENCIES and start.is_fresh:
+        frequencies = ranks.on_main(lambda: token_frequencies(run.corpus, config.model.vocab_size))
+        predict_frequencies(model.get_parameter(HEAD_BIAS), frequencies)
     resolved = run.deepspeed.resolved(run.precision, on_gpu())
     if (notice := compilation_notice(resolved)) is not None:
         ranks.log(notice)

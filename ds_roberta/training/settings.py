@@ -28,7 +28,7 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.model.architecture import CONFIG_NAME, config_path, model_choice, read_architecture, unused_fields
-from ds_roberta.model.initialization import INITIAL_ATTENTION, RANDOM
+from ds_roberta.model.initialization import INITIAL_ATTENTION, INITIAL_BIAS, RANDOM, ZERO
 from ds_roberta.model.objectives import SUMMARIES, find_objective
 from ds_roberta.options import Settings, must_be, option, options_of, require_positive
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
@@ -133,6 +133,11 @@ class RunConfig(Settings):
         RANDOM,
         choices=INITIAL_ATTENTION,
     )
+    initial_bias: str = option(
+        "zero: as BERT's; frequencies: the head begins by predicting tokens as often as the training split has them",
+        ZERO,
+        choices=INITIAL_BIAS,
+    )
     no_decay_bias_and_norm: bool = option(
         "exempt biases and LayerNorms from the JSON's weight decay (the paper does not)", False
     )
@@ -151,11 +156,16 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        find_objective(self.objective, self.packing)  # raises if they do not fit
-        if self.initial_attention != RANDOM and self.init_from is not None:
+        objective = find_objective(self.objective, self.packing)
+        for name, usual in (("initial_attention", RANDOM), ("initial_bias", ZERO)):
+            if self.init_from is not None and getattr(self, name) != usual:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} does nothing with --init_from, whose model has learned better: "
+                    "remove one of them"
+                )
+        if self.initial_bias != ZERO and not objective.predicts_tokens:
             raise UserError(
-                f"--initial_attention {self.initial_attention} does nothing with --init_from, whose model has learned "
-                "where to look: remove one of them"
+                f"--initial_bias {self.initial_bias} does nothing with --objective {self.objective}: remove it"
             )
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(

@@ -111,10 +111,13 @@ def test_ones_own_architecture_is_pretrained_resumed_exported_and_begun_with(wor
     own |= {"hidden_act": "silu", "max_position_embeddings": 34, "hidden_dropout_prob": 0, "vocab_size": 2048}
     (workspace / "narrow").mkdir()
     (workspace / "narrow/config.json").write_text(json.dumps({"model_type": "roberta", "n_layer": 4, **own}))
-    arguments = ("--model", "narrow", *SETTINGS, "--initial_attention", "neighbours", "--output_dir", "runs/narrow")
+    initial = ("--initial_attention", "neighbours", "--initial_bias", "frequencies")
+    arguments = ("--model", "narrow", *SETTINGS, *initial, "--output_dir", "runs/narrow")
     printed = pretrain(workspace, *arguments, "--max_steps", "2")
     assert "model narrow (the architecture of narrow/config.json: 3 layers of width 48, 6 heads" in printed
     assert "; not used: n_layer), precision" in printed
+    first = json.loads((workspace / "runs/narrow/metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval_loss"] == pytest.approx(first["unigram_loss"], abs=0.05)  # 0.7 more without the bias
     assert "resuming from runs/narrow/checkpoints/global_step2" in pretrain(workspace, *arguments)
     exported = json.loads((workspace / "runs/narrow/hf/config.json").read_text())
     assert {name: exported[name] for name in own} == own

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds_roberta.config import MaskingConfig, PackingConfig
-from ds_roberta.data.count_models import CountModel, Predicted, sample
+from ds_roberta.data.count_models import CountModel, Predicted, sample, token_frequencies
 from ds_roberta.data.loader import Collator, HeldOutSample
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
@@ -154,6 +154,15 @@ def test_a_single_short_document_is_enough(tmp_path, write_corpus, tokens):
     losses = CountModel.of(corpus).losses(collator_of(corpus, mlm_probability=0.5), 10)
     assert all(math.isfinite(loss) for loss in losses.values())
     assert losses["neighbour_loss"] <= losses["unigram_loss"]
+
+
+def test_frequencies_are_those_of_all_tokens_and_one_more_of_each(chained):
+    split = chained.split("train")
+    ids = np.concatenate([split.values(shard) for shard in range(len(split.shards))])
+    vocab_size = chained.manifest.tokenizer.vocab_size + 5  # a model may have more ids
+    expected = Counter(ids.tolist()) + Counter(range(vocab_size))
+    found = token_frequencies(chained, vocab_size)
+    np.testing.assert_allclose(found, [expected[token] / expected.total() for token in range(vocab_size)])
 
 
 def test_a_large_split_is_sampled_evenly(corpus):

@@ -225,6 +225,7 @@ def test_the_mapped_model_says_of_shared_tokens_what_it_said(
         ({"extend_positions": True}, "--extend_positions does nothing"),
         ({"model": "tiny"}, "--model tiny does nothing with --init_from"),
         ({"initial_attention": "neighbours"}, "--initial_attention neighbours does nothing with --init_from"),
+        ({"initial_bias": "frequencies"}, "--initial_bias frequencies does nothing with --init_from"),
         ({"max_steps": None}, "give --output_dir and --max_steps"),
     ],
 )
@@ -233,9 +234,9 @@ def test_options_that_do_not_fit_the_model_are_named(hub_folder, corpus, options
         begin(hub_folder, corpus, **options)
 
 
-def test_a_recipe_leaves_the_models_attention_as_it_is(hub_folder, corpus):
+def test_a_recipe_leaves_the_models_weights_as_they_are(hub_folder, corpus):
     usual, own = (begin(hub_folder, corpus, recipe=recipe)[:2] for recipe in (None, "fast"))
-    assert own[1].initial_attention == "random"
+    assert (own[1].initial_attention, own[1].initial_bias) == ("random", "zero")
     assert own[1].masking.mlm_probability == 0.4
     for before, after in zip(usual[0].state_dict().values(), own[0].state_dict().values(), strict=True):
         assert torch.equal(before, after)

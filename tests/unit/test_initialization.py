@@ -1,12 +1,13 @@
-"""Attention heads that begin by looking at the tokens beside theirs, before anything is learned."""
+"""Before anything is learned, heads look at the tokens beside theirs, and the output has the tokens' frequencies."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ds_roberta.config import model_config
-from ds_roberta.model.initialization import look_at_neighbours
+from ds_roberta.model.initialization import look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import MaskedLM
 
 RANGE = 0.02
@@ -58,3 +59,22 @@ def test_the_table_is_as_wide_as_said_and_has_no_two_equal_rows():
     own = dict(models(128, 2, 512)[1].named_parameters())[POSITIONS][2:]
     torch.testing.assert_close(own.square().mean(1).sqrt(), torch.full((512,), 2 * RANGE))
     assert torch.cdist(own, own).fill_diagonal_(1).min() > 0.1
+
+
+@torch.no_grad()
+def test_a_head_that_begins_at_the_frequencies_predicts_them():
+    usual, own = models(128, 2, 32)
+    frequencies = np.random.default_rng(0).dirichlet(np.full(2_000, 0.3)) + 1e-7
+    frequencies /= frequencies.sum()
+    predict_frequencies(own.lm_head.bias, frequencies)
+    input_ids, places = torch.randint(5, 2_000, (4, 32)), torch.arange(4 * 32)
+    divergences = [
+        torch.nn.functional.kl_div(
+            model.logits(input_ids, None, places).log_softmax(-1),
+            torch.from_numpy(frequencies).float().expand(len(places), -1),
+            reduction="batchmean",
+        )
+        for model in (usual, own)
+    ]
+    assert divergences[0] > 1
+    assert divergences[1] < 0.05

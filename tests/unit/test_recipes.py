@@ -29,8 +29,15 @@ def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
     assert config.as_json()["recipe"] == "fast"
     assert (config.model.hidden_dropout_prob, config.model.attention_probs_dropout_prob) == (0.0, 0.0)
     assert (config.packing.format, config.masking.final_probability) == ("contiguous", 0.15)
-    assert config.initial_attention == "neighbours"
+    assert (config.initial_attention, config.initial_bias) == ("neighbours", "frequencies")
     assert (config.schedule.warmup_steps, config.schedule.decay_steps) == (6, 20)
+
+
+def test_what_means_nothing_to_an_objective_is_left_out(corpus):
+    _, config = read(corpus, recipe="fast", model="nano", objective="rts")
+    assert (config.initial_attention, config.initial_bias) == ("neighbours", "zero")
+    with pytest.raises(UserError, match="--initial_bias frequencies does nothing with --objective rts"):
+        read(corpus, recipe="fast", model="nano", objective="rts", initial_bias="frequencies")
 
 
 def test_what_is_given_takes_the_recipes_place(corpus):
