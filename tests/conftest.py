@@ -1,26 +1,10 @@
-"""Fixtures of all tests: a small tokenizer, a small prepared corpus, and threads that stand in for processes."""
+"""How the tests are run: on all cores, those that mostly wait first. `shared_fixtures.py` has the fixtures of all."""
 
 import gc
-import multiprocessing.util
 import os
-import shutil
-import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
-from ds_roberta.errors import UserError, user_message
-from preprocessing.tokens.bpe import train_bpe
-
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-torch.set_num_threads(1)  # on busy cores, threads of small operations wait for each other
-VOCABULARY = 400
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,9 +16,16 @@ def pytest_cmdline_main(config):
     options = config.option
     is_unset = getattr(options, "numprocesses", 0) is None and not hasattr(config, "workerinput")
     are_folders = all(Path(argument).is_dir() for argument in config.args)
-    if is_unset and are_folders and not options.usepdb and not torch.cuda.is_available():
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))  # torch would tell after seconds
+    if is_unset and are_folders and not options.usepdb and not has_gpu:
         options.numprocesses, options.dist = min(os.cpu_count() or 1, 8), "loadfile"
         options.loadscopereorder = False  # tests/distributed, where a file takes minutes, comes first
+
+
+def pytest_configure(config):
+    """Spares the process that only hands out the tests their imports, for which all others would wait."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
 def pytest_collection_modifyitems(items):
@@ -42,191 +33,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "slurm" not in item.keywords)
 
 
+def pytest_collection():
+    """Spares the imports of the tests the garbage collector, which finds nothing in them but takes a third longer."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """Spares the garbage collector the modules, which Trainer has it walk through at every start."""
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def temporary_files(tmp_path_factory):
-    """Redirects temporary files of libraries and commands into pytest's folder, which pytest removes."""
-    folder = tmp_path_factory.mktemp("tmp")
-    multiprocessing.util.get_temp_dir()  # outside the folder, which is gone before this is removed
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(folder))
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "torchinductor"))  # torch chose its own at its import
-        patch.setattr(tempfile, "tempdir", None)
-        yield
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
-    """A byte-level BPE tokenizer of 400 ids, trained on made-up words."""
-    rng = np.random.default_rng(7)
-    syllables = ["ka", "to", "mi", "ren", "sul", "pa", "vor", "li", "shen", "du"]
-    words = ["".join(rng.choice(syllables, size=rng.integers(1, 4))) for _ in range(300)]
-    lines = [[" ".join(rng.choice(words, size=12)) + "." for _ in range(20)] for _ in range(20)]
-    folder = tmp_path_factory.mktemp("tokenizer")
-    assert train_bpe(iter(lines), VOCABULARY, folder) == VOCABULARY
-    return folder
-
-
-@pytest.fixture(scope="session")
-def roberta_folder(tokenizer_folder, tmp_path_factory):
-    """A small masked-LM RoBERTa for 62 tokens with its tokenizer, as pretraining exports it; not to be changed."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
-    folder = tmp_path_factory.mktemp("pretrained") / "model"
-    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
-    transformers.RobertaTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def write_corpus(tokenizer_folder):
-    """A function that writes a data folder from documents, each a list of sentences, each an array of ids."""
-
-    def write(folder, splits):
-        """Splits are given as {name: [documents of shard 0, documents of shard 1, …]}."""
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
-        tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
-        shards = {}
-        for split, parts in splits.items():
-            shards[split] = tuple(
-                write_shard(
-                    folder,
-                    split,
-                    index,
-                    [np.append(np.concatenate(document), tokenizer.eos_token_id) for document in documents],
-                    [np.cumsum([len(sentence) for sentence in document]) for document in documents],
-                    tokenizer.vocab_size,
-                )
-                for index, documents in enumerate(parts)
-            )
-        Manifest(tokenizer, {}, (), shards).write(folder)
-        return Corpus.open(folder)
-
-    return write
-
-
-def random_documents(rng, count, longest=45):
-    """Documents of 1-11 sentences of 1-`longest` ordinary ids."""
-    return [
-        [rng.integers(4, VOCABULARY - 1, size=rng.integers(1, longest + 1)) for _ in range(rng.integers(1, 12))]
-        for _ in range(count)
-    ]
-
-
-@pytest.fixture(scope="session")
-def corpus_folder(tmp_path_factory, write_corpus):
-    """5 training shards of unequal size and 1 held-out shard: about 6,000 sequences of 32 tokens."""
-    rng = np.random.default_rng(11)
-    folder = tmp_path_factory.mktemp("data") / "corpus"
-    train = [random_documents(rng, count) for count in (400, 250, 1, 380, 220)]
-    write_corpus(folder, {"train": train, "validation": [random_documents(rng, 40)]})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def corpus(corpus_folder):
-    return Corpus.open(corpus_folder)
-
-
-@pytest.fixture(scope="session")
-def with_sources():
-    """A function that copies the data and assigns these sources to its training shards."""
-
-    def name_sources(corpus, names):
-        shards = corpus.manifest.splits["train"]
-        named = tuple(replace(shard, source=name) for shard, name in zip(shards, names, strict=True))
-        return Corpus(corpus.folder, replace(corpus.manifest, splits={**corpus.manifest.splits, "train": named}))
-
-    return name_sources
-
-
-@pytest.fixture(scope="session")
-def sourced(corpus, with_sources):
-    """The corpus of `corpus_folder`, with training shards from three sources."""
-    return with_sources(corpus, ["wiki", "books", "web", "books", "wiki"])
-
-
-class ThreadRanks:
-    """Stands in for `ds_roberta.distributed.Ranks`: the processes are threads that meet at a barrier."""
-
-    def __init__(self, rank, world_size, barrier, slots):
-        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
-        self._barrier, self._slots, self.messages = barrier, slots, []
-
-    def gather(self, value):
-        self._slots[self.rank] = value
-        self.barrier()
-        values = list(self._slots)
-        self.barrier()
-        return values
-
-    def barrier(self):
-        self._barrier.wait(timeout=20)
-
-    def abort(self):
-        self._barrier.abort()
-
-    def sum_each(self, values):
-        return dict(zip(values, self.sum(*map(float, values.values())), strict=True))
-
-    def broadcast(self, value):
-        return self.gather(value)[0]
-
-    def any(self, flag):
-        return any(self.gather(flag))
-
-    def sum(self, *values):
-        return [float(sum(column)) for column in zip(*self.gather(values), strict=True)]
-
-    def min(self, value):
-        return min(self.gather(value))
-
-    def on_main(self, function):
-        value, problem = None, None
-        if self.is_main:
-            try:
-                value = function()
-            except Exception as error:
-                problem = user_message(error)
-                if problem is None:
-                    raise
-        value, problem = self.broadcast((value, problem))
-        if problem is not None:
-            raise UserError(*problem)
-        return value
-
-    def log(self, message):
-        self.messages.append(message)
-
-
-@pytest.fixture(scope="session")
-def on_ranks():
-    """A function that calls `body(ranks)` on a number of threads and returns their results, exceptions included."""
-
-    def run(world_size, body):
-        barrier, slots = threading.Barrier(world_size), [None] * world_size
-
-        def guarded(rank):
-            try:
-                return body(ThreadRanks(rank, world_size, barrier, slots))
-            except Exception as error:
-                return error
-
-        with ThreadPoolExecutor(world_size) as pool:
-            return list(pool.map(guarded, range(world_size)))
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def solo_ranks():
-    """A run of one process."""
-    return ThreadRanks(0, 1, threading.Barrier(1), [None])
+    gc.enable()

@@ -44,7 +44,7 @@ REPOSITORY = Path(__file__).parents[2]
 def small_model(corpus: Corpus, dropout: float) -> ModelConfig:
     return ModelConfig(
         vocab_size=corpus.manifest.tokenizer.vocab_size,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         hidden_size=48,
         num_attention_heads=2,
         max_position_embeddings=LENGTH + 2,

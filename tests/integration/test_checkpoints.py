@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from commands import CONFIG, PRETRAIN, REPOSITORY, launch, pretrain, run
 
-SETTINGS = ("--max_seq_length", "32", "--train_batch_size", "8", "--learning_rate", "1e-3", "--warmup_steps", "1")
-SETTINGS += ("--eval_interval", "100", "--eval_sequences", "8", "--save_interval", "2")
+SETTINGS = ("--model", "nano", "--max_seq_length", "32", "--train_batch_size", "8", "--warmup_steps", "1")
+SETTINGS += ("--learning_rate", "1e-3", "--eval_interval", "100", "--eval_sequences", "8", "--save_interval", "2")
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_a_launcher_makes_one_training_of_two_hosts(two_hosts, workspace, launch
     settings_text = "".join(f"{name}={value}\n" for name, value in {**settings, "PATH": path}.items())
     (workspace / ".deepspeed_env").write_text(settings_text)
     output = workspace / f"runs/{launcher}"
-    options = ["--deepspeed_config", CONFIG, "--data_dir", "data/corpus", "--output_dir", output, "--model", "tiny"]
+    options = ["--deepspeed_config", CONFIG, "--data_dir", "data/corpus", "--output_dir", output, "--model", "nano"]
     options += ["--max_seq_length", "32", "--train_batch_size", "8", "--max_steps", "2", "--eval_sequences", "8"]
     command = [*LAUNCHERS[launcher], PRETRAIN, *options]
     wrapped = ["env", f"PATH={two_hosts.ssh_folder}:{path}", *map(str, command)]

@@ -6,8 +6,9 @@ import signal
 import transformers
 from commands import REPOSITORY, launch, pretrain, pretrain_until
 
-SETTINGS = ("--objective", "rts", "--max_seq_length", "32", "--train_batch_size", "12", "--learning_rate", "1e-3")
-SETTINGS += ("--max_steps", "12", "--warmup_steps", "2", "--eval_interval", "6", "--eval_sequences", "16")
+SETTINGS = ("--objective", "rts", "--model", "nano", "--max_seq_length", "32", "--train_batch_size", "12")
+SETTINGS += ("--learning_rate", "1e-3", "--max_steps", "12", "--warmup_steps", "2")
+SETTINGS += ("--eval_interval", "6", "--eval_sequences", "16")
 
 
 def rows(folder):

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from commands import CONFIG, PRETRAIN, REPOSITORY, launch, pretrain, pretrain_until, run
 
-WITHOUT_STEPS = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--save_interval")
-WITHOUT_STEPS += ("2", "--eval_interval", "3", "--eval_sequences", "64", "--warmup_steps", "2")
+DATA = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--warmup_steps", "2")
+WITHOUT_STEPS = ("--model", "nano", *DATA, "--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "64")
 SETTINGS = (*WITHOUT_STEPS, "--max_steps", "6")
 
 
@@ -269,9 +269,9 @@ def test_a_named_change_is_allowed_and_becomes_the_runs_own(unbroken, workspace)
 
 def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace, unbroken):
     command = ("deepspeed", "--num_accelerators", "2", PRETRAIN, "--deepspeed_config", CONFIG)
-    short = ("--max_steps", "2", "--warmup_steps", "1", "--eval_sequences", "8")
+    short = (*DATA, "--max_steps", "2", "--eval_sequences", "8")
     dropout = ("--attention_probs_dropout_prob", "0", "--hidden_dropout_prob", "0")
-    printed = run(*command, *SETTINGS, *short, *dropout, cwd=workspace)
+    printed = run(*command, *short, *dropout, cwd=workspace)
     assert "model tiny (the default without a GPU" in printed
     assert "expected time per step" in printed
     two = [row["loss"] for row in rows(workspace / "runs/tiny") if "loss" in row]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,6 @@ import pytest
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 
 BASE = json.loads((Path(__file__).parents[2] / "ds_configs/zero2.json").read_text())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_waiting_for_the_disk():
-    """Leaves what is written in the system's cache: no test cuts the power, which alone would lose it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture

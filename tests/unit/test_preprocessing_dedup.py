@@ -7,8 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from prepare import prepare_corpus
-from test_preprocessing_sharding import folder_hash
+from prepare import folder_hash, prepare_corpus
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError

@@ -112,7 +112,7 @@ def test_rules_lose_no_text_and_take_linear_time():
         "」",
         "，",
     ]
-    for _ in range(3000):
+    for _ in range(1000):
         text = "".join(generator.choices(alphabet, k=generator.randint(0, 60)))
         found = sentences(text, "rules")
         assert (

@@ -1,13 +1,12 @@
 """From text files to a data folder."""
 
 import gzip
-import hashlib
 import itertools
 import json
 from dataclasses import replace
 
 import pytest
-from prepare import prepare_corpus
+from prepare import DOCUMENTS, folder_hash, prepare_corpus
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -16,9 +15,6 @@ from preprocessing.reading.documents import ReadOptions
 from preprocessing.tokens.bpe import train_bpe
 from preprocessing.units import ShardOptions, split_of
 
-DOCUMENTS = [
-    f"Document number {i}.\nIt has {i * 37 % 101} words </s>, or so.\nGrüße {'x' * (i % 50)}!" for i in range(200)
-]
 OPTIONS = ShardOptions(validation_fraction=0.2, unit_bytes=4000)
 
 
@@ -64,12 +60,6 @@ def texts(folder, tokenizer):
                 assert all(line.startswith(" ") for line in lines[1:])
                 found[name].append("\n".join(line.removeprefix(" ") for line in lines))
     return found
-
-
-def folder_hash(folder):
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    content = [(str(path.relative_to(folder)), path.read_bytes()) for path in paths]
-    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer, tmp_path):

@@ -7,8 +7,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare import prepare_corpus
-from test_preprocessing_sharding import folder_hash
+from prepare import folder_hash, prepare_corpus
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -52,10 +51,10 @@ def run(*command):
     return exit_.value.code
 
 
-@pytest.mark.parametrize("dedup", ["none", "exact"])
-def test_the_bytes_do_not_depend_on_the_workers(files, tokenizer_folder, tmp_path, dedup):
+def test_the_bytes_do_not_depend_on_the_workers(files, tokenizer_folder, tmp_path):
+    deduplicated = options(unit_bytes=2000, dedup="exact")
     for workers in (1, 2):
-        prepare_corpus(files, tokenizer_folder, tmp_path / f"{workers}", options(unit_bytes=2000, dedup=dedup), workers)
+        prepare_corpus(files, tokenizer_folder, tmp_path / f"{workers}", deduplicated, workers)
     assert folder_hash(tmp_path / "1") == folder_hash(tmp_path / "2")
 
 

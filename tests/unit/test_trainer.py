@@ -272,7 +272,7 @@ def test_a_rollback_leaves_out_the_data_since_the_last_checkpoint(make):
 def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(make):
     unbroken = make("rollback", name="unbroken")
     assert unbroken.train()
-    for interrupted_at in (1, 26, 46, 47, 48, 60, 75):
+    for interrupted_at in (1, 26, 46, 47, 48, 75):
         name = f"interrupted at {interrupted_at}"
         with pytest.raises(Interrupted):
             make("rollback", name=name, interrupted_at=interrupted_at).train()

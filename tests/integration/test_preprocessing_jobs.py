@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prepare import prepare_corpus
-from test_preprocessing_sharding import DOCUMENTS, folder_hash
+from prepare import DOCUMENTS, folder_hash, prepare_corpus
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -84,7 +83,7 @@ def test_a_job_killed_at_any_change_of_the_disk_resumes_to_the_same_bytes(files,
     assert child.exitcode == 0
     assert events > 100
     out, expected = tmp_path / "out", folder_hash(tmp_path / "undisturbed")
-    for event in [*range(1, events, 37), *range(events - 9, events + 1)]:  # the end is where the folder moves
+    for event in [*range(1, events, 61), *range(events - 5, events + 1)]:  # the end is where the folder moves
         reached.value = 0
         child = FORK.Process(target=die_at, args=(event, files, tokenizer, out, reached))
         child.start()

@@ -52,7 +52,7 @@ def config(roberta_folder, data, tmp_path):
         output_dir=tmp_path / "tuned",
         settings=(Setting(1e-2, 16),),
         seeds=(0, 1),
-        recipe=Recipe(num_train_epochs=3),
+        recipe=Recipe(num_train_epochs=2),
         metric=None,
         max_seq_length=None,
     )
@@ -63,7 +63,7 @@ def results(config):
 
 
 def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
-    config = replace(config, recipe=Recipe(num_train_epochs=16))
+    config = replace(config, recipe=Recipe(num_train_epochs=8))
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert finetune(config) == 0
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -118,12 +118,12 @@ def test_a_fine_tuning_that_is_stopped_and_killed_ends_as_the_unbroken_one(confi
 
 def test_stops_within_epochs_after_the_best_one_lose_no_step(config, monkeypatch, caplog):
     """Each call continues where the one before was stopped, although the best epoch was earlier."""
-    config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=8))  # of 4 steps
+    config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=5))  # of 4 steps
     with caplog.at_level("INFO"):
-        for _ in range(5):
+        for _ in range(3):
             monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(6))
             assert finetune(config) == STOPPED_EXIT_CODE
-    assert [f"continues from step {step}" in caplog.text for step in (6, 12, 18, 24)] == [True] * 4
+    assert [f"continues from step {step}" in caplog.text for step in (6, 12)] == [True] * 2
 
 
 def test_a_part_of_the_runs_whose_weights_were_removed_is_trained_again(config, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_part_of_the_runs_whose_weights_were_removed_is_trained_again(config, 
         run = replace(config, seeds=(seed,), output_dir=config.output_dir.with_name(f"seed-{seed}"))
         assert finetune(run) == 0
         single[seed] = results(run)["best"]
-    monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2 * 11 + 3))
+    monkeypatch.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(2 * 7 + 3))
     assert finetune(config) == STOPPED_EXIT_CODE
     monkeypatch.undo()
     (plan,) = config.output_dir.with_name(".tuned.runs").iterdir()
