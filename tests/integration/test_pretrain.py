@@ -78,7 +78,7 @@ def test_metrics_tell_each_step_and_evaluation(unbroken):
         assert all(row[key] > 0 for row in steps)
     evaluations = [row for row in entries if "eval_loss" in row]
     assert [row["global_step"] for row in evaluations] == [0, 3, 6]
-    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.3
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.2
     assert evaluations[0]["eval_perplexity"] > evaluations[-1]["eval_perplexity"]
 
 
