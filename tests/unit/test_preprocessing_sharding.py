@@ -76,9 +76,9 @@ def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer
 
 
 def test_the_bytes_do_not_depend_on_the_workers(files, bad_file, tokenizer, tmp_path):
-    for workers in (1, 3):
+    for workers in (1, 2):
         prepare_corpus([*files, bad_file], tokenizer, tmp_path / f"out {workers}", OPTIONS, workers)
-    assert folder_hash(tmp_path / "out 1") == folder_hash(tmp_path / "out 3")
+    assert folder_hash(tmp_path / "out 1") == folder_hash(tmp_path / "out 2")
 
 
 def test_the_manifest_accounts_for_every_document(files, tokenizer, tmp_path):
