@@ -160,8 +160,8 @@ class RunConfig(Settings):
         for name, usual in (("initial_attention", RANDOM), ("initial_bias", ZERO)):
             if self.init_from is not None and getattr(self, name) != usual:
                 raise UserError(
-                    f"--{name} {getattr(self, name)} does nothing with --init_from, whose model has learned better: "
-                    "remove one of them"
+                    f"--{name} {getattr(self, name)} does nothing with --init_from, whose trained weights take its "
+                    "place: remove one of them"
                 )
         if self.initial_bias != ZERO and not objective.predicts_tokens:
             raise UserError(
