@@ -34,7 +34,7 @@ COMBINATIONS = [
     *((0, "fp32", ""), (1, "fp32", ""), (1, "fp16", ""), (2, "bf16", ""), (2, "fp16", "")),
     *((3, "fp32", ""), (3, "fp16", ""), (2, "fp16", "-muon"), (3, "fp32", "-muon")),
 ]
-ALSO_RARE = ("0-fp32", "2-bf16", "3-fp16")
+ALSO_RARE = ("2-bf16", "3-fp16")
 POLICIES = ("off", "warn", "stop")
 STEPS, SAVE_INTERVAL, HURT_STEP = 4, 2, 2
 FP16 = {"enabled": True, "initial_scale_power": 12, "hysteresis": 1}

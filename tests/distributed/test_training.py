@@ -47,7 +47,7 @@ def cases(findings: dict, precision: str) -> dict[tuple[str, int], list[dict]]:
 def test_every_partition_trains_on_the_same_inputs_and_labels(findings):
     reference = [row["data"] for row in findings["partition-1"]["0-fp32-4"]]
     assert all(len(data) == 22 for data in reference)
-    for precision, world_sizes in (("fp32", WORLD_SIZES), ("bf16", (2, 3)), ("fp16", (2, 3))):
+    for precision, world_sizes in (("fp32", WORLD_SIZES), ("bf16", (3,)), ("fp16", (3,))):
         found = cases(findings, precision)
         assert {world_size for _, world_size in found} == set(world_sizes)
         for case, rows in found.items():
@@ -130,7 +130,7 @@ def test_an_overflow_that_no_loss_scale_cures_ends_the_run_with_the_tensors_name
 
 
 def test_trials_that_run_out_of_memory_agree_and_leave_no_trace(findings):
-    assert len(findings["trials"]) == 5
+    assert len(findings["trials"]) == 4
     for name, found in findings["trials"].items():
         assert found == {"size": 3, "equal": True}, name
 

@@ -3,10 +3,13 @@
 import json
 import signal
 import sys
+import types
 
 import pytest
 from commands import CONFIG, PRETRAIN, pretrain, pretrain_until, run
 from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series, wandb_series
+
+from ds_roberta.training.wandb_monitor import last_recorded_step, log_records
 
 SETTINGS = ("--model", "nano", "--max_seq_length", "32", "--train_batch_size", "8", "--max_steps", "7")
 SETTINGS += ("--learning_rate", "1e-3", "--warmup_steps", "2", "--save_interval", "2", "--eval_interval", "3")
@@ -64,3 +67,30 @@ def test_a_missing_package_is_one_line_before_any_work(workspace, config, monkey
     assert line.endswith("(No module named 'wandb'): pip install wandb, or set wandb.enabled to false")
     assert "Traceback" not in printed
     assert not (workspace / "runs/unmonitored").exists()
+
+
+def test_wandb_goes_on_where_its_server_or_its_own_files_end(tmp_path, monkeypatch):
+    """Whole steps alone count in a file that a kill cut off, which has several blocks of 32 KiB."""
+    import wandb
+
+    assert last_recorded_step(types.SimpleNamespace(offline=False, step=5)) == 4
+    for name, value in {"MODE": "offline", "DIR": tmp_path, "SILENT": "true", "CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    settings = wandb.Settings(x_disable_stats=True, console="off")
+    with wandb.init(project="p", id="abcd1234", settings=settings) as run:
+        assert last_recorded_step(run) == -1
+        for step in range(0, 400):
+            run.log({"loss": 1.0, **{f"value_{number}": step / 7 for number in range(20)}}, step=step, commit=True)
+    wandb.teardown()  # its service still writes when the run is finished
+    path = tmp_path / f"wandb/{run.dir.split('/')[-2]}/run-abcd1234.wandb"
+    data = path.read_bytes()
+    assert len(data) > 5 * 2**15
+    assert last_recorded_step(run) == 399
+    assert sum(len(record) for record in log_records(data)) > 0.98 * len(data)
+    found = []
+    for eighth in range(8, -1, -1):
+        path.write_bytes(data[: len(data) * eighth // 8])
+        found.append(last_recorded_step(run))
+    assert (found[0], found[-1]) == (399, -1)
+    assert 150 < found[4] < 250
+    assert found == sorted(found, reverse=True)

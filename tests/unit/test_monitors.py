@@ -1,6 +1,5 @@
 import shutil
 import sys
-import types
 
 import pytest
 from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series
@@ -8,7 +7,7 @@ from monitor_readers import assert_same_series, csv_series, expected_series, ten
 from ds_roberta.errors import UserError
 from ds_roberta.training.metrics import MetricsLog
 from ds_roberta.training.monitors import RECORD_NAME, Monitors
-from ds_roberta.training.wandb_monitor import WandbMonitor, last_recorded_step, log_records
+from ds_roberta.training.wandb_monitor import WandbMonitor
 
 
 @pytest.fixture
@@ -186,30 +185,3 @@ def test_a_service_that_cannot_be_reached_stops_nothing_but_a_wrong_login_does(m
     error = UsageError("No API key configured.")
     with pytest.raises(UserError, match=r"wandb cannot start \(No API key configured\): wandb login, or WANDB_MODE"):
         WandbMonitor.open({}, "abcd1234", False, said.append)
-
-
-def test_wandb_goes_on_where_its_server_or_its_own_files_end(tmp_path, monkeypatch):
-    """Whole steps alone count in a file that a kill cut off, which has several blocks of 32 KiB."""
-    import wandb
-
-    assert last_recorded_step(types.SimpleNamespace(offline=False, step=5)) == 4
-    for name, value in {"MODE": "offline", "DIR": tmp_path, "SILENT": "true", "CACHE_DIR": tmp_path}.items():
-        monkeypatch.setenv(f"WANDB_{name}", str(value))
-    settings = wandb.Settings(x_disable_stats=True, console="off")
-    with wandb.init(project="p", id="abcd1234", settings=settings) as run:
-        assert last_recorded_step(run) == -1
-        for step in range(0, 400):
-            run.log({"loss": 1.0, **{f"value_{number}": step / 7 for number in range(20)}}, step=step, commit=True)
-    wandb.teardown()  # its service still writes when the run is finished
-    path = tmp_path / f"wandb/{run.dir.split('/')[-2]}/run-abcd1234.wandb"
-    data = path.read_bytes()
-    assert len(data) > 5 * 2**15
-    assert last_recorded_step(run) == 399
-    assert sum(len(record) for record in log_records(data)) > 0.98 * len(data)
-    found = []
-    for eighth in range(8, -1, -1):
-        path.write_bytes(data[: len(data) * eighth // 8])
-        found.append(last_recorded_step(run))
-    assert (found[0], found[-1]) == (399, -1)
-    assert 150 < found[4] < 250
-    assert found == sorted(found, reverse=True)

@@ -32,12 +32,12 @@ def write(folder, *files):
     return paths
 
 
-def prepare(folder, files, tokenizer, dedup, workers=1, name="out"):
+def prepare(folder, files, tokenizer, dedup, name="out"):
     """The decoded documents of both splits in order, and the rejects of each file."""
     from tokenizers import Tokenizer
 
     options = ShardOptions(validation_fraction=0.3, unit_bytes=3000, dedup=dedup)
-    manifest, totals = prepare_corpus(files, tokenizer, folder / name, options, workers)
+    manifest, totals = prepare_corpus(files, tokenizer, folder / name, options)
     corpus, decoder = Corpus.open(folder / name), Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     found = []
     for split_name in ("train", "validation"):
@@ -79,16 +79,15 @@ def test_the_first_of_similar_documents_stays(tokenizer_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["exact", "near"])
-def test_workers_and_the_division_of_the_merge_decide_nothing(tokenizer_folder, tmp_path, kind, monkeypatch):
+def test_the_division_of_the_merge_decides_nothing(tokenizer_folder, tmp_path, kind, monkeypatch):
     if kind == "near":
         pytest.importorskip("rensa", reason="near copies are found with the library rensa")
     files = write(tmp_path, TEXTS[:20], [*NEAR[:8], *FAR[:2]], [*TEXTS[:12:2], *NEAR[:8:3]])
-    rejected = prepare(tmp_path, files, tokenizer_folder, kind, workers=1)[1]
+    rejected = prepare(tmp_path, files, tokenizer_folder, kind)[1]
     assert [sum(counts.values()) for counts in rejected] == ([0, 8, 9] if kind == "near" else [0, 0, 9])
-    prepare(tmp_path, files, tokenizer_folder, kind, workers=2, name="two")
     monkeypatch.setattr(dedup, "RANGE_ROWS", 15)
-    prepare(tmp_path, files, tokenizer_folder, kind, workers=1, name="divided")
-    assert folder_hash(tmp_path / "two") == folder_hash(tmp_path / "out") == folder_hash(tmp_path / "divided")
+    prepare(tmp_path, files, tokenizer_folder, kind, name="divided")
+    assert folder_hash(tmp_path / "out") == folder_hash(tmp_path / "divided")
 
 
 def test_a_unit_of_only_copies_leaves_no_shard(tokenizer_folder, tmp_path):

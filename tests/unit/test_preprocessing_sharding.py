@@ -75,12 +75,6 @@ def test_every_document_arrives_whole_in_the_order_of_the_input(files, tokenizer
     assert [shard.file for shard in manifest.splits["train"]] == [f"train/shard-{i:05d}.arrow" for i in range(7)]
 
 
-def test_the_bytes_do_not_depend_on_the_workers(files, bad_file, tokenizer, tmp_path):
-    for workers in (1, 2):
-        prepare_corpus([*files, bad_file], tokenizer, tmp_path / f"out {workers}", OPTIONS, workers)
-    assert folder_hash(tmp_path / "out 1") == folder_hash(tmp_path / "out 2")
-
-
 def test_the_manifest_accounts_for_every_document(files, tokenizer, tmp_path):
     prepare_corpus(files, tokenizer, tmp_path / "out", OPTIONS, workers=1)
     inputs = Corpus.open(tmp_path / "out").manifest.inputs
