@@ -21,7 +21,7 @@ from ds_roberta.errors import UserError
 Check = Callable[[str, Any], None]
 """Raises `UserError` for a bad value, given its option's name, such as "--seed", and the value."""
 Group = TypeVar("Group", bound="Settings")
-_DECLARED = "option"
+_DECLARED, _FIELDS = "option", "__dataclass_fields__"
 
 
 def option(
@@ -90,6 +90,7 @@ class Option:
 
     Attributes:
         place: names of the fields that lead to it from the outermost group.
+        group: the class that declares it.
         kind: the type of its values that are not None.
     """
 
@@ -119,16 +120,22 @@ def options_of(group: type[Settings], place: tuple[str, ...] = ()) -> Iterator[O
     for each in fields(group):
         if _DECLARED in each.metadata:
             name = each.metadata[_DECLARED]["name"] or each.name
-            yield Option(name, (*place, each.name), group, _without_none(kinds[each.name]), each)
+            declaring = next(base for base in reversed(group.__mro__) if each.name in getattr(base, _FIELDS, ()))
+            yield Option(name, (*place, each.name), declaring, _without_none(kinds[each.name]), each)
     for each in fields(group):
         if _DECLARED not in each.metadata and _is_group(kinds[each.name]):
             yield from options_of(kinds[each.name], (*place, each.name))
 
 
-def add_options(parser: argparse.ArgumentParser, group: type[Settings], only: Collection[str] | None = None) -> None:
-    """Add the options of a group to a command, under a heading for each group; `only` names the ones to add."""
+def add_options(parser: argparse.ArgumentParser, *groups: type[Settings], only: Collection[str] | None = None) -> None:
+    """Add the options of groups to a command, under a heading for each class that declares some.
+
+    Args:
+        groups: an option that several of them inherit is added once.
+        only: the names of those to add; None: all.
+    """
     headings: dict[type[Settings], argparse._ActionsContainer] = {}
-    for each in options_of(group):
+    for each in {each.name: each for group in groups for each in options_of(group)}.values():
         if only is not None and each.name not in only:
             continue
         if only is None and each.group not in headings:

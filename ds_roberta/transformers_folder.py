@@ -47,7 +47,7 @@ _KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute", "
 """
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The floating-point dtypes by safetensors' names."""
-Model = TypeVar("Model", bound=transformers.PreTrainedModel)
+Model = TypeVar("Model", bound="transformers.PreTrainedModel")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ds_roberta.distributed import leave, set_up_logging
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.finetune import SWEEP, FinetuneConfig, finetune
 from ds_roberta.finetuning.one_run import Setting
-from ds_roberta.options import add_options
+from ds_roberta.options import add_options, options_of
 
 
 def make_parser() -> ArgumentParser:
@@ -26,8 +26,7 @@ def make_parser() -> ArgumentParser:
         help="the peak after the warm-up, or several to choose from, such as 1e-4,3e-4; default: 2e-5",
     )  # fmt: skip
     runs.add_argument("--train_batch_size", type=several(positive), help="examples per step, or several; default: 16")
-    for group in dict.fromkeys(task.options_class for task in TASKS.values()):
-        add_options(parser, group)
+    add_options(parser, *(task.options_class for task in TASKS.values()))
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
@@ -37,6 +36,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.sweep and (arguments.learning_rate or arguments.train_batch_size):
         parser.error("--sweep has its own batches and rates: leave out --learning_rate and --train_batch_size")
+    own = {each.name for each in options_of(TASKS[arguments.task].options_class)}
+    for each in (each for task in TASKS.values() for each in options_of(task.options_class)):
+        if each.name not in own and getattr(arguments, each.name) != each.default:
+            parser.error(f"--{each.name} does nothing with --task {arguments.task}: leave it out")
     return arguments
 
 

@@ -9,7 +9,7 @@ from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
 from ds_roberta.options import add_options
 
-TASK_OPTIONS = ("text_column", "text_pair_column", "no_answer_threshold")
+TASK_OPTIONS = ("text_column", "text_pair_column", "no_answer_threshold", "label_threshold")
 
 
 def make_parser() -> ArgumentParser:
@@ -34,6 +34,10 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--no_answer_threshold", type=probability,
         help="give no answer if its probability is above this; default: as in fine-tuning",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label_threshold", type=probability,
+        help="of several labels, those with a higher probability apply; default: as in fine-tuning",
     )  # fmt: skip
     return parser
 

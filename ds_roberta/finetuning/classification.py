@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,8 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.labelled_tables import (
-    Columns,
-    Table,
-    Text,
-    check_column,
-    find_texts,
-    listed,
-    read_splits,
-    read_table,
-)
+from ds_roberta.finetuning.labelled_tables import Columns, Table, Text, find_texts, read_splits, read_table
+from ds_roberta.finetuning.labels import Labels, class_names, labelled_rows, same_label, without_unlabelled_tests
 from ds_roberta.finetuning.task import (
     COMMAND_LINE,
     NO_LABEL,
@@ -36,16 +28,19 @@ from ds_roberta.finetuning.task import (
     one_line,
     softmax,
 )
+from ds_roberta.options import option
 
-LABEL_COLUMNS = ("label", "gold_label", "score", "is_duplicate", "Quality")  # in GLUE's files and data sets
+BALANCED = "balanced"
+MULTI_LABEL = "multi_label_classification"
+"""transformers' `problem_type` of a head whose labels do not exclude each other."""
 SHOWN_LABELS = 5
 
 
-class _TextTask(Task):
+class TextTask(Task):
     """The common part of tasks that predict a label or a number for each text or pair."""
 
-    model_class = transformers.RobertaForSequenceClassification
-    options_class = Columns
+    architecture = "RobertaForSequenceClassification"
+    options_class = Labels
 
     def __init__(self, options: Columns):
         self.options = options
@@ -64,40 +59,51 @@ class _TextTask(Task):
             features = [{**feature, "labels": text.label} for feature, text in zip(features, inputs, strict=True)]
         return Encoded(inputs, features)
 
-    @staticmethod
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        """Cross-entropy, or the squared error in regression; see `Task.loss`.
 
-        Args:
-            outputs: with `logits`, (examples, classes), or (examples, 1) in regression.
-            labels: (examples,), int64, or float in regression.
-        """
-        logits = outputs["logits"].float()
-        if labels.is_floating_point():
-            loss = functional.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
-        else:
-            loss = functional.cross_entropy(logits, labels, reduction="sum")
-        return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+@dataclass(frozen=True)
+class ClassificationOptions(Labels):
+    """Classification."""
+
+    class_weights: str = option(
+        "weights of the classes in the loss; balanced: a rare class counts as much as a frequent one",
+        "none",
+        choices=("none", BALANCED),
+    )
 
 
-class Classification(_TextTask):
+class Classification(TextTask):
     """Predicts the label of a text or a pair, one of `names`."""
 
     name = "classification"
+    options_class = ClassificationOptions
 
-    def __init__(self, names: list[str], options: Columns):
+    def __init__(self, names: list[str], options: Columns, weights: Sequence[float] | None = None):
+        """
+        Args:
+            weights: of each class in the loss; 1 on average over the training examples.
+        """
         super().__init__(options)
-        self.names = names
+        self.names, self.weights = names, weights
         self.head = {**label_head(names), "problem_type": "single_label_classification"}
         self.results = {"label_names": names}
+        if weights is not None:
+            self.results["class_weights"] = dict(zip(names, weights, strict=True))
         of_two = ("f1",) if len(names) == 2 else ()
         self.metric_names = ("accuracy", "macro_f1", "matthews_correlation", *of_two)
 
     @classmethod
-    def from_data(cls, data: tuple[str, ...], options: Columns) -> tuple[Classification, dict[str, Sequence[Text]]]:
+    def from_data(
+        cls, data: tuple[str, ...], options: ClassificationOptions
+    ) -> tuple[Classification, dict[str, Sequence[Text]]]:
         tables = without_unlabelled_tests(read_splits(data), options)
-        task = cls(class_names(tables["train"], options), options)
-        return task, {split: task._examples(table) for split, table in tables.items()}
+        labelled = {split: labelled_rows(table, options) for split, table in tables.items()}
+        train, labels = labelled["train"]
+        names = class_names(labels, train.name)
+        splits: dict[str, Sequence[Text]] = {
+            split: _with_classes(*rows, names, options) for split, rows in labelled.items()
+        }
+        weights = balanced_weights(splits["train"], len(names)) if options.class_weights == BALANCED else None
+        return cls(names, options, weights), splits
 
     @classmethod
     def from_model(
@@ -107,21 +113,34 @@ class Classification(_TextTask):
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
-        return super().fits(config) and config.num_labels > 1
+        return super().fits(config) and config.num_labels > 1 and config.problem_type != MULTI_LABEL
 
-    def _examples(self, table: Table) -> list[Text]:
-        indices = {name: index for index, name in enumerate(self.names)}
-        texts, labels = find_texts(table, self.options), map(str, label_values(table, self.options))
-        examples = []
-        for text, label in zip(texts, labels, strict=True):
-            if label not in indices:
-                problem = unknown_key_message("label", label, self.names)
-                raise UserError(f"{text.place}: {problem}; no training row has it: fix or remove the row")
-            examples.append(replace(text, label=indices[label]))
-        return examples
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy, of each example times its class's weight; see `Task.loss`.
+
+        Args:
+            outputs: with `logits`, (examples, classes).
+            labels: (examples,), int64.
+        """
+        logits = outputs["logits"].float()
+        weights = None if self.weights is None else logits.new_tensor(self.weights)
+        loss = functional.cross_entropy(logits, labels, weight=weights, reduction="sum")
+        return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
-        return classification_metrics(np.asarray(logits), np.array([text.label for text in encoded.inputs]))
+        """scikit-learn's, and `predicted_classes`, how many classes the model predicts at all."""
+        scores, labels = np.asarray(logits), np.array([text.label for text in encoded.inputs])
+        return {**classification_metrics(scores, labels), "predicted_classes": len(np.unique(scores.argmax(-1)))}
+
+    def remarks(self, metrics: dict[str, Any]) -> list[str]:
+        if metrics["predicted_classes"] > 1:
+            return []
+        return [
+            "the model predicts one class for all validation examples: it has not learned the task; try another "
+            "--learning_rate, more --num_train_epochs, or --class_weights balanced where one class is frequent"
+        ]
 
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
         answers = []
@@ -130,11 +149,11 @@ class Classification(_TextTask):
             ranked = sorted(scores, key=lambda name: -scores[name])
             line = "  " + ", ".join(f"{name} {scores[name]:.4f}" for name in ranked[:SHOWN_LABELS])
             row = {"label": ranked[0], "score": scores[ranked[0]], "scores": scores}
-            answers.append(Answer([_heading(text), line], {**_asked(text), **row}))
+            answers.append(Answer([heading(text), line], {**asked(text), **row}))
         return answers
 
 
-class Regression(_TextTask):
+class Regression(TextTask):
     """Predicts a number for a text or a pair."""
 
     name = "regression"
@@ -146,7 +165,7 @@ class Regression(_TextTask):
         self.results = {}
 
     @classmethod
-    def from_data(cls, data: tuple[str, ...], options: Columns) -> tuple[Regression, dict[str, Sequence[Text]]]:
+    def from_data(cls, data: tuple[str, ...], options: Labels) -> tuple[Regression, dict[str, Sequence[Text]]]:
         tables = without_unlabelled_tests(read_splits(data), options)
         return cls(options), {split: _numbered(table, options) for split, table in tables.items()}
 
@@ -160,13 +179,25 @@ class Regression(_TextTask):
     def fits(cls, config: transformers.RobertaConfig) -> bool:
         return super().fits(config) and config.num_labels == 1
 
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The squared error; see `Task.loss`.
+
+        Args:
+            outputs: with `logits`, (examples, 1).
+            labels: (examples,), float.
+        """
+        loss = functional.mse_loss(outputs["logits"].float().squeeze(-1), labels.float(), reduction="sum")
+        return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
     def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
         return regression_metrics(np.asarray(logits)[:, 0], np.array([text.label for text in encoded.inputs]))
 
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
         values = [float(found[0]) for found in logits]
         return [
-            Answer([_heading(text), f"  {value:.4f}"], {**_asked(text), "value": value})
+            Answer([heading(text), f"  {value:.4f}"], {**asked(text), "value": value})
             for text, value in zip(encoded.inputs, values, strict=True)
         ]
 
@@ -197,68 +228,6 @@ def encode_texts(
         {"input_ids": input_ids, "attention_mask": mask}
         for input_ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
     ]
-
-
-def label_column(table: Table, columns: Columns) -> str:
-    """The name of the column that holds the labels.
-
-    Raises:
-        UserError: no column is named, and the table has none of the usual ones.
-    """
-    label = columns.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
-    if label is None:
-        raise UserError(
-            f"{table.name} has the columns {listed(table)}: give the one with the label as --label_column, or leave "
-            "out a file without labels"
-        )
-    return label
-
-
-def without_unlabelled_tests(tables: dict[str, Table], columns: Columns) -> dict[str, Table]:
-    """All splits except test splits without labels (-1 or no value), which most of GLUE's are."""
-    label = label_column(tables["train"], columns)
-    kept = {}
-    for split, table in tables.items():
-        if split.startswith("test") and all(row.get(label) in (None, "", -1, "-1") for row in table.rows):
-            logger.info(f"{table.name} has no labels and is left out")
-        else:
-            kept[split] = table
-    return kept
-
-
-def label_values(table: Table, columns: Columns) -> list[Any]:
-    """The table's labels as they are in the file.
-
-    Raises:
-        UserError: the column is missing, or a row has no label.
-    """
-    label = label_column(table, columns)
-    check_column(table, label, "--label_column")
-    values = [row.get(label) for row in table.rows]
-    for index, value in enumerate(values):
-        if value is None or value == "":
-            raise UserError(f"{table.place(index)} has no {label!r}: label or remove the row")
-        if not isinstance(value, str | int | float) or value != value:  # NaN, which a table without a label may have
-            raise UserError(f"{table.place(index)}: {label!r} is {value!r}, not a label: label or remove the row")
-    return values
-
-
-def class_names(train: Table, columns: Columns) -> list[str]:
-    """The classes of the training rows: in numerical order if all are numbers, else in alphabetical order.
-
-    Raises:
-        UserError: there are fewer than two.
-    """
-    names = {str(value) for value in label_values(train, columns)}
-    if len(names) < 2:
-        raise UserError(f"{train.name} has only the label {min(names)!r}: classification needs at least two")
-    try:
-        numbers = {name: float(name) for name in names}
-    except ValueError:
-        numbers = {}
-    if not all(map(math.isfinite, numbers.values())):
-        numbers = {}  # a class may be called "nan"
-    return sorted(names, key=lambda name: (numbers.get(name, 0.0), name))
 
 
 def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -297,14 +266,39 @@ def regression_metrics(predicted: np.ndarray[Any, Any], labels: np.ndarray[Any, 
     }
 
 
-def _numbered(table: Table, columns: Columns) -> list[Text]:
+def balanced_weights(train: Sequence[Text], classes: int) -> list[float]:
+    """scikit-learn's weights of classes by which all count alike: `examples / (classes * examples of the class)`."""
+    from sklearn.utils.class_weight import compute_class_weight
+
+    weights = compute_class_weight("balanced", classes=np.arange(classes), y=[text.label for text in train])
+    return [float(weight) for weight in weights]
+
+
+def _with_classes(table: Table, labels: Sequence[Any], names: list[str], columns: Columns) -> list[Text]:
+    """The table's texts with the indices of their classes as labels.
+
+    Raises:
+        UserError: a label is not among the names.
+    """
+    indices = {name: index for index, name in enumerate(names)}
+    examples = []
+    for text, label in zip(find_texts(table, columns), map(same_label, labels), strict=True):
+        if label not in indices:
+            problem = unknown_key_message("label", label, names)
+            raise UserError(f"{text.place}: {problem}; no training row has it: fix or remove the row")
+        examples.append(replace(text, label=indices[label]))
+    return examples
+
+
+def _numbered(table: Table, options: Labels) -> list[Text]:
     """The table's texts with numbers as labels.
 
     Raises:
         UserError: a label is not a finite number.
     """
     examples = []
-    for text, value in zip(find_texts(table, columns), label_values(table, columns), strict=True):
+    table, labels = labelled_rows(table, options)
+    for text, value in zip(find_texts(table, options), labels, strict=True):
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -317,9 +311,9 @@ def _numbered(table: Table, columns: Columns) -> list[Text]:
     return examples
 
 
-def _asked(text: Text) -> dict[str, str]:
+def asked(text: Text) -> dict[str, str]:
     return {"text": text.text} if text.pair is None else {"text": text.text, "text_pair": text.pair}
 
 
-def _heading(text: Text) -> str:
-    return " | ".join(map(one_line, _asked(text).values()))
+def heading(text: Text) -> str:
+    return " | ".join(map(one_line, asked(text).values()))

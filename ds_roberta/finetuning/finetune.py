@@ -75,7 +75,7 @@ class FinetuneConfig(Settings):
     )
     output_dir: Path = option("the folder to write", required=True)
     metric: str | None = option(
-        "the metric on validation that chooses the best epoch and run; default: accuracy, pearson or f1", None
+        "the metric on validation that chooses the best epoch and run; default: accuracy, micro_f1, pearson or f1", None
     )
     max_seq_length: int | None = option("in tokens; default: the length that the model was trained with", None)
     deepspeed_config: Path | None = option("train with DeepSpeed; see ds_configs/finetune.json", None)
@@ -121,6 +121,7 @@ def finetune(config: FinetuneConfig) -> int:
             except Stopped:
                 ranks.log("stopped on request; the same command continues from here")
                 return STOPPED_EXIT_CODE
+            problem.task.conclude(best.epochs[best.best])
             of_best = _run_folder(work, best.setting, best.seed)
             others = {
                 split: evaluate(problem, best, of_best, rows, ranks)
@@ -155,6 +156,8 @@ def finetune(config: FinetuneConfig) -> int:
             f"learning rate {summary['learning_rate']:g}, batch {summary['train_batch_size']}: {problem.metric} on "
             f"validation {summary['median']:.4f} (median of {len(config.seeds)}), {summary['best']:.4f} (best)"
         )
+    for remark in problem.task.remarks(best.epochs[best.best]):
+        ranks.log(f"warning: {remark}")
     for split, metrics in others.items():
         ranks.log(f"{split}: {in_words(metrics)}")
     ranks.log(f"wrote {config.output_dir}: seed {best.seed}, epoch {best.best + 1}")

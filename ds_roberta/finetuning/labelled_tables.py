@@ -48,13 +48,14 @@ class Text:
     Attributes:
         place: the row in its file, for messages.
         pair: the second text of a pair.
-        label: the index of a class, or a number in regression; None: there is none.
+        label: the index of a class, a number in regression, or a 1 or 0 for each of several labels; None: there is
+            none.
     """
 
     place: str = field(compare=False)
     text: str
     pair: str | None = None
-    label: float | None = None
+    label: float | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

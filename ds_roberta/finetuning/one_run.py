@@ -195,7 +195,8 @@ def make_trainer(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would divide the batch again
     transformers.set_seed(seed)  # for a new head
-    model = read_model(weights or problem.folder, problem.task.model_class, new_head=problem.task.head)
+    model_class = getattr(transformers, problem.task.architecture)
+    model = read_model(weights or problem.folder, model_class, new_head=problem.task.head)
     model._weight_conversions = None  # under ZeRO-3 transformers 5.23 would save LayerNorm's old names, gamma and beta
     trainer = transformers.Trainer(
         model,

@@ -102,7 +102,7 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
     names = {each.name for each in fields(task_class.options_class)}
     known_options = {name: value for name, value in (given or {}).items() if name in names}
     length = opened.sequence_length(max_seq_length, SHORTEST)
-    model = read_model(folder, task_class.model_class)
+    model = read_model(folder, getattr(transformers, task_class.architecture))
     return FinetunedModel(
         task_class.from_model(opened.config, results, known_options),
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),

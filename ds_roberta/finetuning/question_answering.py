@@ -115,7 +115,7 @@ class QuestionAnswering(Task):
     """
 
     name = "question-answering"
-    model_class = transformers.RobertaForQuestionAnswering
+    architecture = "RobertaForQuestionAnswering"
     options_class = SpanOptions
 
     def __init__(self, with_null: bool, options: SpanOptions):
@@ -168,8 +168,9 @@ class QuestionAnswering(Task):
         ]
         return Encoded(inputs, features, windows)
 
-    @staticmethod
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """The mean of the cross-entropies of start and end; see `Task.loss`.
 
         Args:

@@ -53,7 +53,7 @@ class Task(ABC):
 
     Attributes:
         name: the value of `--task`.
-        model_class: an encoder with the task's head.
+        architecture: transformers' name for an encoder with the task's head; its import takes seconds.
         options_class: the task's own options.
         collator: makes a batch of features; called with the tokenizer.
         add_prefix_space: how the model's tokenizer is opened and saved; None: as it is.
@@ -63,7 +63,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    model_class: ClassVar[type[transformers.PreTrainedModel]]
+    architecture: ClassVar[str]
     options_class: ClassVar[type[Settings]]
     collator: ClassVar[Any] = transformers.DataCollatorWithPadding
     add_prefix_space: ClassVar[bool | None] = None
@@ -98,7 +98,7 @@ class Task(ABC):
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
         """Whether a model with this configuration is for this task."""
-        return (config.architectures or [""])[0] == cls.model_class.__name__
+        return (config.architectures or [""])[0] == cls.architecture
 
     @abstractmethod
     def read_inputs(self, path: Path) -> Sequence[Any]:
@@ -126,9 +126,10 @@ class Task(ABC):
             max_seq_length: in tokens, the special ones included.
         """
 
-    @staticmethod
     @abstractmethod
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """The loss summed over these labels, divided by the number of labels in the whole batch with all its
         micro-batches.
 
@@ -148,6 +149,13 @@ class Task(ABC):
             logits: an array or a list with an entry for each feature, which may be padded: (labels,), or (T, labels)
                 for tokens. If the model has two outputs, as for the starts and ends of answers, a pair of these.
         """
+
+    def conclude(self, metrics: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what the best epoch's metrics on the validation examples decide, before anything is written."""
+
+    def remarks(self, metrics: dict[str, Any]) -> list[str]:
+        """What a person should know about a model with these metrics on the validation examples."""
+        return []
 
     @abstractmethod
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:

@@ -76,7 +76,7 @@ class TokenClassification(Task):
     """Predicts a tag for each word, one of `names`."""
 
     name = "token-classification"
-    model_class = transformers.RobertaForTokenClassification
+    architecture = "RobertaForTokenClassification"
     options_class = Columns
     collator = transformers.DataCollatorForTokenClassification
     add_prefix_space = True  # so that whole texts begin with a word as in fine-tuning
@@ -131,8 +131,9 @@ class TokenClassification(Task):
                 feature["labels"] = token_labels(window, inputs[window.sentence], self.names)
         return Encoded(inputs, features, windows)
 
-    @staticmethod
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """
         Args:
             outputs: with `logits`, (B, T, tags).

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from groups import run_group
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for four groups, which are slow where bf16 is emulated
-WORLD_SIZES = (1, 2, 3, 4)
+pytestmark = pytest.mark.timeout(900)  # the first test waits for three groups, which are slow where bf16 is emulated
+WORLD_SIZES = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,6 @@ def findings(corpus_folder: Path, output: Path) -> dict:
         (2, "partition,resume,elastic,overflow,overflow_at_the_floor,trials"),
         (1, "partition,elastic,accumulation"),
         (3, "partition,elastic"),
-        (4, "partition,elastic"),
     ):
         found = run_group(processes, cases, corpus_folder, output)
     return found
@@ -100,7 +99,7 @@ def test_a_resumed_run_is_bit_identical_to_the_unbroken_one(findings, layout):
 
 def test_an_offloaded_optimizer_takes_the_same_steps(findings):
     """A gradient that is rounded to bf16 on its way to the host moves the losses by some 1e-4."""
-    for name in ("1-bf16", "2-fp32", "3-bf16"):
+    for name in ("2-fp32", "3-bf16"):
         found, expected = (findings["resume-2"][case]["unbroken"] for case in (f"{name}-offloaded", name))
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
 

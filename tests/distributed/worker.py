@@ -207,8 +207,8 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     The portable checkpoint is still being written while the unbroken run goes on.
     """
     findings, end = {}, 4 if on_gpu() else 3  # a GPU's test sees the moments in the second loss alone
-    in_place = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16"))
-    on_host = ((1, "bf16"), (2, "fp32"), (3, "bf16"))
+    in_place = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "fp16"), (3, "bf16"))
+    on_host = ((2, "fp32"), (3, "bf16"))
     by_muon = ((0, "fp32", False), (1, "bf16", False), (2, "fp32", True), (2, "fp16", False), (3, "bf16", True))
     cases = [(*c, False, {}) for c in in_place] + [(*c, True, {}) for c in on_host]
     for stage, precision, offloaded, changes in cases + [(*c, {"optimizer": MUON}) for c in by_muon]:

@@ -16,8 +16,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.classification import Classification, classification_metrics, regression_metrics
+from ds_roberta.finetuning.classification import Classification, Regression, classification_metrics, regression_metrics
 from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, FinetuneConfig, choose, finetune
+from ds_roberta.finetuning.labels import Labels
 from ds_roberta.finetuning.one_run import Recipe, Run, Setting
 from ds_roberta.finetuning.question_answering import SpanOptions
 
@@ -179,14 +180,16 @@ def test_accumulation_does_not_change_the_training(config, tmp_path):
 def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 2, 1, 1, 0, 2])
-    whole = torch.nn.functional.cross_entropy(logits, labels)
-    parts = sum(Classification.loss({"logits": logits[part]}, labels[part], 6) for part in (slice(4), slice(4, 6)))
-    torch.testing.assert_close(parts, whole)
-    torch.testing.assert_close(Classification.loss({"logits": logits}, labels), whole)
+    for weights in (None, [0.5, 2.0, 1.0]):
+        weight = None if weights is None else torch.tensor(weights)
+        whole = torch.nn.functional.cross_entropy(logits, labels, weight, reduction="none").mean()
+        loss = Classification(["a", "b", "c"], Labels(), weights).loss
+        parts = sum(loss({"logits": logits[part]}, labels[part], 6) for part in (slice(4), slice(4, 6)))
+        torch.testing.assert_close(parts, whole)
+        torch.testing.assert_close(loss({"logits": logits}, labels), whole)
     numbers = torch.randn(6)
-    torch.testing.assert_close(
-        Classification.loss({"logits": logits[:, :1]}, numbers), torch.nn.functional.mse_loss(logits[:, 0], numbers)
-    )
+    squared = torch.nn.functional.mse_loss(logits[:, 0], numbers)
+    torch.testing.assert_close(Regression(Labels()).loss({"logits": logits[:, :1]}, numbers), squared)
 
 
 def test_metrics_are_those_of_the_libraries():

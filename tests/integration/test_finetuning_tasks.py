@@ -10,6 +10,7 @@ from forked import run_ranks
 from safetensors.torch import load_file
 from seqeval.metrics import accuracy_score, f1_score
 from sklearn.metrics import accuracy_score as share_of_equal
+from sklearn.metrics import f1_score as share_f1
 
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
 
@@ -47,6 +48,16 @@ def test_classification(finetuned):
     rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(CONTEXTS)]
     metrics, answers = finetuned("classification", lines(rows), ".jsonl")
     assert metrics["accuracy"] == share_of_equal([row["label"] for row in rows], [row["label"] for row in answers])
+
+
+def test_multi_label_classification(finetuned):
+    rows = [{"text": text, "label": [name for name, k in (("a", 2), ("b", 3)) if number % k == 0]}
+            for number, text in enumerate(CONTEXTS)]  # fmt: skip
+    metrics, answers = finetuned("multi-label-classification", lines(rows), ".jsonl", "--choose_label_threshold")
+    expected, predicted = ([[name in row[key] for name in "ab"] for row in found]
+                           for key, found in (("label", rows), ("labels", answers)))  # fmt: skip
+    assert metrics["best_micro_f1"] == pytest.approx(share_f1(expected, predicted, average="micro"))
+    assert {row["threshold"] for row in answers} == {metrics["best_threshold"]}
 
 
 def test_regression(finetuned):

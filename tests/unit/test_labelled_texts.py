@@ -9,8 +9,9 @@ import pytest
 
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.classification import Classification, Regression, encode_texts
+from ds_roberta.finetuning.classification import Classification, ClassificationOptions, Regression, encode_texts
 from ds_roberta.finetuning.labelled_tables import Columns, Text
+from ds_roberta.finetuning.labels import Labels
 from ds_roberta.finetuning.token_classification import TokenClassification
 from ds_roberta.transformers_folder import open_tokenizer
 
@@ -48,7 +49,7 @@ def write_splits(folder, rows, suffix=".jsonl", **others):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_examples(tmp_path, suffix):
-    task, splits = Classification.from_data(write_splits(tmp_path, ROWS, suffix), Columns())
+    task, splits = Classification.from_data(write_splits(tmp_path, ROWS, suffix), ClassificationOptions())
     assert splits == {"train": EXPECTED, "validation": EXPECTED}
     assert task.head["id2label"] == {0: "no", 1: "yes"}
 
@@ -63,7 +64,7 @@ def test_a_saved_data_set_with_named_classes_and_an_unlabelled_test(tmp_path):
     datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows, features=features) for split, rows in splits.items()}
     ).save_to_disk(tmp_path / "saved")
-    _task, splits = Classification.from_data((str(tmp_path / "saved"),), Columns())
+    _task, splits = Classification.from_data((str(tmp_path / "saved"),), ClassificationOptions())
     assert splits == {"train": EXPECTED, "validation": EXPECTED}
 
 
@@ -81,7 +82,7 @@ def test_a_list_of_classes_with_a_gap_is_reported_with_its_row(tmp_path):
 def test_colas_files_have_no_header(tmp_path):
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("gj04\t1\t\tKato mira.\ngj04\t0\t*\tMira kato vor.\n")
-    _, splits = Classification.from_data((str(tmp_path),), Columns())
+    _, splits = Classification.from_data((str(tmp_path),), ClassificationOptions())
     assert splits["train"] == [Text("", "Kato mira.", None, 1), Text("", "Mira kato vor.", None, 0)]
 
 
@@ -93,7 +94,7 @@ def test_mnlis_two_kinds_of_validation_and_its_unlabelled_tests(tmp_path):
         write(tmp_path / f"{name}.tsv", rows)
     for kind in ("matched", "mismatched"):
         write(tmp_path / f"test_{kind}.tsv", unlabelled)
-    _task, splits = Classification.from_data((str(tmp_path),), Columns())
+    _task, splits = Classification.from_data((str(tmp_path),), ClassificationOptions())
     assert splits == {
         "train": EXPECTED,
         "validation": EXPECTED,
@@ -104,11 +105,11 @@ def test_mnlis_two_kinds_of_validation_and_its_unlabelled_tests(tmp_path):
 def test_columns_can_be_named_and_numbers_stay_in_order(tmp_path):
     rows = [{"says": f"kato {number}", "stars": number} for number in (10, 9, 2)]
     task, splits = Classification.from_data(
-        write_splits(tmp_path, rows), Columns(text_column="says", label_column="stars")
+        write_splits(tmp_path, rows), ClassificationOptions(text_column="says", label_column="stars")
     )
     assert task.results["label_names"] == ["2", "9", "10"]
     assert [text.label for text in splits["train"]] == [2, 1, 0]
-    _, numbers = Regression.from_data(write_splits(tmp_path, rows), Columns(text_column="says", label_column="stars"))
+    _, numbers = Regression.from_data(write_splits(tmp_path, rows), Labels(text_column="says", label_column="stars"))
     assert [text.label for text in numbers["train"]] == [10.0, 9.0, 2.0]
 
 
@@ -119,52 +120,59 @@ def changed(row, **values):
 
 
 @pytest.mark.parametrize(
-    ("task", "train", "dev", "columns", "message"),
+    ("task", "train", "dev", "options", "message"),
     [
-        (Classification, ROWS, changed(1, label="maybe"), Columns(), "dev.jsonl, row 2: .*'maybe'.*no training row"),
-        (Classification, ROWS, changed(1, label=None), Columns(), "dev.jsonl, row 2 has no 'label'"),
-        (Classification, ROWS, changed(2, sentence1=None), Columns(), "dev.jsonl, row 3: 'sentence1' is None"),
-        (Classification, ROWS[:1], ROWS, Columns(), "only the label 'yes'"),
-        (Classification, changed(1, label=["no"]), ROWS, Columns(), r"train.jsonl, row 2: 'label' is \['no'\], not a"),
-        (Classification, ROWS, ROWS, Columns(text_column="said"), "no column 'said'.*'sentence1'"),
-        (Classification, ROWS, ROWS, Columns(label_column="class"), "no column 'class'"),
-        (Classification, [{"a": 1}], ROWS, Columns(), "--label_column"),
-        (Classification, ROWS, [], Columns(), "dev.jsonl' has no rows"),
-        (Regression, NUMBERS, ROWS, Columns(), "dev.jsonl, row 1: the label 'yes' is not a number"),
+        (Classification, ROWS, changed(1, label="maybe"), {}, "dev.jsonl, row 2: .*'maybe'.*no training row"),
+        (
+            Classification,
+            ROWS,
+            changed(1, label=None),
+            {"unlabelled": "error"},
+            r"dev.jsonl, row 2 has no 'label' \(None\)",
+        ),
+        (Classification, ROWS, [{**row, "label": "-"} for row in ROWS], {}, "no row of .*dev.jsonl' has a 'label'"),
+        (Classification, ROWS, changed(2, sentence1=None), {}, "dev.jsonl, row 3: 'sentence1' is None"),
+        (Classification, ROWS[:1], ROWS, {}, "only the label 'yes'"),
+        (Classification, changed(1, label=["no"]), ROWS, {}, r"train.jsonl, row 2: 'label' is \['no'\], not a"),
+        (Classification, ROWS, ROWS, {"text_column": "said"}, "no column 'said'.*'sentence1'"),
+        (Classification, ROWS, ROWS, {"label_column": "class"}, "no column 'class'"),
+        (Classification, [{"a": 1}], ROWS, {}, "--label_column"),
+        (Classification, ROWS, [], {}, "dev.jsonl' has no rows"),
+        (Regression, NUMBERS, ROWS, {}, "dev.jsonl, row 1: the label 'yes' is not a number"),
         (
             Regression,
             NUMBERS,
             [*NUMBERS, {**ROWS[0], "label": -100}],
-            Columns(),
+            {},
             "row 4: the label -100 means no label",
         ),
     ],
 )
-def test_what_is_wrong_is_reported_with_its_row(tmp_path, task, train, dev, columns, message):
+def test_what_is_wrong_is_reported_with_its_row(tmp_path, task, train, dev, options, message):
     write_splits(tmp_path, train, dev=dev)
     with pytest.raises(UserError, match=message):
-        task.from_data((str(tmp_path),), columns)
+        task.from_data((str(tmp_path),), task.options_class(**options))
 
 
 def test_damaged_files_are_reported(tmp_path):
     write_splits(tmp_path, ROWS)
     (tmp_path / "dev.jsonl").write_text('{"sentence1": "a"}\n{"sentence1"\n')
     with pytest.raises(UserError, match=r"dev.jsonl, row 2 is not JSON"):
-        Classification.from_data((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), ClassificationOptions())
     (tmp_path / "dev.jsonl").unlink()
     with pytest.raises(UserError, match="no validation file"):
-        Classification.from_data((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), ClassificationOptions())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\n")
     with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header has 3"):
-        Classification.from_data((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), ClassificationOptions())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence1\tlabel\na\tb\tno\n")
     with pytest.raises(UserError, match=r"dev.tsv has the column 'sentence1' twice"):
-        Classification.from_data((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), ClassificationOptions())
     with pytest.raises(UserError, match=r"--data .*absent' does not exist"):
-        Classification.from_data((str(tmp_path / "absent"),), Columns())
+        Classification.from_data((str(tmp_path / "absent"),), ClassificationOptions())
     (tmp_path / "dataset_dict.json").write_text("{")
     with pytest.raises(UserError, match="as datasets saved it"):
-        Classification.from_data((str(tmp_path),), Columns())
+        Classification.from_data((str(tmp_path),), ClassificationOptions())
 
 
 LETTERS = ["kato </s> miren<mask>", "<s>", " <pad> <unk>", "<pad>" * 40]
@@ -174,7 +182,7 @@ LETTERS = ["kato </s> miren<mask>", "<s>", " <pad> <unk>", "<pad>" * 40]
 def test_the_letters_of_special_tokens_stay_text(tmp_path, tokenizer_folder, kind):
     """As in pretraining, and in predictions, which are encoded by the same function."""
     rows = [{"sentence1": text, "sentence2": text, "label": number % 2} for number, text in enumerate(LETTERS)]
-    task, splits = kind.from_data(write_splits(tmp_path, rows), Columns())
+    task, splits = kind.from_data(write_splits(tmp_path, rows), kind.options_class())
     tokenizer = open_tokenizer(tokenizer_folder)
     features = task.encode(tokenizer, splits["train"], 512).features
     expected = [training_tokenizer(tokenizer_folder).encode(text, add_special_tokens=False).ids for text in LETTERS]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers
 from torch.nn import functional
 
 from ds_roberta.finetuning import TASKS
@@ -33,7 +32,7 @@ class Topics(Task):
     """Any number of topics for each text."""
 
     name = "topics"
-    model_class = transformers.RobertaForSequenceClassification
+    architecture = "RobertaForSequenceClassification"
     options_class = TopicOptions
     metric_names = ("agreement",)
 

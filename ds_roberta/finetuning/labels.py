@@ -1,0 +1,142 @@
+"""The labels of a table's rows: which rows have one, and which values are the same one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ds_roberta.distributed import logger
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.labelled_tables import Columns, Table, check_column, listed
+from ds_roberta.options import option
+
+LABEL_COLUMNS = ("label", "gold_label", "score", "is_duplicate", "Quality")  # in GLUE's files and data sets
+LEAVE_OUT, ERROR = "leave_out", "error"
+NO_GOLD_LABEL = "-"  # SNLI's and MNLI's, where the annotators did not agree
+RARE = 0.1
+"""The share of rows below which the label -1 beside 0, 1, 2, … probably means none."""
+_WHOLE = re.compile(r"(-?\d+)\.0+")
+
+
+@dataclass(frozen=True)
+class Labels(Columns):
+    """Rows without a label."""
+
+    unlabelled: str = option(
+        "rows whose label is empty or '-': counted and left out, or an error", LEAVE_OUT, choices=(LEAVE_OUT, ERROR)
+    )
+    ignore_label: str | None = option("a value of the label's column that means no label, such as -1", None)
+
+
+def same_label(value: Any) -> str:
+    """A label's name, which is the same for 1, 1.0 and "1"."""
+    whole = _WHOLE.fullmatch(text := str(value))
+    return whole[1] if whole else text
+
+
+def label_column(table: Table, columns: Columns) -> str:
+    """The name of the column that holds the labels.
+
+    Raises:
+        UserError: no column is named, and the table has none of the usual ones.
+    """
+    label = columns.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
+    if label is None:
+        raise UserError(
+            f"{table.name} has the columns {listed(table)}: give the one with the label as --label_column, or leave "
+            "out a file without labels"
+        )
+    return label
+
+
+def without_unlabelled_tests(tables: dict[str, Table], columns: Columns) -> dict[str, Table]:
+    """All splits except test splits without labels (-1, `-` or no value), which most of GLUE's are."""
+    label = label_column(tables["train"], columns)
+    kept = {}
+    for split, table in tables.items():
+        if split.startswith("test") and all(_is_none(row.get(label), "-1") for row in table.rows):
+            logger.info(f"{table.name} has no labels and is left out")
+        else:
+            kept[split] = table
+    return kept
+
+
+def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> tuple[Table, list[Any]]:
+    """The rows that have a label, and the labels as they are in the file; the number of other rows is logged.
+
+    Args:
+        are_lists: whether values may be lists, and empty text is an empty list.
+
+    Raises:
+        UserError: the column is missing, a value is no label, no row has one, or, by option, one has none.
+    """
+    column = label_column(table, options)
+    check_column(table, column, "--label_column")
+    kept, missing = [], Counter[str]()
+    for index, row in enumerate(table.rows):
+        value = row.get(column)
+        if not _is_none(value, options.ignore_label) or (are_lists and value == ""):
+            if not isinstance(value, (str, int, float, list) if are_lists else (str, int, float)):
+                raise UserError(f"{table.place(index)}: {column!r} is {value!r}, not a label: label or remove the row")
+            kept.append(index)
+            continue
+        if options.unlabelled == ERROR:
+            raise UserError(
+                f"{table.place(index)} has no {column!r} ({value!r}): label or remove the row, or give --unlabelled "
+                f"{LEAVE_OUT}"
+            )
+        missing["none" if value is None or value != value or not str(value).strip() else repr(value)] += 1
+    if missing:
+        values = ", ".join(f"{value} {count:,}" for value, count in missing.most_common())
+        counts = f"{missing.total():,} of {len(table.rows):,} rows"
+        logger.info(f"{table.name}: {counts} have no {column!r} and are left out ({values})")
+    if not kept:
+        raise UserError(f"no row of {table.name!r} has a {column!r}: choose a file with labels")
+    rows = [table.rows[index] for index in kept]
+    found = Table(table.name, table.columns, rows, [table.numbers[index] for index in kept])
+    return found, [row[column] for row in rows]
+
+
+def class_names(labels: Iterable[Any], name: str) -> list[str]:
+    """The classes, in order.
+
+    Args:
+        labels: of the training rows.
+        name: their file, for messages.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    counts = Counter(map(same_label, labels))
+    if len(counts) < 2:
+        raise UserError(f"{name} has only the label {min(counts)!r}: classification needs at least two")
+    others = counts.keys() - {"-1"}
+    if counts.keys() != others == set(map(str, range(len(others)))) and counts["-1"] < RARE * counts.total():
+        logger.warning(
+            f"{name}: {counts['-1']:,} of {counts.total():,} rows have the label -1, which is a class like the others; "
+            "if it means that they have none, give --ignore_label -1"
+        )
+    return in_order(counts)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names in numerical order if all are numbers, else in alphabetical order."""
+    names = list(names)
+    try:
+        numbers = {name: float(name) for name in names}
+    except ValueError:
+        numbers = {}
+    if not all(map(math.isfinite, numbers.values())):
+        numbers = {}  # a class may be called "nan"
+    return sorted(names, key=lambda name: (numbers.get(name, 0.0), name))
+
+
+def _is_none(value: Any, ignored: str | None) -> bool:
+    """Whether a value stands for no label; NaN is what pandas writes for an empty cell."""
+    if value is None or value != value or (isinstance(value, str) and value.strip() in ("", NO_GOLD_LABEL)):
+        return True
+    return ignored is not None and same_label(value) == same_label(ignored)

@@ -1,0 +1,238 @@
+"""Multi-label classification: any number of labels for each text or pair of texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.nn import functional
+
+from ds_roberta.errors import UserError, unknown_key_message
+from ds_roberta.finetuning.classification import MULTI_LABEL, TextTask, asked, heading
+from ds_roberta.finetuning.labelled_tables import Table, Text, check_column, find_texts, read_splits
+from ds_roberta.finetuning.labels import (
+    Labels,
+    in_order,
+    label_column,
+    labelled_rows,
+    same_label,
+    without_unlabelled_tests,
+)
+from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, label_names
+from ds_roberta.options import must_be, option
+
+SEPARATOR = ","
+KEY = "multi_label"
+"""Of `results.json`."""
+_APPLIES = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0}
+
+
+@dataclass(frozen=True)
+class MultiLabelOptions(Labels):
+    """Multi-label classification."""
+
+    label_columns: str | None = option(
+        "instead of a column of lists: columns, such as joy,anger, in which 1 says that this label applies", None
+    )
+    label_threshold: float | None = option(
+        "labels with a higher probability apply (default: 0.5)",
+        None,
+        check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
+    )
+    choose_label_threshold: bool = option("choose that with the highest micro F1 on validation", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.choose_label_threshold and self.label_threshold is not None:
+            raise UserError("--label_threshold and --choose_label_threshold are both given: choose one")
+        if self.label_columns is not None and self.label_column is not None:
+            raise UserError("--label_column and --label_columns are both given: choose one")
+
+
+class MultiLabelClassification(TextTask):
+    """Predicts which of `names` apply to a text or a pair."""
+
+    name = "multi-label-classification"
+    options_class = MultiLabelOptions
+
+    def __init__(self, names: list[str], options: MultiLabelOptions, threshold: float):
+        super().__init__(options)
+        self.names, self.choose, self.threshold = names, options.choose_label_threshold, threshold
+        self.head = {**label_head(names), "problem_type": MULTI_LABEL}
+        self.results = {"label_names": names, KEY: {"threshold": threshold}}
+        self.metric_names = ("micro_f1", "macro_f1", "accuracy")
+        if self.choose:
+            self.metric_names = ("best_micro_f1", *self.metric_names)
+
+    @classmethod
+    def from_data(
+        cls, data: tuple[str, ...], options: MultiLabelOptions
+    ) -> tuple[MultiLabelClassification, dict[str, Sequence[Text]]]:
+        tables = read_splits(data)
+        names = None if options.label_columns is None else options.label_columns.split(SEPARATOR)
+        if names is None:
+            tables = without_unlabelled_tests(tables, options)
+        labelled = {split: _label_sets(table, options, names) for split, table in tables.items()}
+        if names is None:
+            names = in_order({name for labels in labelled["train"][1] for name in labels})
+        if not names:
+            raise UserError(f"no row of {tables['train'].name!r} has a label that applies: choose another file")
+        splits: dict[str, Sequence[Text]] = {
+            split: _with_labels(*rows, names, options) for split, rows in labelled.items()
+        }
+        return cls(names, options, 0.5 if options.label_threshold is None else options.label_threshold), splits
+
+    @classmethod
+    def from_model(
+        cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
+    ) -> MultiLabelClassification:
+        options = MultiLabelOptions(**given)
+        try:
+            kept = float(results[KEY]["threshold"]) if KEY in results else 0.5
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{RESULTS} of the model has {KEY} in an unknown form ({error}): fine-tune it again"
+            ) from error
+        return cls(label_names(config), options, kept if options.label_threshold is None else options.label_threshold)
+
+    @classmethod
+    def fits(cls, config: transformers.RobertaConfig) -> bool:
+        return super().fits(config) and config.problem_type == MULTI_LABEL
+
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Binary cross-entropy, the mean over examples and labels; see `Task.loss`.
+
+        Args:
+            outputs: with `logits`, (examples, labels).
+            labels: (examples, labels), float: 1 where a label applies.
+            num_items_in_batch: labels times examples.
+        """
+        loss = functional.binary_cross_entropy_with_logits(outputs["logits"].float(), labels.float(), reduction="sum")
+        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        """See `multi_label_metrics`; where the threshold is to be chosen, with the best one."""
+        applies = np.array([text.label for text in encoded.inputs]) == 1
+        found = multi_label_metrics(probabilities(logits), applies, self.threshold)
+        if self.choose:
+            found["best_micro_f1"], found["best_threshold"] = best_threshold(probabilities(logits), applies)
+        return found
+
+    def conclude(self, metrics: dict[str, Any]) -> None:
+        if self.choose:
+            self.threshold = metrics["best_threshold"]
+            self.results[KEY] = {"threshold": self.threshold}
+
+    def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
+        answers = []
+        for text, found in zip(encoded.inputs, probabilities(logits), strict=True):
+            scores = dict(zip(self.names, map(float, found), strict=True))
+            ranked = sorted(scores, key=lambda name: -scores[name])
+            chosen = [name for name in ranked if scores[name] > self.threshold]
+            shown = ", ".join(f"{name} {scores[name]:.4f}" for name in chosen)
+            line = f"  {shown or f'none; the nearest is {ranked[0]} {scores[ranked[0]]:.4f}'}"
+            row = {"labels": chosen, "threshold": self.threshold, "scores": scores}
+            answers.append(Answer([heading(text), line], {**asked(text), **row}))
+        return answers
+
+
+def probabilities(logits: Any) -> np.ndarray[Any, Any]:
+    """The logistic function of logits; float64."""
+    return np.exp(-np.logaddexp(0, -np.asarray(logits, dtype=np.float64)))
+
+
+def multi_label_metrics(
+    scores: np.ndarray[Any, Any], applies: np.ndarray[Any, Any], threshold: float
+) -> dict[str, float]:
+    """scikit-learn's metrics of labels with a probability above the threshold.
+
+    Args:
+        scores: (examples, labels), float: probabilities.
+        applies: (examples, labels), bool.
+
+    Returns:
+        `micro_f1` over all pairs of example and label, `macro_f1`, the mean over the labels, and `accuracy`, the share
+        of examples with exactly their labels.
+    """
+    from sklearn.metrics import f1_score
+
+    predicted = scores > threshold
+    return {
+        "micro_f1": float(f1_score(applies.ravel(), predicted.ravel(), zero_division=0)),
+        "macro_f1": float(
+            np.mean([f1_score(*columns, zero_division=0) for columns in zip(applies.T, predicted.T, strict=True)])
+        ),
+        "accuracy": float((predicted == applies).all(-1).mean()),
+    }
+
+
+def best_threshold(scores: np.ndarray[Any, Any], applies: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """The highest micro F1 of any threshold, and the middle of the gap between probabilities that reaches it.
+
+    Args:
+        scores: (examples, labels), float: probabilities.
+        applies: (examples, labels), bool.
+    """
+    order = np.argsort(-scores, axis=None, kind="stable")
+    ranked, right = scores.ravel()[order], applies.ravel()[order]
+    predicted = np.arange(1, len(ranked) + 1)
+    f1 = 2 * np.cumsum(right) / (predicted + max(right.sum(), 1))
+    below = np.append(ranked[1:], 0.0)
+    f1[ranked == below] = -1.0  # no threshold divides equal probabilities
+    best = int(f1.argmax())
+    return float(f1[best]), float((ranked[best] + below[best]) / 2)
+
+
+def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | None) -> tuple[Table, list[list[str]]]:
+    """The labelled rows of a table, and the labels that apply to each."""
+    if columns is None:
+        table, values = labelled_rows(table, options, are_lists=True)
+        column = label_column(table, options)
+        return table, [_as_list(table, index, column, value) for index, value in enumerate(values)]
+    for column in columns:
+        check_column(table, column, "--label_columns")
+        table, _ = labelled_rows(table, replace(options, label_columns=None, label_column=column))
+    found: list[list[str]] = []
+    for index, row in enumerate(table.rows):
+        applies = {column: _APPLIES.get(same_label(row[column])) for column in columns}
+        if None in applies.values():
+            column = next(column for column in columns if applies[column] is None)
+            raise UserError(f"{table.place(index)}: {column!r} is {row[column]!r}, not 0 or 1: fix or remove the row")
+        found.append([column for column in columns if applies[column]])
+    return table, found
+
+
+def _as_list(table: Table, index: int, column: str, value: Any) -> list[str]:
+    """A row's labels: a list, one number, or text with commas; empty text says that none applies."""
+    labels = [part.strip() for part in value.split(SEPARATOR) if part.strip()] if isinstance(value, str) else value
+    labels = [labels] if isinstance(labels, int | float) else labels
+    if not all(isinstance(label, str | int | float) for label in labels):
+        raise UserError(f"{table.place(index)}: {column!r} is {value!r}, not a list of labels: fix or remove the row")
+    names = list(map(same_label, labels))
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{table.place(index)}: {column!r} has the label {repeated[0]!r} twice: fix the row")
+    return names
+
+
+def _with_labels(
+    table: Table, labels: Sequence[Sequence[str]], names: list[str], options: MultiLabelOptions
+) -> list[Text]:
+    """The table's texts, each with a 1 or a 0 for every name.
+
+    Raises:
+        UserError: a label is not among the names.
+    """
+    examples = []
+    for text, found in zip(find_texts(table, options), labels, strict=True):
+        if unknown := sorted(set(found) - set(names)):
+            problem = unknown_key_message("label", unknown[0], names)
+            raise UserError(f"{text.place}: {problem}; no training row has it: fix or remove the row")
+        examples.append(replace(text, label=tuple(float(name in found) for name in names)))
+    return examples

@@ -1,0 +1,97 @@
+"""Which rows have a label, which labels are the same, and how much each class counts."""
+
+import json
+
+import numpy as np
+import pandas
+import pytest
+from sklearn.utils.class_weight import compute_class_weight
+
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.classification import Classification, ClassificationOptions, Regression
+from ds_roberta.finetuning.labels import Labels
+from ds_roberta.finetuning.task import Encoded
+
+
+def write(folder, train, dev=None, **others):
+    for split, labels in {"train": train, "dev": train if dev is None else dev, **others}.items():
+        rows = [json.dumps({"text": f"text {number}", "label": label}) for number, label in enumerate(labels)]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return (str(folder),)
+
+
+def labels_of(splits, split="train"):
+    return [text.label for text in splits[split]]
+
+
+def test_whole_numbers_are_one_label_however_they_are_written(tmp_path):
+    task, splits = Classification.from_data(write(tmp_path, [1, 1.0, "1", "1.0", 0, "2"]), ClassificationOptions())
+    assert task.names == ["0", "1", "2"]
+    assert labels_of(splits) == [1, 1, 1, 1, 0, 2]
+    task, _ = Classification.from_data(write(tmp_path, ["1.5", 1.5, "v1.0", "-3.0", -3]), ClassificationOptions())
+    assert task.names == ["-3", "1.5", "v1.0"]
+
+
+def test_a_table_in_which_pandas_made_numbers_of_labels_and_nothing_has_the_same_ones(tmp_path):
+    frame = pandas.DataFrame({"text": ["a", "b", "c"], "label": [0, None, 1]})
+    for split in ("train", "dev"):
+        frame.to_parquet(tmp_path / f"{split}.parquet")
+    task, splits = Classification.from_data((str(tmp_path),), ClassificationOptions())
+    assert (task.names, labels_of(splits)) == (["0", "1"], [0, 1])
+
+
+def test_rows_without_a_label_are_counted_and_left_out(tmp_path, caplog):
+    caplog.set_level("INFO", "ds_roberta")
+    data = write(tmp_path, ["yes", "-", "no", "", None, " ", "-", "yes"])
+    _, splits = Classification.from_data(data, ClassificationOptions())
+    assert labels_of(splits) == [1, 0, 1]
+    assert [text.place[-5:] for text in splits["train"]] == ["row 1", "row 3", "row 8"]
+    (line,) = {record.getMessage() for record in caplog.records if "train" in record.getMessage()}
+    assert line.endswith("train.jsonl: 5 of 8 rows have no 'label' and are left out (none 3, '-' 2)")
+    with pytest.raises(UserError, match=r".jsonl, row 2 has no 'label' \('-'\)"):
+        Classification.from_data(data, ClassificationOptions(unlabelled="error"))
+    _, splits = Regression.from_data(write(tmp_path, ["1.5", "-", None, -1, 2]), Labels())
+    assert labels_of(splits) == [1.5, -1.0, 2.0]
+
+
+@pytest.mark.parametrize("ignored", ["-1", "-1.0"])
+def test_minus_one_is_a_label_unless_it_is_named(tmp_path, caplog, ignored):
+    data = write(tmp_path, [0, 1, 2, -1], [0, "-1", -1.0])
+    task, splits = Classification.from_data(data, ClassificationOptions())
+    assert task.names == ["-1", "0", "1", "2"]
+    assert labels_of(splits, "validation") == [1, 0, 0]
+    task, splits = Classification.from_data(data, ClassificationOptions(ignore_label=ignored))
+    assert task.names == ["0", "1", "2"]
+    assert labels_of(splits, "validation") == [0]
+    assert not caplog.records  # a quarter of the rows may well be a class
+
+
+@pytest.mark.parametrize(
+    ("labels", "warns"), [([0, 1, 2] * 9 + [-1], True), ([0, 1] * 9 + [-1] * 3, False), (["a", "b"] * 9 + [-1], False)]
+)
+def test_a_rare_minus_one_beside_0_1_2_is_named(tmp_path, caplog, labels, warns):
+    Classification.from_data(write(tmp_path, labels), ClassificationOptions())
+    assert ["give --ignore_label -1" in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+def test_a_test_split_without_labels_is_left_out_whole(tmp_path):
+    for hidden in (-1, "-", None):
+        data = write(tmp_path, [0, 1], test=[hidden] * 3)
+        assert set(Classification.from_data(data, ClassificationOptions())[1]) == {"train", "validation"}
+
+
+def test_balanced_weights_are_scikit_learns_and_are_kept(tmp_path):
+    labels = ["a"] * 6 + ["b"] * 3 + ["c"]
+    task, _ = Classification.from_data(write(tmp_path, labels), ClassificationOptions(class_weights="balanced"))
+    expected = compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=labels)
+    assert task.weights == list(expected)
+    assert task.results["class_weights"] == dict(zip("abc", expected, strict=True))
+
+
+def test_a_model_that_predicts_one_class_is_told_of(tmp_path):
+    task, splits = Classification.from_data(write(tmp_path, ["a", "b", "c"]), ClassificationOptions())
+    one, two = (task.metrics(Encoded(splits["train"], []), np.eye(3)[chosen]) for chosen in ([1, 1, 1], [1, 0, 1]))
+    assert (one["predicted_classes"], two["predicted_classes"]) == (1, 2)
+    (remark,) = task.remarks(one)
+    assert "one class for all validation examples" in remark
+    assert task.remarks(two) == []
