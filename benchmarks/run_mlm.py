@@ -1,15 +1,15 @@
 """transformers' Trainer as its `run_mlm` example uses it, for `benchmarks.time_to_loss`, which starts this file.
 
-    python -m benchmarks.run_mlm JSON
+    python -m benchmarks.run_mlm JSON FOLDER
 
-The JSON has the fields of `Case`. Prints a JSON line for each evaluation: CPU-seconds of training so far, tokens, loss.
+The JSON has the fields of `Case`. At each evaluation the folder gets a line of `points.jsonl` (CPU-seconds of training
+so far, tokens, loss) and a checkpoint, from which the same command continues.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
 from ds_roberta.data.loader import Collator, HeldOutSample, MicroBatch
@@ -38,6 +39,7 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.model.export import hf_config
 
 EVALUATED_AT_ONCE = 32
+POINTS_NAME = "points.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Case:
     evaluations: int
     seed: int
 
+    @property
+    def interval(self) -> int:
+        """The number of steps between evaluations."""
+        return max(1, self.max_steps // self.evaluations)
+
 
 def blocks(corpus: Corpus, length: int) -> datasets.Dataset:
     """All documents with their special tokens, joined and cut, as `run_mlm` does with lines of text."""
@@ -71,20 +78,31 @@ def blocks(corpus: Corpus, length: int) -> datasets.Dataset:
 class HeldOutLoss(TrainerCallback):
     """Measures the loss that `launch/pretrain.py` would log for the same weights, outside the seconds of training."""
 
-    def __init__(self, case: Case, corpus: Corpus):
+    def __init__(self, case: Case, corpus: Corpus, points: Path):
         packing, tokenizer = PackingConfig(case.max_seq_length, case.packing), corpus.manifest.tokenizer
         build_index(corpus, VALIDATION_SPLIT, packing)
         packed = open_index(corpus, VALIDATION_SPLIT, packing)
         collator = Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, case.max_seq_length)
         self._sample = HeldOutSample(collator, case.eval_sequences, EVALUATED_AT_ONCE, Ranks(0, 1, 0, None))
-        self._case, self._seconds, self._began = case, 0.0, 0.0
+        self._case, self._points, self._seconds, self._began = case, points, 0.0, 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Starts the clock, also after a checkpoint; a batch is made before, except that the first is not counted."""
+        self._began = self._began or time.process_time()
+
+    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        """Drops points behind the checkpoint."""
+        tokens = state.global_step * self._case.train_batch_size * self._case.max_seq_length
+        kept = [row for row in read_points(self._points) if row["tokens"] <= tokens]
+        self._points.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._seconds = kept[-1]["seconds"] if kept else 0.0
+
+    def on_save(self, *_: Any, **__: Any) -> None:
         self._began = time.process_time()
 
     def on_step_end(self, _: Any, state: Any, __: Any, model: Any, **___: Any) -> None:
         case, step = self._case, state.global_step
-        if step % max(1, case.max_steps // case.evaluations) and step != case.max_steps:
+        if step % case.interval and step != case.max_steps:
             return
         self._seconds += time.process_time() - self._began
         sums = self._sample.evaluate(lambda batch: {"loss": held_out_loss(model, batch)})
@@ -92,8 +110,13 @@ class HeldOutLoss(TrainerCallback):
         found, counts = sums
         tokens = step * case.train_batch_size * case.max_seq_length
         row = {"seconds": self._seconds, "tokens": tokens, "loss": found["loss"] / counts.labels}
-        print(json.dumps(row), flush=True)
+        with self._points.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         self._began = time.process_time()
+
+
+def read_points(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def held_out_loss(model: RobertaForMaskedLM, batch: MicroBatch) -> float:
@@ -107,7 +130,7 @@ def held_out_loss(model: RobertaForMaskedLM, batch: MicroBatch) -> float:
     return float(loss)
 
 
-def main(case: Case) -> None:
+def main(case: Case, folder: Path) -> None:
     set_seed(case.seed)
     corpus = Corpus.open(case.data_dir)
     special = {
@@ -115,23 +138,25 @@ def main(case: Case) -> None:
     }
     config = model_config(case.model, corpus.manifest.tokenizer.vocab_size, case.max_seq_length, **special)
     tokenizer = AutoTokenizer.from_pretrained(Path(case.data_dir) / TOKENIZER_FOLDER)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=case.train_batch_size,
-            max_steps=case.max_steps,
-            learning_rate=case.learning_rate,
-            seed=case.seed,
-            use_cpu=not torch.cuda.is_available(),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-        )
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MaskingConfig.mlm_probability)
-        model, rows = RobertaForMaskedLM(hf_config(config)), blocks(corpus, case.max_seq_length)
-        Trainer(model, arguments, collator, rows, callbacks=[HeldOutLoss(case, corpus)]).train()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=case.train_batch_size,
+        max_steps=case.max_steps,
+        learning_rate=case.learning_rate,
+        seed=case.seed,
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=case.interval,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MaskingConfig.mlm_probability)
+    model, rows = RobertaForMaskedLM(hf_config(config)), blocks(corpus, case.max_seq_length)
+    callback = HeldOutLoss(case, corpus, folder / POINTS_NAME)
+    trainer = Trainer(model, arguments, collator, rows, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
 
 
 if __name__ == "__main__":
-    main(Case(**json.loads(sys.argv[1])))
+    main(Case(**json.loads(sys.argv[1])), Path(sys.argv[2]))

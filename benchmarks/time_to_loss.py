@@ -7,10 +7,9 @@ are the CPU time of the training process and its threads in optimizer steps, wit
 other work on the machine changes them little. The schedules of ours end with their minutes, which include the start.
 The Trainer has its own collator and linear schedule; it gets the best of several learning rates, found in shorter runs.
 
-Each curve is kept in the folder of results as soon as it is finished. The same command again goes on where the last
-stopped: ours from their checkpoints, a run of the Trainer from its beginning. Calls with different `--contenders` may
-use the folder at the same time. Each call ends with a Markdown table of what is finished, and a picture beside it;
-`--contenders ''` only makes these.
+Each curve is kept in the folder of results as soon as it is finished, and the same command again goes on from the last
+run's checkpoint. Calls with different `--contenders` may use the folder at the same time. Each call ends with a
+Markdown table of what is finished, and a picture beside it; `--contenders ''` only makes these.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, python_path
-from benchmarks.run_mlm import Case
+from benchmarks.run_mlm import POINTS_NAME, Case, read_points
 from benchmarks.time_to_loss_report import Curve, Point, plot, report
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.data.shards import Corpus
@@ -167,7 +166,7 @@ def measure(options: argparse.Namespace, run: Run, lock: int) -> None:
         return
     print(f"{run.name}: running", flush=True)
     if run.contender == "trainer":
-        keep(options, run.name, trainer(options, run, steps_of(options, run, lock), lock), {})
+        keep(options, run.name, trainer(options, run, run.name, steps_of(options, run, lock), lock), {})
     else:
         keep(options, run.name, *ours(options, run, lock))
 
@@ -204,14 +203,14 @@ def steps_of(options: argparse.Namespace, run: Run, lock: int) -> int:
     """The steps of the Trainer that take the run's minutes, by the speed of a trial, which is kept as a curve too."""
     name = "trainer-trial"
     if not finished(options, name):
-        keep(options, name, trainer(options, run, TRIAL_STEPS, lock), {})
+        keep(options, name, trainer(options, run, name, TRIAL_STEPS, lock), {})
     trial = finished(options, name)
     assert trial is not None
     return max(1, int(60 * run.minutes / trial.points[-1].seconds * TRIAL_STEPS))
 
 
-def trainer(options: argparse.Namespace, run: Run, steps: int, lock: int) -> list[Point]:
-    """The losses of a run of transformers' Trainer."""
+def trainer(options: argparse.Namespace, run: Run, name: str, steps: int, lock: int) -> list[Point]:
+    """The losses of a run of transformers' Trainer, in a folder with this name."""
     assert run.rate is not None
     case = Case(
         data_dir=str(options.data_dir),
@@ -225,19 +224,16 @@ def trainer(options: argparse.Namespace, run: Run, steps: int, lock: int) -> lis
         evaluations=EVALUATIONS,
         seed=run.seed,
     )
-    printed = execute([sys.executable, "-m", "benchmarks.run_mlm", json.dumps(asdict(case))], lock)
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith('{"seconds"')]
-    return [Point(**row) for row in rows]
+    folder = options.results / name
+    execute([sys.executable, "-m", "benchmarks.run_mlm", json.dumps(asdict(case)), str(folder)], lock)
+    return [Point(**row) for row in read_points(folder / POINTS_NAME)]
 
 
-def execute(command: Sequence[str], lock: int) -> str:
+def execute(command: Sequence[str], lock: int) -> None:
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=False, pass_fds=[lock]
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"exit code {done.returncode}: {' '.join(command)}")
-    return done.stdout
+    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False, pass_fds=[lock]).returncode
+    if code:
+        raise UserError(f"exit code {code}: {' '.join(command)}")
 
 
 def table_rows(options: argparse.Namespace) -> dict[str, list[Curve | None]]:
