@@ -3,7 +3,8 @@
     python -m benchmarks.run_mlm JSON FOLDER
 
 The JSON has the fields of `Case`. At each evaluation the folder gets a line of `points.jsonl` (CPU-seconds of training
-so far, tokens, loss) and a checkpoint, from which the same command continues.
+so far, tokens, loss) and a checkpoint, from which the same command continues, with other masks: Trainer has already
+drawn those of a batch ahead when it saves the state of its generator.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
 from ds_roberta.data.loader import Collator, HeldOutSample, MicroBatch
@@ -36,6 +36,7 @@ from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
 from ds_roberta.distributed import Ranks
+from ds_roberta.finetuning.one_run import last_checkpoint
 from ds_roberta.model.export import hf_config
 
 EVALUATED_AT_ONCE = 32
@@ -155,7 +156,8 @@ def main(case: Case, folder: Path) -> None:
     model, rows = RobertaForMaskedLM(hf_config(config)), blocks(corpus, case.max_seq_length)
     callback = HeldOutLoss(case, corpus, folder / POINTS_NAME)
     trainer = Trainer(model, arguments, collator, rows, callbacks=[callback])
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    checkpoint = last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 if __name__ == "__main__":

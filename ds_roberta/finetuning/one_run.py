@@ -123,7 +123,7 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
         content = json.loads(record.read_text(encoding="utf-8"))
         return Run(setting, seed, content["epochs"], content["best"])
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = ranks.on_main(lambda: _last_checkpoint(folder / _TRAINER_FOLDER))
+    checkpoint = ranks.on_main(lambda: last_checkpoint(folder / _TRAINER_FOLDER))
     if checkpoint is not None:
         ranks.log(f"{setting}, seed {seed}: continues from step {checkpoint.name.rpartition('-')[2]}")
     watch = _Watch(f"{setting}, seed {seed}", stop, ranks)
@@ -237,7 +237,7 @@ class _Watch(transformers.TrainerCallback):
         self.ranks.log(f"{self.run}: epoch {round(state.epoch)} of {args.num_train_epochs}, {in_words(found)}")
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; incomplete ones are removed, since Trainer counts them."""
     whole: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
