@@ -81,7 +81,10 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
         value = row.get(column)
         if not _is_none(value, options.ignore_label) or (are_lists and value == ""):
             if not isinstance(value, (str, int, float, list) if are_lists else (str, int, float)):
-                raise UserError(f"{table.place(index)}: {column!r} is {value!r}, not a label: label or remove the row")
+                several = ", or use --task multi-label-classification" if isinstance(value, list) else ""
+                raise UserError(
+                    f"{table.place(index)}: {column!r} is {value!r}, not a label: label or remove the row{several}"
+                )
             kept.append(index)
             continue
         if options.unlabelled == ERROR:
