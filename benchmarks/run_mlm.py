@@ -88,11 +88,11 @@ class HeldOutLoss(TrainerCallback):
         self._case, self._points, self._seconds, self._began = case, points, 0.0, 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Starts the clock, also after a checkpoint; a batch is made before, except that the first is not counted."""
+        """Starts the clock at the first step: batches that a resumed run skips before it do not count."""
         self._began = self._began or time.process_time()
 
     def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        """Drops points behind the checkpoint."""
+        """Drops the points of steps that are not in the checkpoint."""
         tokens = state.global_step * self._case.train_batch_size * self._case.max_seq_length
         kept = [row for row in read_points(self._points) if row["tokens"] <= tokens]
         self._points.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -31,10 +31,12 @@ from ds_roberta.training.settings import RunConfig
 from ds_roberta.training.trainer import Trainer
 
 COMBINATIONS = [
-    *((0, "fp32", ""), (1, "fp32", ""), (1, "fp16", ""), (2, "bf16", ""), (2, "fp16", "")),
-    *((3, "fp32", ""), (3, "fp16", ""), (2, "fp16", "-muon"), (3, "fp32", "-muon")),
+    (0, "fp32", ""),
+    *((stage, precision, "") for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16")),
+    (2, "fp16", "-muon"),
+    (3, "fp32", "-muon"),
 ]
-ALSO_RARE = ("2-bf16", "3-fp16")
+ALSO_RARE = ("0-fp32", "2-bf16", "3-fp16")
 POLICIES = ("off", "warn", "stop")
 STEPS, SAVE_INTERVAL, HURT_STEP = 4, 2, 2
 FP16 = {"enabled": True, "initial_scale_power": 12, "hysteresis": 1}

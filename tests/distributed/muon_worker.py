@@ -34,7 +34,7 @@ def muon(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """
     findings = {}
     path = ranks.broadcast(folder / "muon" / "global_step1")  # two processes write it, at stage 0
-    for stage, precision, rounded in FP32 + (LOW if on_gpu() or ranks.world_size == 3 else []):
+    for stage, precision, rounded in FP32 + (LOW if on_gpu() or ranks.world_size > 1 else []):
         engine, loader = make(ranks, corpus, stage, precision, 4, is_grouped=True, optimizer=MUON)
         engine.optimizer._dtype = DTYPES[rounded]  # as on any device
         rows = train(engine, loader, 0, 1)

@@ -6,8 +6,13 @@ import pytest
 from groups import run_group
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for the group
-COMBINATIONS = ["0-fp32", "1-fp32", "1-fp16", "2-bf16", "2-fp16", "3-fp32", "3-fp16", "2-fp16-muon", "3-fp32-muon"]
-RARE = ("2-bf16", "3-fp16")
+COMBINATIONS = [
+    "0-fp32",
+    *(f"{stage}-{precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16")),
+    "2-fp16-muon",
+    "3-fp32-muon",
+]
+RARE = ("0-fp32", "2-bf16", "3-fp16")
 LOST = "lower the learning rate or warm up longer, and resume from the last checkpoint"
 
 

@@ -176,7 +176,7 @@ def parameters(engine: Engine) -> dict[str, np.ndarray]:
 def partition(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """Three steps of every ZeRO stage and precision; findings and final parameters go to files."""
     findings, cases = {}, [*((stage, "fp32", 4) for stage in (0, 1, 2, 3)), (2, "fp32", 3)]
-    if on_gpu() or ranks.world_size == 3:  # on a CPU, low precision is slow
+    if on_gpu() or ranks.world_size in (2, 3):  # on a CPU, low precision is slow
         cases += [(stage, precision, 4) for precision in ("bf16", "fp16") for stage in (1, 2, 3)] + [(2, "bf16", 1)]
     for stage, precision, micro_batch_size in cases:
         engine, loader = make(ranks, corpus, stage, precision, micro_batch_size)
@@ -207,8 +207,8 @@ def resume(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     The portable checkpoint is still being written while the unbroken run goes on.
     """
     findings, end = {}, 4 if on_gpu() else 3  # a GPU's test sees the moments in the second loss alone
-    in_place = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "fp16"), (3, "bf16"))
-    on_host = ((2, "fp32"), (3, "bf16"))
+    in_place = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (2, "fp16"), (3, "bf16"))
+    on_host = ((1, "bf16"), (2, "fp32"), (3, "bf16"))
     by_muon = ((0, "fp32", False), (1, "bf16", False), (2, "fp32", True), (2, "fp16", False), (3, "bf16", True))
     cases = [(*c, False, {}) for c in in_place] + [(*c, True, {}) for c in on_host]
     for stage, precision, offloaded, changes in cases + [(*c, {"optimizer": MUON}) for c in by_muon]:
@@ -322,7 +322,7 @@ def trials(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """Three steps after trials that ran out of memory, at another size on each rank, against three steps without."""
     OutOfMemoryInBackward.largest = 3 + 2 * ranks.rank
     findings = {}
-    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp16"), (3, "bf16")):
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "fp16"), (3, "bf16")):
         finals = []
         for tried in (False, True):
             engine, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 import types
 
 import pytest
@@ -58,10 +57,10 @@ def test_each_step_is_shown_once_after_a_kill(workspace, config):
     assert_same_series(found, expected, tolerance=1e-12)
 
 
-def test_a_missing_package_is_one_line_before_any_work(workspace, config, monkeypatch, tmp_path):
+def test_a_missing_package_is_one_line_for_all_processes_before_any_work(workspace, config, monkeypatch, tmp_path):
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = (sys.executable, PRETRAIN, "--deepspeed_config", config, *SETTINGS)
+    command = ("deepspeed", "--num_accelerators", "2", PRETRAIN, "--deepspeed_config", config, *SETTINGS)
     printed = run(*command, "--output_dir", workspace / "runs/unmonitored", cwd=workspace, code=2)
     (line,) = [line for line in printed.splitlines() if "error: " in line]
     assert line.endswith("(No module named 'wandb'): pip install wandb, or set wandb.enabled to false")

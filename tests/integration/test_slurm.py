@@ -97,10 +97,11 @@ def test_deepspeeds_slurm_launcher_trains_one_run(cluster, workspace, unbroken):
     assert losses(workspace / "launched") == losses(unbroken)
 
 
-def test_a_job_that_is_requeued_and_preempted_ends_as_if_unbroken(cluster, workspace, unbroken):
+def test_a_job_that_is_told_to_stop_requeued_and_preempted_ends_as_if_unbroken(cluster, workspace, unbroken):
     number = start_pretraining(cluster, workspace, "broken", "2")
 
     def interruptions():
+        yield lambda: cluster.run("scancel", "--signal=USR1", "--batch", number)
         yield lambda: cluster.run("scontrol", "requeue", number)
         yield lambda: cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--wrap", "true", cwd=workspace)
 
