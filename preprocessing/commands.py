@@ -12,6 +12,7 @@ from pathlib import Path
 from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
+from ds_roberta.inputs.paths import Inputs, find_inputs
 from ds_roberta.progress import clock, document_bar
 from preprocessing.jobs.job import Task
 from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
@@ -26,7 +27,6 @@ from preprocessing.reading.accounts import (
     summary_lines,
 )
 from preprocessing.reading.documents import ReadOptions
-from preprocessing.reading.inputs import Inputs, find_inputs
 from preprocessing.reading.planning import Unit, plan_units
 from preprocessing.sharding import Totals, run_job
 from preprocessing.tokens.bpe import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe

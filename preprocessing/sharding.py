@@ -26,6 +26,7 @@ from ds_roberta.data.shards import (
 )
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_disk, file_checksum, json_fingerprint
+from ds_roberta.inputs.streams import file_size, is_url, open_binary, readable
 from ds_roberta.progress import document_bar
 from preprocessing import dedup
 from preprocessing.jobs.job import (
@@ -43,7 +44,6 @@ from preprocessing.jobs.job import (
 from preprocessing.jobs.workers import Workers
 from preprocessing.reading.accounts import BadDocuments, filter_checksum, input_infos, refuse_damage, total_accounts
 from preprocessing.reading.planning import Unit, plan_units
-from preprocessing.reading.streams import file_size, is_url, open_binary, readable
 from preprocessing.tokens.bpe import copy_tokenizer
 from preprocessing.tokens.encoders import AUTO, choose_backend
 from preprocessing.tokens.sentence_splitting import RULES_VERSION

@@ -9,8 +9,8 @@ from typing import Any
 
 from ds_roberta.data.shards import SPLITS, TRAIN_SPLIT, Corpus
 from ds_roberta.errors import UserError
+from ds_roberta.inputs.streams import TABLES, format_of
 from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origins, StoredDocument, StoredDocuments
-from preprocessing.reading.streams import TABLES, format_of
 
 
 def show(

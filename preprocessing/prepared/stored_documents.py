@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, decoders
 
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, InputPiece
 from ds_roberta.errors import UserError
+from ds_roberta.inputs.pieces import Piece
+from ds_roberta.inputs.streams import TABLES, known_format
 from preprocessing.reading.accounts import kept_or_rejected
-from preprocessing.reading.documents import Document, Piece, ReadOptions
+from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
-from preprocessing.reading.streams import TABLES, known_format
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 OFFSETS_HELP = "show each document's own bytes (in tables: row) in its input, which is read again"

@@ -23,18 +23,12 @@ from typing import Any
 from ds_roberta.data.shards import InputInfo
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum
-from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject
+from ds_roberta.inputs.pieces import Damage, Piece, Reject
+from ds_roberta.inputs.places import DAMAGE_REMEDIES as DAMAGE_REMEDIES_OF_FILES
+from ds_roberta.inputs.places import REMEDIES, counted_in, located
+from ds_roberta.inputs.streams import TEXT, known_format
+from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
-from preprocessing.reading.streams import (
-    TABLES,
-    TEXT,
-    Damaged,
-    file_size,
-    known_format,
-    open_binary,
-    read_blocks,
-    readable,
-)
 
 KEPT = "kept"
 MAX_BAD_FRACTION = 0.01
@@ -42,23 +36,13 @@ PLACES_AT_MOST = 5
 MIN_DOCUMENTS_TO_STOP = 10_000
 """A job stops only after this many documents: fewer say little about the whole, and a small job ends soon anyway."""
 
-REMEDIES = {
-    "not_utf8": "convert the file, for example with iconv -t UTF-8",
-    "bad_json": "fix or remove the line",
-    "bad_csv": "fix or remove the row",
-    "missing_column": "name the column that holds the text with --text_column",
-}
-"""What a user can do about each kind of bad document."""
 DAMAGE_REMEDIES = {
-    "truncated": "download the file again",
-    "corrupt": "download the file again",
-    "unclosed_quote": "close the quote",
-    "json_array": "convert the file, for example with jq -c '.[]'",
+    **DAMAGE_REMEDIES_OF_FILES,
+    "unclosed_quote": "close the quote, or give a higher --max_characters where a row is that long",
 }
 """What a user can do about each kind of damage."""
 
 Filter = Callable[[str, dict[str, Any]], Any]
-_LINES_COUNTED_UP_TO = 1 << 30
 
 
 @dataclass
@@ -265,39 +249,6 @@ class BadDocuments:
                 f"{self._bad} of {self._read} documents are bad, more than --max_bad_fraction {self._max_fraction}; "
                 f"most ({account.bad}) in {located(worst, place)}; {REMEDIES[place['reason']]}"
             )
-
-
-def located(path: str, place: dict[str, Any]) -> str:
-    """Format a file, a position and what is wrong there, in one line."""
-    kind = counted_in(path)
-    where = f"{kind} {place[kind]}"
-    line = _line_number(path, place[kind]) if kind == "byte" else None
-    return f"{path!r}, {where if line is None else f'line {line} ({where})'}: {place['detail']}"
-
-
-def counted_in(path: str) -> str:
-    """Return what an `offset` in a file counts: rows or bytes."""
-    return "row" if known_format(path).kind in TABLES else "byte"
-
-
-def _line_number(path: str, offset: int) -> int | None:
-    """Return the line of a byte, counted from 1; None if it is so far into the file that counting would take long."""
-    if offset > _LINES_COUNTED_UP_TO:
-        return None
-    compression = known_format(path).compression
-    lines, left, end = 1, offset, offset
-    try:
-        if compression is not None:  # such a file is read as a whole
-            with readable(path), open_binary(path) as file:
-                end = file_size(file)
-        for block in read_blocks(path, 0, end, compression):
-            lines += block[:left].count(b"\n")
-            left -= min(left, len(block))
-            if not left:
-                break
-    except (Damaged, UserError):
-        return None
-    return lines
 
 
 def summary_lines(infos: Sequence[InputInfo], files_at_most: int = 20) -> list[str]:

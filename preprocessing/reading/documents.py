@@ -1,5 +1,4 @@
-"""The types that the plan, the readers and the accounts exchange: pieces of files, documents, rejects and damage; and
-the reading options."""
+"""A document, and the options by which files become documents."""
 
 from __future__ import annotations
 
@@ -56,25 +55,6 @@ class ReadOptions(Settings):
         return 8 * self.max_characters + (1 << 20)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a file that begins and ends between documents, and the name of the source that it belongs to.
-
-    `start … end` are bytes of a plain text file, all bytes of a compressed one, row groups of a Parquet file and
-    record batches of an Arrow file. `weight` is the size of a table's piece for the plan.
-    """
-
-    path: str
-    start: int
-    end: int
-    source: str = ""
-    weight: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return self.weight or self.end - self.start
-
-
 class Document(NamedTuple):
     """A document's text, where it begins (as in `Reject`), and its id and source if the input has them."""
 
@@ -82,29 +62,3 @@ class Document(NamedTuple):
     offset: int
     id: str | None = None
     source: str | None = None
-
-
-class Reject(NamedTuple):
-    """A document that is not kept: why not, and where it begins.
-
-    `offset` is a byte of the (decompressed) file, or a row of a table, both counted from 0. `documents` is above 1
-    if that many rows share the reason. `bytes` is the size of a document that is too long.
-    """
-
-    reason: str
-    offset: int
-    detail: str = ""
-    documents: int = 1
-    bytes: int = 0
-
-
-class Damage(NamedTuple):
-    """A part of a file that cannot be read; it is unknown how many documents it held.
-
-    `offset` is where it begins, as in `Reject`. `documents` is the number of rows known to be lost, or 0.
-    """
-
-    reason: str
-    offset: int
-    detail: str
-    documents: int = 0

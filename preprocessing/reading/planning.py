@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 from ds_roberta.errors import UserError
-from preprocessing.reading.accounts import Account, refuse_damage
-from preprocessing.reading.columns import measure_table
-from preprocessing.reading.documents import Damage, Piece, ReadOptions
-from preprocessing.reading.readers import first_border, read_documents
-from preprocessing.reading.streams import (
+from ds_roberta.inputs.borders import first_border
+from ds_roberta.inputs.columns import measure_table
+from ds_roberta.inputs.pieces import Damage, Piece
+from ds_roberta.inputs.streams import (
     CSV,
     JSON_LINES,
     TABLES,
@@ -27,6 +27,9 @@ from preprocessing.reading.streams import (
     open_binary,
     readable,
 )
+from preprocessing.reading.accounts import Account, refuse_damage
+from preprocessing.reading.documents import ReadOptions
+from preprocessing.reading.readers import check_columns, read_documents
 
 UNIT_BYTES = 8 << 20
 _SEARCH_BYTES = 1 << 16
@@ -87,7 +90,7 @@ def _cut(path: str, options: ReadOptions, unit_bytes: int, source: str) -> tuple
     """Return the pieces of a file, and whether the last one is damaged, as far as a first look can show."""
     kind, compression = known_format(path)
     if kind in TABLES:
-        parts, damaged = measure_table(path, options)
+        parts, damaged = measure_table(path, options.text_column, partial(check_columns, path, options))
         return _cut_table(path, parts, unit_bytes, source), damaged
     with readable(path), open_binary(path) as file:
         size = file_size(file)

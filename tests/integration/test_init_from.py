@@ -122,9 +122,8 @@ def test_ones_own_architecture_is_pretrained_resumed_exported_and_begun_with(wor
     exported = json.loads((workspace / "runs/narrow/hf/config.json").read_text())
     assert {name: exported[name] for name in own} == own
     positions = safetensors.torch.load_file(workspace / "runs/narrow/hf/model.safetensors")[POSITION_EMBEDDINGS]
-    torch.testing.assert_close(
-        positions[2:].norm(dim=1), torch.full((32,), 0.04 * 48**0.5)
-    )  # still the first sinusoids
+    norms = positions[2:].norm(dim=1)  # still the first sinusoids, rounded where the CPU trains in bf16
+    torch.testing.assert_close(norms, torch.full((32,), 0.04 * 48**0.5), rtol=2**-9, atol=0)
     begun = ("--init_from", "runs/narrow/hf", *SETTINGS, "--max_steps", "1", "--output_dir", "runs/begun")
     assert "the weights are those in runs/narrow/hf" in pretrain(workspace, *begun)
     assert rows(workspace / "runs/begun", "eval_loss")[0] == pytest.approx(

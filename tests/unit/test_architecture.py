@@ -16,7 +16,7 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
     {"ds_roberta.evaluation"},
     {"ds_roberta.model"},
     {"ds_roberta.transformers_folder"},
-    {"ds_roberta.data"},
+    {"ds_roberta.data", "ds_roberta.inputs"},
     {
         f"ds_roberta.{name}"
         for name in (
@@ -47,6 +47,13 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "data.masking",
         "data.count_models",
         "data.stages",
+        "inputs.borders",
+        "inputs.columns",
+        "inputs.paths",
+        "inputs.pieces",
+        "inputs.places",
+        "inputs.rows",
+        "inputs.streams",
         "command_line",
         "errors",
         "files",

@@ -5,6 +5,7 @@ import gzip
 import pytest
 
 from ds_roberta.errors import UserError
+from ds_roberta.inputs.pieces import Piece, Reject
 from preprocessing.reading import accounts
 from preprocessing.reading.accounts import (
     Account,
@@ -16,7 +17,7 @@ from preprocessing.reading.accounts import (
     summary_lines,
     total_accounts,
 )
-from preprocessing.reading.documents import Piece, ReadOptions, Reject
+from preprocessing.reading.documents import ReadOptions
 
 
 def accept(path, content, source="", **options):

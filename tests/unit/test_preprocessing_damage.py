@@ -11,11 +11,12 @@ import pytest
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
+from ds_roberta.inputs import streams
+from ds_roberta.inputs.pieces import Piece, Reject
 from preprocessing import sharding
 from preprocessing.cli import main
-from preprocessing.reading import streams
 from preprocessing.reading.accounts import Account, BadDocuments, kept_documents
-from preprocessing.reading.documents import Piece, ReadOptions, Reject
+from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.planning import plan_units
 
 ROWS = [{"text": f"Row {i} has {'many ' * (i % 40)}words."} for i in range(500)]

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing.reading.inputs import REPEATED, find_inputs
+from ds_roberta.inputs.paths import REPEATED, find_inputs
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import fsspec
 import pytest
 
 from ds_roberta.errors import UserError
+from ds_roberta.inputs.paths import IGNORED, REPEATED, dataset_files, find_inputs
+from ds_roberta.inputs.streams import READABLE
 from preprocessing.reading.documents import Document, ReadOptions
-from preprocessing.reading.inputs import IGNORED, REPEATED, dataset_files, find_inputs
 from preprocessing.reading.planning import plan_units
 from preprocessing.reading.readers import read_documents
-from preprocessing.reading.streams import READABLE
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 

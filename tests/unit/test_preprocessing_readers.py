@@ -5,9 +5,11 @@ import random
 import pytest
 
 from ds_roberta.errors import UserError
-from preprocessing.reading import readers
-from preprocessing.reading.documents import Document, Piece, ReadOptions
-from preprocessing.reading.readers import cut_at_borders, read_documents
+from ds_roberta.inputs import borders
+from ds_roberta.inputs.borders import cut_at_borders
+from ds_roberta.inputs.pieces import Piece
+from preprocessing.reading.documents import Document, ReadOptions
+from preprocessing.reading.readers import read_documents
 from preprocessing.tokens.sentence_splitting import sentence_bytes, tokenizer_lines
 
 NEWLINES = ("\n", "\r\n", "\r")
@@ -118,7 +120,7 @@ def random_bytes(generator, newlines):
 @pytest.mark.parametrize("newlines", [[b"\n"], [b"\r\n"], [b"\r"], [b"\n", b"\r\n", b"\r"]])
 def test_chunks_hold_the_documents_of_the_whole(documents_in, monkeypatch, kind, newlines):
     generator = random.Random(3)
-    monkeypatch.setattr(readers, "_LAST_WINDOW", 2)
+    monkeypatch.setattr(borders, "_LAST_WINDOW", 2)
     for _ in range(60):
         data, size = random_bytes(generator, newlines), generator.randint(1, 12)
         blocks = [data[i : i + size] for i in range(0, len(data), size)]

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from preprocessing.reading import streams
+from ds_roberta.inputs import streams
+from ds_roberta.inputs.pieces import Piece
 from preprocessing.reading.accounts import Account, kept_documents
-from preprocessing.reading.documents import Piece, ReadOptions
+from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.planning import plan_units
 
 TEXTS = [f"Document {i}\nhas é, two \u2028 lines{' and words' * (i % 70)}" for i in range(900)]

@@ -16,10 +16,10 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.errors import UserError
+from ds_roberta.inputs.pieces import Piece as ReadPiece
 from preprocessing.cli import main
 from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
 from preprocessing.prepared.trace import BatchTracer
-from preprocessing.reading.documents import Piece as ReadPiece
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.readers import read_documents
 from preprocessing.units import ShardOptions

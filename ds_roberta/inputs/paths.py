@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES
-from preprocessing.reading.streams import READABLE, file_system, format_of, is_url, readable
+from ds_roberta.inputs.streams import READABLE, file_system, format_of, is_url, readable
 
 FILE, FOLDER, OTHER = "file", "folder", "neither a file nor a folder"
 _NAMED_AT_MOST = 5

@@ -1,8 +1,8 @@
-"""Documents from Parquet row groups and Arrow record batches, a slice of rows at a time."""
+"""Rows of `.parquet` and `.arrow` files as record batches, a slice of rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_roberta.errors import UserError
-from preprocessing.reading.documents import Damage, Document, Piece, ReadOptions, Reject
-from preprocessing.reading.streams import PARQUET, Damaged, is_url, known_format, open_binary, readable, share_read
+from ds_roberta.inputs.pieces import Damage, Piece, Reject
+from ds_roberta.inputs.streams import PARQUET, Damaged, is_url, known_format, open_binary, readable, share_read
 
 _ROWS = 128
 """Number of rows read at a time: a megabyte or two of web pages."""
@@ -20,24 +19,28 @@ _READ_BYTES = 1 << 20
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
-def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
-    """Return the size of every row group or record batch, between which the plan may cut, and whether the file is
+def measure_table(path: str, column: str, check_header: Callable[[list[str]], None]) -> tuple[list[int], bool]:
+    """Return the size of every row group or record batch, between which a file may be cut, and whether the file is
     damaged after them.
 
     An Arrow stream at a URL is one part: it can only be read from the start.
 
+    Args:
+        column: the one whose size counts where the file knows it.
+        check_header: called with the names of the columns; may raise.
+
     Raises:
-        UserError: the file cannot be opened, or a column that an option names occurs twice.
+        UserError: the file cannot be opened.
     """
     try:
         if known_format(path).kind == PARQUET:
             with _parquet(path) as file:
-                check_columns(path, file.schema_arrow.names, options)
+                check_header(file.schema_arrow.names)
                 groups = map(file.metadata.row_group, range(file.num_row_groups))
-                return [_group_bytes(group, options.text_column) for group in groups], False
+                return [_group_bytes(group, column) for group in groups], False
         with _arrow_source(path) as (source, is_file):
             opened = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            check_columns(path, opened.schema.names, options)
+            check_header(opened.schema.names)
             if is_file:
                 batches = opened.num_record_batches
                 return [source.size() // batches] * batches if batches else [], False
@@ -46,24 +49,23 @@ def measure_table(path: str, options: ReadOptions) -> tuple[list[int], bool]:
         return [], True
 
 
-def check_columns(path: str, names: list[str], options: ReadOptions) -> None:
-    """Raise `UserError` if a column that an option names occurs twice."""
-    for column in (options.text_column, options.id_column, options.source_column):
-        if column is not None and names.count(column) > 1:
-            raise UserError(
-                f"{path!r} has {names.count(column)} columns named {column!r}: rename all but one, "
-                "or leave the file out"
-            )
+def read_batches(
+    piece: Piece, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, pa.RecordBatch | Reject | Damage]]:
+    """Yield the rows of a piece in record batches, each with the number of its first row, counted from 0 in the file.
 
+    What cannot be read is damage, with the number of rows known to be lost.
 
-def read_table(piece: Piece, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
-    """Yield the rows of a piece; what cannot be read is damage, with the number of documents known to be lost."""
-    batches = _parquet_batches if known_format(piece.path).kind == PARQUET else _arrow_batches
-    for row, batch in batches(piece, options):
-        if isinstance(batch, pa.RecordBatch):
-            yield from _rows(batch, row, options)
-        else:
-            yield batch
+    Args:
+        columns: those that a `.parquet` file is read for, as far as it has them; without the first, its rows are
+            rejected. None: all.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    if known_format(piece.path).kind == PARQUET:
+        return _parquet_batches(piece, columns)
+    return _arrow_batches(piece)
 
 
 @contextmanager
@@ -92,16 +94,18 @@ def _group_bytes(group: Any, column: str) -> int:
     return sizes[0] if sizes else group.total_byte_size
 
 
-def _parquet_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Reject | Damage]]:
+def _parquet_batches(
+    piece: Piece, columns: Sequence[str] | None
+) -> Iterator[tuple[int, pa.RecordBatch | Reject | Damage]]:
     try:
         with _parquet(piece.path) as file:
             names = file.schema_arrow.names
-            wanted = [c for c in (options.text_column, options.id_column, options.source_column) if c in names]
+            wanted = None if columns is None else [column for column in columns if column in names]
             rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             for group in range(piece.start, piece.end):
                 first, done = sum(rows[:group]), 0
-                if options.text_column not in wanted:
-                    detail = f"column {options.text_column!r} is missing (the file has {', '.join(names)})"
+                if columns and columns[0] not in names:
+                    detail = f"column {columns[0]!r} is missing (the file has {', '.join(names)})"
                     yield first, Reject("missing_column", first, detail, rows[group])
                     continue
                 try:
@@ -151,7 +155,7 @@ def _stream_batches(source: Any) -> tuple[list[int], bool]:
     return sizes, False
 
 
-def _arrow_batches(piece: Piece, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Damage]]:
+def _arrow_batches(piece: Piece) -> Iterator[tuple[int, pa.RecordBatch | Damage]]:
     row, read, size = 0, 0, 1
     try:
         with _arrow_source(piece.path) as (source, is_file):
@@ -187,33 +191,12 @@ def _slices(batch: pa.RecordBatch, row: int) -> Iterator[tuple[int, pa.RecordBat
         yield row + begin, batch.slice(begin, _ROWS)
 
 
-def _rows(batch: pa.RecordBatch, row: int, options: ReadOptions) -> Iterator[Document | Reject | Damage]:
-    name = options.text_column
-    if name not in batch.schema.names:
-        detail = f"column {name!r} is missing (the file has {', '.join(batch.schema.names)})"
-        yield Reject("missing_column", row, detail, batch.num_rows)
-        return
-    try:
-        texts = _bytes_of(batch.column(name))
-        ids, sources = (_names(batch, column) for column in (options.id_column, options.source_column))
-    except pa.ArrowException as error:
-        detail = f"{' '.join(str(error).split())[:200]}, {batch.num_rows} rows are lost"
-        yield Damage("corrupt", row, detail, batch.num_rows)
-        return
-    if texts is None:
-        detail = f"column {name!r} holds {batch.column(name).type}, not strings"
-        yield Reject("missing_column", row, detail, batch.num_rows)
-        return
-    for number, row_bytes in enumerate(zip(texts, ids, sources, strict=True), row):
-        try:
-            text, identity, source = (None if value is None else value.decode("utf-8") for value in row_bytes)
-            yield Document(text or "", number, identity, source)
-        except UnicodeDecodeError as error:
-            yield Reject("not_utf8", number, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
+def string_bytes(column: pa.Array) -> list[bytes | None] | None:
+    """The strings of a column as bytes, which may not be UTF-8; None for a column of another type.
 
-
-def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
-    """Return a column of strings as bytes, to be checked one by one; None for a column of another type."""
+    Raises:
+        pyarrow.ArrowException: the column is damaged.
+    """
     if pa.types.is_null(column.type):
         return [None] * len(column)
     if pa.types.is_dictionary(column.type):
@@ -225,19 +208,3 @@ def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
     values = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
     values.validate(full=True)  # offsets outside the values would be read as memory
     return values.to_pylist()
-
-
-def _names(batch: pa.RecordBatch, column: str | None) -> list[bytes | None]:
-    """Return a column other than the text column as UTF-8; values that are not text, as Python prints them."""
-    if column is None or column not in batch.schema.names:
-        return [None] * batch.num_rows
-    values = batch.column(column)
-    names = _bytes_of(values)
-    if names is not None:
-        return names
-    try:
-        return [None if value is None else str(value).encode("utf-8") for value in values.to_pylist()]
-    except (ValueError, OverflowError) as error:
-        raise UserError(
-            f"column {column!r} cannot be read as names ({values.type}: {error}): choose another column"
-        ) from error

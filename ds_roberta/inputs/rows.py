@@ -1,0 +1,219 @@
+"""Rows of `.jsonl`, `.csv` and quoted `.tsv` files, each with its place, or where and why a part is not a row.
+
+Rows are found in the bytes and decoded one by one, so that a bad byte spoils only one row.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import orjson
+
+from ds_roberta.inputs.borders import BOM, LINE_END, read_chunks
+from ds_roberta.inputs.pieces import Damage, Piece, Reject
+from ds_roberta.inputs.streams import Damaged, known_format, read_blocks, share_read
+
+_CSV_FIELD_LIMIT = (1 << 31) - 1
+"""The highest limit that the parser takes; this module itself checks how long a row is."""
+
+
+class Row(NamedTuple):
+    """Values by column; where the row begins, as in `Reject`; and its first line, counted from 1 within the piece."""
+
+    values: dict[str, Any]
+    offset: int
+    line: int
+
+
+def json_rows(piece: Piece, longest: int) -> Iterator[Row | Reject | Damage]:
+    """Yield the JSON object of each line that is not blank.
+
+    Strings may hold lone surrogates, which JSON can write.
+
+    Args:
+        longest: a line with more bytes is rejected.
+
+    Raises:
+        UserError: the file cannot be read or has become shorter.
+    """
+    number = 0
+    for offset, chunk in read_chunks(piece, "json-line", longest):
+        if not isinstance(chunk, bytes):
+            number += 1
+            yield chunk
+            continue
+        if offset == 0 and chunk.startswith(BOM):
+            offset, chunk = len(BOM), chunk[len(BOM) :]
+        for line in chunk.removesuffix(b"\n").split(b"\n"):
+            number += 1
+            if line and not line.isspace():
+                yield _json_row(line, offset, number)
+            offset += len(line) + 1
+
+
+def csv_rows(
+    piece: Piece, longest: int, check_header: Callable[[list[str]], None], delimiter: str = ","
+) -> Iterator[Row | Reject | Damage]:
+    """Yield each row after the header; quoted fields may hold delimiters and line ends.
+
+    Bytes that are not UTF-8 are lone surrogates in the values.
+
+    Args:
+        longest: a row with more bytes is rejected or, if a quote is open, counts as damage.
+        check_header: called with the names of the columns; may raise.
+
+    Raises:
+        UserError: the file cannot be read or has become shorter.
+    """
+    lines = _Lines(piece, longest)
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    number = 0  # of the row, 0 for the first after the header
+    while True:
+        offset = lines.row = lines.offset
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except (csv.Error, _Unclosed) as error:
+            if lines.ended or isinstance(error, _Unclosed):
+                yield _unclosed_quote(offset, number, lines, "" if lines.ended else f" {error}")
+                break
+            yield Reject("bad_csv", offset, f"not a valid row ({error})")
+            number += 1
+            continue
+        except _TooLong as error:
+            yield error.reject
+            number += 1
+            continue
+        except Damaged as damage:
+            yield Damage(damage.reason, offset, damage.detail)
+            break
+        if not row:
+            continue
+        if header is None:
+            header = row
+            check_header(header)
+            continue
+        number += 1
+        if len(row) != len(header):
+            yield Reject("bad_csv", offset, f"the row has {len(row)} fields, the header {len(header)}")
+        else:
+            yield Row(dict(zip(header, row, strict=True)), offset, line)
+
+
+def not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
+    """The rejection of what begins at `offset` for the byte that is not UTF-8."""
+    return Reject("not_utf8", offset + error.start, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
+
+
+def _json_row(raw: bytes, offset: int, line: int) -> Row | Reject | Damage:
+    try:
+        values = orjson.loads(raw)
+    except ValueError:  # stricter than other parsers: NaN, deep nesting, lone surrogates
+        try:
+            values = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            return not_utf8(offset, error)
+        except (ValueError, RecursionError) as error:
+            return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
+    if isinstance(values, list) and any(isinstance(item, dict) for item in values):
+        detail = (
+            f"an array of {len(values)} documents in one line ({len(raw)} bytes), where each should have its own line"
+        )
+        return Damage("json_array", offset, detail)
+    if not isinstance(values, dict):
+        return Reject("bad_json", offset, "not a JSON object")
+    return Row(values, offset, line)
+
+
+class _Unclosed(Exception):
+    """A row does not end where it should."""
+
+
+class _TooLong(Exception):
+    """A line within a row is too long to be read."""
+
+    def __init__(self, reject: Reject):
+        super().__init__(reject.detail)
+        self.reject = reject
+
+
+class _Lines:
+    """The lines of a `.csv` file for the parser, which asks for another while a quoted field is open.
+
+    `offset` is the byte after the last line given; `row` is where the row being parsed begins. Bytes that are not UTF-8
+    pass through as lone surrogates.
+    """
+
+    def __init__(self, piece: Piece, longest: int):
+        self.offset = self.row = 0
+        self.ended = False
+        self._longest = longest
+        self._lines = self._iterate(piece)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if self.offset - self.row > self._longest:
+            raise _Unclosed(f"within {self._longest} bytes")
+        line = next(self._lines, None)
+        if line is None:
+            self.ended = True
+            raise StopIteration
+        if isinstance(line, Reject):
+            raise _TooLong(line)
+        return line
+
+    def length(self) -> int:
+        """Return the size of the whole file, as far as it can be read; this uses up the lines."""
+        with suppress(Damaged):
+            for _ in self._lines:
+                pass
+        return self.offset
+
+    def _iterate(self, piece: Piece) -> Iterator[str | Reject]:
+        kind = "line" if _has_return_ends(piece) else "json-line"
+        for offset, chunk in read_chunks(piece, kind, self._longest):
+            self.offset = offset
+            if isinstance(chunk, Damage):
+                raise Damaged(chunk.reason, chunk.detail)
+            if isinstance(chunk, Reject):
+                self.offset += chunk.bytes
+                yield chunk
+                continue
+            if offset == 0 and chunk.startswith(BOM):
+                self.offset, chunk = len(BOM), chunk[len(BOM) :]
+            lines = chunk.splitlines(keepends=True)
+            if kind == "json-line" and b"\r" in chunk:  # no line ends there
+                lines = re.findall(rb"[^\n]*\n|[^\n]+", chunk)
+            for line in lines:
+                self.offset += len(line)
+                yield line.decode("utf-8", "surrogateescape")
+
+
+def _has_return_ends(piece: Piece) -> bool:
+    """Whether the first line of a file ends with only `\\r`, as old programs wrote it."""
+    try:
+        head = next(read_blocks(piece.path, piece.start, piece.end, known_format(piece.path).compression), b"")
+    except Damaged:
+        return False
+    match = LINE_END.search(head)
+    return match is not None and match[0] == b"\r" and match.end() < len(head)
+
+
+def _unclosed_quote(offset: int, number: int, lines: _Lines, within: str) -> Damage:
+    total = lines.length()
+    detail = (
+        f"the quote that opens in row {number} is not closed{within}, so the {total - offset} bytes from this row on "
+        f"are lost, {share_read(offset, total)}"
+    )
+    return Damage("unclosed_quote", offset, detail)
