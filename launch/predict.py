@@ -7,6 +7,8 @@ from ds_roberta.command_line import ArgumentParser, positive, probability, run_c
 from ds_roberta.distributed import set_up_logging
 from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
+from ds_roberta.finetuning.prediction_files import BOARDS
+from ds_roberta.inputs.tables import TABULAR_NAMES
 from ds_roberta.options import add_options
 
 TASK_OPTIONS = ("text_column", "text_pair_column", "no_answer_threshold", "label_threshold")
@@ -19,15 +21,20 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="the folder that launch/finetune.py wrote")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
-        "--input", type=Path,
-        help=".jsonl, .parquet or .tsv; for token classification also CoNLL's columns, for question answering also "
+        "--input",
+        help=f"a table ({TABULAR_NAMES}); for token classification also CoNLL's columns, for question answering also "
         "SQuAD's .json",
     )  # fmt: skip
     asked.add_argument("--text", help="one text instead of a file")
     asked.add_argument("--question", help="one question instead of a file, about --context")
     parser.add_argument("--text_pair", help="the second of a pair of texts, with --text")
     parser.add_argument("--context", help="the text that answers --question")
-    parser.add_argument("--output", type=Path, help="also write the answers to this file, as JSON lines")
+    parser.add_argument(
+        "--output", type=Path,
+        help="also write the answers to this file, after the other columns of the input: .jsonl, .csv, or .tsv for "
+        "--glue_task",
+    )  # fmt: skip
+    parser.add_argument("--glue_task", choices=BOARDS, help="write --output for this task of GLUE's board")
     add_options(parser, Columns, only=("text_column", "text_pair_column"))
     parser.add_argument("--max_seq_length", type=positive, help="in tokens; default: as in fine-tuning")
     parser.add_argument("--batch_size", type=positive, default=32, help="texts per forward pass (default: %(default)s)")
@@ -47,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.question is None) != (arguments.context is None):
         parser.error("--question and --context go together: give both")
+    if arguments.glue_task is not None and arguments.output is None:
+        parser.error("--glue_task needs --output, a .tsv file: give it")
     if arguments.text_pair is not None and arguments.text is None:
         parser.error("--text_pair goes with --text: give both")
     return arguments
@@ -60,6 +69,7 @@ def config_of(arguments: argparse.Namespace) -> PredictConfig:
         text=arguments.context if arguments.text is None else arguments.text,
         text_pair=arguments.question if arguments.text is None else arguments.text_pair,
         output=arguments.output,
+        glue_task=arguments.glue_task,
         task_options={name: value for name, value in options.items() if value is not None},
         max_seq_length=arguments.max_seq_length,
         batch_size=arguments.batch_size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,15 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.labelled_tables import Columns, Table, Text, find_texts, read_splits, read_table
-from ds_roberta.finetuning.labels import Labels, class_names, labelled_rows, same_label, without_unlabelled_tests
+from ds_roberta.finetuning.labelled_tables import Columns, Text, find_texts, read_splits
+from ds_roberta.finetuning.labels import (
+    Labels,
+    class_names,
+    labelled_rows,
+    same_label,
+    strata,
+    without_unlabelled_tests,
+)
 from ds_roberta.finetuning.task import (
     COMMAND_LINE,
     NO_LABEL,
@@ -28,6 +34,7 @@ from ds_roberta.finetuning.task import (
     one_line,
     softmax,
 )
+from ds_roberta.inputs.tables import Table, read_table
 from ds_roberta.options import option
 
 BALANCED = "balanced"
@@ -45,8 +52,11 @@ class TextTask(Task):
     def __init__(self, options: Columns):
         self.options = options
 
-    def read_inputs(self, path: Path) -> list[Text]:
+    def read_inputs(self, path: str) -> list[Text]:
         return find_texts(read_table(path), self.options)
+
+    def other_columns(self, given: Text) -> dict[str, Any]:
+        return given.others
 
     def make_input(self, text: str, text_pair: str | None) -> Text:
         return Text(COMMAND_LINE, text, text_pair)
@@ -95,7 +105,7 @@ class Classification(TextTask):
     def from_data(
         cls, data: tuple[str, ...], options: ClassificationOptions
     ) -> tuple[Classification, dict[str, Sequence[Text]]]:
-        tables = without_unlabelled_tests(read_splits(data), options)
+        tables = labelled_splits(data, options)
         labelled = {split: labelled_rows(table, options) for split, table in tables.items()}
         train, labels = labelled["train"]
         names = class_names(labels, train.name)
@@ -153,6 +163,12 @@ class Classification(TextTask):
         return answers
 
 
+def labelled_splits(data: tuple[str, ...], options: Labels) -> dict[str, Table]:
+    """The splits but test splits without labels; see `read_splits`."""
+    splits = read_splits(data, validation_fraction=options.validation_fraction, keys=strata(options))
+    return without_unlabelled_tests(splits, options)
+
+
 class Regression(TextTask):
     """Predicts a number for a text or a pair."""
 
@@ -166,7 +182,7 @@ class Regression(TextTask):
 
     @classmethod
     def from_data(cls, data: tuple[str, ...], options: Labels) -> tuple[Regression, dict[str, Sequence[Text]]]:
-        tables = without_unlabelled_tests(read_splits(data), options)
+        tables = labelled_splits(data, options)
         return cls(options), {split: _numbered(table, options) for split, table in tables.items()}
 
     @classmethod

@@ -43,6 +43,8 @@ from ds_roberta.finetuning.one_run import (
     train,
 )
 from ds_roberta.finetuning.task import RESULTS, SHORTEST
+from ds_roberta.inputs.streams import is_url
+from ds_roberta.inputs.tables import TABULAR_NAMES
 from ds_roberta.model.kernels import exclude_cudnn
 from ds_roberta.options import Settings, option
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
@@ -66,8 +68,9 @@ class FinetuneConfig(Settings):
     model: Path = option("the transformers folder to start from", required=True)
     task: str = option("what to learn", choices=TASKS, required=True)
     data: tuple[str, ...] = option(
-        "a folder with train, validation (or dev) and optionally test files (.tsv, .jsonl, .parquet, CoNLL's columns, "
-        "SQuAD's .json), or one saved by datasets; or such files, also as validation=FILE",
+        "a folder with train, validation (or dev) and optionally test files (tables as "
+        f"{TABULAR_NAMES}; CoNLL's columns, SQuAD's .json), or one saved by datasets, or hf://datasets/OWNER/NAME; or "
+        "such files, also as validation=FILE",
         required=True,
         type=str,
         nargs="+",
@@ -290,7 +293,8 @@ def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[st
     check_replaceable(output, is_finetuned_folder, KIND)
     asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
     work = output.parent / f".{output.name}.runs"
-    given = [config.model, *(split_entry(entry)[1] for entry in config.data)]
+    data = (split_entry(entry)[1] for entry in config.data)
+    given = [config.model, *(Path(path) for path in data if not is_url(path))]
     files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     inputs = [file for file in files if file.is_file() and not {output, work} & set(file.resolve().parents)]
     asked["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in inputs]

@@ -1,16 +1,20 @@
-"""Labelled texts as tables: TSV like GLUE's, JSON lines, Parquet, and folders saved by `datasets`."""
+"""Labelled texts: the splits that `--data` names, and the columns of their tables."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
+import numpy as np
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.options import Settings, option
+from ds_roberta.inputs.streams import is_url, suffix_of
+from ds_roberta.inputs.tables import TABULAR, Table, is_saved_splits, read_saved_splits, read_table
+from ds_roberta.options import Settings, must_be, option
 
 SPLIT_PREFIXES = {  # of file names; the first that matches counts
     "train": ("train",),
@@ -19,8 +23,7 @@ SPLIT_PREFIXES = {  # of file names; the first that matches counts
     "validation": ("validation", "valid", "dev"),
     "test": ("test",),
 }
-SUFFIXES = (".tsv", ".jsonl", ".parquet")
-COLA_COLUMNS = ("source", "label", "mark", "sentence")  # CoLA's files have no header
+SUFFIXES = tuple(f".{kind}" for kind in TABULAR)
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and of its data sets on the web
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -30,10 +33,24 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and of i
     ("sentence", None),
     ("text", None),
 )
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}")
+"""The name of one of several files of a split, as `datasets` and the hub have them."""
 
 
 @dataclass(frozen=True)
-class Columns(Settings):
+class Splitting(Settings):
+    """Which examples are for what."""
+
+    validation_fraction: float | None = option(
+        "take this share of the training examples for validation, where --data has none: always the same ones, with "
+        "the same shares of labels; questions about one context stay together",
+        None,
+        check=must_be("between 0 and 1", lambda value: 0 < value < 1),
+    )
+
+
+@dataclass(frozen=True)
+class Columns(Splitting):
     """Names of table columns."""
 
     text_column: str | None = option("default: sentence, text, tokens, or the first of a pair such as sentence1", None)
@@ -50,110 +67,88 @@ class Text:
         pair: the second text of a pair.
         label: the index of a class, a number in regression, or a 1 or 0 for each of several labels; None: there is
             none.
+        others: the row's other columns.
     """
 
     place: str = field(compare=False)
     text: str
     pair: str | None = None
     label: float | tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows by column name.
-
-    Attributes:
-        name: the file, for messages.
-        columns: the names of the columns.
-        rows: each row's values; a row of JSON lines may lack some.
-        numbers: each row's number for messages: in text files the line, else the row, counted from 1.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    rows: list[dict[str, Any]]
-    numbers: list[int]
-
-    def place(self, index: int) -> str:
-        return f"{self.name}, row {self.numbers[index]}"
+    others: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_splits(
-    data: Iterable[str], suffixes: Sequence[str] = SUFFIXES, read: Callable[[Path | Table], Any] | None = None
+    data: Iterable[str],
+    suffixes: Sequence[str] = SUFFIXES,
+    read: Callable[[str | Table], Any] | None = None,
+    *,
+    validation_fraction: float | None = None,
+    keys: Callable[[Any], Sequence[Any]] | None = None,
+    together: bool = False,
 ) -> dict[str, Any]:
     """The content of `train`, `validation` and any other splits of `SPLIT_PREFIXES`.
 
     Args:
-        data: one folder with a file for each split, or saved by `datasets`; or files, each named after its split
-            (`dev.tsv`) or given as `validation=FILE`.
+        data: one folder with files for each split, or saved by `datasets`, or a data set of its hub; or files, each
+            named after its split (`dev.tsv`) or given as `validation=FILE`.
         suffixes: the endings of the files to read in a folder.
-        read: reads a file, or converts a table that `datasets` saved; None: `read_table`.
+        read: reads a file, or converts a table; None: as tables.
+        validation_fraction: take this share of `train` as `validation`.
+        keys: of each example of a split's content, for `validation_fraction`; None: all alike.
+        together: whether examples with one key stay in one split; else each key is divided in the same proportion.
 
     Raises:
         UserError: a split is missing or given twice, or a file cannot be read.
     """
-    given, read = list(data), read or read_table
-    for entry in given:
-        if not (path := split_entry(entry)[1]).exists():
-            raise UserError(f"--data {str(path)!r} does not exist: choose a folder or files that do")
-    found: Mapping[str, Path | Table]
-    if len(given) == 1 and (folder := Path(given[0])).is_dir():
-        try:
-            files = sorted(folder.iterdir())
-        except OSError as error:
-            raise UserError(f"cannot read --data {str(folder)!r} ({error.strerror}): choose another folder") from error
-        if folder / "dataset_dict.json" in files:
-            found = _read_dataset_dict(folder)
-        else:
-            found = _by_split(str(file) for file in files if file.suffix in suffixes and _split_of(file.stem))
-    else:
-        found = _by_split(given)
-    for split in ("train", "validation"):
-        if split not in found:
+    given = list(data)
+    found = _find_splits(given, suffixes)
+    if "train" not in found or (validation_fraction is None and "validation" not in found):
+        missing = "validation" if "train" in found else "train"
+        option = "" if missing == "train" else ", or take some of the training examples with --validation_fraction 0.1"
+        raise UserError(
+            f"no {missing} file in --data {' '.join(given)}: name a file {SPLIT_PREFIXES[missing][-1]} with the ending "
+            f"{', '.join(suffixes)}, or give {missing}=FILE{option}"
+        )
+    if validation_fraction is not None and "validation" in found:
+        raise UserError("--validation_fraction is given, but --data has a validation split: leave one of them out")
+    splits = {split: _read_parts(sources, read or read_table) for split, sources in found.items()}
+    if validation_fraction is not None:
+        train = splits["train"]
+        examples = train.rows if isinstance(train, Table) else train
+        of_examples = [None] * len(examples) if keys is None else keys(train)
+        chosen = validation_examples([repr(key) for key in of_examples], validation_fraction, together=together)
+        if not 0 < len(chosen) < len(examples):
             raise UserError(
-                f"no {split} file in --data {' '.join(given)}: name a file {SPLIT_PREFIXES[split][-1]} with the ending "
-                f"{', '.join(suffixes)}, or give {split}=FILE"
+                f"--validation_fraction {validation_fraction:g} of {len(examples)} examples leaves one split without "
+                "any: choose another, or give a validation file"
             )
-    return {split: read(source) for split, source in found.items()}
+        others = sorted(set(range(len(examples))) - set(chosen))
+        splits["validation"], splits["train"] = (_select(train, indices) for indices in (chosen, others))
+        logger.info(
+            f"{len(chosen):,} of {len(examples):,} training examples are taken for validation "
+            f"(--validation_fraction {validation_fraction:g})"
+        )
+    return splits
 
 
-def read_table(source: Path | Table) -> Table:
-    """Read one file by its ending; a table stays as it is.
+def validation_examples(keys: Sequence[str], fraction: float, *, together: bool) -> list[int]:
+    """Indices of a fixed random share of the examples, sorted.
 
-    Raises:
-        UserError: it is missing, empty, damaged, or of another format.
+    Args:
+        keys: of each example.
+        together: whether examples with one key are chosen or left together; else each key's share is the same, within
+            one example.
     """
-    if isinstance(source, Table):
-        return source
-    if source.suffix not in SUFFIXES:
-        raise UserError(f"cannot read {str(source)!r} as a table: choose a file that ends in {', '.join(SUFFIXES)}")
-    if source.suffix == ".parquet":
-        return _read_parquet(source)
-    return parse_table(str(source), read_text(source), source.suffix)
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
-
-    Raises:
-        UserError: the file cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): choose another file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 at byte {error.start}: convert it") from error
-
-
-def parse_table(name: str, text: str, suffix: str) -> Table:
-    """A table from the text of a file that ends in `.jsonl` or `.tsv`.
-
-    Raises:
-        UserError: it has no rows, or a row is broken.
-    """
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return _not_empty(_parse_jsonl(name, lines) if suffix == ".jsonl" else _parse_tsv(name, lines))
+    random = np.random.default_rng(0)
+    if together:
+        names = sorted(set(keys))
+        count = max(1, round(fraction * len(names)))
+        picked = {names[index] for index in random.permutation(len(names))[:count]}
+        return [index for index, key in enumerate(keys) if key in picked]
+    order = sorted(random.permutation(len(keys)).tolist(), key=lambda index: keys[index])  # stable: random within a key
+    count = max(1, round(fraction * len(keys)))
+    places = ((np.arange(count) + random.random()) * len(keys) / count).astype(int)  # evenly over all keys
+    return sorted(order[place] for place in places)
 
 
 def find_texts(table: Table, columns: Columns) -> list[Text]:
@@ -173,7 +168,15 @@ def find_texts(table: Table, columns: Columns) -> list[Text]:
         raise UserError(f"{table.name} has the columns {listed(table)}: give the one with the text as --text_column")
     firsts = _texts(table, text)
     seconds = [None] * len(firsts) if pair is None else _texts(table, pair)
-    return [Text(table.place(index), *texts) for index, texts in enumerate(zip(firsts, seconds, strict=True))]
+    return [
+        Text(table.place(index), *texts, others=without(table.rows[index], text, pair))
+        for index, texts in enumerate(zip(firsts, seconds, strict=True))
+    ]
+
+
+def without(row: Mapping[str, Any], *columns: str | None) -> dict[str, Any]:
+    """A row without these columns."""
+    return {name: value for name, value in row.items() if name not in columns}
 
 
 def check_column(table: Table, column: str, option: str) -> None:
@@ -200,108 +203,71 @@ def _split_of(stem: str) -> str | None:
     return next((split for split, prefixes in SPLIT_PREFIXES.items() if stem.startswith(prefixes)), None)
 
 
-def split_entry(entry: str) -> tuple[str | None, Path]:
+def split_entry(entry: str) -> tuple[str | None, str]:
     """The split that an entry of `--data` names, as in `validation=FILE`, and the path."""
     name, equals, rest = entry.partition("=")
-    return (name, Path(rest)) if equals and name in SPLIT_PREFIXES else (None, Path(entry))
+    return (name, rest) if equals and name in SPLIT_PREFIXES else (None, entry)
 
 
-def _by_split(entries: Iterable[str]) -> dict[str, Path]:
-    files: dict[str, Path] = {}
+def _find_splits(given: Sequence[str], suffixes: Sequence[str]) -> Mapping[str, Sequence[str | Table]]:
+    for entry in given:
+        if not is_url(path := split_entry(entry)[1]) and not Path(path).exists():
+            raise UserError(f"--data {path!r} does not exist: choose a folder or files that do")
+    if len(given) == 1 and is_saved_splits(given[0]):
+        return _of_tables(given[0], read_saved_splits(given[0]))
+    if len(given) == 1 and (folder := Path(given[0])).is_dir():
+        try:
+            files = sorted(folder.iterdir())
+        except OSError as error:
+            raise UserError(f"cannot read --data {str(folder)!r} ({error.strerror}): choose another folder") from error
+        return _by_split(str(file) for file in files if suffix_of(file.name) in suffixes and _split_of(file.name))
+    return _by_split(given)
+
+
+def _of_tables(name: str, tables: Mapping[str, Table]) -> dict[str, Sequence[Table]]:
+    found: dict[str, Sequence[Table]] = {}
+    for own_name, table in tables.items():
+        split = _split_of(own_name)
+        if split in found:
+            raise UserError(f"{name!r} has two splits for {split}, one of them {own_name!r}: save it with only one")
+        if split is not None:
+            found[split] = [table]
+    return found
+
+
+def _by_split(entries: Iterable[str]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
     for entry in entries:
         split, file = split_entry(entry)
-        split = split or _split_of(file.stem)
+        split = split or _split_of(Path(file).name)
         if split is None:
             raise UserError(f"{entry!r} does not name its split: give it as train=, validation= or test={entry}")
-        if split in files:
-            raise UserError(
-                f"{str(files[split])!r} and {str(file)!r} are both {split}: leave one of them out of --data"
-            )
-        files[split] = file
+        others = files.setdefault(split, [])
+        if others and not _is_part_of_the_same(others[0], file):
+            raise UserError(f"{others[0]!r} and {file!r} are both {split}: leave one of them out of --data")
+        others.append(file)
     return files
 
 
-def _not_empty(table: Table) -> Table:
-    if not table.rows:
-        raise UserError(f"{table.name!r} has no rows: choose a file with examples")
-    return table
+def _is_part_of_the_same(file: str, other: str) -> bool:
+    matches = [_PART.match(Path(name).name) for name in (file, other)]
+    return all(matches) and len({match[1] for match in matches if match}) == 1
 
 
-def _parse_jsonl(name: str, lines: list[tuple[int, str]]) -> Table:
-    rows, columns = [], dict[str, None]()
-    for number, line in lines:
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise UserError(f"{name}, row {number} is not JSON ({error.msg}): fix or remove it") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, row {number} is not a JSON object: write it as {{column: value}}")
-        rows.append(row)
-        columns.update(dict.fromkeys(row))
-    return Table(name, tuple(columns), rows, [number for number, _ in lines])
+def _read_parts(sources: Sequence[str | Table], read: Callable[[str | Table], Any]) -> Any:
+    parts = [read(source) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    if not isinstance(parts[0], Table):
+        return [example for part in parts for example in part]
+    columns = dict.fromkeys(column for part in parts for column in part.columns)
+    return Table(
+        f"{parts[0].name} and others",
+        tuple(columns),
+        [row for part in parts for row in part.rows],
+        [f"{number} of {Path(part.name).name}" for part in parts for number in part.numbers],
+    )
 
 
-def _parse_tsv(name: str, lines: list[tuple[int, str]]) -> Table:
-    """Columns are separated by tabs and nothing is quoted, as in GLUE's files."""
-    cells = [(number, line.rstrip("\r").split("\t")) for number, line in lines]
-    columns: tuple[str, ...] = tuple(cells[0][1]) if cells else ()
-    if len(columns) == len(COLA_COLUMNS) and columns[1] in ("0", "1") and columns[2] in ("", "*"):
-        columns = COLA_COLUMNS
-    else:
-        cells = cells[1:]
-    if len(set(columns)) < len(columns):
-        twice = next(column for column in columns if columns.count(column) > 1)
-        raise UserError(f"{name} has the column {twice!r} twice: rename one in its header")
-    for number, values in cells:
-        if len(values) != len(columns):
-            raise UserError(
-                f"{name}, row {number} has {len(values)} columns, its header has {len(columns)}: fix or remove the row"
-            )
-    rows = [dict(zip(columns, values, strict=True)) for _, values in cells]
-    return Table(name, columns, rows, [number for number, _ in cells])
-
-
-def _read_parquet(path: Path) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        columns = pyarrow.parquet.read_schema(path).names
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {str(path)!r} ({error}): choose another file") from error
-    return _not_empty(Table(str(path), tuple(columns), rows, list(range(1, len(rows) + 1))))
-
-
-def _read_dataset_dict(folder: Path) -> dict[str, Table]:
-    """The splits of a folder saved by `datasets`; labels that it stores as numbers with names become the names."""
-    import datasets
-
-    try:
-        splits = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {str(folder)!r} as datasets saved it ({error}): save it again") from error
-    tables: dict[str, Table] = {}
-    for found, dataset in splits.items():
-        split = _split_of(found)
-        if split is None:
-            continue
-        if split in tables:
-            raise UserError(f"{str(folder)!r} has two splits for {split}, one of them {found!r}: save it with only one")
-        rows = dataset.to_list()
-        for column, feature in dataset.features.items():
-            of_list = getattr(feature, "feature", None)
-            if isinstance(feature, datasets.ClassLabel):
-                for row in rows:
-                    row[column] = _class_name(feature.names, row[column])
-            elif isinstance(of_list, datasets.ClassLabel):
-                for row in rows:
-                    row[column] = row[column] and [_class_name(of_list.names, label) for label in row[column]]
-        numbers = list(range(1, len(rows) + 1))
-        tables[split] = _not_empty(Table(f"{folder}/{found}", tuple(dataset.column_names), rows, numbers))
-    return tables
-
-
-def _class_name(names: list[str], label: int | None) -> str | None:
-    """A class's name; None if there is no label, which `datasets` marks with -1 and Trainer with -100."""
-    return names[label] if label is not None and 0 <= label < len(names) else None
+def _select(content: Any, indices: Sequence[int]) -> Any:
+    return content.select(indices) if isinstance(content, Table) else [content[index] for index in indices]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Columns, Table, check_column, listed
+from ds_roberta.finetuning.labelled_tables import Columns, check_column, listed
+from ds_roberta.inputs.tables import Table
 from ds_roberta.options import option
 
 LABEL_COLUMNS = ("label", "gold_label", "score", "is_duplicate", "Quality")  # in GLUE's files and data sets
@@ -65,6 +66,16 @@ def without_unlabelled_tests(tables: dict[str, Table], columns: Columns) -> dict
     return kept
 
 
+def strata(options: Labels) -> Callable[[Table], list[str]]:
+    """Gives the labels of a table's rows as names, of those without one too; see `read_splits`."""
+
+    def of_rows(table: Table) -> list[str]:
+        column = label_column(table, options)
+        return [same_label(row.get(column)) for row in table.rows]
+
+    return of_rows
+
+
 def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> tuple[Table, list[Any]]:
     """The rows that have a label, and the labels as they are in the file; the number of other rows is logged.
 
@@ -99,9 +110,8 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
         logger.info(f"{table.name}: {counts} have no {column!r} and are left out ({values})")
     if not kept:
         raise UserError(f"no row of {table.name!r} has a {column!r}: choose a file with labels")
-    rows = [table.rows[index] for index in kept]
-    found = Table(table.name, table.columns, rows, [table.numbers[index] for index in kept])
-    return found, [row[column] for row in rows]
+    found = table.select(kept)
+    return found, [row[column] for row in found.rows]
 
 
 def class_names(labels: Iterable[Any], name: str) -> list[str]:

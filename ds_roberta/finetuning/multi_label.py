@@ -14,16 +14,18 @@ from torch.nn import functional
 
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.classification import MULTI_LABEL, TextTask, asked, heading
-from ds_roberta.finetuning.labelled_tables import Table, Text, check_column, find_texts, read_splits
+from ds_roberta.finetuning.labelled_tables import Text, check_column, find_texts, read_splits
 from ds_roberta.finetuning.labels import (
     Labels,
     in_order,
     label_column,
     labelled_rows,
     same_label,
+    strata,
     without_unlabelled_tests,
 )
 from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, label_names
+from ds_roberta.inputs.tables import Table
 from ds_roberta.options import must_be, option
 
 SEPARATOR = ","
@@ -73,8 +75,13 @@ class MultiLabelClassification(TextTask):
     def from_data(
         cls, data: tuple[str, ...], options: MultiLabelOptions
     ) -> tuple[MultiLabelClassification, dict[str, Sequence[Text]]]:
-        tables = read_splits(data)
         names = None if options.label_columns is None else options.label_columns.split(SEPARATOR)
+
+        def of_columns(table: Table) -> list[tuple[Any, ...]]:
+            return [tuple(row.get(name) for name in names or ()) for row in table.rows]
+
+        keys = strata(options) if names is None else of_columns
+        tables = read_splits(data, validation_fraction=options.validation_fraction, keys=keys)
         if names is None:
             tables = without_unlabelled_tests(tables, options)
         labelled = {split: _label_sets(table, options, names) for split, table in tables.items()}

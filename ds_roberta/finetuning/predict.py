@@ -1,8 +1,7 @@
-"""A fine-tuned model's answers to texts: on the screen for people, as JSON lines for programs."""
+"""A fine-tuned model's answers to texts: on the screen for people, as a file for programs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch
 import transformers
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk, read_json_object
+from ds_roberta.files import read_json_object
 from ds_roberta.finetuning import TASKS
+from ds_roberta.finetuning.prediction_files import check_output, with_other_columns, write_predictions
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
 from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 
@@ -25,16 +25,18 @@ class PredictConfig:
 
     Attributes:
         input: a file; None: only `text`, with `text_pair` if the task has pairs (the question about a context).
-        output: the file for the JSON lines; None: they are only printed for people.
+        output: the file for programs, see `prediction_files`; None: answers are only printed for people.
+        glue_task: the task of GLUE's board that the output is for, a key of `BOARDS`.
         task_options: the task's own, by name; others are ignored. Missing ones are as in fine-tuning.
         max_seq_length: in tokens; None: as in fine-tuning.
     """
 
     model: Path
-    input: Path | None = None
+    input: str | None = None
     text: str | None = None
     text_pair: str | None = None
     output: Path | None = None
+    glue_task: str | None = None
     task_options: dict[str, Any] = field(default_factory=dict)
     max_seq_length: int | None = None
     batch_size: int = 32
@@ -55,17 +57,17 @@ class FinetunedModel:
 
 
 def predict(config: PredictConfig) -> list[Answer]:
-    """Print an answer to each text of the input, and write it as a line of JSON.
+    """Print an answer to each text of the input, and write it with the other columns of its row.
 
     Raises:
         UserError: the model's folder, the input or the output is wrong.
     """
     if config.output is not None:
-        _check_output(config.output, config.input)
+        check_output(config.output, config.input, config.glue_task)
     finetuned = open_finetuned(config.model, config.max_seq_length, config.task_options)
     task = finetuned.task
     if config.input is not None:
-        inputs = task.read_inputs(config.input)
+        inputs = task.read_inputs(str(config.input))
     else:
         assert config.text is not None
         inputs = [task.make_input(config.text, config.text_pair)]
@@ -73,7 +75,9 @@ def predict(config: PredictConfig) -> list[Answer]:
     sequences = [feature["input_ids"] for feature in encoded.features]
     answers = task.answer(encoded, logits(finetuned, sequences, config.batch_size))
     if config.output is not None:
-        write_rows(config.output, answers)
+        others = map(task.other_columns, inputs)
+        rows = [with_other_columns(*row) for row in zip(others, (answer.row for answer in answers), strict=True)]
+        write_predictions(config.output, rows, config.glue_task)
     for answer in answers:
         print("\n".join(answer.lines), flush=True)
     return answers
@@ -135,22 +139,3 @@ def logits(finetuned: FinetunedModel, sequences: Sequence[list[int]], batch_size
         found |= {index: [array[row] for array in arrays] for row, index in enumerate(chosen)}
     outputs = list(zip(*(found[index] for index in range(len(sequences))), strict=True))
     return outputs[0] if len(outputs) == 1 else outputs
-
-
-def write_rows(path: Path, answers: list[Answer]) -> None:
-    """Write the answers as JSON lines, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with errors_of_the_disk(path), atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps(answer.row, ensure_ascii=False) + "\n")
-
-
-def _check_output(output: Path, given: Path | None) -> None:
-    check_output_file("--output", output)
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {str(output)!r} is a device or a pipe: choose a file")
-    if given is not None and output.resolve() == given.resolve():
-        raise UserError(f"--output {str(output)!r} is the input: choose another file")

@@ -18,18 +18,19 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Table, read_splits, read_table
+from ds_roberta.finetuning.labelled_tables import SUFFIXES, Splitting, read_splits
 from ds_roberta.finetuning.squad import Question, read_squad, table_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
 from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, one_line
-from ds_roberta.options import Settings, must_be, option, require_positive
+from ds_roberta.inputs.streams import suffix_of
+from ds_roberta.inputs.tables import Table, read_table
+from ds_roberta.options import must_be, option, require_positive
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
 MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
 
 
 @dataclass(frozen=True)
-class SpanOptions(Settings):
+class SpanOptions(Splitting):
     """Question answering; the defaults are those of BERT's run_squad.py.
 
     Attributes:
@@ -128,7 +129,14 @@ class QuestionAnswering(Task):
     def from_data(
         cls, data: tuple[str, ...], options: SpanOptions
     ) -> tuple[QuestionAnswering, dict[str, Sequence[Question]]]:
-        splits = read_splits(data, SUFFIXES, read_questions)
+        splits = read_splits(
+            data,
+            SUFFIXES,
+            read_questions,
+            validation_fraction=options.validation_fraction,
+            keys=lambda questions: [question.context for question in questions],
+            together=True,
+        )
         with_null = any(question.may_be_unanswerable for questions in splits.values() for question in questions)
         return cls(with_null, options), splits
 
@@ -146,8 +154,11 @@ class QuestionAnswering(Task):
             ) from error
         return cls("no_answer_threshold" in given or bool(stored.get("may_be_unanswerable")), options)
 
-    def read_inputs(self, path: Path) -> list[Question]:
+    def read_inputs(self, path: str) -> list[Question]:
         return read_questions(path, labelled=False)
+
+    def other_columns(self, given: Question) -> dict[str, Any]:
+        return given.others
 
     def make_input(self, text: str, text_pair: str | None) -> Question:
         if text_pair is None:
@@ -229,13 +240,13 @@ class QuestionAnswering(Task):
         return Answer([f"{question.id}: {one_line(question.question)}", line], {**row, "candidates": candidates})
 
 
-def read_questions(source: Path | Table, *, labelled: bool = True) -> list[Question]:
+def read_questions(source: str | Path | Table, *, labelled: bool = True) -> list[Question]:
     """SQuAD's JSON from `.json`, rows from other files and tables.
 
     Raises:
         UserError: as `read_squad`, `read_table` and `table_questions`.
     """
-    if isinstance(source, Path) and source.suffix == ".json":
+    if not isinstance(source, Table) and suffix_of(str(source)) == ".json":
         return read_squad(source, labelled=labelled)
     return table_questions(read_table(source), labelled=labelled)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Table, listed
+from ds_roberta.finetuning.labelled_tables import listed, without
+from ds_roberta.inputs.rows import parse_json
+from ds_roberta.inputs.tables import Table, read_table, read_text
 
 COLUMNS = ("question", "context", "answers")
 
@@ -25,6 +25,7 @@ class Question:
         answers: the gold answers' texts; none if the context does not answer it, or if the file does not say.
         start: where the first answer begins in `context`, in characters; None if there is none.
         may_be_unanswerable: whether its file is like SQuAD 2.0's, in which a context need not answer its question.
+        others: the other columns of the question's row.
     """
 
     place: str
@@ -34,25 +35,26 @@ class Question:
     answers: tuple[str, ...] = ()
     start: int | None = None
     may_be_unanswerable: bool = False
+    others: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
-def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
-    """Read SQuAD's JSON.
+def read_squad(path: str | Path, *, labelled: bool = True) -> list[Question]:
+    """Read SQuAD's JSON; a `.json` file may also have the rows of a table.
 
     Args:
         labelled: whether each question must have an answer or be marked as having none. If not, answers are
             ignored.
 
     Raises:
-        UserError: the file cannot be read, is not in SQuAD's format, has no question or an id twice, or an answer is
+        UserError: the file cannot be read, is in neither format, has no question or an id twice, or an answer is
             not at its `answer_start`.
     """
     try:
-        content = orjson.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}): choose another file") from error
-    except ValueError as error:  # not UTF-8, or not JSON
+        content = parse_json(read_text(path).encode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not JSON ({error}): give a file in SQuAD's format") from error
+    if content and isinstance(content, list):
+        return table_questions(read_table(path), labelled=labelled)
     return parse_squad(str(path), content, labelled=labelled)
 
 
@@ -92,7 +94,8 @@ def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
                 given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
             answers = _answers(place, _text(place, row, "context"), row, given, True)
         identifier = _identifier(place, row.get("id", table.numbers[index]))
-        questions.append(_question(place, identifier, _text(place, row, "context"), row, answers))
+        question = _question(place, identifier, _text(place, row, "context"), row, answers)
+        questions.append(replace(question, others=without(row, "id", *COLUMNS)))
     return _checked(table.name, questions, labelled and any(not question.answers for question in questions))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Table, listed
+from ds_roberta.finetuning.labelled_tables import listed, without
+from ds_roberta.inputs.tables import Table
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
@@ -29,6 +30,7 @@ class Sentence:
         tags: one for each word; empty if there are none.
         text: what the words were taken from; None if they were given one by one.
         offsets: each word as [start, end) in characters of the text, if there is one.
+        others: the other columns of the sentence's row.
     """
 
     place: str
@@ -36,6 +38,7 @@ class Sentence:
     tags: tuple[str, ...] = ()
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] = ()
+    others: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
@@ -123,7 +126,7 @@ def table_sentences(
             tags = _texts(place, tag_column, row.get(tag_column))
             if len(tags) != len(words):
                 raise UserError(f"{place} has {len(words)} words but {len(tags)} tags: give each word one")
-        sentences.append(Sentence(place, words, tags))
+        sentences.append(Sentence(place, words, tags, others=without(row, word_column)))
     check_tags((sentence.place, tag) for sentence in sentences for tag in sentence.tags)
     return sentences
 

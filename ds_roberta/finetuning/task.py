@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -101,12 +100,16 @@ class Task(ABC):
         return (config.architectures or [""])[0] == cls.architecture
 
     @abstractmethod
-    def read_inputs(self, path: Path) -> Sequence[Any]:
+    def read_inputs(self, path: str) -> Sequence[Any]:
         """The inputs of a file to predict; labels are ignored.
 
         Raises:
             UserError: the file cannot be read, or a row is wrong.
         """
+
+    def other_columns(self, given: Any) -> dict[str, Any]:
+        """The columns of an input's row that it was not made from, which predictions keep."""
+        return {}
 
     @abstractmethod
     def make_input(self, text: str, text_pair: str | None) -> Any:

@@ -7,7 +7,7 @@ windows' logits become one row per word again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.labelled_tables import Columns, Table, find_texts, read_splits, read_table, read_text
+from ds_roberta.finetuning.labelled_tables import SUFFIXES, Columns, find_texts, read_splits
 from ds_roberta.finetuning.tagged_sentences import (
     WORD_COLUMNS,
     Sentence,
@@ -41,9 +41,11 @@ from ds_roberta.finetuning.task import (
     one_line,
     softmax,
 )
+from ds_roberta.inputs.streams import suffix_of
+from ds_roberta.inputs.tables import Table, read_table, read_text
 
-TABLES = (".jsonl", ".parquet")
 COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")
+TABLES = tuple(suffix for suffix in SUFFIXES if suffix not in COLUMN_FILES)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ class TokenClassification(Task):
             UserError: as `read_splits`, `parse_conll` and `table_sentences`, or a type of entities, or a tag that marks
                 none, is not in the training sentences.
         """
-        splits = read_splits(data, (*COLUMN_FILES, *TABLES), partial(read_sentences, columns=options))
+        splits = read_splits(
+            data,
+            (*COLUMN_FILES, *TABLES),
+            partial(read_sentences, columns=options),
+            validation_fraction=options.validation_fraction,
+        )
         names = tag_names(splits["train"])
         if len(names) < 2:
             raise UserError(
@@ -113,8 +120,11 @@ class TokenClassification(Task):
     ) -> TokenClassification:
         return cls(label_names(config), Columns(**given))
 
-    def read_inputs(self, path: Path) -> list[Sentence]:
+    def read_inputs(self, path: str) -> list[Sentence]:
         return read_sentences(path, self.options, labelled=False)
+
+    def other_columns(self, given: Sentence) -> dict[str, Any]:
+        return given.others
 
     def make_input(self, text: str, text_pair: str | None) -> Sentence:
         return split_text(COMMAND_LINE, text)
@@ -174,19 +184,21 @@ class TokenClassification(Task):
         return answers
 
 
-def read_sentences(source: Path | Table, columns: Columns, *, labelled: bool = True) -> list[Sentence]:
-    """Rows of lists from `.jsonl`, `.parquet` and what `datasets` saved; CoNLL's columns from other files.
+def read_sentences(source: str | Path | Table, columns: Columns, *, labelled: bool = True) -> list[Sentence]:
+    """Rows of lists from tables, CoNLL's columns from files with `COLUMN_FILES`' endings.
 
     Args:
         labelled: whether words must have tags. If not, rows may also have texts instead of lists of words.
     """
-    if isinstance(source, Path) and source.suffix not in TABLES:
+    if not isinstance(source, Table) and suffix_of(str(source)) in COLUMN_FILES:
         return parse_conll(str(source), read_text(source), labelled=labelled)
     table = read_table(source)
     if not labelled:
         column = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
         if column is None or not any(isinstance(row.get(column), list) for row in table.rows):
-            return [split_text(text.place, text.text) for text in find_texts(table, columns)]
+            return [
+                replace(split_text(text.place, text.text), others=text.others) for text in find_texts(table, columns)
+            ]
     return table_sentences(table, columns.text_column, columns.label_column, labelled=labelled)
 
 

@@ -24,7 +24,7 @@ from ds_roberta.inputs.streams import READABLE, file_system, format_of, is_url, 
 FILE, FOLDER, OTHER = "file", "folder", "neither a file nor a folder"
 _NAMED_AT_MOST = 5
 _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
-_HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@([^/?]+))?(?:\?(.*))?")
+HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@([^/?]+))?(?:\?(.*))?")
 _SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 _FILE_URL = "file://"
 IGNORED = f"ignored (not {READABLE})"
@@ -86,7 +86,7 @@ def _split_source(argument: str) -> tuple[str, str]:
 
 def _expand(argument: str, passed_over: _PassedOver) -> list[str]:
     """Return the readable files of one argument."""
-    hub = _HUB_DATASET.fullmatch(argument)
+    hub = HUB_DATASET.fullmatch(argument)
     if hub:
         return _readable_of(dataset_files(hub[1], hub[2], hub[3] or ""), argument, passed_over)
     if argument.startswith(_FILE_URL):
@@ -135,9 +135,7 @@ def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
     """
     import datasets
 
-    asked = dict(parse_qsl(query))
-    if asked.keys() - {"config", "split"}:
-        raise UserError(f"{query!r} after the data set {name!r}: only config=CONFIG and split=SPLIT are known")
+    asked = asked_of_hub(name, query)
     split = asked.get("split", "train")
     try:
         files = datasets.load_dataset_builder(name, asked.get("config"), revision=revision).config.data_files or {}
@@ -151,6 +149,14 @@ def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
             f"choose one with hf://datasets/{name}?split=SPLIT"
         )
     return [str(file) for file in files[split]]
+
+
+def asked_of_hub(name: str, query: str) -> dict[str, str]:
+    """`config` and `split` of what follows the `?` of a data set. Raises `UserError` if there is anything else."""
+    asked = dict(parse_qsl(query))
+    if asked.keys() - {"config", "split"}:
+        raise UserError(f"{query!r} after the data set {name!r}: only config=CONFIG and split=SPLIT are known")
+    return asked
 
 
 def _single(path: str, kind: str) -> list[str]:

@@ -36,7 +36,7 @@ def located(path: str, place: dict[str, Any]) -> str:
     """Format a file, a position and what is wrong there, in one line."""
     kind = counted_in(path)
     where = f"{kind} {place[kind]}"
-    line = _line_number(path, place[kind]) if kind == "byte" else None
+    line = line_number(path, place[kind]) if kind == "byte" else None
     return f"{path!r}, {where if line is None else f'line {line} ({where})'}: {place['detail']}"
 
 
@@ -45,7 +45,7 @@ def counted_in(path: str) -> str:
     return "row" if known_format(path).kind in TABLES else "byte"
 
 
-def _line_number(path: str, offset: int) -> int | None:
+def line_number(path: str, offset: int) -> int | None:
     """Return the line of a byte, counted from 1; None if it is so far into the file that counting would take long."""
     if offset > _LINES_COUNTED_UP_TO:
         return None

@@ -114,16 +114,25 @@ def not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
     return Reject("not_utf8", offset + error.start, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
 
 
+def parse_json(raw: bytes) -> Any:
+    """The value that JSON text holds. NaN is accepted, and strings may have lone surrogates.
+
+    Raises:
+        UnicodeDecodeError, ValueError, RecursionError: it is not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return orjson.loads(raw)
+    except ValueError:  # stricter than other parsers
+        return json.loads(raw.decode("utf-8"))
+
+
 def _json_row(raw: bytes, offset: int, line: int) -> Row | Reject | Damage:
     try:
-        values = orjson.loads(raw)
-    except ValueError:  # stricter than other parsers: NaN, deep nesting, lone surrogates
-        try:
-            values = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            return not_utf8(offset, error)
-        except (ValueError, RecursionError) as error:
-            return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
+        values = parse_json(raw)
+    except UnicodeDecodeError as error:
+        return not_utf8(offset, error)
+    except (ValueError, RecursionError) as error:
+        return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
     if isinstance(values, list) and any(isinstance(item, dict) for item in values):
         detail = (
             f"an array of {len(values)} documents in one line ({len(raw)} bytes), where each should have its own line"

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,13 +19,15 @@ import zstandard
 
 from ds_roberta.errors import UserError
 
-TEXT, JSON_LINES, CSV, PARQUET, ARROW = "txt", "jsonl", "csv", "parquet", "arrow"
+TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET, ARROW = "txt", "jsonl", "json", "csv", "tsv", "parquet", "arrow"
 TABLES = (PARQUET, ARROW)
 """Columnar formats with their own compression: positions in them are rows."""
 COMPRESSIONS = ("gz", "zst", "bz2", "xz")
+DOCUMENTS = (TEXT, JSON_LINES, CSV, *TABLES)
+"""What can be read in constant memory, as a corpus is."""
 READABLE = ".txt, .jsonl or .csv (plain or ." + ", .".join(COMPRESSIONS) + "), .parquet or .arrow"
 
-_NAME = re.compile(rf"\.({TEXT}|{JSON_LINES}|{CSV})(?:\.({'|'.join(COMPRESSIONS)}))?$|\.({'|'.join(TABLES)})$")
+_NAME = re.compile(rf"\.(\w+?)(?:\.({'|'.join(COMPRESSIONS)}))?$")
 
 BLOCK_BYTES = 1 << 20
 _COMPRESSED_BLOCK_BYTES = 1 << 16
@@ -58,17 +60,25 @@ class Format(NamedTuple):
     compression: str | None
 
 
-def format_of(path: str) -> Format | None:
-    """Return the format that a file name's ending stands for, or None if it is not supported."""
+def format_of(path: str, kinds: Collection[str] = DOCUMENTS) -> Format | None:
+    """Return the format that a file name's ending stands for, or None if it is not one of these kinds."""
     match = _NAME.search(path.lower())
-    return Format(match[1] or match[3], match[2]) if match else None
+    if match is None or match[1] not in kinds or (match[2] and match[1] in TABLES):
+        return None
+    return Format(match[1], match[2])
 
 
 def known_format(path: str) -> Format:
     """The format of a file that was chosen as an input."""
-    found = format_of(path)
-    assert found is not None, path
-    return found
+    match = _NAME.search(path.lower())
+    assert match is not None, path
+    return Format(match[1], match[2])
+
+
+def suffix_of(path: str) -> str:
+    """A file name's ending without that of its compression, such as `.conll` of `train.conll.gz`; lower case."""
+    match = _NAME.search(path.lower())
+    return f".{match[1]}" if match else ""
 
 
 def is_url(path: str) -> bool:

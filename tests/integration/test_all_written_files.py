@@ -18,8 +18,7 @@ from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_figures
-from ds_roberta.finetuning.predict import write_rows
-from ds_roberta.finetuning.task import Answer
+from ds_roberta.finetuning.prediction_files import write_predictions
 from ds_roberta.model.export import CARD_SIGNATURE, export
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.report.page import write_report
@@ -70,7 +69,7 @@ def products(tmp_path, corpus, stats, tokenizer_folder, solo_ranks):
         "model": lambda out: export(config, weights, tokenizer_folder, 48, out, CARD_SIGNATURE),
         "report": lambda out: write_report([run], out.with_suffix(".html")),
         "figures": lambda out: write_figures(out, {"loss": 1.0}),
-        "predictions": lambda out: write_rows(out, [Answer([], {"label": "a"})] * 3),
+        "predictions": lambda out: write_predictions(out, [{"label": "a"}] * 3),
     }
 
 

@@ -157,7 +157,7 @@ def test_what_is_wrong_is_reported_with_its_row(tmp_path, task, train, dev, opti
 def test_damaged_files_are_reported(tmp_path):
     write_splits(tmp_path, ROWS)
     (tmp_path / "dev.jsonl").write_text('{"sentence1": "a"}\n{"sentence1"\n')
-    with pytest.raises(UserError, match=r"dev.jsonl, row 2 is not JSON"):
+    with pytest.raises(UserError, match=r"dev.jsonl, row 2: not valid JSON"):
         Classification.from_data((str(tmp_path),), ClassificationOptions())
     (tmp_path / "dev.jsonl").unlink()
     with pytest.raises(UserError, match="no validation file"):

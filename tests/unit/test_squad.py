@@ -1,13 +1,12 @@
 """Reading SQuAD's two versions and rows of questions: what is taken, and what is refused."""
 
 import copy
-import json
 
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import parse_table
 from ds_roberta.finetuning.squad import parse_squad, read_squad, table_questions
+from ds_roberta.inputs.tables import Table
 
 CONTEXT = "The tower was built in 1889 by Gustave Eiffel."
 FIRST = {
@@ -120,11 +119,11 @@ def test_a_file_of_another_form_is_refused(tmp_path, content, message):
 
 
 def rows(*answers):
-    lines = [
-        json.dumps({"id": f"q{number}", "question": "When?", "context": CONTEXT, "answers": of_row})
+    of_rows = [
+        {"id": f"q{number}", "question": "When?", "context": CONTEXT, "answers": of_row}
         for number, of_row in enumerate(answers)
     ]
-    return parse_table("train.jsonl", "\n".join(lines), ".jsonl")
+    return Table("train.jsonl", tuple(of_rows[0]), of_rows, list(range(1, len(of_rows) + 1)))
 
 
 def test_rows_as_the_library_datasets_has_them():
@@ -143,4 +142,4 @@ def test_a_bad_row_is_named():
     with pytest.raises(UserError, match="row 1: 1 texts but 0 answer_start"):
         table_questions(rows({"text": ["1889"], "answer_start": []}))
     with pytest.raises(UserError, match="no column 'context', but 'question'"):
-        table_questions(parse_table("x.jsonl", '{"question": "When?"}', ".jsonl"), labelled=False)
+        table_questions(Table("x.jsonl", ("question",), [{"question": "When?"}], [1]), labelled=False)

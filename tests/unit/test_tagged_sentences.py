@@ -1,11 +1,9 @@
 """Reading sentences with tags: CoNLL's columns and rows of lists."""
 
-import json
-
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Columns, parse_table
+from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.tagged_sentences import (
     are_of_entities,
     parse_conll,
@@ -14,6 +12,7 @@ from ds_roberta.finetuning.tagged_sentences import (
     tag_names,
 )
 from ds_roberta.finetuning.token_classification import read_sentences
+from ds_roberta.inputs.tables import Table
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
 
@@ -95,7 +94,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 def table(*rows):
-    return parse_table("x.jsonl", "\n".join(json.dumps(row) for row in rows), ".jsonl")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return Table("x.jsonl", tuple(columns), list(rows), list(range(1, len(rows) + 1)))
 
 
 def test_rows_of_lists():

@@ -1,0 +1,142 @@
+"""Predictions as files: JSON lines, CSV, and what GLUE's board takes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_roberta.distributed import logger
+from ds_roberta.errors import UserError
+from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk
+
+SUFFIXES = (".jsonl", ".csv", ".tsv")
+INPUT_PREFIX = "input_"
+
+
+@dataclass(frozen=True)
+class Board:
+    """What GLUE's board (gluebenchmark.com) takes for a task.
+
+    Attributes:
+        classes: the names of the classes in the data set on the hub, by index; empty: the predictions are numbers.
+        values: what the board calls them.
+        examples: the number of test examples.
+    """
+
+    classes: tuple[str, ...]
+    values: tuple[str, ...]
+    examples: int
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_INFERENCE = ("entailment", "neutral", "contradiction")
+_BINARY = ("0", "1")
+BOARDS = {
+    "CoLA": Board(("unacceptable", "acceptable"), _BINARY, 1063),
+    "SST-2": Board(("negative", "positive"), _BINARY, 1821),
+    "MRPC": Board(("not_equivalent", "equivalent"), _BINARY, 1725),
+    "STS-B": Board((), (), 1379),
+    "QQP": Board(("not_duplicate", "duplicate"), _BINARY, 390965),
+    "MNLI-m": Board(_INFERENCE, _INFERENCE, 9796),
+    "MNLI-mm": Board(_INFERENCE, _INFERENCE, 9847),
+    "QNLI": Board(_ENTAILMENT, _ENTAILMENT, 5463),
+    "RTE": Board(_ENTAILMENT, _ENTAILMENT, 3000),
+    "WNLI": Board(("not_entailment", "entailment"), _BINARY, 146),
+    "AX": Board(_INFERENCE, _INFERENCE, 1104),
+}
+"""By the names of the board's files."""
+
+
+def check_output(output: Path, given: str | None, glue_task: str | None) -> None:
+    """Check, before any work, that predictions can be written.
+
+    Args:
+        given: the input.
+
+    Raises:
+        UserError: the file's folder is missing, its ending is unknown or not that of its format, or it is the input.
+    """
+    check_output_file("--output", output)
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {str(output)!r} is a device or a pipe: choose a file")
+    if given is not None and output.resolve() == Path(given).resolve():
+        raise UserError(f"--output {str(output)!r} is the input: choose another file")
+    if output.suffix not in SUFFIXES:
+        raise UserError(f"--output {str(output)!r} does not end in {', '.join(SUFFIXES)}: choose one of these formats")
+    if (output.suffix == ".tsv") != (glue_task is not None):
+        raise UserError(
+            f"--output {str(output)!r}: .tsv is the format of GLUE's board and needs --glue_task, which needs .tsv; "
+            "choose .jsonl or .csv for all else"
+        )
+
+
+def with_other_columns(others: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """A prediction after the other columns of its input; one with a prediction's name, such as the gold label, gets
+    `INPUT_PREFIX`."""
+    return {f"{INPUT_PREFIX}{name}" if name in row else name: value for name, value in others.items()} | row
+
+
+def write_predictions(path: Path, rows: Sequence[dict[str, Any]], glue_task: str | None = None) -> None:
+    """Write predictions in the format of the file's ending, whole or not at all.
+
+    In a `.csv`, lists and objects are JSON.
+
+    Raises:
+        UserError: the file cannot be written, or a prediction is not one that the board knows.
+    """
+    if glue_task is not None:
+        rows = board_rows(glue_task, rows)
+    with errors_of_the_disk(path), atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            return
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, columns, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in row.items()})
+
+
+def board_rows(glue_task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file for GLUE's board: `index`, as in the input or else from 0, and `prediction`.
+
+    Raises:
+        UserError: a prediction is not one that the board knows.
+    """
+    board = BOARDS[glue_task]
+    if len(rows) != board.examples:
+        logger.warning(f"GLUE's board expects {board.examples:,} predictions for {glue_task}, not {len(rows):,}")
+    found = []
+    for number, row in enumerate(rows):
+        if board.classes:
+            prediction = _on_board(glue_task, board, row)
+        elif "value" in row:
+            prediction = f"{min(max(row['value'], 0.0), 5.0):.3f}"
+        else:
+            raise UserError(f"--glue_task {glue_task} needs numbers: predict with a model of --task regression")
+        found.append({"index": row.get("index", number), "prediction": prediction})
+    return found
+
+
+def _on_board(glue_task: str, board: Board, row: dict[str, Any]) -> str:
+    """A class's name on the board; the model may call it by its name, its index, or as the board does."""
+    label = row.get("label")
+    if label in board.values:
+        return str(label)
+    if label in board.classes:
+        return board.values[board.classes.index(label)]
+    if isinstance(label, str) and label.isdecimal() and int(label) < len(board.classes):
+        return board.values[int(label)]
+    raise UserError(
+        f"--glue_task {glue_task} does not know the label {label!r}: its labels are {', '.join(board.classes)}, or "
+        "their indices"
+    )
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict | tuple) else value
