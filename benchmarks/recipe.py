@@ -114,9 +114,9 @@ def measure(options: argparse.Namespace, name: str, seed: int) -> None:
     if code:
         raise UserError(f"exit code {code}: {' '.join(command)}")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    print(f"{name}, seed {seed}: {losses[-1]:.3f}", flush=True)
-    write_json(path, {"eval_loss": losses[-1], "tokens": rows[-1]["consumed_tokens"], "commit": commit()})
+    loss = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    print(f"{name}, seed {seed}: {loss:.3f}", flush=True)
+    write_json(path, {"eval_loss": loss, "commit": commit()})
 
 
 def arguments(options: argparse.Namespace, name: str) -> list[str]:
