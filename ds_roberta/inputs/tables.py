@@ -76,7 +76,7 @@ class Table:
 
 
 def read_table(source: str | Path | Table) -> Table:
-    """Read one file by its ending, or a folder that `datasets` saved without splits; a table stays as it is.
+    """Read one file by its ending, or what `datasets` saved or has on its hub as one split; a table stays as it is.
 
     Raises:
         UserError: it is missing, empty, damaged, or of another format, or a row is broken or a column given twice.
@@ -84,6 +84,12 @@ def read_table(source: str | Path | Table) -> Table:
     if isinstance(source, Table):
         return source
     path = str(source)
+    if is_saved_splits(path):
+        splits = read_saved_splits(path)
+        if len(splits) > 1:
+            one = f", such as {path.partition('?')[0]}?split={min(splits)}" if HUB_DATASET.fullmatch(path) else ""
+            raise UserError(f"{path!r} has the splits {', '.join(splits)}: choose one of them{one}")
+        return next(iter(splits.values()))
     if os.path.isfile(os.path.join(path, _SAVED_DATASET)):
         return _from_datasets(path, _load(path))
     found = format_of(path, TABULAR)

@@ -129,7 +129,11 @@ def test_a_data_set_of_the_hub_is_what_the_library_loads(tmp_path, monkeypatch):
     assert {name: table.rows for name, table in found.items()} == {
         split: [{"text": split, "label": "x"}] for split in ("train", "validation")
     }
-    assert list(read_saved_splits("hf://datasets/me/hub?split=train")) == ["train"]
+    assert read_table("hf://datasets/me/hub?split=train").rows == [{"text": "train", "label": "x"}]
+    with pytest.raises(
+        UserError, match=r"has the splits train, validation: choose one .* hf://datasets/me/hub.split=train"
+    ):
+        read_table("hf://datasets/me/hub")
     with pytest.raises(UserError, match="cannot load the data set"):
         read_saved_splits("hf://datasets/me/none")
 
