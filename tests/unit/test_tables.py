@@ -42,6 +42,7 @@ FORMATS = {
     "lines.json": lambda path: frame().to_json(path, orient="records", lines=True),
     "array.json": lambda path: frame().to_json(path, orient="records", indent=2),
     "data.json": lambda path: path.write_text(json.dumps({"version": 1, "data": ROWS})),
+    "bom.json": lambda path: path.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
     "a.csv": lambda path: frame().to_csv(path, index=False),
     "bom.csv": lambda path: frame().to_csv(path, index=False, encoding="utf-8-sig", lineterminator="\r\n"),
     "pandas.tsv": lambda path: frame().to_csv(path, index=False, sep="\t"),
