@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ds_roberta.errors import UserError
@@ -16,7 +17,8 @@ TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
 OUTSIDE = "O"
 DOCUMENT_START = "-DOCSTART-"
 COLUMNS_OF_CONLL_U = 10
-ENTITY_TAG = re.compile(r"O|[BIES](-.+)?")  # IOB1, IOB2, IOBES: what seqeval's default mode reads
+ENTITY_TAG = re.compile(r"O|[BIESLU](-[^-].*)?")  # IOB1, IOB2, IOBES, BILUO; not XPOS such as I-------
+SCHEMES = {"E": "IOBES", "S": "IOBES", "L": "BILUO", "U": "BILUO"}
 WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
 
 
@@ -39,6 +41,14 @@ class Sentence:
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] = ()
     others: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def located(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The text and the words' offsets in it; without a text, the one in which spaces join the words."""
+        if self.text is not None:
+            return self.text, self.offsets
+        ends = list(accumulate(len(word) + 1 for word in self.words))
+        offsets = tuple((end - 1 - len(word), end - 1) for word, end in zip(self.words, ends, strict=True))
+        return " ".join(self.words), offsets
 
 
 def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
@@ -152,10 +162,12 @@ def tag_names(train: Iterable[Sentence]) -> list[str]:
 
 
 def are_of_entities(tags: Iterable[str]) -> bool:
-    """Whether tags mark entities: some are like `B-PER`, or all are `B`, `I` and `O`. Others label single words, as
-    parts of speech do."""
+    """Whether tags mark entities: some are like `B-PER`, or all are `B`, `I` and `O`, with `E` and `S` or `L` and `U`.
+    Others label single words, as parts of speech do, or as `L`, `O` and `U` may do without a `B`."""
     fitting = {tag: bool(ENTITY_TAG.fullmatch(tag)) for tag in tags}
-    return all(fitting.values()) or any(fits and "-" in tag for tag, fits in fitting.items())
+    if any(fits and "-" in tag for tag, fits in fitting.items()):
+        return True
+    return all(fitting.values()) and ("B" in fitting or not {"L", "U"} & fitting.keys())
 
 
 def check_tags(tagged: Iterable[tuple[str, str]]) -> None:
@@ -165,7 +177,7 @@ def check_tags(tagged: Iterable[tuple[str, str]]) -> None:
         tagged: a file's tags, each with its place.
 
     Raises:
-        UserError: the tags mark entities, but one is neither `O` nor like `B-PER`.
+        UserError: the tags mark entities, but one is neither `O` nor like `B-PER`, or as `check_scheme`.
     """
     tagged = list(tagged)
     if not are_of_entities({tag for _, tag in tagged}):
@@ -173,8 +185,28 @@ def check_tags(tagged: Iterable[tuple[str, str]]) -> None:
     for place, tag in tagged:
         if not ENTITY_TAG.fullmatch(tag):
             raise UserError(
-                f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E or S and a type), unlike others: fix it"
+                f"{place}: the tag {tag!r} is neither O nor like B-PER (B, I, E, S, L or U and a type), unlike others: "
+                "fix it"
             )
+    check_scheme(tagged)
+
+
+def check_scheme(tagged: Iterable[tuple[str, str]]) -> None:
+    """Raise `UserError` if entities are marked in two ways, some by the letters of IOBES and some by those of BILUO.
+
+    Args:
+        tagged: tags that mark entities, each with its place.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for place, tag in tagged:
+        if tag[0] in SCHEMES:
+            first.setdefault(SCHEMES[tag[0]], (place, tag))
+    if len(first) > 1:
+        (scheme, (place, tag)), (other, (other_place, other_tag)) = first.items()
+        raise UserError(
+            f"{other_place}: the tag {other_tag!r} belongs to {other}, but {tag!r} ({place}) to {scheme}: use one of "
+            "the two for all"
+        )
 
 
 def _columns(line: str) -> list[str]:

@@ -21,10 +21,12 @@ from torch.nn import functional
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Columns, find_texts, read_splits
+from ds_roberta.finetuning.tag_metrics import Entity, entity_metrics, find_entities, tag_metrics
 from ds_roberta.finetuning.tagged_sentences import (
     WORD_COLUMNS,
     Sentence,
     are_of_entities,
+    check_scheme,
     parse_conll,
     split_text,
     table_sentences,
@@ -64,16 +66,6 @@ class WordWindow:
     positions: list[int]
 
 
-@dataclass(frozen=True)
-class Entity:
-    """Words [start, end) of a sentence; `score` is the mean probability of their tags."""
-
-    type: str
-    start: int
-    end: int
-    score: float
-
-
 class TokenClassification(Task):
     """Predicts a tag for each word, one of `names`."""
 
@@ -96,8 +88,8 @@ class TokenClassification(Task):
     ) -> tuple[TokenClassification, dict[str, Sequence[Sentence]]]:
         """
         Raises:
-            UserError: as `read_splits`, `parse_conll` and `table_sentences`, or a type of entities, or a tag that marks
-                none, is not in the training sentences.
+            UserError: as `read_splits`, `parse_conll`, `table_sentences` and `check_scheme`, or a type of entities, or
+                a tag that marks none, is not in the training sentences.
         """
         splits = read_splits(
             data,
@@ -110,6 +102,8 @@ class TokenClassification(Task):
             raise UserError(
                 f"the training sentences have only the tag {names[0]!r}: token classification needs at least two"
             )
+        if are_of_entities(names):
+            check_scheme((each.place, tag) for each in chain(splits["train"], *splits.values()) for tag in each.tags)
         for split, sentences in splits.items():
             _check_tags(split, sentences, names)
         return cls(names, options), splits
@@ -163,14 +157,14 @@ class TokenClassification(Task):
         )
 
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
-        """Entities with their texts and places: characters if there is a text, else words. If the model's tags do not
-        mark entities, each word's tag."""
+        """Entities with their texts and places, or each word's tag with its score if the model's tags do not mark
+        entities. `start` and `end` are characters of the row's `text`: words without a text are joined by spaces."""
         answers = []
         of_sentences = word_logits(encoded.windows, logits, len(encoded.inputs))
         for sentence, of_words in zip(encoded.inputs, of_sentences, strict=True):
             tags = [self.names[index] for index in of_words.argmax(-1)]
             scores = softmax(of_words).max(-1)
-            asked = {} if sentence.text is None else {"text": sentence.text}
+            text, offsets = sentence.located()
             if self.of_entities:
                 entities = [_entity(sentence, entity) for entity in find_entities(tags, scores)]
                 lines = [f"  {each['type']}: {each['text']!r} {_place(each)} {each['score']:.4f}" for each in entities]
@@ -178,9 +172,9 @@ class TokenClassification(Task):
             else:
                 lines = ["  " + " ".join(f"{word}/{tag}" for word, tag in zip(sentence.words, tags, strict=True))]
                 found = {"scores": scores.tolist()}
-            heading = one_line(sentence.text or " ".join(sentence.words))
-            row = {**asked, "words": sentence.words, "tags": tags, **found}
-            answers.append(Answer([heading, *(lines or ["  no entities"])], row))
+            starts, ends = zip(*offsets, strict=True)
+            row = {"text": text, "words": sentence.words, "start": starts, "end": ends, "tags": tags, **found}
+            answers.append(Answer([one_line(text), *(lines or ["  no entities"])], row))
         return answers
 
 
@@ -296,72 +290,14 @@ def word_logits(windows: Sequence[WordWindow], logits: Sequence[np.ndarray], sen
     return [np.concatenate(pieces) for pieces in found]
 
 
-def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
-    """seqeval's `precision`, `recall`, `f1` of whole entities, `accuracy` of tags, and `by_type`: the first three with
-    the number of gold entities (`support`) for each type."""
-    from seqeval.metrics.sequence_labeling import accuracy_score, get_entities, precision_recall_fscore_support
-
-    types = sorted({type_ for tags in (gold, predicted) for type_, _, _ in get_entities(tags)})
-    every = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
-    by_type = precision_recall_fscore_support(gold, predicted, average=None, zero_division=0)
-    return {
-        **_measures(every),
-        "accuracy": float(accuracy_score(gold, predicted)),
-        "by_type": _by_name(types, by_type),
-    }
-
-
-def tag_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
-    """scikit-learn's metrics of tags that do not mark entities: `accuracy`, `macro_f1`, and `by_tag`: precision,
-    recall, F1 and the number of words (`support`) for each tag that occurs in either."""
-    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
-
-    words, found = list(chain.from_iterable(gold)), list(chain.from_iterable(predicted))
-    names = sorted({*words, *found})
-    by_tag = precision_recall_fscore_support(words, found, labels=names, average=None, zero_division=0)
-    return {
-        "accuracy": float(accuracy_score(words, found)),
-        "macro_f1": float(f1_score(words, found, average="macro", zero_division=0)),
-        "by_tag": _by_name(names, by_tag),
-    }
-
-
-def find_entities(tags: list[str], probabilities: np.ndarray) -> list[Entity]:
-    """The entities in a sentence's tags, by seqeval.
-
-    Args:
-        probabilities: (words,), one for each tag.
-    """
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    return [
-        Entity(type_, start, last + 1, float(probabilities[start : last + 1].mean()))
-        for type_, start, last in get_entities(tags)
-    ]
-
-
 def _entity(sentence: Sentence, entity: Entity) -> dict[str, Any]:
-    if sentence.text is None:
-        words = sentence.words[entity.start : entity.end]
-        found = {"text": " ".join(words), "start_word": entity.start, "end_word": entity.end}
-    else:
-        start, end = sentence.offsets[entity.start][0], sentence.offsets[entity.end - 1][1]
-        found = {"text": sentence.text[start:end], "start": start, "end": end}
-    return {**found, "type": entity.type, "score": entity.score}
+    text, offsets = sentence.located()
+    start, end = offsets[entity.start][0], offsets[entity.end - 1][1]
+    words = {} if sentence.text is not None else {"start_word": entity.start, "end_word": entity.end}
+    return {"text": text[start:end], "start": start, "end": end, **words, "type": entity.type, "score": entity.score}
 
 
 def _place(entity: dict[str, Any]) -> str:
     if "start_word" in entity:
         return f"(words {entity['start_word']} to {entity['end_word']})"
     return f"(characters {entity['start']} to {entity['end']})"
-
-
-def _by_name(names: list[str], measures: Sequence[Any]) -> dict[str, dict[str, float]]:
-    return {
-        name: {**_measures(of_name), "support": int(of_name[3])}
-        for name, of_name in zip(names, zip(*measures, strict=True), strict=True)
-    }
-
-
-def _measures(measures: Sequence[Any]) -> dict[str, float]:
-    return dict(zip(("precision", "recall", "f1"), map(float, measures[:3]), strict=True))

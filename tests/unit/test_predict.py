@@ -123,10 +123,12 @@ def test_tags_of_words_in_windows(ask, folders):
     words = ["karen", "Zyxwv"] * 40
     rows, _ = ask("token-classification", [{"tokens": ["sulto"]}, {"tokens": words}])
     assert rows[1]["words"] == words
+    assert rows[1]["text"] == " ".join(words)
     assert len(rows[1]["tags"]) == 80
+    assert rows[1]["entities"]
     for entity in rows[1]["entities"]:
         span = slice(entity["start_word"], entity["end_word"])
-        assert entity["text"] == " ".join(words[span])
+        assert entity["text"] == " ".join(words[span]) == rows[1]["text"][entity["start"] : entity["end"]]
         assert all(tag != "O" for tag in rows[1]["tags"][span])
     from_columns, _ = ask("token-classification", "sulto\n\n" + "\n".join(words), "input.conll")
     assert [row["tags"] for row in from_columns] == [row["tags"] for row in rows]
@@ -140,6 +142,7 @@ def test_a_model_whose_tags_mark_no_entities_tags_each_word(ask, folders, tmp_pa
     (row,), shown = ask(tmp_path / "tagger", text="karen, sulto")
     assert row["words"] == ["karen", ",", "sulto"]
     assert len(row["scores"]) == 3
+    assert [row["text"][slice(*span)] for span in zip(row["start"], row["end"], strict=True)] == row["words"]
     assert "entities" not in row
     assert shown == f"karen, sulto\n  karen/{row['tags'][0]} ,/{row['tags'][1]} sulto/{row['tags'][2]}\n"
 

@@ -5,6 +5,7 @@ import pytest
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.tagged_sentences import (
+    Sentence,
     are_of_entities,
     parse_conll,
     split_text,
@@ -22,6 +23,22 @@ rejects VBZ B-VP O
 Peter NNP B-NP B-PER
 Blackburn NNP I-NP I-PER
 """
+WHOLE_FILE_OF_2003 = """-DOCSTART- -X- O O
+
+CRICKET NNP I-NP O
+- : O O
+LEICESTERSHIRE NNP I-NP I-ORG
+# CD I-NP O
+" " O O
+
+LONDON NNP I-NP I-LOC
+1996-08-30 CD I-NP O
+
+-DOCSTART- -X- O O
+
+Somerset NNP I-NP I-ORG
+83 CD I-NP O
+"""
 
 
 def test_columns_separated_by_spaces():
@@ -32,6 +49,15 @@ def test_columns_separated_by_spaces():
     ]
     assert [sentence.place for sentence in sentences] == ["train.conll, row 3", "train.conll, row 6"]
     assert tag_names(sentences) == ["O", "B-ORG", "B-PER", "I-PER"]
+
+
+def test_the_layout_of_conll_2003():
+    sentences = parse_conll("eng.train", WHOLE_FILE_OF_2003)
+    assert [(sentence.place, sentence.words, sentence.tags) for sentence in sentences] == [
+        ("eng.train, row 3", ("CRICKET", "-", "LEICESTERSHIRE", "#", '"'), ("O", "O", "I-ORG", "O", "O")),
+        ("eng.train, row 9", ("LONDON", "1996-08-30"), ("I-LOC", "O")),
+        ("eng.train, row 14", ("Somerset", "83"), ("I-ORG", "O")),
+    ]
 
 
 def test_columns_separated_by_tabs():
@@ -56,7 +82,18 @@ def test_tags_of_each_word():
 
 @pytest.mark.parametrize(
     ("tags", "expected"),
-    [("O B-X PER", True), ("O B I", True), ("O", True), ("NOUN VERB", False), ("O PER", False), ("B NOUN", False)],
+    [
+        ("O B-X PER", True),
+        ("O B I", True),
+        ("O", True),
+        ("NOUN VERB", False),
+        ("O PER", False),
+        ("B NOUN", False),
+        ("U-X O", True),
+        ("B I L O U", True),
+        ("L O U", False),  # letter case: lower, other, upper
+        ("S----3MP1- VIIA-3MS-- G---------", False),  # a treebank's own parts of speech
+    ],
 )
 def test_tags_of_entities_are_distinguished_from_those_of_words(tags, expected):
     assert are_of_entities(tags.split()) is expected
@@ -75,7 +112,11 @@ def test_words_without_tags_serve_for_predictions():
         ("-DOCSTART- O\n\n", "'x' has no sentences"),
         ("a O\nb\n", "x, row 2 has the word 'b' but no tag"),
         ("a _ O\nb O\n", "x, row 2 has 2 columns, the first row with a word has 3"),
-        ("# text = a\n1\ta\ta\tX\t_\t_\t0\troot\t_\t_\n", "'x' has CoNLL-U's columns"),
+        (
+            "a B-X\nb L-X\n\nc O\nd S-X",
+            r"x, row 5: the tag 'S-X' belongs to IOBES, but 'L-X' \(x, row 2\) to BILUO",
+        ),
+        ("a B\nb E\nc U", r"x, row 3: the tag 'U' belongs to BILUO, but 'E' \(x, row 2\) to IOBES"),
         ("a O\n\nb NOUN\nc B-X", "x, row 3: the tag 'NOUN' is neither O nor like B-PER"),
         ("a O\n\tO", "x, row 2 has no word"),
     ],
@@ -138,3 +179,10 @@ def test_texts_are_split_into_words_and_marks():
     assert [sentence.text[slice(*span)] for span in sentence.offsets] == list(sentence.words)
     with pytest.raises(UserError, match="x: the text ' ' has no words"):
         split_text("x", " ")
+
+
+def test_offsets_of_words_without_a_text_are_those_in_their_joined_text():
+    text, offsets = Sentence("x", ("New York", "is", "😀", "here")).located()
+    assert text == "New York is 😀 here"
+    assert [text[start:end] for start, end in offsets] == ["New York", "is", "😀", "here"]
+    assert split_text("x", " a  b").located() == (" a  b", ((1, 2), (4, 5)))

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import seqeval.metrics
 import torch
 import transformers
+from seqeval.scheme import BILOU, Tokens
 
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import Columns
@@ -86,6 +88,13 @@ def test_an_entity_type_without_training_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text(TRAIN)
     (tmp_path / "dev.txt").write_text("karen B-X\n\nminka O\nsulto B-YY\n")
     with pytest.raises(UserError, match=r"dev.txt, row 3: unknown entity type 'YY'; did you mean 'Y'\?; no training"):
+        TokenClassification.from_data((str(tmp_path),), Columns())
+
+
+def test_splits_whose_letters_differ_are_refused(tmp_path):
+    (tmp_path / "train.txt").write_text("karen B-X\nsulto L-X\nminka O\n")
+    (tmp_path / "dev.txt").write_text("karen O\n\nkaren B-X\nsulto E-X\n")
+    with pytest.raises(UserError, match=r"dev.txt, row 3: the tag 'E-X' belongs to IOBES, but 'L-X' .*train.txt, "):
         TokenClassification.from_data((str(tmp_path),), Columns())
 
 
@@ -188,6 +197,53 @@ def test_measures_are_of_whole_entities():
         "Y": {"precision": 1, "recall": 1, "f1": 1, "support": 1},
         "Z": {"precision": 0, "recall": 0, "f1": 0, "support": 0},
     }
+
+
+def test_measures_are_seqevals_to_the_last_digit():
+    random = np.random.default_rng(0)
+    for letters in ("BI", "BIES", "BILU"):
+        tags = ["O", *(f"{letter}-{type_}" for letter in letters for type_ in "XY")]
+        gold, predicted = ([random.choice(tags, size=9).tolist() for _ in range(40)] for _ in range(2))
+        predicted = [new if random.random() < 0.5 else old for new, old in zip(predicted, gold, strict=True)]
+        # seqeval's default mode knows E and S, but not L and U
+        as_iobes = [[["S" + tag[1:] if tag[0] == "U" else "E" + tag[1:] if tag[0] == "L" else tag for tag in row]
+                     for row in rows] for rows in (gold, predicted)]  # fmt: skip
+        report = seqeval.metrics.classification_report(*as_iobes, output_dict=True, zero_division=0)
+        metrics = entity_metrics(gold, predicted)
+        for name, measures in {"micro avg": metrics, **metrics["by_type"]}.items():
+            assert measures["precision"] == report[name]["precision"]
+            assert measures["recall"] == report[name]["recall"]
+            assert measures["f1"] == report[name]["f1-score"]
+        assert metrics["accuracy"] == seqeval.metrics.accuracy_score(gold, predicted)
+
+
+def bilou(random, words):
+    """Tags in which every entity is complete."""
+    tags = []
+    while len(tags) < words:
+        type_, length = random.choice(["X", "Y"]), random.integers(0, min(4, words - len(tags)) + 1)
+        tags += {0: ["O"], 1: [f"U-{type_}"]}.get(length, [f"B-{type_}", *[f"I-{type_}"] * (length - 2), f"L-{type_}"])
+    return tags
+
+
+def test_complete_entities_in_biluo_measure_as_in_seqevals_scheme():
+    random = np.random.default_rng(1)
+    gold, predicted = ([bilou(random, 12) for _ in range(60)] for _ in range(2))
+    predicted = [new if random.random() < 0.5 else old for new, old in zip(predicted, gold, strict=True)]
+    strict = {"mode": "strict", "scheme": BILOU, "zero_division": 0}
+    report = seqeval.metrics.classification_report(gold, predicted, output_dict=True, **strict)
+    metrics = entity_metrics(gold, predicted)
+    assert 0 < metrics["f1"] == report["micro avg"]["f1-score"] < 1
+    for type_, measures in metrics["by_type"].items():
+        assert measures == {
+            "precision": report[type_]["precision"],
+            "recall": report[type_]["recall"],
+            "f1": report[type_]["f1-score"],
+            "support": report[type_]["support"],
+        }
+    for tags in predicted:
+        found = [(each.type, each.start, each.end) for each in find_entities(tags, np.ones(len(tags)))]
+        assert found == [(each.tag, each.start, each.end) for each in Tokens(tags, BILOU).entities]
 
 
 def test_measures_without_any_entity():
