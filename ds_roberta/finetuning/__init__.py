@@ -1,9 +1,9 @@
 """Fine-tuning of a transformers folder on labelled texts, and prediction with the result.
 
-Files (`labelled_tables`, `labels`, `tagged_sentences`, `squad`) → a task (`classification`, `multi_label`,
-`token_classification`, `question_answering`): token ids with labels, a loss, metrics → runs of transformers' Trainer
-(`one_run`), one for each setting and seed → the best of them as a folder (`finetune`) → answers for new texts
-(`predict`).
+Files (`labelled_tables`, `labels`, `tagged_sentences`, `conllu`, `squad`) → a task (`classification`,
+`multi_label`, `token_classification`, `question_answering`): token ids with labels, a loss, metrics → runs of
+transformers' Trainer (`one_run`), one for each setting and seed → the best of them as a folder (`finetune`) → answers
+for new texts (`predict`).
 """
 
 from ds_roberta.finetuning.classification import Classification, Regression

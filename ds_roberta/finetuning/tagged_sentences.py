@@ -16,7 +16,6 @@ WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
 OUTSIDE = "O"
 DOCUMENT_START = "-DOCSTART-"
-COLUMNS_OF_CONLL_U = 10
 ENTITY_TAG = re.compile(r"O|[BIESLU](-[^-].*)?")  # IOB1, IOB2, IOBES, BILUO; not XPOS such as I-------
 SCHEMES = {"E": "IOBES", "S": "IOBES", "L": "BILUO", "U": "BILUO"}
 WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
@@ -60,17 +59,12 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
         labelled: whether there must be tags; if not, all columns but the first are ignored.
 
     Raises:
-        UserError: there are no sentences, a line has no tag or another number of columns, the first column has
-            numbers instead of words (CoNLL-U's), or as `check_tags`.
+        UserError: there are no sentences, a line has no tag or another number of columns, or as `check_tags`.
     """
-    lines = list(enumerate(map(_columns, text.split("\n")), 1))
+    lines = list(enumerate(map(split_columns, text.split("\n")), 1))
     of_words = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
     known = {columns[-1] for columns in of_words}
     width = len(of_words[0]) if of_words else 0
-    if width == COLUMNS_OF_CONLL_U and of_words[0][0] == "1":
-        raise UserError(
-            f"{name!r} has CoNLL-U's columns, the first of which has numbers: leave one word and its tag per line"
-        )
     sentences: list[Sentence] = []
     tagged: list[tuple[str, str]] = []
     words: list[str] = []
@@ -209,7 +203,8 @@ def check_scheme(tagged: Iterable[tuple[str, str]]) -> None:
         )
 
 
-def _columns(line: str) -> list[str]:
+def split_columns(line: str) -> list[str]:
+    """The columns of a line, which are separated by tabs, or by spaces if it has no tabs."""
     line = line.rstrip()
     return line.split("\t") if "\t" in line else line.split()
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
+from ds_roberta.finetuning.conllu import UPOS, is_conllu, parse_conllu
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Columns, find_texts, read_splits
 from ds_roberta.finetuning.tag_metrics import Entity, entity_metrics, find_entities, tag_metrics
 from ds_roberta.finetuning.tagged_sentences import (
@@ -45,9 +46,17 @@ from ds_roberta.finetuning.task import (
 )
 from ds_roberta.inputs.streams import suffix_of
 from ds_roberta.inputs.tables import Table, read_table, read_text
+from ds_roberta.options import option
 
-COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")
+COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2", ".tsv", ".txt")
 TABLES = tuple(suffix for suffix in SUFFIXES if suffix not in COLUMN_FILES)
+
+
+@dataclass(frozen=True)
+class TagColumns(Columns):
+    """Token classification."""
+
+    conllu_column: str = option("in CoNLL-U, the column of the tags: UPOS, XPOS or a key in MISC, such as NER", UPOS)
 
 
 @dataclass(frozen=True)
@@ -71,11 +80,11 @@ class TokenClassification(Task):
 
     name = "token-classification"
     architecture = "RobertaForTokenClassification"
-    options_class = Columns
+    options_class = TagColumns
     collator = transformers.DataCollatorForTokenClassification
     add_prefix_space = True  # so that whole texts begin with a word as in fine-tuning
 
-    def __init__(self, names: list[str], options: Columns):
+    def __init__(self, names: list[str], options: TagColumns):
         self.names, self.options = names, options
         self.of_entities = are_of_entities(names)
         self.head = label_head(names)
@@ -84,17 +93,17 @@ class TokenClassification(Task):
 
     @classmethod
     def from_data(
-        cls, data: tuple[str, ...], options: Columns
+        cls, data: tuple[str, ...], options: TagColumns
     ) -> tuple[TokenClassification, dict[str, Sequence[Sentence]]]:
         """
         Raises:
-            UserError: as `read_splits`, `parse_conll`, `table_sentences` and `check_scheme`, or a type of entities, or
-                a tag that marks none, is not in the training sentences.
+            UserError: as `read_splits`, `read_sentences` and `check_scheme`, or a type of entities, or a tag that marks
+                none, is not in the training sentences.
         """
         splits = read_splits(
             data,
             (*COLUMN_FILES, *TABLES),
-            partial(read_sentences, columns=options),
+            partial(read_sentences, options=options),
             validation_fraction=options.validation_fraction,
         )
         names = tag_names(splits["train"])
@@ -112,7 +121,7 @@ class TokenClassification(Task):
     def from_model(
         cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
     ) -> TokenClassification:
-        return cls(label_names(config), Columns(**given))
+        return cls(label_names(config), TagColumns(**given))
 
     def read_inputs(self, path: str) -> list[Sentence]:
         return read_sentences(path, self.options, labelled=False)
@@ -178,22 +187,41 @@ class TokenClassification(Task):
         return answers
 
 
-def read_sentences(source: str | Path | Table, columns: Columns, *, labelled: bool = True) -> list[Sentence]:
-    """Rows of lists from tables, CoNLL's columns from files with `COLUMN_FILES`' endings.
+def read_sentences(source: str | Path | Table, options: TagColumns, *, labelled: bool = True) -> list[Sentence]:
+    """Rows of lists from tables, columns of CoNLL or CoNLL-U from files with `COLUMN_FILES`' endings.
 
     Args:
         labelled: whether words must have tags. If not, rows may also have texts instead of lists of words.
+
+    Raises:
+        UserError: as `parse_conll`, `parse_conllu` or `table_sentences`, or an option is for other files.
     """
     if not isinstance(source, Table) and suffix_of(str(source)) in COLUMN_FILES:
-        return parse_conll(str(source), read_text(source), labelled=labelled)
+        return _read_columns(str(source), read_text(source), options, labelled)
     table = read_table(source)
+    _check_conllu_column(table.name, options)
     if not labelled:
-        column = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
+        column = options.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
         if column is None or not any(isinstance(row.get(column), list) for row in table.rows):
             return [
-                replace(split_text(text.place, text.text), others=text.others) for text in find_texts(table, columns)
+                replace(split_text(text.place, text.text), others=text.others) for text in find_texts(table, options)
             ]
-    return table_sentences(table, columns.text_column, columns.label_column, labelled=labelled)
+    return table_sentences(table, options.text_column, options.label_column, labelled=labelled)
+
+
+def _read_columns(name: str, text: str, options: TagColumns, labelled: bool) -> list[Sentence]:
+    given = "text" if options.text_column is not None else "label" if options.label_column is not None else None
+    if given is not None:
+        raise UserError(f"{name!r} has no names of columns, so --{given}_column does nothing: leave it out")
+    if is_conllu(text):
+        return parse_conllu(name, text, options.conllu_column, labelled=labelled)
+    _check_conllu_column(name, options)
+    return parse_conll(name, text, labelled=labelled)
+
+
+def _check_conllu_column(name: str, options: TagColumns) -> None:
+    if options.conllu_column != UPOS:
+        raise UserError(f"{name!r} is not CoNLL-U, so --conllu_column does nothing: leave it out")
 
 
 def _check_tags(split: str, sentences: list[Sentence], names: list[str]) -> None:

@@ -10,9 +10,9 @@ import pytest
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.classification import Classification, ClassificationOptions, Regression, encode_texts
-from ds_roberta.finetuning.labelled_tables import Columns, Text
+from ds_roberta.finetuning.labelled_tables import Text
 from ds_roberta.finetuning.labels import Labels
-from ds_roberta.finetuning.token_classification import TokenClassification
+from ds_roberta.finetuning.token_classification import TagColumns, TokenClassification
 from ds_roberta.transformers_folder import open_tokenizer
 
 ROWS = [
@@ -76,7 +76,7 @@ def test_a_list_of_classes_with_a_gap_is_reported_with_its_row(tmp_path):
         {split: datasets.Dataset.from_list(of_split, features=features) for split, of_split in rows.items()}
     ).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="dev, row 1: item 2 of 'tags' is None"):
-        TokenClassification.from_data((str(tmp_path / "saved"),), Columns())
+        TokenClassification.from_data((str(tmp_path / "saved"),), TagColumns())
 
 
 def test_colas_files_have_no_header(tmp_path):

@@ -3,7 +3,6 @@
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.tagged_sentences import (
     Sentence,
     are_of_entities,
@@ -12,7 +11,7 @@ from ds_roberta.finetuning.tagged_sentences import (
     table_sentences,
     tag_names,
 )
-from ds_roberta.finetuning.token_classification import read_sentences
+from ds_roberta.finetuning.token_classification import TagColumns, read_sentences
 from ds_roberta.inputs.tables import Table
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
@@ -128,10 +127,10 @@ def test_a_bad_line_is_named(text, message):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        read_sentences(tmp_path / "absent.conll", Columns())
+        read_sentences(tmp_path / "absent.conll", TagColumns())
     (tmp_path / "latin.conll").write_bytes("é O".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8 at byte 0"):
-        read_sentences(tmp_path / "latin.conll", Columns())
+        read_sentences(tmp_path / "latin.conll", TagColumns())
 
 
 def table(*rows):

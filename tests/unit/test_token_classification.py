@@ -8,9 +8,9 @@ import transformers
 from seqeval.scheme import BILOU, Tokens
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.tagged_sentences import Sentence
 from ds_roberta.finetuning.token_classification import (
+    TagColumns,
     TokenClassification,
     entity_metrics,
     find_entities,
@@ -28,7 +28,7 @@ DEV = "karen B-X\nsulto I-Y\n\nsulto B-Y\n"
 def task_and_splits(tmp_path):
     (tmp_path / "train.txt").write_text(TRAIN)
     (tmp_path / "dev.txt").write_text(DEV)
-    return TokenClassification.from_data((str(tmp_path),), Columns())
+    return TokenClassification.from_data((str(tmp_path),), TagColumns())
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,14 @@ def test_a_tag_without_training_is_missed_and_reported(task_and_splits, tokenize
     encoded = task.encode(tokenizer, splits["validation"], 32)
     metrics = task.metrics(encoded, perfect_logits(encoded, 4))
     assert metrics["by_type"]["Y"] == {"precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
-    TokenClassification.from_data((str(tmp_path),), Columns())
+    TokenClassification.from_data((str(tmp_path),), TagColumns())
     assert f"validation has tags that no training sentence has: I-Y ({tmp_path}/dev.txt, row 1)" in caplog.text
 
 
 def test_tags_that_mark_no_entities_are_measured_by_word(tokenizer, tmp_path):
     (tmp_path / "train.txt").write_text("karen NOUN\nsulto VERB\n\nminka ADV\n")
     (tmp_path / "dev.txt").write_text("karen NOUN\nsulto NOUN\nminka VERB\n")
-    task, splits = TokenClassification.from_data((str(tmp_path),), Columns())
+    task, splits = TokenClassification.from_data((str(tmp_path),), TagColumns())
     assert task.results["label_names"] == ["ADV", "NOUN", "VERB"]
     encoded = task.encode(tokenizer, splits["validation"], 32)
     logits = perfect_logits(encoded, 3)
@@ -78,24 +78,33 @@ def test_tags_that_mark_no_entities_are_measured_by_word(tokenizer, tmp_path):
     assert metrics["by_tag"]["VERB"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
     (tmp_path / "dev.txt").write_text("karen NOUN\n\nsulto NOWN\n")
     with pytest.raises(UserError, match=r"dev.txt, row 3: unknown tag 'NOWN'; did you mean 'NOUN'\?; no training"):
-        TokenClassification.from_data((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), TagColumns())
     (tmp_path / "train.txt").write_text("karen NOUN\n")
     with pytest.raises(UserError, match="only the tag 'NOUN'"):
-        TokenClassification.from_data((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), TagColumns())
 
 
 def test_an_entity_type_without_training_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text(TRAIN)
     (tmp_path / "dev.txt").write_text("karen B-X\n\nminka O\nsulto B-YY\n")
     with pytest.raises(UserError, match=r"dev.txt, row 3: unknown entity type 'YY'; did you mean 'Y'\?; no training"):
-        TokenClassification.from_data((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), TagColumns())
 
 
 def test_splits_whose_letters_differ_are_refused(tmp_path):
     (tmp_path / "train.txt").write_text("karen B-X\nsulto L-X\nminka O\n")
     (tmp_path / "dev.txt").write_text("karen O\n\nkaren B-X\nsulto E-X\n")
     with pytest.raises(UserError, match=r"dev.txt, row 3: the tag 'E-X' belongs to IOBES, but 'L-X' .*train.txt, "):
-        TokenClassification.from_data((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), TagColumns())
+
+
+def test_options_that_do_nothing_for_a_file_are_refused(tmp_path):
+    (tmp_path / "train.conll").write_text(TRAIN)
+    (tmp_path / "dev.conll").write_text(DEV)
+    with pytest.raises(UserError, match=r"dev.conll' is not CoNLL-U, so --conllu_column does nothing"):
+        TokenClassification.from_data((str(tmp_path),), TagColumns(conllu_column="NER"))
+    with pytest.raises(UserError, match=r"has no names of columns, so --label_column does nothing"):
+        TokenClassification.from_data((str(tmp_path),), TagColumns(label_column="ner"))
 
 
 def test_the_loss_is_that_of_transformers_over_all_micro_batches():
@@ -103,7 +112,7 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches():
     logits = torch.randn(4, 9, 3)
     labels = torch.randint(0, 3, (4, 9)).where(torch.rand(4, 9) < 0.5, torch.tensor(-100))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    loss = TokenClassification(["O", "B-X", "I-X"], Columns()).loss
+    loss = TokenClassification(["O", "B-X", "I-X"], TagColumns()).loss
     torch.testing.assert_close(loss({"logits": logits}, labels), expected)
     count = (labels != -100).sum()
     parts = [loss({"logits": logits[rows]}, labels[rows], count) for rows in (slice(0, 1), slice(1, 4))]
@@ -113,7 +122,7 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches():
 def test_files_that_are_missing_are_named(tmp_path):
     (tmp_path / "train.conll").write_text(TRAIN)
     with pytest.raises(UserError, match=r"no validation file in --data .* name a file dev with the ending .conll, "):
-        TokenClassification.from_data((str(tmp_path),), Columns())
+        TokenClassification.from_data((str(tmp_path),), TagColumns())
 
 
 def test_a_folder_saved_by_datasets_gives_tags_their_names(tmp_path):
@@ -123,7 +132,7 @@ def test_a_folder_saved_by_datasets_gives_tags_their_names(tmp_path):
     features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)})
     rows = datasets.Dataset.from_dict({"tokens": [["karen", "sulto"]], "ner_tags": [[1, 2]]}, features=features)
     datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(tmp_path / "saved"))
-    _task, splits = TokenClassification.from_data((str(tmp_path / "saved"),), Columns())
+    _task, splits = TokenClassification.from_data((str(tmp_path / "saved"),), TagColumns())
     assert splits["validation"][0].tags == ("B-X", "I-X")
 
 

@@ -1,0 +1,88 @@
+"""CoNLL-U, the format of Universal Dependencies (universaldependencies.org/format.html), as sentences with tags."""
+
+from __future__ import annotations
+
+import re
+
+from ds_roberta.distributed import logger
+from ds_roberta.errors import UserError
+from ds_roberta.finetuning.tagged_sentences import OUTSIDE, Sentence, are_of_entities, check_tags, split_columns
+
+UPOS, XPOS = "UPOS", "XPOS"
+COLUMNS = ("ID", "FORM", "LEMMA", UPOS, XPOS, "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
+UNSPECIFIED = "_"
+_ID = re.compile(r"\d+|\d+-\d+|\d+\.\d+")  # a word, the surface form of several, a word that only the syntax has
+
+
+def is_conllu(text: str) -> bool:
+    """Whether a file's first row that is no comment has CoNLL-U's columns."""
+    rows = (columns for line in text.split("\n") if (columns := split_columns(line)) and not columns[0].startswith("#"))
+    first = next(rows, [])
+    return len(first) == len(COLUMNS) and bool(_ID.fullmatch(first[0]))
+
+
+def parse_conllu(name: str, text: str, tag_column: str = UPOS, *, labelled: bool = True) -> list[Sentence]:
+    """The syntactic words of each sentence. Ranges such as `1-2`, whose words follow, and empty nodes such as `8.1` are
+    skipped.
+
+    Args:
+        tag_column: `UPOS`, `XPOS`, or a key in `MISC`; if its values mark entities, words without it are outside them.
+        labelled: whether there must be tags.
+
+    Raises:
+        UserError: there are no sentences, a row has another number of columns, its number is not the next one, its word
+            or tag is missing, or as `check_tags`.
+    """
+    rows: list[list[tuple[str, str, str | None]]] = [[]]  # of each sentence: place, word, tag
+    for number, columns in enumerate(map(split_columns, text.split("\n")), 1):
+        place = f"{name}, row {number}"
+        if not columns:
+            rows.append([])
+            continue
+        if columns[0].startswith("#") and not rows[-1]:
+            continue
+        if len(columns) != len(COLUMNS):
+            raise UserError(f"{place} has {len(columns)} columns, CoNLL-U has {len(COLUMNS)}: fix the row")
+        fields = dict(zip(COLUMNS, columns, strict=True))
+        if not _ID.fullmatch(fields["ID"]) or (fields["ID"].isdecimal() and int(fields["ID"]) != len(rows[-1]) + 1):
+            raise UserError(
+                f"{place} has the ID {fields['ID']!r}, but the next word is {len(rows[-1]) + 1}: fix the row, or "
+                "separate sentences by an empty line"
+            )
+        if fields["ID"].isdecimal():
+            if not fields["FORM"].strip():
+                raise UserError(f"{place} has no word in its column FORM: fix or remove the row")
+            rows[-1].append((place, fields["FORM"], _tag(fields, tag_column)))
+    rows = [sentence for sentence in rows if sentence]
+    if not rows:
+        raise UserError(f"{name!r} has no sentences: choose a file with a word and its tag on each line")
+    tags = _complete(name, rows, tag_column) if labelled else [()] * len(rows)
+    return [
+        Sentence(sentence[0][0], tuple(word for _, word, _ in sentence), of_sentence)
+        for sentence, of_sentence in zip(rows, tags, strict=True)
+    ]
+
+
+def _tag(fields: dict[str, str], column: str) -> str | None:
+    if column not in (UPOS, XPOS):
+        return dict(entry.partition("=")[::2] for entry in fields["MISC"].split("|")).get(column)
+    return None if fields[column] == UNSPECIFIED else fields[column]
+
+
+def _complete(name: str, rows: list[list[tuple[str, str, str | None]]], column: str) -> list[tuple[str, ...]]:
+    """Each sentence's tags, with `O` where only entities have one."""
+    words = [row for sentence in rows for row in sentence]
+    tagged = [(place, tag) for place, _, tag in words if tag]
+    if not tagged:
+        raise UserError(
+            f"no word of {name!r} has a tag {column!r}: give {UPOS}, {XPOS} or a key in MISC as --conllu_column"
+        )
+    check_tags(tagged)
+    missing = [place for place, _, tag in words if not tag]
+    if missing:
+        if not are_of_entities({tag for _, tag in tagged}):
+            raise UserError(
+                f"{missing[0]} has no {column}, unlike {len(tagged):,} other words: write it, or choose another column"
+            )
+        logger.info(f"{name}: {len(missing):,} of {len(words):,} words have no {column} and are outside of entities")
+    return [tuple(tag or OUTSIDE for _, _, tag in sentence) for sentence in rows]
