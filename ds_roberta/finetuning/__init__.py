@@ -1,6 +1,6 @@
 """Fine-tuning of a transformers folder on labelled texts, and prediction with the result.
 
-Files (`labelled_tables`, `labels`, `tagged_sentences`, `conllu`, `squad`) → a task (`classification`,
+Files (`labelled_tables`, `labels`, `tagged_sentences`, `conllu`, `entity_spans`, `squad`) → a task (`classification`,
 `multi_label`, `token_classification`, `question_answering`): token ids with labels, a loss, metrics → runs of
 transformers' Trainer (`one_run`), one for each setting and seed → the best of them as a folder (`finetune`) → answers
 for new texts (`predict`).

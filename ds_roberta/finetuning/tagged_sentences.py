@@ -1,9 +1,9 @@
-"""Sentences as words with tags: CoNLL's columns and rows of tables."""
+"""Sentences as words with tags: CoNLL's columns, rows of lists, and texts that are split into words."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -135,16 +135,29 @@ def table_sentences(
     return sentences
 
 
-def split_text(place: str, text: str) -> Sentence:
+def split_text(place: str, text: str, entities: Sequence[tuple[int, int, str]] | None = None) -> Sentence:
     """The words and punctuation marks of a text, separated as in the data of token classification.
+
+    Args:
+        entities: the start, end and type of each, in order and without overlap. Their words are tagged B- and I-, the
+            others O. A word in which one begins or ends is split there, so that the tags mark exactly these characters.
+            None: the words have no tags.
 
     Raises:
         UserError: the text has no words.
     """
-    found = list(WORD_IN_TEXT.finditer(text))
-    if not found:
+    words, tags = list[tuple[int, int]](), list[str]()
+    done = 0
+    for start, end, type_ in [*(entities or ()), (len(text), len(text), "")]:
+        outside = [match.span() for match in WORD_IN_TEXT.finditer(text, done, start)]
+        inside = [match.span() for match in WORD_IN_TEXT.finditer(text, start, end)]
+        words += outside + inside
+        tags += [OUTSIDE] * len(outside) + [f"{'I' if number else 'B'}-{type_}" for number in range(len(inside))]
+        done = end
+    if not words:
         raise UserError(f"{place}: the text {text!r} has no words: choose another")
-    return Sentence(place, tuple(match[0] for match in found), (), text, tuple(match.span() for match in found))
+    found = tuple(text[start:end] for start, end in words)
+    return Sentence(place, found, () if entities is None else tuple(tags), text, tuple(words))
 
 
 def tag_names(train: Iterable[Sentence]) -> list[str]:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.conllu import UPOS, is_conllu, parse_conllu
+from ds_roberta.finetuning.entity_spans import has_spans, span_sentences, without_tasks
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Columns, find_texts, read_splits
 from ds_roberta.finetuning.tag_metrics import Entity, entity_metrics, find_entities, tag_metrics
 from ds_roberta.finetuning.tagged_sentences import (
@@ -105,6 +106,8 @@ class TokenClassification(Task):
             (*COLUMN_FILES, *TABLES),
             partial(read_sentences, options=options),
             validation_fraction=options.validation_fraction,
+            keys=lambda sentences: [sentence.located()[0] for sentence in sentences],
+            together=True,  # a text may have several annotations
         )
         names = tag_names(splits["train"])
         if len(names) < 2:
@@ -188,25 +191,28 @@ class TokenClassification(Task):
 
 
 def read_sentences(source: str | Path | Table, options: TagColumns, *, labelled: bool = True) -> list[Sentence]:
-    """Rows of lists from tables, columns of CoNLL or CoNLL-U from files with `COLUMN_FILES`' endings.
+    """Rows of lists or of spans from tables, columns of CoNLL or CoNLL-U from files with `COLUMN_FILES`' endings.
 
     Args:
         labelled: whether words must have tags. If not, rows may also have texts instead of lists of words.
 
     Raises:
-        UserError: as `parse_conll`, `parse_conllu` or `table_sentences`, or an option is for other files.
+        UserError: as `parse_conll`, `parse_conllu`, `table_sentences` or `span_sentences`, or an option is for other
+            files.
     """
     if not isinstance(source, Table) and suffix_of(str(source)) in COLUMN_FILES:
         return _read_columns(str(source), read_text(source), options, labelled)
-    table = read_table(source)
+    table, columns = without_tasks(read_table(source), options, labelled=labelled)
     _check_conllu_column(table.name, options)
-    if not labelled:
-        column = options.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
-        if column is None or not any(isinstance(row.get(column), list) for row in table.rows):
+    words = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
+    if words is None or not any(isinstance(row.get(words), list) for row in table.rows):
+        if not labelled:
             return [
-                replace(split_text(text.place, text.text), others=text.others) for text in find_texts(table, options)
+                replace(split_text(text.place, text.text), others=text.others) for text in find_texts(table, columns)
             ]
-    return table_sentences(table, options.text_column, options.label_column, labelled=labelled)
+        if has_spans(table, columns):
+            return span_sentences(table, columns)
+    return table_sentences(table, columns.text_column, columns.label_column, labelled=labelled)
 
 
 def _read_columns(name: str, text: str, options: TagColumns, labelled: bool) -> list[Sentence]:

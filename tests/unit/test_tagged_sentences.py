@@ -180,6 +180,13 @@ def test_texts_are_split_into_words_and_marks():
         split_text("x", " ")
 
 
+def test_words_are_split_where_an_entity_begins_or_ends():
+    sentence = split_text("x", "Pro-Berliner isn't Smith-Jones.", [(4, 10, "LOC"), (10, 12, "Y"), (19, 24, "PER")])
+    assert sentence.words == ("Pro", "-", "Berlin", "er", "isn't", "Smith", "-", "Jones", ".")
+    assert sentence.tags == ("O", "O", "B-LOC", "B-Y", "O", "B-PER", "O", "O", "O")
+    assert split_text("x", "a b", []).tags == ("O", "O")
+
+
 def test_offsets_of_words_without_a_text_are_those_in_their_joined_text():
     text, offsets = Sentence("x", ("New York", "is", "😀", "here")).located()
     assert text == "New York is 😀 here"
