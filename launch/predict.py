@@ -22,8 +22,8 @@ def make_parser() -> ArgumentParser:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--input",
-        help=f"a table ({TABULAR_NAMES}); for token classification also columns of CoNLL or CoNLL-U, for question answering also "
-        "SQuAD's .json",
+        help=f"a table ({TABULAR_NAMES}); for token classification also columns of CoNLL or CoNLL-U, for question "
+        "answering also SQuAD's .json",
     )  # fmt: skip
     asked.add_argument("--text", help="one text instead of a file")
     asked.add_argument("--question", help="one question instead of a file, about --context")
