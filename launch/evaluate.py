@@ -7,7 +7,7 @@ from pathlib import Path
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import MaskingConfig
 from ds_roberta.distributed import keep_freed_memory, set_up_logging
-from ds_roberta.evaluation.minimal_pairs import evaluate_minimal_pairs
+from ds_roberta.evaluation.minimal_pairs import PairOptions, evaluate_minimal_pairs
 from ds_roberta.evaluation.perplexity import evaluate_perplexity
 from ds_roberta.evaluation.pseudo_likelihood import METRICS
 from ds_roberta.evaluation.roberta_folder import PRECISIONS
@@ -26,6 +26,7 @@ def make_parser() -> ArgumentParser:
     add_common(pairs)
     pairs.add_argument("--data", type=Path, nargs="+", required=True, help="BLiMP's .jsonl files, or folders of them")
     pairs.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is masked along with each token")
+    add_options(pairs, PairOptions)
 
     perplexity = commands.add_parser("perplexity", help="held-out masked-LM loss on a data folder")
     add_common(perplexity)
@@ -45,7 +46,14 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.command == "minimal-pairs":
-        evaluate_minimal_pairs(arguments.model, arguments.data, arguments.metric, arguments.precision, arguments.json)
+        evaluate_minimal_pairs(
+            arguments.model,
+            arguments.data,
+            arguments.metric,
+            arguments.precision,
+            arguments.json,
+            PairOptions.from_options(vars(arguments)),
+        )
         return
     require_positive("--eval_sequences", arguments.eval_sequences)
     evaluate_perplexity(

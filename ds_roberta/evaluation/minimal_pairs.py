@@ -1,9 +1,9 @@
 """Grammatical knowledge, tested with minimal pairs: how often is the acceptable sentence the more likely one?
 
-Reads BLiMP's JSON lines (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon) and,
+Reads JSON lines like BLiMP's (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon) and,
 optionally, `field`. A pair is correct if the acceptable sentence has the higher score, which is BLiMP's own rule, so a
-tie is wrong: the model does not distinguish the two, and half a point would hide that. Ties are counted, so that the
-other rule can be applied.
+tie is wrong: the model does not distinguish the two, and half a point would hide that. Ties are counted, and the
+accuracy in which they count half, as in a guess, is given beside.
 """
 
 from __future__ import annotations
@@ -12,14 +12,33 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import orjson
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
-from ds_roberta.files import check_output_file, write_figures
+from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk, write_figures
+from ds_roberta.options import Settings, option
+
+PHENOMENON = "UID"
+
+
+@dataclass(frozen=True)
+class PairOptions(Settings):
+    """Pairs of sentences."""
+
+    good_column: str = option("key of the acceptable sentence", "sentence_good")
+    bad_column: str = option("key of the unacceptable sentence", "sentence_bad")
+    phenomenon_column: str | None = option(
+        f"key of what a pair tests (default: {PHENOMENON}, or for a file without it the file's name)", None
+    )
+    pairs: Path | None = option(
+        "also write each pair's sentences with their scores to this file, as JSON lines", None, metavar="FILE"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,25 +54,32 @@ class Pair:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy on a group of pairs, `correct / pairs`."""
+    """The accuracy on a group of pairs, `correct / pairs`, and the one in which a tie counts half."""
 
     pairs: int
     correct: int
     ties: int
     accuracy: float
+    accuracy_with_half_ties: float
 
 
 @dataclass(frozen=True)
 class Report:
-    """Accuracies by phenomenon and field, and their mean over phenomena, which have equally many pairs in BLiMP."""
+    """Accuracies by phenomenon and field, and their means over phenomena, which have equally many pairs in BLiMP."""
 
     mean_accuracy: float
+    mean_accuracy_with_half_ties: float
     phenomena: dict[str, Accuracy]
     fields: dict[str, Accuracy]
 
 
 def evaluate_minimal_pairs(
-    model: Path, data: Sequence[Path], metric: str = "original", precision: str = "fp32", json_path: Path | None = None
+    model: Path,
+    data: Sequence[Path],
+    metric: str = "original",
+    precision: str = "fp32",
+    json_path: Path | None = None,
+    options: PairOptions | None = None,
 ) -> Report:
     """Score all pairs, print the accuracy of each phenomenon and field, and write the same as JSON.
 
@@ -62,36 +88,59 @@ def evaluate_minimal_pairs(
         data: `.jsonl` files, or folders of them.
         metric: one of `pseudo_likelihood.METRICS`.
         precision: a key of `roberta_folder.PRECISIONS`.
+        options: None: their defaults.
 
     Raises:
-        UserError: the model, a line of the data or the JSON's path is wrong.
+        UserError: the model, a line of the data or a path of the output is wrong.
     """
-    check_output_file("--json", json_path)
-    pairs = [pair for path in _files(data) for pair in read_pairs(path)]
+    options = options or PairOptions()
+    files = _files(data)
+    _check_outputs(json_path, options.pairs, files)
+    pairs = [pair for path in files for pair in read_pairs(path, options)]
     folder = open_roberta(model, precision)
-    report = score_pairs(folder, pairs, metric)
+    scores = score_pairs(folder, pairs, metric)
+    report = make_report(pairs, scores)
     print(_table(report))
+    if options.pairs is not None:
+        write_pairs(options.pairs, pairs, scores)
     settings = {"model": str(model), "data": [str(path) for path in data], "metric": metric, "precision": precision}
     write_figures(json_path, {**settings, **asdict(report)})
     return report
 
 
-def score_pairs(folder: RobertaFolder, pairs: Sequence[Pair], metric: str) -> Report:
-    """Score pairs and compute the accuracy.
+def score_pairs(folder: RobertaFolder, pairs: Sequence[Pair], metric: str) -> np.ndarray:
+    """The scores, in nats, of the acceptable and the unacceptable sentence of each pair: (pairs, 2) float64.
 
     Raises:
         UserError: a sentence has more tokens than the model has positions.
     """
     sentences = encode(folder, [sentence for pair in pairs for sentence in (pair.good, pair.bad)])
     _check_lengths(folder, pairs, sentences)
-    scores = pseudo_log_likelihoods(folder, sentences, metric).reshape(-1, 2)
+    return pseudo_log_likelihoods(folder, sentences, metric).reshape(-1, 2)
+
+
+def make_report(pairs: Sequence[Pair], scores: np.ndarray) -> Report:
+    """The accuracies; `scores` as from `score_pairs`."""
     margins = (scores[:, 0] - scores[:, 1]).tolist()
     phenomena = _by_group([pair.phenomenon for pair in pairs], margins)
     fields = _by_group([pair.field for pair in pairs], margins)
-    return Report(fmean(group.accuracy for group in phenomena.values()), phenomena, fields)
+    mean = fmean(group.accuracy for group in phenomena.values())
+    return Report(mean, fmean(group.accuracy_with_half_ties for group in phenomena.values()), phenomena, fields)
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def write_pairs(path: Path, pairs: Sequence[Pair], scores: np.ndarray) -> None:
+    """Write each pair with its scores, as from `score_pairs`, as a line of JSON, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with errors_of_the_disk(path), atomic_path(path) as temporary, temporary.open("wb") as file:
+        for pair, (good, bad) in zip(pairs, scores.tolist(), strict=True):
+            row = {**asdict(pair), "good_score": good, "bad_score": bad, "margin": good - bad, "correct": good > bad}
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def read_pairs(path: Path, options: PairOptions) -> list[Pair]:
     """The pairs of a file of JSON lines; empty lines are skipped.
 
     Raises:
@@ -101,24 +150,46 @@ def read_pairs(path: Path) -> list[Pair]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read ({error}): choose a file of JSON lines in UTF-8") from error
-    pairs = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
+    rows = {f"{path}, line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    if not rows:
         raise UserError(f"{str(path)!r} is empty: choose a file with one pair of sentences per line")
-    return pairs
+    entries = {place: _parse(line, place) for place, line in rows.items()}
+    column = options.phenomenon_column or PHENOMENON
+    if options.phenomenon_column is None and not any(column in entry for entry in entries.values()):
+        entries = {place: {**entry, column: path.stem} for place, entry in entries.items()}
+    columns = (options.good_column, options.bad_column, column)
+    return [_pair(entry, columns, place) for place, entry in entries.items()]
 
 
-def _parse(line: str, place: str) -> Pair:
+def _parse(line: str, place: str) -> dict[str, Any]:
     try:
         entry = orjson.loads(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}): a line must be an object with sentence_good, …") from error
+        raise UserError(f"{place}: not JSON ({error}): a line must be an object with a pair of sentences") from error
     if not isinstance(entry, dict):
-        raise UserError(f"{place}: not a JSON object but {line[:40]!r}: a line must be one with sentence_good, …")
-    for name in ("sentence_good", "sentence_bad", "UID"):
+        raise UserError(f"{place}: not a JSON object but {line[:40]!r}: a line must be one with a pair of sentences")
+    return entry
+
+
+def _pair(entry: dict[str, Any], columns: tuple[str, str, str], place: str) -> Pair:
+    for name, letter in zip(columns, ("good", "bad", "phenomenon"), strict=True):
         if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise UserError(f"{place}: {name!r} is {entry.get(name)!r}: every line needs it as text, as in BLiMP")
+            raise UserError(
+                f"{place}: {name!r} is {entry.get(name)!r}: every line needs it as text; if another key has it, give "
+                f"that as --{letter}_column"
+            )
     field = str(entry.get("field") or "").replace("/", "_")  # BLiMP writes syntax/semantics and syntax_semantics
-    return Pair(entry["sentence_good"], entry["sentence_bad"], entry["UID"], field, place)
+    good, bad, phenomenon = (entry[name] for name in columns)
+    return Pair(good, bad, phenomenon, field, place)
+
+
+def _check_outputs(json_path: Path | None, pairs_path: Path | None, files: Sequence[Path]) -> None:
+    """Raise `UserError` if the outputs could not be written, or would replace each other or the data."""
+    check_output_file("--json", json_path)
+    check_output_file("--pairs", pairs_path)
+    others = [*files, *([json_path] if json_path else [])]
+    if pairs_path is not None and pairs_path.resolve() in {path.resolve() for path in others}:
+        raise UserError(f"--pairs {str(pairs_path)!r} is also the data or --json: choose another file")
 
 
 def _files(data: Sequence[Path]) -> list[Path]:
@@ -158,8 +229,8 @@ def _by_group(names: Sequence[str], margins: Sequence[float]) -> dict[str, Accur
 
 
 def _accuracy(margins: Sequence[float]) -> Accuracy:
-    correct = sum(margin > 0 for margin in margins)
-    return Accuracy(len(margins), correct, sum(margin == 0 for margin in margins), correct / len(margins))
+    pairs, correct, ties = len(margins), sum(margin > 0 for margin in margins), margins.count(0)
+    return Accuracy(pairs, correct, ties, correct / pairs, (correct + ties / 2) / pairs)
 
 
 def _table(report: Report) -> str:
@@ -167,9 +238,11 @@ def _table(report: Report) -> str:
 
     def rows(groups: dict[str, Accuracy]) -> Iterable[str]:
         for name, group in groups.items():
-            yield f"{name:<{width}}  {group.pairs:>7,}  {group.ties:>5,}  {group.accuracy:8.1%}"
+            accuracies = f"{group.accuracy:8.1%}  {group.accuracy_with_half_ties:14.1%}"
+            yield f"{name:<{width}}  {group.pairs:>7,}  {group.ties:>5,}  {accuracies}"
 
-    header = f"{'':<{width}}  {'pairs':>7}  {'ties':>5}  {'accuracy':>8}"
+    header = f"{'':<{width}}  {'pairs':>7}  {'ties':>5}  {'accuracy':>8}  {'with half ties':>14}"
     fields = [*rows(report.fields), ""] if report.fields else []
-    mean = f"{'mean of phenomena':<{width}}  {'':>7}  {'':>5}  {report.mean_accuracy:8.1%}"
+    means = f"{report.mean_accuracy:8.1%}  {report.mean_accuracy_with_half_ties:14.1%}"
+    mean = f"{'mean of phenomena':<{width}}  {'':>7}  {'':>5}  {means}"
     return "\n".join([header, *rows(report.phenomena), "", *fields, mean])

@@ -10,6 +10,7 @@ import stat
 import sys
 import traceback
 
+import numpy as np
 import pytest
 from fake_engine import IDENTITY, FakeEngine
 
@@ -17,6 +18,7 @@ from ds_roberta.config import PackingConfig, model_config
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
+from ds_roberta.evaluation.minimal_pairs import Pair, write_pairs
 from ds_roberta.files import write_figures
 from ds_roberta.finetuning.prediction_files import write_predictions
 from ds_roberta.model.export import CARD_SIGNATURE, export
@@ -69,6 +71,7 @@ def products(tmp_path, corpus, stats, tokenizer_folder, solo_ranks):
         "model": lambda out: export(config, weights, tokenizer_folder, 48, out, CARD_SIGNATURE),
         "report": lambda out: write_report([run], out.with_suffix(".html")),
         "figures": lambda out: write_figures(out, {"loss": 1.0}),
+        "pairs": lambda out: write_pairs(out, [Pair("a", "b", "p", "", "line 1")] * 3, np.zeros((3, 2))),
         "predictions": lambda out: write_predictions(out, [{"label": "a"}] * 3),
     }
 
@@ -121,7 +124,7 @@ def refuse_each_change(produce, replaces, folder, connection):
         connection.send((0, [*wrong, traceback.format_exc()]))
 
 
-FRESH = {"tokenizer", "data", "megatron", "model", "predictions"}
+FRESH = {"tokenizer", "data", "megatron", "model", "pairs", "predictions"}
 REPLACED = {"data", "checkpoint", "metrics", "figures"}
 
 

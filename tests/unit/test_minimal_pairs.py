@@ -10,7 +10,14 @@ import transformers
 
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.minimal_pairs import Pair, evaluate_minimal_pairs, read_pairs, score_pairs
+from ds_roberta.evaluation.minimal_pairs import (
+    Pair,
+    PairOptions,
+    evaluate_minimal_pairs,
+    make_report,
+    read_pairs,
+    score_pairs,
+)
 from ds_roberta.evaluation.pseudo_likelihood import encode, masked_copies, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import open_roberta
 from ds_roberta.model.export import export, hf_config
@@ -95,16 +102,26 @@ def pair(good, bad, phenomenon="p", field="f"):
 
 
 def test_ties_are_counted_and_wrong(folder):
-    report = score_pairs(folder, [pair("kato to", "kato to"), pair("to", "to", "q", "")], "original")
+    pairs = [pair("kato to", "kato to"), pair("to", "to", "q", "")]
+    report = make_report(pairs, score_pairs(folder, pairs, "original"))
     assert (report.phenomena["p"].ties, report.phenomena["p"].correct, report.mean_accuracy) == (1, 0, 0.0)
     assert list(report.fields) == ["f"]
+
+
+def test_ties_count_half_in_an_accuracy_of_their_own():
+    scores = np.array([[-1.0, -2.0], [-3.0, -3.0], [-2.0, -1.0], [-1.0, -1.0], [-1.0, -3.0]])
+    report = make_report([pair("a", "b", phenomenon) for phenomenon in "ppppq"], scores)
+    assert (report.phenomena["p"].ties, report.phenomena["p"].accuracy) == (2, 1 / 4)
+    assert report.phenomena["p"].accuracy_with_half_ties == (1 + 2 / 2) / 4
+    assert report.mean_accuracy_with_half_ties == (1 / 2 + 1) / 2
+    assert report.fields["f"].accuracy_with_half_ties == (2 + 2 / 2) / 5
 
 
 def test_accuracies_are_of_their_groups_and_the_mean_is_over_phenomena(folder):
     low, high = sorted(TEXTS[:3], key=lambda text: pseudo_log_likelihoods(folder, encode(folder, [text]))[0])[::2]
     right, wrong = (high, low), (low, high)
     pairs = [pair(*right), pair(*right), pair(*wrong), pair(*right, "q")]
-    report = score_pairs(folder, pairs, "original")
+    report = make_report(pairs, score_pairs(folder, pairs, "original"))
     assert report.phenomena["p"].accuracy == pytest.approx(2 / 3)
     assert report.phenomena["q"].accuracy == 1
     assert report.fields["f"].accuracy == 3 / 4
@@ -129,13 +146,62 @@ def test_the_report_is_printed_and_written(tmp_path, exported, capsys):
 def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
     (tmp_path / "data.jsonl").write_text(line())
     words = ["--model", exported, "--data", tmp_path / "data.jsonl", tmp_path, "--json", tmp_path / "out.json"]
-    words += ["--metric", "within_word_l2r", "--precision", "bf16"]
+    words += ["--metric", "within_word_l2r", "--precision", "bf16", "--pairs", tmp_path / "pairs.txt"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "minimal-pairs", *map(str, words)])
     script = runpy.run_path(str(Path(__file__).parents[2] / "launch/evaluate.py"))
     script["evaluate"](script["make_parser"]().parse_args())
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["metric"], report["precision"]) == ("within_word_l2r", "bf16")
-    assert report["phenomena"]["order"]["pairs"] == 2
+    assert report["phenomena"]["order"]["pairs"] == len((tmp_path / "pairs.txt").read_text().splitlines()) == 2
+
+
+def test_pairs_have_keys_of_other_names_and_the_file_names_the_phenomenon(tmp_path):
+    path = tmp_path / "agreement.jsonl"
+    path.write_text(json.dumps({"right": "kato to", "wrong": "to kato"}) + "\n")
+    options = PairOptions(good_column="right", bad_column="wrong")
+    assert read_pairs(path, options) == [Pair("kato to", "to kato", "agreement", "", f"{path}, line 1")]
+    path.write_text(line(kind="order of words"))
+    assert read_pairs(path, PairOptions(phenomenon_column="kind"))[0].phenomenon == "order of words"
+    with pytest.raises(
+        UserError, match=r"line 1: 'sort' is None.*another key has it, give that as --phenomenon_column"
+    ):
+        read_pairs(path, PairOptions(phenomenon_column="sort"))
+    path.write_text(line() + "\n" + json.dumps({"sentence_good": "kato", "sentence_bad": "to"}))
+    with pytest.raises(UserError, match="line 2: 'UID' is None"):
+        read_pairs(path, PairOptions())
+
+
+def test_each_pair_is_written_with_its_scores(tmp_path, exported, folder):
+    (tmp_path / "data.jsonl").write_text(line() + "\n\n" + line(sentence_good="to", sentence_bad="to", UID="same"))
+    output = tmp_path / "pairs.jsonl"
+    evaluate_minimal_pairs(exported, [tmp_path / "data.jsonl"], options=PairOptions(pairs=output))
+    first, second = (json.loads(row) for row in output.read_text().splitlines())
+    good, bad = pseudo_log_likelihoods(folder, encode(folder, ["kato to", "to kato"])).tolist()
+    assert first == {
+        "good": "kato to",
+        "bad": "to kato",
+        "phenomenon": "order",
+        "field": "syntax_semantics",
+        "place": f"{tmp_path / 'data.jsonl'}, line 1",
+        "good_score": pytest.approx(good, abs=1e-4),
+        "bad_score": pytest.approx(bad, abs=1e-4),
+        "margin": first["good_score"] - first["bad_score"],
+        "correct": good > bad,
+    }
+    assert (second["place"], second["margin"], second["correct"]) == (f"{tmp_path / 'data.jsonl'}, line 3", 0, False)
+
+
+def test_pairs_are_not_written_over_the_data_or_the_figures(tmp_path, exported):
+    data = tmp_path / "data.jsonl"
+    data.write_text(line())
+    for pairs, figures, message in (
+        (data, None, "is also the data or --json"),
+        (tmp_path / "out.json", tmp_path / "out.json", "is also the data or --json"),
+        (tmp_path / "nothing/pairs.jsonl", None, "--pairs .* its folder is missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_minimal_pairs(exported, [data], json_path=figures, options=PairOptions(pairs=pairs))
+    assert data.read_text() == line()
 
 
 @pytest.mark.parametrize(
@@ -151,13 +217,13 @@ def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
 def test_bad_lines_are_named(tmp_path, content, message):
     (tmp_path / "data.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
-        read_pairs(tmp_path / "data.jsonl")
+        read_pairs(tmp_path / "data.jsonl", PairOptions())
 
 
 def test_bytes_that_are_not_text_and_places_without_data_are_refused(tmp_path, exported):
     (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
-        read_pairs(tmp_path / "data.jsonl")
+        read_pairs(tmp_path / "data.jsonl", PairOptions())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no \.jsonl file"):
         evaluate_minimal_pairs(exported, [tmp_path / "empty"])
