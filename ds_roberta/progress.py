@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -90,3 +92,50 @@ def document_bar(total: int, what: str, done: int = 0) -> Iterator[Callable[[int
             bar.update(size)
 
         yield update
+
+
+class StepBar:
+    """A bar over a run's steps with the loss and the time left; a context manager.
+
+    Args:
+        what: the run, in words.
+        done: steps that were taken before.
+        visible: false on ranks other than 0.
+    """
+
+    def __init__(self, max_steps: int, what: str, done: int = 0, visible: bool = True):
+        self._bar = progress_bar(
+            total=max_steps,
+            initial=done,
+            desc=what,
+            disable=not visible,
+            delay=_DELAY_SECONDS,
+            miniters=0,
+            smoothing=0,  # the time left then includes the evaluations to come
+            dynamic_ncols=True,
+            bar_format="{desc}: step {n_fmt}/{total_fmt}{postfix} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]",
+        )
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:  # as in `byte_bar`
+            self._bar.leave = False
+        self._bar.close()
+
+    def step(self, loss: Callable[[], float]) -> None:
+        """Move on by one step.
+
+        Args:
+            loss: gives the step's loss; called only when the bar is written, because on a GPU it waits for the device.
+        """
+        if not self._bar.disable and time.time() - self._bar.last_print_t >= self._bar.mininterval:
+            self._bar.set_postfix_str(f"loss {loss():.3f}", refresh=False)
+        self._bar.update()
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """A context for other lines on the screen: the bar is erased, if it is shown, and comes back after them."""
+        if self._bar.disable or self._bar.last_print_t == self._bar.start_t:
+            return nullcontext()
+        return self._bar.external_write_mode(file=self._bar.fp)

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 
 import ds_roberta
@@ -46,7 +47,7 @@ from ds_roberta.finetuning.task import RESULTS, SHORTEST
 from ds_roberta.inputs.streams import is_url
 from ds_roberta.inputs.tables import TABULAR_NAMES
 from ds_roberta.model.kernels import exclude_cudnn
-from ds_roberta.options import Settings, option
+from ds_roberta.options import Settings, option, require_positive
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
 
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -81,6 +82,13 @@ class FinetuneConfig(Settings):
         "the metric on validation that chooses the best epoch and run; default: accuracy, micro_f1, pearson or f1", None
     )
     max_seq_length: int | None = option("in tokens; default: the length that the model was trained with", None)
+    max_train_samples: int | None = option(
+        "train on at most N examples: a random sample, the same for every seed, in which labels need not have the same "
+        "shares as in the whole",
+        None,
+        check=require_positive,
+        metavar="N",
+    )
     deepspeed_config: Path | None = option("train with DeepSpeed; see ds_configs/finetune.json", None)
     settings: tuple[Setting, ...] = (Setting(learning_rate=2e-5, train_batch_size=16),)
     seeds: tuple[int, ...] = (0,)
@@ -131,13 +139,16 @@ def finetune(config: FinetuneConfig) -> int:
                 for split, rows in problem.encoded.items()
                 if split not in ("train", "validation")
             }
-            summaries = [_summary(setting, of_setting, problem.metric) for setting, of_setting in runs.items()]
+            summaries = [
+                _summary(setting, of_setting, problem.metric, config.recipe) for setting, of_setting in runs.items()
+            ]
             results = {
                 "model": str(config.model),
                 "task": config.task,
                 "metric": problem.metric,
                 "data": list(config.data),
                 "examples": {split: len(rows.inputs) for split, rows in problem.encoded.items()},
+                "max_train_samples": config.max_train_samples,
                 **problem.task.results,
                 "max_seq_length": max_seq_length,
                 "recipe": asdict(config.recipe),
@@ -147,6 +158,7 @@ def finetune(config: FinetuneConfig) -> int:
                     **asdict(best.setting),
                     "seed": best.seed,
                     "epoch": best.best + 1,
+                    "stopped_after_epoch": best.stopped_after_epoch(config.recipe),
                     "validation": best.epochs[best.best],
                     **others,
                 },
@@ -173,9 +185,19 @@ def _problem(config: FinetuneConfig, max_seq_length: int, deepspeed_config: dict
     metric = config.metric or task.metric_names[0]
     if metric not in task.metric_names:
         raise UserError(f"--metric {metric} does not exist for these data: use one of {', '.join(task.metric_names)}")
+    splits["train"] = _sample(splits["train"], config.max_train_samples)
     tokenizer = open_tokenizer(config.model, task.add_prefix_space)
     encoded = {split: task.encode(tokenizer, inputs, max_seq_length) for split, inputs in splits.items()}
     return Problem(config.model, tokenizer, task, encoded, metric, config.recipe, deepspeed_config)
+
+
+def _sample(examples: Sequence[Any], at_most: int | None) -> Sequence[Any]:
+    """A fixed random sample in its order in the file; a larger one contains the smaller ones."""
+    if at_most is None or at_most >= len(examples):
+        return examples
+    chosen = np.random.default_rng(0).permutation(len(examples))[:at_most]
+    logger.info(f"{at_most:,} of {len(examples):,} training examples are used, chosen at random (--max_train_samples)")
+    return [examples[index] for index in sorted(chosen)]
 
 
 def _train_all(
@@ -319,11 +341,19 @@ def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> 
             shutil.rmtree(_run_folder(work, run.setting, run.seed) / MODEL_FOLDER, ignore_errors=True)
 
 
-def _summary(setting: Setting, runs: Sequence[Run], metric: str) -> dict[str, Any]:
+def _summary(setting: Setting, runs: Sequence[Run], metric: str, recipe: Recipe) -> dict[str, Any]:
     scores = [run.score(metric) for run in runs]
     return {
         **asdict(setting),
         "median": statistics.median(scores),
         "best": max(scores),
-        "runs": [{"seed": run.seed, "epoch": run.best + 1, "epochs": run.epochs} for run in runs],
+        "runs": [
+            {
+                "seed": run.seed,
+                "epoch": run.best + 1,
+                "stopped_after_epoch": run.stopped_after_epoch(recipe),
+                "epochs": run.epochs,
+            }
+            for run in runs
+        ],
     }

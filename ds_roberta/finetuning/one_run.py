@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import transformers
 
 from ds_roberta.distributed import Ranks, StopRequest
 from ds_roberta.errors import UserError
-from ds_roberta.files import write_json
+from ds_roberta.files import value_at, write_json
 from ds_roberta.finetuning.task import Encoded, Task
 from ds_roberta.options import Settings, must_be, option, require_positive
+from ds_roberta.progress import StepBar
 from ds_roberta.transformers_folder import read_model
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}  # as in pretraining, Liu et al. 2019, table 9
@@ -56,6 +59,13 @@ class Recipe(Settings):
         "fraction of all steps in which the learning rate rises",
         0.06,
         check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
+    )
+    early_stopping: int | None = option(
+        "end a run once the metric has not improved for N epochs; until then, the learning rate follows the schedule "
+        "of all epochs",
+        None,
+        check=require_positive,
+        metavar="N",
     )
     bf16: bool = option("compute in bf16; the weights stay fp32, with DeepSpeed its master copies", False)
     fp16: bool = option("compute in fp16 on a GPU; the weights stay fp32, with DeepSpeed its master copies", False)
@@ -102,6 +112,10 @@ class Run:
     def score(self, metric: str) -> float:
         return self.epochs[self.best][metric]
 
+    def stopped_after_epoch(self, recipe: Recipe) -> int | None:
+        """The epoch after which the run stopped early; None: it trained for all epochs."""
+        return len(self.epochs) if len(self.epochs) < recipe.num_train_epochs else None
+
 
 class Stopped(Exception):
     """The run was asked to stop and has saved."""
@@ -124,29 +138,58 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
         return Run(setting, seed, content["epochs"], content["best"])
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = ranks.on_main(lambda: last_checkpoint(folder / _TRAINER_FOLDER))
+    recipe, name, step = problem.recipe, f"{setting}, seed {seed}", 0
     if checkpoint is not None:
-        ranks.log(f"{setting}, seed {seed}: continues from step {checkpoint.name.rpartition('-')[2]}")
-    watch = _Watch(f"{setting}, seed {seed}", stop, ranks)
+        step = int(checkpoint.name.rpartition("-")[2])
+        ranks.log(f"{name}: continues from step {step}")
+        before = ranks.on_main(lambda: _epochs(transformers.TrainerState.load_from_json(checkpoint / _TRAINER_STATE)))
+        if stops_early(before, problem.metric, recipe.early_stopping):  # killed before its record was written
+            problem = replace(problem, recipe=replace(recipe, num_train_epochs=len(before)))
     trainer = make_trainer(problem, setting, seed, folder / _TRAINER_FOLDER, ranks.world_size)
-    trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    loss = trainer.compute_loss_func = _BatchLoss(problem.task)
+    with StepBar(_max_steps(problem, setting), name, step, ranks.is_main) as bar:
+        watch = _Watch(name, problem, loss, bar, stop, ranks)
+        trainer.add_callback(watch)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if watch.stopped:
         raise Stopped
-    epochs = [_plain(entry) for entry in trainer.state.log_history if "eval_loss" in entry]
-    best = max(range(len(epochs)), key=lambda epoch: epochs[epoch][problem.metric])
+    epochs = _epochs(trainer.state)
+    best = best_epoch(epochs, problem.metric)
     trainer.save_model(str(folder / MODEL_FOLDER))  # the best epoch's: load_best_model_at_end
     ranks.on_main(lambda: write_json(record, {"epochs": epochs, "best": best}))
     ranks.on_main(lambda: shutil.rmtree(folder / _TRAINER_FOLDER))
     return Run(setting, seed, epochs, best)
 
 
+def best_epoch(epochs: Sequence[dict[str, Any]], metric: str) -> int:
+    """The index of the epoch with the highest metric, the first if several are equal."""
+    return max(range(len(epochs)), key=lambda epoch: epochs[epoch][metric])
+
+
+def stops_early(epochs: Sequence[dict[str, Any]], metric: str, patience: int | None) -> bool:
+    """Whether transformers' `EarlyStoppingCallback` with this `early_stopping_patience` stops a run after these epochs.
+
+    As a function of the epochs, which Trainer saves, it needs no counter that has to survive an interruption.
+    """
+    return patience is not None and len(epochs) > patience + best_epoch(epochs, metric)
+
+
 def evaluate(problem: Problem, run: Run, folder: Path, encoded: Encoded, ranks: Ranks) -> dict[str, Any]:
     """The metrics, and the `loss`, of a run's model on `encoded`; `folder` is the run's."""
-    trainer = make_trainer(
-        problem, run.setting, run.seed, folder / _TRAINER_FOLDER, ranks.world_size, folder / MODEL_FOLDER
-    )
+    trainer = _trainer_of_best(problem, run, folder, ranks)
     trainer.compute_metrics = lambda prediction: problem.task.metrics(encoded, prediction.predictions)
     return _plain(trainer.evaluate(encoded.features))
+
+
+def _trainer_of_best(problem: Problem, run: Run, folder: Path, ranks: Ranks) -> transformers.Trainer:
+    """A Trainer with a finished run's model; with DeepSpeed only at stage 3, the one in which Trainer evaluates a model
+    that it has not trained."""
+    if value_at(problem.deepspeed_config, ("zero_optimization", "stage")) != 3:
+        problem = replace(problem, deepspeed_config=None)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by the Accelerator that trained
+    return make_trainer(
+        problem, run.setting, run.seed, folder / _TRAINER_FOLDER, ranks.world_size, folder / MODEL_FOLDER
+    )
 
 
 def make_trainer(
@@ -160,7 +203,6 @@ def make_trainer(
     """
     recipe = problem.recipe
     train_set, validation_set = problem.encoded["train"], problem.encoded["validation"]
-    steps = math.ceil(len(train_set.features) / setting.train_batch_size) * recipe.num_train_epochs
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=setting.train_batch_size // recipe.gradient_accumulation_steps // world_size,
@@ -169,7 +211,7 @@ def make_trainer(
         num_train_epochs=recipe.num_train_epochs,
         learning_rate=setting.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=round(recipe.warmup_ratio * steps),
+        warmup_steps=round(recipe.warmup_ratio * _max_steps(problem, setting)),
         weight_decay=recipe.weight_decay,
         max_grad_norm=0.0,  # the paper's recipe does not clip
         **ADAM,
@@ -211,13 +253,38 @@ def make_trainer(
     return trainer
 
 
-class _Watch(transformers.TrainerCallback):
-    """Logs each epoch, ends a run that has diverged, and makes a run that is asked to stop save first."""
+def _max_steps(problem: Problem, setting: Setting) -> int:
+    of_epoch = math.ceil(len(problem.encoded["train"].features) / setting.train_batch_size)
+    return of_epoch * problem.recipe.num_train_epochs
 
-    def __init__(self, run: str, stop: StopRequest, ranks: Ranks) -> None:
-        self.run, self.stop, self.ranks, self.stopped = run, stop, ranks, False
+
+class _BatchLoss:
+    """The task's loss, which also adds up that of a step's micro-batches."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.of_step = task, torch.tensor(0.0)
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = self.task.loss(outputs, labels, num_items_in_batch)
+        self.of_step = self.of_step.to(loss.device) + loss.detach()
+        return loss
+
+
+class _Watch(transformers.TrainerCallback):
+    """Shows each step and logs each epoch, ends a run that has diverged or no longer improves, and makes a run that is
+    asked to stop save first."""
+
+    def __init__(
+        self, run: str, problem: Problem, loss: _BatchLoss, bar: StepBar, stop: StopRequest, ranks: Ranks
+    ) -> None:
+        self.run, self.metric, self.patience = run, problem.metric, problem.recipe.early_stopping
+        self.loss, self.bar, self.stop, self.ranks, self.stopped = loss, bar, stop, ranks, False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.loss.of_step = torch.zeros_like(self.loss.of_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.bar.step(lambda: self.loss.of_step.item() * self.ranks.world_size)  # other processes' parts are alike
         if state.global_step < state.max_steps and self.stop.agreed():
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -234,7 +301,19 @@ class _Watch(transformers.TrainerCallback):
         found = _plain(metrics)
         if not math.isfinite(found["loss"]):
             raise UserError(f"the loss is {found['loss']} after an epoch at {self.run}: use a lower --learning_rate")
-        self.ranks.log(f"{self.run}: epoch {round(state.epoch)} of {args.num_train_epochs}, {in_words(found)}")
+        epoch = f"epoch {round(state.epoch)} of {args.num_train_epochs}"
+        lines = [f"{self.run}: {epoch}, {in_words(found)}"]
+        # Agreed on: processes on different CPUs may round a metric differently.
+        if (
+            state.global_step < state.max_steps
+            and self.patience
+            and self.ranks.any(stops_early(_epochs(state), self.metric, self.patience))
+        ):
+            control.should_training_stop = True
+            lines.append(f"{self.run}: {self.metric} has not improved for {self.patience} epochs: ends after {epoch}")
+        with self.bar.interrupted():
+            for line in lines:
+                self.ranks.log(line)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -246,6 +325,11 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path)
     return max(whole)[1] if whole else None
+
+
+def _epochs(state: transformers.TrainerState) -> list[dict[str, Any]]:
+    """The metrics on the validation examples after each epoch."""
+    return [_plain(entry) for entry in state.log_history if "eval_loss" in entry]
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:

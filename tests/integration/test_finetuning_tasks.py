@@ -138,6 +138,20 @@ def test_zero_3_on_two_processes_trains_what_one_process_does(roberta_folder, tm
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3)
 
 
+def test_a_test_split_is_measured_after_training_at_any_stage(roberta_folder, tmp_path):
+    """Trainer by itself evaluates with DeepSpeed only what it has just trained, or at stage 3."""
+    content = lines([{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(CONTEXTS[:16])])
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(content)
+    launch(
+        *(FINETUNE, "--model", roberta_folder, "--task", "classification", "--data", tmp_path, "--output_dir", "tuned"),
+        *("--num_train_epochs", "1", "--deepspeed_config", REPOSITORY / "ds_configs/finetune.json"),
+        cwd=tmp_path,
+    )
+    best = json.loads((tmp_path / "tuned/results.json").read_text())["best"]
+    assert best["test"]["loss"] == pytest.approx(best["validation"]["loss"], rel=1e-5)  # the same rows
+
+
 def test_errors_are_one_line(roberta_folder, tmp_path):
     (tmp_path / "train.conll").write_text("karen B-X\nsulto\n")
     (tmp_path / "dev.conll").write_text("karen B-X\n")
