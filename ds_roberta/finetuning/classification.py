@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
+from ds_roberta.finetuning.error_analysis import confusion, example, log_softmax, worst_examples
 from ds_roberta.finetuning.labelled_tables import Columns, Text, find_texts, read_splits
 from ds_roberta.finetuning.labels import (
     Labels,
@@ -47,6 +48,7 @@ class TextTask(Task):
     """The common part of tasks that predict a label or a number for each text or pair."""
 
     architecture = "RobertaForSequenceClassification"
+    has_error_analysis = True
     options_class = Labels
 
     def __init__(self, options: Columns):
@@ -152,6 +154,24 @@ class Classification(TextTask):
             "--learning_rate, more --num_train_epochs, or --class_weights balanced where one class is frequent"
         ]
 
+    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        scores = log_softmax(np.asarray(logits))
+        gold, predicted = [int(text.label) for text in encoded.inputs], scores.argmax(-1).tolist()
+        examples = [
+            example(
+                text.place,
+                asked(text).values(),
+                self.names[label],
+                self.names[found],
+                loss=float(-of_text[label]),
+                gold_probability=float(np.exp(of_text[label])),
+                predicted_probability=float(np.exp(of_text[found])),
+            )
+            for text, of_text, label, found in zip(encoded.inputs, scores, gold, predicted, strict=True)
+        ]
+        gold_names, found_names = ([self.names[index] for index in indices] for indices in (gold, predicted))
+        return confusion(gold_names, found_names, self.names, "examples") | worst_examples(examples)
+
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
         answers = []
         for text, found in zip(encoded.inputs, logits, strict=True):
@@ -209,6 +229,18 @@ class Regression(TextTask):
 
     def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
         return regression_metrics(np.asarray(logits)[:, 0], np.array([text.label for text in encoded.inputs]))
+
+    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        return worst_examples(
+            example(
+                text.place,
+                asked(text).values(),
+                f"{text.label:.4g}",
+                f"{float(found[0]):.4g}",
+                loss=float((float(found[0]) - text.label) ** 2),
+            )
+            for text, found in zip(encoded.inputs, logits, strict=True)
+        )
 
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
         values = [float(found[0]) for found in logits]

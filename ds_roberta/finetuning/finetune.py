@@ -31,6 +31,7 @@ from ds_roberta.files import (
     write_json,
 )
 from ds_roberta.finetuning import TASKS
+from ds_roberta.finetuning.error_analysis import ERROR_ANALYSIS
 from ds_roberta.finetuning.labelled_tables import split_entry
 from ds_roberta.finetuning.one_run import (
     MODEL_FOLDER,
@@ -41,6 +42,7 @@ from ds_roberta.finetuning.one_run import (
     Stopped,
     evaluate,
     in_words,
+    predictions,
     train,
 )
 from ds_roberta.finetuning.task import RESULTS, SHORTEST
@@ -142,6 +144,11 @@ def finetune(config: FinetuneConfig) -> int:
             summaries = [
                 _summary(setting, of_setting, problem.metric, config.recipe) for setting, of_setting in runs.items()
             ]
+            analysis = None
+            if problem.task.has_error_analysis:
+                validation = problem.encoded["validation"]
+                logits = predictions(problem, best, of_best, validation, ranks)
+                analysis = ranks.on_main(lambda: problem.task.error_analysis(validation, logits))
             results = {
                 "model": str(config.model),
                 "task": config.task,
@@ -164,7 +171,7 @@ def finetune(config: FinetuneConfig) -> int:
                 },
                 "versions": {"ds_roberta": ds_roberta.__version__, "transformers": transformers.__version__},
             }
-            ranks.on_main(lambda: _write(output, problem, of_best / MODEL_FOLDER, max_seq_length, results))
+            ranks.on_main(lambda: _write(output, problem, of_best / MODEL_FOLDER, max_seq_length, results, analysis))
             ranks.on_main(lambda: shutil.rmtree(work.parent))
     for summary in summaries:
         ranks.log(
@@ -222,13 +229,22 @@ def _train_all(
     return runs, best
 
 
-def _write(output: Path, problem: Problem, model: Path, max_seq_length: int, results: dict[str, Any]) -> None:
+def _write(
+    output: Path,
+    problem: Problem,
+    model: Path,
+    max_seq_length: int,
+    results: dict[str, Any],
+    analysis: dict[str, Any] | None,
+) -> None:
     with replaced_folder(output, is_finetuned_folder, KIND) as partial:
         for name in MODEL_FILES:
             shutil.copyfile(model / name, partial / name)
         write_tokenizer(problem.folder, partial, max_seq_length, problem.task.add_prefix_space)
         check_tokenizer(partial, problem.folder, problem.task.add_prefix_space)
         write_json(partial / RESULTS, results)
+        if analysis is not None:
+            write_json(partial / ERROR_ANALYSIS, analysis)
 
 
 def choose(runs: dict[Setting, list[Run]], metric: str) -> Run:
@@ -239,7 +255,9 @@ def choose(runs: dict[Setting, list[Run]], metric: str) -> Run:
 
 def is_finetuned_folder(folder: Path) -> bool:
     """Whether `folder` holds only what a fine-tuning wrote, so that another may replace it."""
-    return (folder / RESULTS).is_file() and holds_only(folder, TOKENIZER_FILES | set(MODEL_FILES) | {RESULTS})
+    return (folder / RESULTS).is_file() and holds_only(
+        folder, TOKENIZER_FILES | set(MODEL_FILES) | {RESULTS, ERROR_ANALYSIS}
+    )
 
 
 def _ranks(with_deepspeed: bool) -> Ranks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.classification import MULTI_LABEL, TextTask, asked, heading
+from ds_roberta.finetuning.error_analysis import example, label_counts, worst_examples
 from ds_roberta.finetuning.labelled_tables import Text, check_column, find_texts, read_splits
 from ds_roberta.finetuning.labels import (
     Labels,
@@ -136,6 +138,25 @@ class MultiLabelClassification(TextTask):
         if self.choose:
             self.threshold = metrics["best_threshold"]
             self.results[KEY] = {"threshold": self.threshold}
+
+    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        """Probabilities are those of exactly these labels, if each is independent of the others."""
+        applies = np.array([text.label for text in encoded.inputs]) == 1
+        predicted = probabilities(logits) > self.threshold
+        scores = np.asarray(logits, dtype=np.float64)
+        of_gold, of_predicted = (-np.logaddexp(0, np.where(kind, -scores, scores)) for kind in (applies, predicted))
+        examples = [
+            example(
+                text.place,
+                asked(text).values(),
+                *(f"{SEPARATOR} ".join(compress(self.names, kind[index])) for kind in (applies, predicted)),
+                loss=float(-of_gold[index].mean()),
+                gold_probability=float(np.exp(of_gold[index].sum())),
+                predicted_probability=float(np.exp(of_predicted[index].sum())),
+            )
+            for index, text in enumerate(encoded.inputs)
+        ]
+        return label_counts(applies, predicted, self.names) | worst_examples(examples)
 
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
         answers = []

@@ -181,6 +181,13 @@ def evaluate(problem: Problem, run: Run, folder: Path, encoded: Encoded, ranks: 
     return _plain(trainer.evaluate(encoded.features))
 
 
+def predictions(problem: Problem, run: Run, folder: Path, encoded: Encoded, ranks: Ranks) -> Any:
+    """The logits of a run's model on `encoded`, as `Task.metrics` takes them; `folder` is the run's."""
+    trainer = _trainer_of_best(problem, run, folder, ranks)
+    trainer.compute_metrics = None
+    return trainer.predict(encoded.features).predictions
+
+
 def _trainer_of_best(problem: Problem, run: Run, folder: Path, ranks: Ranks) -> transformers.Trainer:
     """A Trainer with a finished run's model; with DeepSpeed only at stage 3, the one in which Trainer evaluates a model
     that it has not trained."""

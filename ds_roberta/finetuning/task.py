@@ -56,6 +56,7 @@ class Task(ABC):
         options_class: the task's own options.
         collator: makes a batch of features; called with the tokenizer.
         add_prefix_space: how the model's tokenizer is opened and saved; None: as it is.
+        has_error_analysis: whether `error_analysis` is defined.
         metric_names: the metrics that may choose the best epoch and run; the first is the default.
         head: the head's values in the model's configuration.
         results: the task's own entries in `results.json`.
@@ -66,6 +67,7 @@ class Task(ABC):
     options_class: ClassVar[type[Settings]]
     collator: ClassVar[Any] = transformers.DataCollatorWithPadding
     add_prefix_space: ClassVar[bool | None] = None
+    has_error_analysis: ClassVar[bool] = False
 
     metric_names: tuple[str, ...]
     head: dict[str, Any]
@@ -159,6 +161,11 @@ class Task(ABC):
     def remarks(self, metrics: dict[str, Any]) -> list[str]:
         """What a person should know about a model with these metrics on the validation examples."""
         return []
+
+    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        """What the model confuses among labelled inputs, and its worst examples, as the module `error_analysis` has
+        them; called only if `has_error_analysis`. `logits` as in `metrics`."""
+        raise NotImplementedError
 
     @abstractmethod
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:

@@ -22,6 +22,7 @@ from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.conllu import UPOS, is_conllu, parse_conllu
 from ds_roberta.finetuning.entity_spans import has_spans, span_sentences, without_tasks
+from ds_roberta.finetuning.error_analysis import tag_errors
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Columns, find_texts, read_splits
 from ds_roberta.finetuning.tag_metrics import Entity, entity_metrics, find_entities, tag_metrics
 from ds_roberta.finetuning.tagged_sentences import (
@@ -83,6 +84,7 @@ class TokenClassification(Task):
     architecture = "RobertaForTokenClassification"
     options_class = TagColumns
     collator = transformers.DataCollatorForTokenClassification
+    has_error_analysis = True
     add_prefix_space = True  # so that whole texts begin with a word as in fine-tuning
 
     def __init__(self, names: list[str], options: TagColumns):
@@ -167,6 +169,11 @@ class TokenClassification(Task):
             [list(sentence.tags) for sentence in encoded.inputs],
             [[self.names[tag] for tag in found.argmax(-1)] for found in of_sentences],
         )
+
+    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        """Words by type of entity, or by tag; see `tag_errors`."""
+        kinds = {tag: (tag.partition("-")[2] or tag) if self.of_entities else tag for tag in self.names}
+        return tag_errors(encoded.inputs, word_logits(encoded.windows, logits, len(encoded.inputs)), kinds)
 
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
         """Entities with their texts and places, or each word's tag with its score if the model's tags do not mark

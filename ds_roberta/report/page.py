@@ -16,6 +16,7 @@ from typing import Any
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from ds_roberta.options import options_of
+from ds_roberta.report import error_analysis
 from ds_roberta.report.plots import LINES, METRICS, Metric, best, describe, draw, png, show
 from ds_roberta.report.runs import Run, flatten, read_runs
 from ds_roberta.training.settings import RunConfig
@@ -48,7 +49,8 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--ground); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-h1, p, li { overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+h1, h3, p, li { overflow-wrap: anywhere; }
 p, figcaption { color: var(--faint); font-size: .9rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
@@ -110,7 +112,7 @@ def page(runs: Sequence[Run], plots: dict[Metric, bytes]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(names)}</title>
 <link rel="icon" href="data:,">
-<style>{STYLE}</style>
+<style>{STYLE}{error_analysis.STYLE}</style>
 </head>
 <body>
 {chr(10).join(filter(None, parts))}
@@ -183,6 +185,9 @@ def _results(runs: Sequence[Run]) -> list[str]:
         keys = dict.fromkeys(key for run in having for key in run.results[file])
         rows = {key: [_text(run.results[file].get(key)) for run in having] for key in keys}
         parts += [f"<h2>{escape(file)}</h2>", _table(having, rows)]
+        for run in (run for run in having if file in run.error_analyses):
+            parts += [f"<h3>{escape(run.name)}: errors on the validation examples</h3>"]
+            parts += error_analysis.as_html(run.error_analyses[file])
     return parts
 
 

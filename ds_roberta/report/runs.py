@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, value_at
+from ds_roberta.report.error_analysis import ERROR_ANALYSIS, ErrorAnalysis, read_error_analysis
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
 
 logger = logging.getLogger("ds_roberta")
 BY_POSITION = "by_position"  # a key that launch/evaluate.py perplexity writes
-RESULTS_PATTERNS = ("results.json", "evaluation*.json")
+RESULTS = "results.json"  # of a fine-tuning
+RESULTS_PATTERNS = (RESULTS, "evaluation*.json")
 
 Value = str | int | float | bool | None
 
@@ -37,6 +39,7 @@ class Run:
         rows: the rows of `metrics.jsonl`, each with `global_step`; at least one.
         config: `config.json`.
         results: flat keys and values of each results file, by its path in the folder.
+        error_analyses: those beside results files, by the same paths.
         loss_by_position: held-out loss at the middles of ranges of positions, from the first file that has it.
         warnings: problems of the folder that are not fatal.
     """
@@ -46,6 +49,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, dict[str, Value]]
     warnings: tuple[str, ...]
+    error_analyses: dict[str, ErrorAnalysis] = field(default_factory=dict)
     loss_by_position: Series | None = None
 
     def series(self, metric: str) -> Series | None:
@@ -110,8 +114,10 @@ def _read_run(folder: Path, name: str) -> Run:
     contents = {str(path.relative_to(folder)): read_json(path) for path in files}
     by_position = [content[BY_POSITION] for content in contents.values() if _is_perplexity(content)]
     results = {file: flatten(_in_short(content)) for file, content in contents.items()}
+    beside = {file: (folder / file).with_name(ERROR_ANALYSIS) for file in contents if Path(file).name == RESULTS}
+    error_analyses = {file: read_error_analysis(path) for file, path in beside.items() if path.is_file()}
     loss_by_position = _loss_by_position(by_position[0]) if by_position else None
-    return Run(name, tuple(rows), config, results, tuple(warnings), loss_by_position)
+    return Run(name, tuple(rows), config, results, tuple(warnings), error_analyses, loss_by_position)
 
 
 def _is_perplexity(content: Any) -> bool:

@@ -150,6 +150,9 @@ def test_a_test_split_is_measured_after_training_at_any_stage(roberta_folder, tm
     )
     best = json.loads((tmp_path / "tuned/results.json").read_text())["best"]
     assert best["test"]["loss"] == pytest.approx(best["validation"]["loss"], rel=1e-5)  # the same rows
+    worst = json.loads((tmp_path / "tuned/error_analysis.json").read_text())["worst"]
+    losses = [each["loss"] for each in worst]
+    assert sum(losses) / len(losses) == pytest.approx(best["validation"]["loss"], rel=1e-5)
 
 
 def test_errors_are_one_line(roberta_folder, tmp_path):

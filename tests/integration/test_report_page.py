@@ -52,6 +52,19 @@ def browse(page: Path, profile: Path, *arguments: str) -> tuple[str, str]:
     return output, log
 
 
+def write_fine_tuning(folder: Path, labels: list[str]) -> None:
+    folder.mkdir()
+    (folder / "results.json").write_text('{"best": {"validation": {"accuracy": 0.5}}, "settings": []}')
+    confusion = {gold: {label: number for number, label in enumerate(labels)} for gold in labels}
+    worst = [
+        {"place": "dev.jsonl, row 1", "text": text * 9, "gold": labels[0], "gold_probability": 0.01,
+         "predicted": labels[1], "predicted_probability": 0.99, "loss": 4.6}
+        for text in ("<script>alert(1)</script>", "שלום", "無空格的長文字" * 5, "x" * 30)
+    ]  # fmt: skip
+    content = {"unit": "examples", "labels": labels, "confusion": confusion, "worst": worst}
+    (folder / "error_analysis.json").write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("matplotlib")
@@ -76,6 +89,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = {"precision": precision, "commit": "0123456789" * 4, "run": {"data_dir": "data/" * 30}}
         (folder / name / "config.json").write_text(json.dumps(config))
+        write_fine_tuning(folder / name / "tuned", [f"label {number} of a long name" for number in range(20)])
+        write_fine_tuning(folder / name / "intents", [f"{name}{number}" * 9 for number in range(77)])
     runs = sorted(path for path in folder.iterdir())
     run(sys.executable, REPOSITORY / "launch/report.py", *runs, "--output", "report.html", cwd=folder)
     return folder / "report.html"

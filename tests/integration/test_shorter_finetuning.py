@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import transformers
 from ds_roberta import progress
 from ds_roberta.distributed import StopRequest
 from ds_roberta.finetuning import one_run
-from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, FinetuneConfig, finetune
+from ds_roberta.finetuning.finetune import STOPPED_EXIT_CODE, FinetuneConfig, finetune, is_finetuned_folder
 from ds_roberta.finetuning.one_run import Recipe, Setting, stops_early
+from ds_roberta.report.page import write_report
+from ds_roberta.report.runs import read_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Trainer's
 EPOCHS, PATIENCE = 12, 2
@@ -185,3 +188,23 @@ def test_the_bar_shows_the_loss_of_whole_steps(config, monkeypatch, tmp_path, ca
     shown = capsys.readouterr().err
     losses = [float(part.split()[0]) for part in shown.split("step 8/8, loss ")[1:]]
     assert losses[-1] == pytest.approx(0.693, abs=0.1)  # ln 2: nothing is learned at this rate
+
+
+def test_the_report_shows_what_the_chosen_model_confuses(config, stopped_early, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1, "loss": 2.0}\n')
+    (tmp_path / "config.json").write_text("{}")
+    shutil.copytree(config.output_dir, tmp_path / "tuned")
+    assert is_finetuned_folder(tmp_path / "tuned")
+    (run,) = read_runs([tmp_path])
+    analysis = run.error_analyses["tuned/results.json"]
+    validation = stopped_early["best"]["validation"]
+    right = sum(analysis.confusion[label].get(label, 0) for label in ("0", "1"))
+    assert right / 16 == validation["accuracy"]
+    losses = [each["loss"] for each in analysis.worst]
+    assert len(losses) == 16  # all there are
+    assert sum(losses) / 16 == pytest.approx(validation["loss"], rel=1e-5)
+    write_report([tmp_path], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "errors on the validation examples" in page
+    assert page.index("Confusion of examples") < page.index(analysis.worst[0]["text"])
