@@ -24,7 +24,7 @@ def make_parser() -> ArgumentParser:
 
     pairs = commands.add_parser("minimal-pairs", help="is each pair's acceptable sentence the more likely (BLiMP)")
     add_common(pairs)
-    pairs.add_argument("--data", type=Path, nargs="+", required=True, help="BLiMP's .jsonl files, or folders of them")
+    pairs.add_argument("--data", nargs="+", required=True, help="tables such as BLiMP's .jsonl, or folders of them")
     pairs.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is masked along with each token")
     add_options(pairs, PairOptions)
 

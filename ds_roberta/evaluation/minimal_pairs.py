@@ -1,8 +1,8 @@
 """Grammatical knowledge, tested with minimal pairs: how often is the acceptable sentence the more likely one?
 
-Reads JSON lines like BLiMP's (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon) and,
-optionally, `field`. A pair is correct if the acceptable sentence has the higher score, which is BLiMP's own rule, so a
-tie is wrong: the model does not distinguish the two, and half a point would hide that. Ties are counted, and the
+Reads tables like BLiMP's JSON lines (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon)
+and, optionally, `field`. A pair is correct if the acceptable sentence has the higher score, which is BLiMP's own rule,
+so a tie is wrong: the model does not distinguish the two, and half a point would hide that. Ties are counted, and the
 accuracy in which they count half, as in a guess, is given beside.
 """
 
@@ -22,6 +22,8 @@ from ds_roberta.errors import UserError
 from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
 from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk, write_figures
+from ds_roberta.inputs.streams import format_of, is_url
+from ds_roberta.inputs.tables import TABULAR, TABULAR_NAMES, is_saved, read_table
 from ds_roberta.options import Settings, option
 
 PHENOMENON = "UID"
@@ -31,10 +33,10 @@ PHENOMENON = "UID"
 class PairOptions(Settings):
     """Pairs of sentences."""
 
-    good_column: str = option("key of the acceptable sentence", "sentence_good")
-    bad_column: str = option("key of the unacceptable sentence", "sentence_bad")
+    good_column: str = option("column of the acceptable sentence", "sentence_good")
+    bad_column: str = option("column of the unacceptable sentence", "sentence_bad")
     phenomenon_column: str | None = option(
-        f"key of what a pair tests (default: {PHENOMENON}, or for a file without it the file's name)", None
+        f"column of what a pair tests (default: {PHENOMENON}, or for a file without it the file's name)", None
     )
     pairs: Path | None = option(
         "also write each pair's sentences with their scores to this file, as JSON lines", None, metavar="FILE"
@@ -75,7 +77,7 @@ class Report:
 
 def evaluate_minimal_pairs(
     model: Path,
-    data: Sequence[Path],
+    data: Sequence[str | Path],
     metric: str = "original",
     precision: str = "fp32",
     json_path: Path | None = None,
@@ -85,7 +87,7 @@ def evaluate_minimal_pairs(
 
     Args:
         model: a transformers folder.
-        data: `.jsonl` files, or folders of them.
+        data: tables, see `read_table`, or folders of them.
         metric: one of `pseudo_likelihood.METRICS`.
         precision: a key of `roberta_folder.PRECISIONS`.
         options: None: their defaults.
@@ -140,42 +142,26 @@ def write_pairs(path: Path, pairs: Sequence[Pair], scores: np.ndarray) -> None:
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def read_pairs(path: Path, options: PairOptions) -> list[Pair]:
-    """The pairs of a file of JSON lines; empty lines are skipped.
+def read_pairs(path: str | Path, options: PairOptions) -> list[Pair]:
+    """The pairs of a table.
 
     Raises:
-        UserError: the file cannot be read or has no pair, or a line is not a JSON object or lacks a field.
+        UserError: the file cannot be read or has no row, or a row lacks a column.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}): choose a file of JSON lines in UTF-8") from error
-    rows = {f"{path}, line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
-    if not rows:
-        raise UserError(f"{str(path)!r} is empty: choose a file with one pair of sentences per line")
-    entries = {place: _parse(line, place) for place, line in rows.items()}
+    table = read_table(path)
     column = options.phenomenon_column or PHENOMENON
-    if options.phenomenon_column is None and not any(column in entry for entry in entries.values()):
-        entries = {place: {**entry, column: path.stem} for place, entry in entries.items()}
+    of_file = {}
+    if options.phenomenon_column is None and column not in table.columns:
+        of_file = {column: Path(table.name).name.partition(".")[0]}
     columns = (options.good_column, options.bad_column, column)
-    return [_pair(entry, columns, place) for place, entry in entries.items()]
-
-
-def _parse(line: str, place: str) -> dict[str, Any]:
-    try:
-        entry = orjson.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}): a line must be an object with a pair of sentences") from error
-    if not isinstance(entry, dict):
-        raise UserError(f"{place}: not a JSON object but {line[:40]!r}: a line must be one with a pair of sentences")
-    return entry
+    return [_pair({**row, **of_file}, columns, table.place(index)) for index, row in enumerate(table.rows)]
 
 
 def _pair(entry: dict[str, Any], columns: tuple[str, str, str], place: str) -> Pair:
     for name, letter in zip(columns, ("good", "bad", "phenomenon"), strict=True):
         if not isinstance(entry.get(name), str) or not entry[name].strip():
             raise UserError(
-                f"{place}: {name!r} is {entry.get(name)!r}: every line needs it as text; if another key has it, give "
+                f"{place}: {name!r} is {entry.get(name)!r}: every row needs it as text; if another column has it, give "
                 f"that as --{letter}_column"
             )
     field = str(entry.get("field") or "").replace("/", "_")  # BLiMP writes syntax/semantics and syntax_semantics
@@ -183,22 +169,25 @@ def _pair(entry: dict[str, Any], columns: tuple[str, str, str], place: str) -> P
     return Pair(good, bad, phenomenon, field, place)
 
 
-def _check_outputs(json_path: Path | None, pairs_path: Path | None, files: Sequence[Path]) -> None:
+def _check_outputs(json_path: Path | None, pairs_path: Path | None, files: Sequence[str]) -> None:
     """Raise `UserError` if the outputs could not be written, or would replace each other or the data."""
     check_output_file("--json", json_path)
     check_output_file("--pairs", pairs_path)
-    others = [*files, *([json_path] if json_path else [])]
-    if pairs_path is not None and pairs_path.resolve() in {path.resolve() for path in others}:
+    others: list[str | Path] = [*files, *([json_path] if json_path else [])]
+    if pairs_path is not None and pairs_path.resolve() in {Path(path).resolve() for path in others}:
         raise UserError(f"--pairs {str(pairs_path)!r} is also the data or --json: choose another file")
 
 
-def _files(data: Sequence[Path]) -> list[Path]:
+def _files(data: Sequence[str | Path]) -> list[str]:
     files = []
-    for path in data:
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not found or not path.exists():
-            what = "has no .jsonl file" if path.is_dir() else "does not exist"
-            raise UserError(f"--data {str(path)!r} {what}: choose BLiMP's .jsonl files or a folder of them")
+    for path in map(str, data):
+        found = [path]
+        if Path(path).is_dir() and not is_saved(path):
+            found = [str(file) for file in sorted(Path(path).iterdir()) if format_of(file.name, TABULAR)]
+        elif not is_url(path) and not Path(path).exists():
+            raise UserError(f"--data {path!r} does not exist: choose tables like BLiMP's, or folders of them")
+        if not found:
+            raise UserError(f"--data {path!r} has no table ({TABULAR_NAMES}): choose a folder of BLiMP's files")
         files += found
     return files
 

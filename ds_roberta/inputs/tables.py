@@ -114,6 +114,11 @@ def is_saved_splits(path: str | Path) -> bool:
     return bool(HUB_DATASET.fullmatch(str(path))) or os.path.isfile(os.path.join(path, _SAVED_SPLITS))
 
 
+def is_saved(path: str | Path) -> bool:
+    """Whether a folder is one that `datasets` saved, with splits or without."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in (_SAVED_DATASET, _SAVED_SPLITS))
+
+
 def read_saved_splits(path: str | Path) -> dict[str, Table]:
     """The splits of a folder that `datasets` saved, or of `hf://datasets/OWNER/NAME` (`@REVISION`, `?config=CONFIG`).
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import transformers
@@ -159,16 +160,26 @@ def test_pairs_have_keys_of_other_names_and_the_file_names_the_phenomenon(tmp_pa
     path = tmp_path / "agreement.jsonl"
     path.write_text(json.dumps({"right": "kato to", "wrong": "to kato"}) + "\n")
     options = PairOptions(good_column="right", bad_column="wrong")
-    assert read_pairs(path, options) == [Pair("kato to", "to kato", "agreement", "", f"{path}, line 1")]
+    assert read_pairs(path, options) == [Pair("kato to", "to kato", "agreement", "", f"{path}, row 1")]
     path.write_text(line(kind="order of words"))
     assert read_pairs(path, PairOptions(phenomenon_column="kind"))[0].phenomenon == "order of words"
     with pytest.raises(
-        UserError, match=r"line 1: 'sort' is None.*another key has it, give that as --phenomenon_column"
+        UserError, match=r"row 1: 'sort' is None.*another column has it, give that as --phenomenon_column"
     ):
         read_pairs(path, PairOptions(phenomenon_column="sort"))
     path.write_text(line() + "\n" + json.dumps({"sentence_good": "kato", "sentence_bad": "to"}))
-    with pytest.raises(UserError, match="line 2: 'UID' is None"):
+    with pytest.raises(UserError, match="row 2: 'UID' is None"):
         read_pairs(path, PairOptions())
+
+
+def test_pairs_come_from_any_table(tmp_path):
+    frame = pandas.DataFrame([{"sentence_good": 'kato "to"', "sentence_bad": "to, kato"}])
+    frame.to_csv(tmp_path / "order.csv.gz", index=False)
+    frame.to_csv(tmp_path / "order.tsv", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "order.parquet")
+    for name, number in {"order.csv.gz": 2, "order.tsv": 2, "order.parquet": 1}.items():
+        (found,) = read_pairs(tmp_path / name, PairOptions())
+        assert found == Pair('kato "to"', "to, kato", "order", "", f"{tmp_path / name}, row {number}")
 
 
 def test_each_pair_is_written_with_its_scores(tmp_path, exported, folder):
@@ -182,13 +193,13 @@ def test_each_pair_is_written_with_its_scores(tmp_path, exported, folder):
         "bad": "to kato",
         "phenomenon": "order",
         "field": "syntax_semantics",
-        "place": f"{tmp_path / 'data.jsonl'}, line 1",
+        "place": f"{tmp_path / 'data.jsonl'}, row 1",
         "good_score": pytest.approx(good, abs=1e-4),
         "bad_score": pytest.approx(bad, abs=1e-4),
         "margin": first["good_score"] - first["bad_score"],
         "correct": good > bad,
     }
-    assert (second["place"], second["margin"], second["correct"]) == (f"{tmp_path / 'data.jsonl'}, line 3", 0, False)
+    assert (second["place"], second["margin"], second["correct"]) == (f"{tmp_path / 'data.jsonl'}, row 3", 0, False)
 
 
 def test_pairs_are_not_written_over_the_data_or_the_figures(tmp_path, exported):
@@ -207,11 +218,11 @@ def test_pairs_are_not_written_over_the_data_or_the_figures(tmp_path, exported):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is empty: choose"),
-        (line() + "\n{broken\n", "line 2: not JSON"),
-        ("[1]", "line 1: not a JSON object"),
-        (line() + "\n\n" + line(sentence_bad=None), "line 3: 'sentence_bad' is None"),
-        (line(UID=" "), "line 1: 'UID' is ' '"),
+        ("", "has no rows: choose"),
+        (line() + "\n{broken\n", "row 2: not valid JSON"),
+        ("[1]", "row 1: not a JSON object"),
+        (line() + "\n\n" + line(sentence_bad=None), "row 3: 'sentence_bad' is None"),
+        (line(UID=" "), "row 1: 'UID' is ' '"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, content, message):
@@ -222,10 +233,10 @@ def test_bad_lines_are_named(tmp_path, content, message):
 
 def test_bytes_that_are_not_text_and_places_without_data_are_refused(tmp_path, exported):
     (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="UTF-16 by its first bytes"):
         read_pairs(tmp_path / "data.jsonl", PairOptions())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"has no \.jsonl file"):
+    with pytest.raises(UserError, match="has no table"):
         evaluate_minimal_pairs(exported, [tmp_path / "empty"])
     with pytest.raises(UserError, match="does not exist"):
         evaluate_minimal_pairs(exported, [tmp_path / "nothing"])
