@@ -31,6 +31,7 @@ from ds_roberta.data.tokenizer_files import (
     training_tokenizer,
     write_tokenizer,
 )
+from ds_roberta.data.unigram import is_unigram
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
@@ -285,7 +286,10 @@ def _difference(folder: Path, training: Path, add_prefix_space: bool | None) -> 
     bos, eos, mask = special.bos_token_id, special.eos_token_id, special.mask_token_id
     ordinary = sorted(set(vocabulary.values()) - set(special.special_ids))
     pieces = reference.decode(ordinary[:: 1 + len(ordinary) // MOST_PIECES])
-    for text in (*PROBES.values(), *(f" {token} Text{token}" for token in SPECIAL_TOKENS), pieces):
+    texts = [*PROBES.values(), *(f" {token} Text{token}" for token in SPECIAL_TOKENS), pieces]
+    if is_unigram(tokenizer_content(training)):  # transformers takes a special token's letters for the token
+        texts = [text.replace("<", " ") for text in texts]
+    for text in texts:
         if opened(text, split_special_tokens=True, verbose=False)["input_ids"] != [bos, *ids(text), eos]:
             return f"{text[:40]!r} has other ids"
         pair = opened(text, text, split_special_tokens=True, verbose=False)["input_ids"]

@@ -77,7 +77,13 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train_tokenizer)
 
     sharding = commands.add_parser("shard", parents=[inputs], help="tokenize text into memory-mapped shards")
-    sharding.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder of a RoBERTa tokenizer")
+    sharding.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the tokenizer of a RoBERTa, an XLM-R or a CamemBERT",
+    )
     sharding.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the prepared data")
     sharding.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: all cores)")
     sharding.add_argument(

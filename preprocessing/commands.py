@@ -198,3 +198,8 @@ def _summarise(manifest: Manifest, totals: Totals, seconds: float) -> None:
     size = totals.text_bytes
     print(f"text        {size / 1e6:.2f} MB, {size / tokens:.2f} bytes/token, {seconds:.1f} s")
     print(f"special     {totals.special_documents} documents with special-token letters, kept as text")
+    if totals.unknown_tokens:
+        print(
+            f"unknown     {totals.unknown_tokens} tokens ({totals.unknown_tokens / tokens:.2%}) are <unk>: characters "
+            "that the tokenizer does not know"
+        )

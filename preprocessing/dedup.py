@@ -33,7 +33,10 @@ RANGE_ROWS = 1 << 21
 _SEED = 1
 _WORD = re.compile(r"\w+")
 _ROW = np.dtype(
-    [("split", "u1"), ("part", "<u4"), ("piece", "<u4"), ("source", "<u4"), ("bytes", "<u4"), ("special", "u1")]
+    [
+        *(("split", "u1"), ("part", "<u4"), ("piece", "<u4"), ("source", "<u4"), ("bytes", "<u4"), ("special", "u1")),
+        ("unknown", "<u4"),
+    ]
 )
 _DROP = np.dtype([("unit", "<u4"), ("row", "<u4")])
 _PAIRS_AT_ONCE = 1 << 15
@@ -73,12 +76,12 @@ class DocumentTable:
         """The names of the sources, in the order of their numbers."""
         return tuple(self._sources)
 
-    def add(self, document: bytes, split: int, part: int, piece: int, source: str, special: bool) -> None:
-        """Add a document: its text, where it went (split, and which shard of it), where it came from, and whether it
-        has the letters of a special token.
+    def add(self, document: bytes, split: int, part: int, piece: int, source: str, special: bool, unknown: int) -> None:
+        """Add a document: its text, where it went (split, and which shard of it), where it came from, whether it has
+        the letters of a special token, and how many of its tokens are `<unk>`.
         """
         number = self._sources.setdefault(source, len(self._sources))
-        self._rows.append((split, part, piece, number, len(document), special))
+        self._rows.append((split, part, piece, number, len(document), special, unknown))
         self._hashes.append(xxhash.xxh3_128_intdigest(document))
         if self.kind == "near":
             self._signatures.append(_signature(document.decode("utf-8")))
@@ -159,7 +162,7 @@ def dropped_rows(folder: Path, kind: str, documents: int, unit: int) -> dict[str
 
 
 def load_rows(folder: Path, unit: int) -> np.ndarray:
-    """Load the table of a unit's documents: (documents,) records of split, part, piece, source, bytes and special."""
+    """Load the table of a unit's documents: (documents,) records of `_ROW`."""
     return _load(folder / "rows", unit)
 
 

@@ -58,6 +58,7 @@ class Totals(NamedTuple):
 
     text_bytes: int
     special_documents: int
+    unknown_tokens: int
 
 
 def run_job(

@@ -40,7 +40,7 @@ from preprocessing.tokens.sentence_splitting import sentence_bytes
 _BATCH_BYTES = 1 << 20
 _SOURCES_AT_MOST = 256
 """The most sources in one part of a unit: each source has its own shards, which would become too many and too small."""
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 """Version of a unit's record: a job does not resume from records of another version."""
 _PART_UNITS = 2
 """A unit that turns out larger, such as a compressed file, is written in parts of this many times `unit_bytes`."""
@@ -95,6 +95,8 @@ class UnitResult:
     text_bytes: int
     special_documents: int
     """Documents that contain the letters of a special token, which stayed text."""
+    unknown_tokens: int
+    """Tokens `<unk>`, each for one or more characters that the tokenizer does not know."""
     sources: tuple[str, ...] = ()
 
     @property
@@ -108,6 +110,7 @@ class UnitResult:
             "accounts": {path: vars(account) for path, account in self.accounts.items()},
             "text_bytes": self.text_bytes,
             "special_documents": self.special_documents,
+            "unknown_tokens": self.unknown_tokens,
             "sources": self.sources,
         }
 
@@ -119,7 +122,14 @@ class UnitResult:
             path: Account(**{**account, "counts": Counter(account["counts"])})
             for path, account in record["accounts"].items()
         }
-        return cls(shards, accounts, record["text_bytes"], record["special_documents"], tuple(record["sources"]))
+        return cls(
+            shards,
+            accounts,
+            record["text_bytes"],
+            record["special_documents"],
+            record["unknown_tokens"],
+            tuple(record["sources"]),
+        )
 
 
 def split_of(document: bytes | str, validation_fraction: float) -> str:
@@ -161,20 +171,22 @@ def _tokenize_unit(
         for document in kept_documents(piece, options.read, accounts[piece.path])
     )
     writers = {split: _Writer(folder, split, unit, info.vocab_size) for split in SPLITS}
-    text_bytes = part_bytes = special_documents = part = 0
+    text_bytes = part_bytes = special_documents = unknown_tokens = part = 0
     for batch in _batches(documents):
         texts = [document.sentences for document in batch]
         encoded = encoder.encode(texts)
         splits = np.array([split_of(text, options.validation_fraction) for text in texts])
         has_special = list(map(special.occur_in, texts))
+        unknown = encoder.unknown_tokens(encoded)
         if options.dedup != "none":
-            for document, split, letters in zip(batch, splits, has_special, strict=True):
+            for document, split, *found in zip(batch, splits, has_special, unknown.tolist(), strict=True):
                 place = SPLITS.index(split), part, document.piece
-                table.add(document.sentences, *place, document.source or "", letters)
+                table.add(document.sentences, *place, document.source or "", *found)
         for split, writer in writers.items():
             writer.add(encoded, batch, splits == split)
         part_bytes += sum(map(len, texts))
         special_documents += sum(has_special)
+        unknown_tokens += int(unknown.sum())
         if part_bytes >= _PART_UNITS * options.unit_bytes:
             for writer in writers.values():
                 writer.flush()
@@ -184,7 +196,8 @@ def _tokenize_unit(
     shards = {split: tuple(writer.shards) for split, writer in writers.items()}
     if options.dedup != "none":
         table.write(scratch, unit.index)
-    return UnitResult(shards, accounts, text_bytes + part_bytes, special_documents, table.sources).record()
+    counts = (text_bytes + part_bytes, special_documents, unknown_tokens)
+    return UnitResult(shards, accounts, *counts, table.sources).record()
 
 
 def thin_unit(
@@ -193,11 +206,13 @@ def thin_unit(
     """Rewrite the staged shards of a unit without repeated documents. `documents` counts those of all units."""
     rows = dedup.load_rows(job, unit.index)
     keep, text_bytes, special_documents = np.ones(len(rows), bool), result.text_bytes, result.special_documents
+    unknown_tokens = result.unknown_tokens
     accounts = {path: replace(a, counts=Counter(a.counts)) for path, a in result.accounts.items()}
     for reason, dropped in dedup.dropped_rows(job, kind, documents, unit.index).items():
         keep[dropped] = False
         text_bytes -= int(rows["bytes"][dropped].sum(dtype=np.int64))
         special_documents -= int(rows["special"][dropped].sum(dtype=np.int64))
+        unknown_tokens -= int(rows["unknown"][dropped].sum(dtype=np.int64))
         for piece, number in Counter(rows["piece"][dropped].tolist()).items():
             counts = accounts[unit.pieces[piece].path].counts
             counts[KEPT] -= number
@@ -222,7 +237,7 @@ def thin_unit(
                 pieces = _input_pieces(unit, Counter(rows["piece"][here & keep].tolist()))
                 thinned.append(replace(new, source=shard.source, pieces=pieces))
         shards[split] = tuple(thinned)
-    return UnitResult(shards, accounts, text_bytes, special_documents).record()
+    return UnitResult(shards, accounts, text_bytes, special_documents, unknown_tokens).record()
 
 
 class _Writer:

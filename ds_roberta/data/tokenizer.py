@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 import xxhash
 
+from ds_roberta.data import unigram
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
 
@@ -21,6 +22,8 @@ MAX_UINT16_VOCABULARY = 1 << 16
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 REMEDY = "use a tokenizer of the RoBERTa kind, for example one made with 'preprocess train-tokenizer'"
+_KINDS = "a byte-level BPE or a SentencePiece Unigram"
+_SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
 
 PROBES = {
     "Latin": "Größe, naïve façade: It's 1 234,5 €",
@@ -38,7 +41,7 @@ PROBES = {
     "control characters": "a\x00b\x1f\x7f\u200b\ufeff",
     "white space": "a  b\t\tc\n\n d\u00a0\u3000e ",
 }
-"""A text in each script, which a tokenizer must reproduce."""
+"""A text in each script, which a byte-level BPE must reproduce."""
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -72,7 +75,7 @@ class TokenizerInfo:
         """
         content = tokenizer_content(folder)
         model, added = content["model"], content.get("added_tokens") or []
-        vocabulary = dict(model["vocab"])
+        vocabulary = model_vocabulary(content)
         vocabulary.update({token["content"]: token["id"] for token in added})
         ids = {}
         for name in ("<s>", "<pad>", "</s>", "<mask>"):
@@ -85,6 +88,7 @@ class TokenizerInfo:
             "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])],
             "normalizer": content.get("normalizer"),
             "pre_tokenizer": content.get("pre_tokenizer"),
+            **({"scores": [score for _, score in model["vocab"]]} if unigram.is_unigram(content) else {}),
         }
         return cls(
             vocab_size=max(vocabulary.values()) + 1,
@@ -99,7 +103,7 @@ class TokenizerInfo:
 
 
 def tokenizer_content(folder: Path) -> dict[str, Any]:
-    """The content of a `tokenizer.json` of RoBERTa's kind, in which the vocabulary is an object.
+    """The content of a `tokenizer.json` of RoBERTa's kind: a byte-level BPE, or a Unigram as `unigram.standard` says.
 
     If there is no such file, it is made from `vocab.json` and `merges.txt`.
 
@@ -109,6 +113,11 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer.json"
     if not path.is_file() and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _content_of_vocabulary(folder)
+    if not path.is_file() and (folder / _SENTENCEPIECE_MODEL).is_file():
+        raise UserError(
+            f"{str(folder)!r} has {_SENTENCEPIECE_MODEL}, but no tokenizer.json, which is read here: make it with "
+            "transformers and sentencepiece: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
     if not path.is_file():
         raise UserError(
             f"no tokenizer in {str(folder)!r} (tokenizer.json is missing, and so is vocab.json or merges.txt): copy "
@@ -116,15 +125,22 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
         )
     try:
         content: dict[str, Any] = orjson.loads(path.read_bytes())
-        obstacle = _why_not_bpe(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        of_unigram = unigram.is_unigram(content)
+        obstacle = unigram.obstacle(content) if of_unigram else _why_not_bpe(content)
+        if of_unigram and obstacle is None:
+            content = unigram.standard(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({str(path)!r} is not a byte-level BPE tokenizer.json: "
-            f"{error!r}): copy it again"
+            f"the tokenizer in {str(folder)!r} cannot be read ({str(path)!r} is not {_KINDS}: {error!r}): copy it again"
         ) from error
     if obstacle is not None:
-        raise UserError(f"{str(path)!r} is not a byte-level BPE tokenizer.json, but has {obstacle}: {REMEDY}")
+        raise UserError(f"{str(path)!r} is not {_KINDS}, but has {obstacle}: {REMEDY}")
     return content
+
+
+def model_vocabulary(content: dict[str, Any]) -> dict[str, int]:
+    """The id of each token of the model, as a new object; tokens that were added later may be missing."""
+    return unigram.vocabulary(content) if unigram.is_unigram(content) else dict(content["model"]["vocab"])
 
 
 def roberta_content(vocabulary: dict[str, int], merges: list[list[str]], add_prefix_space: bool) -> dict[str, Any]:
@@ -206,21 +222,28 @@ def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
 
 
 def token_bytes(folder: Path) -> dict[int, bytes]:
-    """The text of each of the BPE's ids, as UTF-8; a token may hold only part of a character.
+    """The text of each of the model's ids, as UTF-8; a byte-level BPE's token may hold only part of a character.
 
     Raises:
         UserError: as `tokenizer_content`.
     """
-    # Byte-level BPE keeps bytes that are visible in Latin-1, and writes the others as letters from U+0100 on.
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): bytes([byte]) for byte in visible}
-    hidden = [byte for byte in range(0x100) if byte not in visible]
-    letters |= {chr(0x100 + number): bytes([byte]) for number, byte in enumerate(hidden)}
-    vocabulary = tokenizer_content(folder)["model"]["vocab"]
+    content = tokenizer_content(folder)
+    vocabulary = model_vocabulary(content)
+    if unigram.is_unigram(content):
+        return {number: token.replace(unigram.WORD_START, " ").encode() for token, number in vocabulary.items()}
+    letters = _letters_of_bytes()
     return {
         number: b"".join(letters.get(letter) or letter.encode() for letter in token)
         for token, number in vocabulary.items()
     }
+
+
+def _letters_of_bytes() -> dict[str, bytes]:
+    """Byte-level BPE keeps bytes that are visible in Latin-1, and writes the others as letters from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    letters = {chr(byte): bytes([byte]) for byte in visible}
+    return letters | {chr(0x100 + number): bytes([byte]) for number, byte in enumerate(hidden)}
 
 
 @lru_cache(maxsize=4)
@@ -240,31 +263,44 @@ def is_continuation(byte: int) -> bool:
     return 0x80 <= byte < 0xC0
 
 
-def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> str | None:
+def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Check that texts of many scripts survive encoding and decoding.
 
     Args:
         tokenizer: the one of `folder`, which neither cuts nor pads texts.
 
     Returns:
-        What its normalizer changes, in words; None if it changes none of the texts.
+        What a user should know, in words: what its normalizer changes; if it is a Unigram, the scripts with characters
+        that it does not know.
 
     Raises:
-        UserError: a text is lost: decoding does not give what the normalizer left, or the normalizer left nothing.
+        UserError: a byte-level BPE loses a text: decoding does not give what the normalizer left, or the normalizer
+            left nothing.
     """
-    changed = []
+    changed, unknown = [], []
+    # A Unigram cannot know all characters, and keeps of white space only that there is some.
+    unknown_id = tokenizer.token_to_id(unigram.UNKNOWN) if unigram.is_model(tokenizer) else None
     for script, text in PROBES.items():
         text = f" {text}"  # some tokenizers put a space before a text that has none
         kept = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
-        found = tokenizer.decode(ids, skip_special_tokens=False)
-        if found != kept or not kept.strip():
+        if unknown_id is not None:
+            text, kept = " ".join(text.split()), " ".join(kept.split())
+            if unknown_id in ids:
+                unknown.append(script)
+        elif (found := tokenizer.decode(ids, skip_special_tokens=False)) != kept or not kept.strip():
             raise UserError(
                 f"the tokenizer in {str(folder)!r} would lose text ({script}: {text!r} becomes {found!r}): {REMEDY}"
             )
         if kept != text:
             changed.append(f"{script} ({text.strip()!r} becomes {kept.strip()!r})")
-    return f"the tokenizer's normalizer changes text: {', '.join(changed)}" if changed else None
+    notes = [f"the tokenizer's normalizer changes text: {', '.join(changed)}"] if changed else []
+    if unknown:
+        notes.append(
+            f"the tokenizer does not know all characters; {unigram.UNKNOWN} replaces some in texts of these kinds: "
+            f"{', '.join(unknown)}"
+        )
+    return notes
 
 
 def _why_not_bpe(content: dict[str, Any]) -> str | None:

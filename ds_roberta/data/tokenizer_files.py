@@ -13,9 +13,11 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
+from ds_roberta.data import unigram
 from ds_roberta.data.tokenizer import (
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
+    model_vocabulary,
     read_tokenizer_config,
     special_token,
     tokenizer_content,
@@ -50,12 +52,11 @@ def corpus_content(content: dict[str, Any]) -> dict[str, Any]:
     A file that was saved after other uses may cut texts, pad them, drop merges at random, or take the letters of a
     special token for the token.
     """
-    model = {**content["model"], "dropout": None}
-    added = [
-        {**token, "special": token.get("special", False) or token["content"] in SPECIAL_TOKENS}
-        for token in content.get("added_tokens") or []
-    ]
-    return {**content, "truncation": None, "padding": None, "model": model, "added_tokens": added}
+    content = _without_settings(content)
+    if not unigram.is_unigram(content):
+        return content
+    special = {*SPECIAL_TOKENS, *(token["content"] for token in content["added_tokens"] if token["special"])}
+    return unigram.keeping_letters(content, sorted(special & model_vocabulary(content).keys()))
 
 
 def training_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> Tokenizer:
@@ -93,7 +94,7 @@ def write_tokenizer(
     Raises:
         UserError: as `tokenizer_content` and `stated_length`.
     """
-    content = completed(_with_prefix_space(corpus_content(tokenizer_content(source)), add_prefix_space))
+    content = completed(_with_prefix_space(_without_settings(tokenizer_content(source)), add_prefix_space))
     length = max_seq_length or stated_length(source) or DEFAULT_LENGTH
     write_files(content, read_tokenizer_config(source), length, target)
 
@@ -115,17 +116,20 @@ def write_files(content: dict[str, Any], before: dict[str, Any], max_seq_length:
         "errors": "replace",
         "model_max_length": max_seq_length,
         "tokenizer_class": class_of(content),
-        "trim_offsets": content["post_processor"]["trim_offsets"],
+        "trim_offsets": content["post_processor"].get("trim_offsets"),
     }
+    if unigram.is_unigram(content):
+        del config["errors"], config["trim_offsets"]
     (folder / "tokenizer.json").write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
     write_json(folder / TOKENIZER_CONFIG, config)
 
 
 def completed(content: dict[str, Any]) -> dict[str, Any]:
     """Add RoBERTa's missing special tokens, and the processor that puts them around texts and pairs."""
-    vocabulary = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    vocabulary = {**model_vocabulary(content), **{token["content"]: token["id"] for token in content["added_tokens"]}}
     added = {token["content"]: token for token in content["added_tokens"]}
-    for name in SPECIAL_TOKENS:
+    is_camembert = class_of(content) == unigram.CAMEMBERT_CLASS
+    for name in (*SPECIAL_TOKENS, *(unigram.CAMEMBERT_UNUSED if is_camembert else ())):
         if name in vocabulary:
             added[name] = {**special_token(name, vocabulary[name]), **added.get(name, {})}
     added["<mask>"] = {**added["<mask>"], "lstrip": True}  # it replaces a word and the space before it
@@ -136,6 +140,8 @@ def completed(content: dict[str, Any]) -> dict[str, Any]:
         "trim_offsets": (content.get("post_processor") or {}).get("trim_offsets", True),
         "add_prefix_space": has_prefix_space(content),
     }
+    if unigram.is_unigram(content):
+        processor = unigram.post_processor(vocabulary["<s>"], vocabulary["</s>"])
     return {
         **content,
         "added_tokens": sorted(added.values(), key=lambda token: token["id"]),
@@ -146,8 +152,11 @@ def completed(content: dict[str, Any]) -> dict[str, Any]:
 def class_of(content: dict[str, Any]) -> str:
     """transformers' class of tokenizer that produces the ids of a `tokenizer.json`.
 
-    `RobertaTokenizer` takes only vocabulary and merges from the file (transformers 5), the generic class everything.
+    `RobertaTokenizer` takes only vocabulary and merges from the file (transformers 5), the classes of Unigrams only the
+    vocabulary and the table of characters, the generic class everything.
     """
+    if unigram.is_unigram(content):
+        return unigram.class_of_unigram(content) or GENERIC_CLASS
     model, before = content["model"], content.get("pre_tokenizer") or {}
     other = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not content.get("normalizer")
@@ -186,7 +195,18 @@ def stated_length(folder: Path) -> int | None:
 
 def has_prefix_space(content: dict[str, Any]) -> bool:
     """Whether a text is given a space before its first word."""
-    return any(step.get("add_prefix_space", False) for step in _byte_levels(content.get("pre_tokenizer")))
+    steps = _byte_levels(content.get("pre_tokenizer"))
+    return unigram.is_unigram(content) or any(step.get("add_prefix_space", False) for step in steps)
+
+
+def _without_settings(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with all special tokens marked as such, and without truncation, padding and dropout."""
+    added = [
+        {**token, "special": token.get("special", False) or token["content"] in SPECIAL_TOKENS}
+        for token in content.get("added_tokens") or []
+    ]
+    model = content["model"] if unigram.is_unigram(content) else {**content["model"], "dropout": None}
+    return {**content, "truncation": None, "padding": None, "model": model, "added_tokens": added}
 
 
 def _with_prefix_space(content: dict[str, Any], add_prefix_space: bool | None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Word boundaries, found with a table over the vocabulary; no offsets into the text are needed.
 
 A byte-level BPE puts the space before a word into the word's first token (Radford et al. 2019, GPT-2; fairseq's
-whole-word masking of RoBERTa reads it the same way). Punctuation that follows a word without a space belongs to it.
+whole-word masking of RoBERTa reads it the same way), and so does SentencePiece, which writes it as ▁. Punctuation that
+follows a word without a space belongs to it.
 
 In scripts written without spaces every token is a word, as every Han and Hiragana character is in UAX #29; a run of
 Katakana is a word too. For scripts that need a dictionary in UAX #29 (Thai, Lao, Khmer, Myanmar) tokens are used as

@@ -1,6 +1,7 @@
 """`preprocess stats`: count what is in prepared data, from the shards only.
 
-Byte-level BPE loses nothing, so the size of the text is the sum of the bytes that the ids stand for.
+The size of the text is the sum of the bytes that the ids stand for. Byte-level BPE loses nothing; of a Unigram's text
+this is the size after its normalization, with a space before every word and without unknown characters.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders
 
 from ds_roberta.config import EVAL_SEQUENCES, PACKING_FORMATS, MaskingConfig, PackingConfig
+from ds_roberta.data import unigram
 from ds_roberta.data.mixture import shown_source
 from ds_roberta.data.packing import pack_shard, pack_split, packed_tokens
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus, ShardInfo, Split
+from ds_roberta.data.tokenizer import token_bytes as bytes_of_ids
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, errors_of_the_disk
 from ds_roberta.progress import byte_bar
@@ -132,11 +135,11 @@ def _lines(corpus: Corpus, packings: Sequence[PackingConfig]) -> dict[int, dict[
 def token_bytes(corpus: Corpus) -> np.ndarray:
     """Return the number of bytes of text that each id stands for, 0 for special ids: (vocab_size,) int64."""
     info, tokenizer = corpus.manifest.tokenizer, _tokenizer(corpus)
+    of_model = bytes_of_ids(corpus.folder / TOKENIZER_FOLDER)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     sizes = np.zeros(info.vocab_size, np.int64)
     for token, id_ in tokenizer.get_vocab().items():
-        # A BPE token has a letter for each byte, an added token is the text itself.
-        sizes[id_] = len(token.encode()) if token in added else len(token)
+        sizes[id_] = len(token.encode()) if token in added else len(of_model[id_])
     sizes[list(info.special_ids)] = 0
     return sizes
 
@@ -225,8 +228,10 @@ def as_json(stats: Stats, corpus: Corpus) -> dict[str, Any]:
 
 def vocabulary(stats: Stats, corpus: Corpus) -> dict[str, Any]:
     """Return how many of the ordinary (not special) ids occur, and which occur most and least often."""
-    decoder = decoders.ByteLevel()
-    tokens = {id_: token for token, id_ in _tokenizer(corpus).get_vocab().items()}
+    tokenizer = _tokenizer(corpus)
+    of_unigram = unigram.is_model(tokenizer)
+    decoder = decoders.Replace(unigram.WORD_START, " ") if of_unigram else decoders.ByteLevel()
+    tokens = {id_: token for token, id_ in tokenizer.get_vocab().items()}
     ordinary = np.setdiff1d(list(tokens), corpus.manifest.tokenizer.special_ids)
     used = ordinary[stats.id_counts[ordinary] > 0]
     by_count = used[np.argsort(-stats.id_counts[used], kind="stable")].tolist()
@@ -237,6 +242,7 @@ def vocabulary(stats: Stats, corpus: Corpus) -> dict[str, Any]:
     return {
         "ids": len(ordinary),
         "used": len(used),
+        "unknown": int(stats.id_counts[tokenizer.token_to_id(unigram.UNKNOWN)]) if of_unigram else 0,
         "coverage": len(used) / len(ordinary),
         "most_used": named(by_count[:_NAMED_IDS]),
         "least_used": named(by_count[: -_NAMED_IDS - 1 : -1]),
@@ -280,6 +286,8 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
         )
     words = content["vocabulary"]
     yield f"vocabulary  {words['used']:,} of {words['ids']:,} ordinary ids used ({words['coverage']:.2%})"
+    if words["unknown"]:
+        yield f"  unknown     {words['unknown']:,} tokens are <unk>: characters that the tokenizer does not know"
     for kind in ("most_used", "least_used"):
         named = ", ".join(f"{entry['text']!r} {entry['count']:,}" for entry in words[kind])
         yield f"  {kind.replace('_', ' '):<12}{named}"

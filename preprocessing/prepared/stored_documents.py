@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer, decoders
 
+from ds_roberta.data import unigram
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, InputPiece
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.pieces import Piece
@@ -22,6 +23,7 @@ from ds_roberta.inputs.streams import TABLES, known_format
 from preprocessing.reading.accounts import kept_or_rejected
 from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
+from preprocessing.tokens.encoders import HUGGINGFACE, make_encoder
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 OFFSETS_HELP = "show each document's own bytes (in tables: row) in its input, which is read again"
@@ -94,11 +96,16 @@ class StoredDocuments:
 
 
 class Decoder:
-    """Turns a document's ids back into the lines that were encoded."""
+    """Turns a document's ids back into the lines that were encoded; a Unigram gives them as it normalized them, with
+    single spaces, and with `<unk>` for what it does not know."""
 
     def __init__(self, corpus: Corpus):
         self._tokenizer = Tokenizer.from_file(str(corpus.folder / TOKENIZER_FOLDER / "tokenizer.json"))
-        self._tokenizer.decoder = decoders.ByteLevel()
+        self.of_unigram = unigram.is_model(self._tokenizer)
+        if self.of_unigram:
+            self._tokenizer.decoder = decoders.Sequence([decoders.Replace(unigram.WORD_START, " "), decoders.Fuse()])
+        else:
+            self._tokenizer.decoder = decoders.ByteLevel()
 
     def lines(self, sentences: list[np.ndarray]) -> list[str]:
         """Return the text of each sentence; all but the first lose the space at their start."""
@@ -111,7 +118,8 @@ class Decoder:
         return "".join([first, *(f"\n{text[1:]}" if text.startswith(" ") else text for text in others)])
 
     def _decoded(self, sentences: list[np.ndarray]) -> list[str]:
-        return [self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in sentences]
+        first, *others = (self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in sentences)
+        return [first.removeprefix(" ") if self.of_unigram else first, *others]
 
 
 class Origins:
@@ -122,11 +130,15 @@ class Origins:
         options = corpus.manifest.options
         self._options = ReadOptions(**{name: value for name, value in options.items() if name in known})
         self._documents, self._decoder = documents, decoder
+        self._encoder = None
+        if decoder.of_unigram:
+            self._encoder, _ = make_encoder(HUGGINGFACE, corpus.folder / TOKENIZER_FOLDER, corpus.manifest.tokenizer)
         self._spans = lru_cache(maxsize=_PARTS_KEPT)(self._read)
 
     def span(self, document: StoredDocument) -> tuple[int, int | None] | None:
         """Return where the document begins in its input, and where the next one does: bytes of the (decompressed) file
-        or, in tables, rows. If several documents of a part have the same text, the first of them is returned.
+        or, in tables, rows. If several documents of a part have the same text (for a Unigram: the same ids), the first
+        of them is returned.
 
         The end is None at the end of a compressed file; the result is None if the input is unknown or no longer
         contains the text.
@@ -157,8 +169,15 @@ class Origins:
         for item, end in zip(items, ends, strict=True):
             kept = kept_or_rejected(item, piece, self._options) if isinstance(item, Document) else item
             if isinstance(kept, Document):
-                text = sentence_bytes(kept.text, self._options.sentences)
-                yield text.replace(b"\r", b""), (item.offset, end)
+                yield self._as_stored(sentence_bytes(kept.text, self._options.sentences)), (item.offset, end)
+
+    def _as_stored(self, sentences: bytes) -> bytes:
+        """The text that the ids of a document stand for; only a Unigram changes it."""
+        if self._encoder is None:
+            return sentences.replace(b"\r", b"")
+        encoded = self._encoder.encode([sentences])
+        bounds = pairwise([0, *encoded.sentence_ends.tolist()])
+        return self._decoder.text([encoded.ids[start:end] for start, end in bounds]).encode("utf-8")
 
 
 def _digest(text: bytes) -> bytes:

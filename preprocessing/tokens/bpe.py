@@ -1,4 +1,4 @@
-"""Byte-level BPE like RoBERTa's: training it, copying it, and loading it for a corpus."""
+"""Training a byte-level BPE like RoBERTa's; copying any tokenizer and loading it for a corpus."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from ds_roberta.data import unigram
 from ds_roberta.data.tokenizer import REMEDY, SPECIAL_TOKENS, TokenizerInfo, check_text_is_kept, roberta_content
 from ds_roberta.data.tokenizer_files import DEFAULT_LENGTH, corpus_content, write_files, write_tokenizer
 from ds_roberta.errors import UserError
@@ -97,11 +98,10 @@ def copy_tokenizer(source: Path, target: Path) -> TokenizerInfo:
     except Exception as error:  # the library raises no narrower type
         raise UserError(f"cannot use the tokenizer in {str(source)!r} ({error!r}): {REMEDY}") from error
     missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if tokenizer.token_to_id(letter) is None]
-    if missing:
+    if missing and not unigram.is_model(tokenizer):
         raise UserError(
             f"the tokenizer in {str(source)!r} lacks {len(missing)} of the 256 bytes, so it would lose text: {REMEDY}"
         )
-    change = check_text_is_kept(tokenizer, source)
-    if change is not None:
-        print(change, flush=True)
+    for note in check_text_is_kept(tokenizer, source):
+        print(note, flush=True)
     return info

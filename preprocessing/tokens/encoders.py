@@ -16,17 +16,20 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
 import psutil
 import xxhash
+from tokenizers import Tokenizer
 
+from ds_roberta.data import unigram
 from ds_roberta.data.shards import TokenizerInfo, token_type
 from ds_roberta.data.tokenizer import SPECIAL_TOKENS
 from ds_roberta.errors import UserError
 from preprocessing.tokens.bpe import CorpusTokenizer, corpus_tokenizer
+from preprocessing.tokens.encoded import Encoded, close_documents
 from preprocessing.tokens.sentence_splitting import tokenizer_lines
 
 HUGGINGFACE, GIGATOKEN, AUTO = "huggingface", "gigatoken", "auto"
@@ -41,42 +44,10 @@ _SAMPLE_BYTES = 512
 """How much of a batch both backends encode: for a batch of 1 MB, a thirtieth of the faster one's time."""
 _LINE_FEED, _RETURN = "Ċ", "č"
 """The letters by which byte-level BPE names `\\n` and `\\r`."""
+_WHITE_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+"""Unicode's White_Space, at which `tokenizers` splits; `str.split` also splits at separators of files and records."""
 _CACHE_BYTES = 128 << 20
 """gigatoken 0.10 remembers every word; it is created again after the process has grown by this much."""
-
-
-class Encoded(NamedTuple):
-    """Documents as ids, in flat arrays, one document after the other."""
-
-    ids: np.ndarray
-    """(tokens,) uint16 or uint32; every document ends with `</s>`."""
-    lengths: np.ndarray
-    """(documents,) int64, tokens of each document with its `</s>`."""
-    sentence_ends: np.ndarray
-    """(sentences,) uint32, offset in its document after the last token of every sentence."""
-    sentence_counts: np.ndarray
-    """(documents,) int64, sentences of each document."""
-
-    def select(self, chosen: np.ndarray) -> Encoded:
-        """Return the documents where `chosen`, (documents,) bool, is true."""
-        return Encoded(
-            _rows(self.ids, self.lengths, chosen),
-            self.lengths[chosen],
-            _rows(self.sentence_ends, self.sentence_counts, chosen),
-            self.sentence_counts[chosen],
-        )
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Encoded]) -> Encoded:
-        return cls(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def _rows(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Return the values of the rows where `chosen` is true, copied run by run, as most rows are in a few long runs."""
-    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-    bounds = np.concatenate([[0], np.cumsum(lengths)])[edges].tolist()
-    runs = zip(bounds[::2], bounds[1::2], strict=True)
-    return np.concatenate([values[:0], *(values[begin:end] for begin, end in runs)])
 
 
 class BackendDifference(Exception):
@@ -125,7 +96,8 @@ def make_encoder(backend: str, folder: Path, info: TokenizerInfo) -> tuple[Encod
     content = tokenizer.content
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
     letters = SpecialLetters({*SPECIAL_TOKENS, *special})
-    reference = HuggingFaceEncoder(tokenizer, info)
+    words_are_independent = unigram.is_standard(content) and len(special) == len(content["added_tokens"])
+    reference = (UnigramEncoder if words_are_independent else HuggingFaceEncoder)(tokenizer, info)
     return (GigatokenEncoder(content, info, reference) if backend == GIGATOKEN else reference), letters
 
 
@@ -145,13 +117,22 @@ class HuggingFaceEncoder:
         self._info = info
         self._dtype = token_type(info.vocab_size)
         self._known: dict[str, bytes] = {}
+        self._unknown_id: int = tokenizer.content["model"]["unk_id"] if unigram.is_unigram(tokenizer.content) else -1
+
+    def unknown_tokens(self, encoded: Encoded) -> np.ndarray:
+        """How many `<unk>` each document has, (documents,) int64; byte-level BPE makes none."""
+        ends = np.cumsum(encoded.lengths)
+        return np.diff(np.append(0, np.cumsum(encoded.ids == self._unknown_id))[ends], prepend=0)
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Encode documents, each as `sentence_bytes` gives it."""
-        texts = [tokenizer_lines(document) for document in documents]
+        texts = list(map(self._text, documents))
         lines = b"\n".join(texts).decode().split("\n")
         sentence_counts = np.fromiter((text.count(b"\n") + 1 for text in texts), np.int64, len(texts))
-        return _close_documents(*self.encode_lines(lines), sentence_counts, self._info)
+        return close_documents(*self.encode_lines(lines), sentence_counts, self._info)
+
+    def _text(self, document: bytes) -> bytes:
+        return tokenizer_lines(document)
 
     def encode_lines(self, lines: Sequence[str], known: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline.
@@ -188,6 +169,54 @@ class HuggingFaceEncoder:
             for encoding in self._tokenizer.encode_batch_fast(call, add_special_tokens=False):
                 encoded.append(np.array(encoding.ids, self._dtype).tobytes())
         return encoded
+
+
+class UnigramEncoder(HuggingFaceEncoder):
+    """The reference with a SentencePiece Unigram, which is called only once for each frequent word.
+
+    A line is normalized as a whole, because a character's neighbours may decide what becomes of it. Then each word
+    between white space has the same ids wherever it is. A sentence that follows another without white space begins
+    without the mark of a word's start.
+    """
+
+    def __init__(self, tokenizer: CorpusTokenizer, info: TokenizerInfo):
+        super().__init__(tokenizer, info)
+        self._normalizer = self._tokenizer.normalizer
+        self._tokenizer = Tokenizer.from_buffer(orjson.dumps(unigram.of_marked_words(tokenizer.content)))
+        self._cuts = True
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """As the base does, without sentences of which the normalizer leaves nothing."""
+        return super().encode(documents).without_empty_sentences(filler=self._unknown_id)
+
+    def _text(self, document: bytes) -> bytes:
+        return b" " + tokenizer_lines(document)
+
+    def _by_pieces(self, lines: Sequence[str]) -> list[bytes]:
+        if len(self._known) > _KNOWN_PIECES:
+            self._known.clear()
+        words = [self._words(line) for line in lines]
+        new = list(set(chain.from_iterable(words)) - self._known.keys())
+        ids = dict(zip(new, self._whole(list(map(_marked, new))), strict=True))
+        self._known.update((word, row) for word, row in ids.items() if len(word) <= _KNOWN_CHARACTERS)
+        return [b"".join(ids[word] if word in ids else self._known[word] for word in own) for own in words]
+
+    def _words(self, line: str) -> list[str]:
+        """The words of a line, normalized; a first one that continues a word has a space before it."""
+        text = line.removeprefix(" ")
+        if self._normalizer is not None:
+            text = self._normalizer.normalize_str(text)
+        first, *others = _WHITE_SPACE.split(text)
+        words = list(filter(None, others))
+        if first:
+            words.insert(0, first if line.startswith(" ") else f" {first}")
+        return words
+
+
+def _marked(word: str) -> str:
+    if word.startswith(" "):
+        return word[1:]
+    return word if word.startswith(unigram.WORD_START) else unigram.WORD_START + word
 
 
 class GigatokenEncoder:
@@ -235,6 +264,9 @@ class GigatokenEncoder:
         self._compare(text, text_ends, ids, ends)
         self._bound_memory()
         return self._close_documents(ids, inside, ends)
+
+    def unknown_tokens(self, encoded: Encoded) -> np.ndarray:
+        return self._reference.unknown_tokens(encoded)
 
     def _close_documents(self, ids: np.ndarray, inside: np.ndarray, ends: np.ndarray) -> Encoded:
         """Make documents ended by `</s>` from ids in which `ends` are the positions of line ends.
@@ -322,6 +354,8 @@ class _KnownCharacters:
 def _obstacle(content: dict[str, Any]) -> str | None:
     """Return what a tokenizer has beyond plain byte-level BPE, the only kind for which the backends were compared."""
     model, splitter = content["model"], content.get("pre_tokenizer") or {}
+    if unigram.is_unigram(content):
+        return "a Unigram model"
     if any(not token["special"] for token in content["added_tokens"]):
         return "added tokens that are not special"
     if content.get("normalizer") is not None:
@@ -351,19 +385,3 @@ def _safe_cut(text: str) -> int:
         if text[position] == " " and not text[position - 1].isspace():
             return position
     return 0
-
-
-def _close_documents(
-    ids: np.ndarray, line_lengths: np.ndarray, sentence_counts: np.ndarray, info: TokenizerInfo
-) -> Encoded:
-    """Put `</s>` after every document, and count sentence ends from the beginning of their document."""
-    last_lines = np.cumsum(sentence_counts) - 1
-    line_ends = np.cumsum(line_lengths)
-    document_ends = line_ends[last_lines]
-    lengths = np.diff(document_ends, prepend=0)
-    closed = np.full(len(ids) + len(lengths), info.eos_token_id, ids.dtype)
-    places = np.ones(len(closed), bool)
-    places[document_ends + np.arange(len(lengths))] = False
-    closed[places] = ids
-    sentence_ends = line_ends - np.repeat(document_ends - lengths, sentence_counts)
-    return Encoded(closed, lengths + 1, sentence_ends.astype(np.uint32), sentence_counts)

@@ -40,6 +40,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "data.shards",
         "data.tokenizer",
         "data.tokenizer_files",
+        "data.unigram",
         "data.packing",
         "data.order",
         "data.mixture",
