@@ -25,6 +25,13 @@ MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
 _BETWEEN_0_AND_1 = must_be("between 0 and 1", lambda share: 0 < share < 1)
 EVAL_SEQUENCES = 2_048
+MODEL_TYPES = {"roberta": "Roberta", "camembert": "Camembert", "xlm-roberta": "XLMRoberta"}
+"""transformers' types of models with RoBERTa's architecture, and how the names of their classes begin."""
+
+
+def class_name(model_type: str, of_roberta: str) -> str:
+    """transformers' name of the class that corresponds to one of RoBERTa's, such as `RobertaForMaskedLM`."""
+    return MODEL_TYPES[model_type] + of_roberta.removeprefix(MODEL_TYPES["roberta"])
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class ModelConfig:
         max_position_embeddings: rows of the position table; a sequence's first token is at `pad_token_id + 1`.
         intermediate_size: width of the MLP; 0 becomes four times the hidden size, as in every size of the paper.
         hidden_act: the MLP's activation, one of `model.encoder.ACTIVATIONS`.
+        model_type: one of `MODEL_TYPES`; it decides only as which of transformers' classes the model is exported.
     """
 
     vocab_size: int
@@ -52,6 +60,7 @@ class ModelConfig:
     type_vocab_size: int = 1
     intermediate_size: int = 0
     hidden_act: str = "gelu"
+    model_type: str = "roberta"
 
     @property
     def max_length(self) -> int:

@@ -1,4 +1,4 @@
-"""A transformers folder of a RoBERTa: the one place where its config, weights and tokenizer are opened and checked."""
+"""A transformers folder: the one place where a RoBERTa's config, weights and tokenizer are opened and checked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import safetensors
 import torch
 import transformers
 
+from ds_roberta.config import MODEL_TYPES, class_name
 from ds_roberta.data.tokenizer import (
     PROBES,
     REMEDY,
@@ -48,6 +49,8 @@ _KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute", "
 """
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The floating-point dtypes by safetensors' names."""
+_TIED = "lm_head.decoder."
+"""The beginning of the names of the head's parameters that are tied to others."""
 Model = TypeVar("Model", bound="transformers.PreTrainedModel")
 
 
@@ -149,6 +152,7 @@ def read_model(
     """The model of a folder, on the CPU; a `RobertaModel` without pooler. Of pickled weights only tensors are read.
 
     Args:
+        model_class: RoBERTa's; of a folder of another type, the class that corresponds to it is used.
         new_head: the configuration values of a head that is initialized if the folder has none of its shape; None: the
             folder must have the head.
 
@@ -156,6 +160,9 @@ def read_model(
         UserError: there are no weights, they are damaged or not floating-point numbers, or some are missing.
     """
     files = weights_files(folder)
+    kind = model_class.__name__
+    if kind.startswith(MODEL_TYPES["roberta"]):
+        model_class = getattr(transformers, class_name(_read_config(folder).model_type, kind))
     try:
         for path in files:
             _check_dtypes(path)
@@ -166,7 +173,7 @@ def read_model(
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **({"add_pooling_layer": False} if model_class is transformers.RobertaModel else new_head or {}),
+                **({"add_pooling_layer": False} if kind.endswith("Model") else new_head or {}),
             )
     except UserError:
         raise
@@ -188,12 +195,18 @@ def read_model(
         )
     if missing and new_head is None:
         remedy = "fine-tune it with launch/finetune.py"
-        if model_class is transformers.RobertaForMaskedLM:
+        if kind.endswith("ForMaskedLM"):
             remedy = "choose the folder of a pretrained RobertaForMaskedLM, which still has its head"
         raise UserError(
             f"the model in {str(folder)!r} lacks {missing[0]!r} or has it in another shape than its config: {remedy}"
         )
     return model
+
+
+def parameters_by_name(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """A model's parameters by RoBERTa's names; `XLMRobertaForMaskedLM` names the tied ones after the head's decoder."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if not name.startswith(_TIED)}
 
 
 @contextmanager
@@ -310,15 +323,16 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
     content = read_json_object(path, EXPORT_AGAIN)
     if "model_type" not in content and "run" in content:
         raise UserError(f"{str(folder)!r} is a run's folder: choose the model in it, such as {str(folder / 'hf')!r}")
-    if content.get("model_type") != "roberta":
+    if content.get("model_type") not in MODEL_TYPES:
         raise UserError(
-            f"the model in {str(folder)!r} has the type {content.get('model_type')!r}: only 'roberta' is supported"
+            f"the model in {str(folder)!r} has the type {content.get('model_type')!r}: only RoBERTa's architecture is "
+            f"supported, which has the types {', '.join(MODEL_TYPES)}"
         )
     for name, known in _KNOWN_SETTINGS.items():
         if content.get(name, known) != known:
             raise UserError(f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} is supported")
     try:
-        config = transformers.RobertaConfig.from_dict(content)
+        config = getattr(transformers, class_name(content["model_type"], "RobertaConfig")).from_dict(content)
     except Exception as error:  # the library's validators raise their own kinds
         raise UserError(f"{str(path)!r} is not a RoBERTa's ({error}): copy the model again") from error
     if not isinstance(config.pad_token_id, int):

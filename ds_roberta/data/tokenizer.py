@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,12 +84,15 @@ class TokenizerInfo:
                 raise UserError(f"the tokenizer in {str(folder)!r} has no {name} token: {REMEDY}")
             ids[name] = vocabulary[name]
         specials = {token["id"] for token in added if token.get("special")} | set(ids.values())
+        of_unigram = unigram.is_unigram(content)
+        if of_unigram:
+            specials.add(model["unk_id"])
         identity = {
             "vocab": vocabulary,
             "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])],
             "normalizer": content.get("normalizer"),
             "pre_tokenizer": content.get("pre_tokenizer"),
-            **({"scores": [score for _, score in model["vocab"]]} if unigram.is_unigram(content) else {}),
+            **({"scores": [score for _, score in model["vocab"]]} if of_unigram else {}),
         }
         return cls(
             vocab_size=max(vocabulary.values()) + 1,
@@ -238,6 +242,28 @@ def token_bytes(folder: Path) -> dict[int, bytes]:
     }
 
 
+def in_the_alphabet_of(model: Path, vocabulary: Mapping[str, int], data: Path) -> dict[str, int]:
+    """The tokens of a vocabulary as another tokenizer writes their texts, such as `▁a` for `Ġa`, with their ids.
+
+    Args:
+        model: the folder of the tokenizer in whose alphabet they are returned.
+        vocabulary: all tokens of the tokenizer in the folder `data`. A token that holds only part of a character is
+            left out if `model` has no token for such a part.
+    """
+    to_unigram, from_unigram = (unigram.is_unigram(tokenizer_content(folder)) for folder in (model, data))
+    if to_unigram == from_unigram:
+        return dict(vocabulary)
+    letters = {byte: letter for letter, byte in _letters_of_bytes().items()}
+    texts, written = token_bytes(data), {}
+    for token, number in vocabulary.items():
+        text = texts.get(number, token.encode())
+        if from_unigram:
+            written["".join(letters[bytes([byte])] for byte in text)] = number
+        elif (decoded := text.decode(errors="ignore")).encode() == text:
+            written[decoded.replace(" ", unigram.WORD_START)] = number
+    return written
+
+
 def _letters_of_bytes() -> dict[str, bytes]:
     """Byte-level BPE keeps bytes that are visible in Latin-1, and writes the others as letters from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -283,12 +309,13 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> list[str]:
     for script, text in PROBES.items():
         text = f" {text}"  # some tokenizers put a space before a text that has none
         kept = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        encoded = tokenizer.encode(text, add_special_tokens=False)
         if unknown_id is not None:
+            if unknown_id in encoded.ids:
+                start, end = encoded.offsets[encoded.ids.index(unknown_id)]
+                unknown.append(f"{script} ({text[start:end].strip()!r})")
             text, kept = " ".join(text.split()), " ".join(kept.split())
-            if unknown_id in ids:
-                unknown.append(script)
-        elif (found := tokenizer.decode(ids, skip_special_tokens=False)) != kept or not kept.strip():
+        elif (found := tokenizer.decode(encoded.ids, skip_special_tokens=False)) != kept or not kept.strip():
             raise UserError(
                 f"the tokenizer in {str(folder)!r} would lose text ({script}: {text!r} becomes {found!r}): {REMEDY}"
             )
@@ -297,8 +324,8 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> list[str]:
     notes = [f"the tokenizer's normalizer changes text: {', '.join(changed)}"] if changed else []
     if unknown:
         notes.append(
-            f"the tokenizer does not know all characters; {unigram.UNKNOWN} replaces some in texts of these kinds: "
-            f"{', '.join(unknown)}"
+            f"the tokenizer has {unigram.UNKNOWN} for characters that it does not know; the first of them in texts of "
+            f"many kinds: {', '.join(unknown)}"
         )
     return notes
 

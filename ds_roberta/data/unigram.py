@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 WORD_START = "▁"
 UNKNOWN = "<unk>"
 XLM_ROBERTA_CLASS, CAMEMBERT_CLASS = "XLMRobertaTokenizer", "CamembertTokenizer"
-CAMEMBERT_UNUSED = ("<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED")
+_UNUSED_UNKNOWN = "<unk>NOTUSED"
+CAMEMBERT_UNUSED = ("<s>NOTUSED", "</s>NOTUSED", _UNUSED_UNKNOWN)
 """Special tokens that `CamembertTokenizer` always has."""
 _XLM_ROBERTA_UNKNOWN = 3  # its class takes this id for the one of `<unk>`
 _METASPACE = {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": "always", "split": True}
@@ -49,7 +50,8 @@ def obstacle(content: dict[str, Any]) -> str | None:
 
 
 def standard(content: dict[str, Any]) -> dict[str, Any]:
-    """The content with the steps as transformers 5 writes them, if these give the same ids; else as it is."""
+    """The content as transformers 5 writes it: with other steps if these give the same ids, and with one `<unk>`."""
+    content = {**content, "model": {**content["model"], "vocab": _with_one_unknown(content["model"])}}
     normalizers = _steps(content.get("normalizer"), "normalizers")
     tables = [step for step in normalizers if step["type"] == "Precompiled"]
     on_spaces = [step for step in normalizers if step["type"] in _ON_SPACES and _is_of_spaces(step)]
@@ -64,6 +66,14 @@ def standard(content: dict[str, Any]) -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS},
         "decoder": _METASPACE,
     }
+
+
+def _with_one_unknown(model: dict[str, Any]) -> list[list[Any]]:
+    """The vocabulary of a model, in which old files of CamemBERT have `<unk>` twice, once unused."""
+    return [
+        [_UNUSED_UNKNOWN, score] if token == UNKNOWN and number != model["unk_id"] else [token, score]
+        for number, (token, score) in enumerate(model["vocab"])
+    ]
 
 
 def is_standard(content: dict[str, Any]) -> bool:

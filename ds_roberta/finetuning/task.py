@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 
+from ds_roberta.config import class_name
 from ds_roberta.options import Settings
 
 RESULTS = "results.json"
@@ -52,7 +53,7 @@ class Task(ABC):
 
     Attributes:
         name: the value of `--task`.
-        architecture: transformers' name for an encoder with the task's head; its import takes seconds.
+        architecture: transformers' name for a RoBERTa with the task's head; its import takes seconds.
         options_class: the task's own options.
         collator: makes a batch of features; called with the tokenizer.
         add_prefix_space: how the model's tokenizer is opened and saved; None: as it is.
@@ -99,7 +100,7 @@ class Task(ABC):
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
         """Whether a model with this configuration is for this task."""
-        return (config.architectures or [""])[0] == cls.architecture
+        return (config.architectures or [""])[0] == class_name(config.model_type, cls.architecture)
 
     @abstractmethod
     def read_inputs(self, path: str) -> Sequence[Any]:

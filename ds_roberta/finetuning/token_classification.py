@@ -262,7 +262,8 @@ def make_word_windows(
     tokenizer: transformers.PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_seq_length: int
 ) -> list[WordWindow]:
     """Windows over each sentence, in order. Every word is encoded with a space before it, as RoBERTa's tokenizer does
-    with `add_prefix_space`; the end of a word that is longer than a window is cut off."""
+    with `add_prefix_space`; the end of a word that is longer than a window is cut off. A word of which the tokenizer's
+    normalizer leaves nothing is `<unk>`."""
     room = max_seq_length - 2
     distinct = sorted({word for sentence in sentences for word in sentence.words})
     encoded = tokenizer(
@@ -272,7 +273,7 @@ def make_word_windows(
         split_special_tokens=True,
         verbose=False,
     )["input_ids"]
-    ids = {word: word_ids[:room] for word, word_ids in zip(distinct, encoded, strict=True)}
+    ids = {word: word_ids[:room] or [tokenizer.unk_token_id] for word, word_ids in zip(distinct, encoded, strict=True)}
     windows = []
     for index, sentence in enumerate(sentences):
         lengths = [len(ids[word]) for word in sentence.words]

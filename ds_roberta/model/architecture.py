@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.config import PRESETS, ModelConfig
+from ds_roberta.config import MODEL_TYPES, PRESETS, ModelConfig
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
@@ -16,8 +16,10 @@ from ds_roberta.model.encoder import ACTIVATIONS
 
 CONFIG_NAME = "config.json"
 _REMEDY = f"give the {CONFIG_NAME} of a transformers RobertaConfig"
+_VOCABULARY_OF_OTHER_TYPES = 30522
 _TOKENIZER_FIELDS = {"vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 DEFAULTS: dict[str, Any] = {
+    "model_type": "roberta",
     **_TOKENIZER_FIELDS,
     "num_hidden_layers": 12,
     "hidden_size": 768,
@@ -31,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
     "layer_norm_eps": 1e-12,
 }
-"""transformers' defaults for the fields of a `ModelConfig` that a file leaves out."""
+"""RoBERTa's defaults in transformers for the fields of a `ModelConfig` that a file leaves out."""
 _ONLY: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -114,7 +116,7 @@ def read_architecture(path: Path, tokenizer: TokenizerInfo | None = None) -> Mod
 
 def unused_fields(path: Path) -> list[str]:
     """The fields of a `config.json` that training does not use."""
-    return sorted(read_json_object(path, _REMEDY).keys() - DEFAULTS.keys() - _ONLY.keys() - {"model_type"})
+    return sorted(read_json_object(path, _REMEDY).keys() - DEFAULTS.keys() - _ONLY.keys())
 
 
 def architecture(content: Mapping[str, Any], path: Path, tokenizer: TokenizerInfo | None = None) -> ModelConfig:
@@ -130,9 +132,16 @@ def architecture(content: Mapping[str, Any], path: Path, tokenizer: TokenizerInf
     Raises:
         UserError: the model cannot be trained; every problem is named on a separate line.
     """
-    if content.get("model_type") != "roberta":
-        raise UserError(f"{str(path)!r}: {_other_model_type(content.get('model_type'))}")
-    defaults = DEFAULTS if tokenizer is None else {**DEFAULTS, **{n: getattr(tokenizer, n) for n in _TOKENIZER_FIELDS}}
+    model_type = content.get("model_type")
+    if model_type not in MODEL_TYPES:
+        found = "missing" if model_type is None else repr(model_type)
+        raise UserError(
+            f"{str(path)!r}: model_type is {found}, but only 'roberta' can be trained, and what has its architecture: "
+            f"{', '.join(MODEL_TYPES)}; give a transformers RobertaConfig"
+        )
+    defaults = DEFAULTS if model_type == "roberta" else {**DEFAULTS, "vocab_size": _VOCABULARY_OF_OTHER_TYPES}
+    if tokenizer is not None:
+        defaults = {**defaults, **{name: getattr(tokenizer, name) for name in _TOKENIZER_FIELDS}}
     values = {name: content.get(name, default) for name, default in defaults.items()}
     problems = [
         f"{name} must be {description}, got {values[name]!r}"
@@ -181,10 +190,3 @@ def _misfits(values: Mapping[str, Any], tokenizer: TokenizerInfo | None) -> list
         if name != "vocab_size" and values[name] != getattr(tokenizer, name)
     ]
     return problems
-
-
-def _other_model_type(model_type: object) -> str:
-    if model_type in ("camembert", "xlm-roberta"):
-        return f"model_type is {model_type!r}, which has RoBERTa's architecture: write 'roberta' instead, in a copy"
-    found = "missing" if model_type is None else repr(model_type)
-    return f"model_type is {found}, but only 'roberta' can be trained: give a transformers RobertaConfig"

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 import transformers
 
-from ds_roberta.config import ModelConfig
+from ds_roberta.config import ModelConfig, class_name
 from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, holds_only, replaced_folder
 from ds_roberta.model.encoder import RobertaModel
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.model.weights import first_not_finite, is_finite
-from ds_roberta.transformers_folder import check_tokenizer, quiet, read_model
+from ds_roberta.transformers_folder import check_tokenizer, parameters_by_name, quiet, read_model
 
 MODEL_CARD = "README.md"
 CARD_SIGNATURE = "pretrained with ds_roberta"
@@ -30,20 +30,25 @@ ENCODER, MASKED_LM_HEAD = "roberta.", "lm_head."
 
 
 def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
-    return transformers.RobertaConfig(**asdict(config), tie_word_embeddings=True)
+    """The configuration as transformers has it, of the class that belongs to the model's type."""
+    values = asdict(config)
+    config_class = getattr(transformers, class_name(values.pop("model_type"), "RobertaConfig"))
+    return config_class(**values, tie_word_embeddings=True)
 
 
 def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> transformers.PreTrainedModel:
-    """A transformers model with our weights: `RobertaForMaskedLM`, or `RobertaModel` if they have no masked-LM head.
+    """A transformers model with our weights: `RobertaForMaskedLM`, or `RobertaModel` if they have no masked-LM head; of
+    another type, the class that corresponds to it.
 
     Raises:
         UserError: a parameter is missing, unexpected or of another shape.
     """
     if has_masked_lm_head(weights):
-        model = transformers.RobertaForMaskedLM(hf_config(config))
-        expected = dict(model.named_parameters())
+        model = getattr(transformers, class_name(config.model_type, "RobertaForMaskedLM"))(hf_config(config))
+        expected = parameters_by_name(model)
     else:
-        model = transformers.RobertaModel(hf_config(config), add_pooling_layer=False)
+        encoder_class = getattr(transformers, class_name(config.model_type, "RobertaModel"))
+        model = encoder_class(hf_config(config), add_pooling_layer=False)
         expected = {f"{ENCODER}{name}": parameter for name, parameter in model.named_parameters()}
     different = sorted(set(expected) ^ set(weights)) or [
         name for name, parameter in expected.items() if parameter.shape != weights[name].shape

@@ -50,12 +50,12 @@ library_name: transformers
 """
 _FILL_MASK = """pipeline_tag: fill-mask
 tags:
-- roberta
+- {model_type}
 - masked-lm
 mask_token: <mask>
 """
 _ENCODER = """tags:
-- roberta
+- {model_type}
 """
 _FILL_MASK_EXAMPLE = """pipeline("fill-mask", model="THIS_FOLDER")("The answer is <mask>.")
 """
@@ -78,7 +78,8 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_lines(state), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
-    return f"""{_HEADER.format(task=_FILL_MASK if has_head else _ENCODER)}
+    task = (_FILL_MASK if has_head else _ENCODER).format(model_type=config.model_type)
+    return f"""{_HEADER.format(task=task)}
 # {run.name if record else "RoBERTa"}
 
 A RoBERTa encoder: {config.num_hidden_layers} layers of width {config.hidden_size} with {config.num_attention_heads} \

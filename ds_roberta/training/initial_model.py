@@ -14,7 +14,9 @@ from transformers import RobertaForMaskedLM
 from ds_roberta.config import ModelConfig
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
 from ds_roberta.data.stages import TRAIN_STATE_NAME
+from ds_roberta.data.tokenizer import in_the_alphabet_of
 from ds_roberta.data.tokenizer_files import other_token, training_tokenizer
+from ds_roberta.data.unigram import UNKNOWN
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.model.architecture import CONFIG_NAME, architecture
@@ -29,7 +31,7 @@ from ds_roberta.model.weights import (
 )
 from ds_roberta.training import checkpoint
 from ds_roberta.training.settings import RunConfig
-from ds_roberta.transformers_folder import open_folder, read_model, weights_files
+from ds_roberta.transformers_folder import open_folder, parameters_by_name, read_model, weights_files
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,13 @@ class InitialModel:
             raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
         if other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder):
             old = training_tokenizer(self.tokenizer_folder)
+            unknown = old.token_to_id(UNKNOWN)
             new = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
             sources, shared = token_sources(
                 old.get_vocab(with_added_tokens=True),
-                new,
+                in_the_alphabet_of(self.tokenizer_folder, new, corpus.folder / TOKENIZER_FOLDER),
                 run.model.vocab_size,
-                lambda text: [piece.id for piece in old.model.tokenize(text)],
+                lambda text: [piece.id for piece in old.model.tokenize(text) if piece.id != unknown],
             )
             for name in weights.keys() & VOCABULARY_PARAMETERS:  # without a masked-LM head there is only one
                 weights[name] = token_rows(weights[name], sources)
@@ -174,7 +177,7 @@ class InitialModel:
             checkpoint.verify(self.folder)
             return checkpoint.weights(self.folder)
         model = read_model(self.folder, RobertaForMaskedLM)
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
 
 
 def _copy(weights: dict[str, torch.Tensor], model: Objective, folder: Path) -> tuple[list[str], list[str]]:

@@ -1,6 +1,7 @@
 """The card of an exported model tells the facts of its run, as far as they are there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,3 +127,11 @@ def test_a_checkpoint_alone_has_its_own_facts(tmp_path):
 )
 def test_the_length_is_of_what_was_trained_so_far(step, before, length):
     assert TrainState(IDENTITY, step, learned_positions=before).trained_length == length
+
+
+def test_the_tags_have_the_type_of_the_model(run):
+    for model_type in ("roberta", "xlm-roberta"):
+        config = replace(CONFIG, model_type=model_type)
+        for head in ("lm_head", "roberta"):
+            card = model_card(config, TrainState(IDENTITY, 1200), weights(head, 1), run / "checkpoints/global_step1200")
+            assert f"tags:\n- {model_type}\n" in card

@@ -147,6 +147,16 @@ def test_files_of_older_versions_are_read_as_transformers_reads_them(folder, the
         assert training_tokenizer(old).encode(line, add_special_tokens=False).ids == theirs(line)
 
 
+def test_old_files_of_camembert_name_two_tokens_unknown(folders, tmp_path):
+    vocabulary = model(folders / "Camembert")["model"]["vocab"]
+    vocabulary[4][0] = "<unk>"
+    old = change(folders / "Camembert", tmp_path / "old", **model(folders / "Camembert", vocab=vocabulary))
+    tokens = json.loads((old / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    change(old, tmp_path / "older", added_tokens=[token for token in tokens if token["id"] != 4])
+    assert copy_tokenizer(tmp_path / "older", tmp_path / "copy") == TokenizerInfo.read(folders / "Camembert")
+    assert type(transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")).__name__ == "CamembertTokenizer"
+
+
 def test_what_the_class_would_drop_is_opened_by_the_generic_one(folder, tmp_path):
     lower = change(folder, tmp_path / "lower", normalizer={"type": "Lowercase"})
     info = copy_tokenizer(lower, tmp_path / "tokenizer")
@@ -182,6 +192,10 @@ def test_a_folder_with_only_sentencepieces_own_file_says_what_to_do(tmp_path):
         TokenizerInfo.read(tmp_path)
 
 
+def test_the_unknown_token_is_special_in_any_file(folder, tmp_path):
+    assert 3 in TokenizerInfo.read(change(folder, tmp_path / "bare", added_tokens=[])).special_ids
+
+
 def test_scores_are_part_of_the_identity(folder, tmp_path):
     vocabulary = model(folder)["model"]["vocab"]
     vocabulary[-2][1] -= 1
@@ -213,6 +227,8 @@ def test_unknown_characters_are_counted_and_documents_found(folder, tmp_path, ca
     assert corpus.manifest.documents("train") == 4
     assert "3 tokens (" in printed
     assert "are <unk>: characters that the tokenizer does not know" in printed
+    assert "the first of them in texts of many kinds: " in printed
+    assert "Greek ('Ξεσκεπάζω')" in printed
     stored, decoder = StoredDocuments(corpus, "train"), Decoder(corpus)
     sentences = [stored.sentences(stored.document(number)) for number in range(4)]
     shown = ["Les élèves étudient fin.", "Der Schüler <unk> lernt <unk>.", "Der Schüler <unk> lernt.", "今天。"]
@@ -221,6 +237,9 @@ def test_unknown_characters_are_counted_and_documents_found(folder, tmp_path, ca
     assert [origins.span(stored.document(number))[0] for number in range(4)] == starts
     content = as_json(corpus_stats(corpus, []), corpus)
     assert content["vocabulary"]["unknown"] == 3
+    used = {entry["text"] for entry in content["vocabulary"]["most_used"]}
+    assert {" ", "ler"} <= used
+    assert "▁" not in used
     assert content["splits"]["train"]["text_bytes"] == sum(
         len(f" {text}".replace("<unk>", "").encode()) for text in shown
     )
