@@ -33,7 +33,8 @@ def hf_config(config: ModelConfig) -> transformers.RobertaConfig:
     """The configuration as transformers has it, of the class that belongs to the model's type."""
     values = asdict(config)
     config_class = getattr(transformers, class_name(values.pop("model_type"), "RobertaConfig"))
-    return config_class(**values, tie_word_embeddings=True)
+    # transformers 5 ignores the type of positions, but vLLM takes the tokenizer's length only where it is stated.
+    return config_class(**values, tie_word_embeddings=True, position_embedding_type="absolute")
 
 
 def to_transformers(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> transformers.PreTrainedModel:

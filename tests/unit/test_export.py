@@ -43,6 +43,7 @@ def test_the_folder_opens_with_transformers_and_holds_our_weights(tmp_path, conf
     expected, found = hf_config(config).to_dict(), model.config.to_dict()
     names = set(expected) - {"architectures", "dtype", "transformers_version", "_name_or_path"}
     assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+    assert found["position_embedding_type"] == "absolute"  # which vLLM reads, though transformers 5 does not
     assert load_file(tmp_path / "a/b/model/model.safetensors").keys() <= weights.keys()
     assert_nothing_left(tmp_path / "a/b", "model")
 
