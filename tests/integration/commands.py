@@ -4,16 +4,31 @@
 """
 
 import os
+import runpy
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from forked import start
 
 REPOSITORY = Path(__file__).parents[2]
 PRETRAIN = REPOSITORY / "launch/pretrain.py"
 CONFIG = REPOSITORY / "ds_configs/zero2.json"
+NEEDED = {  # by scripts, of the packages that a user may lack
+    "examples/use/sentence_embeddings.py": ["sentence_transformers"],
+    "examples/use/lora.py": ["peft"],
+    "examples/use/onnx_export.py": ["onnxruntime", "onnxscript"],
+}
+
+
+def names_of(script: str) -> dict[str, Any]:
+    """What a script defines; the test is skipped if a package that the script needs is missing."""
+    for package in NEEDED.get(script, ()):
+        pytest.importorskip(package, reason=f"{script} needs {package}: pip install 'ds_roberta[examples]'")
+    return runpy.run_path(str(REPOSITORY / script))
 
 
 def environment(cwd: Path) -> dict[str, str]:

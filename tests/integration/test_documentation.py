@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, launch
+from commands import REPOSITORY, launch, names_of
 
 QUICKSTART = runpy.run_path(str(REPOSITORY / "examples/quickstart.py"))["COMMANDS"]
 README = REPOSITORY / "README.md"
@@ -24,6 +24,7 @@ OPTIONS_OF_OTHERS = {
     *("launcher_args", "no_ssh_check"),
     *("host", "mca", "allow-run-as-root"),  # mpirun
     *("me", "logdir"),  # squeue, tensorboard
+    "model-id",  # text-embeddings-router
     "utilisation",  # benchmarks.plan, which makes its options from a dataclass
 }
 
@@ -80,7 +81,7 @@ def accept(words, monkeypatch, capsys):
     elif first is not None:
         script = words[first]
         monkeypatch.setattr(sys, "argv", words[first:])
-        names = runpy.run_path(str(REPOSITORY / script))
+        names = names_of(script)
         parse = names.get("parse_arguments") or names["make_parser"]().parse_args
         if "--help" in words:
             help_of(parse, capsys)
@@ -94,7 +95,8 @@ def accept(words, monkeypatch, capsys):
 
 
 def test_options_in_the_documents_exist():
-    ours = [REPOSITORY / "docs/options.md", *(REPOSITORY / "benchmarks").glob("*.py")]
+    scripts = [path for folder in ("benchmarks", "examples/use") for path in (REPOSITORY / folder).glob("*.py")]
+    ours = [REPOSITORY / "docs/options.md", *scripts]
     known = {option for path in ours for option in OPTION.findall(path.read_text(encoding="utf-8"))}
     for document in DOCUMENTS:
         assert set(OPTION.findall(document.read_text(encoding="utf-8"))) <= known | OPTIONS_OF_OTHERS, document.name
