@@ -19,9 +19,9 @@ from ds_roberta.finetuning.labelled_tables import Columns, Text, find_texts, rea
 from ds_roberta.finetuning.labels import (
     Labels,
     class_names,
+    label_of_rows,
     labelled_rows,
     same_label,
-    strata,
     without_unlabelled_tests,
 )
 from ds_roberta.finetuning.task import (
@@ -107,7 +107,9 @@ class Classification(TextTask):
     def from_data(
         cls, data: tuple[str, ...], options: ClassificationOptions
     ) -> tuple[Classification, dict[str, Sequence[Text]]]:
-        tables = labelled_splits(data, options)
+        tables = without_unlabelled_tests(
+            read_splits(data, validation_fraction=options.validation_fraction, labels=label_of_rows(options)), options
+        )
         labelled = {split: labelled_rows(table, options) for split, table in tables.items()}
         train, labels = labelled["train"]
         names = class_names(labels, train.name)
@@ -183,12 +185,6 @@ class Classification(TextTask):
         return answers
 
 
-def labelled_splits(data: tuple[str, ...], options: Labels) -> dict[str, Table]:
-    """The splits but test splits without labels; see `read_splits`."""
-    splits = read_splits(data, validation_fraction=options.validation_fraction, keys=strata(options))
-    return without_unlabelled_tests(splits, options)
-
-
 class Regression(TextTask):
     """Predicts a number for a text or a pair."""
 
@@ -202,7 +198,7 @@ class Regression(TextTask):
 
     @classmethod
     def from_data(cls, data: tuple[str, ...], options: Labels) -> tuple[Regression, dict[str, Sequence[Text]]]:
-        tables = labelled_splits(data, options)
+        tables = without_unlabelled_tests(read_splits(data, validation_fraction=options.validation_fraction), options)
         return cls(options), {split: _numbered(table, options) for split, table in tables.items()}
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from ds_roberta.inputs.streams import is_url, suffix_of
 from ds_roberta.inputs.tables import TABULAR, Table, is_saved_splits, read_saved_splits, read_table
 from ds_roberta.options import Settings, must_be, option
 
-SPLIT_PREFIXES = {  # of file names; the first that matches counts
-    "train": ("train",),
+SPLIT_PREFIXES = {  # of file names, before another kind of character than a letter; the first that matches counts
+    "train": ("training", "train"),
     "validation_mismatched": ("validation_mismatched", "valid_mismatched", "dev_mismatched"),  # MNLI has two
     "test_mismatched": ("test_mismatched",),
-    "validation": ("validation", "valid", "dev"),
+    "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
 SUFFIXES = tuple(f".{kind}" for kind in TABULAR)
@@ -33,7 +33,7 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and of i
     ("sentence", None),
     ("text", None),
 )
-_PART = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 """The name of one of several files of a split, as `datasets` and the hub have them."""
 
 
@@ -83,8 +83,8 @@ def read_splits(
     read: Callable[[str | Table], Any] | None = None,
     *,
     validation_fraction: float | None = None,
-    keys: Callable[[Any], Sequence[Any]] | None = None,
-    together: bool = False,
+    labels: Callable[[Any], Sequence[Collection[str]]] | None = None,
+    groups: Callable[[Any], Sequence[Any]] | None = None,
 ) -> dict[str, Any]:
     """The content of `train`, `validation` and any other splits of `SPLIT_PREFIXES`.
 
@@ -94,8 +94,8 @@ def read_splits(
         suffixes: the endings of the files to read in a folder.
         read: reads a file, or converts a table; None: as tables.
         validation_fraction: take this share of `train` as `validation`.
-        keys: of each example of a split's content, for `validation_fraction`; None: all alike.
-        together: whether examples with one key stay in one split; else each key is divided in the same proportion.
+        labels: gives those of each training example, for `validation_examples`; None: they have none.
+        groups: gives that of each training example; None: each is its own.
 
     Raises:
         UserError: a split is missing or given twice, or a file cannot be read.
@@ -115,8 +115,11 @@ def read_splits(
     if validation_fraction is not None:
         train = splits["train"]
         examples = train.rows if isinstance(train, Table) else train
-        of_examples = [None] * len(examples) if keys is None else keys(train)
-        chosen = validation_examples([repr(key) for key in of_examples], validation_fraction, together=together)
+        chosen = validation_examples(
+            [()] * len(examples) if labels is None else labels(train),
+            range(len(examples)) if groups is None else groups(train),
+            validation_fraction,
+        )
         if not 0 < len(chosen) < len(examples):
             raise UserError(
                 f"--validation_fraction {validation_fraction:g} of {len(examples)} examples leaves one split without "
@@ -131,24 +134,32 @@ def read_splits(
     return splits
 
 
-def validation_examples(keys: Sequence[str], fraction: float, *, together: bool) -> list[int]:
+def validation_examples(labels: Sequence[Collection[str]], groups: Sequence[Any], fraction: float) -> list[int]:
     """Indices of a fixed random share of the examples, sorted.
 
     Args:
-        keys: of each example.
-        together: whether examples with one key are chosen or left together; else each key's share is the same, within
-            one example.
+        labels: of each example: each set of labels has the same share, within one example, and no label is left without
+            a training example.
+        groups: of each example; those of one group are chosen or left together.
     """
+    units = dict[Any, list[int]]()
+    for index, group in enumerate(groups):
+        units.setdefault(group, []).append(index)
+    indices = list(units.values())
     random = np.random.default_rng(0)
-    if together:
-        names = sorted(set(keys))
-        count = max(1, round(fraction * len(names)))
-        picked = {names[index] for index in random.permutation(len(names))[:count]}
-        return [index for index, key in enumerate(keys) if key in picked]
-    order = sorted(random.permutation(len(keys)).tolist(), key=lambda index: keys[index])  # stable: random within a key
-    count = max(1, round(fraction * len(keys)))
-    places = ((np.arange(count) + random.random()) * len(keys) / count).astype(int)  # evenly over all keys
-    return sorted(order[place] for place in places)
+    order = random.permutation(len(indices)).tolist()
+    order.sort(key=lambda unit: sorted({label for index in indices[unit] for label in labels[index]}))  # random within
+    count = max(1, round(fraction * len(order)))
+    places = ((np.arange(count) + random.random()) * len(order) / count).astype(int)  # evenly over all sets of labels
+    chosen = {order[place] for place in places}
+    learned = {label for unit in set(order) - chosen for index in indices[unit] for label in labels[index]}
+    found = []
+    for unit in sorted(chosen):
+        of_unit = {label for index in indices[unit] for label in labels[index]}
+        if of_unit <= learned:
+            found += indices[unit]
+        learned |= of_unit  # otherwise it stays in training
+    return sorted(found)
 
 
 def find_texts(table: Table, columns: Columns) -> list[Text]:
@@ -199,8 +210,11 @@ def _texts(table: Table, column: str) -> list[str]:
     return texts  # type: ignore[return-value]
 
 
-def _split_of(stem: str) -> str | None:
-    return next((split for split, prefixes in SPLIT_PREFIXES.items() if stem.startswith(prefixes)), None)
+def _split_of(name: str) -> str | None:
+    for split, prefixes in SPLIT_PREFIXES.items():
+        if re.match(rf"({'|'.join(prefixes)})(?![a-z])", name.lower()):
+            return split
+    return None
 
 
 def split_entry(entry: str) -> tuple[str | None, str]:
@@ -242,16 +256,27 @@ def _by_split(entries: Iterable[str]) -> dict[str, list[str]]:
         split = split or _split_of(Path(file).name)
         if split is None:
             raise UserError(f"{entry!r} does not name its split: give it as train=, validation= or test={entry}")
-        others = files.setdefault(split, [])
-        if others and not _is_part_of_the_same(others[0], file):
-            raise UserError(f"{others[0]!r} and {file!r} are both {split}: leave one of them out of --data")
-        others.append(file)
+        files.setdefault(split, []).append(file)
+    for split, of_split in files.items():
+        _check_parts(split, of_split)
     return files
 
 
-def _is_part_of_the_same(file: str, other: str) -> bool:
-    matches = [_PART.match(Path(name).name) for name in (file, other)]
-    return all(matches) and len({match[1] for match in matches if match}) == 1
+def _check_parts(split: str, files: Sequence[str]) -> None:
+    """Raise `UserError` unless there is one file, or the parts of one, all of them."""
+    parts = [_PART.match(Path(file).name) for file in files]
+    if len({part and (part[1], part[3]) for part in parts}) > 1 or (len(files) > 1 and parts[0] is None):
+        raise UserError(f"{files[0]!r} and {files[-1]!r} are both {split}: leave one of them out of --data")
+    if parts[0] is None:
+        return
+    count, numbers = int(parts[0][3]), [int(part[2]) for part in parts if part]
+    if twice := next((file for file, number in zip(files, numbers, strict=True) if numbers.count(number) > 1), None):
+        raise UserError(f"part {Path(twice).name!r} of {split} is there twice: leave one of them out of --data")
+    if missing := sorted(set(range(count)) - set(numbers)):
+        raise UserError(
+            f"{Path(files[0]).name!r} is one of {count} parts of {split}, of which number {missing[0]} is missing: add "
+            "it to --data"
+        )
 
 
 def _read_parts(sources: Sequence[str | Table], read: Callable[[str | Table], Any]) -> Any:

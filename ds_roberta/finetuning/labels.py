@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from ds_roberta.distributed import logger
@@ -20,6 +21,7 @@ LEAVE_OUT, ERROR = "leave_out", "error"
 NO_GOLD_LABEL = "-"  # SNLI's and MNLI's, where the annotators did not agree
 RARE = 0.1
 """The share of rows below which the label -1 beside 0, 1, 2, … probably means none."""
+SCALARS = (str, int, float, Decimal)
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
@@ -34,8 +36,8 @@ class Labels(Columns):
 
 
 def same_label(value: Any) -> str:
-    """A label's name, which is the same for 1, 1.0 and "1"."""
-    whole = _WHOLE.fullmatch(text := str(value))
+    """A label's name, which is the same for 1, 1.0 and "1", and without white space around it."""
+    whole = _WHOLE.fullmatch(text := str(value).strip())
     return whole[1] if whole else text
 
 
@@ -66,12 +68,12 @@ def without_unlabelled_tests(tables: dict[str, Table], columns: Columns) -> dict
     return kept
 
 
-def strata(options: Labels) -> Callable[[Table], list[str]]:
-    """Gives the labels of a table's rows as names, of those without one too; see `read_splits`."""
+def label_of_rows(options: Labels) -> Callable[[Table], list[tuple[str, ...]]]:
+    """Gives the one label of each of a table's rows, of those without one too; see `read_splits`."""
 
-    def of_rows(table: Table) -> list[str]:
+    def of_rows(table: Table) -> list[tuple[str, ...]]:
         column = label_column(table, options)
-        return [same_label(row.get(column)) for row in table.rows]
+        return [(same_label(row.get(column)),) for row in table.rows]
 
     return of_rows
 
@@ -91,7 +93,7 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
     for index, row in enumerate(table.rows):
         value = row.get(column)
         if not _is_none(value, options.ignore_label) or (are_lists and value == ""):
-            if not isinstance(value, (str, int, float, list) if are_lists else (str, int, float)):
+            if not isinstance(value, (*SCALARS, list) if are_lists else SCALARS):
                 several = ", or use --task multi-label-classification" if isinstance(value, list) else ""
                 raise UserError(
                     f"{table.place(index)}: {column!r} is {value!r}, not a label: label or remove the row{several}"

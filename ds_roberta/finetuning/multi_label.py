@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 import transformers
 from torch.nn import functional
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.classification import MULTI_LABEL, TextTask, asked, heading
 from ds_roberta.finetuning.error_analysis import example, label_counts, worst_examples
@@ -23,7 +28,6 @@ from ds_roberta.finetuning.labels import (
     label_column,
     labelled_rows,
     same_label,
-    strata,
     without_unlabelled_tests,
 )
 from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, label_names
@@ -33,7 +37,8 @@ from ds_roberta.options import must_be, option
 SEPARATOR = ","
 KEY = "multi_label"
 """Of `results.json`."""
-_APPLIES = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0}
+_APPLIES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+_WITHOUT_COMMA = re.compile(r"""(['"])\s+\1""")
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,16 @@ class MultiLabelClassification(TextTask):
     def from_data(
         cls, data: tuple[str, ...], options: MultiLabelOptions
     ) -> tuple[MultiLabelClassification, dict[str, Sequence[Text]]]:
-        names = None if options.label_columns is None else options.label_columns.split(SEPARATOR)
-
-        def of_columns(table: Table) -> list[tuple[Any, ...]]:
-            return [tuple(row.get(name) for name in names or ()) for row in table.rows]
-
-        keys = strata(options) if names is None else of_columns
-        tables = read_splits(data, validation_fraction=options.validation_fraction, keys=keys)
+        names = None if options.label_columns is None else _column_names(options.label_columns)
+        tables = read_splits(
+            data,
+            validation_fraction=options.validation_fraction,
+            labels=lambda train: _labels_of_rows(train, options, names),
+        )
         if names is None:
             tables = without_unlabelled_tests(tables, options)
+        else:
+            tables = {split: table for split, table in tables.items() if not _is_unlabelled_test(split, table, names)}
         labelled = {split: _label_sets(table, options, names) for split, table in tables.items()}
         if names is None:
             names = in_order({name for labels in labelled["train"][1] for name in labels})
@@ -218,6 +224,29 @@ def best_threshold(scores: np.ndarray[Any, Any], applies: np.ndarray[Any, Any]) 
     return float(f1[best]), float((ranked[best] + below[best]) / 2)
 
 
+def _column_names(label_columns: str) -> list[str]:
+    names = [name.strip() for name in label_columns.split(SEPARATOR)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--label_columns {label_columns} has {twice!r} twice: give each column once")
+    return names
+
+
+def _is_unlabelled_test(split: str, table: Table, names: list[str]) -> bool:
+    if not split.startswith("test") or set(names) & set(table.columns):
+        return False
+    logger.info(f"{table.name} has no labels and is left out")
+    return True
+
+
+def _labels_of_rows(table: Table, options: MultiLabelOptions, names: list[str] | None) -> list[list[str]]:
+    """The labels that apply to each row, before rows are checked: see `read_splits`."""
+    if names is not None:
+        return [[name for name in names if _APPLIES.get(same_label(row.get(name)).lower())] for row in table.rows]
+    column = label_column(table, options)
+    values = [row.get(column) for row in table.rows]
+    return [[same_label(item) for item in _items(value) or ()] for value in values]
+
+
 def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | None) -> tuple[Table, list[list[str]]]:
     """The labelled rows of a table, and the labels that apply to each."""
     if columns is None:
@@ -229,7 +258,7 @@ def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | N
         table, _ = labelled_rows(table, replace(options, label_columns=None, label_column=column))
     found: list[list[str]] = []
     for index, row in enumerate(table.rows):
-        applies = {column: _APPLIES.get(same_label(row[column])) for column in columns}
+        applies = {column: _APPLIES.get(same_label(row[column]).lower()) for column in columns}
         if None in applies.values():
             column = next(column for column in columns if applies[column] is None)
             raise UserError(f"{table.place(index)}: {column!r} is {row[column]!r}, not 0 or 1: fix or remove the row")
@@ -238,15 +267,31 @@ def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | N
 
 
 def _as_list(table: Table, index: int, column: str, value: Any) -> list[str]:
-    """A row's labels: a list, one number, or text with commas; empty text says that none applies."""
-    labels = [part.strip() for part in value.split(SEPARATOR) if part.strip()] if isinstance(value, str) else value
-    labels = [labels] if isinstance(labels, int | float) else labels
-    if not all(isinstance(label, str | int | float) for label in labels):
+    """A row's labels, see `_items`."""
+    labels = _items(value)
+    if labels is None or not all(isinstance(label, str | int | float) for label in labels):
         raise UserError(f"{table.place(index)}: {column!r} is {value!r}, not a list of labels: fix or remove the row")
     names = list(map(same_label, labels))
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{table.place(index)}: {column!r} has the label {repeated[0]!r} twice: fix the row")
     return names
+
+
+def _items(value: Any) -> list[Any] | None:
+    """A list, one number, or text: with commas (empty: no label), or a list as JSON and Python write it, of which text
+    in a `.csv` may be; None if it is neither."""
+    if not isinstance(value, str):
+        return value if isinstance(value, list) else [value]
+    text = value.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+    if _WITHOUT_COMMA.search(text):  # an array of numpy, which Python would read as one text
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError):
+            found = read(text)
+            return found if isinstance(found, list) else None
+    return None
 
 
 def _with_labels(

@@ -134,8 +134,7 @@ class QuestionAnswering(Task):
             SUFFIXES,
             read_questions,
             validation_fraction=options.validation_fraction,
-            keys=lambda questions: [question.context for question in questions],
-            together=True,
+            groups=lambda questions: [question.context for question in questions],
         )
         with_null = any(question.may_be_unanswerable for questions in splits.values() for question in questions)
         return cls(with_null, options), splits

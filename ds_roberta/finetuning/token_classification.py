@@ -108,8 +108,8 @@ class TokenClassification(Task):
             (*COLUMN_FILES, *TABLES),
             partial(read_sentences, options=options),
             validation_fraction=options.validation_fraction,
-            keys=lambda sentences: [sentence.located()[0] for sentence in sentences],
-            together=True,  # a text may have several annotations
+            labels=lambda sentences: [set(sentence.tags) for sentence in sentences],
+            groups=lambda sentences: [sentence.located()[0] for sentence in sentences],  # a text may be annotated twice
         )
         names = tag_names(splits["train"])
         if len(names) < 2:

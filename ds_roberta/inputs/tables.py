@@ -43,6 +43,8 @@ TABULAR_NAMES = ".jsonl, .json, .csv or .tsv (plain or ." + ", .".join(COMPRESSI
 COLA_COLUMNS = ("source", "label", "mark", "sentence")  # CoLA's files have no header
 LONGEST_ROW = 1 << 28
 """In bytes. A longer one is most likely not a row."""
+QUOTED_BY = ('\t"\r\n', '\t"\r\n,')
+"""What makes a writer of `.tsv` quote a cell: pandas, spreadsheets."""
 _SAVED_DATASET = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
 _FEATURES = b"huggingface"
@@ -190,18 +192,20 @@ def _table(path: str, rows: Any, header: Sequence[str] = ()) -> Table:
     for row in rows:
         if not isinstance(row, Row):
             raise _broken(path, row)
-        _check_unicode(f"{path}, row {row.line}", row.values)
+        _check_unicode(f"{path}, row {row.line}", row.values, known_format(path).kind)
         values.append(row.values)
         numbers.append(row.line)
         columns.update(dict.fromkeys(row.values))
     return _not_empty(Table(path, tuple(columns), values, numbers))
 
 
-def _check_unicode(place: str, values: Any) -> None:
-    """Raise `UserError` if there is a lone surrogate: half of an escape in JSON, or a byte that is not UTF-8."""
+def _check_unicode(place: str, values: Any, kind: str = JSON) -> None:
+    """Raise `UserError` if there is a lone surrogate: half of an escape in JSON, or else a byte that is not UTF-8."""
     try:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
+        if kind in (CSV, TSV):
+            raise UserError(f"{place} is not UTF-8: {REMEDIES['not_utf8']}") from error
         raise UserError(f"{place} is not Unicode ({error.reason}): fix or remove it") from error
 
 
@@ -272,8 +276,8 @@ def _is_quoted(path: str, text: str) -> bool:
     """Whether a `.tsv` file is as CSV writers (pandas, R, spreadsheets) write it, not plain as GLUE's, where quotes are
     part of the text.
 
-    It is if its header is quoted, if a writer would have written exactly this text, or if rows have the header's number
-    of cells only when quotes are read.
+    It is if its header is quoted, if a writer would have written exactly this text, quoting cells that need it (or,
+    as spreadsheets do, that have a comma), or if rows have the header's number of cells only when quotes are read.
     """
     if text.startswith('"'):
         return True
@@ -287,11 +291,16 @@ def _is_quoted(path: str, text: str) -> bool:
         return False
     lines = [line for line in text.split("\n") if line.strip()]
     plain = all(line.count("\t") == lines[0].count("\t") for line in lines)
-    written = io.StringIO()
-    csv.writer(written, delimiter="\t", lineterminator="\n").writerows(rows)
-    quoted = not plain or written.getvalue().rstrip("\n") == text.replace("\r\n", "\n").rstrip("\n")
+    given = [line for line in text.replace("\r\n", "\n").split("\n") if line]
+    written = ("\n".join("\t".join(_quoted(cell, special) for cell in row) for row in rows) for special in QUOTED_BY)
+    quoted = not plain or any(content.split("\n") == given for content in written)
     logger.info(f"{path}: quotes at the start of a cell are {'marks around it' if quoted else 'part of its text'}")
     return quoted
+
+
+def _quoted(cell: str, special: str) -> str:
+    doubled = cell.replace('"', '""')
+    return f'"{doubled}"' if any(letter in cell for letter in special) else cell
 
 
 def _parse_tsv(path: str, text: str) -> Table:

@@ -97,3 +97,8 @@ def test_a_model_that_predicts_one_class_is_told_of(tmp_path):
     (remark,) = task.remarks(one)
     assert "one class for all validation examples" in remark
     assert task.remarks(two) == []
+
+
+def test_white_space_around_a_label_is_not_part_of_it(tmp_path):
+    task, splits = Classification.from_data(write(tmp_path, [" yes", "no", "yes "], ["no "]), ClassificationOptions())
+    assert (task.names, labels_of(splits)) == (["no", "yes"], [1, 0, 1])

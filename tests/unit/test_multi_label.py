@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import transformers
@@ -151,3 +152,42 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches():
     parts = [loss({"logits": logits[rows]}, labels[rows], labels.numel()) for rows in (slice(4), slice(4, 6))]
     torch.testing.assert_close(sum(parts), expected)
     np.testing.assert_allclose(probabilities(logits.numpy()), torch.sigmoid(logits.double()).numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (['["joy"]', '["anger, mild", "joy"]', "[]"], [["joy"], ["anger, mild", "joy"], []]),
+        (["['joy']", "['it\\'s', 'joy']", "[1, 2]"], [["joy"], ["it's", "joy"], ["1", "2"]]),
+    ],
+)
+def test_a_csv_may_hold_lists_as_json_and_python_write_them(tmp_path, cells, expected):
+    pandas.DataFrame({"text": ["a", "b", "c"], "labels": cells}).to_csv(tmp_path / "train.csv", index=False)
+    data = tuple(f"{split}={tmp_path / 'train.csv'}" for split in ("train", "validation"))
+    task, splits = MultiLabelClassification.from_data(data, MultiLabelOptions(label_column="labels"))
+    found = [[name for name, value in zip(task.names, text.label, strict=True) if value] for text in splits["train"]]
+    assert found == [sorted(labels) for labels in expected]
+
+
+@pytest.mark.parametrize("cell", ["['joy' 'anger']", "[joy]", "[joy"])
+def test_a_list_that_cannot_be_read_is_no_label(tmp_path, cell):
+    pandas.DataFrame({"text": ["a", "b"], "label": [cell, "joy"]}).to_csv(tmp_path / "train.csv", index=False)
+    data = tuple(f"{split}={tmp_path / 'train.csv'}" for split in ("train", "validation"))
+    if cell == "[joy":
+        assert MultiLabelClassification.from_data(data, MultiLabelOptions())[0].names == ["[joy", "joy"]
+        return
+    with pytest.raises(UserError, match=r"train.csv, row 2: 'label' is .*, not a list of labels"):
+        MultiLabelClassification.from_data(data, MultiLabelOptions())
+
+
+def test_columns_may_be_true_and_false_and_a_test_split_may_have_none(tmp_path):
+    pandas.DataFrame({"text": ["a", "b"], "joy": ["TRUE", "FALSE"]}).to_csv(tmp_path / "train.csv", index=False)
+    (tmp_path / "dev.csv").write_text("text,joy\na,true\n")
+    (tmp_path / "test.csv").write_text("text\na\n")
+    _task, splits = MultiLabelClassification.from_data((str(tmp_path),), MultiLabelOptions(label_columns="joy"))
+    assert {split: [text.label for text in texts] for split, texts in splits.items()} == {
+        "train": [(1.0,), (0.0,)],
+        "validation": [(1.0,)],
+    }
+    with pytest.raises(UserError, match="--label_columns joy,joy has 'joy' twice"):
+        MultiLabelClassification.from_data((str(tmp_path),), MultiLabelOptions(label_columns="joy,joy"))

@@ -35,9 +35,27 @@ def test_the_parts_of_a_split_are_one(tmp_path):
     splits = read_splits([str(tmp_path)])
     assert splits["train"].rows == ROWS[::2] + ROWS[1::2]
     assert splits["train"].place(50).endswith("and others, row 2 of train-00001-of-00002.csv.gz")
-    write(tmp_path / "train.csv", ROWS)
-    with pytest.raises(UserError, match=r"train-00000-of-00002.csv.gz' and .*train.csv' are both train"):
+    (tmp_path / "train-00000-of-00002.csv.gz").rename(tmp_path / "spare")
+    with pytest.raises(UserError, match=r"train-00001-of-00002.csv.gz' is one of 2 parts of train, of which number 0"):
         read_splits([str(tmp_path)])
+    (tmp_path / "spare").rename(tmp_path / "train-00000-of-00003.csv.gz")
+    with pytest.raises(UserError, match=r"of-00003.csv.gz' and .*train-00001-of-00002.csv.gz' are both train"):
+        read_splits([str(tmp_path)])
+    for part in range(3):
+        write(tmp_path / f"train-0000{part}-of-00003.csv.gz", ROWS)
+    write(tmp_path / "train-00001-of-00003.jsonl", ROWS)
+    (tmp_path / "train-00001-of-00002.csv.gz").unlink()
+    with pytest.raises(UserError, match=r"part .*00001-of-00003.csv.gz' of train is there twice"):
+        read_splits([str(tmp_path)])
+
+
+def test_files_are_named_after_their_split_in_many_ways(tmp_path):
+    for name in ("Train.csv", "val.csv", "testimonials.csv", "values.csv", "test_2.csv"):
+        write(tmp_path / name, ROWS)
+    splits = read_splits([str(tmp_path)])
+    assert {split: table.name for split, table in splits.items()} == {
+        "train": f"{tmp_path}/Train.csv", "validation": f"{tmp_path}/val.csv", "test": f"{tmp_path}/test_2.csv"
+    }  # fmt: skip
 
 
 def test_the_parts_of_sentences_are_one(tmp_path):
@@ -58,10 +76,21 @@ def test_validation_examples_have_the_shares_of_labels_and_are_always_the_same(t
     assert texts(again["validation"]) == texts(splits["validation"])
 
 
-def test_classes_too_rare_for_their_share_stay_near_it():
-    keys = [str(number // 2) for number in range(100)]  # 50 classes of two
-    chosen = validation_examples(keys, 0.1, together=False)
-    assert len(chosen) == len({keys[index] for index in chosen}) == 10
+def test_rare_labels_stay_near_their_share_and_are_learned(tmp_path):
+    labels = [(str(number // 2),) for number in range(100)]  # 50 classes of two
+    chosen = validation_examples(labels, range(100), 0.1)
+    assert len(chosen) == len({labels[index] for index in chosen}) == 10
+    rows = [*ROWS, {"text": "only one", "label": "rare"}]
+    for fraction in (0.3, 0.9):
+        data = (write(tmp_path / "train.csv", rows),)
+        _task, splits = Classification.from_data(data, ClassificationOptions(validation_fraction=fraction))
+        assert "only one" in texts(splits["train"])
+        assert len(splits["validation"]) == pytest.approx(fraction * 101, abs=1)
+    sentences = "\n".join(f"word{number} {'B-RARE' if number == 1 else 'O'}\n" for number in range(4))
+    (tmp_path / "train.conll").write_text(sentences)
+    options = TokenClassification.options_class(validation_fraction=0.75)
+    _task, splits = TokenClassification.from_data((str(tmp_path / "train.conll"),), options)
+    assert "B-RARE" in {tag for sentence in splits["train"] for tag in sentence.tags}
 
 
 def test_questions_about_a_context_stay_together(tmp_path):
@@ -82,6 +111,7 @@ def test_questions_about_a_context_stay_together(tmp_path):
     [
         (Regression, Labels(validation_fraction=0.5), list(map(float, range(100)))),
         (MultiLabelClassification, MultiLabelOptions(validation_fraction=0.5), ["x,y", "z"] * 50),
+        (MultiLabelClassification, MultiLabelOptions(validation_fraction=0.5), [["x", "y"], ["z"]] * 50),
         (MultiLabelClassification, MultiLabelOptions(validation_fraction=0.5, label_columns="label"), [0, 1] * 50),
     ],
 )
@@ -89,8 +119,6 @@ def test_every_task_takes_its_validation_examples_from_training(tmp_path, task, 
     rows = [{"text": str(number), "label": label} for number, label in enumerate(column)]
     _task, splits = task.from_data((write(tmp_path / "train.jsonl", rows),), options)
     assert (len(splits["train"]), len(splits["validation"])) == (50, 50)
-    low = sum(example.label < 50 for example in splits["validation"]) if task is Regression else 25
-    assert low == 25
 
 
 def test_validation_examples_are_never_taken_silently(tmp_path):

@@ -99,8 +99,13 @@ def test_a_tsv_that_pandas_wrote_is_read_as_pandas_reads_it(tmp_path, linetermin
 
 
 def test_a_spreadsheet_quotes_more_than_it_must(tmp_path):
-    (tmp_path / "a.tsv").write_text('text\tlabel\n"a, b"\t1\n"two\nlines"\t0\n')
-    assert [row["text"] for row in read_table(tmp_path / "a.tsv").rows] == ["a, b", "two\nlines"]
+    for rows, expected in {
+        '"a, b"\t1\n"two\nlines"\t0\n': ["a, b", "two\nlines"],
+        '"a, b"\t1\nplain\t0\n"say ""so"""\t0\n': ["a, b", "plain", 'say "so"'],
+        '"a, b"\t1\nc, d\t0\n': ['"a, b"', "c, d"],  # no spreadsheet would write that
+    }.items():
+        (tmp_path / "a.tsv").write_text(f"text\tlabel\n{rows}")
+        assert [row["text"] for row in read_table(tmp_path / "a.tsv").rows] == expected
 
 
 def test_the_classes_of_a_table_that_datasets_wrote_have_their_names(tmp_path):
@@ -146,7 +151,7 @@ def test_a_data_set_of_the_hub_is_what_the_library_loads(tmp_path, monkeypatch):
         ("a.csv", b"text,label\na\n", "row 2: the row has 1 fields, the header 2; fix or remove the row"),
         ("a.csv", b"text;label\na;b\n", "separate columns by commas, not by semicolons"),
         ("a.csv", b"text,text\na,b\n", "has the column 'text' twice"),
-        ("a.csv", b"text\n\xff\n", "row 2 is not Unicode"),
+        ("a.csv", b"text\n\xff\n", "row 2 is not UTF-8: convert the file, for example with iconv"),
         ("a.csv", b"text,label\n", "has no rows"),
         ("a.csv", "text\nä\n".encode("utf-16"), "is UTF-16 by its first bytes, not UTF-8"),
         ("a.tsv", b"text\tlabel\na\n", "row 2 has 1 columns, its header has 2"),
