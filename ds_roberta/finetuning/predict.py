@@ -14,7 +14,7 @@ import transformers
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
 from ds_roberta.finetuning import TASKS
-from ds_roberta.finetuning.prediction_files import check_output, with_other_columns, write_predictions
+from ds_roberta.finetuning.prediction_files import check_board, check_output, with_other_columns, write_predictions
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
 from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 
@@ -66,6 +66,8 @@ def predict(config: PredictConfig) -> list[Answer]:
         check_output(config.output, config.input, config.glue_task)
     finetuned = open_finetuned(config.model, config.max_seq_length, config.task_options)
     task = finetuned.task
+    if config.glue_task is not None:
+        check_board(config.glue_task, task.head)
     if config.input is not None:
         inputs = task.read_inputs(str(config.input))
     else:
@@ -75,8 +77,7 @@ def predict(config: PredictConfig) -> list[Answer]:
     sequences = [feature["input_ids"] for feature in encoded.features]
     answers = task.answer(encoded, logits(finetuned, sequences, config.batch_size))
     if config.output is not None:
-        others = map(task.other_columns, inputs)
-        rows = [with_other_columns(*row) for row in zip(others, (answer.row for answer in answers), strict=True)]
+        rows = with_other_columns([task.other_columns(given) for given in inputs], [answer.row for answer in answers])
         write_predictions(config.output, rows, config.glue_task)
     for answer in answers:
         print("\n".join(answer.lines), flush=True)

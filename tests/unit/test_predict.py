@@ -218,6 +218,11 @@ def test_an_output_that_would_replace_something_else_is_refused(ask, tmp_path):
     assert (tmp_path / "input.jsonl").read_text() == '{"text": "x"}'
 
 
+def test_a_model_that_does_not_fit_the_board_is_refused_before_the_input_is_read(ask, tmp_path):
+    with pytest.raises(UserError, match="--glue_task RTE does not know the label 'bad'"):
+        ask("classification", input=tmp_path / "absent.tsv", output=tmp_path / "RTE.tsv", glue_task="RTE")
+
+
 def test_damaged_folders_are_refused(ask, folders, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(folders / "regression", broken)

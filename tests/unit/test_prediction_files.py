@@ -1,18 +1,29 @@
 """Predictions as programs and GLUE's board read them."""
 
 import csv
+import datetime
 import json
 import logging
+import math
 
 import numpy as np
+import orjson
 import pandas
 import pytest
 
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.classification import Classification, Regression
 from ds_roberta.finetuning.labelled_tables import Columns
-from ds_roberta.finetuning.prediction_files import BOARDS, check_output, with_other_columns, write_predictions
+from ds_roberta.finetuning.multi_label import MultiLabelClassification, MultiLabelOptions
+from ds_roberta.finetuning.prediction_files import (
+    BOARDS,
+    check_board,
+    check_output,
+    with_other_columns,
+    write_predictions,
+)
 from ds_roberta.finetuning.task import Encoded
+from ds_roberta.inputs.tables import read_table
 
 LOGITS = np.array([[2.0, 1.0], [0.0, 3.0]])
 
@@ -23,9 +34,7 @@ def predicted(tmp_path, names=("no", "yes")):
     task = Classification(list(names), Columns())
     inputs = task.read_inputs(str(path))
     answers = task.answer(Encoded(inputs, []), LOGITS)
-    return [
-        with_other_columns(task.other_columns(given), each.row) for given, each in zip(inputs, answers, strict=True)
-    ]
+    return with_other_columns([task.other_columns(given) for given in inputs], [answer.row for answer in answers])
 
 
 def test_other_columns_stay_and_the_gold_label_is_not_the_prediction(tmp_path):
@@ -44,6 +53,66 @@ def test_csv_holds_what_json_lines_hold(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == rows
     found = pandas.read_csv(tmp_path / "out.csv", dtype={"index": str}, converters={"scores": json.loads})
     assert found.to_dict("records") == rows
+
+
+def test_no_column_of_the_input_is_lost(tmp_path):
+    others = [{"label": "gold", "input_label": "b"}, {"label": "gold", "text": "c"}]
+    rows = with_other_columns(others, [{"label": "x"}, {"label": "y", "text": "z"}])
+    assert rows == [
+        {"input_input_label": "gold", "input_label": "b", "label": "x"},
+        {"input_input_label": "gold", "input_text": "c", "label": "y", "text": "z"},
+    ]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv"])
+def test_line_ends_within_cells_stay_there(tmp_path, name):
+    texts = ["a\rb", "\r", "a\r\nb", "a\nb", 'a "b"', "a\tb, c", "\rb", "b\r"]
+    write_predictions(tmp_path / name, [{"text": text, "label": "x"} for text in texts])
+    expected = [{"text": text, "label": "x"} for text in texts]
+    delimiter = "\t" if name.endswith(".tsv") else ","
+    assert pandas.read_csv(tmp_path / name, sep=delimiter).to_dict("records") == expected
+    assert read_table(tmp_path / name).rows == expected
+    assert (tmp_path / name).read_bytes().startswith(f"text{delimiter}label\n".encode())
+
+
+def test_json_is_valid_whatever_the_other_columns_hold(tmp_path):
+    day = datetime.date(2020, 1, 2)
+    row = {
+        "a": math.nan,
+        "b": [1.5, {"c": -math.inf}],
+        "text": "é".encode(),
+        "raw": b"\xff\x00",
+        "in": [b"x"],
+        "d": day,
+    }
+    write_predictions(tmp_path / "out.jsonl", [row])
+    found = orjson.loads((tmp_path / "out.jsonl").read_bytes())
+    assert found == {"a": None, "b": [1.5, {"c": None}], "text": "é", "raw": "/wA=", "in": ["x"], "d": "2020-01-02"}
+    write_predictions(tmp_path / "out.csv", [row])
+    (cells,) = read_table(tmp_path / "out.csv").rows
+    assert (cells["text"], cells["raw"], cells["in"]) == ("é", "/wA=", '["x"]')
+    assert orjson.loads(cells["b"]) == [1.5, {"c": None}]
+
+
+@pytest.mark.parametrize(
+    ("glue_task", "task", "message"),
+    [
+        ("SST-2", Classification(["bad", "good"], Columns()), "SST-2 does not know the label 'bad'"),
+        ("CoLA", Classification(["0", "1", "2"], Columns()), "CoLA does not know the label '2'"),
+        ("STS-B", Classification(["0", "1"], Columns()), "STS-B needs a model of --task regression"),
+        ("RTE", Regression(Columns()), "RTE needs a model of --task classification"),
+        ("RTE", MultiLabelClassification(["0", "1"], MultiLabelOptions(), 0.5), "RTE needs a model of --task class"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_board_is_refused(glue_task, task, message):
+    with pytest.raises(UserError, match=message):
+        check_board(glue_task, task.head)
+
+
+def test_a_model_that_fits_the_board_is_not_refused():
+    check_board("STS-B", Regression(Columns()).head)
+    for names in (("0", "1"), ("not_entailment", "entailment")):
+        check_board("RTE", Classification(list(names), Columns()).head)
 
 
 @pytest.mark.parametrize(
