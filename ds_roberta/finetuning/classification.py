@@ -12,10 +12,9 @@ import torch
 import transformers
 from torch.nn import functional
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.error_analysis import confusion, example, log_softmax, worst_examples
-from ds_roberta.finetuning.labelled_tables import Columns, Text, find_texts, read_splits
+from ds_roberta.finetuning.labelled_tables import Columns, Text, TextColumns, find_texts, read_splits, training_columns
 from ds_roberta.finetuning.labels import (
     Labels,
     class_names,
@@ -24,52 +23,15 @@ from ds_roberta.finetuning.labels import (
     same_label,
     without_unlabelled_tests,
 )
-from ds_roberta.finetuning.task import (
-    COMMAND_LINE,
-    NO_LABEL,
-    Answer,
-    Encoded,
-    Task,
-    label_head,
-    label_names,
-    one_line,
-    softmax,
-)
-from ds_roberta.inputs.tables import Table, read_table
+from ds_roberta.finetuning.task import NO_LABEL, Answer, Encoded, label_head, label_names, softmax
+from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_columns
+from ds_roberta.inputs.tables import Table
 from ds_roberta.options import option
 
 BALANCED = "balanced"
 MULTI_LABEL = "multi_label_classification"
 """transformers' `problem_type` of a head whose labels do not exclude each other."""
 SHOWN_LABELS = 5
-
-
-class TextTask(Task):
-    """The common part of tasks that predict a label or a number for each text or pair."""
-
-    architecture = "RobertaForSequenceClassification"
-    has_error_analysis = True
-    options_class = Labels
-
-    def __init__(self, options: Columns):
-        self.options = options
-
-    def read_inputs(self, path: str) -> list[Text]:
-        return find_texts(read_table(path), self.options)
-
-    def other_columns(self, given: Text) -> dict[str, Any]:
-        return given.others
-
-    def make_input(self, text: str, text_pair: str | None) -> Text:
-        return Text(COMMAND_LINE, text, text_pair)
-
-    def encode(
-        self, tokenizer: transformers.PreTrainedTokenizerBase, inputs: Sequence[Text], max_seq_length: int
-    ) -> Encoded:
-        features = encode_texts(tokenizer, inputs, max_seq_length)
-        if inputs[0].label is not None:
-            features = [{**feature, "labels": text.label} for feature, text in zip(features, inputs, strict=True)]
-        return Encoded(inputs, features)
 
 
 @dataclass(frozen=True)
@@ -89,15 +51,21 @@ class Classification(TextTask):
     name = "classification"
     options_class = ClassificationOptions
 
-    def __init__(self, names: list[str], options: Columns, weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        names: list[str],
+        options: Columns,
+        weights: Sequence[float] | None = None,
+        text_columns: TextColumns | None = None,
+    ):
         """
         Args:
             weights: of each class in the loss; 1 on average over the training examples.
         """
-        super().__init__(options)
+        super().__init__(options, text_columns)
         self.names, self.weights = names, weights
         self.head = {**label_head(names), "problem_type": "single_label_classification"}
-        self.results = {"label_names": names}
+        self.results["label_names"] = names
         if weights is not None:
             self.results["class_weights"] = dict(zip(names, weights, strict=True))
         of_two = ("f1",) if len(names) == 2 else ()
@@ -117,13 +85,13 @@ class Classification(TextTask):
             split: _with_classes(*rows, names, options) for split, rows in labelled.items()
         }
         weights = balanced_weights(splits["train"], len(names)) if options.class_weights == BALANCED else None
-        return cls(names, options, weights), splits
+        return cls(names, options, weights, training_columns(tables, options)), splits
 
     @classmethod
     def from_model(
         cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
     ) -> Classification:
-        return cls(label_names(config), Columns(**given))
+        return cls(label_names(config), Columns(**given), text_columns=kept_columns(results))
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
@@ -191,21 +159,21 @@ class Regression(TextTask):
     name = "regression"
     metric_names = ("pearson", "spearman")
 
-    def __init__(self, options: Columns):
-        super().__init__(options)
+    def __init__(self, options: Columns, text_columns: TextColumns | None = None):
+        super().__init__(options, text_columns)
         self.head = {"num_labels": 1, "problem_type": "regression"}
-        self.results = {}
 
     @classmethod
     def from_data(cls, data: tuple[str, ...], options: Labels) -> tuple[Regression, dict[str, Sequence[Text]]]:
         tables = without_unlabelled_tests(read_splits(data, validation_fraction=options.validation_fraction), options)
-        return cls(options), {split: _numbered(table, options) for split, table in tables.items()}
+        splits: dict[str, Sequence[Text]] = {split: _numbered(table, options) for split, table in tables.items()}
+        return cls(options, training_columns(tables, options)), splits
 
     @classmethod
     def from_model(
         cls, config: transformers.RobertaConfig, results: dict[str, Any], given: dict[str, Any]
     ) -> Regression:
-        return cls(Columns(**given))
+        return cls(Columns(**given), kept_columns(results))
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:
@@ -244,34 +212,6 @@ class Regression(TextTask):
             Answer([heading(text), f"  {value:.4f}"], {**asked(text), "value": value})
             for text, value in zip(encoded.inputs, values, strict=True)
         ]
-
-
-def encode_texts(
-    tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_length: int
-) -> list[dict[str, Any]]:
-    """`input_ids` and `attention_mask` of each text. Long texts are cut, in a pair the longer one first, and a warning
-    names the first. A special token's letters stay text, as in pretraining."""
-
-    def tokens(chosen: Sequence[Text], **options: Any) -> Any:
-        pairs = None if chosen[0].pair is None else [text.pair for text in chosen]
-        return tokenizer([text.text for text in chosen], pairs, split_special_tokens=True, **options)
-
-    encoded = tokens(
-        texts, truncation=True, max_length=max_seq_length, return_attention_mask=True, return_token_type_ids=False
-    )
-    full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) == max_seq_length]
-    if full:
-        uncut = tokens(full, verbose=False)["input_ids"]
-        cut = [text for text, ids in zip(full, uncut, strict=True) if len(ids) > max_seq_length]
-        if cut:
-            logger.warning(
-                f"{len(cut)} of {len(texts)} texts are longer than {max_seq_length} tokens and were cut, first "
-                f"{cut[0].place}"
-            )
-    return [
-        {"input_ids": input_ids, "attention_mask": mask}
-        for input_ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-    ]
 
 
 def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -353,11 +293,3 @@ def _numbered(table: Table, options: Labels) -> list[Text]:
             raise UserError(f"{text.place}: the label {value!r} means no label to Trainer: shift or scale all labels")
         examples.append(replace(text, label=number))
     return examples
-
-
-def asked(text: Text) -> dict[str, str]:
-    return {"text": text.text} if text.pair is None else {"text": text.text, "text_pair": text.pair}
-
-
-def heading(text: Text) -> str:
-    return " | ".join(map(one_line, asked(text).values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ SPLIT_PREFIXES = {  # of file names, before another kind of character than a let
     "test": ("test",),
 }
 SUFFIXES = tuple(f".{kind}" for kind in TABULAR)
-TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (  # of GLUE's files and of its data sets on the web
+TextColumns = tuple[str, str | None]
+"""The columns of a text, or of the two texts of a pair."""
+TEXT_COLUMNS: tuple[TextColumns, ...] = (  # of GLUE's files and of its data sets on the web
     ("sentence1", "sentence2"),
     ("question1", "question2"),
     ("question", "sentence"),
     ("premise", "hypothesis"),
     ("#1 String", "#2 String"),
+    ("text", "text_pair"),
     ("sentence", None),
     ("text", None),
 )
@@ -162,27 +165,69 @@ def validation_examples(labels: Sequence[Collection[str]], groups: Sequence[Any]
     return sorted(found)
 
 
-def find_texts(table: Table, columns: Columns) -> list[Text]:
+def find_texts(table: Table, columns: Columns, *, pairs: bool = True) -> list[Text]:
     """The table's texts, or its pairs of texts, without labels.
+
+    Args:
+        pairs: whether the task takes pairs; if not, the second text is a column like others.
 
     Raises:
         UserError: a column is missing, or a row has no text.
     """
-    text: str | None
-    if columns.text_column is not None:
-        text, pair = columns.text_column, columns.text_pair_column
-    else:
-        usual = (names for names in TEXT_COLUMNS if all(name in table.columns for name in names if name))
-        text, pair = next(usual, (None, None))
-        pair = columns.text_pair_column or pair
-    if text is None:
-        raise UserError(f"{table.name} has the columns {listed(table)}: give the one with the text as --text_column")
+    text, second = text_columns(table, columns)
+    pair = second if pairs else None
     firsts = _texts(table, text)
     seconds = [None] * len(firsts) if pair is None else _texts(table, pair)
     return [
         Text(table.place(index), *texts, others=without(table.rows[index], text, pair))
         for index, texts in enumerate(zip(firsts, seconds, strict=True))
     ]
+
+
+def text_columns(table: Table, columns: Columns) -> TextColumns:
+    """The columns that `find_texts` reads: those that are named, or the usual ones.
+
+    Raises:
+        UserError: no column is named, and the table has none of the usual ones.
+    """
+    if columns.text_column is not None:
+        return columns.text_column, columns.text_pair_column
+    usual = (names for names in TEXT_COLUMNS if all(name in table.columns for name in names if name))
+    text, pair = next(usual, (None, None))
+    if text is None:
+        raise UserError(f"{table.name} has the columns {listed(table)}: give the one with the text as --text_column")
+    return text, columns.text_pair_column or pair
+
+
+def training_columns(splits: Mapping[str, Table], columns: Columns) -> TextColumns:
+    """The columns of the texts in `train`.
+
+    Raises:
+        UserError: some splits have pairs, and others single texts.
+    """
+    found = {split: text_columns(table, columns) for split, table in splits.items()}
+    train = found["train"]
+    for split, names in found.items():
+        if (names[1] is None) != (train[1] is None):
+            raise UserError(
+                f"{splits['train'].name} has {_described(train)}, but {splits[split].name} has {_described(names)}: "
+                "name the columns of all splits by --text_column and, for pairs, --text_pair_column"
+            )
+    return train
+
+
+def with_kept_columns(table: Table, columns: Columns, kept: TextColumns | None) -> Columns:
+    """Named columns, or else those of fine-tuning if the table has them.
+
+    Args:
+        kept: None: they are unknown.
+    """
+    if kept is None:
+        return columns
+    text, pair = columns.text_column or kept[0], columns.text_pair_column or kept[1]
+    if not all(name in table.columns for name in (text, pair) if name is not None):
+        return columns
+    return replace(columns, text_column=text, text_pair_column=pair)
 
 
 def without(row: Mapping[str, Any], *columns: str | None) -> dict[str, Any]:
@@ -199,6 +244,11 @@ def check_column(table: Table, column: str, option: str) -> None:
 def listed(table: Table) -> str:
     """The columns of a table, for messages."""
     return ", ".join(map(repr, table.columns))
+
+
+def _described(names: TextColumns) -> str:
+    kind = "single texts" if names[1] is None else "pairs of texts"
+    return f"{kind} ({', '.join(repr(name) for name in names if name is not None)})"
 
 
 def _texts(table: Table, column: str) -> list[str]:

@@ -19,9 +19,16 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.classification import MULTI_LABEL, TextTask, asked, heading
+from ds_roberta.finetuning.classification import MULTI_LABEL
 from ds_roberta.finetuning.error_analysis import example, label_counts, worst_examples
-from ds_roberta.finetuning.labelled_tables import Text, check_column, find_texts, read_splits
+from ds_roberta.finetuning.labelled_tables import (
+    Text,
+    TextColumns,
+    check_column,
+    find_texts,
+    read_splits,
+    training_columns,
+)
 from ds_roberta.finetuning.labels import (
     Labels,
     in_order,
@@ -31,6 +38,7 @@ from ds_roberta.finetuning.labels import (
     without_unlabelled_tests,
 )
 from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, label_names
+from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_columns
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import must_be, option
 
@@ -69,11 +77,17 @@ class MultiLabelClassification(TextTask):
     name = "multi-label-classification"
     options_class = MultiLabelOptions
 
-    def __init__(self, names: list[str], options: MultiLabelOptions, threshold: float):
-        super().__init__(options)
+    def __init__(
+        self,
+        names: list[str],
+        options: MultiLabelOptions,
+        threshold: float,
+        text_columns: TextColumns | None = None,
+    ):
+        super().__init__(options, text_columns)
         self.names, self.choose, self.threshold = names, options.choose_label_threshold, threshold
         self.head = {**label_head(names), "problem_type": MULTI_LABEL}
-        self.results = {"label_names": names, KEY: {"threshold": threshold}}
+        self.results |= {"label_names": names, KEY: {"threshold": threshold}}
         self.metric_names = ("micro_f1", "macro_f1", "accuracy")
         if self.choose:
             self.metric_names = ("best_micro_f1", *self.metric_names)
@@ -100,7 +114,8 @@ class MultiLabelClassification(TextTask):
         splits: dict[str, Sequence[Text]] = {
             split: _with_labels(*rows, names, options) for split, rows in labelled.items()
         }
-        return cls(names, options, 0.5 if options.label_threshold is None else options.label_threshold), splits
+        threshold = 0.5 if options.label_threshold is None else options.label_threshold
+        return cls(names, options, threshold, training_columns(tables, options)), splits
 
     @classmethod
     def from_model(
@@ -113,7 +128,8 @@ class MultiLabelClassification(TextTask):
             raise UserError(
                 f"{RESULTS} of the model has {KEY} in an unknown form ({error}): fine-tune it again"
             ) from error
-        return cls(label_names(config), options, kept if options.label_threshold is None else options.label_threshold)
+        threshold = kept if options.label_threshold is None else options.label_threshold
+        return cls(label_names(config), options, threshold, kept_columns(results))
 
     @classmethod
     def fits(cls, config: transformers.RobertaConfig) -> bool:

@@ -215,7 +215,8 @@ def read_sentences(source: str | Path | Table, options: TagColumns, *, labelled:
     if words is None or not any(isinstance(row.get(words), list) for row in table.rows):
         if not labelled:
             return [
-                replace(split_text(text.place, text.text), others=text.others) for text in find_texts(table, columns)
+                replace(split_text(text.place, text.text), others=text.others)
+                for text in find_texts(table, columns, pairs=False)
             ]
         if has_spans(table, columns):
             return span_sentences(table, columns)

@@ -6,13 +6,16 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import transformers
 
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.classification import Classification, ClassificationOptions, Regression, encode_texts
+from ds_roberta.finetuning.classification import Classification, ClassificationOptions, Regression
 from ds_roberta.finetuning.labelled_tables import Text
 from ds_roberta.finetuning.labels import Labels
-from ds_roberta.finetuning.token_classification import TagColumns, TokenClassification
+from ds_roberta.finetuning.multi_label import MultiLabelClassification
+from ds_roberta.finetuning.text_task import encode_texts
+from ds_roberta.finetuning.token_classification import TagColumns, TokenClassification, read_sentences
 from ds_roberta.transformers_folder import open_tokenizer
 
 ROWS = [
@@ -152,6 +155,80 @@ def test_what_is_wrong_is_reported_with_its_row(tmp_path, task, train, dev, opti
     write_splits(tmp_path, train, dev=dev)
     with pytest.raises(UserError, match=message):
         task.from_data((str(tmp_path),), task.options_class(**options))
+
+
+PAIRS = [{"text": "a", "text_pair": "b", "label": 0}, {"text": "c", "text_pair": "d", "label": 1}]
+SINGLE = [{"text": "a", "label": 0}, {"text": "c", "label": 1}]
+TEXT_TASKS = [Classification, Regression, MultiLabelClassification]
+
+
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_splits_agree_whether_texts_are_pairs(tmp_path, task):
+    message = "dev.jsonl has single texts .'text'.: name the columns of all splits by --text_column"
+    for train, dev, expected in ((PAIRS, SINGLE, message), (SINGLE, PAIRS, "train.jsonl has single texts .*dev.jsonl")):
+        data = write_splits(tmp_path, train, dev=dev)
+        with pytest.raises(UserError, match=expected):
+            task.from_data(data, task.options_class())
+        assert task.from_data(data, task.options_class(text_column="text"))[0].results["text_columns"] == ["text", None]
+
+
+def tuned(folder, task, rows, **options):
+    """A task as predictions have it after fine-tuning on these rows."""
+    folder.mkdir()
+    trained, _ = task.from_data(write_splits(folder, rows), task.options_class(**options))
+    kept = json.loads(json.dumps(trained.results))
+    config = transformers.RobertaConfig(**trained.head)
+    return lambda **given: task.from_model(config, kept, given)
+
+
+def found(task, path, rows):
+    return [(text.text, text.pair, text.others) for text in task.read_inputs(str(write(path, rows)))]
+
+
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_predictions_read_the_columns_of_fine_tuning(tmp_path, task):
+    rows = [{"text": "x", "a": f"a{label}", "b": f"b{label}", "c": "c", "label": label} for label in (0, 1)]
+    asked = [{name: rows[0][name] for name in ("text", "a", "b", "c")}]
+    path = tmp_path / "asked.jsonl"
+    pairs = tuned(tmp_path / "pairs", task, rows, text_column="a", text_pair_column="b")
+    assert found(pairs(), path, asked) == [("a0", "b0", {"text": "x", "c": "c"})]
+    assert found(pairs(text_pair_column="c"), path, asked) == [("a0", "c", {"text": "x", "b": "b0"})]
+    assert found(pairs(text_column="text", text_pair_column="c"), path, asked)[0][:2] == ("x", "c")
+    usual = [{"sentence1": "s", "sentence2": "t", "a": "alone"}]
+    assert found(pairs(), path, usual) == [("s", "t", {"a": "alone"})]
+    single = tuned(tmp_path / "single", task, rows)
+    assert found(single(), path, PAIRS[:1]) == [("a", None, {"text_pair": "b", "label": 0})]
+
+
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_what_is_no_pair_for_a_model_of_pairs_is_refused_and_the_reverse(tmp_path, task):
+    path = tmp_path / "asked.jsonl"
+    pairs, single = (tuned(tmp_path / name, task, rows) for name, rows in (("pairs", PAIRS), ("single", SINGLE)))
+    with pytest.raises(UserError, match=r"takes pairs of texts, but .*row 1 has a single text: name their columns"):
+        found(pairs(), path, SINGLE)
+    with pytest.raises(UserError, match="takes pairs of texts, but the command line has a single text: give --text_p"):
+        pairs().make_input("a", None)
+    with pytest.raises(UserError, match=r"takes single texts, but .*row 1 has a pair: give the text by --text_column"):
+        found(single(), path, [{"premise": "a", "hypothesis": "b"}])
+    with pytest.raises(UserError, match="takes single texts, but the command line has a pair"):
+        single().make_input("a", "b")
+    assert found(single(text_column="premise"), path, [{"premise": "a", "hypothesis": "b"}])[0][:2] == ("a", None)
+    assert (pairs().make_input("a", "b").pair, single().make_input("a", None).pair) == ("b", None)
+
+
+def test_a_model_of_another_origin_takes_both(tmp_path):
+    task = Regression.from_model(transformers.RobertaConfig(num_labels=1), {}, {})
+    assert found(task, tmp_path / "pairs.jsonl", PAIRS)[0][:2] == ("a", "b")
+    assert found(task, tmp_path / "single.jsonl", SINGLE)[0][:2] == ("a", None)
+    assert task.make_input("a", "b").pair == "b"
+    with pytest.raises(UserError, match="has text_columns in an unknown form"):
+        Regression.from_model(transformers.RobertaConfig(num_labels=1), {"text_columns": ["a", 1]}, {})
+
+
+def test_token_classification_keeps_the_second_text_as_another_column(tmp_path):
+    path = str(write(tmp_path / "asked.jsonl", [{"text": "a b", "text_pair": "c"}]))
+    (sentence,) = read_sentences(path, TagColumns(), labelled=False)
+    assert (sentence.words, sentence.others) == (("a", "b"), {"text_pair": "c"})
 
 
 def test_damaged_files_are_reported(tmp_path):
