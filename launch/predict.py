@@ -1,6 +1,7 @@
 """Predict with a fine-tuned model: `python launch/predict.py --model DIR --input FILE`, or `--text TEXT`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, positive, probability, run_command
@@ -49,15 +50,22 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    for name in ("text", "text_pair", "question", "context"):
+        value = vars(arguments)[name]
+        if value is not None and not value.strip():
+            parser.error(f"--{name} {value!r} is empty: give a text")
     if (arguments.question is None) != (arguments.context is None):
         parser.error("--question and --context go together: give both")
     if arguments.glue_task is not None and arguments.output is None:
         parser.error("--glue_task needs --output, a .tsv file: give it")
     if arguments.text_pair is not None and arguments.text is None:
         parser.error("--text_pair goes with --text: give both")
+    for name in ("text_column", "text_pair_column"):
+        if arguments.input is None and vars(arguments)[name] is not None:
+            parser.error(f"--{name} does nothing without --input: leave it out")
     return arguments
 
 

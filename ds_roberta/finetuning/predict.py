@@ -27,7 +27,7 @@ class PredictConfig:
         input: a file; None: only `text`, with `text_pair` if the task has pairs (the question about a context).
         output: the file for programs, see `prediction_files`; None: answers are only printed for people.
         glue_task: the task of GLUE's board that the output is for, a key of `BOARDS`.
-        task_options: the task's own, by name; others are ignored. Missing ones are as in fine-tuning.
+        task_options: the task's own, by name. Missing ones are as in fine-tuning.
         max_seq_length: in tokens; None: as in fine-tuning.
     """
 
@@ -60,12 +60,14 @@ def predict(config: PredictConfig) -> list[Answer]:
     """Print an answer to each text of the input, and write it with the other columns of its row.
 
     Raises:
-        UserError: the model's folder, the input or the output is wrong.
+        UserError: the model's folder, an option, the input or the output is wrong.
     """
     if config.output is not None:
         check_output(config.output, config.input, config.glue_task)
     finetuned = open_finetuned(config.model, config.max_seq_length, config.task_options)
     task = finetuned.task
+    if config.text_pair is not None and not task.takes_pairs:
+        raise UserError(f"the model is of --task {task.name}, which takes single texts: give one as --text alone")
     if config.glue_task is not None:
         check_board(config.glue_task, task.head)
     if config.input is not None:
@@ -89,10 +91,11 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
 
     Args:
         max_seq_length: None: as in fine-tuning.
-        given: the task's options, by name; others are ignored.
+        given: the task's options, by name.
 
     Raises:
-        UserError: the folder has no such model, its parts do not fit together, or the model has fewer positions.
+        UserError: the folder has no such model, its parts do not fit together, the model has fewer positions, or an
+            option does nothing for its task.
     """
     opened = open_folder(folder)
     results = read_json_object(folder / RESULTS, EXPORT_AGAIN) if (folder / RESULTS).is_file() else {}
@@ -104,12 +107,16 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
             "launch/finetune.py"
         )
     task_class = next((task for task in known if task.name == results.get("task")), known[0])
+    given = given or {}
     names = {each.name for each in fields(task_class.options_class)}
-    known_options = {name: value for name, value in (given or {}).items() if name in names}
+    if not task_class.takes_pairs:
+        names.discard("text_pair_column")
+    if unused := [name for name in given if name not in names]:
+        raise UserError(f"--{unused[0]} does nothing with a model of --task {task_class.name}: leave it out")
     length = opened.sequence_length(max_seq_length, SHORTEST)
     model = read_model(folder, getattr(transformers, task_class.architecture))
     return FinetunedModel(
-        task_class.from_model(opened.config, results, known_options),
+        task_class.from_model(opened.config, results, given),
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
         open_tokenizer(folder),
         length,

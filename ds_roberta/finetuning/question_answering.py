@@ -118,6 +118,7 @@ class QuestionAnswering(Task):
     name = "question-answering"
     architecture = "RobertaForQuestionAnswering"
     options_class = SpanOptions
+    takes_pairs = True
 
     def __init__(self, with_null: bool, options: SpanOptions):
         self.with_null, self.options = with_null, options

@@ -57,6 +57,7 @@ class Task(ABC):
         options_class: the task's own options.
         collator: makes a batch of features; called with the tokenizer.
         add_prefix_space: how the model's tokenizer is opened and saved; None: as it is.
+        takes_pairs: whether an input may have two texts.
         has_error_analysis: whether `error_analysis` is defined.
         metric_names: the metrics that may choose the best epoch and run; the first is the default.
         head: the head's values in the model's configuration.
@@ -68,6 +69,7 @@ class Task(ABC):
     options_class: ClassVar[type[Settings]]
     collator: ClassVar[Any] = transformers.DataCollatorWithPadding
     add_prefix_space: ClassVar[bool | None] = None
+    takes_pairs: ClassVar[bool] = False
     has_error_analysis: ClassVar[bool] = False
 
     metric_names: tuple[str, ...]

@@ -22,6 +22,7 @@ class TextTask(Task):
     """The common part of tasks that predict a label or a number for each text or pair."""
 
     architecture = "RobertaForSequenceClassification"
+    takes_pairs = True
     has_error_analysis = True
     options_class = Labels
 

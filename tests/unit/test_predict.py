@@ -2,7 +2,9 @@
 
 import json
 import os
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import transformers
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.predict import PredictConfig, predict
 
+PREDICT = Path(__file__).parents[2] / "launch/predict.py"
 CONTEXT = " ".join(f"karen{number} sulto minka" for number in range(60))
 
 
@@ -194,6 +197,11 @@ def test_questions_of_squads_file_without_answers(ask):
         ("classification", {"content": '{"text": "\\ud83d"}'}, "row 1 is not Unicode .surrogates not allowed"),
         ("classification", {"content": "[" * 5000}, "row 1: not valid JSON .maximum recursion depth"),
         ("token-classification", {"text": " "}, "the command line: the text ' ' has no words"),
+        (
+            "token-classification",
+            {"text": "x", "text_pair": "y"},
+            "is of --task token-classification, which takes single",
+        ),
         ("question-answering", {"text": "x"}, "give --question and --context"),
         ("question-answering", {"content": '{"question": "x"}'}, "no column 'context'"),
         ("question-answering", {"content": "{}", "name": "x.json"}, "has no list 'data'"),
@@ -202,6 +210,46 @@ def test_questions_of_squads_file_without_answers(ask):
 def test_what_cannot_be_asked_is_refused(ask, task, asked, message):
     with pytest.raises(UserError, match=message):
         ask(task, **asked)
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "value"),
+    [
+        ("classification", "label_threshold", 0.4),
+        ("classification", "no_answer_threshold", 0.4),
+        ("regression", "label_threshold", 0.4),
+        ("token-classification", "text_pair_column", "b"),
+        ("token-classification", "label_threshold", 0.4),
+        ("question-answering", "text_column", "a"),
+    ],
+)
+def test_options_that_do_nothing_for_the_models_task_are_refused(ask, task, option, value):
+    with pytest.raises(UserError, match=f"--{option} does nothing with a model of --task {task}: leave it out"):
+        ask(task, [{"text": "x"}], task_options={option: value})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--text", "x", "--text_column", "a"), "--text_column does nothing without --input: leave it out"),
+        (("--question", "x", "--context", "y", "--text_pair_column", "a"), "--text_pair_column does nothing without"),
+        (("--text", ""), "--text '' is empty"),
+        (("--text", "x", "--text_pair", " "), "--text_pair ' ' is empty"),
+        (("--question", "", "--context", "x"), "--question '' is empty"),
+        (("--question", "x", "--context", "\n"), "--context '\\n' is empty"),
+        (("--input", "x.csv", "--text_pair", "x"), "--text_pair goes with --text"),
+    ],
+)
+def test_options_that_do_nothing_on_the_command_line_are_refused(capsys, words, message):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(PREDICT))["parse_arguments"](["--model", "m", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_named_columns_of_a_file_reach_the_prediction(ask):
+    options = {"text_column": "a", "text_pair_column": "b"}
+    (row,), _ = ask("classification", [{"a": "karen", "b": "sulto", "text": "minka"}], task_options=options)
+    assert (row["text"], row["text_pair"], row["input_text"]) == ("karen", "sulto", "minka")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(ask, tmp_path):
