@@ -56,8 +56,12 @@ class Splitting(Settings):
 class Columns(Splitting):
     """Names of table columns."""
 
-    text_column: str | None = option("default: sentence, text, tokens, or the first of a pair such as sentence1", None)
-    text_pair_column: str | None = option("default: the second of such a pair, if there is one", None)
+    text_column: str | None = option(
+        "default: in predictions that of fine-tuning, else sentence, text, tokens, or the first of a pair such as "
+        "sentence1",
+        None,
+    )
+    text_pair_column: str | None = option("default: likewise, or the second of such a pair, if there is one", None)
     label_column: str | None = option("default: label, tags, or GLUE's names for it", None)
 
 
