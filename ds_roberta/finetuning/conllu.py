@@ -6,11 +6,18 @@ import re
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.tagged_sentences import OUTSIDE, Sentence, are_of_entities, check_tags, split_columns
+from ds_roberta.finetuning.tagged_sentences import (
+    OUTSIDE,
+    UNSPECIFIED,
+    Sentence,
+    are_of_entities,
+    check_tags,
+    split_columns,
+)
 
-UPOS, XPOS = "UPOS", "XPOS"
-COLUMNS = ("ID", "FORM", "LEMMA", UPOS, XPOS, "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
-UNSPECIFIED = "_"
+UPOS, XPOS, MISC = "UPOS", "XPOS", "MISC"
+COLUMNS = ("ID", "FORM", "LEMMA", UPOS, XPOS, "FEATS", "HEAD", "DEPREL", "DEPS", MISC)
+TAG_COLUMNS = (UPOS, XPOS, MISC)
 _ID = re.compile(r"\d+|\d+-\d+|\d+\.\d+")  # a word, the surface form of several, a word that only the syntax has
 
 
@@ -27,17 +34,19 @@ def parse_conllu(name: str, text: str, tag_column: str = UPOS, *, labelled: bool
 
     Args:
         tag_column: `UPOS`, `XPOS`, or a key in `MISC`; if its values mark entities, words without it are outside them.
-        labelled: whether there must be tags.
+        labelled: whether there must be tags. If not, the columns that may have some are among `others`.
 
     Raises:
         UserError: there are no sentences, a row has another number of columns, its number is not the next one, its word
             or tag is missing, or as `check_tags`.
     """
     rows: list[list[tuple[str, str, str | None]]] = [[]]  # of each sentence: place, word, tag
+    others: list[dict[str, list[str]]] = [{}]
     for number, columns in enumerate(map(split_columns, text.split("\n")), 1):
         place = f"{name}, row {number}"
         if not columns:
             rows.append([])
+            others.append({})
             continue
         if columns[0].startswith("#") and not rows[-1]:
             continue
@@ -53,19 +62,22 @@ def parse_conllu(name: str, text: str, tag_column: str = UPOS, *, labelled: bool
             if not fields["FORM"].strip():
                 raise UserError(f"{place} has no word in its column FORM: fix or remove the row")
             rows[-1].append((place, fields["FORM"], _tag(fields, tag_column)))
+            for column in () if labelled else TAG_COLUMNS:
+                others[-1].setdefault(column, []).append(fields[column])
+    others = [of_sentence for of_sentence, sentence in zip(others, rows, strict=True) if sentence]
     rows = [sentence for sentence in rows if sentence]
     if not rows:
         raise UserError(f"{name!r} has no sentences: choose a file with a word and its tag on each line")
     tags = _complete(name, rows, tag_column) if labelled else [()] * len(rows)
     return [
-        Sentence(sentence[0][0], tuple(word for _, word, _ in sentence), of_sentence)
-        for sentence, of_sentence in zip(rows, tags, strict=True)
+        Sentence(sentence[0][0], tuple(word for _, word, _ in sentence), of_sentence, others=of_others)
+        for sentence, of_sentence, of_others in zip(rows, tags, others, strict=True)
     ]
 
 
 def _tag(fields: dict[str, str], column: str) -> str | None:
     if column not in (UPOS, XPOS):
-        return dict(entry.partition("=")[::2] for entry in fields["MISC"].split("|")).get(column)
+        return dict(entry.partition("=")[::2] for entry in fields[MISC].split("|")).get(column)
     return None if fields[column] == UNSPECIFIED else fields[column]
 
 

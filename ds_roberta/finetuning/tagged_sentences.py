@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -17,7 +17,9 @@ TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
 OUTSIDE = "O"
 DOCUMENT_START = "-DOCSTART-"
 ENTITY_TAG = re.compile(r"O|[BIESLU](-[^-].*)?")  # IOB1, IOB2, IOBES, BILUO; not XPOS such as I-------
+UNSPECIFIED = "_"  # as CoNLL-U writes it
 SCHEMES = {"E": "IOBES", "S": "IOBES", "L": "BILUO", "U": "BILUO"}
+GIVE_TEXTS = "give texts as a table with a column 'text' (.jsonl, .csv, .tsv)"
 WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
 
 
@@ -50,16 +52,19 @@ class Sentence:
         return " ".join(self.words), offsets
 
 
-def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence]:
+def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collection[str] = ()) -> list[Sentence]:
     """One word per line with its tag in the last column; empty lines separate sentences. Columns are separated by tabs,
     or by spaces in lines without tabs. Lines with `-DOCSTART-` are skipped, and so are lines that start with `#` at the
     beginning of a sentence and have another number of columns or do not end in a tag of the file.
 
     Args:
-        labelled: whether there must be tags; if not, all columns but the first are ignored.
+        labelled: whether there must be tags. If not, lines may have one column, and a last column of tags is among
+            `others`.
+        names: tags that the last column may have besides those of entities, if not `labelled`.
 
     Raises:
-        UserError: there are no sentences, a line has no tag or another number of columns, or as `check_tags`.
+        UserError: there are no sentences, a line has no tag or another number of columns, most lines have several
+            columns but no tag, or as `check_tags`.
     """
     lines = list(enumerate(map(split_columns, text.split("\n")), 1))
     of_words = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
@@ -73,7 +78,11 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
 
     def close() -> None:
         if words:
-            sentences.append(Sentence(f"{name}, row {first}", tuple(words), tuple(tags)))
+            place, of_words = f"{name}, row {first}", tuple(words)
+            if labelled:
+                sentences.append(Sentence(place, of_words, tuple(tags)))
+            else:
+                sentences.append(Sentence(place, of_words, others={"tags": list(tags)} if tags else {}))
             words.clear()
             tags.clear()
 
@@ -88,20 +97,35 @@ def parse_conll(name: str, text: str, *, labelled: bool = True) -> list[Sentence
         place = f"{name}, row {number}"
         if not columns[0].strip():
             raise UserError(f"{place} has no word in its first column: fix or remove the row")
-        if labelled:
-            if len(columns) < 2:
-                raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag in its last column")
+        if labelled and len(columns) < 2:
+            raise UserError(f"{place} has the word {columns[0]!r} but no tag: write the tag in its last column")
+        if len(columns) != (width or len(columns)):
+            remedy = "fix the row" if labelled else f"fix the row, or {GIVE_TEXTS}"
+            raise UserError(f"{place} has {len(columns)} columns, the first row with a word has {width}: {remedy}")
+        if len(columns) > 1:
             tags.append(columns[-1])
             tagged.append((place, columns[-1]))
-        if len(columns) != (width or len(columns)):
-            raise UserError(f"{place} has {len(columns)} columns, the first row with a word has {width}: fix the row")
         first = first if words else number
         words.append(columns[0])
     close()
     if not sentences:
         raise UserError(f"{name!r} has no sentences: choose a file with a word and its tag on each line")
-    check_tags(tagged)
+    if labelled:
+        check_tags(tagged)
+    elif 2 * sum(is_tag(tag, names) for _, tag in tagged) < len(tagged):
+        place, tag = next((place, tag) for place, tag in tagged if not is_tag(tag, names))
+        raise UserError(
+            f"{place} has {width} columns, but {tag!r} in the last one is no tag that the model knows: leave only the "
+            f"column of the words, or {GIVE_TEXTS}"
+        )
     return sentences
+
+
+def is_tag(value: str, names: Collection[str]) -> bool:
+    """Whether a value of CoNLL's last column is a tag of entities, one of `names` or `_`. A mark such as `.` does not
+    count: it is a tag in some data, and ends sentences in others."""
+    known = value in names and any(map(str.isalnum, value))
+    return known or value == UNSPECIFIED or bool(ENTITY_TAG.fullmatch(value))
 
 
 def table_sentences(

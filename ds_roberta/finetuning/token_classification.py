@@ -6,7 +6,7 @@ windows' logits become one row per word again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -23,13 +23,16 @@ from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.conllu import UPOS, is_conllu, parse_conllu
 from ds_roberta.finetuning.entity_spans import has_spans, span_sentences, without_tasks
 from ds_roberta.finetuning.error_analysis import tag_errors
-from ds_roberta.finetuning.labelled_tables import SUFFIXES, Columns, find_texts, read_splits
+from ds_roberta.finetuning.labelled_tables import SUFFIXES, TEXT_COLUMNS, Columns, find_texts, read_splits
 from ds_roberta.finetuning.tag_metrics import Entity, entity_metrics, find_entities, tag_metrics
 from ds_roberta.finetuning.tagged_sentences import (
+    ENTITY_TAG,
+    OUTSIDE,
     WORD_COLUMNS,
     Sentence,
     are_of_entities,
     check_scheme,
+    is_tag,
     parse_conll,
     split_text,
     table_sentences,
@@ -51,6 +54,7 @@ from ds_roberta.inputs.tables import Table, read_table, read_text
 from ds_roberta.options import option
 
 COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2", ".tsv", ".txt")
+_TEXTS = {*WORD_COLUMNS, *chain.from_iterable(TEXT_COLUMNS)} - {None}
 TABLES = tuple(suffix for suffix in SUFFIXES if suffix not in COLUMN_FILES)
 
 
@@ -116,10 +120,10 @@ class TokenClassification(Task):
             raise UserError(
                 f"the training sentences have only the tag {names[0]!r}: token classification needs at least two"
             )
-        if are_of_entities(names):
-            check_scheme((each.place, tag) for each in chain(splits["train"], *splits.values()) for tag in each.tags)
         for split, sentences in splits.items():
             _check_tags(split, sentences, names)
+        if are_of_entities(names):
+            check_scheme((each.place, tag) for each in chain(splits["train"], *splits.values()) for tag in each.tags)
         return cls(names, options), splits
 
     @classmethod
@@ -129,7 +133,7 @@ class TokenClassification(Task):
         return cls(label_names(config), TagColumns(**given))
 
     def read_inputs(self, path: str) -> list[Sentence]:
-        return read_sentences(path, self.options, labelled=False)
+        return read_sentences(path, self.options, labelled=False, names=self.names)
 
     def other_columns(self, given: Sentence) -> dict[str, Any]:
         return given.others
@@ -197,18 +201,24 @@ class TokenClassification(Task):
         return answers
 
 
-def read_sentences(source: str | Path | Table, options: TagColumns, *, labelled: bool = True) -> list[Sentence]:
+def read_sentences(
+    source: str | Path | Table, options: TagColumns, *, labelled: bool = True, names: Collection[str] = ()
+) -> list[Sentence]:
     """Rows of lists or of spans from tables, columns of CoNLL or CoNLL-U from files with `COLUMN_FILES`' endings.
 
     Args:
-        labelled: whether words must have tags. If not, rows may also have texts instead of lists of words.
+        labelled: whether words must have tags. If not, rows may also have texts instead of lists of words, and a `.tsv`
+            is a table if its first line names a column of texts.
+        names: the model's tags, if not `labelled`; see `parse_conll`.
 
     Raises:
         UserError: as `parse_conll`, `parse_conllu`, `table_sentences` or `span_sentences`, or an option is for other
             files.
     """
-    if not isinstance(source, Table) and suffix_of(str(source)) in COLUMN_FILES:
-        return _read_columns(str(source), read_text(source), options, labelled)
+    if not isinstance(source, Table) and (suffix := suffix_of(str(source))) in COLUMN_FILES:
+        text = read_text(source)
+        if labelled or suffix != ".tsv" or not _has_header(text, options, names):
+            return _read_columns(str(source), text, options, labelled, names)
     table, columns = without_tasks(read_table(source), options, labelled=labelled)
     _check_conllu_column(table.name, options)
     words = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
@@ -223,14 +233,24 @@ def read_sentences(source: str | Path | Table, options: TagColumns, *, labelled:
     return table_sentences(table, columns.text_column, columns.label_column, labelled=labelled)
 
 
-def _read_columns(name: str, text: str, options: TagColumns, labelled: bool) -> list[Sentence]:
+def _has_header(text: str, options: TagColumns, names: Collection[str]) -> bool:
+    """Whether a `.tsv` begins with names of columns, one of which has texts, and not with a word and its tag. One
+    column is of words, unless a line after its name has a space."""
+    first, _, rest = text.lstrip().partition("\n")
+    columns = [name.strip().strip('"') for name in first.split("\t")]
+    if not {options.text_column, *_TEXTS} & set(columns):
+        return False
+    return not is_tag(columns[-1], names) if len(columns) > 1 else " " in rest
+
+
+def _read_columns(name: str, text: str, options: TagColumns, labelled: bool, names: Collection[str]) -> list[Sentence]:
     given = "text" if options.text_column is not None else "label" if options.label_column is not None else None
     if given is not None:
         raise UserError(f"{name!r} has no names of columns, so --{given}_column does nothing: leave it out")
     if is_conllu(text):
         return parse_conllu(name, text, options.conllu_column, labelled=labelled)
     _check_conllu_column(name, options)
-    return parse_conll(name, text, labelled=labelled)
+    return parse_conll(name, text, labelled=labelled, names=names)
 
 
 def _check_conllu_column(name: str, options: TagColumns) -> None:
@@ -243,11 +263,16 @@ def _check_tags(split: str, sentences: list[Sentence], names: list[str]) -> None
     of a known type, such as I- if all training entities have one word: it cannot be predicted."""
     of_entities = are_of_entities(names)
     kind = "entity type" if of_entities else "tag"
-    types = {name.partition("-")[2] for name in names} if of_entities else set(names)
+    types = {name.partition("-")[2] for name in names if name != OUTSIDE} if of_entities else set(names)
     unseen: dict[str, str] = {}
     for sentence in sentences:
         for tag in set(sentence.tags).difference(names):
             unseen.setdefault(tag, sentence.place)
+            if of_entities and (not ENTITY_TAG.fullmatch(tag) or ("-" not in tag and "" not in types)):
+                raise UserError(
+                    f"{sentence.place}: the tag {tag!r} is neither O nor like {names[-1]} in training: fix its tags or "
+                    "remove the sentence"
+                )
             type_ = tag.partition("-")[2] if of_entities else tag
             if type_ not in types:
                 problem = unknown_key_message(kind, type_, types - {""})

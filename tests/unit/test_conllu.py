@@ -85,3 +85,4 @@ def test_a_task_learns_the_chosen_column(tmp_path):
     assert splits["validation"][0].words[0] == "Vamos"
     asked = read_sentences(tmp_path / "dev.txt", TagColumns(), labelled=False)
     assert [each.words for each in asked] == [each.words for each in splits["train"]]
+    assert asked[1].others == {"UPOS": ["SYM", "NUM"], "XPOS": ["S", "C"], "MISC": ["_", "NER=O"]}

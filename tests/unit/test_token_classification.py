@@ -266,3 +266,62 @@ def test_entities_are_found_with_their_scores():
         ("X", 0, 2, 0.8),
         ("Y", 3, 4, 0.5),
     ]
+
+
+def asked(tmp_path, name, content, **options):
+    (tmp_path / name).write_text(content)
+    return TokenClassification(["O", "B-X", "I-X"], TagColumns(**options)).read_inputs(str(tmp_path / name))
+
+
+def test_a_tsv_with_a_header_is_a_table_of_texts_to_predict(tmp_path):
+    content = "id\ttext\n1\tAnn lives here\n2\tBob, too\n"
+    found = asked(tmp_path, "x.tsv", content)
+    assert [(each.words, each.others) for each in found] == [
+        (("Ann", "lives", "here"), {"id": "1"}),
+        (("Bob", ",", "too"), {"id": "2"}),
+    ]
+    found = asked(tmp_path, "x.tsv", content.replace("text", "body"), text_column="body")
+    assert found[0].text == "Ann lives here"
+    assert [each.text for each in asked(tmp_path, "x.tsv", "text\nAnn lives\nBob\n")] == ["Ann lives", "Bob"]
+    assert [each.words for each in asked(tmp_path, "x.tsv", "text\nmining\n\nBob\n")] == [("text", "mining"), ("Bob",)]
+    assert asked(tmp_path, "x.tsv", "text\tO\nmining\tO\n")[0].words == ("text", "mining")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", "Ann lives here\nBob lives there\n", "row 1 has 3 columns, but 'here' in the last one is no tag"),
+        ("x.txt", "So do I\nSo do you\nSo do they\n", "row 2 has 3 columns, but 'you' .* give texts as a table with a"),
+        ("x.txt", "Ann lives here\nBob lives\n", "x.txt, row 2 has 2 columns, .* or give texts as a table"),
+        ("x.txt", "id\ttext\n1\tAnn lives here\n", "row 1 has 2 columns, but 'text' in the last one is no tag"),
+        ("x.tsv", "1\tAnn lives here\n", "row 1 has 2 columns, but 'Ann lives here' in the last one is no tag"),
+        ("x.tsv", "id\tbody\n1\tAnn lives here\n", "but 'body' in the last one is no tag"),
+        ("x.tsv", "tokens\tner_tags\nAnn\tB-X\n", "has the columns 'tokens', 'ner_tags': give the one with the text"),
+    ],
+)
+def test_texts_to_predict_are_not_taken_for_columns_of_words(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        asked(tmp_path, name, content)
+
+
+def test_marks_at_the_ends_of_sentences_are_not_tags(tmp_path):
+    (tmp_path / "x.txt").write_text("Ann lives .\nBob works .\n")
+    task = TokenClassification([".", "NNP", "VBZ"], TagColumns())
+    with pytest.raises(UserError, match=r"row 1 has 3 columns, but '\.' in the last one"):
+        task.read_inputs(str(tmp_path / "x.txt"))
+    (tmp_path / "x.txt").write_text("Ann NNP\nworks VBZ\n. .\n\nBob NNP\n")
+    assert [task.other_columns(each) for each in task.read_inputs(str(tmp_path / "x.txt"))] == [
+        {"tags": ["NNP", "VBZ", "."]},
+        {"tags": ["NNP"]},
+    ]
+
+
+def test_a_tag_that_marks_no_entity_is_refused_beside_entities(tmp_path):
+    (tmp_path / "train.txt").write_text(TRAIN)
+    for content, tag in (("karen O\n\nminka NOUN\n", "NOUN"), ("karen O\n\nminka B\n", "B")):
+        (tmp_path / "dev.txt").write_text(content)
+        with pytest.raises(UserError, match=rf"dev.txt, row \d: the tag '{tag}' is neither O nor like B-Y in training"):
+            TokenClassification.from_data((str(tmp_path),), TagColumns())
+    (tmp_path / "train.txt").write_text("karen B\nsulto O\n")
+    (tmp_path / "dev.txt").write_text("karen B\nsulto I\n")
+    assert TokenClassification.from_data((str(tmp_path),), TagColumns())[0].names == ["O", "B"]
