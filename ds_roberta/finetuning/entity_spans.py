@@ -147,14 +147,15 @@ def without_tasks(table: Table, columns: Columns, *, labelled: bool = True) -> t
 
 def _span_column(table: Table, columns: Columns) -> str | None:
     candidates = table.columns if columns.label_column is None else (columns.label_column,)
+    usual = SPAN_COLUMNS if columns.label_column is None else candidates
     found = [name for name in candidates if any(_are_spans(row.get(name)) for row in table.rows)]
     if len(found) > 1:
         raise UserError(
             f"{table.name} has spans in the columns {', '.join(map(repr, found))}: give one of them as --label_column"
         )
-    usual = SPAN_COLUMNS if columns.label_column is None else candidates
-    empty = (name for name in usual if all(row.get(name) == [] for row in table.rows))
-    return found[0] if found else next(empty, None)
+    unlabelled = [name for name in usual if any(_lack_labels(row.get(name)) for row in table.rows)]
+    empty = [name for name in usual if all(row.get(name) == [] for row in table.rows)]
+    return next(iter(found + unlabelled + empty), None)
 
 
 def _are_spans(value: Any) -> bool:
@@ -162,6 +163,15 @@ def _are_spans(value: Any) -> bool:
         return False
     first = value[0]
     return _first(first, STARTS) is not None if isinstance(first, dict) else isinstance(first, list) and len(first) == 3
+
+
+def _lack_labels(value: Any) -> bool:
+    """Whether the first of a list of spans has a start and an end, but no label."""
+    return isinstance(value, list) and bool(value) and _is_pair(value[0])
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and all(type(number) is int for number in item)
 
 
 def _first(values: dict[str, Any], keys: Iterable[str]) -> Any:
@@ -180,6 +190,8 @@ def _span(place: str, item: Any) -> Span:
         if len(type_) != 1:
             raise UserError(f"{place}: the span {start} to {end} has {len(type_)} labels: give it one")
         (type_,) = type_
+    if _is_pair(item):
+        raise UserError(f"{place}: the span {item!r} has no label: write it as [{item[0]}, {item[1]}, label]")
     if type(start) is not int or type(end) is not int or not isinstance(type_, str) or not type_.strip():
         raise UserError(
             f"{place}: the span {item!r} is neither [start, end, label] nor an object with these: fix or remove it"

@@ -163,6 +163,9 @@ class QuestionAnswering(Task):
     def make_input(self, text: str, text_pair: str | None) -> Question:
         if text_pair is None:
             raise UserError("the model answers questions: give --question and --context, or --input")
+        for name, value in (("--question", text_pair), ("--context", text)):
+            if not value.strip():
+                raise UserError(f"{name} is {value!r}, not a text: give one")
         return Question(COMMAND_LINE, "1", text_pair, text)
 
     def encode(
@@ -231,7 +234,7 @@ class QuestionAnswering(Task):
         no_answer = decoded.null_probability
         unanswered = not candidates or (self.with_null and no_answer > self.options.no_answer_threshold)
         best = {"text": "", "start": None, "end": None, "score": no_answer} if unanswered else candidates[0]
-        row = {"id": question.id, "question": question.question, "answer": best["text"]}
+        row = {"id": question.id, "question": question.question, "context": question.context, "answer": best["text"]}
         row |= {key: best[key] for key in ("start", "end", "score")}
         if self.with_null:
             row |= {"no_answer_probability": no_answer, "best_answer": candidates[0]["text"] if candidates else ""}

@@ -25,7 +25,7 @@ class Question:
         answers: the gold answers' texts; none if the context does not answer it, or if the file does not say.
         start: where the first answer begins in `context`, in characters; None if there is none.
         may_be_unanswerable: whether its file is like SQuAD 2.0's, in which a context need not answer its question.
-        others: the other columns of the question's row.
+        others: the other values of the question's row or JSON object, its answers as they are in the file among them.
     """
 
     place: str
@@ -39,7 +39,7 @@ class Question:
 
 
 def read_squad(path: str | Path, *, labelled: bool = True) -> list[Question]:
-    """Read SQuAD's JSON; a `.json` file may also have the rows of a table.
+    """Read SQuAD's JSON; a `.json` file may also have the rows of a table: see `read_table`.
 
     Args:
         labelled: whether each question must have an answer or be marked as having none. If not, answers are
@@ -49,13 +49,24 @@ def read_squad(path: str | Path, *, labelled: bool = True) -> list[Question]:
         UserError: the file cannot be read, is in neither format, has no question or an id twice, or an answer is
             not at its `answer_start`.
     """
+    content = _read_json(path)
+    if isinstance(content, Table):
+        return table_questions(content, labelled=labelled)
+    return parse_squad(str(path), content, labelled=labelled)
+
+
+def _read_json(path: str | Path) -> Any:
+    """The parsed content of a file in SQuAD's format, or a table."""
     try:
         content = parse_json(read_text(path).encode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not JSON ({error}): give a file in SQuAD's format") from error
-    if content and isinstance(content, list):
-        return table_questions(read_table(path), labelled=labelled)
-    return parse_squad(str(path), content, labelled=labelled)
+    except (ValueError, RecursionError):
+        return read_table(path)  # JSON lines, or it says what is wrong
+    if isinstance(content, dict) and "context" in content:
+        return Table(str(path), tuple(content), [content], [1])
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not rows or not isinstance(rows, list) or any(isinstance(row, dict) and "paragraphs" in row for row in rows):
+        return content
+    return read_table(path)
 
 
 def parse_squad(name: str, content: Any, *, labelled: bool = True) -> list[Question]:
@@ -95,7 +106,7 @@ def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
             answers = _answers(place, _text(place, row, "context"), row, given, True)
         identifier = _identifier(place, row.get("id", table.numbers[index]))
         question = _question(place, identifier, _text(place, row, "context"), row, answers)
-        questions.append(replace(question, others=without(row, "id", *COLUMNS)))
+        questions.append(question)
     return _checked(table.name, questions, labelled and any(not question.answers for question in questions))
 
 
@@ -118,9 +129,9 @@ def _question(
     place: str, identifier: str, context: str, entry: dict[str, Any], answers: list[tuple[str, int]]
 ) -> Question:
     texts = tuple(text for text, _ in answers)
-    return Question(
-        place, identifier, _text(place, entry, "question"), context, texts, answers[0][1] if answers else None
-    )
+    start = answers[0][1] if answers else None
+    others = without(entry, "id", "question", "context")
+    return Question(place, identifier, _text(place, entry, "question"), context, texts, start, others=others)
 
 
 def _answers(place: str, context: str, entry: dict[str, Any], given: Any, may_be_none: bool) -> list[tuple[str, int]]:

@@ -229,6 +229,14 @@ def test_a_bad_span_is_named(text, spans, message):
         read({"text": "a b", "label": [[0, 1, "X"]]}, {"text": text, "label": spans})
 
 
+def test_a_span_without_a_label_is_named():
+    with pytest.raises(UserError, match=r"x.json, row 2: the span \[0, 1\] has no label: write it as \[0, 1, label\]"):
+        read({"text": "a b", "label": []}, {"text": "a b", "label": [[0, 1]]})
+    with pytest.raises(UserError, match=r"row 2: the span \[2, 3\] has no label"):
+        read({"text": "a b", "ner": [[0, 1, "X"]]}, {"text": "a b", "ner": [[0, 1, "X"], [2, 3]]})
+    assert read({"text": "a b", "ner": [[0, 1, "X"]], "labels": [[0, 1]]})[0].tags == ("B-X", "O")
+
+
 def test_offsets_in_utf_16_are_recognised():
     with pytest.raises(UserError, match=r"is 'nnota' in .* but 'annot' in the file, perhaps because some characters"):
         read(task(1, "😀😀 an annotation", [result(7, 12, "X", "annot")]))

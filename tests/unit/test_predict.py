@@ -151,8 +151,10 @@ def test_a_model_whose_tags_mark_no_entities_tags_each_word(ask, folders, tmp_pa
 
 
 def test_answers_are_spans_of_their_context(ask):
-    rows, shown = ask("question-answering", [{"id": "q", "question": "karen?", "context": CONTEXT}])
+    asked = {"id": "q", "question": "karen?", "context": CONTEXT, "answers": {"text": ["a"], "answer_start": [1]}}
+    rows, shown = ask("question-answering", [asked])
     (row,) = rows
+    assert asked.items() <= row.items()
     assert row["id"] == "q"
     assert CONTEXT[row["start"] : row["end"]] == row["answer"] != ""
     assert [candidate["score"] for candidate in row["candidates"]] == sorted(
@@ -203,6 +205,8 @@ def test_questions_of_squads_file_without_answers(ask):
             "is of --task token-classification, which takes single",
         ),
         ("question-answering", {"text": "x"}, "give --question and --context"),
+        ("question-answering", {"text": "x", "text_pair": " "}, "--question is ' ', not a text: give one"),
+        ("question-answering", {"text": "", "text_pair": "x"}, "--context is '', not a text: give one"),
         ("question-answering", {"content": '{"question": "x"}'}, "no column 'context'"),
         ("question-answering", {"content": "{}", "name": "x.json"}, "has no list 'data'"),
     ],

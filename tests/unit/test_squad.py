@@ -1,6 +1,7 @@
 """Reading SQuAD's two versions and rows of questions: what is taken, and what is refused."""
 
 import copy
+import json
 
 import pytest
 
@@ -143,3 +144,31 @@ def test_a_bad_row_is_named():
         table_questions(rows({"text": ["1889"], "answer_start": []}))
     with pytest.raises(UserError, match="no column 'context', but 'question'"):
         table_questions(Table("x.jsonl", ("question",), [{"question": "When?"}], [1]), labelled=False)
+
+
+ROW = {"id": "a", "question": "When?", "context": CONTEXT, "answers": {"text": ["1889"], "answer_start": [23]}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [json.dumps([ROW, {**ROW, "id": "b"}]), json.dumps({"data": [ROW, {**ROW, "id": "b"}]}),
+     json.dumps(ROW) + "\n" + json.dumps({**ROW, "id": "b"}) + "\n", json.dumps(ROW)],
+)  # fmt: skip
+def test_a_json_file_may_be_a_table(tmp_path, content):
+    (tmp_path / "train.json").write_text(content)
+    found = read_squad(tmp_path / "train.json")
+    assert [(question.id, question.answers) for question in found] == [("a", ("1889",)), ("b", ("1889",))][: len(found)]
+    assert len(found) == content.count("context")
+
+
+def test_broken_json_lines_are_named(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps(ROW) + "\n{\n")
+    with pytest.raises(UserError, match=r"train.json, row 2: not valid JSON"):
+        read_squad(tmp_path / "train.json")
+
+
+def test_the_answers_of_a_file_are_kept_for_predictions():
+    answers = FIRST["data"][0]["paragraphs"][0]["qas"][1]["answers"]
+    assert parse_squad("x.json", FIRST, labelled=False)[1].others == {"answers": answers}
+    (question,) = table_questions(Table("x.jsonl", tuple(ROW), [{**ROW, "title": "t"}], [1]), labelled=False)
+    assert question.others == {"answers": ROW["answers"], "title": "t"}
