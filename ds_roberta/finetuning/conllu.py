@@ -28,6 +28,12 @@ def is_conllu(text: str) -> bool:
     return len(first) == len(COLUMNS) and bool(_ID.fullmatch(first[0]))
 
 
+def has_tags(text: str, tag_column: str) -> bool:
+    """Whether some row of CoNLL-U has a tag; see `parse_conllu`."""
+    rows = (columns for line in text.split("\n") if len(columns := split_columns(line)) == len(COLUMNS))
+    return any(_tag(dict(zip(COLUMNS, columns, strict=True)), tag_column) for columns in rows)
+
+
 def parse_conllu(name: str, text: str, tag_column: str = UPOS, *, labelled: bool = True) -> list[Sentence]:
     """The syntactic words of each sentence. Ranges such as `1-2`, whose words follow, and empty nodes such as `8.1` are
     skipped.

@@ -44,6 +44,16 @@ class Span:
         return f"the span {self.start} to {self.end} ({self.type})"
 
 
+def is_unannotated(table: Table, columns: Columns) -> bool:
+    """Whether no row has a list of spans, not even an empty one, or nobody annotated a task of Label Studio."""
+    if any(isinstance(row.get(TASK), dict) for row in table.rows):
+        return not any(row.get("annotations") for row in table.rows)
+    if ANNOTATION_ID in table.columns:
+        return all(row.get(ANNOTATION_ID) is None for row in table.rows)
+    usual = SPAN_COLUMNS if columns.label_column is None else (columns.label_column,)
+    return not has_spans(table, columns) and all(row.get(name) is None for row in table.rows for name in usual)
+
+
 def has_spans(table: Table, columns: Columns) -> bool:
     """Whether a column has lists of spans.
 

@@ -92,6 +92,7 @@ def read_splits(
     validation_fraction: float | None = None,
     labels: Callable[[Any], Sequence[Collection[str]]] | None = None,
     groups: Callable[[Any], Sequence[Any]] | None = None,
+    is_unlabelled: Callable[[str | Table], bool] | None = None,
 ) -> dict[str, Any]:
     """The content of `train`, `validation` and any other splits of `SPLIT_PREFIXES`.
 
@@ -103,6 +104,7 @@ def read_splits(
         validation_fraction: take this share of `train` as `validation`.
         labels: gives those of each training example, for `validation_examples`; None: they have none.
         groups: gives that of each training example; None: each is its own.
+        is_unlabelled: whether nothing in a file or a table has a label; test splits of only such ones are left out.
 
     Raises:
         UserError: a split is missing or given twice, or a file cannot be read.
@@ -118,6 +120,12 @@ def read_splits(
         )
     if validation_fraction is not None and "validation" in found:
         raise UserError("--validation_fraction is given, but --data has a validation split: leave one of them out")
+    if is_unlabelled is not None:
+        found = {
+            split: sources
+            for split, sources in found.items()
+            if not (split.startswith("test") and _are_left_out(sources, is_unlabelled))
+        }
     splits = {split: _read_parts(sources, read or read_table) for split, sources in found.items()}
     if validation_fraction is not None:
         train = splits["train"]
@@ -346,6 +354,14 @@ def _read_parts(sources: Sequence[str | Table], read: Callable[[str | Table], An
         [row for part in parts for row in part.rows],
         [f"{number} of {Path(part.name).name}" for part in parts for number in part.numbers],
     )
+
+
+def _are_left_out(sources: Sequence[str | Table], is_unlabelled: Callable[[str | Table], bool]) -> bool:
+    if not all(map(is_unlabelled, sources)):
+        return False
+    for source in sources:
+        logger.info(f"{source.name if isinstance(source, Table) else source} has no labels and is left out")
+    return True
 
 
 def _select(content: Any, indices: Sequence[int]) -> Any:

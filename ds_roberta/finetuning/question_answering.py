@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,9 @@ from torch.nn import functional
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Splitting, read_splits
-from ds_roberta.finetuning.squad import Question, read_squad, table_questions
+from ds_roberta.finetuning.squad import Question, is_unanswered, read_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
 from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, one_line
-from ds_roberta.inputs.streams import suffix_of
-from ds_roberta.inputs.tables import Table, read_table
 from ds_roberta.options import must_be, option, require_positive
 
 MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
@@ -136,6 +133,7 @@ class QuestionAnswering(Task):
             read_questions,
             validation_fraction=options.validation_fraction,
             groups=lambda questions: [question.context for question in questions],
+            is_unlabelled=is_unanswered,
         )
         with_null = any(question.may_be_unanswerable for questions in splits.values() for question in questions)
         return cls(with_null, options), splits
@@ -241,17 +239,6 @@ class QuestionAnswering(Task):
         place = f"{best['text']!r} (characters {best['start']} to {best['end']})"
         line = f"  {'no answer' if unanswered else place} {best['score']:.4f}"
         return Answer([f"{question.id}: {one_line(question.question)}", line], {**row, "candidates": candidates})
-
-
-def read_questions(source: str | Path | Table, *, labelled: bool = True) -> list[Question]:
-    """SQuAD's JSON from `.json`, rows from other files and tables.
-
-    Raises:
-        UserError: as `read_squad`, `read_table` and `table_questions`.
-    """
-    if not isinstance(source, Table) and suffix_of(str(source)) == ".json":
-        return read_squad(source, labelled=labelled)
-    return table_questions(read_table(source), labelled=labelled)
 
 
 def make_windows(

@@ -10,6 +10,7 @@ from typing import Any
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import listed, without
 from ds_roberta.inputs.rows import parse_json
+from ds_roberta.inputs.streams import suffix_of
 from ds_roberta.inputs.tables import Table, read_table, read_text
 
 COLUMNS = ("question", "context", "answers")
@@ -38,6 +39,17 @@ class Question:
     others: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
+def read_questions(source: str | Path | Table, *, labelled: bool = True) -> list[Question]:
+    """SQuAD's JSON from `.json`, rows from other files and tables.
+
+    Raises:
+        UserError: as `read_squad`, `read_table` and `table_questions`.
+    """
+    if not isinstance(source, Table) and suffix_of(str(source)) == ".json":
+        return read_squad(source, labelled=labelled)
+    return table_questions(read_table(source), labelled=labelled)
+
+
 def read_squad(path: str | Path, *, labelled: bool = True) -> list[Question]:
     """Read SQuAD's JSON; a `.json` file may also have the rows of a table: see `read_table`.
 
@@ -53,6 +65,21 @@ def read_squad(path: str | Path, *, labelled: bool = True) -> list[Question]:
     if isinstance(content, Table):
         return table_questions(content, labelled=labelled)
     return parse_squad(str(path), content, labelled=labelled)
+
+
+def is_unanswered(source: str | Path | Table) -> bool:
+    """Whether no question of SQuAD's JSON says what its answers are, or no row of a table has `answers`.
+
+    Raises:
+        UserError: the file cannot be read, or is in neither format.
+    """
+    if isinstance(source, Table) or suffix_of(str(source)) != ".json":
+        content = read_table(source)
+    else:
+        content = _read_json(source)
+    if isinstance(content, Table):
+        return all(row.get("answers") is None for row in content.rows)
+    return not any({"answers", "is_impossible"} & entry.keys() for _, _, entry in _entries(str(source), content))
 
 
 def _read_json(path: str | Path) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.labelled_tables import listed, without
+from ds_roberta.finetuning.labelled_tables import TEXT_COLUMNS, listed, without
 from ds_roberta.inputs.tables import Table
 
 WORD_COLUMNS = ("tokens", "words")
@@ -126,6 +126,21 @@ def is_tag(value: str, names: Collection[str]) -> bool:
     count: it is a tag in some data, and ends sentences in others."""
     known = value in names and any(map(str.isalnum, value))
     return known or value == UNSPECIFIED or bool(ENTITY_TAG.fullmatch(value))
+
+
+def has_header(text: str, text_column: str | None, names: Collection[str]) -> bool:
+    """Whether a `.tsv` begins with names of columns, one of which has texts, and not with a word and its tag. One
+    column is of words, unless a line after its name has a space.
+
+    Args:
+        text_column: a name that counts besides the usual ones.
+        names: the model's tags; see `is_tag`.
+    """
+    first, _, rest = text.lstrip().partition("\n")
+    columns = [name.strip().strip('"') for name in first.split("\t")]
+    if not {text_column, *WORD_COLUMNS, *chain.from_iterable(TEXT_COLUMNS)} & set(columns):
+        return False
+    return not is_tag(columns[-1], names) if len(columns) > 1 else " " in rest
 
 
 def table_sentences(

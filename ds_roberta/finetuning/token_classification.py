@@ -20,20 +20,22 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.conllu import UPOS, is_conllu, parse_conllu
-from ds_roberta.finetuning.entity_spans import has_spans, span_sentences, without_tasks
+from ds_roberta.finetuning.conllu import UPOS, has_tags, is_conllu, parse_conllu
+from ds_roberta.finetuning.entity_spans import has_spans, is_unannotated, span_sentences, without_tasks
 from ds_roberta.finetuning.error_analysis import tag_errors
-from ds_roberta.finetuning.labelled_tables import SUFFIXES, TEXT_COLUMNS, Columns, find_texts, read_splits
+from ds_roberta.finetuning.labelled_tables import SUFFIXES, Columns, find_texts, read_splits
 from ds_roberta.finetuning.tag_metrics import Entity, entity_metrics, find_entities, tag_metrics
 from ds_roberta.finetuning.tagged_sentences import (
     ENTITY_TAG,
     OUTSIDE,
+    TAG_COLUMNS,
     WORD_COLUMNS,
     Sentence,
     are_of_entities,
     check_scheme,
-    is_tag,
+    has_header,
     parse_conll,
+    split_columns,
     split_text,
     table_sentences,
     tag_names,
@@ -54,7 +56,6 @@ from ds_roberta.inputs.tables import Table, read_table, read_text
 from ds_roberta.options import option
 
 COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2", ".tsv", ".txt")
-_TEXTS = {*WORD_COLUMNS, *chain.from_iterable(TEXT_COLUMNS)} - {None}
 TABLES = tuple(suffix for suffix in SUFFIXES if suffix not in COLUMN_FILES)
 
 
@@ -114,6 +115,7 @@ class TokenClassification(Task):
             validation_fraction=options.validation_fraction,
             labels=lambda sentences: [set(sentence.tags) for sentence in sentences],
             groups=lambda sentences: [sentence.located()[0] for sentence in sentences],  # a text may be annotated twice
+            is_unlabelled=partial(is_untagged, options=options),
         )
         names = tag_names(splits["train"])
         if len(names) < 2:
@@ -217,12 +219,11 @@ def read_sentences(
     """
     if not isinstance(source, Table) and (suffix := suffix_of(str(source))) in COLUMN_FILES:
         text = read_text(source)
-        if labelled or suffix != ".tsv" or not _has_header(text, options, names):
+        if labelled or suffix != ".tsv" or not has_header(text, options.text_column, names):
             return _read_columns(str(source), text, options, labelled, names)
     table, columns = without_tasks(read_table(source), options, labelled=labelled)
     _check_conllu_column(table.name, options)
-    words = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
-    if words is None or not any(isinstance(row.get(words), list) for row in table.rows):
+    if not _has_words(table, columns):
         if not labelled:
             return [
                 replace(split_text(text.place, text.text), others=text.others)
@@ -233,14 +234,33 @@ def read_sentences(
     return table_sentences(table, columns.text_column, columns.label_column, labelled=labelled)
 
 
-def _has_header(text: str, options: TagColumns, names: Collection[str]) -> bool:
-    """Whether a `.tsv` begins with names of columns, one of which has texts, and not with a word and its tag. One
-    column is of words, unless a line after its name has a space."""
-    first, _, rest = text.lstrip().partition("\n")
-    columns = [name.strip().strip('"') for name in first.split("\t")]
-    if not {options.text_column, *_TEXTS} & set(columns):
-        return False
-    return not is_tag(columns[-1], names) if len(columns) > 1 else " " in rest
+def is_untagged(source: str | Path | Table, options: TagColumns) -> bool:
+    """Whether a file has only words, or its columns of tags or spans are missing or empty.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not isinstance(source, Table) and suffix_of(str(source)) in COLUMN_FILES:
+        text = read_text(source)
+        if is_conllu(text):
+            return not has_tags(text, options.conllu_column)
+        return all(len(split_columns(line)) < 2 for line in text.split("\n") if not line.startswith("#"))
+    table = read_table(source)
+    if not _has_words(table, options):
+        return is_unannotated(table, options)
+    names = TAG_COLUMNS if options.label_column is None else (options.label_column,)
+    tags = (row.get(name) for row in table.rows for name in names)
+    return all(value is None or (isinstance(value, list) and not any(map(_is_given, value))) for value in tags)
+
+
+def _is_given(tag: Any) -> bool:
+    return tag is not None and tag != ""
+
+
+def _has_words(table: Table, columns: Columns) -> bool:
+    """Whether a column has lists of words."""
+    words = columns.text_column or next((name for name in WORD_COLUMNS if name in table.columns), None)
+    return words is not None and any(isinstance(row.get(words), list) for row in table.rows)
 
 
 def _read_columns(name: str, text: str, options: TagColumns, labelled: bool, names: Collection[str]) -> list[Sentence]:

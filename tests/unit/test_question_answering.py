@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from ds_roberta.errors import UserError
 from ds_roberta.finetuning.question_answering import (
     QuestionAnswering,
     SpanOptions,
@@ -266,3 +267,18 @@ def test_a_context_without_words_has_no_answer():
     found = decode([window], [logits(window)], [logits(window)], SpanOptions())
     assert found.spans == ()
     assert found.null_probability == 1
+
+
+def test_a_test_split_without_answers_is_left_out(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    asked = {"id": "a", "question": "karen?", "context": CONTEXT}
+    article = {"data": [{"paragraphs": [{"context": CONTEXT, "qas": [{"id": "a", "question": "karen?"}]}]}]}
+    for content in (asked, {**asked, "answers": None}, article):
+        (tmp_path / "test.json").write_text(json.dumps(content))
+        _task, splits = QuestionAnswering.from_data(data(squad("karen39")), SpanOptions())
+        assert set(splits) == {"train", "validation"}
+        assert f"{tmp_path / 'test.json'} has no labels and is left out" in caplog.text
+        caplog.clear()
+    (tmp_path / "test.json").write_text(json.dumps([{**asked, "answers": []}, {**asked, "id": "b"}]))
+    with pytest.raises(UserError, match=r"test.json, row 2: 'answers' is None"):
+        QuestionAnswering.from_data(data(squad("karen39")), SpanOptions())

@@ -325,3 +325,47 @@ def test_a_tag_that_marks_no_entity_is_refused_beside_entities(tmp_path):
     (tmp_path / "train.txt").write_text("karen B\nsulto O\n")
     (tmp_path / "dev.txt").write_text("karen B\nsulto I\n")
     assert TokenClassification.from_data((str(tmp_path),), TagColumns())[0].names == ["O", "B"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("test.txt", "-DOCSTART-\n\nkaren\nsulto\n\nminka\n"),
+        ("test.conllu", "# id = a\n" + "1\tkaren" + "\t_" * 8 + "\n"),
+        ("test.jsonl", '{"tokens": ["karen"]}\n{"tokens": ["minka"], "ner_tags": [null]}\n'),
+        ("test.jsonl", '{"text": "karen"}\n'),
+        ("test.json", '[{"data": {"text": "karen"}, "annotations": []}]'),
+        ("test.json", '[{"text": "karen", "annotation_id": null}]'),
+    ],
+)
+def test_a_test_split_without_tags_is_left_out(tmp_path, caplog, name, content):
+    caplog.set_level("INFO")
+    (tmp_path / "train.txt").write_text(TRAIN)
+    (tmp_path / "dev.txt").write_text(DEV)
+    (tmp_path / name).write_text(content)
+    _task, splits = TokenClassification.from_data((str(tmp_path),), TagColumns())
+    assert set(splits) == {"train", "validation"}
+    assert f"{tmp_path / name} has no labels and is left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("test.txt", "karen O\n\nminka\n", "test.txt, row 3 has the word 'minka' but no tag"),
+        ("test.jsonl", '{"tokens": ["karen"]}\n{"tokens": ["minka"], "tags": ["O"]}\n', "row 1: 'tags' is None, not a"),
+        ("test.jsonl", '{"text": "karen", "label": [[0, 5]]}\n', r"row 1: the span \[0, 5\] has no label"),
+    ],
+)
+def test_a_test_split_in_which_tags_are_missing_is_refused(tmp_path, name, content, message):
+    (tmp_path / "train.txt").write_text(TRAIN)
+    (tmp_path / "dev.txt").write_text(DEV)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        TokenClassification.from_data((str(tmp_path),), TagColumns())
+
+
+def test_a_test_split_of_texts_without_entities_is_kept(tmp_path):
+    (tmp_path / "train.txt").write_text(TRAIN)
+    (tmp_path / "dev.txt").write_text(DEV)
+    (tmp_path / "test.jsonl").write_text('{"text": "karen", "label": []}\n')
+    assert TokenClassification.from_data((str(tmp_path),), TagColumns())[1]["test"][0].tags == ("O",)
