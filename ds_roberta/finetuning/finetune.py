@@ -35,6 +35,7 @@ from ds_roberta.finetuning.error_analysis import ERROR_ANALYSIS
 from ds_roberta.finetuning.labelled_tables import split_entry
 from ds_roberta.finetuning.one_run import (
     MODEL_FOLDER,
+    Diverged,
     Problem,
     Recipe,
     Run,
@@ -134,6 +135,10 @@ def finetune(config: FinetuneConfig) -> int:
             except Stopped:
                 ranks.log("stopped on request; the same command continues from here")
                 return STOPPED_EXIT_CODE
+            except Diverged:
+                if ranks.is_main:
+                    _keep_finished(work)
+                raise
             problem.task.conclude(best.epochs[best.best])
             of_best = _run_folder(work, best.setting, best.seed)
             others = {
@@ -357,6 +362,14 @@ def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> 
     for run in (run for of_setting in runs.values() for run in of_setting):
         if run not in keep:
             shutil.rmtree(_run_folder(work, run.setting, run.seed) / MODEL_FOLDER, ignore_errors=True)
+
+
+def _keep_finished(work: Path) -> None:
+    """Remove the runs' folder after a run has diverged, unless others have finished."""
+    if any(work.iterdir()):
+        logger.info(f"the other runs stay in {work.parent}: the same command with other learning rates takes them over")
+    else:
+        shutil.rmtree(work.parent)
 
 
 def _summary(setting: Setting, runs: Sequence[Run], metric: str, recipe: Recipe) -> dict[str, Any]:

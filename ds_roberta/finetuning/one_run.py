@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -117,6 +118,10 @@ class Run:
         return len(self.epochs) if len(self.epochs) < recipe.num_train_epochs else None
 
 
+class Diverged(UserError):
+    """The loss is no longer finite."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved."""
 
@@ -129,7 +134,7 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
         stop: checked after each step.
 
     Raises:
-        UserError: the loss is no longer finite.
+        Diverged: the loss is no longer finite; the run's folder is removed.
         Stopped: `stop` requested it.
     """
     record = folder / _RECORD
@@ -150,7 +155,12 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
     with StepBar(_max_steps(problem, setting), name, step, ranks.is_main) as bar:
         watch = _Watch(name, problem, loss, bar, stop, ranks)
         trainer.add_callback(watch)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except Diverged:  # in all processes, which share the loss
+            if ranks.is_main:
+                shutil.rmtree(folder)
+            raise
     if watch.stopped:
         raise Stopped
     epochs = _epochs(trainer.state)
@@ -257,7 +267,13 @@ def make_trainer(
         compute_loss_func=problem.task.loss,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_news)
     return trainer
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Trainer says of checkpoints that are less than a second apart, which it then orders by number."""
+    return not record.getMessage().startswith("mtime may not be reliable")
 
 
 def _max_steps(problem: Problem, setting: Setting) -> int:
@@ -302,12 +318,12 @@ class _Watch(transformers.TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Any, **others: Any) -> None:
         if not math.isfinite(loss := logs.get("loss", 0.0)):
-            raise UserError(f"the loss is {loss} in training at {self.run}: use a lower --learning_rate")
+            raise Diverged(f"the loss is {loss} in training at {self.run}: use a lower --learning_rate")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Any, **others: Any) -> None:
         found = _plain(metrics)
         if not math.isfinite(found["loss"]):
-            raise UserError(f"the loss is {found['loss']} after an epoch at {self.run}: use a lower --learning_rate")
+            raise Diverged(f"the loss is {found['loss']} after an epoch at {self.run}: use a lower --learning_rate")
         epoch = f"epoch {round(state.epoch)} of {args.num_train_epochs}"
         lines = [f"{self.run}: {epoch}, {in_words(found)}"]
         # Agreed on: processes on different CPUs may round a metric differently.

@@ -1,6 +1,7 @@
 """Fine-tuning by Trainer: it learns, a stopped one ends as the unbroken one, and metrics are scikit-learn's."""
 
 import json
+import logging
 import random
 import shutil
 from dataclasses import replace
@@ -236,6 +237,36 @@ def test_impossible_settings_are_refused(config, changes, message):
     with pytest.raises(UserError, match=message):
         finetune(replace(config, **changes))
     assert not config.output_dir.exists()
+    assert not list(config.output_dir.parent.glob(".*"))
+
+
+def test_runs_that_finished_before_one_diverged_are_taken_over(config, caplog):
+    caplog.set_level("INFO")
+    good, bad = Setting(1e-2, 16), Setting(1e30, 16)
+    config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=1))
+    with pytest.raises(UserError, match=r"the loss is nan in training at learning rate 1e\+30, batch 16, seed 0"):
+        finetune(replace(config, settings=(good, bad)))
+    work = config.output_dir.parent / ".tuned.runs"
+    assert f"the other runs stay in {work}" in caplog.text
+    assert [path.name for path in work.glob("*/*")] == ["rate-0.01-batch-16-seed-0"]
+    caplog.clear()
+    assert finetune(replace(config, settings=(good,))) == 0
+    assert "epoch 1 of 1" not in caplog.text
+    assert not work.exists()
+
+
+def test_checkpoints_of_one_second_are_no_news(config, monkeypatch):
+    said = []
+    log = logging.getLogger("transformers.trainer_utils")
+    monkeypatch.setattr(log, "handle", lambda record: said.append(record.getMessage()) if log.filter(record) else None)
+    assert finetune(replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=1))) == 0
+    for step in (1, 2):
+        (config.output_dir.parent / f"checkpoint-{step}").mkdir()
+    transformers.utils.logging.warning_once.cache_clear()
+    transformers.trainer_utils.sort_checkpoints(str(config.output_dir.parent), use_mtime=True)
+    assert said == []
+    log.warning("other")
+    assert said == ["other"]
 
 
 @pytest.mark.parametrize(
