@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("--eval_sequences", type=positive, default=512)
     parser.add_argument("--seeds", type=several(int), default=(0, 1, 2))
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which to run (default: all)")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "runs/recipe", help="folder of the losses")
+    parser.add_argument(
+        "--results", type=Path, default=REPOSITORY / "benchmarks/results/recipe", help="folder of the losses"
+    )
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/recipe.md")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that this runs
     run_command(lambda: compare(parser.parse_args()))
@@ -143,17 +145,12 @@ def report(options: argparse.Namespace) -> list[str]:
         name: {seed: read_json(path) for seed in options.seeds if (path := result_path(options, name, seed)).exists()}
         for name in VARIANTS
     }
-    losses = {
-        name: [of_seed["eval_loss"] for of_seed in by_seed.values()] for name, by_seed in found.items() if by_seed
-    }
-    base = losses.get("the recipe")
+    losses = {name: [each["eval_loss"] for each in by_seed.values()] for name, by_seed in found.items() if by_seed}
+    means = {name: statistics.fmean(values) for name, values in losses.items()}
     table = ["| differs in | held-out loss, by seed | mean | beside the recipe |", "|---|---|---|---|"]
     for name, values in losses.items():
-        difference = (
-            "" if base is None or name == "the recipe" else f"{statistics.fmean(values) - statistics.fmean(base):+.3f}"
-        )
-        shown = ", ".join(f"{value:.3f}" for value in values)
-        table.append(f"| {name} | {shown} | {statistics.fmean(values):.3f} | {difference} |")
+        difference = f"{means[name] - means[BASE]:+.3f}" if BASE in means and name != BASE else ""
+        table.append(f"| {name} | {', '.join(f'{value:.3f}' for value in values)} | {means[name]:.3f} | {difference} |")
     commits = {of_seed["commit"] for by_seed in found.values() for of_seed in by_seed.values()}
     vocabulary = Corpus.open(options.data_dir).manifest.tokenizer.vocab_size
     return [
@@ -163,7 +160,8 @@ def report(options: argparse.Namespace) -> list[str]:
         f"{', '.join(sorted(commits)) or 'none'}.",
         "",
         f"{options.model} on {options.data_dir.name}, {vocabulary:,} ids, {options.max_seq_length} tokens, "
-        f"{options.max_tokens / 1e6:g} million tokens a run. Lower is better.",
+        f"{options.max_tokens / 1e6:g} million tokens a run, `python -m benchmarks.recipe`. Lower is better; a variant "
+        "may have fewer seeds than others.",
         "",
         *table,
     ]

@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument("--trainer_learning_rates", type=several(positive_number), default=(2e-4, 5e-4, 1e-3, 2e-3))
     parser.add_argument("--train_batch_size", type=positive, default=64, help="of all but the fast recipe")
     parser.add_argument("--seeds", type=several(int), default=(0, 1, 2), help="of ours; the Trainer gets the first")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "runs/time_to_loss", help="folder of the curves")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the curves (default: the model's in benchmarks/results)"
+    )
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/time_to_loss.md")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that this runs
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -92,6 +94,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
+    options.results = options.results or REPOSITORY / "benchmarks/results/time_to_loss" / options.model
     contenders = [name for name in options.contenders.split(",") if name]
     if unknown := set(contenders) - CONTENDERS.keys():
         raise UserError(f"--contenders names {min(unknown)!r}: choose from {', '.join(CONTENDERS)}")
