@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, python_path
+from benchmarks.environment import IN_CPU_TIME, REPOSITORY, commit, cpu_model, publish, python_path
 from benchmarks.run_mlm import POINTS_NAME, Case, read_points
 from benchmarks.time_to_loss_report import Curve, Point, plot, report
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
@@ -47,11 +47,6 @@ CONTENDERS = {
     "trainer": "the Trainer",
 }
 LINES = ("unigram_loss", "neighbour_loss")
-IN_CPU_TIME = """import runpy, sys, time
-time.perf_counter = time.process_time
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-"""Runs the script that is the first argument, with the CPU time of its process and threads as its clock."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,307 @@
+"""Runs that differ in one thing, side by side: their held-out loss, and what they are worth fine-tuned.
+
+    python -m benchmarks.compare examples/recipes/fast.json --data_dir data/wiki
+
+The JSON file says what is compared (examples/recipes/README.md). Every run is the real command with `--recipe fast`,
+as many tokens (or, with `--max_minutes`, as much CPU time) for each, and each of the seeds, on one thread of the CPU.
+Seconds are the CPU time of optimizer steps, so that other work on the machine changes them little.
+
+Each run's results are kept in a file as soon as they are known, and the same command goes on with what is missing.
+Calls with different `--runs` or `--seeds` may use the folder at the same time. Ends with a Markdown table of what is
+finished; `--runs ''` only makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import IN_CPU_TIME, REPOSITORY, commit, cpu_model, publish, python_path, versions
+from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
+from ds_roberta.config import PRESETS
+from ds_roberta.data.shards import Corpus
+from ds_roberta.errors import UserError
+from ds_roberta.files import read_json, write_json
+from ds_roberta.training.metrics import METRICS_NAME, read_metrics
+from ds_roberta.training.recipes import RECIPES
+
+RESULTS = REPOSITORY / "benchmarks/results/compare"
+NEVER = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run differs from the recipe.
+
+    Attributes:
+        options: of `launch/pretrain.py`.
+        deepspeed: values of the DeepSpeed JSON.
+        factors: what the optimizer's values for the model's width are multiplied by.
+        budget: what the tokens or minutes of every run are multiplied by.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+    budget: float = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: the first run is the one that the others are held against.
+
+    Attributes:
+        question: the title of the table.
+        source: where the question comes from, and what was found there.
+        options: of `launch/pretrain.py`, for all runs.
+        evaluation: options of `launch/evaluate.py perplexity`, by which all exports are evaluated alike; empty: the
+            runs' own last held-out losses are compared.
+        runs: by their names.
+    """
+
+    question: str
+    source: str
+    runs: Mapping[str, Run]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Comparison:
+        content = read_json(path)
+        try:
+            runs = {name: Run(**values) for name, values in content.pop("runs").items()}
+            return cls(runs=runs, **content)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{str(path)!r} is no comparison ({error}): see examples/recipes/README.md") from error
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        commit: that it ran at.
+        eval_loss: None where the objective has no masked-LM loss.
+        tokens, seconds: that it took, None in results of older versions.
+        metrics: of fine-tuning on the validation split, by learning rate.
+    """
+
+    commit: str
+    eval_loss: float | None = None
+    tokens: float | None = None
+    seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, help="the JSON file")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder made by 'preprocess shard'")
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--max_seq_length", type=positive, default=128)
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--max_tokens", type=positive, default=1_500_000, help="of each run (default: %(default)s)")
+    budget.add_argument("--max_minutes", type=positive_number, help="CPU time of each run, in place of tokens")
+    parser.add_argument("--eval_sequences", type=positive, default=512)
+    parser.add_argument("--seeds", type=several(int), default=(0, 1, 2))
+    parser.add_argument("--runs", help="which to run, their names with commas between (default: all)")
+    parser.add_argument("--finetune_data", type=Path, help="also fine-tune each model: classification, by accuracy")
+    parser.add_argument("--finetune_learning_rate", type=several(float), default=(1e-4, 3e-4))
+    parser.add_argument("--num_train_epochs", type=positive, default=3)
+    parser.add_argument("--results", type=Path, help=f"folder of the results (default: in {RESULTS.parent.name})")
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that this runs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run_command(lambda: compare(parser.parse_args()))
+
+
+def compare(options: argparse.Namespace) -> None:
+    options.results = options.results or RESULTS / options.comparison.stem
+    comparison = Comparison.read(options.comparison)
+    names = [name for name in options.runs.split(",") if name] if options.runs is not None else list(comparison.runs)
+    if unknown := set(names) - comparison.runs.keys():
+        raise UserError(f"--runs names {min(unknown)!r}: choose from {', '.join(comparison.runs)}")
+    for seed in options.seeds:
+        for name in names:
+            measure(options, comparison, name, seed)
+    publish(report(options, comparison), options.results.with_suffix(".md"))
+
+
+def result_path(options: argparse.Namespace, name: str, seed: int) -> Path:
+    budget = f"{options.max_minutes:g}min" if options.max_minutes else options.max_tokens
+    case = f"{options.model}-{budget}-{'-'.join(re.findall(r'[A-Za-z0-9.]+', name))}-seed{seed}"
+    return Path(options.results / f"{case}.json")
+
+
+def result_of(options: argparse.Namespace, name: str, seed: int) -> Result | None:
+    path = result_path(options, name, seed)
+    return Result(**read_json(path)) if path.exists() else None
+
+
+def measure(options: argparse.Namespace, comparison: Comparison, name: str, seed: int) -> None:
+    """Run what has no result yet, and keep its result."""
+    path, result = result_path(options, name, seed), result_of(options, name, seed)
+    output = path.with_suffix("")
+    if result is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = arguments(options, comparison, name)
+        execute("pretrain.py", {**words, "seed": seed, "output_dir": output})
+        result = pretrained(options, comparison, output)
+        write_json(path, asdict(result))
+    if options.finetune_data and not result.metrics:
+        result = Result(**{**asdict(result), "metrics": finetuned(options, output, seed)})
+        write_json(path, asdict(result))
+    print(f"{name}, seed {seed}: {result}", flush=True)
+
+
+def arguments(options: argparse.Namespace, comparison: Comparison, name: str) -> dict[str, Any]:
+    """The options of `launch/pretrain.py`; the DeepSpeed JSON is written where it differs from the recipe's."""
+    run, recipe = comparison.runs[name], RECIPES["fast"]
+    given: dict[str, Any] = {"recipe": "fast", "loss_plateau": "off", "eval_interval": NEVER, "save_interval": NEVER}
+    given |= {key: getattr(options, key) for key in ("data_dir", "model", "max_seq_length", "eval_sequences")}
+    if "max_steps" not in run.options:
+        name_of_budget = "max_minutes" if options.max_minutes else "max_tokens"
+        given[name_of_budget] = (options.max_minutes or options.max_tokens) * run.budget
+    if run.deepspeed or run.factors:
+        content = read_json(recipe.deepspeed_config)
+        params = content["optimizer"]["params"] | recipe.params_for(PRESETS[options.model].hidden_size)
+        content["optimizer"]["params"] = params | {key: params[key] * by for key, by in run.factors.items()}
+        given["deepspeed_config"] = result_path(options, name, 0).with_suffix(".deepspeed.json")
+        write_json(given["deepspeed_config"], content | run.deepspeed)
+    return {**given, **comparison.options, **run.options}
+
+
+def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path) -> Result:
+    rows, _ = read_metrics(output / METRICS_NAME)
+    steps = [row for row in rows if "step_seconds" in row]
+    loss = [row.get("eval_loss") for row in rows if "eval_loss" in row][-1]
+    if "unigram_loss" not in rows[0]:
+        loss = None
+    elif comparison.evaluation:
+        found = output / "perplexity.json"
+        execute("evaluate.py", {
+            "model": output / "hf", "data": options.data_dir, "json": found, "eval_sequences": options.eval_sequences,
+            **comparison.evaluation,
+        }, "perplexity")  # fmt: skip
+        loss = read_json(found)["loss"]
+    return Result(commit(), loss, steps[-1]["consumed_tokens"], sum(row["step_seconds"] for row in steps))
+
+
+def finetuned(options: argparse.Namespace, output: Path, seed: int) -> dict[str, float]:
+    """The accuracy on the validation split after the best epoch, by learning rate."""
+    folder = output / "finetuned"
+    execute("finetune.py", {
+        "model": output / "hf", "task": "classification", "data": options.finetune_data, "output_dir": folder,
+        "seeds": seed, "num_train_epochs": options.num_train_epochs,
+        "learning_rate": ",".join(str(rate) for rate in options.finetune_learning_rate),
+    })  # fmt: skip
+    return {
+        str(setting["learning_rate"]): entry["epochs"][entry["epoch"] - 1]["accuracy"]
+        for setting in read_json(folder / "results.json")["settings"]
+        for entry in setting["runs"]
+    }
+
+
+def execute(script: str, settings: Mapping[str, Any], *words: str) -> None:
+    words = (*words, *(word for name, value in settings.items() for word in (f"--{name}", str(value))))
+    command = [sys.executable, "-c", IN_CPU_TIME, str(REPOSITORY / "launch" / script), *words]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
+    if code:
+        raise UserError(f"exit code {code}: {' '.join(command)}")
+
+
+def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
+    found = {
+        name: [result for seed in options.seeds if (result := result_of(options, name, seed))]
+        for name in comparison.runs
+    }
+    commits = {result.commit for results in found.values() for result in results}
+    vocabulary = Corpus.open(options.data_dir).manifest.tokenizer.vocab_size
+    budget = f"{options.max_minutes:g} CPU-minutes" if options.max_minutes else f"{options.max_tokens / 1e6:g}M tokens"
+    evaluation = " ".join(f"--{key} {value}" for key, value in comparison.evaluation.items())
+    lines = [
+        f"# {comparison.question}",
+        "",
+        comparison.source,
+        "",
+        f"{cpu_model()}, one thread. {versions('torch', 'deepspeed')} The runs were made at "
+        f"{', '.join(sorted(commits)) or 'none'}.",
+        "",
+        f"{options.model} on {options.data_dir.name}, {vocabulary:,} ids, {options.max_seq_length} tokens, {budget} a "
+        f"run unless its row says otherwise: `python -m benchmarks.compare {relative(options.comparison)}`. Held-out "
+        f"losses{f' of `perplexity {evaluation}`' if evaluation else ''}: lower is better. A difference is inside the "
+        "spread where the losses of one run's seeds lie among the other's.",
+        "",
+        *loss_table(found),
+    ]
+    if any(result.metrics for results in found.values() for result in results):
+        lines += ["", *metrics_table(options, found)]
+    return lines
+
+
+def relative(path: Path) -> Path:
+    absolute = path.resolve()
+    return absolute.relative_to(REPOSITORY) if absolute.is_relative_to(REPOSITORY) else path
+
+
+def loss_table(found: Mapping[str, Sequence[Result]]) -> list[str]:
+    head = "| run | million tokens | CPU-seconds | held-out loss, by seed | mean | beside the first |"
+    table, first = [head, "|---|---|---|---|---|---|"], next(iter(found))
+    base = [result.eval_loss for result in found[first] if result.eval_loss is not None]
+    for name, results in found.items():
+        if not results:
+            continue
+        losses = [result.eval_loss for result in results if result.eval_loss is not None]
+        tokens = [result.tokens for result in results if result.tokens is not None]
+        seconds = [result.seconds for result in results if result.seconds is not None]
+        cells = [
+            f"{statistics.fmean(tokens) / 1e6:.2f}" if tokens else "",
+            f"{statistics.fmean(seconds):,.0f}" if seconds else "",
+            ", ".join(f"{loss:.3f}" for loss in losses),
+            f"{statistics.fmean(losses):.3f}" if losses else "",
+            difference(losses, base) if losses and base and name != first else "",
+        ]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    return table
+
+
+def difference(values: Sequence[float], base: Sequence[float]) -> str:
+    """The difference of the means, and whether the values of both lie among each other."""
+    among = min(values) <= max(base) and min(base) <= max(values)
+    return f"{statistics.fmean(values) - statistics.fmean(base):+.3f}{', inside the spread' if among else ''}"
+
+
+def metrics_table(options: argparse.Namespace, found: Mapping[str, Sequence[Result]]) -> list[str]:
+    table = [
+        f"Accuracy after fine-tuning on {options.finetune_data.name if options.finetune_data else 'a task'}, "
+        f"{options.num_train_epochs} epochs, the best of each on the validation split, at the learning rate with the "
+        "best median:",
+        "",
+        "| run | learning rate | accuracy, by seed | median | beside the first |",
+        "|---|---|---|---|---|",
+    ]
+    base: list[float] = []
+    for name, results in found.items():
+        tuned = [result.metrics for result in results if result.metrics]
+        if not tuned:
+            continue
+        by_rate = {rate: [metrics[rate] for metrics in tuned] for rate in tuned[0]}
+        rate = max(by_rate, key=lambda rate: statistics.median(by_rate[rate]))
+        values = by_rate[rate]
+        beside = difference(values, base) if base else ""
+        base = base or values
+        cells = (rate, ", ".join(f"{value:.3f}" for value in values), f"{statistics.median(values):.3f}", beside)
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Comparisons of pretraining runs: what their files say is what the command takes; their tables."""
+
+import argparse
+import json
+import runpy
+
+import pytest
+
+from benchmarks.compare import Comparison, Result, Run, arguments, loss_table, metrics_table
+from benchmarks.environment import REPOSITORY
+from ds_roberta.errors import UserError
+from ds_roberta.training.run import _read_inputs
+
+FILES = sorted((REPOSITORY / "examples/recipes").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_command_takes_every_run_of_a_file(path, corpus, tmp_path):
+    parse = runpy.run_path(str(REPOSITORY / "launch/pretrain.py"))["parse_arguments"]
+    options = argparse.Namespace(
+        data_dir=corpus.folder, model="nano", max_seq_length=128, eval_sequences=4, max_tokens=1000, max_minutes=None,
+        results=tmp_path,
+    )  # fmt: skip
+    comparison = Comparison.read(path)
+    seen = set()
+    for name in comparison.runs:
+        given = {**arguments(options, comparison, name), "output_dir": tmp_path / "run"}
+        given.pop("source_weights", None)  # of sources that this corpus lacks
+        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        deepspeed, _, config, *_ = _read_inputs(parse(words))
+        seen.add(json.dumps([deepspeed.content, config.as_json(), comparison.runs[name].budget], default=str))
+    assert len(seen) == len(comparison.runs) or path.stem == "more_data"  # which differs in its sources alone
+
+
+def test_factors_multiply_the_recipes_values_for_the_width(tmp_path):
+    options = argparse.Namespace(
+        data_dir="data", model="small", max_seq_length=128, eval_sequences=4, max_tokens=1000, max_minutes=None,
+        results=tmp_path,
+    )  # fmt: skip
+    run = Run(deepspeed={"gradient_clipping": 0.5}, factors={"adam_lr": 2}, budget=3)
+    given = arguments(options, Comparison("?", "", {"doubled": run}), "doubled")
+    written = json.loads(given["deepspeed_config"].read_text())
+    assert (given["max_tokens"], written["gradient_clipping"]) == (3000, 0.5)
+    assert (written["optimizer"]["params"]["adam_lr"], written["optimizer"]["params"]["muon_lr"]) == (2e-3, 0.01)
+
+
+def test_what_is_no_comparison_is_refused(tmp_path):
+    path = tmp_path / "mine.json"
+    for content in ({"question": "?"}, {"question": "?", "source": "", "runs": {"a": {"option": {}}}}, []):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="is no comparison"):
+            Comparison.read(path)
+
+
+def test_losses_are_held_against_the_first_run_and_its_spread():
+    found = {
+        "first": [Result("c", 2.0, 1e6, 60.0), Result("c", 2.2, 1e6, 80.0)],
+        "near": [Result("c", 2.1), Result("c", 2.5)],
+        "far": [Result("c", 1.5), Result("c", 1.9)],
+        "other objective": [Result("c", None, 2e6, 70.0)],
+        "missing": [],
+    }
+    first, near, far, other = loss_table(found)[2:]
+    assert first == "| first | 1.00 | 70 | 2.000, 2.200 | 2.100 |  |"
+    assert near == "| near |  |  | 2.100, 2.500 | 2.300 | +0.200, inside the spread |"
+    assert far.endswith("| 1.700 | -0.400 |")
+    assert other == "| other objective | 2.00 | 70 |  |  |  |"
+
+
+def test_accuracies_are_those_of_the_rate_with_the_best_median(tmp_path):
+    options = argparse.Namespace(finetune_data=tmp_path / "sst2", num_train_epochs=3)
+
+    def tuned(*pairs):
+        return [Result("c", metrics={"0.0001": low, "0.0003": high}) for low, high in pairs]
+
+    found = {"a": tuned((0.7, 0.9), (0.7, 0.6), (0.7, 0.6)), "b": tuned((0.5, 0.8), (0.5, 0.8), (0.5, 0.8))}
+    a, b = metrics_table(options, found)[-2:]
+    assert a == "| a | 0.0001 | 0.700, 0.700, 0.700 | 0.700 |  |"
+    assert b == "| b | 0.0003 | 0.800, 0.800, 0.800 | 0.800 | +0.100 |"
