@@ -74,8 +74,10 @@ def config_of(arguments: argparse.Namespace) -> PredictConfig:
     return PredictConfig(
         model=arguments.model,
         input=arguments.input,
-        text=arguments.context if arguments.text is None else arguments.text,
-        text_pair=arguments.question if arguments.text is None else arguments.text_pair,
+        text=arguments.text,
+        text_pair=arguments.text_pair,
+        question=arguments.question,
+        context=arguments.context,
         output=arguments.output,
         glue_task=arguments.glue_task,
         task_options={name: value for name, value in options.items() if value is not None},

@@ -231,7 +231,8 @@ def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any,
     metrics = {
         "accuracy": accuracy_score(labels, predicted),
         "macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
-        "matthews_correlation": matthews_corrcoef(labels, predicted),
+        # For a single class, scikit-learn warns before it gives 0.
+        "matthews_correlation": matthews_corrcoef(labels, predicted) if len({*labels, *predicted}) > 1 else 0.0,
     }
     if logits.shape[-1] == 2:
         metrics["f1"] = f1_score(labels, predicted, pos_label=1, zero_division=0)

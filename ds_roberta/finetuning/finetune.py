@@ -149,11 +149,9 @@ def finetune(config: FinetuneConfig) -> int:
             summaries = [
                 _summary(setting, of_setting, problem.metric, config.recipe) for setting, of_setting in runs.items()
             ]
-            analysis = None
-            if problem.task.has_error_analysis:
-                validation = problem.encoded["validation"]
-                logits = predictions(problem, best, of_best, validation, ranks)
-                analysis = ranks.on_main(lambda: problem.task.error_analysis(validation, logits))
+            validation = problem.encoded["validation"]
+            logits = predictions(problem, best, of_best, validation, ranks)
+            analysis = ranks.on_main(lambda: problem.task.error_analysis(validation, logits))
             results = {
                 "model": str(config.model),
                 "task": config.task,

@@ -296,8 +296,25 @@ def _find_splits(given: Sequence[str], suffixes: Sequence[str]) -> Mapping[str, 
             files = sorted(folder.iterdir())
         except OSError as error:
             raise UserError(f"cannot read --data {str(folder)!r} ({error.strerror}): choose another folder") from error
-        return _by_split(str(file) for file in files if suffix_of(file.name) in suffixes and _split_of(file.name))
+        return _by_split(_of_splits([file for file in files if suffix_of(file.name) in suffixes]))
     return _by_split(given)
+
+
+def _of_splits(files: Sequence[Path]) -> list[str]:
+    """The files of a folder that hold a split. Beside `train.csv`, `train_metadata.json` holds none."""
+    split_of = {file: split for file in files if (split := _split_of(file.name))}
+    whole = {split for file, split in split_of.items() if _is_named_after(split, file)}
+    found = []
+    for file, split in split_of.items():
+        if split in whole and not _is_named_after(split, file) and not _PART.match(file.name):
+            logger.info(f"{file} is left out: another file is named {split} and nothing else")
+        else:
+            found.append(str(file))
+    return found
+
+
+def _is_named_after(split: str, file: Path) -> bool:
+    return file.name.lower().split(".")[0] in SPLIT_PREFIXES[split]
 
 
 def _of_tables(name: str, tables: Mapping[str, Table]) -> dict[str, Sequence[Table]]:

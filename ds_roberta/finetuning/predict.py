@@ -15,6 +15,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.prediction_files import check_board, check_output, with_other_columns, write_predictions
+from ds_roberta.finetuning.question_answering import QuestionAnswering
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
 from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 
@@ -24,7 +25,7 @@ class PredictConfig:
     """The inputs and options of a prediction.
 
     Attributes:
-        input: a file; None: only `text`, with `text_pair` if the task has pairs (the question about a context).
+        input: a file; None: only `text`, with `text_pair` if the task has pairs, or `question` about `context`.
         output: the file for programs, see `prediction_files`; None: answers are only printed for people.
         glue_task: the task of GLUE's board that the output is for, a key of `BOARDS`.
         task_options: the task's own, by name. Missing ones are as in fine-tuning.
@@ -35,6 +36,8 @@ class PredictConfig:
     input: str | None = None
     text: str | None = None
     text_pair: str | None = None
+    question: str | None = None
+    context: str | None = None
     output: Path | None = None
     glue_task: str | None = None
     task_options: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,11 @@ def predict(config: PredictConfig) -> list[Answer]:
         check_board(config.glue_task, task.head)
     if config.input is not None:
         inputs = task.read_inputs(str(config.input))
+    elif config.question is not None and config.context is not None:
+        if not isinstance(task, QuestionAnswering):
+            remedy = "--text and --text_pair" if task.takes_pairs else "--text"
+            raise UserError(f"the model is of --task {task.name}, which answers no questions: give {remedy}")
+        inputs = [task.make_input(config.context, config.question)]
     else:
         assert config.text is not None
         inputs = [task.make_input(config.text, config.text_pair)]

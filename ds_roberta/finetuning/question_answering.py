@@ -17,12 +17,14 @@ from torch.nn import functional
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
+from ds_roberta.finetuning.error_analysis import example, log_softmax, worst_examples
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Splitting, read_splits
 from ds_roberta.finetuning.squad import Question, is_unanswered, read_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
 from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, one_line
 from ds_roberta.options import must_be, option, require_positive
 
+NO_ANSWER = "no answer"
 MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
 
 
@@ -205,6 +207,27 @@ class QuestionAnswering(Task):
         null_probabilities = [found.null_probability for found in decoded]
         return squad_v2_metrics(golds, answers, null_probabilities, self.options.no_answer_threshold)
 
+    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+        """The worst questions, by the mean of their windows' losses."""
+        losses: list[list[float]] = [[] for _ in encoded.inputs]
+        for window, *scores in zip(encoded.windows, *logits, strict=True):
+            question = encoded.inputs[window.question]
+            of_window = [log_softmax(each[: len(window.input_ids)]) for each in scores]
+            places = zip(of_window, span_labels(window, question), strict=True)
+            losses[window.question].append(-float(np.mean([each[place] for each, place in places])))
+        answers = self.answer(encoded, logits)
+        return worst_examples(
+            example(
+                question.place,
+                [question.question],
+                question.answers[0] if question.answers else NO_ANSWER,
+                answer.row["answer"] or NO_ANSWER,
+                loss=float(np.mean(of_question)),
+                predicted_probability=answer.row["score"],
+            )
+            for question, answer, of_question in zip(encoded.inputs, answers, losses, strict=True)
+        )
+
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:
         decoded = self._decode(encoded, logits)
         return [self._answer(question, found) for question, found in zip(encoded.inputs, decoded, strict=True)]
@@ -237,7 +260,7 @@ class QuestionAnswering(Task):
         if self.with_null:
             row |= {"no_answer_probability": no_answer, "best_answer": candidates[0]["text"] if candidates else ""}
         place = f"{best['text']!r} (characters {best['start']} to {best['end']})"
-        line = f"  {'no answer' if unanswered else place} {best['score']:.4f}"
+        line = f"  {NO_ANSWER if unanswered else place} {best['score']:.4f}"
         return Answer([f"{question.id}: {one_line(question.question)}", line], {**row, "candidates": candidates})
 
 

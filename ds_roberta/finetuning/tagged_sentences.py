@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import TEXT_COLUMNS, listed, without
 from ds_roberta.inputs.tables import Table
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
+NAMES_IN_HEADERS = ({"token", "word", "form", *WORD_COLUMNS}, {"tag", "ner", "ner_tag", "pos", "pos_tag", *TAG_COLUMNS})
+"""What a header calls the columns of words and of tags."""
 OUTSIDE = "O"
 DOCUMENT_START = "-DOCSTART-"
 ENTITY_TAG = re.compile(r"O|[BIESLU](-[^-].*)?")  # IOB1, IOB2, IOBES, BILUO; not XPOS such as I-------
@@ -55,7 +58,7 @@ class Sentence:
 def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collection[str] = ()) -> list[Sentence]:
     """One word per line with its tag in the last column; empty lines separate sentences. Columns are separated by tabs,
     or by spaces in lines without tabs. Lines with `-DOCSTART-` are skipped, and so are lines that start with `#` at the
-    beginning of a sentence and have another number of columns or do not end in a tag of the file.
+    beginning of a sentence and have another number of columns or do not end in a tag of the file. So is a header.
 
     Args:
         labelled: whether there must be tags. If not, lines may have one column, and a last column of tags is among
@@ -67,6 +70,10 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
             columns but no tag, or as `check_tags`.
     """
     lines = list(enumerate(map(split_columns, text.split("\n")), 1))
+    begin = next((index for index, (_, columns) in enumerate(lines) if columns), 0)
+    if is_header(lines[begin][1]):
+        logger.info(f"{name}: row {begin + 1} names the columns and is left out")
+        del lines[: begin + 1]
     of_words = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
     known = {columns[-1] for columns in of_words}
     width = len(of_words[0]) if of_words else 0
@@ -128,6 +135,12 @@ def is_tag(value: str, names: Collection[str]) -> bool:
     return known or value == UNSPECIFIED or bool(ENTITY_TAG.fullmatch(value))
 
 
+def is_header(columns: Sequence[str]) -> bool:
+    """Whether a line has the names of CoNLL's columns: in the first of words, in the last of tags."""
+    words, tags = NAMES_IN_HEADERS
+    return len(columns) > 1 and columns[0].lower() in words and columns[-1].lower() in tags
+
+
 def has_header(text: str, text_column: str | None, names: Collection[str]) -> bool:
     """Whether a `.tsv` begins with names of columns, one of which has texts, and not with a word and its tag. One
     column is of words, unless a line after its name has a space.
@@ -138,6 +151,8 @@ def has_header(text: str, text_column: str | None, names: Collection[str]) -> bo
     """
     first, _, rest = text.lstrip().partition("\n")
     columns = [name.strip().strip('"') for name in first.split("\t")]
+    if is_header(columns) and not any(" " in line.partition("\t")[0] for line in rest.split("\n")):
+        return False
     if not {text_column, *WORD_COLUMNS, *chain.from_iterable(TEXT_COLUMNS)} & set(columns):
         return False
     return not is_tag(columns[-1], names) if len(columns) > 1 else " " in rest

@@ -58,7 +58,6 @@ class Task(ABC):
         collator: makes a batch of features; called with the tokenizer.
         add_prefix_space: how the model's tokenizer is opened and saved; None: as it is.
         takes_pairs: whether an input may have two texts.
-        has_error_analysis: whether `error_analysis` is defined.
         metric_names: the metrics that may choose the best epoch and run; the first is the default.
         head: the head's values in the model's configuration.
         results: the task's own entries in `results.json`.
@@ -70,7 +69,6 @@ class Task(ABC):
     collator: ClassVar[Any] = transformers.DataCollatorWithPadding
     add_prefix_space: ClassVar[bool | None] = None
     takes_pairs: ClassVar[bool] = False
-    has_error_analysis: ClassVar[bool] = False
 
     metric_names: tuple[str, ...]
     head: dict[str, Any]
@@ -165,10 +163,10 @@ class Task(ABC):
         """What a person should know about a model with these metrics on the validation examples."""
         return []
 
-    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
+    def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any] | None:
         """What the model confuses among labelled inputs, and its worst examples, as the module `error_analysis` has
-        them; called only if `has_error_analysis`. `logits` as in `metrics`."""
-        raise NotImplementedError
+        them; `logits` as in `metrics`. None: nothing is written."""
+        return None
 
     @abstractmethod
     def answer(self, encoded: Encoded, logits: Any) -> list[Answer]:

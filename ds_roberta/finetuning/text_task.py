@@ -23,7 +23,6 @@ class TextTask(Task):
 
     architecture = "RobertaForSequenceClassification"
     takes_pairs = True
-    has_error_analysis = True
     options_class = Labels
 
     def __init__(self, options: Columns, text_columns: TextColumns | None = None):

@@ -89,7 +89,6 @@ class TokenClassification(Task):
     architecture = "RobertaForTokenClassification"
     options_class = TagColumns
     collator = transformers.DataCollatorForTokenClassification
-    has_error_analysis = True
     add_prefix_space = True  # so that whole texts begin with a word as in fine-tuning
 
     def __init__(self, names: list[str], options: TagColumns):

@@ -74,7 +74,7 @@ def csv_rows(
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    number = 0  # of the row, 0 for the first after the header
+    is_first = True
     while True:
         offset = lines.row = lines.offset
         line = rows.line_num + 1
@@ -84,14 +84,14 @@ def csv_rows(
             break
         except (csv.Error, _Unclosed) as error:
             if lines.ended or isinstance(error, _Unclosed):
-                yield _unclosed_quote(offset, number, lines, "" if lines.ended else f" {error}")
+                yield _unclosed_quote(offset, lines, "" if lines.ended else f" {error}")
                 break
             yield Reject("bad_csv", offset, f"not a valid row ({error})")
-            number += 1
+            is_first = False
             continue
         except _TooLong as error:
             yield error.reject
-            number += 1
+            is_first = False
             continue
         except Damaged as damage:
             yield Damage(damage.reason, offset, damage.detail)
@@ -102,11 +102,17 @@ def csv_rows(
             header = row
             check_header(header)
             continue
-        number += 1
         if len(row) != len(header):
-            yield Reject("bad_csv", offset, f"the row has {len(row)} fields, the header {len(header)}")
+            yield Reject("bad_csv", offset, other_width(len(row), len(header), is_first))
         else:
             yield Row(dict(zip(header, row, strict=True)), offset, line)
+        is_first = False
+
+
+def other_width(fields: int, names: int, is_first: bool) -> str:
+    """What is wrong with a row that has not as many fields as the header has names."""
+    cause = "; the first may be R's row names, which write.table(..., row.names = FALSE) leaves out"
+    return f"the row has {fields} fields, the header {names}{cause if is_first and fields == names + 1 else ''}"
 
 
 def not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
@@ -219,10 +225,10 @@ def _has_return_ends(piece: Piece) -> bool:
     return match is not None and match[0] == b"\r" and match.end() < len(head)
 
 
-def _unclosed_quote(offset: int, number: int, lines: _Lines, within: str) -> Damage:
+def _unclosed_quote(offset: int, lines: _Lines, within: str) -> Damage:
     total = lines.length()
     detail = (
-        f"the quote that opens in row {number} is not closed{within}, so the {total - offset} bytes from this row on "
+        f"the quote that opens here is not closed{within}, so the {total - offset} bytes from this row on "
         f"are lost, {share_read(offset, total)}"
     )
     return Damage("unclosed_quote", offset, detail)

@@ -21,7 +21,7 @@ from ds_roberta.inputs.columns import measure_table, read_batches
 from ds_roberta.inputs.paths import HUB_DATASET, asked_of_hub
 from ds_roberta.inputs.pieces import Damage, Piece, Reject
 from ds_roberta.inputs.places import DAMAGE_REMEDIES, REMEDIES, line_number
-from ds_roberta.inputs.rows import Row, csv_rows, json_rows, parse_json
+from ds_roberta.inputs.rows import Row, csv_rows, json_rows, other_width, parse_json
 from ds_roberta.inputs.streams import (
     COMPRESSIONS,
     CSV,
@@ -313,11 +313,10 @@ def _parse_tsv(path: str, text: str) -> Table:
     else:
         cells = cells[1:]
     _check_once(path, columns)
-    for number, values in cells:
+    for index, (number, values) in enumerate(cells):
         if len(values) != len(columns):
-            raise UserError(
-                f"{path}, row {number} has {len(values)} columns, its header has {len(columns)}: fix or remove the row"
-            )
+            detail = other_width(len(values), len(columns), index == 0)
+            raise UserError(f"{path}, row {number}: {detail}; {REMEDIES['bad_csv']}")
     rows = [dict(zip(columns, values, strict=True)) for _, values in cells]
     return _not_empty(Table(path, columns, rows, [number for number, _ in cells]))
 

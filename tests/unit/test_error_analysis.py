@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix
 from torch.nn import functional
 
-from ds_roberta.finetuning.classification import Classification, Regression
+from ds_roberta.finetuning.classification import Classification, Regression, classification_metrics
 from ds_roberta.finetuning.error_analysis import LONGEST_TEXT, WORST_EXAMPLES
 from ds_roberta.finetuning.labelled_tables import Text
 from ds_roberta.finetuning.labels import Labels
@@ -113,3 +113,8 @@ def test_long_texts_are_cut_and_are_one_line():
 def test_a_probability_of_zero_has_a_finite_loss():
     found = Classification(NAMES, Labels()).error_analysis(texts([0]), np.array([[-1e4, 1e4, 0.0]]))
     assert found["worst"][0]["loss"] == pytest.approx(2e4)
+
+
+def test_a_single_example_is_measured_without_a_warning():
+    metrics = classification_metrics(np.array([[1.0, 0.0]]), np.array([0]))
+    assert metrics == {"accuracy": 1.0, "macro_f1": 1.0, "matthews_correlation": 0.0, "f1": 0.0}

@@ -152,7 +152,10 @@ def test_a_quote_that_nothing_closes_names_its_row_and_what_follows(tmp_path, ne
         assert account.counts == {"kept": 40}
         (place,) = account.damage
         assert (place["reason"], place["byte"]) == ("unclosed_quote", start)
-        assert f"row 40 is not closed, so the {len(data) - start} bytes from this row on" in place["detail"]
+        assert (
+            f"the quote that opens here is not closed, so the {len(data) - start} bytes from this row on"
+            in place["detail"]
+        )
         assert f"{100 * start / len(data):.0f}" in place["detail"].split()[-6]
 
 
@@ -161,7 +164,7 @@ def test_a_quote_that_is_open_for_too_long_ends_the_reading_of_its_file(tmp_path
     (tmp_path / "a.csv").write_text(csv_of(rows))
     kept, account = account_of(tmp_path / "a.csv", max_characters=1000)
     assert [document.text for document in kept] == ["good"]
-    assert "row 1 is not closed within 1056576 bytes" in account.damage[0]["detail"]
+    assert "the quote that opens here is not closed within 1056576 bytes" in account.damage[0]["detail"]
     kept, account = account_of(tmp_path / "a.csv")
     assert (account.counts, account.damage) == ({"kept": 1, "too_long": 1}, [])
 

@@ -226,7 +226,7 @@ def test_each_bad_csv_row_has_its_reason_and_position(tmp_path):
     assert account.counts == {"kept": 2, "bad_csv": 2, "not_utf8": 1}
     places = [data.index(row) for row in (b"2,x,y", b"3,caf", b'4,"ok', b'6,"open')]
     assert [place["byte"] for place in [*account.places, *account.damage]] == places
-    assert "row 5 is not closed, so the 14 bytes from this row on" in account.damage[0]["detail"]
+    assert "the quote that opens here is not closed, so the 14 bytes from this row on" in account.damage[0]["detail"]
 
 
 def test_files_at_a_url_are_read_like_local_ones(tmp_path):

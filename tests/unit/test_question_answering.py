@@ -96,6 +96,26 @@ def test_questions_without_an_answer(data, tokenizer):
     assert set(task.metric_names) <= set(metrics)
 
 
+def test_the_worst_questions_are_those_with_the_highest_loss(data, tokenizer):
+    task, splits = QuestionAnswering.from_data(data(squad("karen7 sulto", None, "karen39")), SpanOptions(doc_stride=16))
+    encoded = task.encode(tokenizer, splits["train"], 64)
+    starts, ends = perfect_logits(encoded)
+    windows = [row for row, window in enumerate(encoded.windows) if window.question == 2]
+    starts[windows], ends[windows] = 0, 0
+    starts[windows, 0], ends[windows, 0] = 5, 5  # no answer, while some of the windows hold one
+    worst, *others = task.error_analysis(encoded, (starts, ends))["worst"]
+    assert (worst["text"], worst["gold"], worst["predicted"]) == ("karen sulto?", "karen39", "no answer")
+    assert {(each["gold"], each["predicted"]) for each in others} == {("karen7 sulto",) * 2, ("no answer",) * 2}
+    labels = torch.tensor([encoded.features[row]["labels"] for row in windows])
+    expected = [
+        float(task.loss({"start_logits": torch.tensor(starts[[row], :length]),
+                         "end_logits": torch.tensor(ends[[row], :length])}, labels[[number]]))
+        for number, row in enumerate(windows) for length in [len(encoded.features[row]["input_ids"])]
+    ]  # fmt: skip
+    assert worst["loss"] == pytest.approx(np.mean(expected))
+    assert worst["loss"] > 0.5 > max(each["loss"] for each in others)
+
+
 def test_the_loss_is_that_of_transformers_over_all_micro_batches(tokenizer):
     torch.manual_seed(0)
     starts, ends = torch.randn(2, 4, 9)

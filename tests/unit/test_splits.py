@@ -49,6 +49,19 @@ def test_the_parts_of_a_split_are_one(tmp_path):
         read_splits([str(tmp_path)])
 
 
+def test_what_lies_beside_a_file_named_after_its_split_is_left_out_aloud(tmp_path, caplog):
+    for name in ("train.csv", "train_metadata.jsonl", "dev.csv"):
+        write(tmp_path / name)
+    with caplog.at_level("INFO"):
+        assert read_splits([str(tmp_path)])["train"].name == f"{tmp_path}/train.csv"
+    assert "train_metadata.jsonl is left out: another file is named train and nothing else" in caplog.text
+    for another in ("train.jsonl", "train-00000-of-00001.csv"):
+        write(tmp_path / another)
+        with pytest.raises(UserError, match="are both train"):
+            read_splits([str(tmp_path)])
+        (tmp_path / another).unlink()
+
+
 def test_files_are_named_after_their_split_in_many_ways(tmp_path):
     for name in ("Train.csv", "val.csv", "testimonials.csv", "values.csv", "test_2.csv"):
         write(tmp_path / name, ROWS)

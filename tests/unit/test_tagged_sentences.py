@@ -65,6 +65,14 @@ def test_columns_separated_by_tabs():
     assert sentence.tags == ("B-LOC", "O")
 
 
+def test_a_header_is_no_word(caplog):
+    with caplog.at_level("INFO"):
+        (sentence,) = parse_conll("x", "\nWord\tPOS\nwords\tNNS\nfall\tVBP\n")
+    assert (sentence.place, sentence.words, sentence.tags) == ("x, row 3", ("words", "fall"), ("NNS", "VBP"))
+    assert "x: row 2 names the columns and is left out" in caplog.text
+    assert parse_conll("x", "words NNS\nfall VBP\n")[0].words == ("words", "fall")
+
+
 def test_comments_before_a_sentence():
     sentences = parse_conll("x", "# id 3 domain=en\na _ _ O\n\n# _ _ O\nb _ _ B-X")
     assert [sentence.words for sentence in sentences] == [("a",), ("#", "b")]
