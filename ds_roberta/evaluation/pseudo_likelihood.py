@@ -70,8 +70,8 @@ def pseudo_log_likelihoods(
     """
     different = list(dict.fromkeys(sentences))
     scores = np.zeros(len(different))
-    total = sum(len(sentence.ids) for sentence in different)
-    with progress_bar(total=total, unit="token", disable=None) as progress:
+    total = sum(len(sentence.ids) * (len(sentence.ids) + 2) for sentence in different)  # the time goes by these
+    with progress_bar(total=total, unit="token", unit_scale=True, delay=0.5) as progress:
         for batch in masked_copies(different, folder.special, metric, batch_tokens):
             rows, length = batch.input_ids.shape
             is_token = torch.from_numpy(batch.input_ids != folder.special.pad_token_id)
@@ -82,7 +82,7 @@ def pseudo_log_likelihoods(
                 torch.from_numpy(batch.labels),
             )
             np.add.at(scores, batch.sentences, log_likelihoods.double().numpy())
-            progress.update(rows)
+            progress.update(int(is_token.sum()))
     number = {sentence: index for index, sentence in enumerate(different)}
     return scores[[number[sentence] for sentence in sentences]]
 

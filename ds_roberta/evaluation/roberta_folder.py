@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,8 @@ class RobertaFolder(TransformersFolder):
         positions: torch.Tensor,
         labels: torch.Tensor,
     ) -> torch.Tensor:
-        """Log-probabilities of tokens, in nats; the logits of the vocabulary are computed only at their positions.
+        """Log-probabilities of tokens, in nats; what follows the last layer's attention is computed only at their
+        positions.
 
         Args:
             input_ids: (B, T) int64, padded on the right: RoBERTa counts positions over what is not padding.
@@ -46,9 +49,9 @@ class RobertaFolder(TransformersFolder):
         """
         device = self.model.device
         mask = None if attention_mask is None else attention_mask.to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._last_layer_only_at(positions.to(device)):
             hidden = self.model.roberta(input_ids=input_ids.to(device), attention_mask=mask).last_hidden_state
-            logits = self.model.lm_head(hidden.flatten(0, 1).index_select(0, positions.to(device))).float()
+            logits = self.model.lm_head(hidden[0]).float()
             chosen = logits.gather(1, labels.to(device)[:, None])[:, 0]
             log_likelihoods = (chosen - logits.logsumexp(1)).cpu()
         if not bool(log_likelihoods.isfinite().all()):
@@ -57,6 +60,20 @@ class RobertaFolder(TransformersFolder):
                 "diverged or its weights are damaged; export an earlier checkpoint"
             )
         return log_likelihoods
+
+    @contextmanager
+    def _last_layer_only_at(self, positions: torch.Tensor) -> Iterator[None]:
+        """Within it the encoder's output is (1, M, D): that of these M flat positions, which attend to all others."""
+
+        def select(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return tuple(states.flatten(0, 1).index_select(0, positions)[None] for states in inputs)
+
+        # The first module of a layer that treats positions apart; its inputs are the attention's output and input.
+        hook = self.model.roberta.encoder.layer[-1].attention.output.register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:

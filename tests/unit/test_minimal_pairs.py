@@ -11,6 +11,7 @@ import transformers
 
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
+from ds_roberta.evaluation import pseudo_likelihood
 from ds_roberta.evaluation.minimal_pairs import (
     Pair,
     PairOptions,
@@ -23,6 +24,7 @@ from ds_roberta.evaluation.pseudo_likelihood import encode, masked_copies, pseud
 from ds_roberta.evaluation.roberta_folder import open_roberta
 from ds_roberta.model.export import export, hf_config
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.progress import progress_bar
 
 LENGTH = 32
 TEXTS = ["kato miren sulpa.", "to", "kato miren", "shenli vor du, pakami renvor!", "kato miren sulpa."]
@@ -82,6 +84,28 @@ def test_the_size_of_batches_changes_nothing(folder):
     expected = pseudo_log_likelihoods(folder, sentences)
     for batch_tokens in (1, 23, 60):
         assert pseudo_log_likelihoods(folder, sentences, batch_tokens=batch_tokens) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_last_layer_goes_on_only_at_masked_tokens(folder):
+    sentences = encode(folder, TEXTS[:4])
+    rows = []
+    layers = folder.model.roberta.encoder.layer
+    hooks = [
+        layer.output.register_forward_hook(lambda _, inputs, output: rows.append(output[..., 0].numel()))
+        for layer in layers
+    ]
+    pseudo_log_likelihoods(folder, sentences)
+    for hook in hooks:
+        hook.remove()
+    copies = [len(sentence.ids) for sentence in sentences]
+    assert sum(rows[len(layers) - 1 :: len(layers)]) == sum(copies) < sum(rows[:: len(layers)])
+    assert not layers[-1].attention.output._forward_pre_hooks
+
+
+def test_a_log_file_shows_the_progress(folder, monkeypatch, capsys):
+    monkeypatch.setattr(pseudo_likelihood, "progress_bar", lambda **options: progress_bar(**{**options, "delay": 0}))
+    pseudo_log_likelihoods(folder, encode(folder, TEXTS))
+    assert "100%" in capsys.readouterr().err
 
 
 def test_batches_keep_to_their_tokens_and_hold_every_token_once(folder):
