@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,7 @@ BALANCED = "balanced"
 MULTI_LABEL = "multi_label_classification"
 """transformers' `problem_type` of a head whose labels do not exclude each other."""
 SHOWN_LABELS = 5
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,\d+\s*")
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,8 @@ def _numbered(table: Table, options: Labels) -> list[Text]:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"{text.place}: the label {value!r} is not a number: fix it or use --task classification")
+            remedy = "write it with a decimal point" if _DECIMAL_COMMA.fullmatch(str(value)) else "fix it"
+            raise UserError(f"{text.place}: the label {value!r} is not a number: {remedy} or use --task classification")
         if number == NO_LABEL:
             raise UserError(f"{text.place}: the label {value!r} means no label to Trainer: shift or scale all labels")
         examples.append(replace(text, label=number))

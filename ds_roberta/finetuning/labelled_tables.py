@@ -62,7 +62,7 @@ class Columns(Splitting):
         None,
     )
     text_pair_column: str | None = option("default: likewise, or the second of such a pair, if there is one", None)
-    label_column: str | None = option("default: label, tags, or GLUE's names for it", None)
+    label_column: str | None = option("default: label, labels, tags, or GLUE's names for it", None)
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ def read_splits(
     if "train" not in found or (validation_fraction is None and "validation" not in found):
         missing = "validation" if "train" in found else "train"
         option = "" if missing == "train" else ", or take some of the training examples with --validation_fraction 0.1"
+        only = f", only {' and '.join(sorted(found))}" if found else ""
         raise UserError(
-            f"no {missing} file in --data {' '.join(given)}: name a file {SPLIT_PREFIXES[missing][-1]} with the ending "
-            f"{', '.join(suffixes)}, or give {missing}=FILE{option}"
+            f"no {missing} file in --data {' '.join(given)}{only}: name a file {SPLIT_PREFIXES[missing][-1]} with the "
+            f"ending {', '.join(suffixes)}, or give {missing}=FILE{option}"
         )
     if validation_fraction is not None and "validation" in found:
         raise UserError("--validation_fraction is given, but --data has a validation split: leave one of them out")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
@@ -16,7 +16,7 @@ from ds_roberta.finetuning.labelled_tables import Columns, check_column, listed
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import option
 
-LABEL_COLUMNS = ("label", "gold_label", "score", "is_duplicate", "Quality")  # in GLUE's files and data sets
+LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "is_duplicate", "Quality")  # in GLUE's and other data sets
 LEAVE_OUT, ERROR = "leave_out", "error"
 NO_GOLD_LABEL = "-"  # SNLI's and MNLI's, where the annotators did not agree
 RARE = 0.1
@@ -29,6 +29,8 @@ _WHOLE = re.compile(r"(-?\d+)\.0+")
 class Labels(Columns):
     """Rows without a label."""
 
+    column_options: ClassVar[str] = "give the one with the label as --label_column"
+    """What names the column of labels, for messages."""
     unlabelled: str = option(
         "rows whose label is empty or '-': counted and left out, or an error", LEAVE_OUT, choices=(LEAVE_OUT, ERROR)
     )
@@ -41,24 +43,24 @@ def same_label(value: Any) -> str:
     return whole[1] if whole else text
 
 
-def label_column(table: Table, columns: Columns) -> str:
+def label_column(table: Table, options: Labels) -> str:
     """The name of the column that holds the labels.
 
     Raises:
         UserError: no column is named, and the table has none of the usual ones.
     """
-    label = columns.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
+    label = options.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
     if label is None:
         raise UserError(
-            f"{table.name} has the columns {listed(table)}: give the one with the label as --label_column, or leave "
-            "out a file without labels"
+            f"{table.name} has the columns {listed(table)}: {options.column_options}, or leave out a file without "
+            "labels"
         )
     return label
 
 
-def without_unlabelled_tests(tables: dict[str, Table], columns: Columns) -> dict[str, Table]:
+def without_unlabelled_tests(tables: dict[str, Table], options: Labels) -> dict[str, Table]:
     """All splits except test splits without labels (-1, `-` or no value), which most of GLUE's are."""
-    label = label_column(tables["train"], columns)
+    label = label_column(tables["train"], options)
     kept = {}
     for split, table in tables.items():
         if split.startswith("test") and all(_is_none(row.get(label), "-1") for row in table.rows):

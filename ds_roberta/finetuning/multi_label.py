@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_colum
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import must_be, option
 
-SEPARATOR = ","
+SEPARATOR, OTHER_SEPARATORS = ",", (";", "|")
 KEY = "multi_label"
 """Of `results.json`."""
 _APPLIES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
@@ -53,6 +53,7 @@ _WITHOUT_COMMA = re.compile(r"""(['"])\s+\1""")
 class MultiLabelOptions(Labels):
     """Multi-label classification."""
 
+    column_options: ClassVar[str] = f"{Labels.column_options}, or those with 0 and 1 as --label_columns"
     label_columns: str | None = option(
         "instead of a column of lists: columns, such as joy,anger, in which 1 says that this label applies", None
     )
@@ -109,6 +110,7 @@ class MultiLabelClassification(TextTask):
         labelled = {split: _label_sets(table, options, names) for split, table in tables.items()}
         if names is None:
             names = in_order({name for labels in labelled["train"][1] for name in labels})
+            _warn_of_separators(names, tables["train"].name)
         if not names:
             raise UserError(f"no row of {tables['train'].name!r} has a label that applies: choose another file")
         splits: dict[str, Sequence[Text]] = {
@@ -238,6 +240,17 @@ def best_threshold(scores: np.ndarray[Any, Any], applies: np.ndarray[Any, Any]) 
     f1[ranked == below] = -1.0  # no threshold divides equal probabilities
     best = int(f1.argmax())
     return float(f1[best]), float((ranked[best] + below[best]) / 2)
+
+
+def _warn_of_separators(names: Sequence[str], file: str) -> None:
+    """Name a label such as `joy;anger` if `joy` and `anger` are labels, too."""
+    for letter in OTHER_SEPARATORS:
+        joined = [name for name in names if letter in name and {part.strip() for part in name.split(letter)} < {*names}]
+        if joined:
+            logger.warning(
+                f"{file}: {joined[0]!r} is taken for one label, and so are all with {letter!r}: separate labels by "
+                f"{SEPARATOR!r} if it has several"
+            )
 
 
 def _column_names(label_columns: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Several labels for a text: three ways to write them, the metrics, the threshold, and the loss."""
 
 import json
+import re
 
 import numpy as np
 import pandas
@@ -48,6 +49,7 @@ COLUMNS = rows(**{name: [int(name in labels) for labels in SETS] for name in NAM
     ("content", "suffix", "options"),
     [
         (LISTS, ".jsonl", {}),
+        (rows(labels=SETS), ".jsonl", {}),
         (TEXTS, ".jsonl", {}),
         (TEXTS, ".tsv", {}),
         (COLUMNS, ".jsonl", {"label_columns": "anger,fear,joy"}),
@@ -77,6 +79,7 @@ def test_rows_without_labels_are_left_out_and_numbers_are_labels(tmp_path):
         (rows(label=[["a"], [["b"]], [], []]), {}, r"row 2: 'label' is \[\['b'\]\], not a list of labels"),
         (rows(label=[{}, [], [], []]), {}, r"row 1: 'label' is \{\}, not a label"),
         (rows(label=[[], [], [], []]), {}, "no row of .*train.jsonl' has a label that applies"),
+        (rows(a=[1, 0, 1, 0]), {}, "columns 'text', 'a': give .* as --label_column, or those .* as --label_columns"),
         (rows(a=[1, 2, 0, 0]), {"label_columns": "a"}, "row 2: 'a' is 2, not 0 or 1"),
         (rows(a=[1, 0, 0, 0]), {"label_columns": "a,b"}, "no column 'b': give one of 'text', 'a' as --label_columns"),
     ],
@@ -84,6 +87,19 @@ def test_rows_without_labels_are_left_out_and_numbers_are_labels(tmp_path):
 def test_what_is_wrong_is_reported_with_its_row(tmp_path, content, options, message):
     with pytest.raises(UserError, match=message):
         MultiLabelClassification.from_data(write(tmp_path, content), MultiLabelOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (["a; b", "a", "b", ""], "'a; b' is taken"),
+        (["a|b", "a", "b", ""], "'a[|]b' is taken"),
+        (["a;b", "a", "", "c"], ""),
+    ],
+)
+def test_a_label_of_labels_is_named(tmp_path, caplog, labels, named):
+    MultiLabelClassification.from_data(write(tmp_path, rows(label=labels)), MultiLabelOptions())
+    assert bool(re.search(named, caplog.text)) if named else not caplog.text
 
 
 def test_a_label_without_training_is_refused(tmp_path):

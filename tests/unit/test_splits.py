@@ -138,6 +138,8 @@ def test_validation_examples_are_never_taken_silently(tmp_path):
     train = write(tmp_path / "train.csv")
     with pytest.raises(UserError, match=r"no validation file.*--validation_fraction"):
         read_splits([train])
+    with pytest.raises(UserError, match=r"no validation file in --data .*, only test and train: name a file dev"):
+        read_splits([train, f"test={train}"])
     with pytest.raises(UserError, match="--data has a validation split: leave one of them out"):
         read_splits([train, f"validation={write(tmp_path / 'x.csv')}"], validation_fraction=0.1)
     with pytest.raises(UserError, match=r"--validation_fraction 0.9 of 1 examples leaves one split without any"):
