@@ -20,10 +20,14 @@ def make_parser() -> ArgumentParser:
     runs.add_argument(
         "--seeds", type=several(whole_number), default=(0,), help="seeds of the runs, such as 0,1,2; default: 0"
     )
-    runs.add_argument("--sweep", action="store_true", help="try batches of 16 and 32 at rates of 1e-5, 2e-5 and 3e-5")
+    runs.add_argument(
+        "--sweep", action="store_true",
+        help="try batches of 16 and 32 at rates of 1e-5, 2e-5 and 3e-5, higher if the model is narrower than base",
+    )  # fmt: skip
     runs.add_argument(
         "--learning_rate", type=several(positive_number),
-        help="the peak after the warm-up, or several to choose from, such as 1e-4,3e-4; default: 2e-5",
+        help="the peak after the warm-up, or several to choose from, such as 1e-4,3e-4; default: 2e-5, higher if the "
+        "model is narrower than base (tiny: 1.8e-4, nano: 7.2e-4)",
     )  # fmt: skip
     runs.add_argument("--train_batch_size", type=several(positive), help="examples per step, or several; default: 16")
     add_options(parser, *(task.options_class for task in TASKS.values()))
@@ -49,6 +53,7 @@ def config_of(arguments: argparse.Namespace) -> FinetuneConfig:
         vars(arguments),
         data=tuple(arguments.data),
         settings=tuple(SWEEP) if arguments.sweep else tuple(Setting(rate, size) for size in sizes for rate in rates),
+        scale_rates=not arguments.learning_rate,
         seeds=arguments.seeds,
         task_options=TASKS[arguments.task].options_class.from_options(vars(arguments)),
     )

@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from ds_roberta.finetuning.one_run import (
     Setting,
     Stopped,
     evaluate,
+    for_width,
     in_words,
     predictions,
     train,
@@ -66,6 +67,7 @@ class FinetuneConfig(Settings):
 
     Attributes:
         data: see `labelled_tables.read_splits`.
+        scale_rates: whether the rates of the settings are meant for a model as wide as base; see `for_width`.
         task_options: the task's own, of its `options_class`; None: their defaults.
     """
 
@@ -94,6 +96,7 @@ class FinetuneConfig(Settings):
     )
     deepspeed_config: Path | None = option("train with DeepSpeed; see ds_configs/finetune.json", None)
     settings: tuple[Setting, ...] = (Setting(learning_rate=2e-5, train_batch_size=16),)
+    scale_rates: bool = False
     seeds: tuple[int, ...] = (0,)
     recipe: Recipe = field(default_factory=Recipe)
     task_options: Settings | None = None
@@ -125,7 +128,11 @@ def finetune(config: FinetuneConfig) -> int:
     _check(config, ranks.world_size)
     exclude_cudnn()
     with without_progress_bars():
-        max_seq_length = open_folder(config.model).sequence_length(config.max_seq_length, SHORTEST)
+        folder = open_folder(config.model)
+        max_seq_length = folder.sequence_length(config.max_seq_length, SHORTEST)
+        if config.scale_rates:
+            settings = for_width(config.settings, folder.config.hidden_size)
+            config = replace(config, settings=settings, scale_rates=False)
         problem = _problem(config, max_seq_length, deepspeed_config)
         output = config.output_dir.resolve()
         with errors_of_the_disk(output):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from ds_roberta.distributed import Ranks, StopRequest
+from ds_roberta.distributed import Ranks, StopRequest, logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import value_at, write_json
 from ds_roberta.finetuning.task import Encoded, Task
@@ -24,6 +24,7 @@ from ds_roberta.progress import StepBar
 from ds_roberta.transformers_folder import read_model
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}  # as in pretraining, Liu et al. 2019, table 9
+BASE_WIDTH = 768
 EVALUATION_BATCH_SIZE = 32
 MODEL_FOLDER = "model"
 _RECORD = "run.json"
@@ -45,6 +46,24 @@ class Setting:
 
     def __str__(self) -> str:
         return f"learning rate {self.learning_rate:g}, batch {self.train_batch_size}"
+
+
+def for_width(settings: Sequence[Setting], hidden_size: int) -> tuple[Setting, ...]:
+    """Settings for models as wide as base or wider, with the rates that suit one of this width.
+
+    Rates grow with the square of how much narrower a model is, at most to 50 times: measured at a width of 128. The
+    rates of small models in the literature are alike (Turc et al. 2019, ELECTRA's small model in Clark et al. 2020).
+    """
+    factor = min(max(BASE_WIDTH / hidden_size, 1.0) ** 2, 50.0)
+    scaled = tuple(
+        replace(setting, learning_rate=float(f"{setting.learning_rate * factor:.2g}")) for setting in settings
+    )
+    if factor > 1:
+        found, of_base = (
+            ", ".join(dict.fromkeys(f"{setting.learning_rate:g}" for setting in each)) for each in (scaled, settings)
+        )
+        logger.info(f"learning rate {found}: the model's width is {hidden_size} (for {BASE_WIDTH} or more: {of_base})")
+    return scaled
 
 
 @dataclass(frozen=True)

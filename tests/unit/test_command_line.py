@@ -3,8 +3,10 @@
 import errno
 import io
 import os
+import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,8 +19,9 @@ from ds_roberta.command_line import (
     several,
 )
 from ds_roberta.errors import DiskError, UserError
-from ds_roberta.finetuning.finetune import SWEEP
-from ds_roberta.finetuning.one_run import Setting
+from ds_roberta.finetuning import finetune as finetune_module
+from ds_roberta.finetuning.finetune import SWEEP, FinetuneConfig
+from ds_roberta.finetuning.one_run import Setting, for_width
 from ds_roberta.progress import progress_bar
 
 
@@ -186,3 +189,30 @@ def test_fine_tuning_tries_every_pair_of_the_rates_and_batches_given():
     assert settings("--sweep") == tuple(SWEEP)
     with pytest.raises(SystemExit):
         settings("--sweep", "--learning_rate", "1e-4")
+
+
+def test_a_narrow_model_is_fine_tuned_at_higher_rates_unless_they_are_given(caplog):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "launch/finetune.py"))
+    required = ("--model", "m", "--task", "regression", "--data", "d", "--output_dir", "o")
+    configs = [script["config_of"](script["parse_arguments"]([*required, *words])) for words in ((), ("--sweep",))]
+    given = script["config_of"](script["parse_arguments"]([*required, "--learning_rate", "2e-5"]))
+    assert [config.scale_rates for config in (*configs, given)] == [True, True, False]
+    for width, rate in {1024: 2e-5, 768: 2e-5, 512: 4.5e-5, 256: 1.8e-4, 128: 7.2e-4, 16: 1e-3}.items():
+        assert for_width(configs[0].settings, width) == (Setting(rate, 16),)
+    assert for_width(configs[1].settings, 768) == tuple(SWEEP)
+    caplog.set_level("INFO", "ds_roberta")
+    assert [setting.learning_rate for setting in for_width(SWEEP[:3], 128)] == [3.6e-4, 7.2e-4, 1.1e-3]
+    assert "learning rate 0.00036, 0.00072, 0.0011: the model's width is 128 (for 768 or more: 1e-05" in caplog.text
+
+
+@pytest.mark.parametrize(("scale_rates", "rate"), [(True, 7.2e-4), (False, 2e-5)])
+def test_a_fine_tuning_has_the_rates_of_its_models_width(monkeypatch, tmp_path, scale_rates, rate):
+    def problem(config, *_):
+        raise UserError(f"the settings are {config.settings}")
+
+    folder = SimpleNamespace(sequence_length=lambda *_: 128, config=SimpleNamespace(hidden_size=128))
+    monkeypatch.setattr(finetune_module, "open_folder", lambda _: folder)
+    monkeypatch.setattr(finetune_module, "_problem", problem)
+    config = FinetuneConfig(tmp_path, "regression", ("d",), tmp_path / "tuned", scale_rates=scale_rates)
+    with pytest.raises(UserError, match=re.escape(str((Setting(rate, 16),)))):
+        finetune_module.finetune(config)
