@@ -47,8 +47,13 @@ def label_column(table: Table, options: Labels) -> str:
     """The name of the column that holds the labels.
 
     Raises:
-        UserError: no column is named, and the table has none of the usual ones.
+        UserError: no column is named, and the table has none of the usual ones; or its rows are Label Studio's tasks.
     """
+    if any(isinstance(row.get("data"), dict) and "annotations" in row for row in table.rows):
+        raise UserError(
+            f"{table.name} has Label Studio's tasks: export them as JSON-MIN or CSV, and give the name of the choices "
+            "as --label_column"
+        )
     label = options.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
     if label is None:
         raise UserError(

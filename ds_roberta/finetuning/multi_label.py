@@ -42,7 +42,9 @@ from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_colum
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import must_be, option
 
-SEPARATOR, OTHER_SEPARATORS = ",", (";", "|")
+SEPARATOR, OTHER_SEPARATORS = ",", (";", "|", "#")
+CHOICES = "choices"
+"""Label Studio's key for several labels of a text."""
 KEY = "multi_label"
 """Of `results.json`."""
 _APPLIES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
@@ -243,9 +245,9 @@ def best_threshold(scores: np.ndarray[Any, Any], applies: np.ndarray[Any, Any]) 
 
 
 def _warn_of_separators(names: Sequence[str], file: str) -> None:
-    """Name a label such as `joy;anger` if `joy` and `anger` are labels, too."""
+    """Name a label such as `joy;anger` if `joy` or `anger` is a label, too."""
     for letter in OTHER_SEPARATORS:
-        joined = [name for name in names if letter in name and {part.strip() for part in name.split(letter)} < {*names}]
+        joined = [name for name in names if letter in name and {part.strip() for part in name.split(letter)} & {*names}]
         if joined:
             logger.warning(
                 f"{file}: {joined[0]!r} is taken for one label, and so are all with {letter!r}: separate labels by "
@@ -272,13 +274,14 @@ def _labels_of_rows(table: Table, options: MultiLabelOptions, names: list[str] |
     if names is not None:
         return [[name for name in names if _APPLIES.get(same_label(row.get(name)).lower())] for row in table.rows]
     column = label_column(table, options)
-    values = [row.get(column) for row in table.rows]
+    values = [row.get(column) for row in _without_choices(table, column).rows]
     return [[same_label(item) for item in _items(value) or ()] for value in values]
 
 
 def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | None) -> tuple[Table, list[list[str]]]:
     """The labelled rows of a table, and the labels that apply to each."""
     if columns is None:
+        table = _without_choices(table, label_column(table, options))
         table, values = labelled_rows(table, options, are_lists=True)
         column = label_column(table, options)
         return table, [_as_list(table, index, column, value) for index, value in enumerate(values)]
@@ -293,6 +296,20 @@ def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | N
             raise UserError(f"{table.place(index)}: {column!r} is {row[column]!r}, not 0 or 1: fix or remove the row")
         found.append([column for column in columns if applies[column]])
     return table, found
+
+
+def _without_choices(table: Table, column: str) -> Table:
+    """The table with Label Studio's `{"choices": [...]}`, in a `.csv` as JSON, as lists."""
+    rows = []
+    for row in table.rows:
+        value = row.get(column)
+        if isinstance(value, str) and value.startswith(f'{{"{CHOICES}"'):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if isinstance(value, dict) and isinstance(value.get(CHOICES), list):
+            row = {**row, column: value[CHOICES]}
+        rows.append(row)
+    return replace(table, rows=rows)
 
 
 def _as_list(table: Table, index: int, column: str, value: Any) -> list[str]:

@@ -102,3 +102,13 @@ def test_a_model_that_predicts_one_class_is_told_of(tmp_path):
 def test_white_space_around_a_label_is_not_part_of_it(tmp_path):
     task, splits = Classification.from_data(write(tmp_path, [" yes", "no", "yes "], ["no "]), ClassificationOptions())
     assert (task.names, labels_of(splits)) == (["no", "yes"], [1, 0, 1])
+
+
+def test_label_studios_tasks_are_named(tmp_path):
+    chosen = {"value": {"choices": ["a"]}, "from_name": "mood", "to_name": "text", "type": "choices"}
+    task = {"id": 1, "data": {"text": "x"}, "annotations": [{"result": [chosen]}]}
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.json").write_text(json.dumps([task]))
+    for options in (ClassificationOptions(), ClassificationOptions(label_column="mood")):
+        with pytest.raises(UserError, match="has Label Studio's tasks: export them as JSON-MIN or CSV"):
+            Classification.from_data((str(tmp_path),), options)

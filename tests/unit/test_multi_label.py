@@ -50,6 +50,8 @@ COLUMNS = rows(**{name: [int(name in labels) for labels in SETS] for name in NAM
     [
         (LISTS, ".jsonl", {}),
         (rows(labels=SETS), ".jsonl", {}),
+        (rows(x=[{"choices": labels} for labels in SETS]), ".jsonl", {"label_column": "x"}),
+        (rows(x=[json.dumps({"choices": labels}) for labels in SETS]), ".tsv", {"label_column": "x"}),
         (TEXTS, ".jsonl", {}),
         (TEXTS, ".tsv", {}),
         (COLUMNS, ".jsonl", {"label_columns": "anger,fear,joy"}),
@@ -94,7 +96,8 @@ def test_what_is_wrong_is_reported_with_its_row(tmp_path, content, options, mess
     [
         (["a; b", "a", "b", ""], "'a; b' is taken"),
         (["a|b", "a", "b", ""], "'a[|]b' is taken"),
-        (["a;b", "a", "", "c"], ""),
+        (["a#z", "a", "", "c"], "'a#z' is taken"),
+        (["a;b", "c", "", "d"], ""),
     ],
 )
 def test_a_label_of_labels_is_named(tmp_path, caplog, labels, named):
