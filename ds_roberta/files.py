@@ -214,9 +214,9 @@ def partial_folder(output: Path) -> Path:
 def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) -> None:
     """Raise `UserError` if `output` must not be replaced; otherwise finish an exchange that a kill interrupted."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"the output {str(output)!r} is a file: choose a folder as --output")
+        raise UserError(f"the output {str(output)!r} is a file: choose a folder")
     if output.exists() and any(output.iterdir()) and not is_ours(output):
-        raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or choose another --output")
+        raise UserError(f"the output {str(output)!r} is not empty and not {kind}: empty it or choose another folder")
     finish_exchange(output)
 
 

@@ -23,6 +23,7 @@ RARE = 0.1
 """The share of rows below which the label -1 beside 0, 1, 2, … probably means none."""
 SCALARS = (str, int, float, Decimal)
 _WHOLE = re.compile(r"(-?\d+)\.0+")
+_NUMBER, _FRACTION = re.compile(r"-?\d+(\.\d+)?"), re.compile(r"-?\d+\.\d+")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,13 @@ def class_names(labels: Iterable[Any], name: str) -> list[str]:
             f"{name}: {counts['-1']:,} of {counts.total():,} rows have the label -1, which is a class like the others; "
             "if it means that they have none, give --ignore_label -1"
         )
-    return in_order(counts)
+    names = in_order(counts)
+    if all(map(_NUMBER.fullmatch, names)) and (fraction := next(filter(_FRACTION.fullmatch, names), None)):
+        logger.warning(
+            f"{name}: each of the {len(names)} numbers, such as {fraction}, is a class of its own; --task regression "
+            "learns numbers"
+        )
+    return names
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -112,3 +112,12 @@ def test_label_studios_tasks_are_named(tmp_path):
     for options in (ClassificationOptions(), ClassificationOptions(label_column="mood")):
         with pytest.raises(UserError, match="has Label Studio's tasks: export them as JSON-MIN or CSV"):
             Classification.from_data((str(tmp_path),), options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [([2.615, 1, 3], "the 3 numbers, such as 2.615, is"), ([1, 2.0, 3], ""), (["2.5 stars", "v1.2"], "")],
+)
+def test_fractions_as_classes_are_named(tmp_path, caplog, labels, named):
+    Classification.from_data(write(tmp_path, labels), ClassificationOptions())
+    assert named in caplog.text if named else not caplog.text
