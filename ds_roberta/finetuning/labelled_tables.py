@@ -270,6 +270,9 @@ def _texts(table: Table, column: str) -> list[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"{table.place(index)}: {column!r} is {text!r}, not a text: fix or remove the row")
+    if empty := [index for index, text in enumerate(texts) if not str(text).strip()]:
+        first = table.place(empty[0])
+        logger.warning(f"{len(empty):,} of {len(texts):,} texts in {column!r} are empty, first {first}")
     return texts  # type: ignore[return-value]
 
 

@@ -319,7 +319,11 @@ def _as_list(table: Table, index: int, column: str, value: Any) -> list[str]:
         raise UserError(f"{table.place(index)}: {column!r} is {value!r}, not a list of labels: fix or remove the row")
     names = list(map(same_label, labels))
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{table.place(index)}: {column!r} has the label {repeated[0]!r} twice: fix the row")
+        columns = "; if they are 0 or 1 for each label, give a column for each, as --label_columns"
+        raise UserError(
+            f"{table.place(index)}: {column!r} has the label {repeated[0]!r} twice: fix the row"
+            f"{columns if set(names) <= _APPLIES.keys() else ''}"
+        )
     return names
 
 

@@ -273,3 +273,11 @@ def test_texts_that_are_cut_are_counted_with_their_letters(tokenizer_folder, cap
     texts = [Text(str(number), text) for number, text in enumerate(["<mask>" * 3, "kato"])]
     encode_texts(open_tokenizer(tokenizer_folder), texts, 8)
     assert "1 of 2 texts are longer than 8 tokens and were cut, first 0" in caplog.text
+
+
+def test_empty_texts_are_counted(tmp_path, caplog):
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.csv").write_text('sentence1,sentence2,label\na,b,0\nc," ",1\nd,,1\n')
+    Classification.from_data((str(tmp_path),), ClassificationOptions())
+    assert f"2 of 3 texts in 'sentence2' are empty, first {tmp_path / 'train.csv'}, row 3" in caplog.text
+    assert "'sentence1'" not in caplog.text

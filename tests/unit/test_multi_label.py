@@ -77,7 +77,12 @@ def test_rows_without_labels_are_left_out_and_numbers_are_labels(tmp_path):
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (rows(label=[["a", "a"], [], [], []]), {}, r".jsonl, row 1: 'label' has the label 'a' twice"),
+        (rows(label=[["a", "a"], [], [], []]), {}, r".jsonl, row 1: 'label' has the label 'a' twice: fix the row$"),
+        (
+            rows(label=[[], [0, 1.0, 0], [], []]),
+            {},
+            "row 2: 'label' has the label '0' twice.*0 or 1.*as --label_columns",
+        ),
         (rows(label=[["a"], [["b"]], [], []]), {}, r"row 2: 'label' is \[\['b'\]\], not a list of labels"),
         (rows(label=[{}, [], [], []]), {}, r"row 1: 'label' is \{\}, not a label"),
         (rows(label=[[], [], [], []]), {}, "no row of .*train.jsonl' has a label that applies"),
