@@ -11,12 +11,14 @@ import numpy as np
 import torch
 import transformers
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.prediction_files import check_board, check_output, with_other_columns, write_predictions
 from ds_roberta.finetuning.question_answering import QuestionAnswering
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
+from ds_roberta.progress import progress_bar
 from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 
 
@@ -91,6 +93,8 @@ def predict(config: PredictConfig) -> list[Answer]:
         write_predictions(config.output, rows, config.glue_task)
     for answer in answers:
         print("\n".join(answer.lines), flush=True)
+    if config.output is not None:
+        logger.info(f"wrote {config.output}: {len(answers):,} rows")
     return answers
 
 
@@ -139,19 +143,22 @@ def logits(finetuned: FinetunedModel, sequences: Sequence[list[int]], batch_size
     """
     found: dict[int, list[np.ndarray]] = {}
     by_length = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start : start + batch_size]
-        batch = finetuned.tokenizer.pad(
-            {"input_ids": [sequences[index] for index in chosen]}, padding_side="right", return_tensors="pt"
-        )
-        with torch.inference_mode():
-            output = finetuned.model(**batch.to(finetuned.model.device)).to_tuple()
-        arrays = [tensor.float().cpu().numpy() for tensor in output]
-        if not all(np.isfinite(array).all() for array in arrays):
-            raise UserError(
-                f"the logits of the model in {finetuned.model.name_or_path!r} are not finite: its training "
-                "diverged or its weights are damaged; fine-tune it again"
+    tokens = sum(map(len, sequences))  # the time goes by these
+    with progress_bar(total=tokens, unit="token", unit_scale=True, delay=0.5, leave=False) as progress:
+        for start in range(0, len(by_length), batch_size):
+            chosen = by_length[start : start + batch_size]
+            batch = finetuned.tokenizer.pad(
+                {"input_ids": [sequences[index] for index in chosen]}, padding_side="right", return_tensors="pt"
             )
-        found |= {index: [array[row] for array in arrays] for row, index in enumerate(chosen)}
+            with torch.inference_mode():
+                output = finetuned.model(**batch.to(finetuned.model.device)).to_tuple()
+            arrays = [tensor.float().cpu().numpy() for tensor in output]
+            if not all(np.isfinite(array).all() for array in arrays):
+                raise UserError(
+                    f"the logits of the model in {finetuned.model.name_or_path!r} are not finite: its training "
+                    "diverged or its weights are damaged; fine-tune it again"
+                )
+            found |= {index: [array[row] for array in arrays] for row, index in enumerate(chosen)}
+            progress.update(sum(len(sequences[index]) for index in chosen))
     outputs = list(zip(*(found[index] for index in range(len(sequences))), strict=True))
     return outputs[0] if len(outputs) == 1 else outputs

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from ds_roberta.options import options_of
@@ -85,6 +86,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
             with replaced_folder(folder, _holds_plots_alone, "a report's plots") as partial:
                 for metric, image in plots.items():
                     (partial / f"{metric.column}.png").write_bytes(image)
+    logger.info(f"wrote {output}, and its plots into {folder}")
 
 
 def page(runs: Sequence[Run], plots: dict[Metric, bytes]) -> str:

@@ -132,7 +132,8 @@ def test_what_varies_by_decades_has_a_logarithmic_axis(tmp_path):
     assert scales == ["log", "linear", "linear"]
 
 
-def test_the_page_shows_values_settings_and_results(tmp_path):
+def test_the_page_shows_values_settings_and_results(tmp_path, caplog):
+    caplog.set_level("INFO", "ds_roberta")
     config = {"batches": [{"train_batch_size": 64}], "versions": {"torch": "2.13"}}
     config["run"] = {"seed": 0, "objective": "rts"}
     a = write_run(
@@ -151,6 +152,7 @@ def test_the_page_shows_values_settings_and_results(tmp_path):
     (b / "deep/evaluation_best.json").write_text(json.dumps({"perplexity": 3.5}))
     output = tmp_path / "new/report.html"
     write_report([a, b], output)
+    assert f"wrote {output}, and its plots into {tmp_path / 'new/report_plots'}" in caplog.text
     text = output.read_text()
     cells = Cells(text)
     assert cells.row("Loss") == ["1.5 (best: 0.5 at step 2)", "2 (best: 1 at step 1)"]

@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from ds_roberta.errors import UserError
+from ds_roberta.finetuning import predict as predict_module
 from ds_roberta.finetuning.predict import PredictConfig, predict
+from ds_roberta.progress import progress_bar
 
 PREDICT = Path(__file__).parents[2] / "launch/predict.py"
 CONTEXT = " ".join(f"karen{number} sulto minka" for number in range(60))
@@ -256,6 +258,20 @@ def test_named_columns_of_a_file_reach_the_prediction(ask):
     options = {"text_column": "a", "text_pair_column": "b"}
     (row,), _ = ask("classification", [{"a": "karen", "b": "sulto", "text": "minka"}], task_options=options)
     assert (row["text"], row["text_pair"], row["input_text"]) == ("karen", "sulto", "minka")
+
+
+def test_the_progress_and_the_file_written_are_shown(ask, monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO", "ds_roberta")
+    bars = []
+
+    def kept_bar(**options):
+        bars.append(progress_bar(**options))
+        return bars[0]
+
+    monkeypatch.setattr(predict_module, "progress_bar", kept_bar)
+    ask("classification", [{"text": "karen"}, {"text": "sulto minka"}, {"text": "to"}])
+    assert bars[0].n == bars[0].total > 3
+    assert f"wrote {tmp_path / 'output.jsonl'}: 3 rows" in caplog.text
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(ask, tmp_path):
