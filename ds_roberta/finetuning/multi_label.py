@@ -165,6 +165,14 @@ class MultiLabelClassification(TextTask):
             self.threshold = metrics["best_threshold"]
             self.results[KEY] = {"threshold": self.threshold}
 
+    def remarks(self, metrics: dict[str, Any]) -> list[str]:
+        if self.choose or metrics["micro_f1"] > 0:
+            return []
+        return [
+            f"no right label of a validation example has a probability above {self.threshold:g}: the model has learned "
+            "little; try --choose_label_threshold, another --learning_rate or more --num_train_epochs"
+        ]
+
     def error_analysis(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
         """Probabilities are those of exactly these labels, if each is independent of the others."""
         applies = np.array([text.label for text in encoded.inputs]) == 1

@@ -52,7 +52,7 @@ def for_width(settings: Sequence[Setting], hidden_size: int) -> tuple[Setting, .
     """Settings for models as wide as base or wider, with the rates that suit one of this width.
 
     Rates grow with the square of how much narrower a model is, at most to 50 times: measured at a width of 128. The
-    rates of small models in the literature are alike (Turc et al. 2019, ELECTRA's small model in Clark et al. 2020).
+    rates of small models in the literature are similar (Turc et al. 2019, ELECTRA's small model in Clark et al. 2020).
     """
     factor = min(max(BASE_WIDTH / hidden_size, 1.0) ** 2, 50.0)
     scaled = tuple(

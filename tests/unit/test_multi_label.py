@@ -167,6 +167,17 @@ def test_a_chosen_threshold_is_kept_and_decides_the_answers(tmp_path):
     assert [answer.row["labels"] for answer in strict.answer(encoded, logits)] == [[]] * 4
 
 
+def test_a_model_without_any_right_label_is_told_of(tmp_path):
+    data = write(tmp_path, LISTS)
+    task, splits = MultiLabelClassification.from_data(data, MultiLabelOptions())
+    encoded = Encoded(splits["validation"], [])
+    (remark,) = task.remarks(task.metrics(encoded, np.full((4, 3), -0.1)))
+    assert "has a probability above 0.5: the model has learned little; try --choose_label_threshold" in remark
+    assert not task.remarks(task.metrics(encoded, np.full((4, 3), 0.1)))
+    chosen, _ = MultiLabelClassification.from_data(data, MultiLabelOptions(choose_label_threshold=True))
+    assert not chosen.remarks(chosen.metrics(encoded, np.full((4, 3), -0.1)))
+
+
 def test_the_loss_is_that_of_transformers_over_all_micro_batches():
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 3), torch.randint(0, 2, (6, 3)).float()
