@@ -17,14 +17,14 @@ import argparse
 import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import IN_CPU_TIME, REPOSITORY, commit, cpu_model, publish, python_path, versions
+from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, versions
+from benchmarks.studies import IN_CPU_TIME, execute, only_here
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.config import PRESETS
 from ds_roberta.data.shards import Corpus
@@ -128,9 +128,11 @@ def compare(options: argparse.Namespace) -> None:
     names = [name for name in options.runs.split(",") if name] if options.runs is not None else list(comparison.runs)
     if unknown := set(names) - comparison.runs.keys():
         raise UserError(f"--runs names {min(unknown)!r}: choose from {', '.join(comparison.runs)}")
+    options.results.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in names:
-            measure(options, comparison, name, seed)
+            with only_here(options.results, result_path(options, name, seed).stem) as lock:
+                measure(options, comparison, name, seed, lock)
     publish(report(options, comparison), options.results.with_suffix(".md"))
 
 
@@ -145,18 +147,17 @@ def result_of(options: argparse.Namespace, name: str, seed: int) -> Result | Non
     return Result(**read_json(path)) if path.exists() else None
 
 
-def measure(options: argparse.Namespace, comparison: Comparison, name: str, seed: int) -> None:
+def measure(options: argparse.Namespace, comparison: Comparison, name: str, seed: int, lock: int) -> None:
     """Run what has no result yet, and keep its result."""
     path, result = result_path(options, name, seed), result_of(options, name, seed)
     output = path.with_suffix("")
     if result is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        words = arguments(options, comparison, name)
-        execute("pretrain.py", {**words, "seed": seed, "output_dir": output})
-        result = pretrained(options, comparison, output)
+        settings = {**arguments(options, comparison, name), "seed": seed, "output_dir": output}
+        execute(command("pretrain.py", settings), lock)
+        result = pretrained(options, comparison, output, lock)
         write_json(path, asdict(result))
     if options.finetune_data and not result.metrics:
-        result = Result(**{**asdict(result), "metrics": finetuned(options, output, seed)})
+        result = Result(**{**asdict(result), "metrics": finetuned(options, output, seed, lock)})
         write_json(path, asdict(result))
     print(f"{name}, seed {seed}: {result}", flush=True)
 
@@ -178,7 +179,7 @@ def arguments(options: argparse.Namespace, comparison: Comparison, name: str) ->
     return {**given, **comparison.options, **run.options}
 
 
-def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path) -> Result:
+def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path, lock: int) -> Result:
     rows, _ = read_metrics(output / METRICS_NAME)
     steps = [row for row in rows if "step_seconds" in row]
     loss = [row.get("eval_loss") for row in rows if "eval_loss" in row][-1]
@@ -186,22 +187,22 @@ def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path
         loss = None
     elif comparison.evaluation:
         found = output / "perplexity.json"
-        execute("evaluate.py", {
-            "model": output / "hf", "data": options.data_dir, "json": found, "eval_sequences": options.eval_sequences,
-            **comparison.evaluation,
-        }, "perplexity")  # fmt: skip
+        settings = {"model": output / "hf", "data": options.data_dir, "json": found, **comparison.evaluation}
+        settings["eval_sequences"] = options.eval_sequences
+        execute(command("evaluate.py", settings, "perplexity"), lock)
         loss = read_json(found)["loss"]
     return Result(commit(), loss, steps[-1]["consumed_tokens"], sum(row["step_seconds"] for row in steps))
 
 
-def finetuned(options: argparse.Namespace, output: Path, seed: int) -> dict[str, float]:
+def finetuned(options: argparse.Namespace, output: Path, seed: int, lock: int) -> dict[str, float]:
     """The accuracy on the validation split after the best epoch, by learning rate."""
     folder = output / "finetuned"
-    execute("finetune.py", {
+    settings = {
         "model": output / "hf", "task": "classification", "data": options.finetune_data, "output_dir": folder,
         "seeds": seed, "num_train_epochs": options.num_train_epochs,
         "learning_rate": ",".join(str(rate) for rate in options.finetune_learning_rate),
-    })  # fmt: skip
+    }  # fmt: skip
+    execute(command("finetune.py", settings), lock)
     return {
         str(setting["learning_rate"]): entry["epochs"][entry["epoch"] - 1]["accuracy"]
         for setting in read_json(folder / "results.json")["settings"]
@@ -209,13 +210,10 @@ def finetuned(options: argparse.Namespace, output: Path, seed: int) -> dict[str,
     }
 
 
-def execute(script: str, settings: Mapping[str, Any], *words: str) -> None:
+def command(script: str, settings: Mapping[str, Any], *words: str) -> list[str]:
+    """A command of `launch/` whose clock is CPU time."""
     words = (*words, *(word for name, value in settings.items() for word in (f"--{name}", str(value))))
-    command = [sys.executable, "-c", IN_CPU_TIME, str(REPOSITORY / "launch" / script), *words]
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
-    if code:
-        raise UserError(f"exit code {code}: {' '.join(command)}")
+    return [sys.executable, "-c", IN_CPU_TIME, str(REPOSITORY / "launch" / script), *words]
 
 
 def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:

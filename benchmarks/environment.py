@@ -12,11 +12,6 @@ from pathlib import Path
 from ds_roberta.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-IN_CPU_TIME = """import runpy, sys, time
-time.perf_counter = time.process_time
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-"""Runs the script that is the first argument, with the CPU time of its process and threads as its clock."""
 
 
 def python_path(program: Path = REPOSITORY) -> str:

@@ -15,19 +15,18 @@ Markdown table of what is finished, and a picture beside it; `--contenders ''` o
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.environment import IN_CPU_TIME, REPOSITORY, commit, cpu_model, publish, python_path
+from benchmarks.environment import REPOSITORY, commit, cpu_model, publish
 from benchmarks.run_mlm import POINTS_NAME, Case, read_points
+from benchmarks.studies import IN_CPU_TIME, execute, only_here, same_settings
 from benchmarks.time_to_loss_report import Curve, Point, plot, report
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.data.shards import Corpus
@@ -93,7 +92,7 @@ def compare(options: argparse.Namespace) -> None:
     contenders = [name for name in options.contenders.split(",") if name]
     if unknown := set(contenders) - CONTENDERS.keys():
         raise UserError(f"--contenders names {min(unknown)!r}: choose from {', '.join(CONTENDERS)}")
-    check_settings(options)
+    same_settings(options.results, settings_of(options), "curves")
     for contender in contenders:
         with only_here(options.results, contender) as lock:
             for run in runs_of(options, contender):
@@ -105,30 +104,11 @@ def compare(options: argparse.Namespace) -> None:
     publish(report(options, rows), options.output)
 
 
-def check_settings(options: argparse.Namespace) -> None:
-    """Raise `UserError` if the folder's curves are of something else; otherwise note there what they are of."""
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What the curves of a folder have in common."""
     settings = {"data": Corpus.open(options.data_dir).manifest.fingerprint, "cpu": cpu_model()}
-    for name in ("model", "max_seq_length", "eval_sequences", "train_batch_size"):
-        settings[f"--{name}"] = getattr(options, name)
-    path = options.results / "settings.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-    kept = read_json(path)
-    if changed := [f"{name} {kept.get(name)!r}, not {value!r}" for name, value in settings.items()
-                   if kept.get(name) != value]:  # fmt: skip
-        raise UserError(f"the curves in {str(path.parent)!r} are of {'; '.join(changed)}: give another --results")
-
-
-@contextmanager
-def only_here(results: Path, contender: str) -> Iterator[int]:
-    """Hold a lock that a second call, or a command that outlived its call, would hold; yields its descriptor."""
-    with (results / f"{contender}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process measures {contender!r} in {str(results)!r}: wait or end it") from error
-        yield file.fileno()
+    names = ("model", "max_seq_length", "eval_sequences", "train_batch_size")
+    return settings | {f"--{name}": getattr(options, name) for name in names}
 
 
 def runs_of(options: argparse.Namespace, contender: str) -> list[Run]:
@@ -187,14 +167,25 @@ def ours(options: argparse.Namespace, run: Run, lock: int) -> tuple[list[Point],
     command += ["--output_dir", str(output), "--max_minutes", str(run.minutes), "--seed", str(run.seed)]
     command += ["--eval_interval", "100", "--save_interval", str(SAVE_INTERVAL), "--loss_plateau", "off"]
     execute(command, lock)
-    points, seconds, tokens = [], 0.0, 0
     rows, _ = read_metrics(output / METRICS_NAME)
+    return points_of(rows), {name: rows[0][name] for name in LINES}
+
+
+def points_of(rows: Sequence[Mapping[str, Any]], processes: Callable[[int], int] = lambda step: 1) -> list[Point]:
+    """The evaluations of a run whose clock was CPU time.
+
+    Args:
+        rows: of its `metrics.jsonl`.
+        processes: the number that trained at a step.
+    """
+    points, seconds, tokens = [], 0.0, 0
     for row in rows:
         if "eval_loss" in row:
             points.append(Point(seconds, tokens, row["eval_loss"]))
         else:
-            seconds, tokens = seconds + row["step_seconds"], row["consumed_tokens"]
-    return points, {name: rows[0][name] for name in LINES}
+            seconds += row["step_seconds"] * processes(row["global_step"])
+            tokens = row["consumed_tokens"]
+    return points
 
 
 def steps_of(options: argparse.Namespace, run: Run, lock: int) -> int:
@@ -225,13 +216,6 @@ def trainer(options: argparse.Namespace, run: Run, name: str, steps: int, lock: 
     folder = options.results / name
     execute([sys.executable, "-m", "benchmarks.run_mlm", json.dumps(asdict(case)), str(folder)], lock)
     return [Point(**row) for row in read_points(folder / POINTS_NAME)]
-
-
-def execute(command: Sequence[str], lock: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False, pass_fds=[lock]).returncode
-    if code:
-        raise UserError(f"exit code {code}: {' '.join(command)}")
 
 
 def table_rows(options: argparse.Namespace) -> dict[str, list[Curve | None]]:
