@@ -28,6 +28,8 @@ from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 STARTS_NAME = "ours-starts.json"
 SECONDS_BETWEEN_LOOKS = 0.5
 KILLED, FINISHED, ENDED, UNSEEN = "SIGKILL", "finished", "ended with the study", "not seen"
+WITH_THE_STUDY = ("setpriv", "--pdeathsig", "TERM")
+"""Before a command: it is asked to stop, and saves, if the study is killed: what it did later would not be counted."""
 NO_RATE = "1e-12"
 
 
@@ -61,7 +63,7 @@ def ours(options: argparse.Namespace, lock: int) -> dict[str, Any]:
     rows, _ = read_metrics(output / METRICS_NAME)
     return {
         "hf": f"{output.name}/hf",
-        "points": points_of(rows, lambda step: _processes_at(step, starts)),
+        "points": points_of(rows, lambda step: processes_at(step, starts)),
         "lines": {name: rows[0][name] for name in LINES},
         "starts": starts,
         "cpu_seconds": sum(start["cpu_seconds"] for start in starts),
@@ -89,7 +91,7 @@ def _start(
     starts.append(start | {"end": UNSEEN})
     start = starts[-1]
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, pass_fds=[lock])
+    process = subprocess.Popen([*WITH_THE_STUDY, *words], env=environment, stdout=subprocess.DEVNULL, pass_fds=[lock])
     try:
         while start["end"] == UNSEEN:
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -155,7 +157,7 @@ def _cpu_seconds(pid: int) -> float:
     return seconds
 
 
-def _processes_at(step: int, starts: Sequence[dict[str, Any]]) -> int:
+def processes_at(step: int, starts: Sequence[dict[str, Any]]) -> int:
     """The number of processes of the last start that trained a step: earlier ones lost what they made of it."""
     return next(int(start["processes"]) for start in reversed(starts) if start["from_step"] < step)
 
