@@ -72,7 +72,7 @@ from ds_roberta.files import read_json, write_json
 
 OVERLAP, RECORD, HELD_OUT, FINE_TUNING = "overlap", "record", "held-out", "tasks"
 MODELS = {"ours": ours, "trainer": trainer, "untrained": untrained}
-PARTS = (OVERLAP, *MODELS, RECORD, HELD_OUT, PAIRS, FINE_TUNING)
+PARTS = (OVERLAP, *MODELS, HELD_OUT, RECORD, PAIRS, FINE_TUNING)
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def items(options: argparse.Namespace, tasks: list[str]) -> Iterator[Item]:
     yield Item(OVERLAP, OVERLAP, (), lambda _: without_overlap(options, tasks))
     for model, train in MODELS.items():
         yield Item(model, model, (), partial(train, options))
-    yield Item(RECORD, RECORD, ("ours",), partial(keep_record, options))
     for model in MODELS:
         yield Item(HELD_OUT, f"{model}-{HELD_OUT}", (model,), evaluated(options, model, held_out))
+    yield Item(RECORD, RECORD, ("ours", f"ours-{HELD_OUT}"), partial(keep_record, options))
     for model in MODELS:
         yield Item(PAIRS, f"{model}-{PAIRS}", (OVERLAP, model), evaluated(options, model, minimal_pairs))
     for task in tasks:

@@ -40,7 +40,7 @@ def keep_record(options: argparse.Namespace, lock: int) -> dict[str, Any]:
     rows, _ = read_metrics(run / METRICS_NAME)
     few = [row for row in rows if "eval_loss" in row or row["global_step"] % STEPS_OF_A_ROW == 0]
     write_text(record / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in few))
-    page = run.parent / f"{run.name}.html"
+    page = run / "report.html"
     execute([sys.executable, str(REPOSITORY / "launch/report.py"), str(run), "--output", str(page)], lock)
     for plot_file in sorted((page.parent / f"{page.stem}_plots").glob("*.png")):
         shutil.copyfile(plot_file, record / plot_file.name)
