@@ -18,6 +18,7 @@ from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus, M
 from ds_roberta.files import read_json
 from ds_roberta.finetuning.task import RESULTS
 from ds_roberta.inputs.tables import read_table
+from ds_roberta.training.device import fastest_precision
 
 SEQUENCES = 2048
 """Of each source's held-out documents."""
@@ -114,12 +115,14 @@ def fine_tuned(options: argparse.Namespace, model: Path, name: str, lock: int) -
     words += ["--learning_rate", ",".join(f"{rate:g}" for rate in options.finetune_learning_rates)]
     for option in ("max_seq_length", "num_train_epochs", "max_train_samples"):
         words += [f"--{option}", str(getattr(options, option))]
-    execute(words, lock)
+    precision = fastest_precision()
+    execute([*words, "--bf16"] if precision == "bf16" else words, lock)
     results = read_json(output / RESULTS)
     scores = scores_by_rate(results["settings"], task.metric)
     rate = best_rate(scores)
     return {
         "metric": task.metric,
+        "precision": precision,
         "examples": results["examples"],
         "scores_by_rate": {f"{each:g}": found for each, found in scores.items()},
         "learning_rate": rate,

@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.environment import REPOSITORY, python_path
 from benchmarks.fault_injection import kill_tree
-from benchmarks.studies import IN_CPU_TIME, execute
+from benchmarks.studies import IN_CPU_TIME, WITH_THE_STUDY, execute
 from benchmarks.time_to_loss import LINES, Run, finished, longest_run, measure, points_of, runs_of
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
@@ -28,8 +28,6 @@ from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 STARTS_NAME = "ours-starts.json"
 SECONDS_BETWEEN_LOOKS = 0.5
 KILLED, FINISHED, ENDED, UNSEEN = "SIGKILL", "finished", "ended with the study", "not seen"
-WITH_THE_STUDY = ("setpriv", "--pdeathsig", "TERM")
-"""Before a command: it is asked to stop, and saves, if the study is killed: what it did later would not be counted."""
 NO_RATE = "1e-12"
 
 

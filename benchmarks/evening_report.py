@@ -153,7 +153,7 @@ def _task_row(task: str, found: Found) -> Iterator[str]:
         cells.append(cell)
     first = next(iter(there.values()))
     examples = ", ".join(f"{count:,} {split}" for split, count in first["examples"].items())
-    label = f"{task}, {first['metric'].replace('_', ' ')} ({examples})"
+    label = f"{task}, {first['metric'].replace('_', ' ')} ({examples}; {first['precision']})"
     yield f"| {label} | {' | '.join(cells)} | {_verdict(task, found)} |"
 
 

@@ -22,6 +22,9 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 """Runs the script that is the first argument, with the CPU time of its process and threads as its clock."""
 
+WITH_THE_STUDY = ("setpriv", "--pdeathsig", "TERM")
+"""Before a command: it is asked to stop if the study is killed, so that the study can go on at once."""
+
 
 class Busy(UserError):
     """Another process measures the same part."""
@@ -62,6 +65,7 @@ def only_here(results: Path, part: str) -> Iterator[int]:
 def execute(command: Sequence[str], lock: int) -> None:
     """Run a command, which holds the lock too; raises `UserError` if it fails."""
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False, pass_fds=[lock]).returncode
+    words = [*WITH_THE_STUDY, *command]
+    code = subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, check=False, pass_fds=[lock]).returncode
     if code:
         raise UserError(f"exit code {code}: {' '.join(command)}")
