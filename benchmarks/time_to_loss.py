@@ -9,7 +9,7 @@ The Trainer has its own collator and linear schedule; it gets the best of severa
 
 Each curve is kept in the folder of results as soon as it is finished, and the same command again goes on from the last
 run's checkpoint. Calls with different `--contenders` may use the folder at the same time. Each call ends with a
-Markdown table of what is finished, and a picture beside it; `--contenders ''` only makes these.
+Markdown table of what is finished, and a picture, beside the folder; `--contenders ''` only makes these.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, help="folder of the curves (default: the model's in benchmarks/results)"
     )
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/time_to_loss.md")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that this runs
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess then ends the command that runs
@@ -100,8 +99,8 @@ def compare(options: argparse.Namespace) -> None:
             if contender == "trainer" and (longest := longest_run(options)):
                 measure(options, longest, lock)
     rows = table_rows(options)
-    plot(rows, options.output.with_suffix(".png"))
-    publish(report(options, rows), options.output)
+    plot(rows, options.results.with_suffix(".png"))
+    publish(report(options, rows), options.results.with_suffix(".md"))
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def plot(rows: dict[str, list[Curve | None]], output: Path) -> None:
             lines, label = lines or curve.lines, "_"  # matplotlib leaves such a label out of the legend
     for name, loss in lines.items():
         axes.axhline(loss, color="gray", linestyle="--", linewidth=1)
-        axes.annotate(name.replace("_loss", " line"), (0, loss), color="gray")
+        label, place = name.replace("_loss", " line"), (0.99, loss)
+        axes.annotate(label, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
     axes.legend()
     with atomic_path(output) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
