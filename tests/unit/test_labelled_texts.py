@@ -241,7 +241,7 @@ def test_damaged_files_are_reported(tmp_path):
     with pytest.raises(UserError, match="no validation file"):
         Classification.from_data((str(tmp_path),), ClassificationOptions())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\n")
-    with pytest.raises(UserError, match=r"dev.tsv, row 2 has 2 columns, its header has 3"):
+    with pytest.raises(UserError, match=r"dev.tsv, row 2: the row has 2 fields, the header 3"):
         Classification.from_data((str(tmp_path),), ClassificationOptions())
     (tmp_path / "dev.tsv").write_text("sentence1\tsentence1\tlabel\na\tb\tno\n")
     with pytest.raises(UserError, match=r"dev.tsv has the column 'sentence1' twice"):
