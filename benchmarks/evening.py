@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=positive, default=64, help="the Trainer's")
     parser.add_argument("--trainer_learning_rates", type=several(positive_number), default=(2e-3,))
     parser.add_argument("--trainer_search_minutes", type=positive_number, default=10, help="for each of several rates")
-    parser.add_argument("--finetune_learning_rates", type=several(positive_number), default=(1e-4, 3e-4))
+    parser.add_argument("--finetune_learning_rates", type=several(positive_number), default=(1e-4, 3e-4, 1e-3))
     parser.add_argument("--finetune_seeds", type=several(whole_number), default=(0, 1, 2))
     parser.add_argument("--num_train_epochs", type=positive, default=3, help="of fine-tuning")
     parser.add_argument("--max_train_samples", type=positive, default=10_000, help="of each task's training examples")
