@@ -8,6 +8,7 @@ import math
 import shutil
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def report(options: argparse.Namespace, tasks: list[str], found: Found) -> list[
         "",
         *_overlap(found),
         *_starts(found),
+        _seconds(tasks, found),
     ]
 
 
@@ -227,3 +229,13 @@ def _starts(found: Found) -> Iterator[str]:
     for start in found["ours"]["starts"]:
         steps = f"{start['from_step']:,} | {start['last_step']:,}"
         yield f"| {start['processes']} | {steps} | {start['cpu_seconds']:,.0f} | {start['end']} |"
+    yield ""
+
+
+def _seconds(tasks: list[str], found: Found) -> str:
+    seconds: Counter[str] = Counter()
+    for name, part in found.items():
+        measure = name.partition("-")[2]
+        seconds["fine-tuning" if measure in tasks else measure or name] += part["seconds"]
+    each = ", ".join(f"{name} {total:,.0f}" for name, total in seconds.items())
+    return f"Seconds by the clock, of the calls that finished the parts, with other work on the machine: {each}."
