@@ -36,7 +36,10 @@ def keep_record(options: argparse.Namespace, lock: int) -> dict[str, Any]:
     """Copy what is worth keeping from the run's folder: settings, some rows of the metrics, the card, plots."""
     run, record = (options.results / read_json(options.results / "ours.json")["hf"]).parent, options.results / "record"
     record.mkdir(exist_ok=True)
-    shutil.copyfile(run / CONFIG_NAME, record / CONFIG_NAME)
+    settings = (run / CONFIG_NAME).read_text(encoding="utf-8")
+    for folder in (options.results, options.data_dir.parent):  # where they were on this machine says nothing
+        settings = settings.replace(f"{folder}/", "")
+    write_text(record / CONFIG_NAME, settings)
     shutil.copyfile(run / "hf" / MODEL_CARD, record / "model_card.md")
     rows, _ = read_metrics(run / METRICS_NAME)
     few = [row for row in rows if "eval_loss" in row or row["global_step"] % STEPS_OF_A_ROW == 0]
