@@ -8,7 +8,7 @@ Seconds are the CPU time of optimizer steps, so that other work on the machine c
 
 Each run's results are kept in a file as soon as they are known, and the same command goes on with what is missing.
 Calls with different `--runs` or `--seeds` may use the folder at the same time. Ends with a Markdown table of what is
-finished; `--runs ''` only makes it.
+finished; `--runs` without names only makes it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> None:
     budget.add_argument("--max_minutes", type=positive_number, help="CPU time of each run, in place of tokens")
     parser.add_argument("--eval_sequences", type=positive, default=512)
     parser.add_argument("--seeds", type=several(int), default=(0, 1, 2))
-    parser.add_argument("--runs", help="which to run, their names with commas between (default: all)")
+    parser.add_argument("--runs", nargs="*", metavar="NAME", help="which to run (default: all)")
     parser.add_argument("--finetune_data", type=Path, help="also fine-tune each model: classification, by accuracy")
     parser.add_argument("--finetune_learning_rate", type=several(float), default=(1e-4, 3e-4))
     parser.add_argument("--num_train_epochs", type=positive, default=3)
@@ -125,9 +125,9 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> None:
     options.results = options.results or RESULTS / options.comparison.stem
     comparison = Comparison.read(options.comparison)
-    names = [name for name in options.runs.split(",") if name] if options.runs is not None else list(comparison.runs)
+    names = list(comparison.runs) if options.runs is None else options.runs
     if unknown := set(names) - comparison.runs.keys():
-        raise UserError(f"--runs names {min(unknown)!r}: choose from {', '.join(comparison.runs)}")
+        raise UserError(f"--runs names {min(unknown)!r}: choose from {', '.join(map(repr, comparison.runs))}")
     options.results.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in names:
