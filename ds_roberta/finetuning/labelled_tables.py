@@ -38,6 +38,7 @@ TEXT_COLUMNS: tuple[TextColumns, ...] = (  # of GLUE's files and of its data set
 )
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 """The name of one of several files of a split, as `datasets` and the hub have them."""
+_NUMBERING = "0123456789_-() "
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,8 @@ def _find_splits(given: Sequence[str], suffixes: Sequence[str]) -> Mapping[str, 
 
 
 def _of_splits(files: Sequence[Path]) -> list[str]:
-    """The files of a folder that hold a split. Beside `train.csv`, `train_metadata.json` holds none."""
+    """The files of a folder that hold a split. Beside `train.csv`, `train_metadata.json` holds none; whether
+    `train_2.csv` does is unclear, so it stays among them."""
     split_of = {file: split for file in files if (split := _split_of(file.name))}
     whole = {split for file, split in split_of.items() if _is_named_after(split, file)}
     found = []
@@ -318,7 +320,8 @@ def _of_splits(files: Sequence[Path]) -> list[str]:
 
 
 def _is_named_after(split: str, file: Path) -> bool:
-    return file.name.lower().split(".")[0] in SPLIT_PREFIXES[split]
+    """Whether a name has nothing but that of the split, its ending, and perhaps a number."""
+    return file.name.lower().split(".")[0].rstrip(_NUMBERING) in SPLIT_PREFIXES[split]
 
 
 def _of_tables(name: str, tables: Mapping[str, Table]) -> dict[str, Sequence[Table]]:

@@ -84,6 +84,8 @@ def predict(config: PredictConfig) -> list[Answer]:
         inputs = [task.make_input(config.context, config.question)]
     else:
         assert config.text is not None
+        if isinstance(task, QuestionAnswering):  # of two texts, it is not clear which is the question
+            raise UserError("the model answers questions: give --question and --context, or --input")
         inputs = [task.make_input(config.text, config.text_pair)]
     encoded = task.encode(finetuned.tokenizer, inputs, finetuned.max_seq_length)
     sequences = [feature["input_ids"] for feature in encoded.features]

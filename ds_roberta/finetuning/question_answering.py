@@ -161,8 +161,7 @@ class QuestionAnswering(Task):
         return given.others
 
     def make_input(self, text: str, text_pair: str | None) -> Question:
-        if text_pair is None:
-            raise UserError("the model answers questions: give --question and --context, or --input")
+        assert text_pair is not None
         for name, value in (("--question", text_pair), ("--context", text)):
             if not value.strip():
                 raise UserError(f"{name} is {value!r}, not a text: give one")

@@ -15,8 +15,8 @@ from ds_roberta.inputs.tables import Table
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")
-NAMES_IN_HEADERS = ({"token", "word", "form", *WORD_COLUMNS}, {"tag", "ner", "ner_tag", "pos", "pos_tag", *TAG_COLUMNS})
-"""What a header calls the columns of words and of tags."""
+WORDS_IN_HEADERS = {"form", "text", "token", "word", *WORD_COLUMNS}
+TAGS_IN_HEADERS = {"label", "ner", "ner_tag", "pos", "pos_tag", "postag", "tag", "xpos", *TAG_COLUMNS}
 OUTSIDE = "O"
 DOCUMENT_START = "-DOCSTART-"
 ENTITY_TAG = re.compile(r"O|[BIESLU](-[^-].*)?")  # IOB1, IOB2, IOBES, BILUO; not XPOS such as I-------
@@ -66,17 +66,23 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
         names: tags that the last column may have besides those of entities, if not `labelled`.
 
     Raises:
-        UserError: there are no sentences, a line has no tag or another number of columns, most lines have several
-            columns but no tag, or as `check_tags`.
+        UserError: there are no sentences, a header has the words elsewhere than first, a line has no tag or another
+            number of columns, most lines have several columns but no tag, or as `check_tags`.
     """
     lines = list(enumerate(map(split_columns, text.split("\n")), 1))
     begin = next((index for index, (_, columns) in enumerate(lines) if columns), 0)
-    if is_header(lines[begin][1]):
+    header = lines[begin][1]
+    if (of_words := _words_of_header(header)) is not None:
+        if of_words > 0:
+            raise UserError(
+                f"{name}, row {begin + 1} names the columns, the first of them {header[0]!r}: move the words into the "
+                "first column"
+            )
         logger.info(f"{name}: row {begin + 1} names the columns and is left out")
         del lines[: begin + 1]
-    of_words = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
-    known = {columns[-1] for columns in of_words}
-    width = len(of_words[0]) if of_words else 0
+    rows = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
+    known = {columns[-1] for columns in rows}
+    width = len(rows[0]) if rows else 0
     sentences: list[Sentence] = []
     tagged: list[tuple[str, str]] = []
     words: list[str] = []
@@ -85,11 +91,11 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
 
     def close() -> None:
         if words:
-            place, of_words = f"{name}, row {first}", tuple(words)
+            place, of_sentence = f"{name}, row {first}", tuple(words)
             if labelled:
-                sentences.append(Sentence(place, of_words, tuple(tags)))
+                sentences.append(Sentence(place, of_sentence, tuple(tags)))
             else:
-                sentences.append(Sentence(place, of_words, others={"tags": list(tags)} if tags else {}))
+                sentences.append(Sentence(place, of_sentence, others={"tags": list(tags)} if tags else {}))
             words.clear()
             tags.clear()
 
@@ -119,6 +125,7 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
         raise UserError(f"{name!r} has no sentences: choose a file with a word and its tag on each line")
     if labelled:
         check_tags(tagged)
+        _warn_of_header(tagged)
     elif 2 * sum(is_tag(tag, names) for _, tag in tagged) < len(tagged):
         place, tag = next((place, tag) for place, tag in tagged if not is_tag(tag, names))
         raise UserError(
@@ -135,10 +142,20 @@ def is_tag(value: str, names: Collection[str]) -> bool:
     return known or value == UNSPECIFIED or bool(ENTITY_TAG.fullmatch(value))
 
 
-def is_header(columns: Sequence[str]) -> bool:
-    """Whether a line has the names of CoNLL's columns: in the first of words, in the last of tags."""
-    words, tags = NAMES_IN_HEADERS
-    return len(columns) > 1 and columns[0].lower() in words and columns[-1].lower() in tags
+def _words_of_header(columns: Sequence[str]) -> int | None:
+    """Which column has the words, if a line names CoNLL's columns, of which the last has the tags; else None."""
+    *others, last = (re.sub(r"[\s-]+", "_", name.strip().lower()) for name in columns or ("",))
+    if last not in TAGS_IN_HEADERS:
+        return None
+    return next((place for place, name in enumerate(others) if name in WORDS_IN_HEADERS), None)
+
+
+def _warn_of_header(tagged: Sequence[tuple[str, str]]) -> None:
+    """Name the first row if its tag occurs nowhere else, as that of a header with unusual names; among tags of
+    entities, such a tag is refused."""
+    tags = [tag for _, tag in tagged]
+    if tags.count(tags[0]) == 1 and not are_of_entities(tags):
+        logger.warning(f"{tagged[0][0]}: no other row has the tag {tags[0]!r}; remove the row if it names the columns")
 
 
 def has_header(text: str, text_column: str | None, names: Collection[str]) -> bool:
@@ -151,8 +168,11 @@ def has_header(text: str, text_column: str | None, names: Collection[str]) -> bo
     """
     first, _, rest = text.lstrip().partition("\n")
     columns = [name.strip().strip('"') for name in first.split("\t")]
-    if is_header(columns) and not any(" " in line.partition("\t")[0] for line in rest.split("\n")):
-        return False
+    of_words = _words_of_header(columns) if text_column is None else None
+    if of_words is not None:
+        rows = (line.split("\t") for line in rest.split("\n"))
+        if not any(" " in cell for row in rows for cell in row[of_words : of_words + 1]):
+            return False
     if not {text_column, *WORD_COLUMNS, *chain.from_iterable(TEXT_COLUMNS)} & set(columns):
         return False
     return not is_tag(columns[-1], names) if len(columns) > 1 else " " in rest

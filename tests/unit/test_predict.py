@@ -168,7 +168,7 @@ def test_answers_are_spans_of_their_context(ask):
 
 
 def test_no_answer_is_an_answer_if_it_is_allowed(ask, folders):
-    asked = {"text": CONTEXT, "text_pair": "karen?"}
+    asked = {"context": CONTEXT, "question": "karen?"}
     (answered,), _ = ask("question-answering", task_options={"no_answer_threshold": 1.0}, **asked)
     assert answered["answer"] == answered["best_answer"] != ""
     (unanswered,), shown = ask("question-answering", task_options={"no_answer_threshold": 0.0}, **asked)
@@ -207,6 +207,7 @@ def test_questions_of_squads_file_without_answers(ask):
             "is of --task token-classification, which takes single",
         ),
         ("question-answering", {"text": "x"}, "give --question and --context"),
+        ("question-answering", {"text": "karen?", "text_pair": "x"}, "give --question and --context, or --input"),
         ("question-answering", {"question": " ", "context": "x"}, "--question is ' ', not a text: give one"),
         ("question-answering", {"question": "x", "context": ""}, "--context is '', not a text: give one"),
         ("classification", {"question": "x", "context": "y"}, "answers no questions: give --text and --text_pair$"),

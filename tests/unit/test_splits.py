@@ -55,7 +55,7 @@ def test_what_lies_beside_a_file_named_after_its_split_is_left_out_aloud(tmp_pat
     with caplog.at_level("INFO"):
         assert read_splits([str(tmp_path)])["train"].name == f"{tmp_path}/train.csv"
     assert "train_metadata.jsonl is left out: another file is named train and nothing else" in caplog.text
-    for another in ("train.jsonl", "train-00000-of-00001.csv"):
+    for another in ("train.jsonl", "train-00000-of-00001.csv", "train2.csv", "Train_02.csv", "train (1).csv"):
         write(tmp_path / another)
         with pytest.raises(UserError, match="are both train"):
             read_splits([str(tmp_path)])

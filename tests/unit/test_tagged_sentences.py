@@ -71,6 +71,19 @@ def test_a_header_is_no_word(caplog):
     assert (sentence.place, sentence.words, sentence.tags) == ("x, row 3", ("words", "fall"), ("NNS", "VBP"))
     assert "x: row 2 names the columns and is left out" in caplog.text
     assert parse_conll("x", "words NNS\nfall VBP\n")[0].words == ("words", "fall")
+    for header in ("Token\tLabel", "FORM\tXPOS", "text\tPOS-tag"):
+        assert parse_conll("x", f"{header}\nwords\tNNS\n")[0].words == ("words",)
+    with pytest.raises(UserError, match=r"x, row 1 names the columns, the first of them 'id': move the words into the"):
+        parse_conll("x", "id\tword\tpos\n1\twords\tNNS\n")
+
+
+def test_a_first_row_that_may_be_a_header_of_other_names_is_named(caplog):
+    rows = "words\tNNS\nfall\tVBP\nwords\tNNS\n"
+    parse_conll("x", rows)
+    parse_conll("x", "Ada\tB-PER\nfalls\tO\n")
+    assert not caplog.text
+    parse_conll("x", f"Wort\tWortart\n{rows}")
+    assert "x, row 1: no other row has the tag 'Wortart'; remove the row if it names the columns" in caplog.text
 
 
 def test_comments_before_a_sentence():

@@ -280,12 +280,15 @@ def test_a_tsv_with_a_header_is_a_table_of_texts_to_predict(tmp_path):
         (("Ann", "lives", "here"), {"id": "1"}),
         (("Bob", ",", "too"), {"id": "2"}),
     ]
+    assert [each.text for each in asked(tmp_path, "x.tsv", "id\ttext\tlabel\n1\tAnn lives\tx\n")] == ["Ann lives"]
+    assert asked(tmp_path, "x.tsv", "text\tlabel\nAnn\tx\n", text_column="text")[0].text == "Ann"
     found = asked(tmp_path, "x.tsv", content.replace("text", "body"), text_column="body")
     assert found[0].text == "Ann lives here"
     assert [each.text for each in asked(tmp_path, "x.tsv", "text\nAnn lives\nBob\n")] == ["Ann lives", "Bob"]
     assert [each.words for each in asked(tmp_path, "x.tsv", "text\nmining\n\nBob\n")] == [("text", "mining"), ("Bob",)]
     assert asked(tmp_path, "x.tsv", "text\tO\nmining\tO\n")[0].words == ("text", "mining")
-    assert [each.words for each in asked(tmp_path, "x.tsv", "tokens\tner_tags\nAnn\tB-X\n")] == [("Ann",)]
+    for header in ("tokens\tner_tags", "text\tlabel"):
+        assert [each.words for each in asked(tmp_path, "x.tsv", f"{header}\nAnn\tB-X\n")] == [("Ann",)]
     assert [each.text for each in asked(tmp_path, "x.tsv", "text\ttag\nAnn lives\tx\n")] == ["Ann lives"]
 
 
