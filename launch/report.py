@@ -11,7 +11,9 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="report.py", description="Show runs side by side on one HTML page, which needs no network."
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run or of a fine-tuned model"
+    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -68,7 +68,7 @@ tr.differs td { font-weight: 600; }
 
 
 def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Write the page of runs to `output`, and its plots as PNGs into the folder `STEM_plots` next to it.
+    """Write the page of runs to `output`, and its plots, if any, as PNGs into the folder `STEM_plots` next to it.
 
     Raises:
         UserError: a run cannot be read, the output cannot be written, or matplotlib is not installed. Nothing is then
@@ -83,28 +83,21 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output) as temporary:
             temporary.write_text(page(runs, plots), encoding="utf-8")
-            with replaced_folder(folder, _holds_plots_alone, "a report's plots") as partial:
-                for metric, image in plots.items():
-                    (partial / f"{metric.column}.png").write_bytes(image)
-    logger.info(f"wrote {output}, and its plots into {folder}")
+            if plots or folder.exists():
+                with replaced_folder(folder, _holds_plots_alone, "a report's plots") as partial:
+                    for metric, image in plots.items():
+                        (partial / f"{metric.column}.png").write_bytes(image)
+    logger.info(f"wrote {output}" + (f", and its plots into {folder}" if plots else ""))
 
 
 def page(runs: Sequence[Run], plots: dict[Metric, bytes]) -> str:
     """The HTML document, with `plots` (PNG images by their metric) in it."""
     names = ", ".join(run.name for run in runs)
+    pretraining = [run for run in runs if run.rows]
     parts = [
         f"<h1>{escape(names)}</h1>",
         *(f"<p>{escape(run.name)}: {escape(warning)}.</p>" for run in runs for warning in run.warnings),
-        "<h2>Metrics</h2>",
-        '<div class="plots">',
-        *(_figure(runs, metric, image) for metric, image in plots.items()),
-        "</div>",
-        _missing_everywhere(runs, plots),
-        "<h2>Last and best values</h2>",
-        _table(runs, _values(runs, list(plots))),
-        "<h2>Settings</h2>",
-        "<p>Differences between the runs are in bold.</p>" if len(runs) > 1 else "",
-        _table(runs, _settings(runs), mark_differences=True),
+        *(_pretraining(pretraining, plots) if pretraining else ()),
         *_results(runs),
     ]
     return f"""<!DOCTYPE html>
@@ -121,6 +114,21 @@ def page(runs: Sequence[Run], plots: dict[Metric, bytes]) -> str:
 </body>
 </html>
 """
+
+
+def _pretraining(runs: Sequence[Run], plots: dict[Metric, bytes]) -> list[str]:
+    return [
+        "<h2>Metrics</h2>",
+        '<div class="plots">',
+        *(_figure(runs, metric, image) for metric, image in plots.items()),
+        "</div>",
+        _missing_everywhere(runs, plots),
+        "<h2>Last and best values</h2>",
+        _table(runs, _values(runs, list(plots))),
+        "<h2>Settings</h2>",
+        "<p>Differences between the runs are in bold.</p>" if len(runs) > 1 else "",
+        _table(runs, _settings(runs), mark_differences=True),
+    ]
 
 
 def _figure(runs: Sequence[Run], metric: Metric, image: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A run as read from its folder: rows of metrics, settings, results."""
+"""A run as read from its folder: rows of metrics, settings, results; of a fine-tuned model, only results."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Run:
 
     Attributes:
         name: distinguishes it from the other runs of the report.
-        rows: the rows of `metrics.jsonl`, each with `global_step`; at least one.
-        config: `config.json`.
+        rows: the rows of `metrics.jsonl`, each with `global_step`; at least one, but none of a fine-tuning.
+        config: `config.json`; empty for a fine-tuning, where it is the model's.
         results: flat keys and values of each results file, by its path in the folder.
         error_analyses: those beside results files, by the same paths.
         loss_by_position: held-out loss at the middles of ranges of positions, from the first file that has it.
@@ -68,10 +68,11 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read runs' folders; a run has its folder's name, or its path if several have the same name.
+    """Read folders of pretraining runs and of fine-tuned models. A run has its folder's name, or its path if several
+    have the same name.
 
     Raises:
-        UserError: a folder is given twice or is not a run's, or one of its files is broken.
+        UserError: a folder is given twice or is of neither kind, or one of its files is broken.
     """
     for folder, count in Counter(folder.resolve() for folder in folders).items():
         if count > 1:
@@ -99,17 +100,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Value]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    for file in (METRICS_NAME, CONFIG_NAME):
-        if not (folder / file).is_file():
-            raise UserError(f"{str(folder)!r} is not the folder of a run (it has no {file}): give a run's --output_dir")
-    rows, is_cut = read_metrics(folder / METRICS_NAME)
-    if not rows:
-        raise UserError(f"{str(folder / METRICS_NAME)!r} has no whole row: the run has not taken a step yet")
-    warnings = []
-    if is_cut:
-        warnings.append(f"the last line of {METRICS_NAME} ({len(rows) + 1}) is incomplete and left out")
-        logger.warning(f"{name}: {warnings[0]}")
-    config = read_record(folder / CONFIG_NAME)
+    is_finetuned = (folder / RESULTS).is_file() and not (folder / METRICS_NAME).exists()
+    rows, config, warnings = ([], {}, []) if is_finetuned else _read_pretraining(folder, name)
     files = sorted({path for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
     contents = {str(path.relative_to(folder)): read_json(path) for path in files}
     by_position = [content[BY_POSITION] for content in contents.values() if _is_perplexity(content)]
@@ -118,6 +110,24 @@ def _read_run(folder: Path, name: str) -> Run:
     error_analyses = {file: read_error_analysis(path) for file, path in beside.items() if path.is_file()}
     loss_by_position = _loss_by_position(by_position[0]) if by_position else None
     return Run(name, tuple(rows), config, results, tuple(warnings), error_analyses, loss_by_position)
+
+
+def _read_pretraining(folder: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Rows, settings and warnings."""
+    for file in (METRICS_NAME, CONFIG_NAME):
+        if not (folder / file).is_file():
+            raise UserError(
+                f"{str(folder)!r} is not the folder of a run (it has no {file}): give the --output_dir of a "
+                "pretraining or a fine-tuning"
+            )
+    rows, is_cut = read_metrics(folder / METRICS_NAME)
+    if not rows:
+        raise UserError(f"{str(folder / METRICS_NAME)!r} has no whole row: the run has not taken a step yet")
+    warnings = []
+    if is_cut:
+        warnings.append(f"the last line of {METRICS_NAME} ({len(rows) + 1}) is incomplete and left out")
+        logger.warning(f"{name}: {warnings[0]}")
+    return rows, read_record(folder / CONFIG_NAME), warnings
 
 
 def _is_perplexity(content: Any) -> bool:

@@ -176,6 +176,27 @@ def test_the_page_shows_values_settings_and_results(tmp_path, caplog):
     assert [image["alt"].split(".")[0] for image in cells.images] == ["Loss by step", "Model FLOPs utilisation by step"]
 
 
+def test_folders_of_fine_tuned_models_are_shown_alone_and_beside_runs(tmp_path):
+    run = write_run(tmp_path / "run", steps(2, loss=float, unigram_loss=lambda s: 7.0))
+    for name, accuracy in (("rte", 0.625), ("again", 0.875)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "roberta"}')
+        (tmp_path / name / "results.json").write_text(json.dumps({"best": {"test": {"accuracy": accuracy}}}))
+    worst = {"place": "dev, row 1", "text": "a", "gold": "x", "predicted": "y", "loss": 2.5}
+    (tmp_path / "rte/error_analysis.json").write_text(json.dumps({"worst": [worst]}))
+    write_report([tmp_path / "rte", tmp_path / "again"], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert Cells(text).row("best.test.accuracy") == ["0.625", "0.875"]
+    assert Cells(text).row("2.5000") == ["x", "y", "a", "dev, row 1"]
+    assert not any(part in text for part in ("<h2>Metrics", "<h2>Settings", "Not recorded", "roberta"))
+    assert not (tmp_path / "r_plots").exists()
+    write_report([tmp_path / "rte", run], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    cells = Cells(text)
+    assert (cells.row("Loss"), cells.row("best.test.accuracy")) == (["2 (best: 1 at step 1)"], ["0.625"])
+    assert "Not recorded by" not in text
+
+
 def test_a_second_report_replaces_the_first(tmp_path):
     run = write_run(tmp_path / "a", steps(2, loss=float, mfu=float))
     other = write_run(tmp_path / "b", steps(2, loss=float))
