@@ -46,6 +46,16 @@ def read_chunks(piece: Piece, kind: str, longest: int) -> Iterator[tuple[int, by
         yield end, Damage(damage.reason, end, damage.detail)
 
 
+def has_return_ends(piece: Piece) -> bool:
+    """Whether the first line of a file ends with only `\\r`, as old programs wrote it."""
+    try:
+        head = next(read_blocks(piece.path, piece.start, piece.end, known_format(piece.path).compression), b"")
+    except Damaged:
+        return False
+    match = LINE_END.search(head)
+    return match is not None and match[0] == b"\r" and match.end() < len(head)
+
+
 def first_border(data: bytes, kind: str, complete: bool) -> int | None:
     """Return the offset after the first separator of documents, or None if there is none.
 

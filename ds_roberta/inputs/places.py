@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ds_roberta.errors import UserError
+from ds_roberta.inputs.borders import has_return_ends
+from ds_roberta.inputs.pieces import Piece
 from ds_roberta.inputs.streams import (
     TABLES,
     Damaged,
@@ -49,14 +51,13 @@ def line_number(path: str, offset: int) -> int | None:
     """Return the line of a byte, counted from 1; None if it is so far into the file that counting would take long."""
     if offset > _LINES_COUNTED_UP_TO:
         return None
-    compression = known_format(path).compression
-    lines, left, end = 1, offset, offset
+    lines, left = 1, offset
     try:
-        if compression is not None:  # such a file is read as a whole
-            with readable(path), open_binary(path) as file:
-                end = file_size(file)
-        for block in read_blocks(path, 0, end, compression):
-            lines += block[:left].count(b"\n")
+        with readable(path), open_binary(path) as file:
+            whole = Piece(path, 0, file_size(file))
+        ends = (b"\n", b"\r") if has_return_ends(whole) else (b"\n",)
+        for block in read_blocks(path, 0, whole.end, known_format(path).compression):
+            lines += sum(map(block[:left].count, ends))
             left -= min(left, len(block))
             if not left:
                 break

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ds_roberta.inputs.borders import BOM, LINE_END, read_chunks
+from ds_roberta.inputs.borders import BOM, has_return_ends, read_chunks
 from ds_roberta.inputs.pieces import Damage, Piece, Reject
-from ds_roberta.inputs.streams import Damaged, known_format, read_blocks, share_read
+from ds_roberta.inputs.streams import Damaged, share_read
 
 _CSV_FIELD_LIMIT = (1 << 31) - 1
 """The highest limit that the parser takes; this module itself checks how long a row is."""
@@ -196,7 +196,7 @@ class _Lines:
         return self.offset
 
     def _iterate(self, piece: Piece) -> Iterator[str | Reject]:
-        kind = "line" if _has_return_ends(piece) else "json-line"
+        kind = "line" if has_return_ends(piece) else "json-line"
         for offset, chunk in read_chunks(piece, kind, self._longest):
             self.offset = offset
             if isinstance(chunk, Damage):
@@ -213,16 +213,6 @@ class _Lines:
             for line in lines:
                 self.offset += len(line)
                 yield line.decode("utf-8", "surrogateescape")
-
-
-def _has_return_ends(piece: Piece) -> bool:
-    """Whether the first line of a file ends with only `\\r`, as old programs wrote it."""
-    try:
-        head = next(read_blocks(piece.path, piece.start, piece.end, known_format(piece.path).compression), b"")
-    except Damaged:
-        return False
-    match = LINE_END.search(head)
-    return match is not None and match[0] == b"\r" and match.end() < len(head)
 
 
 def _unclosed_quote(offset: int, lines: _Lines, within: str) -> Damage:

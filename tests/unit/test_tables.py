@@ -148,6 +148,8 @@ def test_a_data_set_of_the_hub_is_what_the_library_loads(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.csv", b'text,label\na,b\n"c,d\ne,f\n', "row 3: the quote that opens here is not closed.*; close the quote"),
+        ("a.csv", b'text,label\ra,"b\nb"\rc\r', "row 4: the row has 1 fields, the header 2"),  # as an editor counts
+        ("a.csv", b"text,label\rc\r", "row 2: the row has 1 fields"),
         ("a.csv", b"text,label\na\n", "row 2: the row has 1 fields, the header 2; fix or remove the row"),
         ("a.csv", b"text;label\na;b\n", "separate columns by commas, not by semicolons"),
         ("a.csv", b"text,text\na,b\n", "has the column 'text' twice"),
