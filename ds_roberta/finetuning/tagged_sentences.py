@@ -125,7 +125,8 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
         raise UserError(f"{name!r} has no sentences: choose a file with a word and its tag on each line")
     if labelled:
         check_tags(tagged)
-        _warn_of_header(tagged)
+        if of_words is None:
+            _warn_of_header(tagged)
     elif 2 * sum(is_tag(tag, names) for _, tag in tagged) < len(tagged):
         place, tag = next((place, tag) for place, tag in tagged if not is_tag(tag, names))
         raise UserError(

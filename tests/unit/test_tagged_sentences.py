@@ -80,6 +80,7 @@ def test_a_header_is_no_word(caplog):
 def test_a_first_row_that_may_be_a_header_of_other_names_is_named(caplog):
     rows = "words\tNNS\nfall\tVBP\nwords\tNNS\n"
     parse_conll("x", rows)
+    parse_conll("x", "word\tpos\nfall\tVBP\nwords\tNNS\n")
     parse_conll("x", "Ada\tB-PER\nfalls\tO\n")
     assert not caplog.text
     parse_conll("x", f"Wort\tWortart\n{rows}")
