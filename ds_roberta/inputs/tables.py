@@ -305,7 +305,7 @@ def _quoted(cell: str, special: str) -> str:
 
 def _parse_tsv(path: str, text: str) -> Table:
     """Columns are separated by tabs and nothing is quoted, as in GLUE's files."""
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip(" \r")]
     cells = [(number, line.rstrip("\r").split("\t")) for number, line in lines]
     columns: tuple[str, ...] = tuple(cells[0][1]) if cells else ()
     if len(columns) == len(COLA_COLUMNS) and columns[1] in ("0", "1") and columns[2] in ("", "*"):

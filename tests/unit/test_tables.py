@@ -92,6 +92,13 @@ def test_quotes_of_a_plain_tsv_are_text(tmp_path, rows):
     assert read_table(tmp_path / "glue.tsv").rows == rows
 
 
+def test_empty_cells_of_a_plain_tsv_are_a_row_and_empty_lines_are_none(tmp_path):
+    (tmp_path / "a.tsv").write_text("text\tlabel\r\n\r\na\tb\r\n\t\r\n \r\n")
+    table = read_table(tmp_path / "a.tsv")
+    assert table.rows == [{"text": "a", "label": "b"}, {"text": "", "label": ""}]
+    assert list(table.numbers) == [3, 4]
+
+
 @pytest.mark.parametrize("lineterminator", ["\n", "\r\n"])
 def test_a_tsv_that_pandas_wrote_is_read_as_pandas_reads_it(tmp_path, lineterminator):
     frame(PLAIN).to_csv(tmp_path / "a.tsv", sep="\t", index=False, lineterminator=lineterminator)
