@@ -1,5 +1,6 @@
 """Fixtures of all tests: a small tokenizer, a small prepared corpus, and threads that stand in for processes."""
 
+import logging
 import multiprocessing.util
 import os
 import shutil
@@ -39,6 +40,18 @@ def no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_a_command_s_logging():
+    """Takes back what a command that ran inside a test has set up for messages, which the tests after it would see."""
+    root, project = logging.getLogger(), logging.getLogger("ds_roberta")
+    handlers, levels = list(root.handlers), (root.level, project.level)
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    root.setLevel(levels[0])
+    project.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")
