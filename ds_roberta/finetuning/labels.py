@@ -81,7 +81,7 @@ def label_of_rows(options: Labels) -> Callable[[Table], list[tuple[str, ...]]]:
 
     def of_rows(table: Table) -> list[tuple[str, ...]]:
         column = label_column(table, options)
-        return [(same_label(row.get(column)),) for row in table.rows]
+        return [(same_label(_alone(row.get(column))),) for row in table.rows]
 
     return of_rows
 
@@ -90,16 +90,17 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
     """The rows that have a label, and the labels as they are in the file; the number of other rows is logged.
 
     Args:
-        are_lists: whether values may be lists, and empty text is an empty list.
+        are_lists: whether values may be lists, and empty text is an empty list; if not, a list of one label is the
+            label, and an empty one is none.
 
     Raises:
         UserError: the column is missing, a value is no label, no row has one, or, by option, one has none.
     """
     column = label_column(table, options)
     check_column(table, column, "--label_column")
-    kept, missing = [], Counter[str]()
+    kept, labels, missing = [], [], Counter[str]()
     for index, row in enumerate(table.rows):
-        value = row.get(column)
+        value = row.get(column) if are_lists else _alone(row.get(column))
         if not _is_none(value, options.ignore_label) or (are_lists and value == ""):
             if not isinstance(value, (*SCALARS, list) if are_lists else SCALARS):
                 several = ", or use --task multi-label-classification" if isinstance(value, list) else ""
@@ -107,6 +108,7 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
                     f"{table.place(index)}: {column!r} is {value!r}, not a label: label or remove the row{several}"
                 )
             kept.append(index)
+            labels.append(value)
             continue
         if options.unlabelled == ERROR:
             raise UserError(
@@ -120,8 +122,7 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
         logger.info(f"{table.name}: {counts} have no {column!r} and are left out ({values})")
     if not kept:
         raise UserError(f"no row of {table.name!r} has a {column!r}: choose a file with labels")
-    found = table.select(kept)
-    return found, [row[column] for row in found.rows]
+    return table.select(kept), labels
 
 
 def class_names(labels: Iterable[Any], name: str) -> list[str]:
@@ -162,6 +163,11 @@ def in_order(names: Iterable[str]) -> list[str]:
     if not all(map(math.isfinite, numbers.values())):
         numbers = {}  # a class may be called "nan"
     return sorted(names, key=lambda name: (numbers.get(name, 0.0), name))
+
+
+def _alone(value: Any) -> Any:
+    """The item of a list of one, as doccano writes one label, and None of an empty list; else the value itself."""
+    return next(iter(value), None) if isinstance(value, list) and len(value) < 2 else value
 
 
 def _is_none(value: Any, ignored: str | None) -> bool:

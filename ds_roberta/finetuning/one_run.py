@@ -352,7 +352,8 @@ class _Watch(transformers.TrainerCallback):
             and self.ranks.any(stops_early(_epochs(state), self.metric, self.patience))
         ):
             control.should_training_stop = True
-            lines.append(f"{self.run}: {self.metric} has not improved for {self.patience} epochs: ends after {epoch}")
+            epochs = "an epoch" if self.patience == 1 else f"{self.patience} epochs"
+            lines.append(f"{self.run}: {self.metric} has not improved for {epochs}: ends after {epoch}")
         with self.bar.interrupted():
             for line in lines:
                 self.ranks.log(line)

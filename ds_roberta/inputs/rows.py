@@ -112,7 +112,8 @@ def csv_rows(
 def other_width(fields: int, names: int, is_first: bool) -> str:
     """What is wrong with a row that has not as many fields as the header has names."""
     cause = "; the first may be R's row names, which write.table(..., row.names = FALSE) leaves out"
-    return f"the row has {fields} fields, the header {names}{cause if is_first and fields == names + 1 else ''}"
+    count = "1 field" if fields == 1 else f"{fields} fields"
+    return f"the row has {count}, the header {names}{cause if is_first and fields == names + 1 else ''}"
 
 
 def not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:

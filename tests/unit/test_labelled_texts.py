@@ -136,7 +136,7 @@ def changed(row, **values):
         (Classification, ROWS, [{**row, "label": "-"} for row in ROWS], {}, "no row of .*dev.jsonl' has a 'label'"),
         (Classification, ROWS, changed(2, sentence1=None), {}, "dev.jsonl, row 3: 'sentence1' is None"),
         (Classification, ROWS[:1], ROWS, {}, "only the label 'yes'"),
-        (Classification, changed(1, label=["no"]), ROWS, {}, r"train.jsonl, row 2: 'label' is \['no'\], not a"),
+        (Classification, changed(1, label=["a", "b"]), ROWS, {}, r"train.jsonl, row 2: 'label' is \['a', 'b'\], not"),
         (Classification, ROWS, ROWS, {"text_column": "said"}, "no column 'said'.*'sentence1'"),
         (Classification, ROWS, ROWS, {"label_column": "class"}, "no column 'class'"),
         (Classification, [{"a": 1}], ROWS, {}, "--label_column"),

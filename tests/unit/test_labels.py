@@ -104,6 +104,20 @@ def test_white_space_around_a_label_is_not_part_of_it(tmp_path):
     assert (task.names, labels_of(splits)) == (["no", "yes"], [1, 0, 1])
 
 
+def test_a_list_of_one_label_is_the_label(tmp_path, caplog):
+    caplog.set_level("INFO", "ds_roberta")
+    data = write(tmp_path, [["yes"], ["no"], [], "yes"])
+    task, splits = Classification.from_data(data, ClassificationOptions())
+    assert (task.names, labels_of(splits)) == (["no", "yes"], [1, 0, 1])
+    assert "train.jsonl: 1 of 4 rows have no 'label' and are left out (none 1)" in caplog.text
+    write(tmp_path, [["yes"], ["no"]] * 5)
+    (tmp_path / "dev.jsonl").unlink()
+    _, splits = Classification.from_data(data, ClassificationOptions(validation_fraction=0.2))
+    assert sorted(labels_of(splits, "validation")) == [0, 1]
+    with pytest.raises(UserError, match="not a label: label or remove the row, or use --task multi-label"):
+        Classification.from_data(write(tmp_path, [["yes"], ["no", "yes"]]), ClassificationOptions())
+
+
 def test_label_studios_tasks_are_named(tmp_path):
     chosen = {"value": {"choices": ["a"]}, "from_name": "mood", "to_name": "text", "type": "choices"}
     task = {"id": 1, "data": {"text": "x"}, "annotations": [{"result": [chosen]}]}

@@ -155,15 +155,15 @@ def test_a_data_set_of_the_hub_is_what_the_library_loads(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.csv", b'text,label\na,b\n"c,d\ne,f\n', "row 3: the quote that opens here is not closed.*; close the quote"),
-        ("a.csv", b'text,label\ra,"b\nb"\rc\r', "row 4: the row has 1 fields, the header 2"),  # as an editor counts
-        ("a.csv", b"text,label\rc\r", "row 2: the row has 1 fields"),
-        ("a.csv", b"text,label\na\n", "row 2: the row has 1 fields, the header 2; fix or remove the row"),
+        ("a.csv", b'text,label\ra,"b\nb"\rc\r', "row 4: the row has 1 field, the header 2"),  # as an editor counts
+        ("a.csv", b"text,label\rc\r", "row 2: the row has 1 field"),
+        ("a.csv", b"text,label\na\n", "row 2: the row has 1 field, the header 2; fix or remove the row"),
         ("a.csv", b"text;label\na;b\n", "separate columns by commas, not by semicolons"),
         ("a.csv", b"text,text\na,b\n", "has the column 'text' twice"),
         ("a.csv", b"text\n\xff\n", "row 2 is not UTF-8: convert the file, for example with iconv"),
         ("a.csv", b"text,label\n", "has no rows"),
         ("a.csv", "text\nä\n".encode("utf-16"), "is UTF-16 by its first bytes, not UTF-8"),
-        ("a.tsv", b"text\tlabel\na\n", "row 2: the row has 1 fields, the header 2; fix or remove the row$"),
+        ("a.tsv", b"text\tlabel\na\n", "row 2: the row has 1 field, the header 2; fix or remove the row$"),
         ("a.csv", b'"text","label"\n"1","a","b"\n', "row 2: .* has 3 fields, .*; the first may be R's row"),
         ("a.tsv", b"text\tlabel\n1\ta\tb\n", r"row 2: the row has 3 fields, .* row\.names = FALSE.*; fix or remove"),
         ("a.csv", b"text,label\na,b\n1,a,b\n", "row 3: the row has 3 fields, the header 2; fix or remove the row$"),
