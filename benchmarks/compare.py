@@ -17,14 +17,13 @@ import argparse
 import os
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, versions
-from benchmarks.studies import IN_CPU_TIME, execute, only_here
+from benchmarks.studies import NEVER, command, difference, execute, only_here
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.config import PRESETS
 from ds_roberta.data.shards import Corpus
@@ -34,7 +33,6 @@ from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 from ds_roberta.training.recipes import RECIPES
 
 RESULTS = REPOSITORY / "benchmarks/results/compare"
-NEVER = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -210,12 +208,6 @@ def finetuned(options: argparse.Namespace, output: Path, seed: int, lock: int) -
     }
 
 
-def command(script: str, settings: Mapping[str, Any], *words: str) -> list[str]:
-    """A command of `launch/` whose clock is CPU time."""
-    words = (*words, *(word for name, value in settings.items() for word in (f"--{name}", str(value))))
-    return [sys.executable, "-c", IN_CPU_TIME, str(REPOSITORY / "launch" / script), *words]
-
-
 def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
     found = {
         name: [result for seed in options.seeds if (result := result_of(options, name, seed))]
@@ -269,12 +261,6 @@ def loss_table(found: Mapping[str, Sequence[Result]]) -> list[str]:
         ]
         table.append(f"| {name} | {' | '.join(cells)} |")
     return table
-
-
-def difference(values: Sequence[float], base: Sequence[float]) -> str:
-    """The difference of the means, and whether the values of both lie among each other."""
-    among = min(values) <= max(base) and min(base) <= max(values)
-    return f"{statistics.fmean(values) - statistics.fmean(base):+.3f}{', inside the spread' if among else ''}"
 
 
 def metrics_table(options: argparse.Namespace, found: Mapping[str, Sequence[Result]]) -> list[str]:

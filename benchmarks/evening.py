@@ -45,19 +45,17 @@ import argparse
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import REPOSITORY, commit, cpu_model, publish
-from benchmarks.evening_evaluation import TASKS, fine_tuned, held_out, minimal_pairs
+from benchmarks.environment import REPOSITORY, cpu_model, publish
+from benchmarks.evening_evaluation import TASKS, held_out, minimal_pairs, task_score
 from benchmarks.evening_pretraining import ours, stretches, trainer, untrained
 from benchmarks.evening_report import keep_record, picture, report
 from benchmarks.evening_texts import PAIRS, tasks_of, without_overlap
-from benchmarks.studies import Busy, only_here, same_settings
+from benchmarks.studies import Item, add_fine_tuning, finish_all, parts_of, same_settings
 from ds_roberta.command_line import (
     ArgumentParser,
     positive,
@@ -67,29 +65,11 @@ from ds_roberta.command_line import (
     whole_number,
 )
 from ds_roberta.data.shards import Corpus
-from ds_roberta.errors import UserError
-from ds_roberta.files import read_json, write_json
+from ds_roberta.files import read_json
 
 OVERLAP, RECORD, HELD_OUT, FINE_TUNING = "overlap", "record", "held-out", "tasks"
 MODELS = {"ours": ours, "trainer": trainer, "untrained": untrained}
 PARTS = (OVERLAP, *MODELS, HELD_OUT, RECORD, PAIRS, FINE_TUNING)
-
-
-@dataclass(frozen=True)
-class Item:
-    """What is measured and kept at once.
-
-    Attributes:
-        part: one of `PARTS`.
-        name: of its JSON in the folder of results.
-        needs: the names of items that come before it.
-        measure: takes the descriptor of the item's lock and returns JSON values.
-    """
-
-    part: str
-    name: str
-    needs: tuple[str, ...]
-    measure: Callable[[int], dict[str, Any]]
 
 
 def main() -> None:
@@ -99,7 +79,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="folder of tables of minimal pairs")
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure (default: %(default)s)")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--max_seq_length", type=positive, default=128)
     parser.add_argument("--eval_sequences", type=positive, default=512, help="held-out sequences during training")
     parser.add_argument("--minutes", type=positive_number, default=75, help="for ours, and for the Trainer's steps")
     parser.add_argument("--seed", type=whole_number, default=0, help="of pretraining")
@@ -114,10 +93,8 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=positive, default=64, help="the Trainer's")
     parser.add_argument("--trainer_learning_rates", type=several(positive_number), default=(2e-3,))
     parser.add_argument("--trainer_search_minutes", type=positive_number, default=10, help="for each of several rates")
-    parser.add_argument("--finetune_learning_rates", type=several(positive_number), default=(1e-4, 3e-4, 1e-3))
     parser.add_argument("--finetune_seeds", type=several(whole_number), default=(0, 1, 2))
-    parser.add_argument("--num_train_epochs", type=positive, default=3, help="of fine-tuning")
-    parser.add_argument("--max_train_samples", type=positive, default=10_000, help="of each task's training examples")
+    add_fine_tuning(parser)
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results/evening")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that this runs
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -127,15 +104,10 @@ def main() -> None:
 
 def study(options: argparse.Namespace) -> None:
     options.results = options.results.resolve()
-    parts = [name for name in options.parts.split(",") if name]
-    if unknown := set(parts) - set(PARTS):
-        raise UserError(f"--parts names {min(unknown)!r}: choose from {', '.join(PARTS)}")
+    parts = parts_of(options.parts, PARTS)
     tasks = tasks_of(options, TASKS)
     same_settings(options.results, settings_of(options, tasks), "results")
-    for item in items(options, tasks):
-        if item.part in parts:
-            finish(options.results, item)
-    found = {path.stem: read_json(path) for item in items(options, tasks) if (path := kept(options.results, item.name))}
+    found = finish_all(options.results, items(options, tasks), parts)
     output = options.results.with_suffix(".md")
     picture(found, output.with_suffix(".png"))
     publish(report(options, tasks, found), output)
@@ -163,7 +135,7 @@ def items(options: argparse.Namespace, tasks: list[str]) -> Iterator[Item]:
         yield Item(PAIRS, f"{model}-{PAIRS}", (OVERLAP, model), evaluated(options, model, minimal_pairs))
     for task in tasks:
         for model in MODELS:
-            tune = partial(fine_tuned, name=task)
+            tune = partial(task_score, name=task)
             yield Item(FINE_TUNING, f"{model}-{task}", (OVERLAP, model), evaluated(options, model, tune))
 
 
@@ -173,31 +145,6 @@ def evaluated(options: argparse.Namespace, model: str, measure: Callable[..., di
         return measure(options, folder, lock=lock)
 
     return of_model
-
-
-def finish(results: Path, item: Item) -> None:
-    """Measure an item, unless it is finished, cannot be begun, or another call measures it."""
-    if missing := [name for name in item.needs if not kept(results, name)]:
-        print(f"{item.name}: needs {' and '.join(missing)} first", flush=True)
-        return
-    try:
-        with only_here(results, item.name) as lock:
-            if kept(results, item.name):
-                print(f"{item.name}: finished before", flush=True)
-                return
-            print(f"{item.name}: measuring", flush=True)
-            began = time.monotonic()
-            found = item.measure(lock)
-            write_json(
-                results / f"{item.name}.json", {**found, "seconds": time.monotonic() - began, "commit": commit()}
-            )
-    except Busy:
-        print(f"{item.name}: another call measures it", flush=True)
-
-
-def kept(results: Path, name: str) -> Path | None:
-    path = results / f"{name}.json"
-    return path if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import REPOSITORY, cpu_model, versions
-from benchmarks.evening_evaluation import EVERYTHING, is_above
+from benchmarks.evening_evaluation import EVERYTHING
 from benchmarks.evening_texts import PAIRS
-from benchmarks.studies import execute
+from benchmarks.studies import command_of, execute, is_above
 from benchmarks.time_to_loss_report import Curve, Point, plot
 from ds_roberta.data.shards import Corpus
 from ds_roberta.files import read_json, write_text
@@ -66,13 +66,15 @@ def report(options: argparse.Namespace, tasks: list[str], found: Found) -> list[
     corpus = Corpus.open(options.data_dir)
     sources = [EVERYTHING, *corpus.manifest.sources("validation")]
     commits = sorted({part["commit"] for part in found.values()})
+    stretches = ",".join(f"{stretch.share:g}:{stretch.processes}" for stretch in options.stretches)
+    command = command_of("benchmarks.evening", options, stretches=stretches)
     return [
         "# An evening's run",
         "",
         f"{cpu_model()}, one thread. {versions('torch', 'deepspeed', 'transformers')} The parts were measured at "
         f"{', '.join(commits) or 'none'}.",
         "",
-        f"`{_command(options)}`: {options.model}, {corpus.manifest.tokenizer.vocab_size:,} ids, sequences of "
+        f"`{command}`: {options.model}, {corpus.manifest.tokenizer.vocab_size:,} ids, sequences of "
         f"{options.max_seq_length} tokens, {corpus.manifest.tokens('train') / 1e6:.1f} million tokens of text. The "
         "module's docstring says what is compared, and what the bars are.",
         "",
@@ -94,22 +96,6 @@ def report(options: argparse.Namespace, tasks: list[str], found: Found) -> list[
         *_starts(found),
         _seconds(tasks, found),
     ]
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command without the machine's paths."""
-    words = ["python -m benchmarks.evening"]
-    for name, value in vars(options).items():
-        if name in ("parts", "results"):
-            continue
-        if name == "stretches":
-            value = ",".join(f"{stretch.share:g}:{stretch.processes}" for stretch in value)
-        elif isinstance(value, Path):
-            value = value.name
-        elif isinstance(value, tuple):
-            value = ",".join(f"{each:g}" for each in value)
-        words.append(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}")
-    return " ".join(words)
 
 
 def _pretraining(found: Found) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ def without_overlap(options: argparse.Namespace, tasks: list[str]) -> dict[str, 
     tables = {f"{task}/{name}": rows for task in tasks for name, rows in _tables(options.tasks / task)}
     tables |= {f"{PAIRS}/{name}": rows for name, rows in _tables(options.pairs)}
     rows_texts = [(row, text) for rows in tables.values() for row in rows for text in _texts(row)]
-    found = near_copies([text for _, text in rows_texts], _training_texts(Corpus.open(options.data_dir)))
+    found = near_copies([text for _, text in rows_texts], texts_of(Corpus.open(options.data_dir), TRAIN_SPLIT))
     overlapping = {id(row) for (row, _), flag in zip(rows_texts, found, strict=True) if flag}
     counts = {}
     for name, rows in tables.items():
         kept = [row for row in rows if id(row) not in overlapping]
-        _write(options.results / TEXTS_FOLDER / f"{name}.jsonl", kept)
+        write_table(options.results / TEXTS_FOLDER / f"{name}.jsonl", kept)
         short = sum(all(map(is_too_short, _texts(row))) for row in rows)
         counts[name] = {"rows": len(rows), "overlapping": len(rows) - len(kept), "too short to be compared": short}
     return {"tables": counts, "cpu_seconds": time.process_time() - began}
@@ -59,13 +59,15 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
     return [value if isinstance(value, str) else " ".join(value) for value in given]
 
 
-def _training_texts(corpus: Corpus) -> Iterator[str]:
-    documents, decoder = StoredDocuments(corpus, TRAIN_SPLIT), Decoder(corpus)
+def texts_of(corpus: Corpus, split: str) -> Iterator[str]:
+    """The documents of a split."""
+    documents, decoder = StoredDocuments(corpus, split), Decoder(corpus)
     for number in range(len(documents)):
         yield decoder.text(documents.sentences(documents.document(number)))
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

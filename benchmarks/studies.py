@@ -1,20 +1,28 @@
-"""What studies that take hours share: a folder of finished parts, each measured by one process at a time, and commands
-whose clock is CPU time.
+"""What studies that take hours share: a folder of finished items, each measured by one process at a time; commands
+whose clock is CPU time; what is measured of a model by the real commands.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
+import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import python_path
+from benchmarks.environment import REPOSITORY, commit, python_path
+from ds_roberta.command_line import positive, positive_number, several
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
+from ds_roberta.finetuning.task import RESULTS
+from ds_roberta.training.device import fastest_precision
 
 IN_CPU_TIME = """import runpy, sys, time
 time.perf_counter = time.process_time
@@ -24,6 +32,41 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 WITH_THE_STUDY = ("setpriv", "--pdeathsig", "TERM")
 """Before a command: it is asked to stop if the study is killed, so that the study can go on at once."""
+
+
+NEVER = 1_000_000_000
+"""An interval that no run reaches."""
+PACKING = "contiguous"
+"""Of the held-out text, as of `--recipe fast`."""
+SEQUENCES = 2048
+"""Of held-out text, at most."""
+VALIDATION_FRACTION = "0.1"
+"""Of the training examples, for tasks that have no validation split."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is measured and kept at once.
+
+    Attributes:
+        part: of the study; `--parts` chooses by it.
+        name: of its JSON in the folder of results.
+        needs: the names of items that come before it.
+        measure: takes the descriptor of the item's lock and returns JSON values.
+    """
+
+    part: str
+    name: str
+    needs: tuple[str, ...]
+    measure: Callable[[int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is fine-tuned and measured; `--task` and `--metric` of `launch/finetune.py`."""
+
+    kind: str
+    metric: str
 
 
 class Busy(UserError):
@@ -69,3 +112,146 @@ def execute(command: Sequence[str], lock: int) -> None:
     code = subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, check=False, pass_fds=[lock]).returncode
     if code:
         raise UserError(f"exit code {code}: {' '.join(command)}")
+
+
+def command(script: str, settings: Mapping[str, Any], *words: str) -> list[str]:
+    """A command of `launch/` whose clock is CPU time."""
+    words = (*words, *(word for name, value in settings.items() for word in (f"--{name}", str(value))))
+    return [sys.executable, "-c", IN_CPU_TIME, str(REPOSITORY / "launch" / script), *words]
+
+
+def parts_of(text: str, known: Sequence[str]) -> list[str]:
+    """The names in `--parts`. Raises `UserError` if one is not among the known."""
+    parts = [name for name in text.split(",") if name]
+    if unknown := set(parts) - set(known):
+        raise UserError(f"--parts names {min(unknown)!r}: choose from {', '.join(known)}")
+    return parts
+
+
+def finish_all(results: Path, items: Iterable[Item], parts: Sequence[str]) -> dict[str, Any]:
+    """Measure the items of some parts, in this order; return what all items gave that are finished, by name."""
+    items = list(items)
+    for item in items:
+        if item.part in parts:
+            finish(results, item)
+    return {item.name: read_json(path) for item in items if (path := kept(results, item.name))}
+
+
+def finish(results: Path, item: Item) -> None:
+    """Measure an item, unless it is finished, cannot be begun, or another call measures it."""
+    if missing := [name for name in item.needs if not kept(results, name)]:
+        print(f"{item.name}: needs {' and '.join(missing)} first", flush=True)
+        return
+    try:
+        with only_here(results, item.name) as lock:
+            if kept(results, item.name):
+                print(f"{item.name}: finished before", flush=True)
+                return
+            print(f"{item.name}: measuring", flush=True)
+            began = time.monotonic()
+            found = item.measure(lock)
+            write_json(
+                results / f"{item.name}.json", {**found, "seconds": time.monotonic() - began, "commit": commit()}
+            )
+    except Busy:
+        print(f"{item.name}: another call measures it", flush=True)
+
+
+def kept(results: Path, name: str) -> Path | None:
+    path = results / f"{name}.json"
+    return path if path.exists() else None
+
+
+def held_out_loss(model: Path, data: Path, max_seq_length: int, path: Path, lock: int) -> dict[str, Any]:
+    """The loss in nats per masked token on the held-out documents of a data folder with the model's tokenizer.
+
+    Args:
+        path: of the command's JSON.
+    """
+    words = ["perplexity", "--data", str(data), "--max_seq_length", str(max_seq_length)]
+    words += ["--packing", PACKING, "--eval_sequences", str(SEQUENCES)]
+    evaluate(model, words, path, lock)
+    return {name: read_json(path)[name] for name in ("loss", "masked_tokens")}
+
+
+def evaluate(model: Path, words: Sequence[str], path: Path, lock: int) -> None:
+    script = [sys.executable, str(REPOSITORY / "launch/evaluate.py"), *words]
+    execute([*script, "--model", str(model), "--json", str(path)], lock)
+
+
+def add_fine_tuning(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `fine_tuned` reads."""
+    parser.add_argument("--max_seq_length", type=positive, default=128)
+    parser.add_argument("--finetune_learning_rates", type=several(positive_number), default=(1e-4, 3e-4, 1e-3))
+    parser.add_argument("--num_train_epochs", type=positive, default=3, help="of fine-tuning")
+    parser.add_argument("--max_train_samples", type=positive, default=10_000, help="of each task's training examples")
+
+
+def fine_tuned(
+    options: argparse.Namespace, model: Path, task: Task, data: Path, output: Path, seeds: Sequence[int], lock: int
+) -> dict[str, Any]:
+    """Fine-tune at each learning rate with each seed; the scores of the rate with the best median."""
+    words = [sys.executable, str(REPOSITORY / "launch/finetune.py"), "--model", str(model), "--task", task.kind]
+    words += ["--data", str(data), "--output_dir", str(output), "--metric", task.metric]
+    if not any(path.stem in ("validation", "dev") for path in data.iterdir()):
+        words += ["--validation_fraction", VALIDATION_FRACTION]
+    words += ["--seeds", ",".join(map(str, seeds))]
+    words += ["--learning_rate", ",".join(f"{rate:g}" for rate in options.finetune_learning_rates)]
+    for option in ("max_seq_length", "num_train_epochs", "max_train_samples"):
+        words += [f"--{option}", str(getattr(options, option))]
+    precision = fastest_precision()
+    execute([*words, "--bf16"] if precision == "bf16" else words, lock)
+    results = read_json(output / RESULTS)
+    scores = scores_by_rate(results["settings"], task.metric)
+    rate = best_rate(scores)
+    return {
+        "metric": task.metric,
+        "precision": precision,
+        "examples": results["examples"],
+        "scores_by_rate": {f"{each:g}": found for each, found in scores.items()},
+        "learning_rate": rate,
+        "scores": scores[rate],
+        "test": results["best"].get("test", {}).get(task.metric),
+    }
+
+
+def scores_by_rate(settings: Sequence[Mapping[str, Any]], metric: str) -> dict[float, list[float]]:
+    """The validation score of each seed's best epoch, from the settings of a `results.json`."""
+    return {
+        setting["learning_rate"]: [run["epochs"][run["epoch"] - 1][metric] for run in setting["runs"]]
+        for setting in settings
+    }
+
+
+def best_rate(scores: Mapping[Any, Sequence[float]]) -> Any:
+    """The rate with the highest median, the first if several are equal."""
+    return max(scores, key=lambda rate: statistics.median(scores[rate]))
+
+
+def is_above(ours: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether all seeds of ours are above all of the other's: their ranges do not overlap."""
+    return min(ours) > max(other)
+
+
+def difference(values: Sequence[float], base: Sequence[float]) -> str:
+    """The difference of the means, and whether the values of both lie among each other."""
+    among = not is_above(values, base) and not is_above(base, values)
+    return f"{statistics.fmean(values) - statistics.fmean(base):+.3f}{', inside the spread' if among else ''}"
+
+
+def command_of(module: str, options: argparse.Namespace, **written: str) -> str:
+    """The study's command without the machine's paths; `written` are options that are not written as their values."""
+    words = [f"python -m {module}"]
+    for name, value in vars(options).items():
+        if value is None or name in ("parts", "results"):
+            continue
+        words.append(f"--{name} {written.get(name) or _written(value)}")
+    return " ".join(words)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_written, value))
+    if isinstance(value, Path):
+        return value.name
+    return f"{value:g}" if isinstance(value, float) else str(value)

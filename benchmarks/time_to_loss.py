@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.environment import REPOSITORY, commit, cpu_model, publish
 from benchmarks.run_mlm import POINTS_NAME, Case, read_points
-from benchmarks.studies import IN_CPU_TIME, execute, only_here, same_settings
+from benchmarks.studies import IN_CPU_TIME, PACKING, execute, only_here, same_settings
 from benchmarks.time_to_loss_report import Curve, Point, plot, report
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.data.shards import Corpus
@@ -34,7 +34,6 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
 from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 
-PACKING = "contiguous"
 EVALUATIONS = 30
 """Of a run of the Trainer."""
 TRIAL_STEPS = 20

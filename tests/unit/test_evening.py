@@ -6,9 +6,11 @@ import random
 
 import pytest
 
-MODULES = ("overlap", "evening_evaluation", "evening_pretraining", "evening_report", "time_to_loss")
+from benchmarks import studies
+
+MODULES = ("overlap", "evening_pretraining", "evening_report", "time_to_loss")
 # They need rensa and matplotlib.
-overlap, evaluation, pretraining, report, time_to_loss = (pytest.importorskip(f"benchmarks.{name}") for name in MODULES)
+overlap, pretraining, report, time_to_loss = (pytest.importorskip(f"benchmarks.{name}") for name in MODULES)
 WORDS = [f"w{number}" for number in range(2_000)]
 
 
@@ -55,14 +57,14 @@ def test_the_rate_with_the_best_median_wins_not_the_one_with_the_best_run():
         runs = [{"epoch": 2, "epochs": [{"accuracy": 0.99}, {"accuracy": score}]} for score in scores]
         return {"learning_rate": rate, "runs": runs}
 
-    scores = evaluation.scores_by_rate([setting(1e-4, 0.7, 0.72, 0.71), setting(3e-4, 0.9, 0.5, 0.6)], "accuracy")
+    scores = studies.scores_by_rate([setting(1e-4, 0.7, 0.72, 0.71), setting(3e-4, 0.9, 0.5, 0.6)], "accuracy")
     assert scores == {1e-4: [0.7, 0.72, 0.71], 3e-4: [0.9, 0.5, 0.6]}
-    assert evaluation.best_rate(scores) == 1e-4
+    assert studies.best_rate(scores) == 1e-4
 
 
 def test_outside_the_spread_means_that_the_ranges_of_the_seeds_do_not_overlap():
-    assert evaluation.is_above([0.8, 0.9, 0.85], [0.79, 0.6, 0.7])
-    assert not evaluation.is_above([0.8, 0.9, 0.85], [0.8, 0.6, 0.7])
+    assert studies.is_above([0.8, 0.9, 0.85], [0.79, 0.6, 0.7])
+    assert not studies.is_above([0.8, 0.9, 0.85], [0.8, 0.6, 0.7])
 
 
 def test_the_error_of_a_difference_shrinks_with_the_pairs():
