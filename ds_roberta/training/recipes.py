@@ -41,6 +41,9 @@ class Recipe:
         values = dict(self.options)
         if given["lr_scheduler_type"] not in (None, values.get("lr_scheduler_type")):
             values.pop("decay_steps", None)
+            values.pop("stable_steps", None)
+        if given["decay_steps"] is not None:
+            values.pop("stable_steps", None)
         if given["masking_copies"] is not None:
             values.pop("mlm_probability_end", None)
         if given["init_from"] is not None:
@@ -73,6 +76,7 @@ RECIPES = {
             "warmup_steps": "6%",
             "lr_scheduler_type": "warmup_stable_decay",
             "decay_steps": "20%",
+            "stable_steps": 1000,
         },
         optimizer_params={
             128: {"muon_lr": 0.01, "adam_lr": 2e-3},

@@ -16,7 +16,8 @@ FAST = RECIPES["fast"]
 
 def read(corpus, **given):
     """The JSON's content and the run's settings, as a run on a CPU would read them."""
-    options = pretrain_options(data_dir=corpus.folder, output_dir=corpus.folder / "run", max_steps=100, **given)
+    given = {"max_steps": 100, **given}
+    options = pretrain_options(data_dir=corpus.folder, output_dir=corpus.folder / "run", **given)
     deepspeed, _, config, *_ = _read_inputs(options)
     return deepspeed.content, config
 
@@ -31,6 +32,14 @@ def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
     assert (config.packing.format, config.masking.final_probability) == ("contiguous", 0.15)
     assert (config.initial_attention, config.initial_bias) == ("neighbours", "frequencies")
     assert (config.schedule.warmup_steps, config.schedule.decay_steps) == (6, 20)
+
+
+@pytest.mark.parametrize(
+    ("given", "decay_steps"), [({}, 1820), ({"decay_steps": "20%"}, 600), ({"stable_steps": "50%"}, 1320)]
+)
+def test_the_rate_of_a_long_run_falls_for_longer_unless_its_steps_are_given(corpus, given, decay_steps):
+    _, config = read(corpus, recipe="fast", model="nano", max_steps=3000, **given)
+    assert (config.schedule.warmup_steps, config.schedule.decay_steps) == (180, decay_steps)
 
 
 def test_what_means_nothing_to_an_objective_is_left_out(corpus):
