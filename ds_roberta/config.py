@@ -215,8 +215,7 @@ class ScheduleConfig(Settings):
         lr_power: 1, the default, gives a straight line.
         min_lr_ratio: not used by "linear".
         decay_steps: a tenth of the run by default, which Hu et al. (2024, MiniCPM, arXiv:2404.06395, section 4) found
-            enough; more where `stable_steps` leaves more.
-        stable_steps: the most steps between warm-up and decay.
+            enough.
         decay_type: "1-sqrt" by default, the best of those that Hägele et al. (2024, arXiv:2405.18392) compared.
     """
 
@@ -240,12 +239,6 @@ class ScheduleConfig(Settings):
         None,
         type=str,
     )
-    stable_steps: int | None = option(
-        "most steps, or percentage of the run, that warmup_stable_decay keeps the peak: the decay takes the rest "
-        "(default: no limit)",
-        None,
-        type=str,
-    )
     decay_type: str | None = option(
         "shape of the decay of warmup_stable_decay (default: 1-sqrt)", None, choices=LR_DECAY_TYPES
     )
@@ -264,11 +257,10 @@ class ScheduleConfig(Settings):
             "warmup_stable_decay": {
                 "min_lr_ratio": 0.0,
                 "decay_steps": min(-(-self.max_steps // 10), longest_decay),
-                "stable_steps": None,
                 "decay_type": "1-sqrt",
             },
         }
-        for name in ("lr_power", "min_lr_ratio", "decay_steps", "stable_steps", "decay_type"):
+        for name in ("lr_power", "min_lr_ratio", "decay_steps", "decay_type"):
             value, defaults = getattr(self, name), used[self.lr_scheduler_type]
             if value is None:
                 object.__setattr__(self, name, defaults.get(name))
@@ -278,11 +270,6 @@ class ScheduleConfig(Settings):
             raise UserError(
                 f"--decay_steps must be from 0 to max_steps - warmup_steps ({longest_decay}), got {self.decay_steps}"
             )
-        if self.stable_steps is not None:
-            assert self.decay_steps is not None
-            if self.stable_steps < 0:
-                raise UserError(f"--stable_steps must be at least 0, got {self.stable_steps}")
-            object.__setattr__(self, "decay_steps", max(self.decay_steps, longest_decay - self.stable_steps))
 
 
 @dataclass(frozen=True)

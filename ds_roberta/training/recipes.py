@@ -40,10 +40,8 @@ class Recipe:
         """
         values = dict(self.options)
         if given["lr_scheduler_type"] not in (None, values.get("lr_scheduler_type")):
-            values.pop("decay_steps", None)
-            values.pop("stable_steps", None)
-        if given["decay_steps"] is not None:
-            values.pop("stable_steps", None)
+            for name in ("decay_steps", "decay_type"):
+                values.pop(name, None)
         if given["masking_copies"] is not None:
             values.pop("mlm_probability_end", None)
         if given["init_from"] is not None:
@@ -75,8 +73,8 @@ RECIPES = {
             "attention_probs_dropout_prob": 0.0,
             "warmup_steps": "6%",
             "lr_scheduler_type": "warmup_stable_decay",
-            "decay_steps": "20%",
-            "stable_steps": 1000,
+            "decay_type": "linear",
+            "decay_steps": "50%",
         },
         optimizer_params={
             128: {"muon_lr": 0.01, "adam_lr": 2e-3},

@@ -238,7 +238,7 @@ def run_config(
         defaults |= RECIPES[options.recipe].options_beside(vars(options))
     values = {**vars(options), **{name: value for name, value in defaults.items() if getattr(options, name) is None}}
     dropout = {name: values[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-    for each in ("warmup_steps", "decay_steps", "stable_steps"):
+    for each in ("warmup_steps", "decay_steps"):
         if values[each] is not None:
             values[each] = step_number(f"--{each}", values[each], values["max_steps"])
     stages = make_stages(

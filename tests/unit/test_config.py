@@ -1,5 +1,4 @@
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -133,16 +132,11 @@ def test_a_schedule_has_steps_and_warms_up_within_them(max_steps, warmup_steps):
         ({"min_lr_ratio": 0.1}, "--min_lr_ratio does nothing with --lr_scheduler_type linear"),
         ({"lr_scheduler_type": "cosine", "lr_power": 2.0}, "--lr_power does nothing with --lr_scheduler_type cosine"),
         ({"lr_scheduler_type": "polynomial", "decay_steps": 2}, "--decay_steps does nothing"),
-        ({"lr_scheduler_type": "cosine", "stable_steps": 2}, "--stable_steps does nothing"),
         ({"lr_scheduler_type": "polynomial", "lr_power": 0.0}, "--lr_power must be a positive number, got 0.0"),
         ({"lr_scheduler_type": "cosine", "min_lr_ratio": 1.5}, "--min_lr_ratio must be from 0 to 1, got 1.5"),
         (
             {"lr_scheduler_type": "warmup_stable_decay", "decay_steps": 10},
             r"--decay_steps must be .*\(9\), got 10",
-        ),
-        (
-            {"lr_scheduler_type": "warmup_stable_decay", "stable_steps": -1},
-            "--stable_steps must be at least 0, got -1",
         ),
         ({"lr_scheduler_type": "warmup_stable_decay", "decay_type": "sqrt"}, "--decay_type must be one of"),
     ],
@@ -157,14 +151,6 @@ def test_options_of_a_shape_are_resolved():
     assert (schedule.decay_steps, schedule.decay_type, schedule.min_lr_ratio) == (10, "1-sqrt", 0.0)
     assert schedule.lr_power is None
     assert ScheduleConfig(95, 90, "warmup_stable_decay").decay_steps == 5
-
-
-@pytest.mark.parametrize(("stable_steps", "decay_steps"), [(0, 90), (30, 60), (70, 20), (80, 20), (None, 20)])
-def test_the_decay_takes_the_steps_that_the_peak_may_not(stable_steps, decay_steps):
-    options = {"lr_scheduler_type": "warmup_stable_decay", "stable_steps": stable_steps}
-    schedule = ScheduleConfig(95, 5, decay_steps=20, **options)
-    assert schedule.decay_steps == decay_steps
-    assert ScheduleConfig(**asdict(schedule)) == schedule  # as a run that goes on reads it
 
 
 def test_a_schedule_that_the_run_does_not_reach_is_refused():
