@@ -74,7 +74,7 @@ RECIPES = {
             "warmup_steps": "6%",
             "lr_scheduler_type": "warmup_stable_decay",
             "decay_type": "linear",
-            "decay_steps": "50%",
+            "decay_steps": "60%",
         },
         optimizer_params={
             128: {"muon_lr": 0.01, "adam_lr": 2e-3},

@@ -31,7 +31,7 @@ def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
     assert (config.packing.format, config.masking.final_probability) == ("contiguous", 0.15)
     assert (config.initial_attention, config.initial_bias) == ("neighbours", "frequencies")
     schedule = config.schedule
-    assert (schedule.warmup_steps, schedule.decay_steps, schedule.decay_type) == (6, 50, "linear")
+    assert (schedule.warmup_steps, schedule.decay_steps, schedule.decay_type) == (6, 60, "linear")
 
 
 def test_what_means_nothing_to_an_objective_is_left_out(corpus):
