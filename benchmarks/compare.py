@@ -215,7 +215,10 @@ def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
     }
     commits = {result.commit for results in found.values() for result in results}
     vocabulary = Corpus.open(options.data_dir).manifest.tokenizer.vocab_size
-    budget = f"{options.max_minutes:g} CPU-minutes" if options.max_minutes else f"{options.max_tokens / 1e6:g}M tokens"
+    if options.max_minutes:
+        budget, option = f"{options.max_minutes:g} CPU-minutes", f"--max_minutes {options.max_minutes:g}"
+    else:
+        budget, option = f"{options.max_tokens / 1e6:g}M tokens", f"--max_tokens {options.max_tokens}"
     evaluation = " ".join(f"--{key} {value}" for key, value in comparison.evaluation.items())
     lines = [
         f"# {comparison.question}",
@@ -226,9 +229,9 @@ def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
         f"{', '.join(sorted(commits)) or 'none'}.",
         "",
         f"{options.model} on {options.data_dir.name}, {vocabulary:,} ids, {options.max_seq_length} tokens, {budget} a "
-        f"run unless its row says otherwise: `python -m benchmarks.compare {relative(options.comparison)}`. Held-out "
-        f"losses{f' of `perplexity {evaluation}`' if evaluation else ''}: lower is better. A difference is inside the "
-        "spread where the losses of one run's seeds lie among the other's.",
+        f"run unless its row says otherwise: `python -m benchmarks.compare {relative(options.comparison)} --model "
+        f"{options.model} {option}`. Held-out losses{f' of `perplexity {evaluation}`' if evaluation else ''}: lower is "
+        "better. A difference is inside the spread where the losses of one run's seeds lie among the other's.",
         "",
         *loss_table(found),
     ]
