@@ -79,6 +79,7 @@ class Case:
         model: a preset, or the path of a RobertaConfig, whose vocabulary then replaces `vocab_size`.
         utilisation: the assumed share of the GPU's rate.
         interconnect: Gbit/s for each GPU; None for the GPU's own.
+        number_checkpoints: layers whose activations are recomputed, as in the JSON's `activation_checkpointing`.
     """
 
     model: str = "base"
@@ -94,6 +95,7 @@ class Case:
     utilisation: float = 0.5
     interconnect: float | None = None
     vocab_size: int = VOCABULARY
+    number_checkpoints: int = 0
 
     @property
     def config(self) -> ModelConfig:
@@ -116,6 +118,15 @@ class _Flash(torch.autograd.Function):
         return output
 
 
+class _Recomputed(torch.autograd.Function):
+    """What a recomputed layer saves for its backward pass: its input."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden)
+        return torch.empty_like(hidden)
+
+
 @cache
 def meta_model(config: ModelConfig) -> MaskedLM:
     """Return the real model in 16 bits on the meta device, where it takes no memory."""
@@ -124,10 +135,12 @@ def meta_model(config: ModelConfig) -> MaskedLM:
 
 
 @cache
-def saved_bytes(config: ModelConfig, length: int, sequences: int) -> int:
-    """Return the bytes that autograd keeps for a micro-batch on a GPU between the forward and the backward pass.
+def saved_bytes(config: ModelConfig, length: int, sequences: int, number_checkpoints: int = 0) -> int:
+    """Return the most bytes that autograd keeps for a micro-batch on a GPU.
 
-    torch's dropout on a GPU keeps a mask of one byte per element; the mask of attention is drawn again by its kernel.
+    Without recomputation that is between the forward and the backward pass; with it, when the backward pass has
+    computed the activations of one layer again. torch's dropout on a GPU keeps a mask of one byte per element; the mask
+    of attention is drawn again by its kernel.
     """
     model = meta_model(config)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -144,15 +157,21 @@ def saved_bytes(config: ModelConfig, length: int, sequences: int) -> int:
         masks += values.numel() if module.p else 0
         return values
 
+    model.roberta.encoder.recomputed_layers = number_checkpoints
     batch = full_micro_batch(sequences, length, MaskingConfig())
     tensors = {name: getattr(batch, name).to("meta") for name in ("input_ids", "masked_positions", "labels")}
     with (
         mock.patch("ds_roberta.model.encoder.attention", lambda query, key, value, *_: _Flash.apply(query, key, value)),
+        mock.patch("ds_roberta.model.encoder.checkpoint", lambda layer, hidden, *_, **__: _Recomputed.apply(hidden)),
         mock.patch.object(Dropout, "forward", count_mask),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         model(replace(batch, **tensors, attention_mask=None))
-    return masks + sum(storage.nbytes() for storage in storages.values())
+    kept = masks + sum(storage.nbytes() for storage in storages.values())
+    if not number_checkpoints:
+        return kept
+    fewer = replace(config, num_hidden_layers=config.num_hidden_layers - 1)
+    return kept + saved_bytes(config, length, sequences) - saved_bytes(fewer, length, sequences)
 
 
 def engine_bytes(
@@ -249,7 +268,9 @@ def plan(case: Case) -> Plan:
     rows = batch.micro_batch_size * micro_steps if batch else 0
     length = case.max_seq_length
     masked_share = MaskingConfig.mlm_probability * (length - SPECIAL_TOKENS_PER_SEQUENCE) / length
-    flops = rows * length * MaskedLM.flops_per_token(config, length, masked_share)
+    # A third of the layers' operations are the forward pass, which recomputed ones take again.
+    again = MaskedLM.flops_per_token(config, length, 0) / 3 * case.number_checkpoints / config.num_hidden_layers
+    flops = rows * length * (MaskedLM.flops_per_token(config, length, masked_share) + again)
     shares = [0] * world
     for size, owner in zip(sizes, owners(sizes, world), strict=True):
         shares[owner] += 12 * size
@@ -257,7 +278,8 @@ def plan(case: Case) -> Plan:
         case,
         total,
         state,
-        saved_bytes(config, case.max_seq_length, 2) - saved_bytes(config, case.max_seq_length, 1),
+        saved_bytes(config, length, 2, case.number_checkpoints)
+        - saved_bytes(config, length, 1, case.number_checkpoints),
         largest,
         batch,
         wire,
@@ -272,8 +294,8 @@ def plan(case: Case) -> Plan:
 def largest_micro_batch(case: Case, state: float, parameters: int, limit: int) -> int:
     """Return the largest micro-batch up to `limit` that fits, searched as in `training.micro_batch`; 0 if none does."""
     config, length = case.config, case.max_seq_length
-    one = saved_bytes(config, length, 1)
-    sequence = saved_bytes(config, length, 2) - one
+    one = saved_bytes(config, length, 1, case.number_checkpoints)
+    sequence = saved_bytes(config, length, 2, case.number_checkpoints) - one
     # Assumed: in addition to what is saved, a layer's gradients take at most 4 times the MLP's inner width plus 8 times
     # the hidden size in values per token, the head at most two fp32 blocks of 1,024 rows and its fp32 weights.
     passing = 2 * (4 * config.intermediate_size + 8 * config.hidden_size) * length

@@ -116,6 +116,11 @@ class DeepSpeedConfig:
     def zero_stage(self) -> int:
         return self.content.get("zero_optimization", {}).get("stage", 0)
 
+    @property
+    def recomputed_layers(self) -> int:
+        """Of how many layers the backward pass computes the activations again, instead of keeping them."""
+        return _section(self.content, "activation_checkpointing").get("number_checkpoints") or 0
+
     def precision(self, preferred: tuple[str, ...], supported: tuple[str, ...]) -> str:
         """The run's precision, one of `PRECISIONS`.
 
@@ -159,6 +164,8 @@ class DeepSpeedConfig:
             key: value for key, value in copy.deepcopy(accepted_part(self.content)).items() if key not in _MONITORS
         }
         del content["train_batch_size"]
+        if not self.recomputed_layers:
+            content.pop("activation_checkpointing", None)
         content["train_micro_batch_size_per_gpu"] = content["gradient_accumulation_steps"] = 1
         for name in ("fp16", "bf16"):
             content[name] = {**content.get(name, {}), "enabled": precision == name}

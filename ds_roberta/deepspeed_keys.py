@@ -101,6 +101,7 @@ _UNROUNDED = "weights and gradients are communicated unrounded"
 _PARALLEL = "a run is data-parallel, with ZeRO; its model is not split in any other way"
 _NVME = 'nothing is offloaded to NVMe here; "device": "cpu" keeps it in host memory'
 _UNTESTED = "it is not tested with this trainer's exact sums and checkpoints"
+_CHECKPOINTED = "activations are recomputed by torch's checkpointing, from inputs that stay where they are"
 _GONE = "DeepSpeed has removed it"
 _OTHER_OPTIMIZER = "it belongs to an optimizer that is not accepted"
 _UNPRINTED = "it is never printed; tokens_per_second is in metrics.jsonl"
@@ -249,11 +250,15 @@ KEYS: Section = {
     "bfloat16": Refused("write bf16"),
     "amp": Refused(_PRECISION, keys="enabled opt_level loss_scale master_weights keep_batchnorm_fp32"),
     "torch_autocast": Refused(_PRECISION, keys="enabled dtype lower_precision_safe_modules"),
-    "activation_checkpointing": Refused(
-        "the encoder does not recompute activations",
-        keys="partition_activations contiguous_memory_optimization cpu_checkpointing number_checkpoints "
-        "synchronize_checkpoint_boundary profile",
-    ),
+    "activation_checkpointing": {
+        "number_checkpoints": Kind(
+            "be the number of layers to recompute, or null for none",
+            lambda value: value is None or _is_positive_int(value),
+        ),
+        "partition_activations": Refused(_PARALLEL),
+        **_each("contiguous_memory_optimization cpu_checkpointing", Refused(_CHECKPOINTED)),
+        **_each("synchronize_checkpoint_boundary profile", Refused(_CHECKPOINTED)),
+    },
     "aio": Refused(_NVME, keys="block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
     "curriculum_learning": Refused(f"{_DATA}; --max_seq_length_schedule begins with short sequences"),
     **_each("data_efficiency dataloader_drop_last", Refused(_DATA)),

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.model.kernels import Dropout, attention
@@ -150,10 +151,15 @@ class RobertaEncoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.layer = nn.ModuleList(RobertaLayer(config) for _ in range(config.num_hidden_layers))
+        self.recomputed_layers = 0
+        """Of so many first layers only the input is kept for the backward pass, which computes the rest again."""
 
     def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
-        for layer in self.layer:
-            hidden_BTD = layer(hidden_BTD, mask_B11T)
+        for number, layer in enumerate(self.layer):
+            if self.training and number < self.recomputed_layers:
+                hidden_BTD = checkpoint(layer, hidden_BTD, mask_B11T, use_reentrant=False)
+            else:
+                hidden_BTD = layer(hidden_BTD, mask_B11T)
         return hidden_BTD
 
 

@@ -124,23 +124,23 @@ class _PlainAttention(torch.autograd.Function):
         if mask is not None:
             scores.masked_fill_(~mask, float("-inf"))
         weights = torch.softmax(scores, -1)
-        ctx.keep = keep_mask(weights.shape, dropout_p) if dropout_p else None
+        keep = keep_mask(weights.shape, dropout_p) if dropout_p else None
         ctx.scale = 1 / (1 - dropout_p)
-        ctx.save_for_backward(query, key, value, weights)
-        if ctx.keep is None:
+        ctx.save_for_backward(query, key, value, weights, keep)
+        if keep is None:
             return weights @ value
-        return (apply_mask(weights, ctx.keep) @ value).mul_(ctx.scale)
+        return (apply_mask(weights, keep) @ value).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, weights = ctx.saved_tensors
+        query, key, value, weights, keep = ctx.saved_tensors
         gradient, kept = gradients[0], weights
-        if ctx.keep is not None:
-            gradient, kept = gradient * ctx.scale, apply_mask(weights, ctx.keep)
+        if keep is not None:
+            gradient, kept = gradient * ctx.scale, apply_mask(weights, keep)
         value_gradient = kept.transpose(-1, -2) @ gradient
         weights_gradient = gradient @ value.transpose(-1, -2)
-        if ctx.keep is not None:
-            weights_gradient = apply_mask(weights_gradient, ctx.keep)
+        if keep is not None:
+            weights_gradient = apply_mask(weights_gradient, keep)
         scores_gradient = torch._softmax_backward_data(weights_gradient, weights, -1, weights.dtype)
         query_gradient = (scores_gradient @ key).mul_(query.shape[-1] ** -0.5)
         return query_gradient, scores_gradient.transpose(-1, -2) @ query, value_gradient, None, None

@@ -156,6 +156,7 @@ def finding_conditions(
         "mlm_probability": max(masking.mlm_probability, masking.final_probability),
         "precision": precision,
         "zero_optimization": engine.config.get("zero_optimization", {}),
+        **{name: engine.config[name] for name in ("activation_checkpointing",) if name in engine.config},
         "limit": limit,
         "devices": sorted(set(engine.ranks.gather(_describe(engine.device)))),
         "world_size": engine.ranks.world_size,
@@ -178,7 +179,8 @@ def largest_size(engine: Engine, trial: Trial, limit: int) -> int:
     if size == 0:
         raise UserError(
             f"not even one sequence of {trial.max_seq_length} tokens fits into {MEMORY_SHARE:.0%} of the GPU's free "
-            "memory: choose a smaller --model or --max_seq_length, or free the GPU"
+            "memory: free the GPU, recompute layers (activation_checkpointing.number_checkpoints in the JSON), or choose "
+            "a smaller --model or --max_seq_length"
         )
     return size
 

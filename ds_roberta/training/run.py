@@ -124,6 +124,11 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
             f"--no_decay_bias_and_norm does nothing: {deepspeed.source!r} has no optimizer.params.weight_decay "
             "above 0: set one there, or remove the option"
         )
+    if deepspeed.recomputed_layers > config.model.num_hidden_layers:
+        raise UserError(
+            f"{deepspeed.source}: activation_checkpointing.number_checkpoints is {deepspeed.recomputed_layers}, but "
+            f"the model has {config.model.num_hidden_layers} layers: give at most as many"
+        )
     if config.guard.loss_plateau == "stop":
         if not find_objective(config.objective, config.packing).predicts_tokens:
             raise UserError(f"--loss_plateau stop does nothing with --objective {config.objective}: remove it")
@@ -175,7 +180,7 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
     """The DeepSpeed engine with initial weights, the largest micro-batch of each length, and the device's peak."""
     config, ranks = run.config, run.ranks
     torch.manual_seed(config.seed)
-    model = ranks.together(lambda: _allocate_model(config))
+    model = ranks.together(lambda: _allocate_model(run))
     initial_model = run.initial_model
     if initial_model is not None and start.is_fresh:
         for line in ranks.together(lambda: initial_model.initialize(model, config, run.corpus)):
@@ -199,19 +204,23 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
     return engine, micro_batch_sizes, peak
 
 
-def _make_model(config: RunConfig) -> Objective:
+def _make_model(run: Run) -> Objective:
+    config = run.config
     model = find_objective(config.objective, config.packing)(config.model)
+    model.roberta.encoder.recomputed_layers = run.deepspeed.recomputed_layers
     if config.initial_attention == NEIGHBOURS:
         look_at_neighbours(model.roberta, config.model.initializer_range)
     return model
 
 
-def _allocate_model(config: RunConfig) -> Objective:
+def _allocate_model(run: Run) -> Objective:
     try:
-        return _make_model(config)
+        return _make_model(run)
     except RuntimeError as error:  # torch's, for memory and for sizes that it cannot express
         reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot allocate the model {config.model_name} ({reason}): choose smaller sizes") from error
+        raise UserError(
+            f"cannot allocate the model {run.config.model_name} ({reason}): choose smaller sizes"
+        ) from error
 
 
 def _micro_batch_sizes(run: Run, start: Start, engine: Engine) -> dict[int, int]:
@@ -229,7 +238,7 @@ def _micro_batch_sizes(run: Run, start: Start, engine: Engine) -> dict[int, int]
         share = -(-largest // engine.ranks.world_size)
         sizes[length] = run.deepspeed.micro_batch_size or find_micro_batch_size(
             engine,
-            Trial(engine, lambda: _make_model(config), length, config.masking),
+            Trial(engine, lambda: _make_model(run), length, config.masking),
             finding_conditions(engine, config.model, length, config.masking, run.precision, share, config.objective),
             share,
             folders,

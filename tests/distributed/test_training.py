@@ -22,7 +22,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def findings(corpus_folder: Path, output: Path) -> dict:
     """Findings of all cases; two processes write the checkpoint from which the others go on."""
     for processes, cases in (
-        (2, "partition,resume,elastic,overflow,overflow_at_the_floor,trials"),
+        (2, "partition,resume,elastic,overflow,overflow_at_the_floor,trials,recomputation"),
         (1, "partition,elastic,accumulation"),
         (3, "partition,elastic"),
         (4, "partition,elastic"),
@@ -133,6 +133,11 @@ def test_trials_that_run_out_of_memory_agree_and_leave_no_trace(findings):
     assert len(findings["trials"]) == 5
     for name, found in findings["trials"].items():
         assert found == {"size": 3, "equal": True}, name
+
+
+def test_recomputed_activations_are_those_that_are_kept_otherwise(findings):
+    for case, (kept, recomputed) in findings["recomputation"].items():
+        assert kept == recomputed, case
 
 
 def test_hundreds_of_micro_steps_in_bf16_are_as_exact_as_two(findings):

@@ -337,6 +337,21 @@ def trials(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         (folder / "trials.json").write_text(json.dumps(findings))
 
 
+def recomputation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Three steps, dropout on, with activations kept and recomputed: losses, norms and a hash of the parameters."""
+    findings = {}
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp16"), (3, "fp32"), (3, "bf16")):
+        rows = []
+        for layers in (0, 1):
+            engine, loader = make(ranks, corpus, stage, precision, 4, dropout=0.1)
+            engine.module.roberta.encoder.recomputed_layers = layers
+            steps = [(row["loss"], row["grad_norm"]) for row in train(engine, loader, 0, 3)]
+            content = b"".join(value.tobytes() for value in parameters(engine).values())
+            rows.append([*steps, hashlib.sha256(content).hexdigest()])
+        findings[f"{stage}-{precision}"] = rows
+    (folder / "recomputation.json").write_text(json.dumps(findings))
+
+
 def accumulation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     """Errors against fp32 of the gradient of 256 sequences: in bf16 as 256 micro-steps and as 2; in fp16 as 2, also as
     if they were part of a batch a million times as large.

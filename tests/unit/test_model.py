@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -195,3 +197,41 @@ def test_initial_weights_are_berts(config):
             assert not parameter.any()
     torch.manual_seed(3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), MaskedLM(config).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_layers_have_the_same_gradients_and_keep_only_their_inputs(config, batch, dtype):
+    config = replace(config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    torch.manual_seed(0)
+    model = MaskedLM(config).to(dtype)
+    ids, mask, positions, labels, _ = batch
+
+    def gradients_and_kept_bytes(layers):
+        model.roberta.encoder.recomputed_layers = layers
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_sum(model, ids, mask, positions, labels)
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()], kept
+
+    (expected, most), *found = [gradients_and_kept_bytes(layers) for layers in (0, 1, config.num_hidden_layers)]
+    for gradients, _ in found:
+        assert all(map(torch.equal, gradients, expected))
+    one_layer = most - found[0][1]
+    assert most - found[1][1] == config.num_hidden_layers * one_layer > 0
+
+
+def test_an_evaluation_recomputes_nothing(pair, batch, monkeypatch):
+    ours, _ = pair
+    monkeypatch.setattr(ours.roberta.encoder, "recomputed_layers", 2)
+    monkeypatch.setattr("ds_roberta.model.encoder.checkpoint", None)
+    ids, mask, positions, labels, _ = batch
+    loss_sum(ours, ids, mask, positions, labels)

@@ -30,6 +30,27 @@ def test_saved_activations_of_a_layer_are_those_counted_by_hand(model):
     assert found >= expected
 
 
+@pytest.mark.parametrize("number_checkpoints", [1, 5, 12])
+def test_a_recomputed_layer_keeps_its_input_and_one_at_a_time_has_all_its_activations(number_checkpoints):
+    length = 64
+    config = model_config("base", 1_000, length)
+    layer = length * (34 * config.hidden_size + 4 * config.num_attention_heads + 16)
+
+    def a_sequence(number):
+        return saved_bytes(config, length, 2, number) - saved_bytes(config, length, 1, number)
+
+    inputs = number_checkpoints * 2 * length * config.hidden_size
+    assert a_sequence(number_checkpoints) == pytest.approx(
+        a_sequence(0) - (number_checkpoints - 1) * layer + inputs, rel=0.01
+    )
+
+
+def test_recomputation_takes_a_third_of_the_layers_operations_again():
+    kept, recomputed = plan(Case("base", 8)), plan(Case("base", 8, number_checkpoints=12))
+    assert recomputed.largest_micro_batch > 2 * kept.largest_micro_batch
+    assert 1.2 < recomputed.compute_seconds / kept.compute_seconds < 4 / 3
+
+
 def test_a_batch_is_planned_as_the_run_would():
     small, large = plan(Case("large", 8)), plan(Case("large", 4_096, train_batch_size=10_000))
     assert small.batch.accumulation_steps * small.batch.micro_batch_size * 8 >= 8_192
