@@ -179,8 +179,8 @@ def largest_size(engine: Engine, trial: Trial, limit: int) -> int:
     if size == 0:
         raise UserError(
             f"not even one sequence of {trial.max_seq_length} tokens fits into {MEMORY_SHARE:.0%} of the GPU's free "
-            "memory: free the GPU, recompute layers (activation_checkpointing.number_checkpoints in the JSON), or choose "
-            "a smaller --model or --max_seq_length"
+            "memory: free the GPU, recompute layers (activation_checkpointing.number_checkpoints in the JSON), or "
+            "choose a smaller --model or --max_seq_length"
         )
     return size
 
