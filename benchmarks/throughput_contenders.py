@@ -168,7 +168,8 @@ def write_rows(case: Case, most: int) -> float:
     tokenizer, count = corpus.manifest.tokenizer, min(len(packed), most)
     rows = np.full((count, case.max_seq_length), tokenizer.pad_token_id)
     rows[:, 0] = tokenizer.bos_token_id
-    lengths = packed.gather(np.arange(count), rows) + 2
+    lengths = packed.lengths(np.arange(count)) + 2
+    packed.gather(np.arange(count), rows)
     rows[np.arange(count), lengths - 1] = tokenizer.eos_token_id
     is_token = np.arange(case.max_seq_length) < lengths[:, None]
     columns = {

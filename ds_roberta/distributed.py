@@ -62,6 +62,9 @@ class Ranks:
     def min(self, value: int) -> int:
         return int(self._reduce([float(value)], dist.ReduceOp.MIN)[0])
 
+    def max(self, value: int) -> int:
+        return int(self._reduce([float(value)], dist.ReduceOp.MAX)[0])
+
     def any(self, flag: bool) -> bool:
         return self._reduce([float(flag)], dist.ReduceOp.MAX)[0] > 0
 

@@ -184,6 +184,9 @@ class ThreadRanks:
     def min(self, value):
         return min(self.gather(value))
 
+    def max(self, value):
+        return max(self.gather(value))
+
     def on_main(self, function):
         value, problem = None, None
         if self.is_main:

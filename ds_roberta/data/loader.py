@@ -1,6 +1,9 @@
 """The micro-batches of a training step, found by the step's number, and of the held-out sample.
 
-Shapes: B sequences of a micro-batch, T tokens per sequence, M labelled tokens.
+A micro-batch has a fixed number of rows with padding, which a GPU and compiled layers need, or no padding: then it has
+as many whole sequences as fit into the tokens of so many full rows, in a flat layout unless all are full.
+
+Shapes: B sequences of a micro-batch, T tokens per sequence, N tokens of all sequences, M labelled tokens.
 """
 
 from __future__ import annotations
@@ -8,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ds_roberta.config import Stage
+from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.masking import Masker, copy_numbers
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
@@ -48,13 +54,14 @@ class MicroBatch:
     """The model's inputs and labels for one micro-batch.
 
     Attributes:
-        input_ids: (B, T) int64, with masked tokens replaced.
-        attention_mask: (B, T) bool, true at tokens and false at padding; None if no row has padding.
-        masked_positions: (M,) int64, flat positions b * T + t of the labelled tokens.
+        input_ids: (B, T) int64, with masked tokens replaced; in a flat layout (N,).
+        attention_mask: (B, T) bool, true at tokens and false at padding; None if there is none.
+        masked_positions: (M,) int64, positions of the labelled tokens in the flattened ids.
         labels: (M,) int64, from the masker: the tokens' true ids, or whether each was replaced.
         tokens: number of tokens that are not padding.
-        sequences: number of rows that are not empty places.
+        sequences: number of sequences, without empty places.
         next_sentence_labels: (sequences,) int64 for pairs, see `PackedSplit.next_sentence_labels`; else None.
+        layout: where the sequences are among the N tokens; None if each is a row.
     """
 
     input_ids: torch.Tensor
@@ -64,6 +71,14 @@ class MicroBatch:
     tokens: int
     sequences: int
     next_sentence_labels: torch.Tensor | None = None
+    layout: FlatLayout | None = None
+
+    @property
+    def first_tokens(self) -> torch.Tensor:
+        """The flat positions of the sequences' `<s>`, those of empty places last: (B,) int64."""
+        if self.layout is not None:
+            return self.layout.first_tokens
+        return torch.arange(0, self.input_ids.numel(), self.input_ids.shape[1], device=self.input_ids.device)
 
     @property
     def counts(self) -> Counts:
@@ -81,15 +96,30 @@ class MicroBatch:
 
 
 class Collator:
-    """Assembles micro-batches of one packed split."""
+    """Assembles micro-batches of one packed split.
 
-    def __init__(self, packed: PackedSplit, masker: Masker, tokenizer: TokenizerInfo, max_seq_length: int):
+    Args:
+        padded: whether sequences are filled up to `max_seq_length` tokens.
+    """
+
+    def __init__(
+        self,
+        packed: PackedSplit,
+        masker: Masker,
+        tokenizer: TokenizerInfo,
+        max_seq_length: int,
+        padded: bool = True,
+    ):
         self.packed, self.masker = packed, masker
-        self.tokenizer, self.max_seq_length = tokenizer, max_seq_length
+        self.tokenizer, self.max_seq_length, self.padded = tokenizer, max_seq_length, padded
 
     def collate(self, sequences: np.ndarray, places: np.ndarray) -> MicroBatch:
         """Assemble one micro-batch; see `collate_all`."""
         return self.collate_all(sequences, places, len(places))[0]
+
+    def nothing(self) -> MicroBatch:
+        """A micro-batch of an empty place."""
+        return self.collate(np.zeros(1, dtype=np.int64), np.array([EMPTY_PLACE]))
 
     def collate_all(
         self,
@@ -98,52 +128,91 @@ class Collator:
         micro_batch_size: int,
         mlm_probability: float | None = None,
     ) -> list[MicroBatch]:
-        """Micro-batches of consecutive rows, made together and sharing memory: small ones cost no more than large ones.
+        """Micro-batches of consecutive places, made together, so that small ones cost no more than large ones.
 
         Args:
-            sequences: (rows,) int64, which sequence fills each row; ignored in empty places.
-            places: (rows,) int64, the rows' places, or their numbers from `copy_numbers`, which decide the masks;
-                `EMPTY_PLACE` in the last rows if there are too few sequences. The number of rows is a multiple of the
-                micro-batch size.
+            sequences: (rows,) int64, which sequence is at each place; ignored at empty places.
+            places: (rows,) int64, the places, or their numbers from `copy_numbers`, which decide the masks;
+                `EMPTY_PLACE` at the end if there are too few sequences. With padding, the number of rows is a multiple
+                of the micro-batch size.
+            micro_batch_size: the rows of a micro-batch; without padding, it has at most that many times
+                `max_seq_length` tokens, and empty places are left out unless there are no others.
             mlm_probability: the share of tokens to mask, if not the masker's.
         """
         filled = int(np.count_nonzero(places != EMPTY_PLACE))
-        tokenizer, shape = self.tokenizer, (len(places), self.max_seq_length)
-        # Ids keep their type on disk until the end, so that only a quarter of the memory is moved.
-        compact = np.full(shape, tokenizer.pad_token_id, dtype=token_type(tokenizer.vocab_size))
-        compact[:, 0], compact[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
-        rows = compact[:filled]
         lengths = np.full(len(places), 2)
-        lengths[:filled] += self.packed.gather(sequences[:filled], rows)
-        rows[np.arange(filled), lengths[:filled] - 1] = tokenizer.eos_token_id
-        positions, labels = self.masker.mask(rows, places[:filled], mlm_probability)
-        input_ids = torch.from_numpy(compact.astype(np.int64))
-        columns = np.arange(self.max_seq_length, dtype=np.int32)
-        is_token = torch.from_numpy(columns < lengths.astype(np.int32)[:, None])
-        by_micro_batch = lengths.reshape(-1, micro_batch_size)
-        has_padding = (by_micro_batch.min(axis=1) < self.max_seq_length).tolist()
-        filled_rows = (filled - np.arange(0, len(places), micro_batch_size)).clip(0, micro_batch_size)
-        tokens = np.where(np.arange(micro_batch_size) < filled_rows[:, None], by_micro_batch, 0).sum(axis=1)
-        next_sentence: list[torch.Tensor] | list[None] = [None] * len(filled_rows)
-        if self.packed.is_paired:
-            all_labels = torch.from_numpy(self.packed.next_sentence_labels(sequences[:filled]))
-            next_sentence = list(all_labels.split(filled_rows.tolist()))
-        size = micro_batch_size * self.max_seq_length
-        bounds = np.searchsorted(positions, np.arange(0, compact.size + 1, size)).tolist()
-        return [
-            MicroBatch(
-                ids,
-                mask if has_padding[number] else None,
-                torch.from_numpy(positions[bounds[number] : bounds[number + 1]] - number * size),
-                torch.from_numpy(labels[bounds[number] : bounds[number + 1]]),
-                int(tokens[number]),
-                int(filled_rows[number]),
-                next_sentence[number],
+        lengths[:filled] += self.packed.lengths(sequences[:filled])
+        if self.padded:
+            bounds = np.arange(0, len(places) + 1, micro_batch_size)
+        else:
+            lengths = lengths[: max(filled, 1)]
+            bounds = fill(lengths, micro_batch_size * self.max_seq_length)
+            numbers = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+            order = np.lexsort((-lengths, numbers))  # neighbours are alike, so that they need little padding together
+            sequences, places, lengths = sequences[order], places[order], lengths[order]
+        sequences = sequences[:filled]
+        rows, positions, labels = self._masked_rows(sequences, places[:filled], lengths, mlm_probability)
+        starts = np.arange(0, rows.size + 1, self.max_seq_length)
+        is_token = np.arange(self.max_seq_length, dtype=np.int32) < lengths.astype(np.int32)[:, None]
+        if not self.padded:
+            flat_starts = np.append(0, np.cumsum(lengths))
+            positions = positions + (flat_starts - starts)[positions // self.max_seq_length]
+            rows, starts = rows[is_token], flat_starts
+        input_ids = torch.from_numpy(rows.astype(np.int64).reshape(-1))
+        labelled = np.searchsorted(positions, starts[bounds]).tolist()
+        pairs = torch.from_numpy(self.packed.next_sentence_labels(sequences)) if self.packed.is_paired else None
+
+        def micro_batch(number: int, first: int, last: int) -> MicroBatch:
+            """The one of rows `first` … `last - 1`."""
+            ids, mask, layout = input_ids[starts[first] : starts[last]], None, None
+            is_full = int(lengths[first:last].min()) == self.max_seq_length
+            if self.padded or is_full:
+                ids = ids.view(-1, self.max_seq_length)
+                mask = None if is_full else torch.from_numpy(is_token[first:last])
+            else:
+                layout = FlatLayout.of_lengths(lengths[first:last])
+                ids = F.pad(ids, (0, len(layout.position_ids) - layout.tokens), value=self.tokenizer.pad_token_id)
+            chosen, end = slice(*labelled[number : number + 2]), max(first, min(last, filled))
+            return MicroBatch(
+                input_ids=ids,
+                attention_mask=mask,
+                masked_positions=torch.from_numpy(positions[chosen] - starts[first]),
+                labels=torch.from_numpy(labels[chosen]),
+                tokens=int(lengths[first:end].sum()),
+                sequences=end - first,
+                next_sentence_labels=None if pairs is None else pairs[first:end],
+                layout=layout,
             )
-            for number, (ids, mask) in enumerate(
-                zip(input_ids.split(micro_batch_size), is_token.split(micro_batch_size), strict=True)
-            )
-        ]
+
+        return [micro_batch(number, *own) for number, own in enumerate(pairwise(bounds.tolist()))]
+
+    def _masked_rows(
+        self, sequences: np.ndarray, places: np.ndarray, lengths: np.ndarray, mlm_probability: float | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Framed, padded and masked sequences, then empty rows up to the number of lengths, and what `mask` returns."""
+        tokenizer, shape = self.tokenizer, (len(lengths), self.max_seq_length)
+        # Ids keep their type on disk until the end, so that only a quarter of the memory is moved.
+        rows = np.full(shape, tokenizer.pad_token_id, dtype=token_type(tokenizer.vocab_size))
+        rows[:, 0] = tokenizer.bos_token_id
+        rows[np.arange(len(lengths)), lengths - 1] = tokenizer.eos_token_id
+        self.packed.gather(sequences, rows[: len(sequences)])
+        return rows, *self.masker.mask(rows[: len(sequences)], places, mlm_probability)
+
+
+def fill(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Divide sequences into parts of consecutive ones with at most `capacity` tokens each.
+
+    Args:
+        lengths: (S,) int64, none above the capacity.
+
+    Returns:
+        The number of each part's first sequence, and last S: (parts + 1,) int64.
+    """
+    ends, bounds = np.cumsum(lengths), [0]
+    while bounds[-1] < len(lengths):
+        before = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, before + capacity, side="right")))
+    return np.array(bounds)
 
 
 def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
@@ -219,6 +288,11 @@ class TrainLoader:
             own = np.where(own == EMPTY_PLACE, EMPTY_PLACE, numbers)
         share = None if self.mlm_probability is None else self.mlm_probability(step)
         return current.collator.collate_all(sequences, own, current.micro_batch_size, share)
+
+    def level(self, step: int, micro_batches: list[MicroBatch], ranks: Ranks) -> list[MicroBatch]:
+        """Micro-batches of a step, and empty ones up to the number of the process with most; a collective call."""
+        missing = ranks.max(len(micro_batches)) - len(micro_batches)
+        return micro_batches + [self.stage(step).collator.nothing() for _ in range(missing)]
 
     def steps(
         self, first_step: int, last_step: int, skipped: Sequence[SkippedPlaces] = ()

@@ -152,15 +152,18 @@ class PackedSplit:
         """
         return self._slices["next_sentence_label"][sequences].astype(np.int64)
 
-    def gather(self, sequences: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def lengths(self, sequences: np.ndarray) -> np.ndarray:
+        """The tokens between `<s>` and the last `</s>` of each sequence: (B,) int64."""
+        slices = self._slices[sequences]
+        lengths = slices["length"].astype(np.int64)
+        return lengths + 2 + slices["second_length"] if self.is_paired else lengths
+
+    def gather(self, sequences: np.ndarray, out: np.ndarray) -> None:
         """Copy the slices of `sequences` into the rows of `out`, from column 1 on; two separators divide a pair.
 
         Args:
             sequences: (B,) int64.
-            out: (B, T) integers; only the slices' places are written.
-
-        Returns:
-            The slices' lengths: (B,) int64.
+            out: (B, T) integers; only the places between `<s>` and the last `</s>` are written.
         """
         columns = np.ones(len(sequences), dtype=np.int64)
         for number, (shards, starts, ends) in enumerate(self.segments(sequences)):
@@ -173,7 +176,6 @@ class PackedSplit:
             for row, (column, shard, start, end) in zip(out, places, strict=True):
                 row[column : column + end - start] = values[shard][start:end]
             columns += ends - starts
-        return columns - 1
 
 
 def _slice_type(packing: PackingConfig) -> np.dtype[Any]:

@@ -1,6 +1,9 @@
 """The RoBERTa encoder (Liu et al. 2019), with the parameter names and results of transformers' `RobertaModel`.
 
-Shapes: B sequences, T tokens, D hidden size, H heads, K = D / H.
+A micro-batch is rows of equal length with padding, (B, T), or, in a `FlatLayout`, one row of tokens, (N,). What the
+encoder computes for a token is the same.
+
+Shapes: B sequences, T tokens, D hidden size, H heads, K = D / H; N tokens of all sequences.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_roberta.config import ModelConfig
-from ds_roberta.model.kernels import Dropout, attention
+from ds_roberta.data.layout import FlatLayout
+from ds_roberta.model.kernels import Dropout, attention, flat_attention
+
+Padding = torch.Tensor | FlatLayout | None
+"""Where padding is: (B, 1, 1, T) bool, false at padding; in a flat layout there is none; None: all rows are full."""
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
@@ -56,7 +63,7 @@ transformers' `xielu` is missing: it keeps its parameters in bf16.
 
 
 class RobertaEmbeddings(nn.Module):
-    """Word, position and token type embeddings, normalised: (B, T) ids to (B, T, D)."""
+    """Word, position and token type embeddings, normalised: (B, T) ids to (B, T, D), or (N,) to (N, D)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -67,15 +74,14 @@ class RobertaEmbeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.first_position = config.pad_token_id + 1
 
-    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        # Sequences start at the left, so positions do not depend on the padding, whose outputs are never read.
-        length = input_ids_BT.shape[1]
-        positions_T = torch.arange(self.first_position, self.first_position + length, device=input_ids_BT.device)
-        token_types_T = torch.zeros_like(positions_T)
-        embedded_BTD = self.word_embeddings(input_ids_BT) + (
-            self.position_embeddings(positions_T) + self.token_type_embeddings(token_types_T)
-        )
-        return self.dropout(self.LayerNorm(embedded_BTD))
+    def forward(self, input_ids: torch.Tensor, layout: FlatLayout | None) -> torch.Tensor:
+        # Rows start at the left, so positions do not depend on the padding, whose outputs are never read.
+        length = input_ids.shape[1] if layout is None else layout.longest
+        positions_T = torch.arange(self.first_position, self.first_position + length, device=input_ids.device)
+        places_TD = self.position_embeddings(positions_T) + self.token_type_embeddings(torch.zeros_like(positions_T))
+        places = places_TD if layout is None else F.embedding(layout.position_ids, places_TD)
+        embedded = self.word_embeddings(input_ids) + places
+        return self.dropout(self.LayerNorm(embedded))
 
 
 class RobertaSelfAttention(nn.Module):
@@ -87,17 +93,16 @@ class RobertaSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout_prob = config.attention_probs_dropout_prob
 
-    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, padding: Padding) -> torch.Tensor:
+        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
+        dropout_p = self.dropout_prob if self.training else 0.0
+        if isinstance(padding, FlatLayout):
+            return flat_attention(query, key, value, padding, self.heads, dropout_p)
+
         def split_heads(projected_BTD: torch.Tensor) -> torch.Tensor:
             return projected_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        attended_BHTK = attention(
-            split_heads(self.query(hidden_BTD)),
-            split_heads(self.key(hidden_BTD)),
-            split_heads(self.value(hidden_BTD)),
-            mask_B11T,
-            self.dropout_prob if self.training else 0.0,
-        )
+        attended_BHTK = attention(split_heads(query), split_heads(key), split_heads(value), padding, dropout_p)
         return attended_BHTK.transpose(1, 2).flatten(2)
 
 
@@ -110,8 +115,8 @@ class ResidualOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, inner: torch.Tensor, residual_BTD: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(inner)) + residual_BTD)
+    def forward(self, inner: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(inner)) + residual)
 
 
 class RobertaAttention(nn.Module):
@@ -120,8 +125,8 @@ class RobertaAttention(nn.Module):
         self.self = RobertaSelfAttention(config)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
-        return self.output(self.self(hidden_BTD, mask_B11T), hidden_BTD)
+    def forward(self, hidden: torch.Tensor, padding: Padding) -> torch.Tensor:
+        return self.output(self.self(hidden, padding), hidden)
 
 
 class RobertaIntermediate(nn.Module):
@@ -131,8 +136,8 @@ class RobertaIntermediate(nn.Module):
         activation = ACTIVATIONS[config.hidden_act]
         self.intermediate_act_fn = activation() if isinstance(activation, type) else activation
 
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self.intermediate_act_fn(self.dense(hidden_BTD))
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.intermediate_act_fn(self.dense(hidden))
 
 
 class RobertaLayer(nn.Module):
@@ -142,9 +147,9 @@ class RobertaLayer(nn.Module):
         self.intermediate = RobertaIntermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
-        hidden_BTD = self.attention(hidden_BTD, mask_B11T)
-        return self.output(self.intermediate(hidden_BTD), hidden_BTD)
+    def forward(self, hidden: torch.Tensor, padding: Padding) -> torch.Tensor:
+        hidden = self.attention(hidden, padding)
+        return self.output(self.intermediate(hidden), hidden)
 
 
 class RobertaEncoder(nn.Module):
@@ -154,13 +159,13 @@ class RobertaEncoder(nn.Module):
         self.recomputed_layers = 0
         """Of so many first layers only the input is kept for the backward pass, which computes the rest again."""
 
-    def forward(self, hidden_BTD: torch.Tensor, mask_B11T: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, padding: Padding) -> torch.Tensor:
         for number, layer in enumerate(self.layer):
             if self.training and number < self.recomputed_layers:
-                hidden_BTD = checkpoint(layer, hidden_BTD, mask_B11T, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, padding, use_reentrant=False)
             else:
-                hidden_BTD = layer(hidden_BTD, mask_B11T)
-        return hidden_BTD
+                hidden = layer(hidden, padding)
+        return hidden
 
 
 class RobertaModel(nn.Module):
@@ -171,15 +176,21 @@ class RobertaModel(nn.Module):
         self.embeddings = RobertaEmbeddings(config)
         self.encoder = RobertaEncoder(config)
 
-    def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask_BT: torch.Tensor | None = None,
+        layout: FlatLayout | None = None,
+    ) -> torch.Tensor:
         """Compute the hidden states of the last layer.
 
         Args:
-            input_ids_BT: (B, T) int64, any padding on the right.
+            input_ids: (B, T) int64, any padding on the right; or, with a layout, (N,).
             attention_mask_BT: (B, T) bool, false at padding; None without padding, which is faster.
+            layout: where the sequences are among N tokens; None: in rows.
 
         Returns:
-            (B, T, D) in the parameters' dtype.
+            (B, T, D) or (N, D) in the parameters' dtype.
         """
         mask_B11T = None if attention_mask_BT is None else attention_mask_BT[:, None, None, :]
-        return self.encoder(self.embeddings(input_ids_BT), mask_B11T)
+        return self.encoder(self.embeddings(input_ids, layout), layout or mask_B11T)

@@ -1,17 +1,21 @@
 """Attention, dropout and cross-entropy, for cases where torch's are slow on a CPU or take too much memory.
 
-Shapes: B sequences, H heads, T tokens, K size of a head; M rows, D hidden size, V vocabulary.
+Shapes: B sequences, H heads, T tokens, K size of a head; N tokens of all sequences; M rows, D hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ds_roberta.data.layout import FlatLayout
 
 _LEVELS = 1 << 16
 _CPU_ROWS, _GPU_ROWS = 8, 1024
@@ -108,8 +112,6 @@ def plain_attention(*arguments: Any) -> torch.Tensor:
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Plain products; dropout scales the small tensors rather than the weights."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,31 +121,107 @@ class _PlainAttention(torch.autograd.Function):
         mask: torch.Tensor | None,
         dropout_p: float,
     ) -> torch.Tensor:
-        query = query * query.shape[-1] ** -0.5
-        scores = query @ key.transpose(-1, -2)
-        if mask is not None:
-            scores.masked_fill_(~mask, float("-inf"))
-        weights = torch.softmax(scores, -1)
-        keep = keep_mask(weights.shape, dropout_p) if dropout_p else None
-        ctx.scale = 1 / (1 - dropout_p)
-        ctx.save_for_backward(query, key, value, weights, keep)
-        if keep is None:
-            return weights @ value
-        return (apply_mask(weights, keep) @ value).mul_(ctx.scale)
+        ctx.dropout_p = dropout_p
+        attended, saved = _attend(query, key, value, mask, dropout_p)
+        ctx.save_for_backward(*saved)
+        return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, weights, keep = ctx.saved_tensors
-        gradient, kept = gradients[0], weights
-        if keep is not None:
-            gradient, kept = gradient * ctx.scale, apply_mask(weights, keep)
-        value_gradient = kept.transpose(-1, -2) @ gradient
-        weights_gradient = gradient @ value.transpose(-1, -2)
-        if keep is not None:
-            weights_gradient = apply_mask(weights_gradient, keep)
-        scores_gradient = torch._softmax_backward_data(weights_gradient, weights, -1, weights.dtype)
-        query_gradient = (scores_gradient @ key).mul_(query.shape[-1] ** -0.5)
-        return query_gradient, scores_gradient.transpose(-1, -2) @ query, value_gradient, None, None
+        return *_attend_backward(gradients[0], ctx.saved_tensors, ctx.dropout_p), None, None
+
+
+def flat_attention(
+    query_ND: torch.Tensor,
+    key_ND: torch.Tensor,
+    value_ND: torch.Tensor,
+    layout: FlatLayout,
+    heads: int,
+    dropout_p: float,
+) -> torch.Tensor:
+    """`attention` of each sequence of a flat layout to itself: (N, D) in the arguments' dtype."""
+    return _FlatAttention.apply(query_ND, key_ND, value_ND, layout, heads, dropout_p)
+
+
+class _FlatAttention(torch.autograd.Function):
+    """`_PlainAttention`, a block after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: FlatLayout,
+        heads: int,
+        dropout_p: float,
+    ) -> torch.Tensor:
+        ctx.layout, ctx.heads, ctx.dropout_p = layout, heads, dropout_p
+        out = torch.empty_like(query)
+        out[layout.tokens :] = 0
+        kept: list[torch.Tensor | None] = []
+        for block in layout.blocks:
+            own = [_split_heads(block.spread(each), heads) for each in (query, key, value)]
+            mask = None if block.is_token is None else block.is_token[:, None, None, :]
+            attended, saved = _attend(own[0], own[1], own[2], mask, dropout_p)
+            block.collect(attended.transpose(1, 2), out)
+            kept += saved
+        ctx.save_for_backward(*kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, found = ctx.saved_tensors, [torch.empty_like(gradients[0]) for _ in range(3)]
+        for each in found:
+            each[ctx.layout.tokens :] = 0
+        for number, block in enumerate(ctx.layout.blocks):
+            saved = kept[number * _SAVED : (number + 1) * _SAVED]
+            gradient = _split_heads(block.spread_gradient(gradients[0]), ctx.heads)
+            for each, out in zip(_attend_backward(gradient, saved, ctx.dropout_p), found, strict=True):
+                block.collect(each.transpose(1, 2), out)
+        return *found, None, None, None
+
+
+def _split_heads(values_BTD: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, H, T, K)"""
+    return values_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+_SAVED = 5
+"""Tensors that `_attend` keeps for the backward pass."""
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """`attention` by plain products, and what `_attend_backward` needs; dropout scales the small tensors only."""
+    query = query * query.shape[-1] ** -0.5
+    scores = query @ key.transpose(-1, -2)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    weights = torch.softmax(scores, -1)
+    keep = keep_mask(weights.shape, dropout_p) if dropout_p else None
+    saved = (query, key, value, weights, keep)
+    if keep is None:
+        return weights @ value, saved
+    return (apply_mask(weights, keep) @ value).mul_(1 / (1 - dropout_p)), saved
+
+
+def _attend_backward(
+    gradient: torch.Tensor, saved: Sequence[Any], dropout_p: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of query, key and value."""
+    query, key, value, weights, keep = saved
+    kept = weights
+    if keep is not None:
+        gradient, kept = gradient * (1 / (1 - dropout_p)), apply_mask(weights, keep)
+    value_gradient = kept.transpose(-1, -2) @ gradient
+    weights_gradient = gradient @ value.transpose(-1, -2)
+    if keep is not None:
+        weights_gradient = apply_mask(weights_gradient, keep)
+    scores_gradient = torch._softmax_backward_data(weights_gradient, weights, -1, weights.dtype)
+    query_gradient = (scores_gradient @ key).mul_(query.shape[-1] ** -0.5)
+    return query_gradient, scores_gradient.transpose(-1, -2) @ query, value_gradient
 
 
 def linear_cross_entropy(

@@ -1,6 +1,6 @@
 """The training objectives of the encoder. Each is one class in this module, listed in `OBJECTIVES`.
 
-Shapes: B sequences, T tokens, D hidden size, V vocabulary, M labelled tokens.
+Shapes: B sequences, T tokens, N tokens of all sequences, D hidden size, V vocabulary, M labelled tokens.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Named sums, each a float32 scalar; losses in nats, with a gradient, and counts without one."""
+
+    def hidden_ND(self, batch: MicroBatch) -> torch.Tensor:
+        """The encoder's outputs at the flat positions of a micro-batch: (N, D) in the parameters' dtype."""
+        return self.roberta(batch.input_ids, batch.attention_mask, batch.layout).flatten(0, -2)
 
     @staticmethod
     def weigh(sums: Mapping[str, torch.Tensor], counts: Counts) -> torch.Tensor:
@@ -150,17 +154,16 @@ class MaskedLM(Objective):
         positions_M: torch.Tensor,
     ) -> torch.Tensor:
         """Vocabulary logits at flat positions b * T + t only: (M, V) in the parameters' dtype."""
-        return self._masked_lm(self.roberta(input_ids_BT, attention_mask_BT), positions_M)
+        return self._masked_lm(self.roberta(input_ids_BT, attention_mask_BT).flatten(0, 1), positions_M)
 
     def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """`loss`: the masked tokens' cross-entropies."""
-        hidden_BTD = self.roberta(batch.input_ids, batch.attention_mask)
-        return {"loss": self._masked_lm(hidden_BTD, batch.masked_positions, batch.labels)}
+        return {"loss": self._masked_lm(self.hidden_ND(batch), batch.masked_positions, batch.labels)}
 
     def _masked_lm(
-        self, hidden_BTD: torch.Tensor, positions_M: torch.Tensor, labels_M: torch.Tensor | None = None
+        self, hidden_ND: torch.Tensor, positions_M: torch.Tensor, labels_M: torch.Tensor | None = None
     ) -> torch.Tensor:
-        hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
+        hidden_MD = hidden_ND.index_select(0, positions_M)
         return self.lm_head(hidden_MD, self.roberta.embeddings.word_embeddings.weight, labels_M)
 
     @classmethod
@@ -213,9 +216,10 @@ class MaskedLMWithNextSentence(MaskedLM):
         """
         labels = batch.next_sentence_labels
         assert labels is not None
-        hidden_BTD = self.roberta(batch.input_ids, batch.attention_mask)
-        masked_lm = self._masked_lm(hidden_BTD, batch.masked_positions, batch.labels)
-        logits = self.next_sentence_head(hidden_BTD[: len(labels), 0]).float()  # the rows after them are empty places
+        hidden_ND = self.hidden_ND(batch)
+        masked_lm = self._masked_lm(hidden_ND, batch.masked_positions, batch.labels)
+        first_tokens = batch.first_tokens[: len(labels)]  # the rows after them are empty places
+        logits = self.next_sentence_head(hidden_ND.index_select(0, first_tokens)).float()
         return {
             "mlm_loss": masked_lm,
             "nsp_loss": F.cross_entropy(logits, labels, reduction="sum"),
@@ -281,8 +285,8 @@ class RandomTokenSubstitution(Objective):
         """`loss`: the ordinary tokens' binary cross-entropies; and how many of them are predicted to be replaced
         (`predicted`), are replaced (`replaced`), and both (`found`).
         """
-        hidden_BTD = self.roberta(batch.input_ids, batch.attention_mask)
-        logits_M = self.substitution_head(hidden_BTD.flatten(0, 1).index_select(0, batch.masked_positions)).float()
+        hidden_MD = self.hidden_ND(batch).index_select(0, batch.masked_positions)
+        logits_M = self.substitution_head(hidden_MD).float()
         predicted, replaced = logits_M > 0, batch.labels == 1
         return {
             "loss": F.binary_cross_entropy_with_logits(logits_M, batch.labels.float(), reduction="sum"),

@@ -95,7 +95,7 @@ def fix_steps(run: Run, start: Start, data: RunData, engine: Engine, micro_batch
         return run
     option, folder = _as_option(run.budget), run.config.output_dir
     if "max_tokens" in run.budget:
-        tokens = {length: _mean_tokens(data, run, length) for length in data.train}
+        tokens = {length: _mean_tokens(data, length) for length in data.train}
         per_step = {_shape(stage): tokens[stage.max_seq_length] * stage.train_batch_size for stage in run.config.stages}
         max_steps = _fitting_steps(run, run.budget["max_tokens"], per_step)
         reason = ", ".join(f"{each:.1f} tokens in a sequence of up to {length}" for length, each in tokens.items())
@@ -147,12 +147,11 @@ def _fitting_steps(
     return steps_within(budget, cost)
 
 
-def _mean_tokens(data: RunData, run: Run, length: int) -> float:
+def _mean_tokens(data: RunData, length: int) -> float:
     """The mean number of a sequence's tokens, padding excluded, over the first sequences of the run."""
     packed, order = data.train[length], data.orders[length]
     sequences = order.sequences(np.arange(min(len(packed), _SAMPLE_SEQUENCES)))
-    tokens = sum(int((ends - starts).sum()) for _, starts, ends in packed.segments(sequences))
-    return tokens / len(sequences) + length - replace(run.config.packing, max_seq_length=length).capacity
+    return float(packed.lengths(sequences).mean()) + 2
 
 
 def _steps_within_minutes(
@@ -162,11 +161,12 @@ def _steps_within_minutes(
     config, ranks, minutes = run.config, run.ranks, run.budget["max_minutes"]
     seconds = min(max(_MEASURED_SHARE * 60 * minutes, _LEAST_SECONDS), _MOST_SECONDS)
     plans = batch_plans(config.stages, micro_batch_sizes, ranks.world_size)
-    loader, held_out = make_loaders(run, data, plans, engine.module.masker)
+    loader, held_out = make_loaders(run, data, plans, engine.module.masker, engine.device.type != "cpu")
     ends = [*(stage.first_step for stage in config.stages[1:]), config.schedule.max_steps]
     per_step = {}
     for stage, end in zip(config.stages, ends, strict=True):
-        middle = loader.micro_batches((stage.first_step + end) // 2)  # of the stage's mean share of masks
+        step = (stage.first_step + end) // 2  # of the stage's mean share of masks
+        middle = loader.level(step, loader.micro_batches(step), ranks)
         per_step[_shape(stage)] = ranks.broadcast(_seconds_per_step(engine, middle, seconds))
     per_evaluation = 0.0 if held_out is None else _seconds_per_evaluation(engine, held_out, seconds)
     parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.module.parameters())

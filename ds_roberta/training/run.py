@@ -258,7 +258,7 @@ def _divide_batches(run: Run, data: RunData, micro_batch_sizes: dict[int, int]) 
 
 
 def _make_trainer(run: Run, start: Start, data: RunData, engine: Engine, plans: list[BatchPlan], peak: Peak) -> Trainer:
-    loader, held_out = make_loaders(run, data, plans, engine.module.masker)
+    loader, held_out = make_loaders(run, data, plans, engine.module.masker, on_gpu())
     find_lines(run, start.state, held_out, engine.module)
     return Trainer(
         run.config,

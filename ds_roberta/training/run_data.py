@@ -68,7 +68,7 @@ def log_sources(run: Run, data: RunData) -> None:
 
 
 def make_loaders(
-    run: Run, data: RunData, plans: list[BatchPlan], kind: type[Masker]
+    run: Run, data: RunData, plans: list[BatchPlan], kind: type[Masker], on_gpu: bool
 ) -> tuple[TrainLoader, HeldOutSample | None]:
     """The batches to train on, and the held-out sample, masked by the objective's `kind` of masker."""
     config, ranks, tokenizer = run.config, run.ranks, run.corpus.manifest.tokenizer
@@ -77,7 +77,8 @@ def make_loaders(
         words = word_starts(run.corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
         ranks.on_main(lambda: _log_text_without_words(run, data.train[config.packing.max_seq_length]))
     masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
-    collators = {length: Collator(packed, masker, tokenizer, length) for length, packed in data.train.items()}
+    padded = on_gpu or run.compiled  # kernels are made for shapes that do not change
+    collators = {length: Collator(packed, masker, tokenizer, length, padded) for length, packed in data.train.items()}
     loader = TrainLoader(
         [
             LoaderStage(
@@ -93,7 +94,7 @@ def make_loaders(
     if data.held_out is None:
         return loader, None
     masker = evaluation_masker(config.masking, tokenizer, words, kind)
-    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length)
+    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length, padded)
     return loader, HeldOutSample(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
 
 

@@ -169,6 +169,7 @@ class Trainer:
         self._enter_stage()
         state, waited = self.state, time.perf_counter() - began
         counts = Counts.total([micro_batch.counts for micro_batch in micro_batches], self.ranks)
+        micro_batches = self.loader.level(state.global_step, micro_batches, self.ranks)
         sums: dict[str, torch.Tensor] = {}
         with self.engine.accumulation():
             for micro_step, micro_batch in enumerate(micro_batches):

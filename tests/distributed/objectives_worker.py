@@ -26,7 +26,7 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[di
     """Take steps `first` … `last - 1` as the trainer does; return the sums, metrics, gradient norm and data."""
     rows = []
     for step in range(first, last):
-        micro_batches = loader.micro_batches(step)
+        micro_batches = loader.level(step, loader.micro_batches(step), engine.ranks)
         counts = Counts.total([batch.counts for batch in micro_batches], engine.ranks)
         sums = Counter()
         with engine.accumulation():

@@ -36,6 +36,7 @@ from ds_roberta.training.micro_batch import BatchPlan, Trial, full_micro_batch, 
 from ds_roberta.training.optimizer import parameter_groups
 
 SEED, BATCH = 3, 22  # neither 3 nor 4 processes divide 22
+PAD = 1
 LENGTH = int(os.environ.get("SEQUENCE_LENGTH", "32"))
 MUON = {"type": "Muon", "params": {"muon_lr": 0.01, "adam_lr": 1e-3, "weight_decay": 0.1}}
 REPOSITORY = Path(__file__).parents[2]
@@ -85,7 +86,7 @@ def make(
     engine.set_batch(BatchPlan(config.train_batch_size, micro_batch_size, ranks.world_size))
     packed = open_index(corpus, "train", packing)
     masker = training_masker(MaskingConfig(), tokenizer, SEED, kind=model.masker)
-    collator = Collator(packed, masker, tokenizer, LENGTH)
+    collator = Collator(packed, masker, tokenizer, LENGTH, padded=on_gpu())
     only = Stage(0, LENGTH, config.train_batch_size)
     stages = [LoaderStage(only, collator, SampleOrder(len(packed), SEED), micro_batch_size)]
     return engine, TrainLoader(stages, ranks.rank, ranks.world_size)
@@ -99,7 +100,7 @@ def train(engine: Engine, loader: TrainLoader, first: int, last: int, more_maske
     """
     rows = []
     for step in range(first, last):
-        micro_batches = loader.micro_batches(step)
+        micro_batches = loader.level(step, loader.micro_batches(step), engine.ranks)
         counts = Counts.total([batch.counts for batch in micro_batches], engine.ranks)
         counts = counts._replace(labels=counts.labels * more_masked)
         loss_sum = 0.0
@@ -125,10 +126,15 @@ def digests(micro_batches: list[MicroBatch]) -> list[str]:
     """Return a hash of the inputs and labels of every sequence."""
     found = []
     for batch in micro_batches:
-        labels = torch.full(batch.input_ids.shape, -100)
-        labels.view(-1)[batch.masked_positions] = batch.labels
-        rows = torch.cat([batch.input_ids, labels], dim=1)[: batch.sequences]
-        found += [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in rows]
+        labels = torch.full((batch.input_ids.numel(),), -100)
+        labels[batch.masked_positions] = batch.labels
+        rows = torch.stack([batch.input_ids.flatten(), labels])
+        firsts = batch.first_tokens.tolist()
+        for first, end in zip(firsts, [*firsts[1:], None], strict=True):
+            own = rows[:, first:end]
+            own = own[:, own[0] != PAD]
+            found.append(hashlib.sha256(own.contiguous().numpy().tobytes()).hexdigest()[:16])
+        del found[len(found) - len(firsts) + batch.sequences :]
     return found
 
 

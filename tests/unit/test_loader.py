@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -186,7 +187,7 @@ def test_the_stream_of_stages_from_any_step_is_the_tail_of_the_whole(staged_load
 
 
 def test_epochs_mask_the_same_sequence_differently(collator, packed):
-    lengths = packed.gather(np.arange(500), np.zeros((500, LENGTH), dtype=np.int64))
+    lengths = packed.lengths(np.arange(500))
     sequences = np.flatnonzero(lengths > LENGTH / 2)
     first, second = (collator.collate(sequences, sequences + epoch * len(packed)) for epoch in (0, 1))
     assert true_ids(first) == true_ids(second)
@@ -197,7 +198,8 @@ def test_rows_are_framed_and_padded(collator, packed):
     sequences = np.arange(400)
     micro_batch = collator.collate(sequences, sequences)
     slices = np.zeros((400, LENGTH), dtype=np.int64)
-    lengths = packed.gather(sequences, slices)
+    lengths = packed.lengths(sequences)
+    packed.gather(sequences, slices)
     ids = np.stack([np.frombuffer(row, dtype=np.int64) for row in true_ids(micro_batch)])
     for row, mask, expected, length in zip(ids, micro_batch.attention_mask.numpy(), slices, lengths, strict=True):
         assert row[0] == 0
@@ -211,7 +213,7 @@ def test_rows_are_framed_and_padded(collator, packed):
 
 
 def test_full_rows_have_no_attention_mask(collator, packed):
-    lengths = packed.gather(np.arange(len(packed)), np.zeros((len(packed), LENGTH), dtype=np.int64))
+    lengths = packed.lengths(np.arange(len(packed)))
     full, short = np.flatnonzero(lengths == LENGTH - 2)[:5], np.flatnonzero(lengths < LENGTH - 2)[:1]
     assert collator.collate(full, full).attention_mask is None
     mixed = np.concatenate([full, short])
@@ -292,3 +294,67 @@ def test_micro_batches_hold_what_the_model_takes(loader):
     assert isinstance(micro_batch, MicroBatch)
     assert micro_batch.input_ids.dtype == micro_batch.masked_positions.dtype == micro_batch.labels.dtype == torch.int64
     assert micro_batch.attention_mask is None or micro_batch.attention_mask.dtype == torch.bool
+
+
+def sequences_of(micro_batches, padded):
+    """Every sequence's ids and labels (-100 where there is none), as bytes."""
+    found = []
+    for each in micro_batches:
+        ids = each.input_ids.flatten()
+        labels = torch.full_like(ids, -100)
+        labels[each.masked_positions] = each.labels
+        lengths = np.diff([*each.first_tokens.tolist(), len(ids) if each.layout is None else each.layout.tokens])
+        rows = torch.stack([ids, labels])[:, : lengths.sum()].split(lengths.tolist(), dim=1)
+        for row in rows[: each.sequences]:
+            own = row[:, row[0] != 1] if padded else row
+            assert (row[0] != 1).all() or padded
+            found.append(own.contiguous().numpy().tobytes())
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 6, 100])
+def test_without_padding_a_batch_has_the_same_sequences_and_masks(corpus, packed, batch):
+    tokenizer, order, step = corpus.manifest.tokenizer, SampleOrder(len(packed), 5), 7
+    masker = training_masker(MaskingConfig(), tokenizer, 5)
+
+    def parts(padded, micro_batch, rank=0, world_size=1):
+        collator = Collator(packed, masker, tokenizer, LENGTH, padded)
+        stage = LoaderStage(Stage(0, LENGTH, batch), collator, order, micro_batch)
+        return TrainLoader([stage], rank, world_size).micro_batches(step)
+
+    expected = parts(True, batch)
+    tokens, sequences = expected[0].tokens, Counter(sequences_of(expected, True))
+    for world_size in (1, 2, 3, 8):
+        for micro_batch in (1, 4, 7, 64):
+            found = [parts(False, micro_batch, rank, world_size) for rank in range(world_size)]
+            assert Counter(row for own in found for row in sequences_of(own, False)) == sequences
+            assert sum(each.tokens for own in found for each in own) == tokens
+            for own, rank in zip(found, range(world_size), strict=True):
+                assert len(own) <= len(parts(True, micro_batch, rank, world_size))
+                for each, following in pairwise(own):  # another sequence would not have fitted
+                    assert each.tokens <= micro_batch * LENGTH < each.tokens + following.tokens
+
+
+def test_full_sequences_without_padding_are_rows(collator, packed, corpus):
+    full = np.flatnonzero(packed.lengths(np.arange(len(packed))) == LENGTH - 2)[:5]
+    without = Collator(packed, collator.masker, collator.tokenizer, LENGTH, padded=False).collate(full, full)
+    assert same(without, collator.collate(full, full))
+
+
+def test_processes_without_padding_have_equally_many_micro_batches(collator, packed, on_ranks):
+    without = Collator(packed, collator.masker, collator.tokenizer, LENGTH, padded=False)
+    stage = LoaderStage(Stage(0, LENGTH, 7), without, SampleOrder(len(packed), 5), 1)
+
+    def numbers(ranks):
+        loader = TrainLoader([stage], ranks.rank, ranks.world_size)
+        own = loader.micro_batches(3)
+        level = loader.level(3, own, ranks)
+        assert [each is other for each, other in zip(own, level, strict=False)] == [True] * len(own)
+        for empty in level[len(own) :]:
+            assert (len(empty.labels), empty.tokens, empty.sequences) == (0, 0, 0)
+            assert empty.input_ids[empty.layout.tokens - 2 :][:2].tolist() == [0, 2]
+        return len(own), len(level)
+
+    found = on_ranks(3, numbers)
+    assert len({level for _, level in found}) == 1
+    assert len({own for own, _ in found}) == 2

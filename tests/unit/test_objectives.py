@@ -42,12 +42,12 @@ class EvenIds(Objective):
         initialize_weights(self, config.initializer_range)
 
     def forward(self, batch):
-        hidden = self.roberta(batch.input_ids, batch.attention_mask)
-        logits = self.even_head(hidden.flatten(0, 1)[batch.masked_positions])[:, 0]
+        hidden = self.hidden_ND(batch)
+        logits = self.even_head(hidden[batch.masked_positions])[:, 0]
         even = batch.labels % 2 == 0
         return {
             "token_loss": F.binary_cross_entropy_with_logits(logits, even.float(), reduction="sum"),
-            "size_loss": hidden[: batch.sequences, 0].square().mean(-1).sum(),
+            "size_loss": hidden[batch.first_tokens[: batch.sequences]].square().mean(-1).sum(),
             "correct": ((logits > 0) == even).sum().float(),
         }
 

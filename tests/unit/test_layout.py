@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+
+from ds_roberta.config import model_config
+from ds_roberta.data.layout import FlatLayout
+from ds_roberta.data.loader import MicroBatch
+from ds_roberta.model.objectives import MaskedLM
+
+LENGTHS = {
+    "all alike": [12] * 20,
+    "all different": [*range(40, 1, -1)],
+    "some alike": [16] * 11 + [15] * 3 + [9] * 9 + [8, 2],
+    "as many as fill blocks": [40] * 26 + [39] * 3 + [12] * 20 + [2] * 70,
+    "one": [7],
+}
+lengths_of = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+
+
+@lengths_of
+def test_blocks_have_every_token_once_and_give_it_back(lengths):
+    layout = FlatLayout.of_lengths(np.array(lengths))
+    values = torch.arange(1, sum(lengths) + 1)[:, None] * torch.tensor([1, -1])
+    out, rows = torch.zeros_like(values), []
+    for block in layout.blocks:
+        spread = block.spread(values)
+        mask = torch.ones(spread.shape[:2], dtype=torch.bool) if block.is_token is None else block.is_token
+        rows += [row[own].tolist() for row, own in zip(spread, mask, strict=True)]
+        assert not block.spread_gradient(values)[~mask].any()
+        assert torch.equal(block.spread_gradient(values)[mask], spread[mask])
+        block.collect(spread, out)
+    assert torch.equal(out, values)
+    assert rows == [part.tolist() for part in values.split(lengths)]
+    assert layout.tokens == sum(lengths) <= len(layout.position_ids)
+    assert layout.position_ids[: layout.tokens].tolist() == [at for length in lengths for at in range(length)]
+    assert values[layout.first_tokens].tolist() == [row[0] for row in rows]
+
+
+def test_sequences_of_equal_length_attend_together_without_padding():
+    (block,) = FlatLayout.of_lengths(np.full(50, 9)).blocks
+    assert (block.rows, block.columns, block.is_token) == (50, 9, None)
+
+
+def test_sorted_sequences_need_little_padding():
+    lengths = np.sort(np.random.default_rng(0).integers(60, 129, 64))[::-1]
+    places = sum(block.rows * block.columns for block in FlatLayout.of_lengths(lengths).blocks)
+    assert lengths.sum() <= places < 1.15 * lengths.sum() < 0.9 * 64 * 128
+
+
+def flat_and_padded(lengths, vocabulary, generator):
+    """The same sequences and masks as a flat micro-batch and as one of rows."""
+    lengths = torch.tensor(lengths)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.randint(4, vocabulary, mask.shape, generator=generator).where(mask, torch.tensor(1))
+    chosen = mask & (torch.rand(mask.shape, generator=generator) < 0.3)
+    labels = ids[chosen]
+    padded = MicroBatch(ids, mask, chosen.flatten().nonzero()[:, 0], labels, int(mask.sum()), len(ids))
+    layout = FlatLayout.of_lengths(lengths.numpy())
+    flat_ids = torch.ones_like(layout.position_ids)
+    flat_ids[: layout.tokens] = ids[mask]
+    flat = MicroBatch(flat_ids, None, chosen[mask].nonzero()[:, 0], labels, int(mask.sum()), len(ids), None, layout)
+    return flat, padded
+
+
+@lengths_of
+def test_without_padding_losses_and_gradients_are_the_same(lengths):
+    torch.manual_seed(0)
+    model = MaskedLM(model_config("tiny", 300, 48))
+    for parameter in model.parameters():  # none zero or one
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    model.eval()
+    found = []
+    for batch in flat_and_padded(lengths, 300, torch.Generator().manual_seed(1)):
+        model.zero_grad()
+        loss = model(batch)["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+@lengths_of
+def test_gradients_of_attention_with_dropout_are_those_of_finite_differences(lengths):
+    """In float64, with the same dropout in every call."""
+    from ds_roberta.model.kernels import flat_attention
+
+    layout = FlatLayout.of_lengths(np.array(lengths[::12]))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(len(layout.position_ids), 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    direction = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64)
+
+    def value(*arguments):
+        torch.manual_seed(0)
+        return (flat_attention(*arguments, layout, 2, 0.2) * direction).sum()
+
+    leaves = [each.clone().requires_grad_() for each in inputs]
+    value(*leaves).backward()
+    for number, leaf in enumerate(leaves):
+        assert not leaf.grad[layout.tokens :].any()
+        step = torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * 1e-6
+        moved = [[each + sign * step if at == number else each for at, each in enumerate(inputs)] for sign in (1, -1)]
+        difference = value(*moved[0]) - value(*moved[1])
+        assert float(difference) == pytest.approx(float(2 * (leaf.grad * step).sum()), rel=1e-4)
