@@ -20,6 +20,7 @@ LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
 LOSS_SPIKE_POLICIES = ("off", "warn", "stop", "rollback")
 LOSS_PLATEAU_POLICIES = ("off", "warn", "stop")
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
+PACKED_ACROSS_DOCUMENTS = ("full-sentences", "contiguous")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4

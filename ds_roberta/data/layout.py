@@ -22,17 +22,17 @@ millisecond, and there are fewer shapes so."""
 
 @dataclass(frozen=True)
 class Block:
-    """Sequences that attend together, each in a row of its own.
+    """Tokens that attend together: each row to itself.
 
     Attributes:
-        tokens: which tokens of the micro-batch are the block's.
+        tokens: which tokens of the micro-batch are the block's: a slice, or (tokens of the block,) int64.
         rows, columns: of the rectangle.
-        is_token: (R, C) bool, false at padding; None if there is none.
-        sources: (R * C,) int64, which of the block's tokens is at each place; any at padding. None without padding.
-        places: (tokens of the block,) int64, the place of each of them. None without padding.
+        is_token: (R, C) bool, false at padding; None if every place has a token and these are a slice.
+        sources: (R * C,) int64, which token is at each place; at padding any. None likewise.
+        places: (tokens of the block,) int64, the place of each of them. None likewise.
     """
 
-    tokens: slice
+    tokens: slice | torch.Tensor
     rows: int
     columns: int
     is_token: torch.Tensor | None = None
@@ -41,8 +41,7 @@ class Block:
 
     def spread(self, values_ND: torch.Tensor) -> torch.Tensor:
         """The block's tokens, from a tensor of all tokens, at their places: (R, C, D)."""
-        own = values_ND[self.tokens]
-        own = own if self.sources is None else own.index_select(0, self.sources)
+        own = values_ND[self.tokens] if self.sources is None else values_ND.index_select(0, self.sources)
         return own.reshape(self.rows, self.columns, -1)
 
     def spread_gradient(self, gradient_ND: torch.Tensor) -> torch.Tensor:
@@ -53,10 +52,7 @@ class Block:
     def collect(self, values_RCD: torch.Tensor, out_ND: torch.Tensor) -> None:
         """The reverse of `spread`: copy the values to the block's tokens in a tensor of all tokens."""
         flat = values_RCD.reshape(self.rows * self.columns, -1)
-        if self.places is None:
-            out_ND[self.tokens] = flat
-        else:
-            torch.index_select(flat, 0, self.places, out=out_ND[self.tokens])
+        out_ND[self.tokens] = flat if self.places is None else flat.index_select(0, self.places)
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class FlatLayout:
     Attributes:
         position_ids: (N,) int64, each token's position in its sequence, from 0.
         first_tokens: (S,) int64, the sequences' first tokens.
-        blocks: attention's; together they have every token of the sequences once, in order.
+        blocks: attention's; together they have every token of the sequences once.
         tokens: of the sequences; those from there on are nothing.
         longest: tokens of the longest sequence.
     """
@@ -78,34 +74,51 @@ class FlatLayout:
     longest: int
 
     @classmethod
-    def of_lengths(cls, lengths: np.ndarray) -> FlatLayout:
-        """The layout of sequences of so many tokens: (S,) int64, which do not rise, so that neighbours are alike."""
-        ends = np.cumsum(lengths)
-        firsts, tokens = ends - lengths, int(ends[-1])
+    def of_lengths(cls, lengths: np.ndarray, documents: np.ndarray | None = None) -> FlatLayout:
+        """The layout of some sequences.
+
+        Args:
+            lengths: (S,) int64, their tokens, which do not rise, so that neighbours are alike.
+            documents: (parts,) int64, the tokens of the parts that attend to themselves alone, in the order of the
+                tokens; None: the sequences do.
+        """
+        firsts, tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
         position_ids = np.zeros(-(-tokens // _TOKENS) * _TOKENS, dtype=np.int64)
         position_ids[:tokens] = np.arange(tokens) - np.repeat(firsts, lengths)
-        first_tokens, blocks = torch.from_numpy(firsts), tuple(_blocks(lengths, ends))
-        return cls(torch.from_numpy(position_ids), first_tokens, blocks, tokens, int(lengths[0]))
+        if documents is None:
+            blocks = _blocks(firsts, lengths)
+        else:
+            order = np.argsort(-documents, kind="stable")
+            blocks = _blocks((np.cumsum(documents) - documents)[order], documents[order])
+        first_tokens = torch.from_numpy(firsts)
+        return cls(torch.from_numpy(position_ids), first_tokens, tuple(blocks), tokens, int(lengths[0]))
 
 
-def _blocks(lengths: np.ndarray, ends: np.ndarray) -> Iterator[Block]:
-    """Blocks of consecutive sequences; the lengths do not rise."""
-    first = 0
-    while first < len(lengths):
-        columns = int(lengths[first])
-        if columns == lengths[-1]:
-            yield Block(slice(int(ends[first]) - columns, int(ends[-1])), len(lengths) - first, columns)
+def _blocks(firsts: np.ndarray, lengths: np.ndarray) -> Iterator[Block]:
+    """Blocks of parts, given by their first tokens and lengths, which do not rise."""
+    number = 0
+    while number < len(lengths):
+        columns = int(lengths[number])
+        if columns == lengths[-1] and _is_slice(firsts[number:], lengths[number:]):
+            first = int(firsts[number])
+            yield Block(slice(first, first + columns * (len(lengths) - number)), len(lengths) - number, columns)
             return
         columns = -(-columns // _COLUMNS) * _COLUMNS
-        own = lengths[first : first + max(1, _PLACES // columns)]
-        yield _block(own, columns, int(ends[first + len(own) - 1]))
-        first += len(own)
+        own = slice(number, number + max(1, _PLACES // columns))
+        yield _block(firsts[own], lengths[own], columns)
+        number = own.stop
 
 
-def _block(lengths: np.ndarray, columns: int, end: int) -> Block:
-    tokens, rows = int(lengths.sum()), len(lengths)
+def _block(firsts: np.ndarray, lengths: np.ndarray, columns: int) -> Block:
     is_token = np.arange(columns) < lengths[:, None]
     places = np.flatnonzero(is_token)
-    sources = np.zeros(rows * columns, dtype=np.int64)
-    sources[places] = np.arange(tokens)
-    return Block(slice(end - tokens, end), rows, columns, *map(torch.from_numpy, (is_token, sources, places)))
+    sources = (firsts[:, None] + np.where(is_token, np.arange(columns), 0)).reshape(-1)
+    tokens: slice | torch.Tensor = torch.from_numpy(sources[places])
+    if _is_slice(firsts, lengths):
+        tokens = slice(int(firsts[0]), int(firsts[0]) + len(places))
+    return Block(tokens, len(lengths), columns, *map(torch.from_numpy, (is_token, sources, places)))
+
+
+def _is_slice(firsts: np.ndarray, lengths: np.ndarray) -> bool:
+    """Whether each part begins where the one before it ends."""
+    return bool((firsts[1:] == firsts[:-1] + lengths[:-1]).all())

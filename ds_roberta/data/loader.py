@@ -100,6 +100,7 @@ class Collator:
 
     Args:
         padded: whether sequences are filled up to `max_seq_length` tokens.
+        within_documents: without padding, whether tokens see only their own document; `<s>` is the first one's.
     """
 
     def __init__(
@@ -109,9 +110,11 @@ class Collator:
         tokenizer: TokenizerInfo,
         max_seq_length: int,
         padded: bool = True,
+        within_documents: bool = False,
     ):
         self.packed, self.masker = packed, masker
-        self.tokenizer, self.max_seq_length, self.padded = tokenizer, max_seq_length, padded
+        self.tokenizer, self.max_seq_length = tokenizer, max_seq_length
+        self.padded, self.within_documents = padded, within_documents
 
     def collate(self, sequences: np.ndarray, places: np.ndarray) -> MicroBatch:
         """Assemble one micro-batch; see `collate_all`."""
@@ -166,11 +169,11 @@ class Collator:
             """The one of rows `first` … `last - 1`."""
             ids, mask, layout = input_ids[starts[first] : starts[last]], None, None
             is_full = int(lengths[first:last].min()) == self.max_seq_length
-            if self.padded or is_full:
+            if self.padded or (is_full and not self.within_documents):
                 ids = ids.view(-1, self.max_seq_length)
                 mask = None if is_full else torch.from_numpy(is_token[first:last])
             else:
-                layout = FlatLayout.of_lengths(lengths[first:last])
+                layout = FlatLayout.of_lengths(lengths[first:last], self._documents(ids))
                 ids = F.pad(ids, (0, len(layout.position_ids) - layout.tokens), value=self.tokenizer.pad_token_id)
             chosen, end = slice(*labelled[number : number + 2]), max(first, min(last, filled))
             return MicroBatch(
@@ -185,6 +188,13 @@ class Collator:
             )
 
         return [micro_batch(number, *own) for number, own in enumerate(pairwise(bounds.tolist()))]
+
+    def _documents(self, ids: torch.Tensor) -> np.ndarray | None:
+        """The tokens of each document in each sequence, if they attend to themselves alone: masks leave `</s>`."""
+        if not self.within_documents:
+            return None
+        ends = np.flatnonzero(ids.numpy() == self.tokenizer.eos_token_id) + 1
+        return np.diff(ends, prepend=0)
 
     def _masked_rows(
         self, sequences: np.ndarray, places: np.ndarray, lengths: np.ndarray, mlm_probability: float | None

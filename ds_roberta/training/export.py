@@ -174,6 +174,7 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
         "optimizer": (*deepspeed, "optimizer", "type"),
         "peak learning rate": (*optimizer, "lr"),
         "weight decay": (*optimizer, "weight_decay"),
+        "attention": ("run", "attention"),
         "initial attention": ("run", "initial_attention"),
         "initial bias of the head": ("run", "initial_bias"),
         "no weight decay of biases and LayerNorms": ("run", "no_decay_bias_and_norm"),

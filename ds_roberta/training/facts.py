@@ -25,7 +25,7 @@ from ds_roberta.model.initialization import RANDOM, ZERO
 from ds_roberta.model.objectives import find_objective
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.peak import Peak
-from ds_roberta.training.settings import Run
+from ds_roberta.training.settings import WITHIN_DOCUMENTS, Run
 
 if TYPE_CHECKING:
     from ds_roberta.training.engine import Engine
@@ -64,6 +64,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         # Numbers of steps are left out: a run may be given more, or end in a decay from its current step.
         **{name: getattr(config.schedule, name) for name in ("lr_scheduler_type", "lr_power", "min_lr_ratio")},
         "no_decay_bias_and_norm": config.no_decay_bias_and_norm or None,  # None: as before the option existed
+        "attention": config.attention if config.attention == WITHIN_DOCUMENTS else None,
         "initial_attention": None if config.initial_attention == RANDOM else config.initial_attention,
         "initial_bias": None if config.initial_bias == ZERO else config.initial_bias,
         "decay_type": config.schedule.decay_type,

@@ -20,7 +20,7 @@ from ds_roberta.model.objectives import Objective
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.optimizer import mlm_probability
-from ds_roberta.training.settings import Run
+from ds_roberta.training.settings import WITHIN_DOCUMENTS, Run
 
 _SAMPLE_SEQUENCES = 256
 
@@ -78,7 +78,10 @@ def make_loaders(
         ranks.on_main(lambda: _log_text_without_words(run, data.train[config.packing.max_seq_length]))
     masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
     padded = on_gpu or run.compiled  # kernels are made for shapes that do not change
-    collators = {length: Collator(packed, masker, tokenizer, length, padded) for length, packed in data.train.items()}
+    alone = config.attention == WITHIN_DOCUMENTS
+    collators = {
+        length: Collator(packed, masker, tokenizer, length, padded, alone) for length, packed in data.train.items()
+    }
     loader = TrainLoader(
         [
             LoaderStage(
@@ -94,7 +97,7 @@ def make_loaders(
     if data.held_out is None:
         return loader, None
     masker = evaluation_masker(config.masking, tokenizer, words, kind)
-    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length, padded)
+    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length, padded, alone)
     return loader, HeldOutSample(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
 
 

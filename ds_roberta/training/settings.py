@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_roberta.config import (
     EVAL_SEQUENCES,
+    PACKED_ACROSS_DOCUMENTS,
     PRESETS,
     GuardConfig,
     IntervalConfig,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:  # it needs transformers, which a run that starts from random 
     from ds_roberta.training.initial_model import InitialModel
 
 TORCH_COMPILE = ("auto", "on", "off")
+WITHIN_DOCUMENTS = "within-documents"
+ATTENTION = ("within-sequences", WITHIN_DOCUMENTS)
 WARMUP_SHARE = 0.06
 """Share of the steps, without a preset: as for large, and in domain-adaptive pretraining (Gururangan et al. 2020)."""
 LONGEST_BY_DEFAULT = 512
@@ -127,6 +130,11 @@ class RunConfig(Settings):
     torch_compile: str = option(
         "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
     )
+    attention: str = option(
+        "what a token sees: its sequence, or in it only its own document; on a CPU, without --torch_compile",
+        ATTENTION[0],
+        choices=ATTENTION,
+    )
     initial_attention: str = option(
         "random: as BERT's; neighbours: with position embeddings that are sinusoids and stay so, the first layer's "
         "first heads begin by looking at the tokens beside theirs",
@@ -166,6 +174,11 @@ class RunConfig(Settings):
         if self.initial_bias != ZERO and not objective.predicts_tokens:
             raise UserError(
                 f"--initial_bias {self.initial_bias} does nothing with --objective {self.objective}: remove it"
+            )
+        if self.attention == WITHIN_DOCUMENTS and self.packing.format not in PACKED_ACROSS_DOCUMENTS:
+            raise UserError(
+                f"--attention {self.attention} does nothing with --packing {self.packing.format}, whose sequences do "
+                "not run on into another document: remove it"
             )
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(

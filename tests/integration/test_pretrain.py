@@ -279,6 +279,9 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
     assert (workspace / "runs/tiny/hf/model.safetensors").exists()
 
 
+ALONE = ["--attention", "within-documents"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -290,6 +293,9 @@ def test_the_deepspeed_launcher_with_two_processes_and_default_places(workspace,
         (["--max_seq_length", "2"], ["max_seq_length", "2"]),
         (["--mask_steps", "2"], ["--mask_steps"]),
         (["--loss_plateau", "stop", "--objective", "rts"], ["--loss_plateau stop does nothing with --objective rts"]),
+        (["--packing", "doc-sentences", *ALONE], ["--attention within-documents does nothing with --packing doc-sent"]),
+        (["--torch_compile", "on", *ALONE], ["--attention within-documents is not possible with --torch_compile"]),
+        (["--output_dir", "runs/unbroken", *SETTINGS, *ALONE], ["attention is None, this run's is 'within-documents'"]),
         (["--max_tokens", "9", "--max_minutes", "1"], ["--max_tokens and --max_minutes", "give one of them"]),
         (["--output_dir", "runs/unbroken", *WITHOUT_STEPS, "--max_minutes", "1"], ["global_step6", "--max_steps"]),
         (["--allow_change", "sed"], ["--allow_change", "did you mean 'seed'"]),

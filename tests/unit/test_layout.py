@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from transformers import RobertaForMaskedLM
 
 from ds_roberta.config import model_config
 from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.loader import MicroBatch
+from ds_roberta.model.export import hf_config
+from ds_roberta.model.kernels import flat_attention
 from ds_roberta.model.objectives import MaskedLM
 
 LENGTHS = {
@@ -82,8 +85,6 @@ def test_without_padding_losses_and_gradients_are_the_same(lengths):
 @lengths_of
 def test_gradients_of_attention_with_dropout_are_those_of_finite_differences(lengths):
     """In float64, with the same dropout in every call."""
-    from ds_roberta.model.kernels import flat_attention
-
     layout = FlatLayout.of_lengths(np.array(lengths[::12]))
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(len(layout.position_ids), 4, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -101,3 +102,31 @@ def test_gradients_of_attention_with_dropout_are_those_of_finite_differences(len
         moved = [[each + sign * step if at == number else each for at, each in enumerate(inputs)] for sign in (1, -1)]
         difference = value(*moved[0]) - value(*moved[1])
         assert float(difference) == pytest.approx(float(2 * (leaf.grad * step).sum()), rel=1e-4)
+
+
+def test_documents_that_attend_to_themselves_alone_are_as_transformers_with_such_a_mask():
+    torch.manual_seed(0)
+    config = model_config("tiny", 300, 48)
+    ours = MaskedLM(config).eval()
+    theirs = RobertaForMaskedLM(hf_config(config)).eval()
+    theirs.load_state_dict(dict(ours.named_parameters()), strict=False)
+    documents = [[30, 10, 1], [41], [5, 5, 12], [3, 19]]
+    lengths = torch.tensor([sum(parts) for parts in documents])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.randint(4, 300, mask.shape).where(mask, torch.tensor(1))
+    number = torch.full(ids.shape, -1)
+    for row, parts in zip(number, documents, strict=True):
+        row[: sum(parts)] = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
+    sees = (number[:, :, None] == number[:, None, :])[:, None]
+    layout = FlatLayout.of_lengths(lengths.numpy(), np.concatenate(documents))
+    flat_ids = torch.ones_like(layout.position_ids)
+    flat_ids[: layout.tokens] = ids[mask]
+    with torch.no_grad():
+        mine = ours.roberta(flat_ids, layout=layout)[: layout.tokens]
+        positions = (torch.arange(ids.shape[1]) + 2).expand_as(ids)
+        expected = theirs.roberta(ids, torch.where(sees, 0.0, -1e9), position_ids=positions)[0][mask]
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
+    out = torch.zeros(layout.tokens, 1)
+    for block in layout.blocks:
+        block.collect(block.spread(torch.arange(1.0, 1 + len(flat_ids))[:, None]), out)
+    assert out[:, 0].tolist() == list(range(1, layout.tokens + 1))

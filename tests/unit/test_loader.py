@@ -358,3 +358,21 @@ def test_processes_without_padding_have_equally_many_micro_batches(collator, pac
     found = on_ranks(3, numbers)
     assert len({level for _, level in found}) == 1
     assert len({own for own, _ in found}) == 2
+
+
+@pytest.mark.parametrize("packing", ["full-sentences", "contiguous"])
+def test_documents_alone_are_the_parts_between_separators(corpus, packing):
+    build_index(corpus, "train", PackingConfig(LENGTH, packing))
+    packed, tokenizer = open_index(corpus, "train", PackingConfig(LENGTH, packing)), corpus.manifest.tokenizer
+    masker = training_masker(MaskingConfig(mlm_probability=0.9), tokenizer, 5)
+    collator = Collator(packed, masker, tokenizer, LENGTH, padded=False, within_documents=True)
+    batch = collator.collate(np.arange(40), np.arange(40))
+    rows = np.zeros((40, LENGTH), dtype=np.int64)
+    packed.gather(np.arange(40), rows)
+    lengths, expected = packed.lengths(np.arange(40)), []
+    for row, length in zip(rows, lengths, strict=True):
+        ends = [0, *(np.flatnonzero(row[1 : 1 + length] == 2) + 2).tolist(), length + 2]
+        expected += np.diff(ends).tolist()
+    assert len(expected) > 40
+    found = [int(number) for block in batch.layout.blocks for number in block.is_token.sum(1)]
+    assert sorted(found) == sorted(expected)
