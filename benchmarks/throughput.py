@@ -34,14 +34,16 @@ from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 
-MICRO_BATCH_TOKENS = {"tiny": 2_048, "small": 2_048, "base": 2_048, "large": 1_024}
+MICRO_BATCH_TOKENS = {"nano": 4_096, "tiny": 2_048, "small": 2_048, "base": 2_048, "large": 1_024}
 """On a CPU: few enough for two peers to fit into 24 GB, and for the slowest to take less than a minute per step."""
 GPU_MICRO_BATCH_TOKENS = 16_384
 GPU_STEPS = 20
 """Enough for a round on a GPU to take seconds."""
 SEQUENCES, ROWS = 512, 8_192  # at least, of random ids; at most, of a user's text for peers
 OURS = "ours-bf16"
-DEFAULT_CONTENDERS = [name for name in CONTENDERS if "eager" not in name and name != "ours-fp16"]
+DEFAULT_CONTENDERS = [
+    name for name in CONTENDERS if "eager" not in name and name not in ("ours-fp16", "ours-bf16-padded")
+]
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Itera
         memory, graphs = max(each.peak_bytes for each in outcome.rounds), outcome.rounds[-1].graphs
         compared = ""
         if OURS in rates and outcome.name != OURS:
-            compared = f"{statistics.median(rates[OURS]) / rate:.1f}x"
+            compared = f"{statistics.median(rates[OURS]) / rate:.2f}x"
         yield (
             f"| {description} | {precision} | {rate:,.0f} ({min(rates[outcome.name]):,.0f} to "
             f"{max(rates[outcome.name]):,.0f}) | {wall:,.0f} | {rate * flops / 1e9:,.1f} | "

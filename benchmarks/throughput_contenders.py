@@ -305,8 +305,8 @@ def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) ->
         gate()
 
 
-def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
-    """Train with the parts that `ds_roberta.training.run` makes, in steps like the trainer's."""
+def ours(case: Case, make_gate: Callable[[], Gate], precision: str, padded: bool = False) -> None:
+    """Train with the parts that `ds_roberta.training.run` makes, in steps like the trainer's; `padded` on a CPU too."""
     from ds_roberta.data.loader import Collator, Counts, LoaderStage, TrainLoader
     from ds_roberta.data.masking import training_masker
     from ds_roberta.data.order import SampleOrder
@@ -324,13 +324,16 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str) -> None:
     ranks = init_distributed()
     settings = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero1.json", case.train_batch_size, LEARNING_RATE)
     engine = Engine(MaskedLM(case.config), settings.resolved(precision, on_gpu()), ranks, 0)
-    if resolve_torch_compile("auto", settings.zero_stage, on_gpu()):
+    compiled = resolve_torch_compile("auto", settings.zero_stage, on_gpu())
+    if compiled:
         compile_layers(engine.module.roberta.encoder)
     engine.set_batch(BatchPlan(case.train_batch_size, case.micro_batch_size, ranks.world_size))
     corpus = Corpus.open(case.data)
     packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(case.max_seq_length, case.packing))
     tokenizer = corpus.manifest.tokenizer
-    collator = Collator(packed, training_masker(MaskingConfig(), tokenizer, 0), tokenizer, case.max_seq_length)
+    padded = padded or compiled or on_gpu()
+    masker = training_masker(MaskingConfig(), tokenizer, 0)
+    collator = Collator(packed, masker, tokenizer, case.max_seq_length, padded)
     stage = Stage(0, case.max_seq_length, case.train_batch_size)
     loader = TrainLoader([LoaderStage(stage, collator, SampleOrder(len(packed), 0), case.micro_batch_size)])
     gate = make_gate()
@@ -358,6 +361,7 @@ def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
 
 CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]]] = {
     "ours-bf16": ("**ds_roberta**", "bf16", lambda c, g: ours(c, g, "bf16")),
+    "ours-bf16-padded": ("ds_roberta, rows with padding", "bf16", lambda c, g: ours(c, g, "bf16", padded=True)),
     "ours-fp16": ("**ds_roberta**", "fp16", lambda c, g: ours(c, g, "fp16")),
     "ours-fp32": ("**ds_roberta**", "fp32", lambda c, g: ours(c, g, "fp32")),
     "run_mlm-fp32": ("transformers Trainer (run_mlm), sdpa", "fp32", lambda c, g: run_mlm(c, g, "fp32", "sdpa")),

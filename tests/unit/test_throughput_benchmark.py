@@ -21,10 +21,10 @@ def test_the_table_tells_medians_and_compares_with_ours_in_bf16():
     ]
     _, _, *rows = table(outcomes, flops=1e6, peak_flops=1e9)
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert cells[0][1:] == ["bf16", "80 (50 to 100)", "40", "0.1", "8.0%", "3.0 GB", "4", "6.2x"]
+    assert cells[0][1:] == ["bf16", "80 (50 to 100)", "40", "0.1", "8.0%", "3.0 GB", "4", "6.25x"]
     assert cells[1][2] == "no compiler"
     assert cells[2][1:3] == ["fp32", "50 (50 to 50)"]
-    assert [row[-1] for row in cells[2:]] == ["10.0x", ""]
+    assert [row[-1] for row in cells[2:]] == ["10.00x", ""]
     assert len({len(row) for row in cells}) == 1
 
 
