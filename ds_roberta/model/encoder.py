@@ -74,7 +74,7 @@ class RobertaEmbeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.first_position = config.pad_token_id + 1
 
-    def forward(self, input_ids: torch.Tensor, layout: FlatLayout | None) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, layout: FlatLayout | None = None) -> torch.Tensor:
         # Rows start at the left, so positions do not depend on the padding, whose outputs are never read.
         length = input_ids.shape[1] if layout is None else layout.longest
         positions_T = torch.arange(self.first_position, self.first_position + length, device=input_ids.device)

@@ -18,6 +18,7 @@ _OFFSETS = (-1, 1, -2, 2)
 """What the first heads of the first layer look at, one offset a head; fewer if the layer has fewer heads."""
 _POSITIONS_RANGE = 2.0
 """Root mean square of the position embeddings, in units of `initializer_range`."""
+_BF16_ROUNDING = 2**-8
 _NEIGHBOURS_SCORE = 16.0
 """A head's score for its neighbour; those of other tokens are about 0, so that even of 512 it has half and more."""
 
@@ -56,16 +57,9 @@ def look_at_neighbours(encoder: RobertaModel, initializer_range: float) -> None:
     positions, hidden_size = embeddings.weight.shape
     heads = attention.heads
     head_size = hidden_size // heads
-    # Multiples of the golden ratio are spread evenly over (0, pi), however many there are, and have no common period.
-    golden = (5**0.5 - 1) / 2
-    frequencies_F = (torch.arange(1, hidden_size // 2 + 1, dtype=torch.float64) * golden % 1).sort().values * torch.pi
-    angles_PF = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies_F
-    amplitude = _POSITIONS_RANGE * initializer_range
-    embeddings.weight.zero_()  # of an odd hidden size, the last column stays so
-    embeddings.weight[:, : 2 * len(frequencies_F)] = (
-        (amplitude * 2**0.5) * torch.stack([angles_PF.sin(), angles_PF.cos()], 2).flatten(1)
-    ).to(embeddings.weight)
-    embeddings.weight[embeddings.padding_idx] = 0
+    frequencies_F = _frequencies(hidden_size)
+    sinusoids_PD = _sinusoids(positions, hidden_size, embeddings.padding_idx)
+    embeddings.weight.copy_(_POSITIONS_RANGE * initializer_range * sinusoids_PD)
 
     # The share of positions in the variance of what LayerNorm makes of word, token type and position.
     share = _POSITIONS_RANGE**2 / (_POSITIONS_RANGE**2 + 2)
@@ -77,6 +71,30 @@ def look_at_neighbours(encoder: RobertaModel, initializer_range: float) -> None:
         for projection, angle in ((attention.query, offset), (attention.key, 0)):
             rotation_KD = _rotation(angle * frequencies_F)[columns_K]
             projection.weight[rows, : rotation_KD.shape[1]] = scale * rotation_KD.to(projection.weight)
+
+
+def are_sinusoids(positions_PD: torch.Tensor, padding_idx: int) -> bool:
+    """Whether position embeddings are those of `look_at_neighbours`, of any size and up to bf16's rounding."""
+    positions, hidden_size = positions_PD.shape
+    expected_PD, positions_PD = _sinusoids(positions, hidden_size, padding_idx), positions_PD.double()
+    scale = float((positions_PD * expected_PD).sum() / expected_PD.square().sum())
+    rest = float((positions_PD - scale * expected_PD).norm() / positions_PD.norm().clamp(min=1e-30))
+    return scale > 0 and rest <= _BF16_ROUNDING
+
+
+def _frequencies(hidden_size: int) -> torch.Tensor:
+    # Multiples of the golden ratio are spread evenly over (0, pi), however many there are, and have no common period.
+    golden = (5**0.5 - 1) / 2
+    return (torch.arange(1, hidden_size // 2 + 1, dtype=torch.float64) * golden % 1).sort().values * torch.pi
+
+
+def _sinusoids(positions: int, hidden_size: int, padding_idx: int) -> torch.Tensor:
+    """(P, D) float64, with a root mean square of 1; the padding's row is zero."""
+    angles_PF = torch.arange(positions, dtype=torch.float64)[:, None] * _frequencies(hidden_size)
+    sinusoids_PD = torch.zeros(positions, hidden_size, dtype=torch.float64)  # of an odd size, the last column stays so
+    sinusoids_PD[:, : 2 * angles_PF.shape[1]] = 2**0.5 * torch.stack([angles_PF.sin(), angles_PF.cos()], 2).flatten(1)
+    sinusoids_PD[padding_idx] = 0
+    return sinusoids_PD
 
 
 @torch.no_grad()

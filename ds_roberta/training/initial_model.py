@@ -20,6 +20,7 @@ from ds_roberta.data.unigram import UNKNOWN
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.model.architecture import CONFIG_NAME, architecture
+from ds_roberta.model.initialization import are_sinusoids
 from ds_roberta.model.objectives import Objective
 from ds_roberta.model.weights import (
     POSITION_EMBEDDINGS,
@@ -119,6 +120,12 @@ class InitialModel:
             config = replace(config, vocab_size=tokenizer.vocab_size, **special)
         longest = max(self.config.max_length, max_seq_length)
         return replace(config, max_position_embeddings=longest + config.pad_token_id + 1)
+
+    def has_fixed_positions(self, run: RunConfig) -> bool:
+        """Whether its position embeddings are sinusoids, which stay as they are; but extended ones are trained."""
+        if run.packing.max_seq_length > self.learned_positions:
+            return False
+        return are_sinusoids(self._weights()[POSITION_EMBEDDINGS], self.config.pad_token_id)
 
     def initialize(self, model: Objective, run: RunConfig, corpus: Corpus) -> list[str]:
         """Give the run's model the weights of this one, resized as `resized` says.

@@ -202,7 +202,7 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
     resolved = run.deepspeed.resolved(run.precision, on_gpu())
     if (notice := compilation_notice(resolved)) is not None:
         ranks.log(notice)
-    fixed = {model.get_parameter(POSITION_EMBEDDINGS)} if config.initial_attention == NEIGHBOURS else set()
+    fixed = {model.get_parameter(POSITION_EMBEDDINGS)} if _has_fixed_positions(run) else set()
     groups = parameter_groups(model, config.no_decay_bias_and_norm, fixed)
     engine = Engine(model, resolved, ranks, config.seed, groups)
     micro_batch_sizes = _micro_batch_sizes(run, start, engine)
@@ -213,6 +213,15 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
         compile_layers(model.roberta.encoder)
         ranks.log("the encoder is compiled (--torch_compile): the first steps of each length take longer")
     return engine, micro_batch_sizes, peak
+
+
+def _has_fixed_positions(run: Run) -> bool:
+    if (initial_model := run.initial_model) is None:
+        return run.config.initial_attention == NEIGHBOURS
+    found = run.ranks.on_main(lambda: initial_model.has_fixed_positions(run.config))
+    if found:
+        run.ranks.log("its position embeddings are sinusoids (--initial_attention neighbours): they stay as they are")
+    return found
 
 
 def _make_model(run: Run) -> Objective:

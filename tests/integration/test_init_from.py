@@ -125,7 +125,11 @@ def test_ones_own_architecture_is_pretrained_resumed_exported_and_begun_with(wor
     norms = positions[2:].norm(dim=1)  # still the first sinusoids, rounded where the CPU trains in bf16
     torch.testing.assert_close(norms, torch.full((32,), 0.04 * 48**0.5), rtol=2**-9, atol=0)
     begun = ("--init_from", "runs/narrow/hf", *SETTINGS, "--max_steps", "1", "--output_dir", "runs/begun")
-    assert "the weights are those in runs/narrow/hf" in pretrain(workspace, *begun)
+    printed = pretrain(workspace, *begun)
+    assert "the weights are those in runs/narrow/hf" in printed
+    assert "its position embeddings are sinusoids (--initial_attention neighbours): they stay as they are" in printed
+    kept = safetensors.torch.load_file(workspace / "runs/begun/hf/model.safetensors")[POSITION_EMBEDDINGS]
+    torch.testing.assert_close(kept, positions, rtol=2**-8, atol=0)
     assert rows(workspace / "runs/begun", "eval_loss")[0] == pytest.approx(
         rows(workspace / "runs/narrow", "eval_loss")[-1], rel=1e-3
     )

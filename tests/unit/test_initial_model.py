@@ -14,7 +14,9 @@ from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
-from ds_roberta.model.objectives import find_objective
+from ds_roberta.model.initialization import look_at_neighbours
+from ds_roberta.model.objectives import MaskedLM, find_objective
+from ds_roberta.model.weights import POSITION_EMBEDDINGS
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.settings import pretrain_options, run_config
 from preprocessing.tokens.bpe import train_bpe
@@ -123,6 +125,23 @@ def test_extended_positions_change_nothing_within_the_old_length(hub_folder, cor
     assert f"positions from {LENGTH} to {2 * LENGTH - 1} begin as copies of the {LENGTH} before" in told
     rows = model.roberta.embeddings.position_embeddings.weight
     assert torch.equal(rows[2 : LENGTH + 2], rows[LENGTH + 2 :])
+
+
+def test_positions_that_are_sinusoids_stay_so_unless_they_are_extended(copied, corpus):
+    def is_fixed(**options):
+        initial = InitialModel.open(copied)
+        given = {"max_steps": 100, "output_dir": copied.parent / "run", **options}
+        options = pretrain_options(copied, init_from=copied, **given)
+        return initial.has_fixed_positions(run_config(options, corpus, 8, False, initial))
+
+    assert not is_fixed()
+    ours = MaskedLM(InitialModel.open(copied).config)
+    look_at_neighbours(ours.roberta, 0.02)
+    model = transformers.RobertaForMaskedLM.from_pretrained(copied, dtype=torch.float32)
+    model.load_state_dict({POSITION_EMBEDDINGS: ours.get_parameter(POSITION_EMBEDDINGS)}, strict=False)
+    model.save_pretrained(copied)
+    assert is_fixed()
+    assert not is_fixed(**LONG)
 
 
 def test_lengths_far_beyond_1024(hub_folder, corpus):

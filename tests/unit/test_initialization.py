@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_roberta.config import model_config
-from ds_roberta.model.initialization import look_at_neighbours, predict_frequencies
+from ds_roberta.model.initialization import are_sinusoids, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import MaskedLM
 
 RANGE = 0.02
@@ -78,3 +78,13 @@ def test_a_head_that_begins_at_the_frequencies_predicts_them():
     ]
     assert divergences[0] > 1
     assert divergences[1] < 0.05
+
+
+@pytest.mark.parametrize(("hidden_size", "heads"), [(128, 2), (35, 5)])
+def test_its_positions_are_known_whatever_their_size_and_precision(hidden_size, heads):
+    usual, own = (dict(model.named_parameters())[POSITIONS].detach() for model in models(hidden_size, heads, 40))
+    assert are_sinusoids(own, 1)
+    assert are_sinusoids(3 * own.bfloat16(), 1)
+    moved = own + 0.02 * own.norm() / own.numel() ** 0.5 * torch.randn(own.shape)
+    for other in (usual, moved, -own, own.flip(0), torch.zeros_like(own)):
+        assert not are_sinusoids(other, 1)
