@@ -1,13 +1,13 @@
-"""Sequences of different lengths one after another, without padding, and the rectangles in which they attend.
+"""Sequences of different lengths one after another, without padding, and which of their tokens attend together.
 
-Shapes: N tokens, which are those of S sequences and fewer than 64 behind them that only round up their number; a block
-is a rectangle of R rows and C columns.
+Shapes: N tokens, which are those of S sequences and some behind them that only round up their number; a block is a
+rectangle of R rows and C columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ _COLUMNS = 16
 _TOKENS = 64
 """Columns and tokens are rounded up to multiples of these: a CPU makes a kernel for each new shape, for half a
 millisecond, and there are fewer shapes so."""
+_PARTS = 64
+"""A GPU's bounds are rounded up to a multiple of this, as compiled layers have a graph for each number."""
 
 
 @dataclass(frozen=True)
@@ -62,36 +64,70 @@ class FlatLayout:
     Attributes:
         position_ids: (N,) int64, each token's position in its sequence, from 0.
         first_tokens: (S,) int64, the sequences' first tokens.
-        blocks: attention's; together they have every token of the sequences once.
         tokens: of the sequences; those from there on are nothing.
-        longest: tokens of the longest sequence.
+        longest: tokens of the longest sequence, or more.
+        blocks: attention's on a CPU; together they have every token of the sequences once.
+        cu_seqlens: attention's on a GPU: (parts + 1,) int32, the bounds of the parts that attend to themselves alone,
+            the last parts without a token; else None.
     """
 
     position_ids: torch.Tensor
     first_tokens: torch.Tensor
-    blocks: tuple[Block, ...]
     tokens: int
     longest: int
+    blocks: tuple[Block, ...] = ()
+    cu_seqlens: torch.Tensor | None = None
 
     @classmethod
     def of_lengths(cls, lengths: np.ndarray, documents: np.ndarray | None = None) -> FlatLayout:
-        """The layout of some sequences.
+        """The layout of some sequences on a CPU.
 
         Args:
             lengths: (S,) int64, their tokens, which do not rise, so that neighbours are alike.
             documents: (parts,) int64, the tokens of the parts that attend to themselves alone, in the order of the
                 tokens; None: the sequences do.
         """
-        firsts, tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
-        position_ids = np.zeros(-(-tokens // _TOKENS) * _TOKENS, dtype=np.int64)
-        position_ids[:tokens] = np.arange(tokens) - np.repeat(firsts, lengths)
         if documents is None:
-            blocks = _blocks(firsts, lengths)
+            blocks = _blocks(np.cumsum(lengths) - lengths, lengths)
         else:
             order = np.argsort(-documents, kind="stable")
             blocks = _blocks((np.cumsum(documents) - documents)[order], documents[order])
-        first_tokens = torch.from_numpy(firsts)
-        return cls(torch.from_numpy(position_ids), first_tokens, tuple(blocks), tokens, int(lengths[0]))
+        tokens = -(-int(lengths.sum()) // _TOKENS) * _TOKENS
+        return replace(cls._of_tokens(lengths, tokens, int(lengths[0])), blocks=tuple(blocks))
+
+    @classmethod
+    def of_shape(
+        cls, lengths: np.ndarray, documents: np.ndarray | None, tokens: int, max_seq_length: int
+    ) -> FlatLayout:
+        """The layout of some sequences on a GPU, whose tensors have the same shapes as others' of so many tokens.
+
+        Args:
+            lengths, documents: as in `of_lengths`.
+            tokens: N; those behind the sequences are parts of at most `max_seq_length` tokens.
+        """
+        ends = np.cumsum(lengths if documents is None else documents)
+        behind = np.arange(ends[-1] + max_seq_length, tokens + max_seq_length, max_seq_length).clip(max=tokens)
+        bounds = np.concatenate([[0], ends, behind])
+        cu_seqlens = np.full(-(-len(bounds) // _PARTS) * _PARTS, tokens, dtype=np.int32)
+        cu_seqlens[: len(bounds)] = bounds
+        return replace(cls._of_tokens(lengths, tokens, max_seq_length), cu_seqlens=torch.from_numpy(cu_seqlens))
+
+    @classmethod
+    def _of_tokens(cls, lengths: np.ndarray, tokens: int, longest: int) -> FlatLayout:
+        firsts, own = np.cumsum(lengths) - lengths, int(lengths.sum())
+        position_ids = np.zeros(tokens, dtype=np.int64)
+        position_ids[:own] = np.arange(own) - np.repeat(firsts, lengths)
+        return cls(torch.from_numpy(position_ids), torch.from_numpy(firsts), own, longest)
+
+    def to(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> FlatLayout:
+        """The layout with its tensors, except those of blocks, copied to a GPU."""
+        assert self.cu_seqlens is not None
+        return replace(
+            self,
+            position_ids=copy(self.position_ids),
+            first_tokens=copy(self.first_tokens),
+            cu_seqlens=copy(self.cu_seqlens),
+        )
 
 
 def _blocks(firsts: np.ndarray, lengths: np.ndarray) -> Iterator[Block]:

@@ -1,7 +1,7 @@
 """The micro-batches of a training step, found by the step's number, and of the held-out sample.
 
-A micro-batch has a fixed number of rows with padding, which a GPU and compiled layers need, or no padding: then it has
-as many whole sequences as fit into the tokens of so many full rows, in a flat layout unless all are full.
+A micro-batch has a fixed number of rows with padding, or no padding: then it has as many whole sequences as fit into
+the tokens of so many full rows, in a flat layout; on a CPU, full sequences are rows.
 
 Shapes: B sequences of a micro-batch, T tokens per sequence, N tokens of all sequences, M labelled tokens.
 """
@@ -88,11 +88,14 @@ class MicroBatch:
         """Copy the micro-batch to `device`; the CPU does not wait for copies to a GPU."""
         if device.type == "cpu":
             return self
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
         moved: dict[str, Any] = {
-            name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()
+            name: copy(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, layout=self.layout and self.layout.to(copy))
 
 
 class Collator:
@@ -101,6 +104,7 @@ class Collator:
     Args:
         padded: whether sequences are filled up to `max_seq_length` tokens.
         within_documents: without padding, whether tokens see only their own document; `<s>` is the first one's.
+        on_gpu: without padding, whether all micro-batches have the same shapes, and are for a GPU.
     """
 
     def __init__(
@@ -111,18 +115,19 @@ class Collator:
         max_seq_length: int,
         padded: bool = True,
         within_documents: bool = False,
+        on_gpu: bool = False,
     ):
         self.packed, self.masker = packed, masker
         self.tokenizer, self.max_seq_length = tokenizer, max_seq_length
-        self.padded, self.within_documents = padded, within_documents
+        self.padded, self.within_documents, self.on_gpu = padded, within_documents, on_gpu
 
     def collate(self, sequences: np.ndarray, places: np.ndarray) -> MicroBatch:
         """Assemble one micro-batch; see `collate_all`."""
         return self.collate_all(sequences, places, len(places))[0]
 
-    def nothing(self) -> MicroBatch:
-        """A micro-batch of an empty place."""
-        return self.collate(np.zeros(1, dtype=np.int64), np.array([EMPTY_PLACE]))
+    def nothing(self, micro_batch_size: int) -> MicroBatch:
+        """A micro-batch of empty places."""
+        return self.collate(np.zeros(micro_batch_size, dtype=np.int64), np.full(micro_batch_size, EMPTY_PLACE))
 
     def collate_all(
         self,
@@ -169,11 +174,11 @@ class Collator:
             """The one of rows `first` … `last - 1`."""
             ids, mask, layout = input_ids[starts[first] : starts[last]], None, None
             is_full = int(lengths[first:last].min()) == self.max_seq_length
-            if self.padded or (is_full and not self.within_documents):
+            if self.padded or (is_full and not self.within_documents and not self.on_gpu):
                 ids = ids.view(-1, self.max_seq_length)
                 mask = None if is_full else torch.from_numpy(is_token[first:last])
             else:
-                layout = FlatLayout.of_lengths(lengths[first:last], self._documents(ids))
+                layout = self._layout(lengths[first:last], ids, micro_batch_size)
                 ids = F.pad(ids, (0, len(layout.position_ids) - layout.tokens), value=self.tokenizer.pad_token_id)
             chosen, end = slice(*labelled[number : number + 2]), max(first, min(last, filled))
             return MicroBatch(
@@ -189,12 +194,15 @@ class Collator:
 
         return [micro_batch(number, *own) for number, own in enumerate(pairwise(bounds.tolist()))]
 
-    def _documents(self, ids: torch.Tensor) -> np.ndarray | None:
-        """The tokens of each document in each sequence, if they attend to themselves alone: masks leave `</s>`."""
-        if not self.within_documents:
-            return None
-        ends = np.flatnonzero(ids.numpy() == self.tokenizer.eos_token_id) + 1
-        return np.diff(ends, prepend=0)
+    def _layout(self, lengths: np.ndarray, ids: torch.Tensor, micro_batch_size: int) -> FlatLayout:
+        documents = None
+        if self.within_documents:  # masks leave the `</s>` behind each
+            ends = np.flatnonzero(ids.numpy() == self.tokenizer.eos_token_id) + 1
+            documents = np.diff(ends, prepend=0)
+        if not self.on_gpu:
+            return FlatLayout.of_lengths(lengths, documents)
+        tokens = micro_batch_size * self.max_seq_length
+        return FlatLayout.of_shape(lengths, documents, tokens, self.max_seq_length)
 
     def _masked_rows(
         self, sequences: np.ndarray, places: np.ndarray, lengths: np.ndarray, mlm_probability: float | None
@@ -301,8 +309,8 @@ class TrainLoader:
 
     def level(self, step: int, micro_batches: list[MicroBatch], ranks: Ranks) -> list[MicroBatch]:
         """Micro-batches of a step, and empty ones up to the number of the process with most; a collective call."""
-        missing = ranks.max(len(micro_batches)) - len(micro_batches)
-        return micro_batches + [self.stage(step).collator.nothing() for _ in range(missing)]
+        missing, stage = ranks.max(len(micro_batches)) - len(micro_batches), self.stage(step)
+        return micro_batches + [stage.collator.nothing(stage.micro_batch_size) for _ in range(missing)]
 
     def steps(
         self, first_step: int, last_step: int, skipped: Sequence[SkippedPlaces] = ()

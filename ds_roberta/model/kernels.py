@@ -139,8 +139,19 @@ def flat_attention(
     heads: int,
     dropout_p: float,
 ) -> torch.Tensor:
-    """`attention` of each sequence of a flat layout to itself: (N, D) in the arguments' dtype."""
-    return _FlatAttention.apply(query_ND, key_ND, value_ND, layout, heads, dropout_p)
+    """`attention` of each part of a flat layout to itself: (N, D) in the arguments' dtype.
+
+    On a GPU this is flash attention of varying lengths, for 16 bits only. `torch.nn.attention.varlen` has no dropout;
+    the operator beneath nested tensors, which is called here, does.
+    """
+    if layout.cu_seqlens is None:
+        return _FlatAttention.apply(query_ND, key_ND, value_ND, layout, heads, dropout_p)
+    query_NHK, key_NHK, value_NHK = (each.unflatten(-1, (heads, -1)) for each in (query_ND, key_ND, value_ND))
+    bounds, longest = layout.cu_seqlens, layout.longest
+    attended_NHK, *_ = torch.ops.aten._flash_attention_forward(
+        query_NHK, key_NHK, value_NHK, bounds, bounds, longest, longest, dropout_p, False, False
+    )
+    return attended_NHK.flatten(1)
 
 
 class _FlatAttention(torch.autograd.Function):

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_roberta.data.layout import FlatLayout
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.model import kernels
-from ds_roberta.model.encoder import RobertaEncoder
+from ds_roberta.model.encoder import Padding, RobertaEncoder
 from ds_roberta.training.metrics import duration
 
 _GRAPHS_AT_MOST = 256
@@ -90,9 +91,11 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
     met: set[tuple[object, ...]] = set()
     hidden: list[tuple[nn.Parameter, torch.Tensor | None]] = []
 
-    def hide(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        hidden_BTD, mask_B11T = inputs
-        case = (hidden_BTD.shape, mask_B11T is None, module.training, torch.is_grad_enabled())
+    def hide(module: nn.Module, inputs: tuple[torch.Tensor, Padding]) -> None:
+        states, padding = inputs
+        bounds = padding.cu_seqlens if isinstance(padding, FlatLayout) else None
+        shapes = (states.shape, padding is None, None if bounds is None else bounds.shape)
+        case = (shapes, module.training, torch.is_grad_enabled())
         if case in met:
             return
         met.add(case)

@@ -171,6 +171,7 @@ def run_record(run: Run, engine: Engine, plans: list[BatchPlan], peak: Peak) -> 
         "batches": [asdict(plan) for plan in plans],
         "precision": run.precision,
         "compiled": run.compiled,
+        "padding_free": run.padding_free,
         "device": str(engine.device),
         "peak": asdict(peak),
         "versions": {

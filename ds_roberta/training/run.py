@@ -32,8 +32,8 @@ from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.optimizer import parameter_groups
 from ds_roberta.training.peak import MEASURED, Peak, device_peak
 from ds_roberta.training.recipes import RECIPES
-from ds_roberta.training.run_data import RunData, find_lines, log_sources, make_loaders, open_data
-from ds_roberta.training.settings import WITHIN_DOCUMENTS, Run, RunConfig, model_origin, run_config
+from ds_roberta.training.run_data import RunData, find_lines, log_sources, make_loaders, open_data, resolve_padding_free
+from ds_roberta.training.settings import Run, RunConfig, model_origin, run_config
 from ds_roberta.training.start import Start, find_start
 from ds_roberta.training.trainer import Trainer
 
@@ -88,23 +88,13 @@ def _read_settings(options: Namespace, ranks: Ranks) -> Run:
     monitors = Monitors(config.output_dir, deepspeed.monitors, config.guard.loss_spike == "rollback")
     ranks.on_main(monitors.check)
     zero_stage = deepspeed.zero_stage
-    compiled = ranks.together(lambda: _is_compiled(config, zero_stage))
+    compiled = ranks.together(lambda: resolve_torch_compile(config.torch_compile, zero_stage, on_gpu()))
+    padding_free = ranks.together(lambda: resolve_padding_free(config, compiled, on_gpu(), precision))
     origin = "" if initial_model else model_origin(options.model, config.model, on_gpu())
     ranks.log(f"model {config.model_name}{origin}, precision {precision}, ZeRO stage {zero_stage}")
     budget = budget_of(options)
-    run = Run(ranks, config, corpus, deepspeed, precision, compiled, options, budget, initial_model, monitors)
-    return with_kept_plan(run)
-
-
-def _is_compiled(config: RunConfig, zero_stage: int) -> bool:
-    compiled = resolve_torch_compile(config.torch_compile, zero_stage, on_gpu())
-    if config.attention == WITHIN_DOCUMENTS and (compiled or on_gpu()):
-        where = "with --torch_compile" if compiled else "on a GPU"
-        raise UserError(
-            f"--attention {config.attention} is not possible {where}, where sequences are rows with padding: remove "
-            "it, or use --packing doc-sentences"
-        )
-    return compiled
+    how = (precision, compiled, padding_free)
+    return with_kept_plan(Run(ranks, config, corpus, deepspeed, *how, options, budget, initial_model, monitors))
 
 
 def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:

@@ -16,13 +16,15 @@ from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
 from ds_roberta.data.stages import places_used
 from ds_roberta.data.words import share_without_spaces, word_starts
+from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import Objective
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.optimizer import mlm_probability
-from ds_roberta.training.settings import WITHIN_DOCUMENTS, Run
+from ds_roberta.training.settings import WITHIN_DOCUMENTS, Run, RunConfig
 
 _SAMPLE_SEQUENCES = 256
+_LARGEST_FLASH_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,31 @@ def log_sources(run: Run, data: RunData) -> None:
             run.ranks.log(f"sources of {length} tokens over the run: {order.summary(places)}")
 
 
+def resolve_padding_free(config: RunConfig, compiled: bool, on_gpu: bool, precision: str) -> bool:
+    """Whether a run computes no padding: "auto" does on a CPU unless the encoder is compiled.
+
+    Raises:
+        UserError: it is "on", or the attention needs it, but it is not possible.
+    """
+    obstacle = None
+    head_size = config.model.hidden_size // config.model.num_attention_heads
+    if not on_gpu and compiled:
+        obstacle = "on a CPU, compiled layers need shapes that do not change: give --torch_compile off"
+    elif on_gpu and precision == "fp32":
+        obstacle = "flash attention is in bf16 or fp16 only, and this run is in fp32: choose another precision"
+    elif on_gpu and (head_size % 8 or head_size > _LARGEST_FLASH_HEAD):
+        obstacle = f"flash attention needs heads of a multiple of 8, up to {_LARGEST_FLASH_HEAD}, not of {head_size}"
+    if obstacle and config.padding_free == "on":
+        raise UserError(f"--padding_free on cannot work: {obstacle}, or leave it out")
+    padding_free = config.padding_free == "on" or (config.padding_free == "auto" and not on_gpu and not obstacle)
+    if config.attention == WITHIN_DOCUMENTS and not padding_free:
+        raise UserError(
+            f"--attention {config.attention} cannot work with padding: {obstacle or 'give --padding_free on'}, or use "
+            "--packing doc-sentences"
+        )
+    return padding_free
+
+
 def make_loaders(
     run: Run, data: RunData, plans: list[BatchPlan], kind: type[Masker], on_gpu: bool
 ) -> tuple[TrainLoader, HeldOutSample | None]:
@@ -77,11 +104,8 @@ def make_loaders(
         words = word_starts(run.corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
         ranks.on_main(lambda: _log_text_without_words(run, data.train[config.packing.max_seq_length]))
     masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
-    padded = on_gpu or run.compiled  # kernels are made for shapes that do not change
-    alone = config.attention == WITHIN_DOCUMENTS
-    collators = {
-        length: Collator(packed, masker, tokenizer, length, padded, alone) for length, packed in data.train.items()
-    }
+    shape = (not run.padding_free, config.attention == WITHIN_DOCUMENTS, on_gpu)
+    collators = {length: Collator(packed, masker, tokenizer, length, *shape) for length, packed in data.train.items()}
     loader = TrainLoader(
         [
             LoaderStage(
@@ -97,7 +121,7 @@ def make_loaders(
     if data.held_out is None:
         return loader, None
     masker = evaluation_masker(config.masking, tokenizer, words, kind)
-    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length, padded, alone)
+    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length, *shape)
     return loader, HeldOutSample(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # it needs transformers, which a run that starts from random 
     from ds_roberta.training.initial_model import InitialModel
 
 TORCH_COMPILE = ("auto", "on", "off")
+PADDING_FREE = ("auto", "on", "off")
 WITHIN_DOCUMENTS = "within-documents"
 ATTENTION = ("within-sequences", WITHIN_DOCUMENTS)
 WARMUP_SHARE = 0.06
@@ -130,8 +131,13 @@ class RunConfig(Settings):
     torch_compile: str = option(
         "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
     )
+    padding_free: str = option(
+        "compute no padding; auto: on a CPU, without --torch_compile. On a GPU it is flash attention, in 16 bits",
+        "auto",
+        choices=PADDING_FREE,
+    )
     attention: str = option(
-        "what a token sees: its sequence, or in it only its own document; on a CPU, without --torch_compile",
+        "what a token sees: its sequence, or in it only its own document, which needs --padding_free",
         ATTENTION[0],
         choices=ATTENTION,
     )
@@ -198,6 +204,7 @@ class Run:
     Attributes:
         deepspeed: the checked DeepSpeed JSON.
         compiled: whether the encoder is compiled.
+        padding_free: whether no padding is computed.
         options: those of `launch/pretrain.py`.
         budget: what `max_steps` is still to be fixed by, by the option's name; see `training.budget`.
         began: `time.perf_counter()` when its settings were read.
@@ -210,6 +217,7 @@ class Run:
     deepspeed: DeepSpeedConfig
     precision: str
     compiled: bool
+    padding_free: bool
     options: Namespace
     budget: dict[str, float]
     initial_model: InitialModel | None

@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 import torch
-from deepspeed.runtime.comm import coalesced_collectives
+from reductions import Reductions
 
 from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
 from ds_roberta.data.loader import Collator, Counts, LoaderStage, MicroBatch, TrainLoader
@@ -136,40 +135,6 @@ def digests(micro_batches: list[MicroBatch]) -> list[str]:
             found.append(hashlib.sha256(own.contiguous().numpy().tobytes()).hexdigest()[:16])
         del found[len(found) - len(firsts) + batch.sequences :]
     return found
-
-
-class Reductions:
-    """Counts the elements that gradient reductions carry within a block, by wrapping DeepSpeed's communication."""
-
-    NAMES = ("all_reduce", "reduce", "reduce_scatter_fn", "reduce_scatter_tensor", "all_reduce_coalesced")
-
-    def __enter__(self):
-        self.elements, self._inside = 0, False
-        self._originals = {name: getattr(deepspeed.comm.comm, name) for name in self.NAMES}
-        for name, function in self._originals.items():
-            self._set(name, self._counting(function))
-        return self
-
-    def __exit__(self, *_):
-        for name, function in self._originals.items():
-            self._set(name, function)
-
-    @staticmethod
-    def _set(name, function):
-        for module in (deepspeed.comm, deepspeed.comm.comm, coalesced_collectives.dist):
-            setattr(module, name, function)
-
-    def _counting(self, function):
-        def count(*args, **kwargs):
-            if not self._inside:  # one of these may call another
-                self.elements += max(value.numel() for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-            outer, self._inside = self._inside, True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._inside = outer
-
-        return count
 
 
 def parameters(engine: Engine) -> dict[str, np.ndarray]:

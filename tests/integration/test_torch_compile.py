@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from ds_roberta.config import ModelConfig
+from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.model import encoder, kernels
 from ds_roberta.model.objectives import MaskedLM
@@ -87,6 +89,33 @@ def test_all_layers_share_a_graph_for_each_shape_and_none_is_made_again(gpu_kern
             assert backend.frame_count == (len(CASES) if rounds else number + 1), case
     assert not counters["graph_break"]
     assert_same_gradients(compiled, plain, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_layers_without_padding_share_a_graph_whatever_the_lengths(monkeypatch):
+    """On a GPU; flash attention of varying lengths is stood in for by an operation that looks at its bounds."""
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "_flash_attention_forward",
+        lambda query, key, value, bounds, *_: (
+            (query + key + value) * bounds.sum().to(value.dtype),
+            None,
+            None,
+            None,
+            None,
+        ),
+    )
+    backend = CompileCounterWithBackend("eager")  # others ask the operation for its kernels
+    plain, compiled = make_models(backend, 0.0, torch.float32)
+    for lengths in ([30, 20, 7], [48, 48], [12, 2, 2]):
+        layout = FlatLayout.of_shape(np.array(lengths), None, 128, 48)
+        batch = MicroBatch(torch.randint(4, 99, (128,)), None, torch.arange(5), torch.arange(5), 0, 0, None, layout)
+        losses = [model(batch)["loss"] for model in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+        assert backend.frame_count == 1
+    assert not counters["graph_break"]
+    assert_same_gradients(compiled, plain, 1e-5)
 
 
 def test_on_a_cpu_dropout_draws_what_it_draws_without_compilation():

@@ -1,13 +1,17 @@
-"""When the encoder is compiled, and what stands in the way."""
+"""When the encoder is compiled and padding left out, and what stands in the way."""
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
 from ds_roberta.training import compilation
 from ds_roberta.training.compilation import resolve_torch_compile
+from ds_roberta.training.run_data import resolve_padding_free
 
 
 @pytest.fixture
@@ -56,3 +60,41 @@ def test_what_stands_in_the_way_is_named_and_auto_goes_on_without(
     with pytest.raises(UserError, match=message):
         resolve_torch_compile("on", zero_stage, on_gpu)
     assert resolve_torch_compile("auto", zero_stage, on_gpu) is False
+
+
+@pytest.mark.parametrize(
+    ("choice", "compiled", "on_gpu", "precision", "padding_free"),
+    [
+        ("auto", False, False, "fp32", True),
+        ("auto", True, False, "fp32", False),
+        ("auto", True, True, "bf16", False),
+        ("on", True, True, "bf16", True),
+        ("on", False, True, "fp16", True),
+        ("on", False, False, "bf16", True),
+        ("off", False, False, "bf16", False),
+    ],
+)
+def test_padding_is_left_out_on_a_cpu_and_elsewhere_on_request(choice, compiled, on_gpu, precision, padding_free):
+    config = SimpleNamespace(padding_free=choice, attention="within-sequences", model=model_config("tiny", 99, 32))
+    assert resolve_padding_free(config, compiled, on_gpu, precision) is padding_free
+    config.attention = "within-documents"
+    if padding_free:
+        assert resolve_padding_free(config, compiled, on_gpu, precision)
+    else:
+        with pytest.raises(UserError, match="--attention within-documents cannot work with padding"):
+            resolve_padding_free(config, compiled, on_gpu, precision)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "on_gpu", "precision", "heads", "message"),
+    [
+        (True, False, "bf16", 4, "compiled layers need shapes that do not change: give --torch_compile off"),
+        (True, True, "fp32", 4, "flash attention is in bf16 or fp16 only"),
+        (True, True, "bf16", 64, "up to 256, not of 4"),
+    ],
+)
+def test_why_padding_cannot_be_left_out(compiled, on_gpu, precision, heads, message):
+    model = replace(model_config("tiny", 99, 32), num_attention_heads=heads)
+    config = SimpleNamespace(padding_free="on", attention="within-sequences", model=model)
+    with pytest.raises(UserError, match=message):
+        resolve_padding_free(config, compiled, on_gpu, precision)

@@ -1,6 +1,10 @@
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import RobertaForMaskedLM
 
 from ds_roberta.config import model_config
@@ -80,6 +84,48 @@ def test_without_padding_losses_and_gradients_are_the_same(lengths):
         found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Flash attention of varying lengths, computed by plain products; None stands for its other results."""
+
+    def attend(query, key, value, bounds, _, longest, __, dropout_p, is_causal, return_debug_mask):
+        assert (dropout_p, is_causal, return_debug_mask) == (0.0, False, False)
+        parts = []
+        for first, end in pairwise(bounds.tolist()):
+            assert 0 <= end - first <= longest
+            own = [each[first:end].transpose(0, 1) for each in (query, key, value)]
+            parts.append(F.scaled_dot_product_attention(*own).transpose(0, 1))
+        return torch.cat(parts), None, None, None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend)
+
+
+@lengths_of
+def test_on_a_gpu_losses_and_gradients_are_those_with_padding(flash, lengths):
+    torch.manual_seed(0)
+    model = MaskedLM(model_config("tiny", 300, 48)).eval()
+    flat, padded = flat_and_padded(lengths, 300, torch.Generator().manual_seed(1))
+    layout = FlatLayout.of_shape(np.array(lengths), None, 60 * 48, 48)
+    ids = F.pad(flat.input_ids[: layout.tokens], (0, 60 * 48 - layout.tokens), value=1)
+    found = []
+    for batch in (replace(flat, input_ids=ids, layout=layout), padded):
+        model.zero_grad()
+        loss = model(batch)["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+def test_layouts_of_a_gpu_have_the_same_shapes():
+    layouts = [FlatLayout.of_shape(np.array(lengths), None, 1_920, 48) for lengths in LENGTHS.values()]
+    layouts.append(FlatLayout.of_shape(np.array([40, 30]), np.array([10, 30, 5, 5, 20]), 1_920, 48))
+    shapes = {(layout.position_ids.shape, layout.cu_seqlens.shape, layout.longest) for layout in layouts}
+    assert shapes == {((1_920,), (128,), 48), ((1_920,), (64,), 48)}  # some have more than 63 parts
+    assert layouts[-1].cu_seqlens[:7].tolist() == [0, 10, 40, 45, 50, 70, 118]
+    assert all(layout.cu_seqlens[-1] == 1_920 for layout in layouts)
 
 
 @lengths_of
