@@ -68,6 +68,7 @@ GPUS = {
     "a100-80": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 300e9, 200),
     "v100-32": Gpu("Tesla V100-SXM2-32GB", 32e9, 150e9, 50, bf16=False),  # V100 SXM2 data sheet; DGX-1 data sheet
     "l40s": Gpu("NVIDIA L40S", 48e9, 32e9, 100),  # L40S data sheet (PCIe 4.0 x16); the network is assumed
+    "l4": Gpu("NVIDIA L4", 24e9, 32e9, 100),  # L4 data sheet (PCIe 4.0 x16); the network is assumed
 }
 
 

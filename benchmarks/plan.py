@@ -1,6 +1,7 @@
 """Print tables of what a run would cost: memory, communication, time and files.
 
     python -m benchmarks.plan --model large --gpus 512 --gpu h100
+    python -m benchmarks.plan --model large --gpus 8 --gpu l4 --number_checkpoints 24    # recomputes all layers
     python -m benchmarks.plan --model my_architecture/config.json --gpus 8
     python -m benchmarks.plan --write      # the tables of docs/scaling.md
 

@@ -13,7 +13,7 @@ from ds_roberta.distributed import Ranks
 
 # Dense bf16 (V100: fp16) tensor FLOP/s with fp32 accumulation, by torch's name of the device, from NVIDIA's data sheets
 # (half of those "with sparsity"): V100 (2018), A100 80GB (2021), A10 (2021), H100 Tensor Core GPU (2023), H200 (2024),
-# L40S (2023), HGX B200 (2024); Ada GPU Architecture white paper, appendix A (2022).
+# L40S (2023), L4 (2023), HGX B200 (2024); Ada GPU Architecture white paper, appendix A (2022).
 _DATA_SHEETS = (
     (r"Tesla V100-SXM2-\d+GB", 125e12),
     (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe", 312e12),
@@ -22,6 +22,7 @@ _DATA_SHEETS = (
     (r"NVIDIA H100 PCIe", 756e12),
     (r"NVIDIA H200", 989e12),
     (r"NVIDIA L40S", 362e12),
+    (r"NVIDIA L4", 121e12),
     (r"NVIDIA B200", 2250e12),
     (r"NVIDIA GeForce RTX 4090", 165e12),
 )
