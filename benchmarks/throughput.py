@@ -33,6 +33,7 @@ from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
 from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.training.peak import data_sheet_rate
 
 MICRO_BATCH_TOKENS = {"nano": 4_096, "tiny": 2_048, "small": 2_048, "base": 2_048, "large": 1_024}
 """On a CPU: few enough for two peers to fit into 24 GB, and for the slowest to take less than a minute per step."""
@@ -193,7 +194,7 @@ def section(case: Case, outcomes: Sequence[Outcome], flops: float, peak: float) 
         f"A step is {case.micro_batch_size} sequences x {case.micro_steps} micro-steps, {what}; a vocabulary of "
         f"{case.vocab_size:,}, {flops / 1e6:,.0f} MFLOP of useful work a token.",
         "",
-        *table(outcomes, flops, peak),
+        *table(outcomes, flops, peak, data_sheet()),
         "",
     ]
 
@@ -232,6 +233,7 @@ def lines(
         f"the largest rate of bf16 matrix products measured in the same run "
         f"({' and '.join(f'{peak / 1e9:,.0f}' for peak in peaks)} GFLOP/s), for fp32 too. *Memory*: the highest "
         f"{'allocated on the GPU' if on_gpu else 'resident set of the process'}. *Graphs*: those of torch.compile."
+        + (f" *MFU*: the share of the {rate / 1e12:,.0f} TFLOP/s of the data sheet." if (rate := data_sheet()) else "")
     )
     yield ""
     yield (
@@ -245,6 +247,11 @@ def lines(
         f"{' to '.join(f'{load:.1f}' for load in (min(loads), max(loads)))}. "
         f"{versions('torch', 'transformers', 'accelerate', 'datasets', 'deepspeed')}"
     )
+
+
+def data_sheet() -> float | None:
+    """Return the GPU's peak by its data sheet, if there is a GPU and it is known."""
+    return data_sheet_rate(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def alive() -> int:
@@ -281,21 +288,26 @@ def measure(case: Case, arguments: argparse.Namespace) -> Iterator[tuple[list[Ou
         outcomes += of_group
 
 
-def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Iterator[str]:
+def table(
+    outcomes: Sequence[Outcome], flops: float, peak_flops: float, data_sheet_flops: float | None = None
+) -> Iterator[str]:
     """Yield a Markdown table, for `flops` per token and a device with `peak_flops` per second.
 
-    The last column says how many times as many tokens our trainer processes in bf16.
+    `data_sheet_flops` is the device's peak by its data sheet, if that is known. The last column says how many times as
+    many tokens our trainer processes in bf16.
     """
     rates = {
         outcome.name: [each.tokens / each.seconds for each in outcome.rounds] for outcome in outcomes if outcome.rounds
     }
-    columns = ("trainer", "precision", "tokens/s, device", "tokens/s, wall", "useful GFLOP/s", "utilisation", "memory")
-    yield f"| {' | '.join((*columns, 'graphs', 'ours in bf16 is'))} |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    columns = ["trainer", "precision", "tokens/s, device", "tokens/s, wall", "useful GFLOP/s", "utilisation"]
+    columns += [*(["MFU"] if data_sheet_flops else []), "memory", "graphs", "ours in bf16 is"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     for outcome in outcomes:
         description, precision, _ = CONTENDERS[outcome.name]
         if outcome.name not in rates:
-            yield f"| {description} | {precision} | {outcome.unavailable} | | | | | | |"
+            cells = [description, precision, outcome.unavailable]
+            yield f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |"
             continue
         rate = statistics.median(rates[outcome.name])
         wall = statistics.median(each.tokens / each.wall for each in outcome.rounds)
@@ -303,11 +315,18 @@ def table(outcomes: Sequence[Outcome], flops: float, peak_flops: float) -> Itera
         compared = ""
         if OURS in rates and outcome.name != OURS:
             compared = f"{statistics.median(rates[OURS]) / rate:.2f}x"
-        yield (
-            f"| {description} | {precision} | {rate:,.0f} ({min(rates[outcome.name]):,.0f} to "
-            f"{max(rates[outcome.name]):,.0f}) | {wall:,.0f} | {rate * flops / 1e9:,.1f} | "
-            f"{rate * flops / peak_flops:.1%} | {memory / 1e9:.1f} GB | {graphs} | {compared} |"
-        )
+        cells = [
+            description,
+            precision,
+            f"{rate:,.0f} ({min(rates[outcome.name]):,.0f} to {max(rates[outcome.name]):,.0f})",
+            f"{wall:,.0f}",
+            f"{rate * flops / 1e9:,.1f}",
+            *(f"{rate * flops / peak:.1%}" for peak in (peak_flops, data_sheet_flops) if peak),
+            f"{memory / 1e9:.1f} GB",
+            str(graphs),
+            compared,
+        ]
+        yield f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ def test_the_table_tells_medians_and_compares_with_ours_in_bf16():
     assert cells[2][1:3] == ["fp32", "50 (50 to 50)"]
     assert [row[-1] for row in cells[2:]] == ["10.00x", ""]
     assert len({len(row) for row in cells}) == 1
+    header, _, *rows = table(outcomes, flops=1e6, peak_flops=1e9, data_sheet_flops=2e9)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (header, *rows)]
+    assert (cells[0][5:7], cells[1][5:7]) == (["utilisation", "MFU"], ["8.0%", "4.0%"])
+    assert len({len(row) for row in cells}) == 1
 
 
 def test_a_size_that_is_no_preset():
