@@ -48,6 +48,18 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     return Ranks.current()
 
 
+def make_deterministic() -> None:
+    """Make a GPU repeat every operation bit for bit in this process, or torch raise where one cannot.
+
+    By default the backward passes of its attention, and cuBLAS in several streams, add in any order
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    # Nothing reads such memory, and filling it costs time. The module's class has the attribute.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
     """Make `torch.compile` leave functions unchanged.

@@ -23,7 +23,13 @@ from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
 from ds_roberta.training.checkpoint_writer import clean_up
 from ds_roberta.training.compilation import compilation_notice, compile_layers, resolve_torch_compile
-from ds_roberta.training.device import choose_precision, fastest_precision, init_distributed, on_gpu
+from ds_roberta.training.device import (
+    choose_precision,
+    fastest_precision,
+    init_distributed,
+    make_deterministic,
+    on_gpu,
+)
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.facts import run_record, shared_facts
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
@@ -85,6 +91,8 @@ def _read_settings(options: Namespace, ranks: Ranks) -> Run:
     ranks.check_same(shared_facts(vars(options), deepspeed, corpus, config.model, precision))
     for note in deepspeed.notes:
         ranks.log(note)
+    if config.deterministic:
+        make_deterministic()
     monitors = Monitors(config.output_dir, deepspeed.monitors, config.guard.loss_spike == "rollback")
     ranks.on_main(monitors.check)
     zero_stage = deepspeed.zero_stage
@@ -138,6 +146,8 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
                 "--loss_plateau stop does nothing without held-out documents: remove it, or prepare the data with "
                 "--validation_fraction"
             )
+    if config.deterministic and not on_gpu():
+        raise UserError("--deterministic does nothing on a CPU, which repeats every run bit for bit: remove it")
     if config.resume != "auto" and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: name a checkpoint's folder, or use 'auto'")
     return deepspeed, corpus, config, choose_precision(deepspeed), initial_model

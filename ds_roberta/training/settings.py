@@ -131,6 +131,10 @@ class RunConfig(Settings):
     torch_compile: str = option(
         "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
     )
+    deterministic: bool = option(
+        "on a GPU, repeat backward passes bit for bit, too, so that a resumed run ends with the same bits; slower",
+        False,
+    )
     padding_free: str = option(
         "compute no padding; auto: on a CPU, without --torch_compile. On a GPU it is flash attention, in 16 bits",
         "auto",

@@ -14,9 +14,11 @@ import torch
 from groups import run_group
 
 from ds_roberta.config import PackingConfig
+from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
-from ds_roberta.model.kernels import attention, exclude_cudnn, plain_attention
+from ds_roberta.model.kernels import attention, exclude_cudnn, flat_attention, plain_attention
+from ds_roberta.training.device import make_deterministic
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LENGTH = 512
@@ -116,3 +118,58 @@ def test_attention_drops_the_share_asked_for(padded):
     mask = padding(LENGTH, padded)
     weights = attention(query, key, value, None if mask is None else mask.cuda(), 0.1)
     assert abs(float((weights == 0).float().mean()) - 0.1) < 0.005
+
+
+def flat_layout() -> FlatLayout:
+    return FlatLayout.of_shape(np.array([LENGTH, 300, 65, 2]), None, 2 * LENGTH, LENGTH).to(torch.Tensor.cuda)
+
+
+def test_attention_without_padding_and_its_gradients_are_the_cpus():
+    torch.manual_seed(0)
+    lengths = np.array([LENGTH, 300, 65, 2])
+    *inputs, gradient = torch.randn(4, 2 * LENGTH, 4 * 64)
+    own, found = int(lengths.sum()), []
+    gradient[own:] = 0
+    for device, dtype, layout in (
+        ("cpu", torch.float32, FlatLayout.of_lengths(lengths)),
+        ("cuda", torch.bfloat16, flat_layout()),
+    ):
+        leaves = [values.detach().to(device, dtype).requires_grad_() for values in inputs]
+        output = flat_attention(*leaves, layout, 4, 0.0)
+        output.backward(gradient.to(device, dtype))
+        found.append([output.detach()[:own], *(values.grad for values in leaves)])
+    for expected, values in zip(*found, strict=True):
+        torch.testing.assert_close(values.float().cpu(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+def test_attention_without_padding_drops_the_share_asked_for():
+    torch.manual_seed(0)
+    query, key = torch.zeros(2, 2 * LENGTH, 4 * 64, dtype=torch.bfloat16, device="cuda")
+    value = torch.eye(64, dtype=torch.bfloat16, device="cuda").repeat(2 * LENGTH // 64, 4)  # shows the weights
+    layout = FlatLayout.of_shape(np.full(2 * LENGTH // 64, 64), None, 2 * LENGTH, LENGTH).to(torch.Tensor.cuda)
+    weights = flat_attention(query, key, value, layout, 4, 0.1)
+    assert abs(float((weights == 0).float().mean()) - 0.1) < 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_deterministic_gradients_repeat_bit_for_bit(monkeypatch, dtype):
+    exclude_cudnn()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    make_deterministic()
+    try:
+        rows = torch.randn(4, 4, 8, LENGTH, 64, device="cuda", dtype=dtype)
+        flat = torch.randn(4, 2 * LENGTH, 4 * 64, device="cuda", dtype=dtype)
+        attentions = [(rows, lambda *own: attention(*own, None, 0.1))]
+        attentions += [(rows, lambda *own: attention(*own, padding(LENGTH, True)[:1].cuda(), 0.1))]
+        if dtype == torch.bfloat16:
+            attentions += [(flat, lambda *own: flat_attention(*own, flat_layout(), 4, 0.1))]
+        for (*inputs, gradient), function in attentions:
+            found = []
+            for _ in range(5):
+                torch.manual_seed(0)
+                leaves = [values.clone().requires_grad_() for values in inputs]
+                function(*leaves).backward(gradient)
+                found.append([values.grad for values in leaves])
+            assert all(torch.equal(one, other) for own in found for one, other in zip(own, found[0], strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
