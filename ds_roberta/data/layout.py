@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-_PLACES = 1_024
+_PLACES = 2_048
 """Rows × columns of a block if lengths differ: few enough for hardly any padding, enough for large products."""
 _COLUMNS = 16
 _TOKENS = 64
