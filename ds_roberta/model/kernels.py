@@ -240,6 +240,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """The sum of the cross-entropies of `hidden @ weight.T + bias` against `labels`: a float32 scalar, in nats.
 
+    Rows of `hidden` behind those that have a label count for nothing.
+
     The logits are the largest tensor of a small model. They are held once, in the parameters' dtype, and overwritten by
     their gradient; only a few rows at a time are in float32 (the idea of Hsu et al. 2024, Liger Kernel, section 3.2).
     """
@@ -254,8 +256,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits = F.linear(hidden, weight, bias)
         losses = []
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
+        logits[len(labels) :] = 0
         rows = _CPU_ROWS if logits.device.type == "cpu" else _GPU_ROWS
-        for block, targets in zip(logits.split(rows), labels[:, None].split(rows), strict=True):
+        for block, targets in zip(logits[: len(labels)].split(rows), labels[:, None].split(rows), strict=True):
             log_probs = torch.log_softmax(block, -1, dtype=torch.float32)
             losses.append(log_probs.gather(1, targets))
             gradient = log_probs.exp_().scatter_add_(1, targets, -torch.ones_like(losses[-1]))

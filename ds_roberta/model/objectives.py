@@ -115,6 +115,10 @@ class Objective(nn.Module, ABC):
         return pairs if cls.name == MaskedLM.name else {**pairs, "objective": cls.name}
 
 
+_LABELS = 16
+"""The head's rows are rounded up to a multiple of this: a CPU makes a kernel for each new shape, see `data.layout`."""
+
+
 class MaskedLMHead(nn.Module):
     """Transforms hidden states and projects them to the vocabulary with the matrix of the word embeddings."""
 
@@ -127,7 +131,10 @@ class MaskedLMHead(nn.Module):
     def forward(
         self, hidden_MD: torch.Tensor, word_embeddings_VD: torch.Tensor, labels_M: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits, (M, V) in the parameters' dtype; with labels the sum of their cross-entropies, a float32 scalar."""
+        """Logits, (M, V) in the parameters' dtype; with labels the sum of their cross-entropies, a float32 scalar.
+
+        There may be fewer labels than rows, whose last ones then count for nothing.
+        """
         transformed_MD = self.layer_norm(F.gelu(self.dense(hidden_MD)))
         if labels_M is None:
             return F.linear(transformed_MD, word_embeddings_VD, self.bias)
@@ -163,6 +170,8 @@ class MaskedLM(Objective):
     def _masked_lm(
         self, hidden_ND: torch.Tensor, positions_M: torch.Tensor, labels_M: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if labels_M is not None:  # shapes that differ less
+            positions_M = F.pad(positions_M, (0, -len(positions_M) % _LABELS))
         hidden_MD = hidden_ND.index_select(0, positions_M)
         return self.lm_head(hidden_MD, self.roberta.embeddings.word_embeddings.weight, labels_M)
 

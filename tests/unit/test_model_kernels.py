@@ -98,3 +98,17 @@ def test_a_batch_without_masked_tokens_has_no_loss_and_no_gradient():
 def test_the_loss_of_a_certain_mistake_is_finite():
     hidden, weight = torch.ones(1, 1), torch.tensor([[200.0], [0.0]])
     assert linear_cross_entropy(hidden, weight, torch.zeros(2), torch.tensor([1])) == 200
+
+
+def test_rows_of_linear_cross_entropy_without_a_label_count_for_nothing():
+    torch.manual_seed(0)
+    hidden, weight, bias, labels = torch.randn(9, 8), torch.randn(20, 8), torch.randn(20), torch.randint(20, (6,))
+    found = []
+    for rows in (6, 9):
+        own = [values.clone().requires_grad_() for values in (hidden[:rows], weight, bias)]
+        loss = linear_cross_entropy(*own, labels)
+        loss.backward()
+        assert not own[0].grad[6:].any()
+        found.append([loss.detach(), own[0].grad[:6], *(values.grad for values in own[1:])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
