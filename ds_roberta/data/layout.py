@@ -1,6 +1,6 @@
 """Sequences of different lengths one after another, without padding, and which of their tokens attend together.
 
-Shapes: N tokens, which are those of S sequences and some behind them that only round up their number; a block is a
+Shapes: N tokens, which are those of S sequences and some after them that only round up their number; a block is a
 rectangle of R rows and C columns.
 """
 
@@ -67,7 +67,7 @@ class FlatLayout:
         tokens: of the sequences; those from there on are nothing.
         longest: tokens of the longest sequence, or more.
         blocks: attention's on a CPU; together they have every token of the sequences once.
-        cu_seqlens: attention's on a GPU: (parts + 1,) int32, the bounds of the parts that attend to themselves alone,
+        cu_seqlens: attention's on a GPU: (parts + 1,) int32, the bounds of the parts that attend only to themselves,
             the last parts without a token; else None.
     """
 
@@ -84,7 +84,7 @@ class FlatLayout:
 
         Args:
             lengths: (S,) int64, their tokens, which do not rise, so that neighbours are alike.
-            documents: (parts,) int64, the tokens of the parts that attend to themselves alone, in the order of the
+            documents: (parts,) int64, the tokens of the parts that attend only to themselves, in the order of the
                 tokens; None: the sequences do.
         """
         if documents is None:
@@ -103,11 +103,11 @@ class FlatLayout:
 
         Args:
             lengths, documents: as in `of_lengths`.
-            tokens: N; those behind the sequences are parts of at most `max_seq_length` tokens.
+            tokens: N; those after the sequences are parts of at most `max_seq_length` tokens.
         """
         ends = np.cumsum(lengths if documents is None else documents)
-        behind = np.arange(ends[-1] + max_seq_length, tokens + max_seq_length, max_seq_length).clip(max=tokens)
-        bounds = np.concatenate([[0], ends, behind])
+        rest = np.arange(ends[-1] + max_seq_length, tokens + max_seq_length, max_seq_length).clip(max=tokens)
+        bounds = np.concatenate([[0], ends, rest])
         cu_seqlens = np.full(-(-len(bounds) // _PARTS) * _PARTS, tokens, dtype=np.int32)
         cu_seqlens[: len(bounds)] = bounds
         return replace(cls._of_tokens(lengths, tokens, max_seq_length), cu_seqlens=torch.from_numpy(cu_seqlens))

@@ -196,7 +196,7 @@ class Collator:
 
     def _layout(self, lengths: np.ndarray, ids: torch.Tensor, micro_batch_size: int) -> FlatLayout:
         documents = None
-        if self.within_documents:  # masks leave the `</s>` behind each
+        if self.within_documents:  # masking leaves the `</s>` that ends each
             ends = np.flatnonzero(ids.numpy() == self.tokenizer.eos_token_id) + 1
             documents = np.diff(ends, prepend=0)
         if not self.on_gpu:

@@ -240,7 +240,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """The sum of the cross-entropies of `hidden @ weight.T + bias` against `labels`: a float32 scalar, in nats.
 
-    Rows of `hidden` behind those that have a label count for nothing.
+    There may be fewer labels than rows of `hidden`; the last rows then count for nothing.
 
     The logits are the largest tensor of a small model. They are held once, in the parameters' dtype, and overwritten by
     their gradient; only a few rows at a time are in float32 (the idea of Hsu et al. 2024, Liger Kernel, section 3.2).

@@ -69,6 +69,17 @@ def flat_and_padded(lengths, vocabulary, generator):
     return flat, padded
 
 
+def assert_same_losses_and_gradients(model, *batches):
+    found = []
+    for batch in batches:
+        model.zero_grad()
+        loss = model(batch)["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
 @lengths_of
 def test_without_padding_losses_and_gradients_are_the_same(lengths):
     torch.manual_seed(0)
@@ -76,14 +87,7 @@ def test_without_padding_losses_and_gradients_are_the_same(lengths):
     for parameter in model.parameters():  # none zero or one
         parameter.data.add_(torch.randn_like(parameter) * 0.02)
     model.eval()
-    found = []
-    for batch in flat_and_padded(lengths, 300, torch.Generator().manual_seed(1)):
-        model.zero_grad()
-        loss = model(batch)["loss"]
-        loss.backward()
-        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+    assert_same_losses_and_gradients(model, *flat_and_padded(lengths, 300, torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture
@@ -109,14 +113,7 @@ def test_on_a_gpu_losses_and_gradients_are_those_with_padding(flash, lengths):
     flat, padded = flat_and_padded(lengths, 300, torch.Generator().manual_seed(1))
     layout = FlatLayout.of_shape(np.array(lengths), None, 60 * 48, 48)
     ids = F.pad(flat.input_ids[: layout.tokens], (0, 60 * 48 - layout.tokens), value=1)
-    found = []
-    for batch in (replace(flat, input_ids=ids, layout=layout), padded):
-        model.zero_grad()
-        loss = model(batch)["loss"]
-        loss.backward()
-        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+    assert_same_losses_and_gradients(model, replace(flat, input_ids=ids, layout=layout), padded)
 
 
 def test_layouts_of_a_gpu_have_the_same_shapes():
