@@ -15,13 +15,13 @@ from ds_roberta.inputs.tables import read_table
 
 EVERYTHING = "all"
 TASKS = {
-    "sst2": Task("classification", "accuracy"),
     "cola": Task("classification", "matthews_correlation"),
     "mrpc": Task("classification", "accuracy"),
     "rte": Task("classification", "accuracy"),
     "stsb": Task("regression", "pearson"),
     "banking77": Task("classification", "accuracy"),
     "wnut17": Task("token-classification", "f1"),
+    "sst2": Task("classification", "accuracy"),
 }
 
 
