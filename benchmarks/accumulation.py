@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
-from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
+from benchmarks.throughput_case import VOCABULARY
+from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY
 from ds_roberta.config import PRESETS, MaskingConfig, model_config
 from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig

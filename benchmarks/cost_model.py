@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.throughput_contenders import VOCABULARY
+from benchmarks.throughput_case import VOCABULARY
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, ModelConfig, model_config
 from ds_roberta.model.architecture import config_path, read_architecture
 from ds_roberta.model.kernels import Dropout

@@ -71,12 +71,12 @@ case $group in
 speed)
   part device 10 nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm --format=csv
   part corpus 30 bash -c corpus
-  part throughput_text 110 "${throughput[@]}" --model base --contenders ours-bf16 --data_dir "$output/data" \
-    --output "$output/throughput_text.md"
+  part throughput_text 150 "${throughput[@]}" --model base --data_dir "$output/data" --contenders ours-bf16 \
+    ours-bf16-flat ours-bf16-whole ours-bf16-flat-whole --output "$output/throughput_text.md"
   part base_killed 90 bash -c 'killed "$@"' killed "${base[@]}"
   part base_resumed 110 "${base[@]}"
   part base_went_on 5 grep -q "resuming from" "$output/base_resumed.log"
-  part throughput_full 80 "${throughput[@]}" --model base --contenders ours-bf16 --output "$output/throughput_full.md"
+  part throughput_full 40 "${throughput[@]}" --model base --contenders ours-bf16 --output "$output/throughput_full.md"
   part profile 90 "$python" -m benchmarks.profile --model base --max_seq_length 512 --output "$output/profile.md"
   ;;
 contracts)

@@ -34,7 +34,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
-from benchmarks.throughput_contenders import write_data
+from benchmarks.throughput_case import write_data
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS, IntervalConfig, PackingConfig
 from ds_roberta.data.loader import MicroBatch, TrainLoader

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
-from benchmarks.throughput_contenders import CONTENDERS, PEAK, Case, as_json, write_data, write_rows
+from benchmarks.throughput_case import Case, write_data, write_rows
+from benchmarks.throughput_contenders import CONTENDERS, PEAK, as_json
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, PackingConfig
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
@@ -43,7 +44,7 @@ GPU_STEPS = 20
 SEQUENCES, ROWS = 512, 8_192  # at least, of random ids; at most, of a user's text for peers
 OURS = "ours-bf16"
 DEFAULT_CONTENDERS = [
-    name for name in CONTENDERS if "eager" not in name and name not in ("ours-fp16", "ours-bf16-padded")
+    name for name in CONTENDERS if "eager" not in name and (not name.startswith("ours") or name in (OURS, "ours-fp32"))
 ]
 
 

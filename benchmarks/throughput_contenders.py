@@ -17,63 +17,24 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from benchmarks.environment import REPOSITORY
-from ds_roberta.config import PRESETS, MaskingConfig, ModelConfig, PackingConfig, Stage, model_config
+from benchmarks.throughput_case import Case
+from ds_roberta.config import MaskingConfig, PackingConfig, Stage
 from ds_roberta.distributed import keep_freed_memory
 from ds_roberta.training.compilation import compiled_graphs
 
-VOCABULARY = 50_265
-SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": VOCABULARY - 1}  # RoBERTa's ids
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.01
 MATRIX_SIZES = (1024, 2048, 3072)
 GPU_MATRIX_SIZES = (4096, 8192, 16384)
 _MATRIX_SECONDS = 0.7
 _MANY = 1_000_000
-
-
-@dataclass(frozen=True)
-class Case:
-    """What all contenders train.
-
-    Attributes:
-        model: a preset's name, or LAYERSxHIDDENxHEADS such as 8x384x6.
-        folder: where contenders write; it has the `rows` for transformers' contenders.
-        micro_batch_size: sequences per micro-step.
-        micro_steps: micro-steps per step.
-        data: a data folder, indexed for `packing`.
-        filled: the share of a step's places that hold tokens; the others are padding.
-    """
-
-    model: str
-    max_seq_length: int
-    micro_batch_size: int
-    micro_steps: int
-    folder: str
-    data: str
-    packing: str = "contiguous"
-    vocab_size: int = VOCABULARY
-    filled: float = 1.0
-
-    @property
-    def config(self) -> ModelConfig:
-        if self.model in PRESETS:
-            return model_config(self.model, self.vocab_size, self.max_seq_length)
-        layers, hidden_size, heads = map(int, self.model.split("x"))
-        of_the_length = model_config("tiny", self.vocab_size, self.max_seq_length)
-        sizes = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
-        return replace(of_the_length, **sizes, intermediate_size=4 * hidden_size)
-
-    @property
-    def train_batch_size(self) -> int:
-        return self.micro_batch_size * self.micro_steps
 
 
 class Unavailable(Exception):
@@ -128,58 +89,6 @@ def stopwatch() -> Callable[[], tuple[float, float]]:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
-    """Write a data folder of full sequences of random ids, with a tokenizer."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    from ds_roberta.data.packing import build_index
-    from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, Corpus, Manifest, write_shard
-    from ds_roberta.data.tokenizer import TokenizerInfo
-
-    ordinary = {f"t{number}": number for number in range(VOCABULARY) if number not in SPECIAL_TOKENS.values()}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocab={**SPECIAL_TOKENS, **ordinary}, merges=[])),
-        **{f"{name}_token": f"<{name}>" for name in ("pad", "unk", "mask")},
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-    ).save_pretrained(folder / TOKENIZER_FOLDER)
-    tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
-    inner = np.random.default_rng(0).integers(4, VOCABULARY - 1, (sequences, max_seq_length - 2))
-    document = np.append(inner.flatten(), tokenizer.eos_token_id)
-    shard = write_shard(folder, TRAIN_SPLIT, 0, [document], [np.array([len(document) - 1])], VOCABULARY)
-    Manifest(tokenizer, {}, (), {TRAIN_SPLIT: (shard,)}).write(folder)
-    build_index(Corpus.open(folder), TRAIN_SPLIT, PackingConfig(max_seq_length, "contiguous"))
-
-
-def write_rows(case: Case, most: int) -> float:
-    """Write the first packed sequences, padded and at most `most`, as rows for `datasets`; return how full they are."""
-    import datasets
-
-    from ds_roberta.data.packing import open_index
-    from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
-
-    corpus = Corpus.open(case.data)
-    packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(case.max_seq_length, case.packing))
-    tokenizer, count = corpus.manifest.tokenizer, min(len(packed), most)
-    rows = np.full((count, case.max_seq_length), tokenizer.pad_token_id)
-    rows[:, 0] = tokenizer.bos_token_id
-    lengths = packed.lengths(np.arange(count)) + 2
-    packed.gather(np.arange(count), rows)
-    rows[np.arange(count), lengths - 1] = tokenizer.eos_token_id
-    is_token = np.arange(case.max_seq_length) < lengths[:, None]
-    columns = {
-        "input_ids": rows,
-        "attention_mask": is_token.astype(np.int64),
-        "special_tokens_mask": np.isin(rows, tokenizer.special_ids).astype(np.int64),
-    }
-    rows_of_lists = datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()})
-    rows_of_lists.save_to_disk(Path(case.folder) / "rows")
-    return float(is_token.mean())
 
 
 def hf_parts(case: Case, attention: str) -> tuple[Any, Any, Any]:
@@ -305,8 +214,15 @@ def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) ->
         gate()
 
 
-def ours(case: Case, make_gate: Callable[[], Gate], precision: str, padded: bool = False) -> None:
-    """Train with the parts that `ds_roberta.training.run` makes, in steps like the trainer's; `padded` on a CPU too."""
+def ours(
+    case: Case, make_gate: Callable[[], Gate], precision: str, padded: bool | None = None, whole: bool = False
+) -> None:
+    """Train with the parts that `ds_roberta.training.run` makes, in steps like the trainer's.
+
+    Args:
+        padded: whether rows have padding; None: as in a run that is not told.
+        whole: compile the whole model.
+    """
     from ds_roberta.data.loader import Collator, Counts, LoaderStage, TrainLoader
     from ds_roberta.data.masking import training_masker
     from ds_roberta.data.order import SampleOrder
@@ -314,7 +230,7 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str, padded: bool
     from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
     from ds_roberta.deepspeed_config import DeepSpeedConfig
     from ds_roberta.model.objectives import MaskedLM
-    from ds_roberta.training.compilation import compile_layers, resolve_torch_compile
+    from ds_roberta.training.compilation import compile_layers, compile_model, resolve_torch_compile
     from ds_roberta.training.device import init_distributed, on_gpu
     from ds_roberta.training.engine import Engine
     from ds_roberta.training.micro_batch import BatchPlan
@@ -325,15 +241,18 @@ def ours(case: Case, make_gate: Callable[[], Gate], precision: str, padded: bool
     settings = DeepSpeedConfig.read(REPOSITORY / "ds_configs/zero1.json", case.train_batch_size, LEARNING_RATE)
     engine = Engine(MaskedLM(case.config), settings.resolved(precision, on_gpu()), ranks, 0)
     compiled = resolve_torch_compile("auto", settings.zero_stage, on_gpu())
-    if compiled:
+    if whole:
+        compile_model(engine.module)
+    elif compiled:
         compile_layers(engine.module.roberta.encoder)
     engine.set_batch(BatchPlan(case.train_batch_size, case.micro_batch_size, ranks.world_size))
     corpus = Corpus.open(case.data)
     packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(case.max_seq_length, case.packing))
     tokenizer = corpus.manifest.tokenizer
-    padded = padded or compiled or on_gpu()
+    if padded is None:
+        padded = whole or compiled or on_gpu()
     masker = training_masker(MaskingConfig(), tokenizer, 0)
-    collator = Collator(packed, masker, tokenizer, case.max_seq_length, padded)
+    collator = Collator(packed, masker, tokenizer, case.max_seq_length, padded, on_gpu=on_gpu())
     stage = Stage(0, case.max_seq_length, case.train_batch_size)
     loader = TrainLoader([LoaderStage(stage, collator, SampleOrder(len(packed), 0), case.micro_batch_size)])
     gate = make_gate()
@@ -362,6 +281,13 @@ def matrix_product(answer: Callable[[dict[str, Any]], None]) -> None:
 CONTENDERS: dict[str, tuple[str, str, Callable[[Case, Callable[[], Gate]], None]]] = {
     "ours-bf16": ("**ds_roberta**", "bf16", lambda c, g: ours(c, g, "bf16")),
     "ours-bf16-padded": ("ds_roberta, rows with padding", "bf16", lambda c, g: ours(c, g, "bf16", padded=True)),
+    "ours-bf16-flat": ("ds_roberta, without padding", "bf16", lambda c, g: ours(c, g, "bf16", padded=False)),
+    "ours-bf16-whole": ("ds_roberta, --torch_compile on", "bf16", lambda c, g: ours(c, g, "bf16", whole=True)),
+    "ours-bf16-flat-whole": (
+        "ds_roberta, without padding, --torch_compile on",
+        "bf16",
+        lambda c, g: ours(c, g, "bf16", padded=False, whole=True),
+    ),
     "ours-fp16": ("**ds_roberta**", "fp16", lambda c, g: ours(c, g, "fp16")),
     "ours-fp32": ("**ds_roberta**", "fp32", lambda c, g: ours(c, g, "fp32")),
     "run_mlm-fp32": ("transformers Trainer (run_mlm), sdpa", "fp32", lambda c, g: run_mlm(c, g, "fp32", "sdpa")),

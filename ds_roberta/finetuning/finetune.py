@@ -50,7 +50,7 @@ from ds_roberta.finetuning.one_run import (
 from ds_roberta.finetuning.task import RESULTS, SHORTEST
 from ds_roberta.inputs.streams import is_url
 from ds_roberta.inputs.tables import TABULAR_NAMES
-from ds_roberta.model.kernels import exclude_cudnn
+from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.options import Settings, option, require_positive
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
 
@@ -126,7 +126,7 @@ def finetune(config: FinetuneConfig) -> int:
     deepspeed_config = read_deepspeed_config(config.deepspeed_config)
     ranks = _ranks(deepspeed_config is not None)
     _check(config, ranks.world_size)
-    exclude_cudnn()
+    set_gpu_arithmetic()
     with without_progress_bars():
         folder = open_folder(config.model)
         max_seq_length = folder.sequence_length(config.max_seq_length, SHORTEST)

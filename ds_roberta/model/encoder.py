@@ -80,8 +80,10 @@ class RobertaEmbeddings(nn.Module):
         positions_T = torch.arange(self.first_position, self.first_position + length, device=input_ids.device)
         places_TD = self.position_embeddings(positions_T) + self.token_type_embeddings(torch.zeros_like(positions_T))
         places = places_TD if layout is None else F.embedding(layout.position_ids, places_TD)
-        embedded = self.word_embeddings(input_ids) + places
-        return self.dropout(self.LayerNorm(embedded))
+        return self.normalise(self.word_embeddings(input_ids), places)
+
+    def normalise(self, words: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.LayerNorm(words + places))
 
 
 class RobertaSelfAttention(nn.Module):

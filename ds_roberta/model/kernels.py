@@ -7,7 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def attention(
 
     On a CPU torch's fused kernel takes twice the time of plain products in bf16, and leaves its fast path with dropout.
     On a GPU torch uses flash attention in 16 bits if no key is masked, else the memory-efficient kernel; never cuDNN's,
-    see `exclude_cudnn`. Their forward passes are reproducible bit for bit. Their backward passes may add the key
+    see `set_gpu_arithmetic`. Their forward passes are reproducible bit for bit. Their backward passes may add the key
     blocks' shares of a query's gradient in any order, so two runs can round differently.
 
     Args:
@@ -96,13 +96,18 @@ def attention(
     return F.scaled_dot_product_attention(query_BHTK, key_BHTK, value_BHTK, mask_B11T, dropout_p)
 
 
-def exclude_cudnn() -> None:
-    """Keep torch from choosing cuDNN's attention in this process, also for transformers' models.
+def set_gpu_arithmetic() -> None:
+    """Keep torch from fast but inexact arithmetic on a GPU in this process, also for transformers' models.
 
-    torch prefers it on some GPUs (including H100), and it is silently wrong: its dropout rounds the probability to
-    sixteenths (0.1 becomes 1/16 or 2/16; torch avoids that from 2.12 on: pytorch/pytorch#174245), and with a
-    mask its backward pass can give NaN at lengths of 64 mod 128 (pytorch/pytorch#196678).
+    Products in fp32 do not use TF32, and the partial sums of those in 16 bits are added in fp32, whatever torch's
+    defaults and the environment say. cuDNN's attention is excluded: torch prefers it on some GPUs (including H100), and
+    it is silently wrong. Its dropout rounds the probability to sixteenths (0.1 becomes 1/16 or 2/16; torch avoids that
+    from 2.12 on: pytorch/pytorch#174245), and with a mask its backward pass can give NaN at lengths of 64 mod 128
+    (pytorch/pytorch#196678).
     """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -235,37 +240,70 @@ def _attend_backward(
     return query_gradient, scores_gradient.transpose(-1, -2) @ query, value_gradient
 
 
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Takes logits, (M, V), and labels, (M,), of which the last ones may be missing: those rows count for nothing.
+
+It returns the sum of the cross-entropies, a float32 scalar in nats, and the sum of their gradients over the rows, (V,)
+float32. The logits are overwritten by their gradient.
+"""
+
+
+def cross_entropy_by_rows(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`CrossEntropy`, a few rows at a time in float32 (the idea of Hsu et al. 2024, Liger Kernel, section 3.2)."""
+    losses = []
+    summed = torch.zeros(logits_MV.shape[1], device=logits_MV.device)
+    logits_MV[len(labels_M) :] = 0
+    rows = _CPU_ROWS if logits_MV.device.type == "cpu" else _GPU_ROWS
+    for block, targets in zip(logits_MV[: len(labels_M)].split(rows), labels_M[:, None].split(rows), strict=True):
+        log_probs = torch.log_softmax(block, -1, dtype=torch.float32)
+        losses.append(log_probs.gather(1, targets))
+        gradient = log_probs.exp_().scatter_add_(1, targets, -torch.ones_like(losses[-1]))
+        summed += gradient.sum(0)
+        block.copy_(gradient)
+    return -torch.cat(losses).sum(), summed
+
+
+def whole_cross_entropy(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`CrossEntropy` in one expression, for torch.compile; a label below 0 is a missing one."""
+    has_label_M1 = (labels_M >= 0)[:, None]
+    is_label_MV = torch.arange(logits_MV.shape[1], device=logits_MV.device) == labels_M[:, None]
+    log_probs_MV = torch.log_softmax(logits_MV, -1, dtype=torch.float32)
+    loss = -torch.where(is_label_MV, log_probs_MV, 0).sum()
+    gradient_MV = (log_probs_MV.exp() - is_label_MV.float()) * has_label_M1
+    logits_MV.copy_(gradient_MV)
+    return loss, gradient_MV.sum(0)
+
+
 def linear_cross_entropy(
-    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor
+    hidden_MD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor,
+    labels_M: torch.Tensor,
+    cross_entropy: CrossEntropy = cross_entropy_by_rows,
 ) -> torch.Tensor:
     """The sum of the cross-entropies of `hidden @ weight.T + bias` against `labels`: a float32 scalar, in nats.
 
     There may be fewer labels than rows of `hidden`; the last rows then count for nothing.
 
-    The logits are the largest tensor of a small model. They are held once, in the parameters' dtype, and overwritten by
-    their gradient; only a few rows at a time are in float32 (the idea of Hsu et al. 2024, Liger Kernel, section 3.2).
+    The logits are the largest tensor of a small model. They are held once, in the parameters' dtype.
     """
-    return _LinearCrossEntropy.apply(hidden_MD, weight_VD, bias_V, labels_M)
+    return _LinearCrossEntropy.apply(hidden_MD, weight_VD, bias_V, labels_M, cross_entropy)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        labels: torch.Tensor,
+        cross_entropy: CrossEntropy,
     ) -> torch.Tensor:
         logits = F.linear(hidden, weight, bias)
-        losses = []
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
-        logits[len(labels) :] = 0
-        rows = _CPU_ROWS if logits.device.type == "cpu" else _GPU_ROWS
-        for block, targets in zip(logits[: len(labels)].split(rows), labels[:, None].split(rows), strict=True):
-            log_probs = torch.log_softmax(block, -1, dtype=torch.float32)
-            losses.append(log_probs.gather(1, targets))
-            gradient = log_probs.exp_().scatter_add_(1, targets, -torch.ones_like(losses[-1]))
-            bias_gradient += gradient.sum(0)
-            block.copy_(gradient)
+        loss, bias_gradient = cross_entropy(logits, labels)
         ctx.save_for_backward(hidden, weight, logits, bias_gradient)
-        return -torch.cat(losses).sum()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -275,5 +313,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (logits_gradient @ weight) * scale.to(weight.dtype),
             logits_gradient.T @ (hidden * scale.to(hidden.dtype)),
             (bias_gradient * scale).to(weight.dtype),
+            None,
             None,
         )

@@ -20,7 +20,7 @@ from ds_roberta.data.masking import Masker, Substituter
 from ds_roberta.errors import UserError
 from ds_roberta.model.encoder import RobertaModel
 from ds_roberta.model.initialization import initialize_weights
-from ds_roberta.model.kernels import linear_cross_entropy
+from ds_roberta.model.kernels import CrossEntropy, cross_entropy_by_rows, linear_cross_entropy
 from ds_roberta.options import require_one_of
 
 
@@ -127,6 +127,7 @@ class MaskedLMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.cross_entropy: CrossEntropy = cross_entropy_by_rows
 
     def forward(
         self, hidden_MD: torch.Tensor, word_embeddings_VD: torch.Tensor, labels_M: torch.Tensor | None = None
@@ -135,10 +136,13 @@ class MaskedLMHead(nn.Module):
 
         There may be fewer labels than rows, whose last ones then count for nothing.
         """
-        transformed_MD = self.layer_norm(F.gelu(self.dense(hidden_MD)))
+        transformed_MD = self.transform(hidden_MD)
         if labels_M is None:
             return F.linear(transformed_MD, word_embeddings_VD, self.bias)
-        return linear_cross_entropy(transformed_MD, word_embeddings_VD, self.bias, labels_M)
+        return linear_cross_entropy(transformed_MD, word_embeddings_VD, self.bias, labels_M, self.cross_entropy)
+
+    def transform(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        return self.layer_norm(F.gelu(self.dense(hidden_MD)))
 
 
 class MaskedLM(Objective):
@@ -152,6 +156,8 @@ class MaskedLM(Objective):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.lm_head = MaskedLMHead(config)
+        self.head_shapes: int | None = None
+        """At most so many numbers of rows for a micro-batch's head, where each costs a graph."""
         initialize_weights(self, config.initializer_range)
 
     def logits(
@@ -171,7 +177,8 @@ class MaskedLM(Objective):
         self, hidden_ND: torch.Tensor, positions_M: torch.Tensor, labels_M: torch.Tensor | None = None
     ) -> torch.Tensor:
         if labels_M is not None:  # shapes that differ less
-            positions_M = F.pad(positions_M, (0, -len(positions_M) % _LABELS))
+            unit = -(-len(hidden_ND) // self.head_shapes) if self.head_shapes else _LABELS
+            positions_M = F.pad(positions_M, (0, -len(positions_M) % unit))
         hidden_MD = hidden_ND.index_select(0, positions_M)
         return self.lm_head(hidden_MD, self.roberta.embeddings.word_embeddings.weight, labels_M)
 

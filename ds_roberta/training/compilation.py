@@ -1,8 +1,8 @@
-"""Compilation of the encoder by torch.compile.
+"""Compilation of the model by torch.compile.
 
-Each layer is compiled, not the model: all layers share one graph per shape, and the number of masked tokens,
-which differs between micro-batches, is never part of one. Embeddings are not compiled: inductor sums the gradient of a
-table by atomic additions, whose order, and so whose rounding, varies.
+Each layer is compiled, not the model: all layers share one graph per shape. What comes before and after the layers is
+compiled in parts of its own. Look-ups of rows, in embeddings or of masked tokens, are in none: inductor sums their
+gradients by atomic additions, whose order, and so whose rounding, varies.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ds_roberta.data.layout import FlatLayout
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.model import kernels
-from ds_roberta.model.encoder import Padding, RobertaEncoder
+from ds_roberta.model.encoder import RobertaEncoder
+from ds_roberta.model.objectives import MaskedLM, Objective
 from ds_roberta.training.metrics import duration
 
 _GRAPHS_AT_MOST = 256
 """torch gives up after 8 and continues uncompiled; a length takes 4, with or without padding, training or not."""
+_HEAD_SHAPES = 32
+"""Of a compiled head: with 15% of the tokens masked, all but a few micro-batches have one of two."""
 _TRITON_CAPABILITY = (7, 0)
 
 
@@ -77,13 +82,33 @@ def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:
     _hide_gradients_of_new_shapes(encoder)
 
 
+def compile_model(model: Objective, backend: str = "inductor") -> None:
+    """Compile the layers, and what comes before and after them, in place; parameters keep their names."""
+    compile_layers(model.roberta.encoder, backend)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, backend=backend, dynamic=False)
+
+    embeddings = model.roberta.embeddings
+    embeddings.normalise = compiled(embeddings.normalise)  # type: ignore[method-assign]
+    _hide_gradients_of_new_shapes(embeddings)
+    if isinstance(model, MaskedLM):
+        head, cross_entropy = model.lm_head, compiled(kernels.whole_cross_entropy)
+        head.transform = compiled(head.transform)  # type: ignore[method-assign]
+        head.cross_entropy = lambda logits, labels: cross_entropy(
+            logits, F.pad(labels, (0, len(logits) - len(labels)), value=-1)
+        )
+        model.head_shapes = _HEAD_SHAPES
+        _hide_gradients_of_new_shapes(head)
+
+
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made in this process so far."""
     utils = sys.modules.get("torch._dynamo.utils")
     return utils.counters["stats"]["unique_graphs"] if utils else 0
 
 
-def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
+def _hide_gradients_of_new_shapes(compiled: nn.Module) -> None:
     """Set gradients aside while a graph may be made: torch 2.13 makes none if their dtype is not the weight's.
 
     If none was made, a warning says so: torch itself continues silently.
@@ -91,11 +116,8 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
     met: set[tuple[object, ...]] = set()
     hidden: list[tuple[nn.Parameter, torch.Tensor | None]] = []
 
-    def hide(module: nn.Module, inputs: tuple[torch.Tensor, Padding]) -> None:
-        states, padding = inputs
-        bounds = padding.cu_seqlens if isinstance(padding, FlatLayout) else None
-        shapes = (states.shape, padding is None, None if bounds is None else bounds.shape)
-        case = (shapes, module.training, torch.is_grad_enabled())
+    def hide(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        case = (*map(_shape, inputs[:2]), module.training, torch.is_grad_enabled())
         if case in met:
             return
         met.add(case)
@@ -110,8 +132,13 @@ def _hide_gradients_of_new_shapes(encoder: RobertaEncoder) -> None:
             logger.warning("torch.compile made no graph: the layers run uncompiled (TORCH_LOGS=+dynamo shows why)")
         hidden.clear()
 
-    encoder.register_forward_pre_hook(hide)
-    encoder.register_forward_hook(restore, always_call=True)
+    compiled.register_forward_pre_hook(hide)
+    compiled.register_forward_hook(restore, always_call=True)
+
+
+def _shape(value: torch.Tensor | FlatLayout | None) -> tuple[int, ...] | None:
+    values = value.cu_seqlens if isinstance(value, FlatLayout) else value
+    return None if values is None else tuple(values.shape)
 
 
 def compilation_notice(config: dict[str, Any]) -> str | None:

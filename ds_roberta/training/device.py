@@ -12,7 +12,7 @@ import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, keep_freed_memory
-from ds_roberta.model.kernels import exclude_cudnn
+from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, check_world_size, meet, set_ranks
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -38,7 +38,7 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     check_world_size(torch.distributed.get_world_size())
-    exclude_cudnn()
+    set_gpu_arithmetic()
     if on_gpu():
         return Ranks.current()
     keep_freed_memory()

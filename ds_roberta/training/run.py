@@ -22,7 +22,7 @@ from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
 from ds_roberta.training.checkpoint_writer import clean_up
-from ds_roberta.training.compilation import compilation_notice, compile_layers, resolve_torch_compile
+from ds_roberta.training.compilation import compilation_notice, compile_layers, compile_model, resolve_torch_compile
 from ds_roberta.training.device import (
     choose_precision,
     fastest_precision,
@@ -210,8 +210,11 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
     if peak.source == MEASURED:
         ranks.log(f"peak of a process: {peak.flops_per_second / 1e9:,.0f} GFLOP/s, measured ({fastest_precision()})")
     if run.compiled:  # only now: the rehearsal and the micro-batch trials have sizes that do not occur again
-        compile_layers(model.roberta.encoder)
-        ranks.log("the encoder is compiled (--torch_compile): the first steps of each length take longer")
+        if config.torch_compile == "on":
+            compile_model(model)
+        else:
+            compile_layers(model.roberta.encoder)
+        ranks.log("the model is compiled (--torch_compile): the first steps of each length take longer")
     return engine, micro_batch_sizes, peak
 
 

@@ -129,7 +129,7 @@ class RunConfig(Settings):
         False,
     )
     torch_compile: str = option(
-        "compile the encoder; auto: on a GPU, at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
+        "compile the model; auto: its layers, on a GPU at ZeRO stages 0 to 2", "auto", choices=TORCH_COMPILE
     )
     deterministic: bool = option(
         "on a GPU, repeat backward passes bit for bit, too, so that a resumed run ends with the same bits; slower",

@@ -17,7 +17,7 @@ from ds_roberta.config import PackingConfig
 from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
-from ds_roberta.model.kernels import attention, exclude_cudnn, flat_attention, plain_attention
+from ds_roberta.model.kernels import attention, flat_attention, plain_attention, set_gpu_arithmetic
 from ds_roberta.training.device import make_deterministic
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -56,16 +56,17 @@ def test_a_resumed_run_begins_as_the_unbroken_one_bit_for_bit_and_follows_it(fin
             np.testing.assert_allclose(losses, case["unbroken"], rtol=tolerance(name), err_msg=f"{name} {layout}")
 
 
-def test_a_compiled_encoder_follows_the_one_that_is_not(findings):
+def test_a_compiled_model_follows_the_one_that_is_not(findings):
     for name, losses in findings("compilation").items():
-        np.testing.assert_allclose(losses["compiled"], losses["eager"], rtol=tolerance(name), err_msg=name)
+        for compiled in ("layers", "model"):
+            np.testing.assert_allclose(losses[compiled], losses["eager"], rtol=tolerance(name), err_msg=name)
 
 
-def test_dropout_of_a_compiled_encoder_follows_the_seed(findings):
+def test_dropout_of_a_compiled_model_follows_the_seed(findings):
     for name, losses in findings("compilation").items():
         assert losses["dropout_again"][0] == losses["dropout"][0], name
         np.testing.assert_allclose(losses["dropout_again"], losses["dropout"], rtol=tolerance(name), err_msg=name)
-        assert not np.allclose(losses["dropout"], losses["compiled"], rtol=1e-5), name
+        assert not np.allclose(losses["dropout"], losses["model"], rtol=1e-5), name
 
 
 def test_an_fp16_overflow_skips_the_step(findings):
@@ -95,7 +96,7 @@ def padding(length: int, padded: bool) -> torch.Tensor | None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("length", [LENGTH, 448])  # 64 mod 128, where cuDNN's gradients can be NaN
 def test_attention_and_its_gradients_are_the_cpus(length, padded):
-    exclude_cudnn()
+    set_gpu_arithmetic()
     torch.manual_seed(0)
     *inputs, gradient = torch.randn(4, 2, 4, length, 64)
     mask = padding(length, padded)
@@ -111,7 +112,7 @@ def test_attention_and_its_gradients_are_the_cpus(length, padded):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_drops_the_share_asked_for(padded):
-    exclude_cudnn()
+    set_gpu_arithmetic()
     torch.manual_seed(0)
     query, key = torch.zeros(2, 2, 4, LENGTH, 64, dtype=torch.bfloat16, device="cuda")
     value = torch.eye(LENGTH, 64, dtype=torch.bfloat16, device="cuda").expand(2, 4, LENGTH, 64)  # shows the weights
@@ -153,7 +154,7 @@ def test_attention_without_padding_drops_the_share_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_deterministic_gradients_repeat_bit_for_bit(monkeypatch, dtype):
-    exclude_cudnn()
+    set_gpu_arithmetic()
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     make_deterministic()
     try:

@@ -28,7 +28,7 @@ from ds_roberta.model.weights import POSITION_EMBEDDINGS
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
-from ds_roberta.training.compilation import compile_layers
+from ds_roberta.training.compilation import compile_layers, compile_model
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import BatchPlan, Trial, full_micro_batch, largest_size
@@ -341,16 +341,20 @@ def accumulation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
 
 
 def compilation(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
-    """Three steps with and without compilation, dropout off; then twice compiled, dropout on: their losses."""
+    """Three steps without compilation, with compiled layers and with a compiled model, dropout off; then twice with a
+    compiled model, dropout on: their losses.
+    """
     findings = {}
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (1, "fp16"), (2, "fp16")):
         name, rows = f"{stage}-{precision}", []
-        for compiled, dropout in ((False, 0.0), (True, 0.0), (True, 0.1), (True, 0.1)):
+        for compiled, dropout in (("", 0.0), ("layers", 0.0), ("model", 0.0), ("model", 0.1), ("model", 0.1)):
             engine, loader = make(ranks, corpus, stage, precision, 4, dropout)
-            if compiled:
+            if compiled == "layers":
                 compile_layers(engine.module.roberta.encoder)
+            elif compiled:
+                compile_model(engine.module)
             rows.append([row["loss"] for row in train(engine, loader, 0, 3)])
-        findings[name] = dict(zip(("eager", "compiled", "dropout", "dropout_again"), rows, strict=True))
+        findings[name] = dict(zip(("eager", "layers", "model", "dropout", "dropout_again"), rows, strict=True))
     (folder / "compilation.json").write_text(json.dumps(findings))
 
 

@@ -1,4 +1,4 @@
-"""The encoder compiled by torch.compile: how often, and that it changes nothing but rounding."""
+"""The model compiled by torch.compile: how often, and that it changes nothing but rounding."""
 
 import copy
 import shutil
@@ -15,7 +15,7 @@ from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.model import encoder, kernels
 from ds_roberta.model.objectives import MaskedLM
-from ds_roberta.training.compilation import compile_layers, compiled_graphs
+from ds_roberta.training.compilation import compile_layers, compile_model, compiled_graphs
 
 pytestmark = [
     # torch.compile looks at `.grad` of all inputs, and its own filter of this warning does not stand up to "error".
@@ -42,8 +42,8 @@ def gpu_kernels(monkeypatch):
     monkeypatch.setattr(kernels.Dropout, "forward", lambda self, values: F.dropout(values, self.p, self.training))
 
 
-def make_models(backend, dropout_prob, dtype):
-    """The same model twice, plain and compiled, whose gradients are summed in fp32."""
+def make_models(backend, dropout_prob, dtype, whole=False):
+    """The same model twice, plain and with compiled layers or `whole`, whose gradients are summed in fp32."""
     config = ModelConfig(100, 2, 32, 2, 66, hidden_dropout_prob=dropout_prob, attention_probs_dropout_prob=dropout_prob)
     torch.manual_seed(0)
     plain = MaskedLM(config).to(dtype)
@@ -51,7 +51,10 @@ def make_models(backend, dropout_prob, dtype):
     for parameter in (*plain.parameters(), *compiled.parameters()):
         parameter.grad_dtype = torch.float32
     names = list(compiled.state_dict())
-    compile_layers(compiled.roberta.encoder, backend)
+    if whole:
+        compile_model(compiled, backend)
+    else:
+        compile_layers(compiled.roberta.encoder, backend)
     assert list(compiled.state_dict()) == names
     return plain, compiled
 
@@ -89,6 +92,23 @@ def test_all_layers_share_a_graph_for_each_shape_and_none_is_made_again(gpu_kern
             assert backend.frame_count == (len(CASES) if rounds else number + 1), case
     assert not counters["graph_break"]
     assert_same_gradients(compiled, plain, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("aot_eager", torch.float32), ("eager", torch.bfloat16)])
+def test_the_rest_of_the_model_has_a_few_graphs_whatever_the_number_of_masked_tokens(gpu_kernels, name, dtype):
+    backend = CompileCounterWithBackend(name)
+    plain, compiled = make_models(backend, 0.0, dtype, whole=True)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    graphs = []
+    for masked in (21, 24, 22, 27, 25, 0):
+        torch.testing.assert_close(
+            take(compiled, 32, False, True, masked), take(plain, 32, False, True, masked), rtol=rounding, atol=0
+        )
+        graphs.append(backend.frame_count)
+    # 128 tokens: rows in fours. The layers, the embeddings, the head before and after its large matrix.
+    assert graphs == [4, 4, 4, 6, 6, 8]
+    assert not counters["graph_break"]
+    assert_same_gradients(compiled, plain, rounding)
 
 
 def test_layers_without_padding_share_a_graph_whatever_the_lengths(monkeypatch):
@@ -143,7 +163,7 @@ def test_layers_that_torch_leaves_uncompiled_are_reported(gpu_kernels, monkeypat
 @needs_compiler
 @pytest.mark.slow
 def test_inductor_computes_the_same(gpu_kernels):
-    plain, compiled = make_models("inductor", 0.0, torch.float32)
+    plain, compiled = make_models("inductor", 0.0, torch.float32, whole=True)
     case = (32, True, True)
     quick = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1, "compile_threads": 1}  # g++ without optimization
     with torch._inductor.config.patch(quick):

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_roberta.model.kernels import Dropout, attention, keep_mask, linear_cross_entropy
+from ds_roberta.model.kernels import (
+    Dropout,
+    attention,
+    cross_entropy_by_rows,
+    keep_mask,
+    linear_cross_entropy,
+    set_gpu_arithmetic,
+    whole_cross_entropy,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,14 +75,15 @@ def test_gradients_of_attention_with_dropout_are_those_of_its_own_mask():
     torch.testing.assert_close(weights[weights != 0], (whole / 0.7)[weights != 0])
 
 
+@pytest.mark.parametrize("cross_entropy", [cross_entropy_by_rows, whole_cross_entropy])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_cross_entropy_and_its_gradients_are_torchs(dtype):
+def test_linear_cross_entropy_and_its_gradients_are_torchs(dtype, cross_entropy):
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((21, 16), (37, 16), (37,)))
     labels = torch.randint(37, (21,), generator=generator)
     ours = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias)]
     theirs = [tensor.detach().float().requires_grad_() for tensor in ours]
-    loss = linear_cross_entropy(*ours, labels)
+    loss = linear_cross_entropy(*ours, labels, cross_entropy)
     assert loss.dtype == torch.float32
     (loss * 0.01).backward()
     expected = F.cross_entropy(F.linear(*theirs), labels, reduction="sum")
@@ -104,11 +113,38 @@ def test_rows_of_linear_cross_entropy_without_a_label_count_for_nothing():
     torch.manual_seed(0)
     hidden, weight, bias, labels = torch.randn(9, 8), torch.randn(20, 8), torch.randn(20), torch.randint(20, (6,))
     found = []
-    for rows in (6, 9):
+    missing = F.pad(labels, (0, 3), value=-1)
+    for rows, function, given in (
+        (6, cross_entropy_by_rows, labels),
+        (9, cross_entropy_by_rows, labels),
+        (9, whole_cross_entropy, missing),
+    ):
         own = [values.clone().requires_grad_() for values in (hidden[:rows], weight, bias)]
-        loss = linear_cross_entropy(*own, labels)
+        loss = linear_cross_entropy(*own, given, function)
         loss.backward()
         assert not own[0].grad[6:].any()
         found.append([loss.detach(), own[0].grad[:6], *(values.grad for values in own[1:])])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, same)
+
+
+def test_a_gpus_arithmetic_is_exact_whatever_the_environment_says():
+    matmul = torch.backends.cuda.matmul
+
+    def found():
+        sums = (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction)
+        return (torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled(), *sums)
+
+    def choose(precision, cudnn, bf16, fp16):
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = bf16, fp16
+
+    before = found()
+    try:
+        choose("high", True, True, True)
+        set_gpu_arithmetic()
+        assert found() == ("highest", False, False, False)
+    finally:
+        choose(*before)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.throughput import Measured, Outcome, model_size, prepare, table
-from benchmarks.throughput_contenders import Case
+from benchmarks.throughput_case import Case
 
 
 def test_the_table_tells_medians_and_compares_with_ours_in_bf16():
