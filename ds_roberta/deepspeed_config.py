@@ -8,7 +8,6 @@ any work, and all problems of a file are reported at once. `"auto"` leaves a val
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from ds_roberta.deepspeed_keys import AUTO, MUON_PARAMS, accepted_part, problems
 from ds_roberta.errors import UserError
+from ds_roberta.files import load_json
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _MONITORS = ("tensorboard", "csv_monitor", "wandb")
@@ -48,7 +48,7 @@ class DeepSpeedConfig:
             UserError: it is missing, is not a JSON object, or has a wrong key or value.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+            content = load_json(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
         except UserError as error:
             raise UserError(f"{str(path)!r}: {error}") from error
         except OSError as error:

@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -62,25 +62,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def load_json(data: str | bytes, **options: Any) -> Any:
+    """As `json.loads`, which does not say `ValueError` where something is nested too deeply."""
+    try:
+        return json.loads(data, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; raises `UserError` if it cannot be read."""
     try:
-        return json.loads(path.read_bytes())
+        return load_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r} ({error.strerror}): fix this") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{str(path)!r} is not JSON ({error}): fix or remove it") from error
 
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file; raises `UserError`, which ends with `remedy`, if it cannot be read or is not one."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = load_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read ({error}): {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} is not a JSON object: {remedy}")
     return content
+
+
+def is_within(name: str) -> bool:
+    """Whether a relative path that a file names cannot leave the file's folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def value_at(tree: Any, place: Sequence[str | int]) -> Any:
@@ -168,7 +182,7 @@ def holds_only(folder: Path, names: frozenset[str]) -> bool:
 def json_fingerprint(value: Any) -> str:
     """A 128-bit hash (32 hex digits) of a JSON value, whatever the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
+    return xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass"))
 
 
 def file_checksum(path: Path) -> str:

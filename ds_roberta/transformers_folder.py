@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from ds_roberta.files import read_json_object
 EXPORT_AGAIN = "export or copy the model again"
 MOST_PIECES = 2000
 """The maximum number of the vocabulary's tokens whose text is compared."""
+MOST_LABELS = 1 << 16
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """transformers' names for a file of weights; with `.index.json` added, for the list of several."""
 _KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute", "quantization_config": None}
@@ -163,9 +164,11 @@ def read_model(
     kind = model_class.__name__
     if kind.startswith(MODEL_TYPES["roberta"]):
         model_class = getattr(transformers, class_name(_read_config(folder).model_type, kind))
+    lacking = "lack {!r} or have it in another shape than config.json says: copy the model's files again"
     try:
-        for path in files:
-            _check_dtypes(path)
+        shapes = {name: shape for path in files for name, shape in _shapes(path).items()}
+        if (misfit := _misfit(_read_config(folder), shapes)) is not None:
+            raise UserError(f"the weights in {str(folder)!r} {lacking.format(misfit)}")
         with quiet():
             model, report = model_class.from_pretrained(
                 folder,
@@ -189,10 +192,7 @@ def read_model(
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     of_encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if of_encoder:
-        raise UserError(
-            f"the weights in {str(folder)!r} lack {of_encoder[0]!r} or have it in another shape than config.json says: "
-            "copy the model's files again"
-        )
+        raise UserError(f"the weights in {str(folder)!r} {lacking.format(of_encoder[0])}")
     if missing and new_head is None:
         remedy = "fine-tune it with launch/finetune.py"
         if kind.endswith("ForMaskedLM"):
@@ -320,10 +320,15 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
             f"no model in {str(folder)!r} (config.json is missing): choose a local transformers folder, such as "
             "launch/export_hf.py writes"
         )
+    if (folder / "adapter_config.json").exists():  # transformers would take the model that it names, whatever is here
+        raise UserError(
+            f"{str(folder)!r} has an adapter (adapter_config.json): merge it into its model and save that "
+            "(peft: merge_and_unload), or remove it"
+        )
     content = read_json_object(path, EXPORT_AGAIN)
     if "model_type" not in content and "run" in content:
         raise UserError(f"{str(folder)!r} is a run's folder: choose the model in it, such as {str(folder / 'hf')!r}")
-    if content.get("model_type") not in MODEL_TYPES:
+    if str(content.get("model_type")) not in MODEL_TYPES:
         raise UserError(
             f"the model in {str(folder)!r} has the type {content.get('model_type')!r}: only RoBERTa's architecture is "
             f"supported, which has the types {', '.join(MODEL_TYPES)}"
@@ -331,24 +336,58 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
     for name, known in _KNOWN_SETTINGS.items():
         if content.get(name, known) != known:
             raise UserError(f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} is supported")
+    labels = content.get("num_labels", 0)  # the library names each of them
+    if type(labels) is not int or not 0 <= labels <= MOST_LABELS:
+        raise UserError(f"the model in {str(folder)!r} has num_labels {labels!r}: remove it, or give their number")
     try:
         config = getattr(transformers, class_name(content["model_type"], "RobertaConfig")).from_dict(content)
     except Exception as error:  # the library's validators raise their own kinds
         raise UserError(f"{str(path)!r} is not a RoBERTa's ({error}): copy the model again") from error
     if not isinstance(config.pad_token_id, int):
         raise UserError(f"{str(path)!r} has the pad_token_id {config.pad_token_id!r}: give its id")
+    if set(config.id2label) != set(range(config.num_labels)) or not all(map(_is_name, config.id2label.values())):
+        raise UserError(f"{str(path)!r} has the id2label {config.id2label!r}: number the labels from 0 and name each")
+    if not isinstance(config.architectures, list | None) or not all(map(_is_name, config.architectures or ())):
+        raise UserError(f"{str(path)!r} has the architectures {config.architectures!r}: list the model's class")
     return config
 
 
-def _check_dtypes(path: Path) -> None:
-    """Raise `UserError` if weights are not stored as floating-point numbers, for example quantized."""
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of each of a file's weights; raises `UserError` if they are not stored as floating-point numbers, for
+    example quantized."""
     if path.suffix == ".bin":
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     else:
         with safetensors.safe_open(path, framework="pt") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
             dtypes = {name: _FLOATS.get(kind) or file.get_tensor(name).dtype for name, kind in kinds.items()}
+            shapes = {name: part.get_shape() for name, part in slices.items()}
     for name, dtype in dtypes.items():
         if dtype not in _FLOATS.values() and not name.endswith("position_ids"):
             raise UserError(f"{name!r} in {str(path)!r} has dtype {dtype}: use weights in fp32, fp16 or bf16")
+    return shapes
+
+
+def _misfit(config: transformers.RobertaConfig, shapes: Mapping[str, list[int]]) -> str | None:
+    """A parameter of the encoder that a config needs and the stored weights lack, or have in another shape.
+
+    It is looked for before transformers takes memory and time for whatever sizes a `config.json` has.
+    """
+    expected = {
+        "embeddings.word_embeddings.weight": [config.vocab_size, config.hidden_size],
+        "embeddings.position_embeddings.weight": [config.max_position_embeddings, config.hidden_size],
+        "embeddings.token_type_embeddings.weight": [config.type_vocab_size, config.hidden_size],
+    }
+    if config.num_hidden_layers > 0:
+        width = [config.intermediate_size, config.hidden_size]
+        expected["encoder.layer.0.intermediate.dense.weight"] = width
+        expected[f"encoder.layer.{config.num_hidden_layers - 1}.intermediate.dense.weight"] = width
+    stored = {name.removeprefix("roberta."): shape for name, shape in shapes.items()}
+    return next((name for name, shape in expected.items() if stored.get(name) != shape), None)

@@ -13,7 +13,6 @@ another in a single values buffer with their separators between them, a packed s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from ds_roberta.data.datasets_files import DATASETS_FILES, write_datasets_files
 from ds_roberta.data.sentences import InCharacter, nowhere
 from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters, token_type
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, file_checksum, json_fingerprint, write_json
+from ds_roberta.files import atomic_path, file_checksum, is_within, json_fingerprint, load_json, write_json
 
 FORMAT_VERSION = 2
 PACKING_VERSION = _BETWEEN_CHARACTERS = 3
@@ -38,7 +38,6 @@ TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
 SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT)
 CHUNK_BYTES = 1 << 20
 """Bytes covered by one chunk checksum."""
-_DATASETS_FILES = ("state.json", "dataset_info.json")
 _MAX_BATCH_TOKENS = 2**31 - 1  # offsets of an Arrow list are int32
 
 
@@ -71,9 +70,20 @@ class ShardInfo:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> ShardInfo:
-        """The inverse of `dataclasses.asdict`, after a round trip through JSON."""
+        """The inverse of `dataclasses.asdict`, after a round trip through JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not such an entry, or its file is outside of the data folder.
+        """
         pieces = tuple(InputPiece(**piece) for piece in entry["pieces"])
-        return cls(**{**entry, "chunk_checksums": tuple(entry["chunk_checksums"]), "pieces": pieces})
+        info = cls(**{**entry, "chunk_checksums": tuple(entry["chunk_checksums"]), "pieces": pieces})
+        texts = (info.file, info.checksum, info.source, *info.chunk_checksums, *(piece.path for piece in pieces))
+        counts = (info.documents, info.tokens, info.bytes, *(piece.documents for piece in pieces))
+        if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+            raise TypeError(f"not a shard: {entry!r}")
+        if not is_within(info.file):
+            raise ValueError(f"the shard {info.file!r} is outside of the folder")
+        return info
 
 
 @dataclass(frozen=True)
@@ -139,10 +149,11 @@ class Manifest:
         """Write the manifest and the small files by which `datasets` opens the folder; the manifest comes last."""
         names = [split for split in SPLITS if self.splits.get(split)]
         for split in names:
-            _write_datasets_files(folder / split, split, self.splits[split], self.fingerprint)
+            names_of_shards = [Path(shard.file).name for shard in self.splits[split]]
+            write_datasets_files(folder / split, split, names_of_shards, self.fingerprint)
         write_json(folder / "dataset_dict.json", {"splits": names})
         files = [folder / "dataset_dict.json", *(folder / TOKENIZER_FOLDER).iterdir()]
-        files += [folder / split / name for split in names for name in _DATASETS_FILES]
+        files += [folder / split / name for split in names for name in DATASETS_FILES]
         content = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
@@ -176,13 +187,17 @@ class Manifest:
                 f"'preprocess shard --input TEXT --tokenizer DIR --output {folder}'"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = load_json(path.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise UserError(
                     f"{str(path)!r} has format version {version}, this program reads {FORMAT_VERSION}: "
                     "prepare the data again with 'preprocess shard'"
                 )
+            if not isinstance(content["options"], dict) or not isinstance(content.get("files", {}), dict):
+                raise TypeError("the options or files are not an object")
+            if outside := next((name for name in content.get("files", {}) if not is_within(name)), None):
+                raise ValueError(f"the file {outside!r} is outside of the folder")
             manifest = cls(
                 tokenizer=TokenizerInfo.from_json(content["tokenizer"]),
                 options=content["options"],
@@ -211,7 +226,7 @@ class Manifest:
 def is_data_folder(folder: Path) -> bool:
     """Whether `folder` has a manifest, even of another version: then new data may replace it."""
     try:
-        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        content = load_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         return {"format_version", "fingerprint", "splits"} <= content.keys()
     except (OSError, ValueError, AttributeError):
         return False
@@ -306,9 +321,15 @@ class Split:
                     "replaced; prepare the data again"
                 )
             batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"cannot read the shard {str(path)!r}: {error}") from error
-        return batch.column("input_ids"), batch.column("sentence_ends")
+            batch.validate(full=True)  # offsets outside the values would be read as memory
+            columns = batch.column("input_ids"), batch.column("sentence_ends")
+            if not all(pa.types.is_list(column.type) for column in columns):
+                raise TypeError(f"its columns are {columns[0].type} and {columns[1].type}")
+        except (OSError, pa.ArrowException, KeyError, StopIteration, TypeError) as error:
+            raise UserError(
+                f"cannot read the shard {str(path)!r}: {error}; see what else is damaged with 'preprocess verify'"
+            ) from error
+        return columns
 
     @cache  # noqa: B019
     def values(self, shard: int) -> np.ndarray:
@@ -373,24 +394,3 @@ def _list_array(values: np.ndarray, lengths: np.ndarray, dtype: np.dtype[Any]) -
     # From buffers: pa.array() would import pandas, which takes longer than a small corpus.
     flat = pa.Array.from_buffers(item.type, len(values), [None, pa.py_buffer(values.astype(dtype, copy=False))])
     return pa.Array.from_buffers(pa.list_(item), len(lengths), [None, pa.py_buffer(offsets)], children=[flat])
-
-
-def _write_datasets_files(folder: Path, split: str, shards: Sequence[ShardInfo], fingerprint: str) -> None:
-    """`state.json` and `dataset_info.json`, as `datasets.Dataset.save_to_disk` writes them."""
-    schema = pa.ipc.open_stream(pa.memory_map(str(folder.parent / shards[0].file))).schema
-    features = {
-        field.name: {"feature": {"dtype": str(field.type.value_type), "_type": "Value"}, "_type": "List"}
-        for field in schema
-    }
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": Path(shard.file).name} for shard in shards],
-        "_fingerprint": fingerprint[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": split,
-    }
-    info = {"citation": "", "description": "", "features": features}
-    for name, content in zip(_DATASETS_FILES, (state, info), strict=True):
-        write_json(folder / name, content)

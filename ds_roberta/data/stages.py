@@ -6,7 +6,6 @@ number of these follows from the stages in closed form, so any step can be locat
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from bisect import bisect_right
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ds_roberta.config import PackingConfig, Stage, step_number
 from ds_roberta.errors import UserError
+from ds_roberta.files import load_json
 from ds_roberta.options import require_positive
 
 TRAIN_STATE_NAME = "train_state.json"
@@ -159,7 +159,7 @@ def read_skipped(checkpoint: Path) -> list[SkippedPlaces]:
         UserError: the folder is not a checkpoint.
     """
     try:
-        state = json.loads((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
+        state = load_json((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
         return [SkippedPlaces(**entry) for entry in state["skipped_places"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

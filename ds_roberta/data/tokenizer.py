@@ -24,6 +24,8 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 REMEDY = "use a tokenizer of the RoBERTa kind, for example one made with 'preprocess train-tokenizer'"
 _KINDS = "a byte-level BPE or a SentencePiece Unigram"
+_LARGEST_ID = (1 << 24) - 1
+"""The largest id that is taken for one; tables of all ids are kept in memory."""
 _SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
 
 PROBES = {
@@ -131,6 +133,8 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = orjson.loads(path.read_bytes())
         of_unigram = unigram.is_unigram(content)
         obstacle = unigram.obstacle(content) if of_unigram else _why_not_bpe(content)
+        if obstacle is None:
+            _check_form(content)
         if of_unigram and obstacle is None:
             content = unigram.standard(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -215,14 +219,53 @@ def _content_of_vocabulary(folder: Path) -> dict[str, Any]:
         named = {name: further.pop(name) for name in SPECIAL_TOKENS if name in further}
         prefix_space = read_tokenizer_config(folder).get("add_prefix_space") is True
         content = roberta_content({**vocabulary, **named}, merges, prefix_space)
+        content["added_tokens"] += [
+            {**special_token(name, number), "special": False}
+            for name, number in sorted(further.items(), key=lambda entry: entry[1])
+        ]
+        _check_form(content)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"vocab.json and merges.txt in {str(folder)!r} cannot be read ({error}): {REMEDY}") from error
     except KeyError as error:
         raise UserError(f"the tokenizer in {str(folder)!r} has no {error.args[0]} token: {REMEDY}") from error
-    content["added_tokens"] += [
-        {**special_token(name, further[name]), "special": False} for name in sorted(further, key=further.__getitem__)
-    ]
     return content
+
+
+def _check_form(content: dict[str, Any]) -> None:
+    """Raise `TypeError` if something in a `tokenizer.json` has another type than `tokenizers` writes, as far as it is
+    read without the library, or an id is larger than any vocabulary."""
+    vocabulary, merges = content["model"]["vocab"], content["model"].get("merges") or []
+    added = content.get("added_tokens") or []
+    numbers: list[Any] = []
+    if isinstance(vocabulary, dict):
+        numbers += vocabulary.values()
+    elif not all(isinstance(token, str) and isinstance(score, int | float) for token, score in vocabulary):
+        raise TypeError("a token of the vocabulary is not a text with a score")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) or _is_pair(merge) for merge in merges):
+        raise TypeError("the merges are not pairs of texts")
+    if not isinstance(added, list) or not all(isinstance(token.get("content"), str) for token in added):
+        raise TypeError("an added token has no text")
+    numbers += [token.get("id") for token in added]
+    for number in numbers:
+        if type(number) is not int or not 0 <= number <= _LARGEST_ID:
+            raise TypeError(f"a token has the id {number!r}")
+    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+        if content.get(name) is not None and not _is_step(content[name]):
+            raise TypeError(f"the {name} is {content[name]!r}")
+    settings = {name: value for name, value in content["model"].items() if name not in ("vocab", "merges")}
+    orjson.dumps({**content, "model": settings})  # raises where something is nested too deeply to be written
+
+
+def _is_pair(merge: Any) -> bool:
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+
+
+def _is_step(step: Any) -> bool:
+    """Whether a value is a step of a tokenizer, and so are the steps within it."""
+    if not isinstance(step, dict) or not isinstance(step.get("type"), str):
+        return False
+    inner = [step[name] for name in ("normalizers", "pretokenizers", "processors") if name in step]
+    return all(isinstance(steps, list) and all(map(_is_step, steps)) for steps in inner)
 
 
 def token_bytes(folder: Path) -> dict[int, bytes]:

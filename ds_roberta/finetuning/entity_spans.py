@@ -278,6 +278,8 @@ def _labelled_text(table: Table, shown: list[str], given: str | None) -> str:
         given: the key, if it was chosen.
     """
     keys = [key for key, value in table.rows[0][TASK].items() if isinstance(value, str)]
+    if not keys:
+        raise UserError(f"{table.place(0)} has no text in {TASK!r}: add the one that is labelled, or remove the task")
     likely = [given] if given is not None else [key for key in (*shown, TEXT) if key in keys] or keys
     is_clear = given is not None or likely[:1] == keys or likely[:1] in ([TEXT], shown)
     if not is_clear or (len(shown) > 1 and given not in shown):

@@ -27,6 +27,7 @@ from ds_roberta.files import (
     errors_of_the_disk,
     holds_only,
     json_fingerprint,
+    load_json,
     replaced_folder,
     write_json,
 )
@@ -308,13 +309,16 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed_config needs deepspeed, which is not installed: pip install deepspeed")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read --deepspeed_config {str(path)!r} ({error}): choose a JSON file") from error
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {str(path)!r} is not a JSON object: see ds_configs/finetune.json")
     if unknown := unknown_keys(content):
         raise UserError(f"--deepspeed_config {str(path)!r}: {unknown[0]}", *unknown[1:])
+    for name in ("bf16", "fp16", "zero_optimization"):
+        if not isinstance(content.get(name, {}), dict):
+            raise UserError(f"--deepspeed_config {str(path)!r} has {name} {content[name]!r}: write an object, {{…}}")
     settled = [name for name in ("optimizer", "scheduler") if name in content]
     settled += [name for name in _AUTO if content.get(name, "auto") != "auto"]
     precisions = {name: content.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}

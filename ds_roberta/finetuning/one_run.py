@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ import transformers
 
 from ds_roberta.distributed import Ranks, StopRequest, logger
 from ds_roberta.errors import UserError
-from ds_roberta.files import value_at, write_json
+from ds_roberta.files import load_json, value_at, write_json
 from ds_roberta.finetuning.task import Encoded, Task
 from ds_roberta.options import Settings, must_be, option, require_positive
 from ds_roberta.progress import StepBar
@@ -158,7 +157,7 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
     """
     record = folder / _RECORD
     if record.exists():
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = load_json(record.read_text(encoding="utf-8"))
         return Run(setting, seed, content["epochs"], content["best"])
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = ranks.on_main(lambda: last_checkpoint(folder / _TRAINER_FOLDER))
@@ -364,7 +363,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     whole: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         try:
-            whole.append((json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"], path))
+            whole.append((load_json((path / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"], path))
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path)
     return max(whole)[1] if whole else None

@@ -86,7 +86,7 @@ def _read_json(path: str | Path) -> Any:
     """The parsed content of a file in SQuAD's format, or a table."""
     try:
         content = parse_json(read_text(path).encode("utf-8"))
-    except (ValueError, RecursionError):
+    except ValueError:
         return read_table(path)  # JSON lines, or it says what is wrong
     if isinstance(content, dict) and "context" in content:
         return Table(str(path), tuple(content), [content], [1])

@@ -117,6 +117,8 @@ def _parquet_batches(
                             break
                         yield first + done, batch
                         done += batch.num_rows
+                    if done < rows[group]:
+                        raise Damaged("corrupt", "fewer rows than its index says")
                 except Damaged as damage:
                     place, lost = first + done, rows[group] - done
                     detail = f"row group {group} of {len(rows)} ({damage.detail}), {lost} of {sum(rows)} rows are lost"

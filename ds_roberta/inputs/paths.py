@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from ds_roberta.errors import UserError
@@ -220,15 +221,31 @@ def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
 
 def _saved_dataset(folder: Path) -> list[Path]:
     """Return the Arrow files of all splits in a folder that `datasets` saved, without its caches."""
+    saved = load_saved(folder)
+    parts = saved.values() if isinstance(saved, dict) else [saved]
+    root = os.path.abspath(folder)
+    files = [os.path.relpath(os.path.abspath(file["filename"]), root) for part in parts for file in part.cache_files]
+    return [folder / file for file in files]
+
+
+def load_saved(folder: str | Path) -> Any:
+    """What `datasets` saved in a folder: a data set, or a dictionary of splits.
+
+    Raises:
+        UserError: the library cannot read it, or it names a file outside of the folder.
+    """
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library has no narrower type
-        raise UserError(f"cannot open the saved data set {str(folder)!r} ({error!r}): save it again") from error
-    parts = saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]
-    root = folder.resolve()
-    return [folder / Path(file["filename"]).resolve().relative_to(root) for part in parts for file in part.cache_files]
+        raise UserError(f"cannot read {str(folder)!r} as datasets saved it ({error!r}): save it again") from error
+    root = os.path.abspath(folder)
+    for part in saved.values() if isinstance(saved, dict) else [saved]:
+        for name in (os.path.abspath(file["filename"]) for file in part.cache_files):
+            if not name.startswith(f"{root}/"):
+                raise UserError(f"{str(folder)!r} names {name!r}, outside of the folder: save it again")
+    return saved
 
 
 def _check_name(path: str) -> None:

@@ -6,7 +6,6 @@ Rows are found in the bytes and decoded one by one, so that a bad byte spoils on
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from ds_roberta.files import load_json
 from ds_roberta.inputs.borders import BOM, has_return_ends, read_chunks
 from ds_roberta.inputs.pieces import Damage, Piece, Reject
 from ds_roberta.inputs.streams import Damaged, share_read
@@ -125,12 +125,12 @@ def parse_json(raw: bytes) -> Any:
     """The value that JSON text holds. NaN is accepted, and strings may have lone surrogates.
 
     Raises:
-        UnicodeDecodeError, ValueError, RecursionError: it is not UTF-8, not JSON, or nested too deeply.
+        UnicodeDecodeError, ValueError: it is not UTF-8, not JSON, or nested too deeply.
     """
     try:
         return orjson.loads(raw)
     except ValueError:  # stricter than other parsers
-        return json.loads(raw.decode("utf-8"))
+        return load_json(raw.decode("utf-8"))
 
 
 def _json_row(raw: bytes, offset: int, line: int) -> Row | Reject | Damage:
@@ -138,7 +138,7 @@ def _json_row(raw: bytes, offset: int, line: int) -> Row | Reject | Damage:
         values = parse_json(raw)
     except UnicodeDecodeError as error:
         return not_utf8(offset, error)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Reject("bad_json", offset, f"not valid JSON ({getattr(error, 'msg', error)})")
     if isinstance(values, list) and any(isinstance(item, dict) for item in values):
         detail = (

@@ -18,7 +18,7 @@ from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.borders import BOM
 from ds_roberta.inputs.columns import measure_table, read_batches
-from ds_roberta.inputs.paths import HUB_DATASET, asked_of_hub
+from ds_roberta.inputs.paths import HUB_DATASET, asked_of_hub, load_saved
 from ds_roberta.inputs.pieces import Damage, Piece, Reject
 from ds_roberta.inputs.places import DAMAGE_REMEDIES, REMEDIES, line_number
 from ds_roberta.inputs.rows import Row, csv_rows, json_rows, other_width, parse_json
@@ -93,7 +93,7 @@ def read_table(source: str | Path | Table) -> Table:
             raise UserError(f"{path!r} has the splits {', '.join(splits)}: choose one of them{one}")
         return next(iter(splits.values()))
     if os.path.isfile(os.path.join(path, _SAVED_DATASET)):
-        return _from_datasets(path, _load(path))
+        return _from_datasets(path, load_saved(path))
     found = format_of(path, TABULAR)
     if found is None:
         raise UserError(f"cannot read {path!r} as a table: choose a file that ends in {TABULAR_NAMES}")
@@ -131,7 +131,7 @@ def read_saved_splits(path: str | Path) -> dict[str, Table]:
     """
     path = str(path)
     hub = HUB_DATASET.fullmatch(path)
-    splits = load_from_hub(hub[1], hub[2], hub[3] or "") if hub else _load(path)
+    splits = load_from_hub(hub[1], hub[2], hub[3] or "") if hub else load_saved(path)
     return {str(split): _from_datasets(f"{path}/{split}", dataset) for split, dataset in splits.items()}
 
 
@@ -200,9 +200,12 @@ def _table(path: str, rows: Any, header: Sequence[str] = ()) -> Table:
 
 
 def _check_unicode(place: str, values: Any, kind: str = JSON) -> None:
-    """Raise `UserError` if there is a lone surrogate: half of an escape in JSON, or else a byte that is not UTF-8."""
+    """Raise `UserError` if there is a lone surrogate: half of an escape in JSON, or else a byte that is not UTF-8;
+    or if JSON is nested too deeply to be written again."""
     try:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise UserError(f"{place} is nested too deeply: fix or remove it") from error
     except UnicodeEncodeError as error:
         if kind in (CSV, TSV):
             raise UserError(f"{place} is not UTF-8: {REMEDIES['not_utf8']}") from error
@@ -243,7 +246,7 @@ def _read_json(path: str) -> Table:
     text = read_text(path)
     try:
         content = parse_json(text.encode("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if _begins_with_a_row(text):
             return _table(path, json_rows(_whole(path), LONGEST_ROW))
         raise UserError(f"{path!r} is not JSON ({error}): fix it") from error
@@ -268,7 +271,7 @@ def _read_json(path: str) -> Table:
 def _begins_with_a_row(text: str) -> bool:
     try:
         return isinstance(parse_json(text.lstrip().split("\n", 1)[0].encode("utf-8")), dict)
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
 
 
@@ -331,24 +334,17 @@ def _read_columns(path: str) -> Table:
         try:
             batch.validate(full=True)
             rows += batch.to_pylist()
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except (pa.ArrowException, ValueError, OverflowError) as error:
             raise UserError(f"{path}, row {first + 1} or soon after cannot be read ({error}): repair it") from error
         schema = batch.schema
     if _FEATURES in (schema.metadata or {}):
         import datasets
 
-        _name_classes(rows, datasets.Features.from_arrow_schema(schema))
+        try:
+            _name_classes(rows, datasets.Features.from_arrow_schema(schema))
+        except Exception as error:  # the library has no narrower type
+            raise UserError(f"{path!r} has features that datasets cannot read ({error!r}): save it again") from error
     return _not_empty(Table(path, tuple(schema.names), rows, list(range(1, len(rows) + 1))))
-
-
-def _load(folder: str) -> Any:
-    """What `datasets` saved in a folder."""
-    import datasets
-
-    try:
-        return datasets.load_from_disk(folder)
-    except Exception as error:  # the library has no narrower type
-        raise UserError(f"cannot read {folder!r} as datasets saved it ({error}): save it again") from error
 
 
 def _from_datasets(name: str, dataset: Any) -> Table:

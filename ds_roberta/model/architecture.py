@@ -133,7 +133,7 @@ def architecture(content: Mapping[str, Any], path: Path, tokenizer: TokenizerInf
         UserError: the model cannot be trained; every problem is named on a separate line.
     """
     model_type = content.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if str(model_type) not in MODEL_TYPES:
         found = "missing" if model_type is None else repr(model_type)
         raise UserError(
             f"{str(path)!r}: model_type is {found}, but only 'roberta' can be trained, and what has its architecture: "

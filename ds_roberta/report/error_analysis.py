@@ -81,7 +81,7 @@ def read_error_analysis(path: Path) -> ErrorAnalysis:
             for each in content["worst"]
         ]
         unit, labels = str(content.get("unit", "")), tuple(map(str, content.get("labels", ())))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} is not as launch/finetune.py writes it ({error!r}): remove it or fine-tune again"
         ) from error

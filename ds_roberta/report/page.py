@@ -82,7 +82,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
     with errors_of_the_disk(output), created_parents(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output) as temporary:
-            temporary.write_text(page(runs, plots), encoding="utf-8")
+            temporary.write_text(page(runs, plots), encoding="utf-8", errors="backslashreplace")
             if plots or folder.exists():
                 with replaced_folder(folder, _holds_plots_alone, "a report's plots") as partial:
                     for metric, image in plots.items():
@@ -170,7 +170,8 @@ def _last_and_best(metric: Metric, run: Run) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    versions = sorted({name for run in runs for name in run.setting("versions") or {}})
+    found = [run.setting("versions") for run in runs]
+    versions = sorted({name for of_run in found if isinstance(of_run, dict) for name in of_run})
     places = SETTINGS | {f"{name} (version)": (("versions", name),) for name in versions}
     shown = {name: [_first(run, paths) for run in runs] for name, paths in places.items()}
     return shown | _other_differences(runs, {".".join(map(str, path)) for paths in places.values() for path in paths})

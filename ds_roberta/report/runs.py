@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Run:
     def series(self, metric: str) -> Series | None:
         """The metric at the steps that have it, or None if none has."""
         found = [(row["global_step"], row[metric]) for row in self.rows if metric in row]
-        if all(value is None for _, value in found):
+        if not any(value is not None and math.isfinite(value) for _, value in found):
             return None
         return Series(
             tuple(step for step, _ in found),
@@ -86,17 +87,15 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Value]:
     """A JSON value's scalars by their keys and indexes, joined by dots."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = dict(enumerate(value)).items()
-    else:
-        return {prefix: value}
-    return {
-        name: scalar
-        for key, inner in items
-        for name, scalar in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    found, left = {}, [(prefix, value)]
+    while left:  # values may be nested deeper than functions can call themselves
+        name, value = left.pop()
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            left += reversed([(f"{name}.{key}" if name else str(key), inner) for key, inner in items])
+        else:
+            found[name] = value
+    return found
 
 
 def _read_run(folder: Path, name: str) -> Run:
@@ -133,9 +132,14 @@ def _read_pretraining(folder: Path, name: str) -> tuple[list[dict[str, Any]], di
 def _is_perplexity(content: Any) -> bool:
     """Whether `launch/evaluate.py perplexity`, and not another tool, wrote `content`."""
     ranges = content.get(BY_POSITION) if isinstance(content, dict) else None
-    return isinstance(ranges, list) and all(
-        isinstance(each, dict) and {"first", "last", "loss"} <= each.keys() for each in ranges
-    )
+    return isinstance(ranges, list) and all(map(_is_range, ranges))
+
+
+def _is_range(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"first", "last", "loss"} <= value.keys():
+        return False
+    is_loss = value["loss"] is None or isinstance(value["loss"], float)
+    return is_loss and type(value["first"]) is int and type(value["last"]) is int
 
 
 def _loss_by_position(ranges: list[dict[str, Any]]) -> Series:

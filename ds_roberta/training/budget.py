@@ -8,7 +8,6 @@ the run is one that was given that `--max_steps`, and a resume goes on with the 
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ import numpy as np
 from ds_roberta.config import Stage
 from ds_roberta.data.loader import HeldOutSample, MicroBatch
 from ds_roberta.errors import UserError
-from ds_roberta.files import json_fingerprint, write_json
+from ds_roberta.files import json_fingerprint, load_json, write_json
 from ds_roberta.options import require_positive, require_positive_number
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, saved_steps
 from ds_roberta.training.device import on_gpu
@@ -242,7 +241,7 @@ def _kept_steps(folder: Path, budget: Mapping[str, float], settings: str) -> int
     if not path.exists():
         return None
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = load_json(path.read_text(encoding="utf-8"))
         kept, max_steps, made_for = plan["budget"], int(plan["max_steps"]), plan["run"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error!r}): give the run's steps by --max_steps") from error

@@ -12,9 +12,9 @@ the one with the lowest held-out loss. There is no pickle, so nothing in a folde
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ import torch
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.files import file_checksum
+from ds_roberta.files import file_checksum, is_within, load_json
 from ds_roberta.model.weights import first_not_finite
 
 if TYPE_CHECKING:  # the format is read without DeepSpeed
@@ -112,7 +112,7 @@ def saved_steps(folder: Path) -> list[int]:
 def verify(checkpoint: Path) -> None:
     """Raise `UserError` unless all files have the sizes and checksums of the manifest, and all tensors are finite."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        manifest = load_json((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
         version = manifest["format_version"]
         files = dict(manifest["files"]) if version == FORMAT_VERSION else {}
     except FileNotFoundError as error:
@@ -128,6 +128,8 @@ def verify(checkpoint: Path) -> None:
         )
     for name, entry in files.items():
         path = checkpoint / name
+        if not is_within(name):
+            raise UserError(f"the manifest of the checkpoint {str(checkpoint)!r} names {name!r}, outside of it")
         if not path.is_file():
             raise UserError(f"the checkpoint file {str(path)!r} is missing")
         try:
@@ -192,22 +194,52 @@ def best(folder: Path) -> Path:
     """
     name = folder / CHECKPOINTS_FOLDER / BEST_NAME
     try:
-        path = name.with_name(name.read_text(encoding="utf-8").strip())
+        found = name.read_text(encoding="utf-8", errors="replace").strip()
     except OSError as error:
         raise UserError(
             f"cannot read {str(name)!r} ({error.strerror}): a run writes it after its first evaluation; give its folder"
         ) from error
+    if not _NAME_PATTERN.fullmatch(found):
+        raise UserError(f"{str(name)!r} has {found!r}, not the name of a checkpoint beside it: write that")
+    path = name.with_name(found)
     verify(path)
     return path
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    return state_from(json.loads((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8")))
+    """The state in a checkpoint. Its values are not checked: what uses them does so within `errors_of_the_state`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with errors_of_the_state(checkpoint):
+        return state_from(load_json((checkpoint / TRAIN_STATE_NAME).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def errors_of_the_state(checkpoint: Path) -> Iterator[None]:
+    """Turn what a wrong value in a checkpoint's state leads to into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint {str(checkpoint)!r} is damaged ({error!r}): choose another") from error
 
 
 def state_from(content: dict[str, Any]) -> TrainState:
-    """The reverse of `asdict`; fields that an earlier version did not store get their defaults."""
-    return TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState) if entry.name in content})
+    """The reverse of `asdict`; fields that an earlier version did not store get their defaults.
+
+    Raises:
+        TypeError: there is no identity, or a count is not a whole number.
+    """
+    state = TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState) if entry.name in content})
+    for entry in fields(TrainState):
+        if entry.type == "int" and type(getattr(state, entry.name)) is not int:
+            raise TypeError(f"{entry.name} is {getattr(state, entry.name)!r}")
+    if not isinstance(state.identity, dict):
+        raise TypeError(f"identity is {state.identity!r}")
+    return state
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -231,8 +263,12 @@ def load(engine: Engine, checkpoint: Path) -> TrainState:
 
 
 def _stored(checkpoint: Path) -> Iterator[tuple[str, str, Any]]:
-    """Key, parameter name and open file of every stored tensor."""
+    """Key, parameter name and open file of every stored tensor. Raises `UserError` if a file cannot be read."""
     for path in sorted(checkpoint.glob("state-*.safetensors")):
-        file = safetensors.safe_open(path, framework="pt")
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            yield key, key.split(".", 1)[1], file
+        try:
+            file = safetensors.safe_open(path, framework="pt")
+            keys = list(file.keys())
+            names = [key.split(".", 1)[1] for key in keys]
+        except (OSError, IndexError, safetensors.SafetensorError) as error:
+            raise UserError(f"cannot read the checkpoint file {str(path)!r} ({error}): choose another") from error
+        yield from ((key, name, file) for key, name in zip(keys, names, strict=True))

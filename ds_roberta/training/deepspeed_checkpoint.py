@@ -20,6 +20,7 @@ from ds_roberta.training.checkpoint import (
     CHECKPOINTS_FOLDER,
     LATEST_NAME,
     TrainState,
+    errors_of_the_state,
     saved_steps,
     state_from,
     step_folder,
@@ -87,12 +88,14 @@ def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: st
         raise UserError(f"cannot read DeepSpeed's checkpoint file {str(path)!r}: {error}") from error
     if _STATE_KEY not in content:
         raise UserError(f"{str(checkpoint)!r} was not written by this program: it has no {_STATE_KEY!r}")
-    config = content["ds_config"]
-    kinds = {
-        "number of processes": (content["dp_world_size"], world_size),
-        "ZeRO stage": (config["zero_optimization"]["stage"], zero_stage),
-        "precision": (_precision(config), precision),
-    }
+    with errors_of_the_state(checkpoint):
+        config = content["ds_config"]
+        kinds = {
+            "number of processes": (content["dp_world_size"], world_size),
+            "ZeRO stage": (config["zero_optimization"]["stage"], zero_stage),
+            "precision": (_precision(config), precision),
+        }
+        state = state_from(content[_STATE_KEY])
     for name, (saved, current) in kinds.items():
         if saved != current:
             raise UserError(
@@ -100,7 +103,7 @@ def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: st
                 f"{saved!r}, this run's is {current!r}; use the same, or resume from the portable one in "
                 f"{CHECKPOINTS_FOLDER}/, which loads anywhere"
             )
-    return state_from(content[_STATE_KEY])
+    return state
 
 
 def _precision(config: dict[str, Any]) -> str:

@@ -27,18 +27,14 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
         UserError: there is no good checkpoint, the exported model's logits differ, or `output` cannot be written.
     """
     path = checkpoint.best(folder) if best else checkpoint.newest(folder)
-    state = checkpoint.read_state(path)
-    config = ModelConfig(**state.identity["model"])
+    with checkpoint.errors_of_the_state(path):
+        state = checkpoint.read_state(path)
+        config, trained_length = ModelConfig(**state.identity["model"]), state.trained_length
     weights = checkpoint.weights(path)
     left_out = {name.split(".")[0]: weights.pop(name) for name in list(weights) if not known_to_transformers(name)}
-    difference = export(
-        config,
-        weights,
-        path / TOKENIZER_FOLDER,
-        state.trained_length,
-        output,
-        model_card(config, state, weights, path),
-    )
+    with checkpoint.errors_of_the_state(path):
+        card = model_card(config, state, weights, path)
+    difference = export(config, weights, path / TOKENIZER_FOLDER, trained_length, output, card)
     without = f", without {' and '.join(left_out)}" if left_out else ""
     compared = f"{compared_outputs(weights)} equal transformers' within {difference:.1g}"
     logger.info(f"exported {path} to {output}{without}; its {compared}")

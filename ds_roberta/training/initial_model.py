@@ -67,11 +67,9 @@ class InitialModel:
             )
         if not (folder / TRAIN_STATE_NAME).is_file():
             return cls._open_transformers(folder)
-        try:
+        with checkpoint.errors_of_the_state(folder):
             state = checkpoint.read_state(folder)
             config, length = ModelConfig(**state.identity["model"]), state.trained_length
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint {str(folder)!r} is damaged ({error!r}): choose another") from error
         return cls(folder, config, length, folder / TOKENIZER_FOLDER, True)
 
     @classmethod

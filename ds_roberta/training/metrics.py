@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import torch
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import append_line, errors_of_the_disk, read_json, write_text
+from ds_roberta.files import append_line, errors_of_the_disk, load_json, read_json, write_text
 from ds_roberta.progress import progress_bar
 
 METRICS_NAME = "metrics.jsonl"
@@ -48,12 +49,14 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _parse_row(line: bytes) -> dict[str, Any]:
-    row = json.loads(line)
+    row = load_json(line)
     if not isinstance(row, dict) or type(row.get("global_step")) is not int:
         raise ValueError("not an object with a global_step")
     for name, value in row.items():
         if not (value is None or isinstance(value, int | float)):
             raise ValueError(f"{name} is {value!r}, not a number")
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ValueError(f"{name} is too large a number")
     return row
 
 

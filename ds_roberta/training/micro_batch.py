@@ -11,7 +11,6 @@ of memory leaves no other waiting, and DeepSpeed's state needs no repair.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -29,7 +28,7 @@ from ds_roberta.config import MaskingConfig, ModelConfig, Stage
 from ds_roberta.data.loader import MicroBatch
 from ds_roberta.data.masking import Masker
 from ds_roberta.errors import UserError
-from ds_roberta.files import json_fingerprint, write_json
+from ds_roberta.files import json_fingerprint, load_json, write_json
 from ds_roberta.model.objectives import Objective
 from ds_roberta.training.settings import RunConfig
 
@@ -324,7 +323,7 @@ def _remember(path: Path, key: str, finding: dict[str, Any]) -> None:
 def _findings(path: Path) -> dict[str, Any]:
     """The content of a file of findings; empty if it is missing or damaged, so that sizes are found again."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

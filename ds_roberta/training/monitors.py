@@ -8,7 +8,6 @@ resumes or rolls back, every monitor is made to match what is left of it.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import secrets
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import append_line, atomic_path, errors_of_the_disk, write_json
+from ds_roberta.files import append_line, atomic_path, errors_of_the_disk, load_json, write_json
 from ds_roberta.training.wandb_monitor import WandbMonitor
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ class Monitors:
         if not self._record.exists():
             return None
         try:
-            return str(json.loads(self._record.read_text(encoding="utf-8"))["run_id"])
+            return str(load_json(self._record.read_text(encoding="utf-8"))["run_id"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{str(self._record)!r} is damaged: remove it, and the monitors begin a new run") from error
 

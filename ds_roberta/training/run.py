@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -15,7 +14,7 @@ from ds_roberta.data.shards import VALIDATION_SPLIT, Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.files import write_json
+from ds_roberta.files import load_json, write_json
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
@@ -163,7 +162,7 @@ def _check_output_dir(config: RunConfig) -> None:
     if not record.is_file():
         return
     try:
-        is_runs = "run" in json.loads(record.read_text(encoding="utf-8"))
+        is_runs = "run" in load_json(record.read_text(encoding="utf-8"))
     except (ValueError, TypeError):
         is_runs = (output / METRICS_NAME).is_file()  # a run's damaged record, which will be rewritten
     if not is_runs:

@@ -61,7 +61,9 @@ def find_start(run: Run) -> Start:
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:
         state = checkpoint.read_state(path)
-    for change in check_identity(path, completed_identity(state.identity), identity, allowed):
+    with checkpoint.errors_of_the_state(path):
+        changes = check_identity(path, completed_identity(state.identity), identity, allowed)
+    for change in changes:
         ranks.log(f"allowed change: {path}: {change}")
         state.lines = {}  # other data or masks have others
     state.identity = identity

@@ -13,10 +13,11 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import xxhash
-from tokenizers import Tokenizer, decoders
+from tokenizers import decoders
 
 from ds_roberta.data import unigram
 from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, InputPiece
+from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.pieces import Piece
 from ds_roberta.inputs.streams import TABLES, known_format
@@ -100,7 +101,7 @@ class Decoder:
     single spaces, and with `<unk>` for what it does not know."""
 
     def __init__(self, corpus: Corpus):
-        self._tokenizer = Tokenizer.from_file(str(corpus.folder / TOKENIZER_FOLDER / "tokenizer.json"))
+        self._tokenizer = training_tokenizer(corpus.folder / TOKENIZER_FOLDER)
         self.of_unigram = unigram.is_model(self._tokenizer)
         if self.of_unigram:
             self._tokenizer.decoder = decoders.Sequence([decoders.Replace(unigram.WORD_START, " "), decoders.Fuse()])

@@ -8,7 +8,6 @@ cache of training that the manifest does not list; if deleted, it is computed ag
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +18,7 @@ from ds_roberta.data import shards
 from ds_roberta.data.packing import INDEX_FOLDER
 from ds_roberta.data.shards import MANIFEST_NAME, Manifest, ShardInfo, checksums
 from ds_roberta.errors import UserError
-from ds_roberta.files import file_checksum, json_fingerprint
+from ds_roberta.files import file_checksum, json_fingerprint, load_json
 from ds_roberta.options import require_positive
 from ds_roberta.progress import byte_bar
 
@@ -41,7 +40,7 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
         if not (folder / MANIFEST_NAME).is_file():
             raise
         return [f"{MANIFEST_NAME}: {error}; without it nothing else can be checked"]
-    content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    content = load_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     problems = []
     # Parsing compared the fingerprint with the shards' checksums; this covers the rest.
     if content.pop("checksum", None) != json_fingerprint(content):

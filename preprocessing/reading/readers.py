@@ -190,13 +190,19 @@ def _batch_documents(batch: pa.RecordBatch, row: int, options: ReadOptions) -> I
 
 
 def _names(batch: pa.RecordBatch, column: str | None) -> list[bytes | None]:
-    """Return a column other than the text column as UTF-8; values that are not text, as Python prints them."""
+    """Return a column other than the text column as UTF-8; values that are not text, as Python prints them.
+
+    Raises:
+        pyarrow.ArrowException: the column is damaged.
+        UserError: Python has no such values.
+    """
     if column is None or column not in batch.schema.names:
         return [None] * batch.num_rows
     values = batch.column(column)
     names = string_bytes(values)
     if names is not None:
         return names
+    values.validate(full=True)  # as in `string_bytes`
     try:
         return [None if value is None else str(value).encode("utf-8") for value in values.to_pylist()]
     except (ValueError, OverflowError) as error:

@@ -306,6 +306,25 @@ def test_results_of_another_form_are_listed_as_they_are(tmp_path):
     assert Cells((tmp_path / "report.html").read_text()).row("settings.a") == ["7"]
 
 
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [{"first": 0, "last": 9, "loss": "a"}],
+        [{"first": None, "last": 9, "loss": 1.0}],
+        [{"first": [], "last": [], "loss": None}],
+    ],
+)
+def test_files_of_another_form_do_not_end_the_report(tmp_path, ranges):
+    rows = [{"global_step": 1, "loss": 1.0, "grad_norm": math.inf, "mfu": math.nan}]
+    run = write_run(tmp_path / "a", rows, versions=3, run={"seed": []}, deepspeed="\ud800")
+    (run / "evaluation.json").write_text(json.dumps({"by_position": ranges, "\ud800": "\ud800"}))
+    (run / "results.json").write_text("[" * 900 + "7" + "]" * 900)
+    write_report([run], tmp_path / "report.html")
+    cells = Cells((tmp_path / "report.html").read_text())
+    assert cells.row(".".join(["0"] * 900)) == ["7"]
+    assert cells.row("\\ud800") == ["\\ud800"]
+
+
 def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path):
     run = write_run(tmp_path / "a", steps(1, loss=float))
     (tmp_path / "file").write_text("")

@@ -257,3 +257,75 @@ def test_a_checkpoint_exports_by_itself(tmp_path, tokenizer_folder, solo_ranks):
         assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match=r"cannot read .*checkpoints/best'"):
         export_checkpoint(path, tmp_path / "other", best=True)
+
+
+def signed(path):
+    """Give the manifest the sizes and checksums of changed files."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = {name: checkpoint.file_entry(path / name) for name in manifest["files"]}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "tokenizer/../../elsewhere"])
+def test_a_manifest_names_no_file_elsewhere(tmp_path, save, name):
+    path = save(tmp_path, 3)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 0, "checksum": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"names {name!r}, outside of it"):
+        checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("name", ["../global_step3", "/global_step3", "global_step3/..", "", "\ufffd"])
+def test_the_best_is_a_checkpoint_of_the_same_run(tmp_path, save, name):
+    folder = tmp_path / checkpoint.CHECKPOINTS_FOLDER
+    save(folder, 3)
+    (folder / "best").write_text(name)
+    with pytest.raises(UserError, match="not the name of a checkpoint beside it"):
+        checkpoint.best(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        "{}",
+        '{"identity": 3}',
+        '{"identity": {}, "global_step": "3"}',
+        '{"identity": {}, "consumed_tokens": 1.5}',
+    ],
+)
+def test_a_state_of_another_form_is_a_user_error(tmp_path, save, content):
+    path = save(tmp_path, 3)
+    (path / "train_state.json").write_text(content)
+    signed(path)
+    with pytest.raises(UserError, match=r"checkpoint .* is damaged .*: choose another"):
+        checkpoint.read_state(path)
+
+
+@pytest.mark.parametrize(
+    "identity", [{}, {"model": 3}, {"model": {}, "packing": {}}, {"packing": {"max_seq_length": "a"}}]
+)
+def test_an_identity_of_another_form_is_a_user_error(tmp_path, save, identity):
+    path = save(tmp_path, 3)
+    (path / "train_state.json").write_text(json.dumps({"identity": identity}))
+    signed(path)
+    with pytest.raises(UserError, match=r"checkpoint .* is damaged .*: choose another"):
+        export_checkpoint(path, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100])
+def test_weights_of_another_form_are_a_user_error(tmp_path, save, content):
+    path = save(tmp_path, 3)
+    file = min(path.glob("state-*.safetensors"))
+    file.write_bytes(content)
+    signed(path)
+    with pytest.raises(UserError, match=r"cannot read the checkpoint file .*state-"):
+        checkpoint.verify(path)
+    save_file({"weight": torch.zeros(1)}, file)  # of no parameter
+    signed(path)
+    with pytest.raises(UserError, match=r"cannot read the checkpoint file .*state-"):
+        checkpoint.verify(path)

@@ -7,6 +7,7 @@ import pytest
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.deepspeed_keys import KEYS
 from ds_roberta.errors import UserError
+from ds_roberta.finetuning.finetune import read_deepspeed_config
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("zero*.json"))
@@ -281,7 +282,7 @@ def test_keys_that_are_known_pass(read_config):
     assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"train_batch_size": 8,}', "[1]", "8192", '"auto"'])
+@pytest.mark.parametrize("content", ["", "{", '{"train_batch_size": 8,}', "[1]", "8192", '"auto"', "[" * 100_000])
 def test_a_file_that_is_no_json_object_is_a_user_error(tmp_path, content):
     (tmp_path / "ds.json").write_text(content)
     with pytest.raises(UserError, match=r"ds.json' (is not valid JSON|must be a JSON object)"):
@@ -298,3 +299,11 @@ def test_a_missing_file_names_the_folder_of_ready_ones(tmp_path):
     for path in (tmp_path / "zero9.json", tmp_path):
         with pytest.raises(UserError, match=r"cannot read --deepspeed_config .*ready ones are in ds_configs/"):
             DeepSpeedConfig.read(path)
+
+
+@pytest.mark.parametrize("section", ["bf16", "zero_optimization"])
+@pytest.mark.parametrize("value", ["7", "null", "[]"])
+def test_a_section_for_fine_tuning_must_be_an_object(tmp_path, section, value):
+    (tmp_path / "ds.json").write_text(f'{{"{section}": {value}}}')
+    with pytest.raises(UserError, match=f"ds.json' has {section} .*: write an object"):
+        read_deepspeed_config(tmp_path / "ds.json")

@@ -255,6 +255,11 @@ def test_a_bad_task_is_named(row, message):
         read(task(1, "a"), row)
 
 
+def test_a_task_without_a_text_is_named():
+    with pytest.raises(UserError, match=r"x.json, row 1 has no text in 'data': add the one that is labelled"):
+        read({"id": 1, "data": {"number": 1}, "annotations": [{"result": []}]})
+
+
 def test_rows_of_words_stay_rows_of_words():
     (sentence,) = read({"tokens": ["a b", "c"], "tags": ["B-X", "O"], "text": "a b c", "entities": [[0, 1, "Y"]]})
     assert (sentence.words, sentence.tags) == (("a b", "c"), ("B-X", "O"))

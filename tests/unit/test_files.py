@@ -21,7 +21,9 @@ from ds_roberta.files import (
     atomic_path,
     errors_of_the_disk,
     file_checksum,
+    is_within,
     json_fingerprint,
+    read_json,
     replaced_folder,
     write_json,
 )
@@ -284,3 +286,23 @@ def test_every_file_and_folder_honours_the_umask(tmp_path, mask):
     assert len(found) == 5
     for path, mode in found.items():
         assert oct(mode) == oct((0o777 if (tmp_path / path).is_dir() else 0o666) & ~mask), path
+
+
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [("a", True), ("a/b", True), ("a..b", True), ("", False), ("..", False), ("a/../b", False), ("/a", False)],
+)
+def test_names_that_leave_a_folder(name, within):
+    assert is_within(name) == within
+
+
+def test_a_fingerprint_takes_every_value_of_json(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "\\ud800", "b": NaN}')
+    assert len(json_fingerprint(read_json(tmp_path / "a.json"))) == 32
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, ""])
+def test_what_no_parser_reads_is_a_user_error(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"a.json' is not JSON .*: fix or remove it"):
+        read_json(tmp_path / "a.json")

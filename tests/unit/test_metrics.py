@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from ds_roberta.errors import UserError
 from ds_roberta.training.metrics import METRICS_NAME, MetricsLog, Progress, duration
 
 
@@ -111,3 +112,20 @@ def test_other_ranks_are_silent_and_never_wait(capsys):
 )
 def test_durations_are_in_the_unit_that_suits(seconds, words):
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"global_step": 1, "loss": 1' + b"0" * 400 + b"}", "loss is too large a number"),
+        (b'{"global_step": 1' + b"0" * 5000 + b"}", "line 1 .* is broken"),
+        (b'{"global_step": true}', "not an object with a global_step"),
+        (b'\xff{"global_step": 1}', "line 1 .* is broken"),
+        (b"", "line 1 .* is broken"),
+    ],
+)
+def test_a_line_of_another_form_is_named(tmp_path, line, message):
+    (tmp_path / METRICS_NAME).write_bytes(line + b"\n")
+    with pytest.raises(UserError, match=message):
+        MetricsLog(tmp_path, 3)

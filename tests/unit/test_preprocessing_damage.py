@@ -13,6 +13,7 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.inputs import streams
 from ds_roberta.inputs.pieces import Piece, Reject
+from ds_roberta.inputs.tables import read_table
 from preprocessing import sharding
 from preprocessing.cli import main
 from preprocessing.reading.accounts import Account, BadDocuments, kept_documents
@@ -273,3 +274,36 @@ def test_the_remedy_fits_the_commonest_reason():
     bad.add({"a.jsonl": account})
     with pytest.raises(UserError, match=r"13 of 13 .* bad_json; fix or remove the line"):
         bad.check()
+
+
+def test_a_row_group_that_ends_early_is_damage(tmp_path, monkeypatch):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=250)
+    whole = pq.ParquetFile.iter_batches
+
+    def cut(file, *arguments, **options):
+        return iter(list(whole(file, *arguments, **options))[:-1])
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", cut)
+    (unit,), account = plan_units([str(tmp_path / "a.parquet")], ReadOptions()), Account()
+    assert len(list(kept_documents(unit.pieces[0], ReadOptions(), account))) == 256
+    assert account.counts == {"kept": 256, "corrupt": 244}
+    assert account.damage[0]["detail"] == "row group 0 of 2 (fewer rows than its index says), 122 of 500 rows are lost"
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_offsets_outside_of_the_values_are_damage_in_any_column(tmp_path, new):
+    names = pa.array([["a" * 1111], ["b" * 1111]])
+    table = pa.table({"text": ["x", "y"], "id": names, "other": [1, 2]})
+    path = tmp_path / "a.arrow"
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table)
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 1111, 2222))
+    content = path.read_bytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, offsets[:8] + (1 << 30).to_bytes(4, "little")))
+    (unit,) = plan_units([str(path)], ReadOptions())
+    account = Account()
+    assert not list(kept_documents(unit.pieces[0], ReadOptions(id_column="id"), account))
+    assert account.counts == {"corrupt": 2}
+    with pytest.raises(UserError, match="cannot be read"):
+        read_table(path)

@@ -92,7 +92,14 @@ def test_texts_and_labels_are_never_markup(show):
 
 @pytest.mark.parametrize(
     "content",
-    [[], {}, {"worst": [1]}, {"worst": [], "confusion": {"a": 3}}, {"worst": [], "label_counts": {"a": {"TP": 1}}}],
+    [
+        [],
+        {},
+        {"worst": [1]},
+        {"worst": [], "confusion": {"a": 3}},
+        {"worst": [], "confusion": {"a": {"a": float("inf")}}},
+        {"worst": [], "label_counts": {"a": {"TP": 1}}},
+    ],
 )
 def test_a_file_of_another_form_is_named(show, content):
     with pytest.raises(UserError, match=r"error_analysis\.json' is not as launch/finetune\.py writes it"):

@@ -5,11 +5,22 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import xxhash
 
 from ds_roberta.data import shards
-from ds_roberta.data.shards import Corpus, InputInfo, Manifest, Split, TokenizerInfo, checksums, token_type, write_shard
+from ds_roberta.data.shards import (
+    Corpus,
+    InputInfo,
+    Manifest,
+    ShardInfo,
+    Split,
+    TokenizerInfo,
+    checksums,
+    token_type,
+    write_shard,
+)
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint
 
@@ -110,6 +121,35 @@ def test_a_shard_that_is_missing_or_no_arrow_file_is_a_user_error(tmp_path):
         Split(tmp_path, "train", [info]).values(0)
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"input_ids": [[1]]},
+        {"input_ids": [1], "sentence_ends": [1]},
+        {"input_ids": ["a"], "sentence_ends": ["a"]},
+        {},
+    ],
+)
+def test_a_shard_of_other_columns_is_a_user_error(tmp_path, columns):
+    batch = pa.RecordBatch.from_pydict(columns)
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), batch.schema) as writer:
+        if columns:
+            writer.write_batch(batch)
+    info = ShardInfo("a.arrow", 1, 1, (tmp_path / "a.arrow").stat().st_size, "", ())
+    with pytest.raises(UserError, match=r"cannot read the shard .*a.arrow'.*preprocess verify"):
+        Split(tmp_path, "train", [info]).values(0)
+
+
+def test_offsets_outside_of_a_shards_values_are_a_user_error(tmp_path):
+    _, info = one_shard(tmp_path)
+    path = tmp_path / info.file
+    content, offsets = path.read_bytes(), Split(tmp_path, "train", [info]).document_offsets(0).tobytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, offsets[:-4] + (1 << 30).to_bytes(4, "little")))
+    with pytest.raises(UserError, match=r"cannot read the shard .*shard-00000.arrow"):
+        Split(tmp_path, "train", [info]).values(0)
+
+
 @pytest.fixture
 def folder(tmp_path, write_corpus):
     """A data folder that the test may break."""
@@ -153,7 +193,7 @@ def test_no_folder_no_data_names_the_command_that_makes_it(tmp_path):
             Corpus.open(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 2}', "null", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 2}', "null", "\x00", "[" * 100_000])
 def test_a_damaged_manifest_is_a_user_error(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest.json' is damaged .*prepare the data again"):
@@ -174,8 +214,16 @@ def test_a_truncated_manifest_is_a_user_error(folder):
     [
         (lambda content: content.update(format_version=1), "format version 1, this program reads 2: prepare the data"),
         (lambda content: content.update(splits=[]), "is damaged"),
+        (lambda content: content.update(options=[]), "is damaged"),
+        (lambda content: content.update(files=[]), "is damaged"),
+        (lambda content: content["files"].update({"../elsewhere": "0"}), "'../elsewhere' is outside of the folder"),
+        (lambda content: content["splits"]["train"][0].update(file=5), "is damaged"),
+        (lambda content: content["splits"]["train"][0].update(tokens="5"), "is damaged"),
+        (lambda content: content["splits"]["train"][0].update(file="../x.arrow"), "x.arrow' is outside of the folder"),
+        (lambda content: content["splits"]["train"][0].update(file="/x.arrow"), "x.arrow' is outside of the folder"),
         (lambda content: content["splits"]["train"][0].update(extra=1), "is damaged"),
         (lambda content: content["splits"]["train"].pop(), "does not match its own fingerprint"),
+        (lambda content: content["splits"]["train"][0].update(source="\ud800"), "does not match its own fingerprint"),
         (lambda content: content["splits"]["train"][0].update(source="wiki"), "does not match its own fingerprint"),
         (lambda content: content["splits"]["train"].reverse(), "does not match its own fingerprint"),
         (lambda content: content["tokenizer"].update(fingerprint="0"), "does not match its own fingerprint"),

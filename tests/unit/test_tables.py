@@ -10,6 +10,7 @@ import datasets
 import pandas
 import pyarrow
 import pyarrow.feather
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -185,6 +186,36 @@ def test_what_is_wrong_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_table(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "features", [b"", b"\xff", b"3", b'{"info": 1}', b'{"info": {"features": {"text": {"_type": "None"}}}}']
+)
+def test_features_that_datasets_cannot_read_are_named(tmp_path, features):
+    table = pyarrow.table({"text": ["a"]}).replace_schema_metadata({"huggingface": features})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet' has features that datasets cannot read .*: save it again"):
+        read_table(tmp_path / "a.parquet")
+
+
+def test_a_time_that_python_does_not_have_is_named(tmp_path):
+    table = pyarrow.table({"text": ["a"], "time": pyarrow.array([2**62], pyarrow.timestamp("s"))})
+    pyarrow.feather.write_feather(table, tmp_path / "a.arrow", compression="uncompressed")
+    with pytest.raises(UserError, match=r"a.arrow, row 1 or soon after cannot be read"):
+        read_table(tmp_path / "a.arrow")
+
+
+def test_what_is_nested_too_deeply_is_named(tmp_path):
+    for depth in (*range(900, 1030, 5), 100_000):  # around the limits of both parsers and of the writer
+        value = f'{{"text": {"[" * depth}{"]" * depth}}}'
+        for name, content in (("a.jsonl", value), ("a.json", f"[{value}]")):
+            (tmp_path / name).write_text(content)
+            try:
+                assert len(read_table(tmp_path / name).rows) == 1
+            except UserError as error:
+                assert "nested too deeply" in str(error)  # noqa: PT017
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_table(tmp_path / "a.json")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 
-from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo, tokenizer_content
 from ds_roberta.data.tokenizer_files import stated_length, training_tokenizer, write_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.transformers_folder import check_tokenizer, open_tokenizer
@@ -237,3 +237,35 @@ def test_a_damaged_config_is_refused(tmp_path, tokenizer_folder, damage):
     (tmp_path / "tokenizer_config.json").write_text(damage)
     with pytest.raises(UserError, match=r"tokenizer_config.json' (is not a JSON object|cannot be read)"):
         open_tokenizer(tmp_path)
+
+
+WRONG = {
+    "added tokens that are no list": {"added_tokens": 1},
+    "an added token that is no object": {"added_tokens": ["<s>"]},
+    "an added token without a text": {"added_tokens": [{"id": 0}]},
+    "an added token without an id": {"added_tokens": [{"content": "<s>"}]},
+    "a step that is a text": {"pre_tokenizer": "ByteLevel"},
+    "a step in a step": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, None]}},
+    "a processor that is true": {"post_processor": True},
+    "an id that is a text": {"model": {"type": "BPE", "merges": [], "vocab": {"a": "1"}}},
+    "a negative id": {"model": {"type": "BPE", "merges": [], "vocab": {"a": -1}}},
+    "an id for which no table has room": {"model": {"type": "BPE", "merges": [], "vocab": {"a": 1 << 31}}},
+    "merges that are no list": {"model": {"type": "BPE", "merges": 3, "vocab": {"a": 1}}},
+    "a merge of one": {"model": {"type": "BPE", "merges": [["a"]], "vocab": {"a": 1}}},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_values_of_another_type_are_refused(make, tmp_path, changes):
+    folder = make(**changes)
+    with pytest.raises(UserError, match=r"tokenizer.json' is not a byte-level BPE .*: copy it again"):
+        tokenizer_content(folder)
+
+
+@pytest.mark.parametrize("vocabulary", [{"<s>": None}, {"<s>": 1 << 31}, {"<s>": 1.5}, {"<s>": True}])
+def test_ids_of_a_vocabulary_alone_are_checked(tmp_path, vocabulary):
+    named = {name: number for number, name in enumerate(("<pad>", "</s>", "<unk>", "<mask>"))}
+    (tmp_path / "vocab.json").write_text(json.dumps(named | vocabulary))
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match=r"vocab.json and merges.txt in .* cannot be read"):
+        tokenizer_content(tmp_path)
