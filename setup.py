@@ -51,6 +51,7 @@ setup(
         "dev": [
             "accelerate>=1.1",  # transformers' Trainer
             "gigatoken>=0.10,<0.11",
+            "hypothesis>=6.100",
             "matplotlib>=3.9",
             "mpi4py>=4.1",
             "onnxruntime>=1.23",
