@@ -128,9 +128,25 @@ def parse_json(raw: bytes) -> Any:
         UnicodeDecodeError, ValueError: it is not UTF-8, not JSON, or nested too deeply.
     """
     try:
-        return orjson.loads(raw)
+        value = orjson.loads(raw)
     except ValueError:  # stricter than other parsers
         return load_json(raw.decode("utf-8"))
+    return load_json(raw.decode("utf-8")) if _may_be_rounded(value) else value
+
+
+def _may_be_rounded(value: Any) -> bool:
+    """Whether a number may be an integer of more than 64 bits, of which orjson keeps the first digits only."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if type(value) is float:
+            if abs(value) >= 1 << 63:
+                return True
+        elif type(value) is dict:
+            left += value.values()
+        elif type(value) is list:
+            left += value
+    return False
 
 
 def _json_row(raw: bytes, offset: int, line: int) -> Row | Reject | Damage:

@@ -205,6 +205,14 @@ def test_a_time_that_python_does_not_have_is_named(tmp_path):
         read_table(tmp_path / "a.arrow")
 
 
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**30, 2**64 - 1])
+def test_no_digit_of_a_long_number_is_lost(tmp_path, number):
+    for name, content in (("a.jsonl", {"id": number, "b": [1.5, number]}), ("a.json", [{"id": number, "b": [number]}])):
+        (tmp_path / name).write_text(json.dumps(content))
+        (row,) = read_table(tmp_path / name).rows
+        assert row["id"] == row["b"][-1] == number
+
+
 def test_what_is_nested_too_deeply_is_named(tmp_path):
     for depth in (*range(900, 1030, 5), 100_000):  # around the limits of both parsers and of the writer
         value = f'{{"text": {"[" * depth}{"]" * depth}}}'
