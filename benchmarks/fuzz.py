@@ -21,6 +21,7 @@ import multiprocessing
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -40,7 +41,7 @@ from benchmarks.fuzz_inputs import Case
 from benchmarks.fuzz_labelled import labelled_readers
 from benchmarks.fuzz_rows import Reader, SilentLoss, row_readers
 from ds_roberta.command_line import ArgumentParser, positive_number, run_command
-from ds_roberta.errors import user_message
+from ds_roberta.errors import UserError, user_message
 
 READ, REFUSED = "read", "refused"
 SECONDS_FOR_ONE = 20
@@ -106,7 +107,7 @@ class Tally:
         return self.read + self.refused + len(self.broken)
 
 
-def fuzz(name: str, reader: Reader, seconds: float, first_seed: int, kept: Path, sender: Connection) -> None:
+def fuzz(reader: Reader, seconds: float, first_seed: int, kept: Path, sender: Connection) -> None:
     """Try inputs for a time, and send the tally after each batch; the body of a process.
 
     An input is on the disk before it is read, so that it survives a crash.
@@ -175,13 +176,13 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def watch(name: str, reader: Reader, seconds: float, kept: Path) -> Tally:
+def watch(reader: Reader, seconds: float, kept: Path) -> Tally:
     """Fuzz a reader in a process of its own, and in another one after each crash."""
     began, total, processes = time.monotonic(), Tally(), multiprocessing.get_context("fork")
     while (left := seconds - (time.monotonic() - began)) > 0:
         receiver, sender = processes.Pipe(duplex=False)
         first_seed = 1_000_000 * len(total.broken)
-        process = processes.Process(target=fuzz, args=(name, reader, left, first_seed, kept, sender))
+        process = processes.Process(target=fuzz, args=(reader, left, first_seed, kept, sender))
         process.start()
         sender.close()
         tally = Tally()
@@ -204,13 +205,15 @@ def lines(chosen: list[str], minutes: float, kept: Path) -> Iterator[str]:
     """Yield the lines of the report."""
     yield "# Readers and hostile files"
     yield ""
-    yield f"Different inputs that each reader was given in {minutes:g} minutes, and what it made of them."
+    yield f"Different inputs that each reader was given in {minutes:g} minutes, and what it made of them;"
+    yield "broken are the different ways to fail."
     yield ""
     yield "| reader | inputs tried | read | refused | broken | seconds |"
     yield "|---|---|---|---|---|---|"
     known, broken = readers(), []
     for name in chosen:
-        tally = watch(name, known[name], 60 * minutes, kept / name.replace(" ", "-").replace(",", ""))
+        tally = watch(known[name], 60 * minutes, kept / name.replace(" ", "-").replace(",", ""))
+        print(f"{name}: {tally.tried:,} inputs, {len(tally.broken)} broken", file=sys.stderr, flush=True)
         yield (
             f"| {name} | {tally.tried:,} | {tally.read:,} | {tally.refused:,} | {len(tally.broken)} | "
             f"{tally.seconds:.0f} |"
@@ -228,6 +231,8 @@ def main() -> int:
     parser.add_argument("--kept", type=Path, help="folder for inputs that break a reader (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/fuzz.md")
     arguments = parser.parse_args()
+    if arguments.kept is not None and arguments.kept.exists():
+        raise UserError(f"--kept {str(arguments.kept)!r} exists: choose a new folder")
     kept = arguments.kept or Path(tempfile.mkdtemp(prefix="fuzz-"))
     report = list(lines(arguments.readers, arguments.minutes, kept))
     publish(report, arguments.output)

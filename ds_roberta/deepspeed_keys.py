@@ -6,7 +6,7 @@ error. A test compares these tables with DeepSpeed's own models, so that new key
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -59,8 +59,9 @@ def _each(names: str, known: Kind | Refused) -> Section:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number: not a bool, "auto" or NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a finite number that a float can be: not a bool, "auto" or NaN."""
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def is_off(value: Any) -> bool:

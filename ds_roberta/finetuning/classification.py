@@ -288,7 +288,7 @@ def _numbered(table: Table, options: Labels) -> list[Text]:
     for text, value in zip(find_texts(table, options), labels, strict=True):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
             remedy = "write it with a decimal point" if _DECIMAL_COMMA.fullmatch(str(value)) else "fix it"

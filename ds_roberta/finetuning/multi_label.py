@@ -128,7 +128,7 @@ class MultiLabelClassification(TextTask):
         options = MultiLabelOptions(**given)
         try:
             kept = float(results[KEY]["threshold"]) if KEY in results else 0.5
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f"{RESULTS} of the model has {KEY} in an unknown form ({error}): fine-tune it again"
             ) from error

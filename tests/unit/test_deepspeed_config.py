@@ -197,6 +197,7 @@ def test_accumulation_follows_from_the_batch(read_config):
         ({"optimizer.params.lr": "auto"}, "optimizer.params.lr must be a positive number, got 'auto'"),
         ({"optimizer.params.lr": float("nan")}, "optimizer.params.lr must be a positive number, got nan"),
         ({"optimizer.params.lr": float("inf")}, "optimizer.params.lr must be a positive number, got inf"),
+        ({"optimizer.params.lr": 10**400}, "optimizer.params.lr must be a positive number, got 1000"),
         ({"optimizer.params.eps": "auto"}, "optimizer.params.eps must be a number, at least 0, got 'auto'"),
         (
             {"optimizer.params.weight_decay": -0.1},

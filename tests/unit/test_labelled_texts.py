@@ -142,6 +142,7 @@ def changed(row, **values):
         (Classification, [{"a": 1}], ROWS, {}, "--label_column"),
         (Classification, ROWS, [], {}, "dev.jsonl' has no rows"),
         (Regression, NUMBERS, ROWS, {}, "dev.jsonl, row 1: the label 'yes' is not a number: fix it or use"),
+        (Regression, NUMBERS, changed(0, label=10**400), {}, "row 1: the label 1000.* is not a number: fix it or use"),
         (Regression, NUMBERS, changed(0, label="2,5"), {}, "row 1: the label '2,5' .*: write it with a decimal point"),
         (
             Regression,
