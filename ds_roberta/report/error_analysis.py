@@ -18,6 +18,7 @@ SHOWN_ROWS = 30
 LONGEST_LABEL = 24
 LARGEST_LEVEL = 8
 """The most labels whose names stand level above the columns of a matrix; those of more are turned."""
+MOST_COUNTED = 1 << 60
 KINDS = {"true_positives": "TP", "false_positives": "FP", "false_negatives": "FN"}
 COLUMNS = {
     "loss": "loss",
@@ -69,11 +70,11 @@ def read_error_analysis(path: Path) -> ErrorAnalysis:
     content = read_json(path)
     try:
         confusion = {
-            label: {name: int(count) for name, count in counts.items()}
+            label: {name: _count(count) for name, count in counts.items()}
             for label, counts in content.get("confusion", {}).items()
         }
         label_counts = {
-            label: {kind: int(counts[kind]) for kind in KINDS}
+            label: {kind: _count(counts[kind]) for kind in KINDS}
             for label, counts in content.get("label_counts", {}).items()
         }
         worst = [
@@ -86,6 +87,12 @@ def read_error_analysis(path: Path) -> ErrorAnalysis:
             f"{str(path)!r} is not as launch/finetune.py writes it ({error!r}): remove it or fine-tune again"
         ) from error
     return ErrorAnalysis(unit, labels, confusion, label_counts, tuple(worst))
+
+
+def _count(value: Any) -> int:
+    if not 0 <= (count := int(value)) <= MOST_COUNTED:
+        raise ValueError(f"a count is {value!r}")
+    return count
 
 
 def as_html(analysis: ErrorAnalysis) -> list[str]:

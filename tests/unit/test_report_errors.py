@@ -98,6 +98,8 @@ def test_texts_and_labels_are_never_markup(show):
         {"worst": [1]},
         {"worst": [], "confusion": {"a": 3}},
         {"worst": [], "confusion": {"a": {"a": float("inf")}}},
+        {"worst": [], "confusion": {"a": {"a": 10**400}}},
+        {"worst": [], "confusion": {"a": {"a": -1}}},
         {"worst": [], "label_counts": {"a": {"TP": 1}}},
     ],
 )
