@@ -238,11 +238,20 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
 
 
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:
-    """Open the index that `build_index` made, by memory map; shards are opened when first read."""
+    """Open the index that `build_index` made, by memory map; shards are opened when first read.
+
+    Raises:
+        UserError: it is damaged, as far as the numbers of sequences say.
+    """
     slices_path, first_path = _index_paths(corpus, split_name, packing)
-    slices = np.memmap(slices_path, _slice_type(packing), mode="r")
-    separator_id = corpus.manifest.tokenizer.eos_token_id
-    return PackedSplit(corpus.split(split_name), slices, np.load(first_path), separator_id)
+    split, separator_id = corpus.split(split_name), corpus.manifest.tokenizer.eos_token_id
+    try:
+        slices, first_sequence = np.memmap(slices_path, _slice_type(packing), mode="r"), np.load(first_path)
+        if first_sequence.shape != (len(split.shards) + 1,) or first_sequence[-1] != len(slices):
+            raise ValueError(f"it has {len(slices):,} sequences in {first_sequence.size - 1} shards")
+    except (EOFError, OSError, ValueError) as error:
+        raise UserError(f"the packing index {str(first_path)!r} is damaged ({error}): remove it") from error
+    return PackedSplit(split, slices, first_sequence, separator_id)
 
 
 def pack_split(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:

@@ -17,6 +17,30 @@ def nowhere(places: np.ndarray) -> np.ndarray:
     return np.zeros(len(places), dtype=bool)
 
 
+def bounds_of_sentences(offsets: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end (without separator) of every sentence in a shard's values: two (sentences,) int64.
+
+    Args:
+        offsets: where each document begins, and the end of the last, (documents + 1,).
+        counts: sentences of each document, (documents,).
+        ends: the offset in the document after the last token of each sentence, (sentences,).
+
+    Raises:
+        ValueError: the sentences do not follow one another from the beginning of each document to its separator.
+    """
+    if (counts < 1).any():
+        raise ValueError("a document has no sentence")
+    offsets = offsets.astype(np.int64)
+    ends = np.repeat(offsets[:-1], counts) + ends
+    starts = np.empty_like(ends)
+    starts[1:] = ends[:-1]
+    last = np.cumsum(counts) - 1
+    starts[last + 1 - counts] = offsets[:-1]
+    if (starts > ends).any() or (ends[last] != offsets[1:] - 1).any():
+        raise ValueError("the sentences of a document do not follow one another to its end")
+    return starts, ends
+
+
 def cut_long_sentences(
     starts: np.ndarray, ends: np.ndarray, capacity: int, in_character: InCharacter = nowhere
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import xxhash
 
 from ds_roberta.data.datasets_files import DATASETS_FILES, write_datasets_files
-from ds_roberta.data.sentences import InCharacter, nowhere
+from ds_roberta.data.sentences import InCharacter, bounds_of_sentences, nowhere
 from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters, token_type
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, file_checksum, is_within, json_fingerprint, load_json, write_json
@@ -323,13 +323,17 @@ class Split:
             batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
             batch.validate(full=True)  # offsets outside the values would be read as memory
             columns = batch.column("input_ids"), batch.column("sentence_ends")
-            if not all(pa.types.is_list(column.type) for column in columns):
-                raise TypeError(f"its columns are {columns[0].type} and {columns[1].type}")
+            for column in columns:
+                is_of_integers = pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type)
+                if not is_of_integers or column.null_count or column.values.null_count:
+                    raise TypeError(f"a column has the type {column.type}, or nulls")
         except (OSError, pa.ArrowException, KeyError, StopIteration, TypeError) as error:
-            raise UserError(
-                f"cannot read the shard {str(path)!r}: {error}; see what else is damaged with 'preprocess verify'"
-            ) from error
+            raise self._damaged(shard, error) from error
         return columns
+
+    def _damaged(self, shard: int, what: object) -> UserError:
+        path = str(self.folder / self.shards[shard].file)
+        return UserError(f"cannot read the shard {path!r}: {what}; see what else is damaged with 'preprocess verify'")
 
     @cache  # noqa: B019
     def values(self, shard: int) -> np.ndarray:
@@ -352,15 +356,14 @@ class Split:
         return np.from_dlpack(self._columns(shard)[1][row].values)
 
     def sentence_bounds(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Start and end (without separator) of every sentence in `values`: two (sentences,) int64."""
-        offsets = self.document_offsets(shard).astype(np.int64)
+        """Start and end (without separator) of every sentence in `values`: two (sentences,) int64; raises `UserError`
+        if the shard is damaged."""
         column = self._columns(shard)[1]
-        counts = np.diff(np.from_dlpack(column.offsets))
-        ends = np.repeat(offsets[:-1], counts) + np.from_dlpack(column.values)
-        starts = np.empty_like(ends)
-        starts[1:] = ends[:-1]
-        starts[np.cumsum(counts) - counts] = offsets[:-1]
-        return starts, ends
+        counts, ends = np.diff(np.from_dlpack(column.offsets)), np.from_dlpack(column.flatten())
+        try:
+            return bounds_of_sentences(self.document_offsets(shard), counts, ends)
+        except ValueError as error:
+            raise self._damaged(shard, error) from error
 
 
 @dataclass(frozen=True)

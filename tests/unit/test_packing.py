@@ -212,6 +212,26 @@ def test_an_index_that_was_not_finished_is_made_again(own_corpus):
     assert read_back(build(own_corpus, 32), 32) == first
 
 
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".slices", lambda path: path.write_bytes(b"")),
+        (".slices", lambda path: path.write_bytes(b"cut")),
+        (".slices", lambda path: path.write_bytes(path.read_bytes()[:-6])),
+        (".first.npy", lambda path: path.write_bytes(b"")),
+        (".first.npy", lambda path: path.write_bytes(b"cut")),
+        (".first.npy", lambda path: np.save(path, np.load(path)[1:])),
+        (".first.npy", lambda path: np.save(path, np.array([[0], [None]]))),
+    ],
+)
+def test_a_damaged_index_is_a_user_error(own_corpus, suffix, damage):
+    build(own_corpus, 32)
+    (path,) = (path for path in index_files(own_corpus) if path.name.endswith(suffix))
+    damage(path)
+    with pytest.raises(UserError, match=r"the packing index .*first.npy' is damaged .*: remove it"):
+        build(own_corpus, 32)
+
+
 def test_lengths_and_data_have_indices_of_their_own(tmp_path, write_corpus, own_corpus):
     at_32, at_64 = build(own_corpus, 32), build(own_corpus, 64)
     assert len(index_files(own_corpus)) == 4

@@ -127,6 +127,9 @@ def test_a_shard_that_is_missing_or_no_arrow_file_is_a_user_error(tmp_path):
         {"input_ids": [[1]]},
         {"input_ids": [1], "sentence_ends": [1]},
         {"input_ids": ["a"], "sentence_ends": ["a"]},
+        {"input_ids": [[0.5]], "sentence_ends": [[1]]},
+        {"input_ids": [[1]], "sentence_ends": [[None, 1]]},
+        {"input_ids": [None, [1]], "sentence_ends": [[1], [1]]},
         {},
     ],
 )
@@ -148,6 +151,14 @@ def test_offsets_outside_of_a_shards_values_are_a_user_error(tmp_path):
     path.write_bytes(content.replace(offsets, offsets[:-4] + (1 << 30).to_bytes(4, "little")))
     with pytest.raises(UserError, match=r"cannot read the shard .*shard-00000.arrow"):
         Split(tmp_path, "train", [info]).values(0)
+
+
+@pytest.mark.parametrize("ends", [[[3, 1, 3], [1]], [[1, 1 << 31], [1]], [[1, 3], [2]], [[1, 3, 1], []], [[], [1]]])
+def test_sentences_of_no_document_are_a_user_error(tmp_path, ends):
+    documents = [np.arange(4), np.arange(2)]
+    info = write_shard(tmp_path, "train", 0, documents, [np.array(each, np.int64) for each in ends], 300)
+    with pytest.raises(UserError, match=r"cannot read the shard .*(no sentence|do not follow one another)"):
+        Split(tmp_path, "train", [info]).sentence_bounds(0)
 
 
 @pytest.fixture
