@@ -43,8 +43,9 @@ MOST_PIECES = 2000
 MOST_LABELS = 1 << 16
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """transformers' names for a file of weights; with `.index.json` added, for the list of several."""
-_KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute", "quantization_config": None}
-"""Settings that make a RoBERTa a different model, with the only value supported here.
+_KNOWN_SETTINGS = {"is_decoder": False, "position_embedding_type": "absolute"}
+_KNOWN_SETTINGS |= dict.fromkeys(("quantization_config", "transformers_weights"))
+"""Settings that make a RoBERTa a different model, or name other weights, with the only value supported here.
 
 `model.architecture` refuses more: what transformers can compute, but our own encoder cannot.
 """
@@ -160,23 +161,24 @@ def read_model(
     Raises:
         UserError: there are no weights, they are damaged or not floating-point numbers, or some are missing.
     """
-    files = weights_files(folder)
+    files, config = weights_files(folder), _read_config(folder, new_head)
     kind = model_class.__name__
     if kind.startswith(MODEL_TYPES["roberta"]):
-        model_class = getattr(transformers, class_name(_read_config(folder).model_type, kind))
+        model_class = getattr(transformers, class_name(config.model_type, kind))
     lacking = "lack {!r} or have it in another shape than config.json says: copy the model's files again"
     try:
         shapes = {name: shape for path in files for name, shape in _shapes(path).items()}
-        if (misfit := _misfit(_read_config(folder), shapes)) is not None:
+        if (misfit := _misfit(config, shapes)) is not None:
             raise UserError(f"the weights in {str(folder)!r} {lacking.format(misfit)}")
         with quiet():
             model, report = model_class.from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **({"add_pooling_layer": False} if kind.endswith("Model") else new_head or {}),
+                **({"add_pooling_layer": False} if kind.endswith("Model") else {}),
             )
     except UserError:
         raise
@@ -313,7 +315,8 @@ def _difference(folder: Path, training: Path, add_prefix_space: bool | None) -> 
     return None
 
 
-def _read_config(folder: Path) -> transformers.RobertaConfig:
+def _read_config(folder: Path, new_head: dict[str, Any] | None = None) -> transformers.RobertaConfig:
+    """A folder's config, with the values of a new head in place of its own."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
@@ -336,24 +339,28 @@ def _read_config(folder: Path) -> transformers.RobertaConfig:
     for name, known in _KNOWN_SETTINGS.items():
         if content.get(name, known) != known:
             raise UserError(f"the model in {str(folder)!r} has {name} {content[name]!r}: only {known!r} is supported")
-    labels = content.get("num_labels", 0)  # the library names each of them
-    if type(labels) is not int or not 0 <= labels <= MOST_LABELS:
+    labels = content.get("num_labels")  # the library names each of them
+    if labels is not None and (type(labels) is not int or not 0 <= labels <= MOST_LABELS):
         raise UserError(f"the model in {str(folder)!r} has num_labels {labels!r}: remove it, or give their number")
+    config_class = getattr(transformers, class_name(content["model_type"], "RobertaConfig"))
+    settings = {name: value for name, value in content.items() if _is_setting(config_class, name)}
     try:
-        config = getattr(transformers, class_name(content["model_type"], "RobertaConfig")).from_dict(content)
+        config = config_class.from_dict({**settings, **(new_head or {})})
     except Exception as error:  # the library's validators raise their own kinds
         raise UserError(f"{str(path)!r} is not a RoBERTa's ({error}): copy the model again") from error
     if not isinstance(config.pad_token_id, int):
         raise UserError(f"{str(path)!r} has the pad_token_id {config.pad_token_id!r}: give its id")
-    if set(config.id2label) != set(range(config.num_labels)) or not all(map(_is_name, config.id2label.values())):
-        raise UserError(f"{str(path)!r} has the id2label {config.id2label!r}: number the labels from 0 and name each")
-    if not isinstance(config.architectures, list | None) or not all(map(_is_name, config.architectures or ())):
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{str(path)!r} has the architectures {config.architectures!r}: list the model's class")
     return config
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str | int | float)
+def _is_setting(config_class: type[transformers.RobertaConfig], name: str) -> bool:
+    """Whether a key of `config.json` is not one that replaces a method or an internal of the config, or that names a
+    kernel, which transformers would fetch from the hub and run."""
+    is_internal = name.startswith("_") or callable(getattr(config_class, name, None))
+    return not is_internal and name != "attn_implementation"
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
@@ -361,18 +368,18 @@ def _shapes(path: Path) -> dict[str, list[int]]:
     example quantized."""
     if path.suffix == ".bin":
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        stored = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
     else:
         with safetensors.safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
-            kinds = {name: part.get_dtype() for name, part in slices.items()}
-            dtypes = {name: _FLOATS.get(kind) or file.get_tensor(name).dtype for name, kind in kinds.items()}
-            shapes = {name: part.get_shape() for name, part in slices.items()}
-    for name, dtype in dtypes.items():
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            stored = {
+                name: (_FLOATS.get(part.get_dtype()) or file.get_tensor(name).dtype, part.get_shape())
+                for name, part in parts.items()
+            }
+    for name, (dtype, _) in stored.items():
         if dtype not in _FLOATS.values() and not name.endswith("position_ids"):
             raise UserError(f"{name!r} in {str(path)!r} has dtype {dtype}: use weights in fp32, fp16 or bf16")
-    return shapes
+    return {name: shape for name, (_, shape) in stored.items()}
 
 
 def _misfit(config: transformers.RobertaConfig, shapes: Mapping[str, list[int]]) -> str | None:

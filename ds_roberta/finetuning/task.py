@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from ds_roberta.config import class_name
+from ds_roberta.errors import UserError
 from ds_roberta.options import Settings
 
 RESULTS = "results.json"
@@ -183,8 +184,11 @@ def label_head(names: Sequence[str]) -> dict[str, Any]:
 
 
 def label_names(config: transformers.RobertaConfig) -> list[str]:
-    """The labels of a model, by index."""
-    return [config.id2label[index] for index in range(config.num_labels)]
+    """The labels of a model, by index; raises `UserError` if its config does not name each."""
+    names = [config.id2label.get(index) for index in range(config.num_labels)]
+    if not all(isinstance(name, str | int | float) for name in names):
+        raise UserError(f"the model has the id2label {config.id2label!r}: number the labels from 0 and name each")
+    return names
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

@@ -237,7 +237,7 @@ def load_saved(folder: str | Path) -> Any:
     import datasets
 
     try:
-        saved = datasets.load_from_disk(str(folder))
+        saved = datasets.load_from_disk(str(folder), keep_in_memory=False)  # else its files have no names
     except Exception as error:  # the library has no narrower type
         raise UserError(f"cannot read {str(folder)!r} as datasets saved it ({error!r}): save it again") from error
     root = os.path.abspath(folder)

@@ -100,6 +100,38 @@ def test_code_that_configs_name_never_runs(folder, marker, is_masked):
     assert not any(name.endswith(MODULE) for name in sys.modules)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_no_kernel_that_a_config_names_is_fetched(folder, monkeypatch, key):
+    def fetch(*arguments, **options):
+        raise AssertionError("a kernel is fetched")
+
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetch)
+    change(folder / "config.json", **{key: "somebody/kernel"})
+    open_in_all_ways(folder)
+
+
+def test_a_config_replaces_no_method_and_no_other_file(folder):
+    (folder / "other.json").write_text(json.dumps({"vocab_size": 1 << 40}))
+    change(folder / "config.json", to_dict=1, from_dict=1, __class__=1, configuration_files=["other.json"])
+    open_in_all_ways(folder)
+    change(folder / "config.json", transformers_weights="other.safetensors")
+    with pytest.raises(UserError, match=r"has transformers_weights 'other.safetensors': only None is supported"):
+        open_folder(folder)
+
+
+def test_a_snapshot_in_the_hubs_cache_is_opened(folder, tmp_path):
+    """Its files are links to `blobs`, whose names have no suffix; the snapshot may itself be linked."""
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1234", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    open_in_all_ways(snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    open_in_all_ways(tmp_path / "link")
+
+
 def test_an_adapter_never_leads_to_another_model(folder, marker):
     content = {"peft_type": "LORA", "base_model_name_or_path": "/elsewhere", "auto_mapping": AUTO_MAP}
     (folder / "adapter_config.json").write_text(json.dumps(content))
@@ -114,7 +146,8 @@ def test_an_adapter_never_leads_to_another_model(folder, marker):
 def test_a_pickle_never_runs(folder, marker, name):
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
-    torch.save({"weight": torch.zeros(1), "code": Code(marker)}, folder / name)
+    torch.save({"weight": torch.zeros(1), "code": Code(marker)}, folder.parent / "elsewhere.bin")
+    (folder / name).symlink_to("../elsewhere.bin")
     if name == "pytorch_model.bin":
         for read in (
             open_roberta,
@@ -207,5 +240,8 @@ def test_links_to_files_are_followed_and_their_names_kept(tmp_path, data):
     shard = min((data / "train").glob("*.arrow"))
     blob = Path(shutil.move(shard, tmp_path / "blob"))
     shard.symlink_to(blob)
-    assert len(Corpus.open(data).split("train").values(0))
-    assert len(read_table(data / "train").rows) == 1
+    (tmp_path / "link").symlink_to(data)
+    for folder in (data, tmp_path / "link"):
+        assert len(Corpus.open(folder).split("train").values(0))
+        assert len(read_table(folder / "train").rows) == 1
+        assert find_inputs([str(folder / "train")]).files == (str(folder / "train" / shard.name),)
