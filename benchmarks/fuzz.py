@@ -4,8 +4,9 @@
 
 Hypothesis makes arbitrary bytes, valid files with errors in them, and files that a usual writer writes. Of each, a
 reader must give what it holds, or raise an error that tells a user what is wrong. Anything else is broken: another
-exception, a crash, a hang, too much memory, or something lost without a word. Writes a Markdown table with the
-hardware, the versions and the commit; inputs that break a reader are kept.
+exception, a crash, a hang, too much memory, or something lost without a word. Inputs that break a reader are kept.
+
+After each reader its row is written to a Markdown table, in which the rows of other readers stay.
 """
 
 from __future__ import annotations
@@ -18,34 +19,35 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import argparse
 import logging
 import multiprocessing
+import re
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
-import xxhash
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
+from benchmarks.environment import REPOSITORY, commit, cpu_model, versions
 from benchmarks.fuzz_folders import folder_readers
 from benchmarks.fuzz_inputs import Case
 from benchmarks.fuzz_labelled import labelled_readers
 from benchmarks.fuzz_rows import Reader, SilentLoss, row_readers
 from ds_roberta.command_line import ArgumentParser, positive_number, run_command
 from ds_roberta.errors import UserError, user_message
+from ds_roberta.files import write_text
 
 READ, REFUSED = "read", "refused"
 SECONDS_FOR_ONE = 20
 """CPU time after which a reader is taken to hang."""
+SECONDS_FOR_LIBRARY = 400
+"""Time after which the process is killed, because a library neither works nor returns to Python."""
 BYTES_FOR_ONE = 6 << 30
 """More than the longest window of zstd, which has 2 GiB."""
 _BATCH = 200
@@ -94,7 +96,7 @@ class Tally:
     """What came of the different inputs of a reader.
 
     Attributes:
-        broken: what went wrong, and where, with the folder of its smallest input.
+        broken: what went wrong, and where, with the folder of the first input that did.
     """
 
     read: int = 0
@@ -115,17 +117,18 @@ def fuzz(reader: Reader, seconds: float, first_seed: int, kept: Path, sender: Co
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + BYTES_FOR_ONE,) * 2)
     signal.signal(signal.SIGPROF, _hang)
     logging.disable(logging.CRITICAL)
-    began, tally, seen, number = time.monotonic(), Tally(), set[str](), 0
+    began, tally, seen, number = time.monotonic(), Tally(), set[int](), 0
 
     def attempt(case: Case) -> None:
         nonlocal number
-        identity = xxhash.xxh3_128_hexdigest(repr(sorted(case.files.items())).encode("utf-8", "surrogatepass"))
+        identity = hash(tuple(sorted(case.files.items())))
         if identity in seen or time.monotonic() - began > seconds:
             return
         seen.add(identity)
         number += 1
         folder = kept / f"{first_seed}-{number}"
         signal.setitimer(signal.ITIMER_PROF, SECONDS_FOR_ONE)
+        signal.alarm(SECONDS_FOR_LIBRARY)
         try:
             outcome = try_case(reader, case, folder)
         except (Exception, Hang) as error:
@@ -136,6 +139,7 @@ def fuzz(reader: Reader, seconds: float, first_seed: int, kept: Path, sender: Co
             tally.refused += outcome == REFUSED
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.alarm(0)
 
     options = settings(
         max_examples=_BATCH,
@@ -157,23 +161,14 @@ def _hang(number: int, frame: object) -> None:
 
 
 def _keep(tally: Tally, error: BaseException, folder: Path) -> None:
-    """Note what broke; of inputs that break the same line in the same way, keep the smallest."""
+    """Note what broke; of inputs that break the same line in the same way, keep the first."""
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if str(REPOSITORY) in frame.filename]
-    place = f"{Path(ours[-1].filename).relative_to(REPOSITORY)}:{ours[-1].lineno}"
-    what = f"{type(error).__name__} at {place}"
-    before = tally.broken.get(what)
-    if before is not None and _size(Path(before)) <= _size(folder):
+    what = f"{type(error).__name__} at {Path(ours[-1].filename).relative_to(REPOSITORY)}:{ours[-1].lineno}"
+    if what in tally.broken:
         shutil.rmtree(folder)
         return
-    if before is not None:
-        shutil.rmtree(before)
-        Path(f"{before}.txt").unlink()
     tally.broken[what] = str(folder)
     (folder.parent / f"{folder.name}.txt").write_text("".join(traceback.format_exception(error)), "utf-8", "replace")
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def watch(reader: Reader, seconds: float, kept: Path) -> Tally:
@@ -201,27 +196,39 @@ def watch(reader: Reader, seconds: float, kept: Path) -> Tally:
     return total
 
 
-def lines(chosen: list[str], minutes: float, kept: Path) -> Iterator[str]:
-    """Yield the lines of the report."""
-    yield "# Readers and hostile files"
-    yield ""
-    yield f"Different inputs that each reader was given in {minutes:g} minutes, and what it made of them;"
-    yield "broken are the different ways to fail."
-    yield ""
-    yield "| reader | inputs tried | read | refused | broken | seconds |"
-    yield "|---|---|---|---|---|---|"
-    known, broken = readers(), []
-    for name in chosen:
-        tally = watch(known[name], 60 * minutes, kept / name.replace(" ", "-").replace(",", ""))
-        print(f"{name}: {tally.tried:,} inputs, {len(tally.broken)} broken", file=sys.stderr, flush=True)
-        yield (
-            f"| {name} | {tally.tried:,} | {tally.read:,} | {tally.refused:,} | {len(tally.broken)} | "
-            f"{tally.seconds:.0f} |"
-        )
-        broken += [f"- {name}: {what}, `{folder}`" for what, folder in tally.broken.items()]
-    yield ""
-    yield from broken
-    yield f"{cpu_model()}. {versions('hypothesis', 'pyarrow', 'datasets', 'transformers', 'tokenizers')}"
+def reported(name: str, tally: Tally) -> list[str]:
+    """The lines of a report that are about a reader: its row, and a line for each way in which it broke."""
+    row = (
+        f"| {name} | {tally.tried:,} | {tally.read:,} | {tally.refused:,} | {len(tally.broken)} | "
+        f"{tally.seconds:.0f} | {commit()} |"
+    )
+    return [row, *(f"- {name}: {what}, `{folder}`" for what, folder in tally.broken.items())]
+
+
+def earlier(output: Path) -> dict[str, list[str]]:
+    """The lines of an earlier report, by reader."""
+    found: dict[str, list[str]] = {}
+    for line in output.read_text(encoding="utf-8").splitlines() if output.is_file() else ():
+        if (match := re.match(r"\| (.+?) \||- (.+?): ", line)) and (name := match[1] or match[2]) in readers():
+            found.setdefault(name, []).append(line)
+    return found
+
+
+def whole(found: dict[str, list[str]]) -> list[str]:
+    """The lines of the report of all readers in `found`."""
+    of_readers = [found[name] for name in readers() if name in found]
+    return [
+        "# Readers and hostile files",
+        "",
+        "Different inputs that each reader was given, and what it made of them; broken are the different ways to fail.",
+        "",
+        "| reader | inputs tried | read | refused | broken | seconds | commit |",
+        "|---|---|---|---|---|---|---|",
+        *(row for row, *_ in of_readers),
+        "",
+        *(line for _, *broken in of_readers for line in broken),
+        f"{cpu_model()}. {versions('hypothesis', 'pyarrow', 'datasets', 'transformers', 'tokenizers')}",
+    ]
 
 
 def main() -> int:
@@ -234,9 +241,14 @@ def main() -> int:
     if arguments.kept is not None and arguments.kept.exists():
         raise UserError(f"--kept {str(arguments.kept)!r} exists: choose a new folder")
     kept = arguments.kept or Path(tempfile.mkdtemp(prefix="fuzz-"))
-    report = list(lines(arguments.readers, arguments.minutes, kept))
-    publish(report, arguments.output)
-    return int(any(line.startswith("- ") for line in report))
+    found, broken = earlier(arguments.output), False
+    for name in arguments.readers:
+        tally = watch(readers()[name], 60 * arguments.minutes, kept / name.replace(" ", "-").replace(",", ""))
+        found[name] = reported(name, tally)
+        broken |= bool(tally.broken)
+        print(*found[name], sep="\n", flush=True)
+        write_text(arguments.output, "\n".join(whole(found)) + "\n")
+    return int(broken)
 
 
 if __name__ == "__main__":

@@ -385,7 +385,7 @@ def folder_readers() -> dict[str, Reader]:
             folders(partial(model_files, "classes"), "results") | folders(partial(model_files, "classes"), "config"),
             lambda folder: open_finetuned(folder, None),
         ),
-        "data folders": Reader(folders(data_files), _read_data),
+        "data folders": Reader(folders(data_files) | folders(data_files, "train/shard"), _read_data),
         "checkpoints": Reader(st.deferred(_checkpoints), _read_checkpoint),
         "metrics.jsonl": Reader(_changed_metrics() | folders(_run_files), _read_run),
         "results": Reader(folder_with_errors(results, _RESULTS), partial(_read_run, resumed=False)),
