@@ -70,6 +70,13 @@ def load_json(data: str | bytes, **options: Any) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files in which killed processes were writing `name` (a pattern) by `atomic_path`."""
+    for path in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):  # they do no harm
+            path.unlink()
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; raises `UserError` if it cannot be read."""
     try:

@@ -32,7 +32,7 @@ from ds_roberta.data.pairs import IS_NEXT, pack_pairs
 from ds_roberta.data.sentences import InCharacter, cut_long_sentences, document_bounds, nowhere, walk
 from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint
+from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint, remove_leftovers
 
 INDEX_FOLDER = "index"
 
@@ -208,33 +208,42 @@ def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None
         UserError: the data folder cannot be written; or there is nothing to make pairs from.
     """
     slices_path, first_path = _index_paths(corpus, split_name, packing)
-    if first_path.is_file():
-        return
+    if not first_path.is_file():
+        remedy = "make the data folder writable for the first run with this packing and max_seq_length"
+        with errors_of_the_disk(slices_path.parent, "the packing index ", remedy):
+            try:
+                _write_index(corpus, split_name, packing, slices_path, first_path)
+            except FileNotFoundError:
+                if not first_path.is_file():  # otherwise another run finished it, and took ours for a leftover
+                    raise
+    for path in (slices_path, first_path):
+        remove_leftovers(path.parent, path.name)
+
+
+def _write_index(corpus: Corpus, split_name: str, packing: PackingConfig, slices_path: Path, first_path: Path) -> None:
     split = corpus.split(split_name)
     first_sequence, following = [0], 0
-    remedy = "make the data folder writable for the first run with this packing and max_seq_length"
-    with errors_of_the_disk(slices_path.parent, "the packing index ", remedy):
-        slices_path.parent.mkdir(exist_ok=True)
-        with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
-            for shard in range(len(split.shards)):
-                slices = pack_shard(split, shard, packing)
-                slices.tofile(file)
-                following += int(np.sum(slices["next_sentence_label"] == IS_NEXT)) if packing.is_paired else 0
-                first_sequence.append(first_sequence[-1] + len(slices))
-            if packing.is_paired and not following:
-                remedy = "prepare the data again with --sentences rules"
-                if corpus.manifest.options.get("sentences") == "rules":
-                    remedy = (
-                        "--sentences rules, which the data was prepared with, found no second sentence in any (Thai "
-                        "and Lao do not mark the ends of sentences): put one sentence on a line, or use another "
-                        "--packing"
-                    )
-                raise UserError(
-                    f"--packing {packing.format} needs documents with several sentences, but none in the {split_name} "
-                    f"split has two: {remedy}"
+    slices_path.parent.mkdir(exist_ok=True)
+    with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
+        for shard in range(len(split.shards)):
+            slices = pack_shard(split, shard, packing)
+            slices.tofile(file)
+            following += int(np.sum(slices["next_sentence_label"] == IS_NEXT)) if packing.is_paired else 0
+            first_sequence.append(first_sequence[-1] + len(slices))
+        if packing.is_paired and not following:
+            remedy = "prepare the data again with --sentences rules"
+            if corpus.manifest.options.get("sentences") == "rules":
+                remedy = (
+                    "--sentences rules, which the data was prepared with, found no second sentence in any (Thai "
+                    "and Lao do not mark the ends of sentences): put one sentence on a line, or use another "
+                    "--packing"
                 )
-        with atomic_path(first_path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.array(first_sequence))
+            raise UserError(
+                f"--packing {packing.format} needs documents with several sentences, but none in the {split_name} "
+                f"split has two: {remedy}"
+            )
+    with atomic_path(first_path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(first_sequence))
 
 
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:

@@ -28,7 +28,16 @@ from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
-from ds_roberta.files import exchange, finish_exchange, honour_umask, sync_directory, sync_file, write_json, write_text
+from ds_roberta.files import (
+    exchange,
+    finish_exchange,
+    honour_umask,
+    remove_leftovers,
+    sync_directory,
+    sync_file,
+    write_json,
+    write_text,
+)
 from ds_roberta.model.weights import first_not_finite
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
@@ -205,6 +214,7 @@ def clean_up(folder: Path, best_step: int | None) -> None:
         finish_exchange(path.with_name(path.stem[1:]))
     for path in folder.glob(".global_step*"):
         shutil.rmtree(path)
+    remove_leftovers(folder)
     if best_step is not None and best_step in saved_steps(folder):
         write_pointer(folder, BEST_NAME, step_folder(folder, best_step))
     else:

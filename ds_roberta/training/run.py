@@ -14,7 +14,7 @@ from ds_roberta.data.shards import VALIDATION_SPLIT, Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.files import load_json, write_json
+from ds_roberta.files import load_json, remove_leftovers, write_json
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
@@ -179,6 +179,7 @@ def _open_output_dir(run: Run, best_step: int | None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass
+        remove_leftovers(output_dir)
         clean_up(output_dir / checkpoint.CHECKPOINTS_FOLDER, best_step)
         clean_up(output_dir / deepspeed_checkpoint.FOLDER, None)
     except OSError as error:

@@ -385,6 +385,7 @@ def test_a_start_removes_what_kills_left_and_names_the_best_of_its_state(run):
     folder, save = run
     save(1, 2)
     (folder / ".global_step3.tmp").mkdir()
+    (folder / ".latest.0123abcd.tmp").touch()
     clean_up(folder, 2)
     assert (folder / "best").read_text() == "global_step2\n"
     assert names(folder) == ["best", "global_step1", "global_step2", "latest"]

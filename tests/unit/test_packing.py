@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig
+from ds_roberta.data import packing
 from ds_roberta.data.packing import (
     INDEX_FOLDER,
     build_index,
@@ -230,6 +231,33 @@ def test_a_damaged_index_is_a_user_error(own_corpus, suffix, damage):
     damage(path)
     with pytest.raises(UserError, match=r"the packing index .*first.npy' is damaged .*: remove it"):
         build(own_corpus, 32)
+
+
+def test_what_a_killed_build_left_goes_once_the_index_is_there(own_corpus):
+    build(own_corpus, 32)
+    names = {path.name for path in index_files(own_corpus)}
+    for name in names:
+        (own_corpus.folder / INDEX_FOLDER / f".{name}.0123abcd.tmp").touch()
+    of_another = own_corpus.folder / INDEX_FOLDER / ".train-contiguous-64-0.slices.0123abcd.tmp"
+    of_another.touch()  # and perhaps alive
+    build(own_corpus, 32)
+    assert {path.name for path in index_files(own_corpus)} == {*names, of_another.name}
+
+
+def test_of_two_builds_at_once_the_later_one_takes_what_the_first_made(own_corpus, monkeypatch):
+    pack_shard, calls = packing.pack_shard, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            build(own_corpus, 32)
+        return pack_shard(*arguments)
+
+    monkeypatch.setattr(packing, "pack_shard", interrupted)
+    packed = build(own_corpus, 32)
+    assert len(calls) == 2 * len(own_corpus.split("train").shards)
+    assert read_back(packed, 32) == read_back(build(own_corpus, 32), 32)
+    assert not list((own_corpus.folder / INDEX_FOLDER).glob(".*"))
 
 
 def test_lengths_and_data_have_indices_of_their_own(tmp_path, write_corpus, own_corpus):
