@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.environment import REPOSITORY, python_path
-from benchmarks.fault_injection import kill_tree
 from benchmarks.studies import IN_CPU_TIME, WITH_THE_STUDY, execute
 from benchmarks.time_to_loss import LINES, Run, finished, longest_run, measure, points_of, runs_of
 from ds_roberta.errors import UserError
@@ -102,7 +102,7 @@ def _start(
             start["cpu_seconds"] = _cpu_seconds(process.pid)
             steps = _planned_steps(output)
             if stretch.share < 1 and steps and start["last_step"] >= stretch.share * steps:
-                kill_tree(process.pid)
+                _kill_tree(process.pid)
                 start["end"] = KILLED
             write_json(options.results / STARTS_NAME, starts)
         if process.returncode:
@@ -110,9 +110,19 @@ def _start(
             raise UserError(f"exit code {process.returncode}: {' '.join(words)}")
     finally:
         if start["end"] == UNSEEN:
-            kill_tree(process.pid)
+            _kill_tree(process.pid)
             start["end"] = ENDED
         write_json(options.results / STARTS_NAME, starts)
+
+
+def _kill_tree(pid: int) -> None:
+    """Send SIGKILL to a process and all its descendants: the launcher puts its workers into other process groups."""
+    launcher = psutil.Process(pid)
+    processes = [launcher, *launcher.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 def _pretrain(options: argparse.Namespace, output: Path) -> list[str]:

@@ -82,7 +82,8 @@ speed)
 contracts)
   part pytest 260 "$python" -m pytest -m gpu tests/distributed -p no:cacheprovider
   part corpus 30 bash -c corpus
-  part fault_injection 110 "$python" -m benchmarks.fault_injection --kills 1 --processes 1
+  part fault_injection 110 "$python" -m benchmarks.fault_injection --kills 1 --signals 0 --targets pretraining \
+    --processes 1 --results "$output/fault_injection"
   part rts 60 "$python" launch/pretrain.py --deepspeed_config ds_configs/zero2.json --data_dir "$output/data" \
     --output_dir "$output/rts" --objective rts --model base --train_batch_size 256 --max_steps 5 --warmup_steps 1 \
     --torch_compile off
