@@ -10,8 +10,10 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
+import numpy as np
 import xxhash
 
 from ds_roberta.errors import DiskError, UserError, disk_refusal, standard_output_is_refused
@@ -125,6 +127,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def save_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Write an array as a `.npy`, by the file's own `write`.
+
+    numpy writes to a file of the system through a stream of C, and ignores that its last bytes may be refused.
+    """
+    np.save(cast(Any, SimpleNamespace(write=file.write)), array)
+
+
 def check_output_file(option: str, path: Path | None) -> None:
     """Raise `UserError` if an option's file could not be written; call it before the work rather than after."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -202,7 +212,7 @@ def file_checksum(path: Path) -> str:
 
 
 @contextmanager
-def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str, is_held: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder next to `output`; on success it replaces `output`, on failure it is removed.
 
     Args:

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from ds_roberta.errors import UserError
+from ds_roberta.files import save_array
 
 DEDUP_KINDS = ("none", "exact", "near")
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
@@ -199,7 +200,8 @@ def _signatures(folder: Path, places: np.ndarray) -> np.ndarray:
 
 def _save(folder: Path, index: int, array: np.ndarray) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{index:05d}.npy", array)
+    with (folder / f"{index:05d}.npy").open("wb") as file:
+        save_array(file, array)
 
 
 def _load(folder: Path, index: int) -> np.ndarray:

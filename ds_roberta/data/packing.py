@@ -32,7 +32,7 @@ from ds_roberta.data.pairs import IS_NEXT, pack_pairs
 from ds_roberta.data.sentences import InCharacter, cut_long_sentences, document_bounds, nowhere, walk
 from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint, remove_leftovers
+from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint, remove_leftovers, save_array
 
 INDEX_FOLDER = "index"
 
@@ -227,7 +227,7 @@ def _write_index(corpus: Corpus, split_name: str, packing: PackingConfig, slices
     with atomic_path(slices_path) as temporary, temporary.open("wb") as file:
         for shard in range(len(split.shards)):
             slices = pack_shard(split, shard, packing)
-            slices.tofile(file)
+            file.write(slices.tobytes())
             following += int(np.sum(slices["next_sentence_label"] == IS_NEXT)) if packing.is_paired else 0
             first_sequence.append(first_sequence[-1] + len(slices))
         if packing.is_paired and not following:
@@ -243,7 +243,7 @@ def _write_index(corpus: Corpus, split_name: str, packing: PackingConfig, slices
                 f"split has two: {remedy}"
             )
     with atomic_path(first_path) as temporary, temporary.open("wb") as file:
-        np.save(file, np.array(first_sequence))
+        save_array(file, np.array(first_sequence))
 
 
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:

@@ -25,6 +25,7 @@ from ds_roberta.files import (
     json_fingerprint,
     read_json,
     replaced_folder,
+    save_array,
     write_json,
 )
 
@@ -183,6 +184,19 @@ def write_arrow(path):
     table = pa.table({"a": np.arange(10_000)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
+
+
+def test_an_array_is_written_whole_or_refused(tmp_path):
+    array = np.arange(1000)
+
+    def write(name):
+        with (tmp_path / name).open("wb") as file:
+            save_array(file, array)
+
+    write("whole")
+    assert np.array_equal(np.load(tmp_path / "whole"), array)
+    with files_of_at_most((tmp_path / "whole").stat().st_size - 1), pytest.raises(OSError, match="File too large"):
+        write("cut")
 
 
 @pytest.mark.parametrize("size", [0, 4096])
