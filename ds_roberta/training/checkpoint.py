@@ -190,7 +190,7 @@ def best(folder: Path) -> Path:
     """The checkpoint of a run's folder that had the lowest held-out loss, verified.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or `best` and the newest checkpoint do not agree on the step.
     """
     name = folder / CHECKPOINTS_FOLDER / BEST_NAME
     try:
@@ -203,6 +203,12 @@ def best(folder: Path) -> Path:
         raise UserError(f"{str(name)!r} has {found!r}, not the name of a checkpoint beside it: write that")
     path = name.with_name(found)
     verify(path)
+    step = read_state(newest(folder)).best_step
+    if found != f"global_step{step}":
+        raise UserError(
+            f"{str(name)!r} names {found!r}, but in the newest checkpoint the best step is {step}: the file is damaged "
+            "or was not written before a kill; start the run again, or name a checkpoint's folder"
+        )
     return path
 
 

@@ -208,13 +208,19 @@ def errors_of_saving(target: Path) -> Iterator[None]:
         ) from error
 
 
-def clean_up(folder: Path, best_step: int | None) -> None:
-    """Remove what killed runs left unfinished, and make `best` name the checkpoint of `best_step`, if it exists."""
+def clean_up(folder: Path, best_step: int | None, latest_step: int = 0) -> None:
+    """Remove what killed runs left unfinished, and make `best` and `latest` name the checkpoints of these steps.
+
+    If there is no checkpoint of `best_step`, there is no `best` afterwards; without one of `latest_step`, `latest` is
+    not changed.
+    """
     for path in folder.glob(".global_step*.old"):
         finish_exchange(path.with_name(path.stem[1:]))
     for path in folder.glob(".global_step*"):
         shutil.rmtree(path)
     remove_leftovers(folder)
+    if latest_step in saved_steps(folder):
+        write_pointer(folder, LATEST_NAME, step_folder(folder, latest_step))
     if best_step is not None and best_step in saved_steps(folder):
         write_pointer(folder, BEST_NAME, step_folder(folder, best_step))
     else:

@@ -20,6 +20,7 @@ from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
+from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import clean_up
 from ds_roberta.training.compilation import compilation_notice, compile_layers, compile_model, resolve_torch_compile
 from ds_roberta.training.device import (
@@ -64,7 +65,7 @@ def pretrain(options: Namespace) -> int:
     ranks = init_distributed(options.rendezvous_timeout)
     run = _read_settings(options, ranks)
     start = find_start(run)
-    ranks.on_main(lambda: _open_output_dir(run, start.state.best_step))
+    ranks.on_main(lambda: _open_output_dir(run, start.state))
     data = open_data(run)
     engine, micro_batch_sizes, peak = _make_engine(run, start)
     run = fix_steps(run, start, data, engine, micro_batch_sizes)
@@ -172,7 +173,7 @@ def _check_output_dir(config: RunConfig) -> None:
         )
 
 
-def _open_output_dir(run: Run, best_step: int | None) -> None:
+def _open_output_dir(run: Run, state: TrainState) -> None:
     """Make the run's folder, or clean it up after a kill, and open the monitors."""
     output_dir = run.config.output_dir
     try:
@@ -180,7 +181,7 @@ def _open_output_dir(run: Run, best_step: int | None) -> None:
         with tempfile.TemporaryFile(dir=output_dir):
             pass
         remove_leftovers(output_dir)
-        clean_up(output_dir / checkpoint.CHECKPOINTS_FOLDER, best_step)
+        clean_up(output_dir / checkpoint.CHECKPOINTS_FOLDER, state.best_step, state.global_step)
         clean_up(output_dir / deepspeed_checkpoint.FOLDER, None)
     except OSError as error:
         raise UserError(f"cannot write --output_dir {str(output_dir)!r} ({error.strerror}): choose another") from error

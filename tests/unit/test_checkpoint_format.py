@@ -329,3 +329,14 @@ def test_weights_of_another_form_are_a_user_error(tmp_path, save, content):
     signed(path)
     with pytest.raises(UserError, match=r"cannot read the checkpoint file .*state-"):
         checkpoint.verify(path)
+
+
+def test_the_best_is_the_step_that_the_newest_checkpoint_names_or_none(tmp_path, save):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save(folder, step, best_step=min(step, 2), best_eval_loss=2.0)
+    assert checkpoint.best(tmp_path).name == "global_step2"
+    for damaged in ("global_step1", "global_step3", "global_step8", "/lobal_step2", "", "global_step\xff"):
+        (folder / "best").write_bytes(damaged.encode("latin1"))
+        with pytest.raises(UserError, match=r"best step is 2|global_step8|not the name"):
+            checkpoint.best(tmp_path)

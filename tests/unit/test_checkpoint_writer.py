@@ -325,7 +325,8 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run, tmp_path, monkeypatc
             assert ".global_step1.old" in names(moment)
             continue
         state = checkpoint.read_state(chosen)
-        clean_up(moment, state.best_step)
+        clean_up(moment, state.best_step, state.global_step)
+        assert (moment / "latest").read_text() == f"{chosen.name}\n"
         assert (moment / "best").exists() == (state.best_step is not None)
         assert not [name for name in names(moment) if name.startswith(".global_step")]
         checkpoint.verify(chosen)
@@ -381,12 +382,14 @@ def test_the_checkpoint_just_written_is_never_removed(run):
     assert (folder / "latest").read_text() == "global_step150\n"
 
 
-def test_a_start_removes_what_kills_left_and_names_the_best_of_its_state(run):
+def test_a_start_removes_what_kills_left_and_names_the_checkpoints_of_its_state(run):
     folder, save = run
     save(1, 2)
     (folder / ".global_step3.tmp").mkdir()
     (folder / ".latest.0123abcd.tmp").touch()
-    clean_up(folder, 2)
+    (folder / "latest").write_text("global_step1\n")  # the run was ended between two renames
+    clean_up(folder, 2, latest_step=2)
+    assert (folder / "latest").read_text() == "global_step2\n"
     assert (folder / "best").read_text() == "global_step2\n"
     assert names(folder) == ["best", "global_step1", "global_step2", "latest"]
     clean_up(folder, 3)  # its checkpoint is gone
