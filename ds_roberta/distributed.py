@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
@@ -84,6 +84,13 @@ class Ranks:
         if problem is not None:
             raise UserError(*problem)
         return cast(Result, value)
+
+    @contextlib.contextmanager
+    def main_holds(self, context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        """Enter a context on rank 0 and leave it at the end; an error on entering is raised on all processes."""
+        with contextlib.ExitStack() as held:
+            self.on_main(lambda: held.enter_context(context))
+            yield
 
     def together(self, function: Callable[[], Result]) -> Result:
         """Run `function` on every rank and return its value here; raise a `UserError` on all ranks if any rank met one.

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from ds_roberta.errors import DiskError, UserError, disk_refusal, standard_output_is_refused
+from ds_roberta.lease import alone
 
 
 def sync_directory(path: Path) -> None:
@@ -218,13 +219,14 @@ def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str, is
     Args:
         is_ours: whether an existing, non-empty folder is of the kind that this command writes and may replace.
         kind: that kind in words, for the error.
+        is_held: whether the caller holds the lease on `output`.
 
     Raises:
-        UserError: `output` is a file, holds something else, or cannot be written.
+        UserError: `output` is a file, holds something else, or cannot be written; or another job is writing it.
     """
     output = output.resolve()  # a link stays, and what it points to is replaced
     partial = partial_folder(output)
-    with errors_of_the_disk(output), created_parents(output):
+    with errors_of_the_disk(output), created_parents(output), nullcontext() if is_held else alone(output):
         check_replaceable(output, is_ours, kind)
         try:
             if partial.exists():  # left by a killed job

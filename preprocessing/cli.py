@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, positive, run_command
 from ds_roberta.inputs.streams import READABLE
+from ds_roberta.lease import Task
 from ds_roberta.options import add_options
 from preprocessing.commands import ROBERTA_VOCAB_SIZE, shard, train_tokenizer
-from preprocessing.jobs.job import Task
 from preprocessing.prepared import megatron, show, stats, trace, verify
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.tokens.encoders import AUTO, BACKENDS

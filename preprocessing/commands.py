@@ -13,8 +13,8 @@ from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
 from ds_roberta.inputs.paths import Inputs, find_inputs
+from ds_roberta.lease import Task
 from ds_roberta.progress import clock, document_bar
-from preprocessing.jobs.job import Task
 from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
 from preprocessing.reading.accounts import (
     KEPT,

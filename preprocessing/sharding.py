@@ -27,17 +27,15 @@ from ds_roberta.data.shards import (
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from ds_roberta.inputs.streams import file_size, is_url, open_binary, readable
+from ds_roberta.lease import LeaseHeld, Task, held_lease
 from ds_roberta.progress import document_bar
 from preprocessing import dedup
 from preprocessing.jobs.job import (
     FIRST_PHASE,
     UNITS,
     Job,
-    LeaseHeld,
     Record,
-    Task,
     clear,
-    held_lease,
     opened_job,
     publish,
 )

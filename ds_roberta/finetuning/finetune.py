@@ -51,6 +51,7 @@ from ds_roberta.finetuning.one_run import (
 from ds_roberta.finetuning.task import RESULTS, SHORTEST
 from ds_roberta.inputs.streams import is_url
 from ds_roberta.inputs.tables import TABULAR_NAMES
+from ds_roberta.lease import alone, leases_folder
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.options import Settings, option, require_positive
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
@@ -136,7 +137,7 @@ def finetune(config: FinetuneConfig) -> int:
             config = replace(config, settings=settings, scale_rates=False)
         problem = _problem(config, max_seq_length, deepspeed_config)
         output = config.output_dir.resolve()
-        with errors_of_the_disk(output):
+        with errors_of_the_disk(output), ranks.main_holds(alone(output)):
             work = ranks.on_main(lambda: _work_folder(output, config, deepspeed_config))
             try:
                 runs, best = _train_all(config, problem, work, ranks)
@@ -248,7 +249,7 @@ def _write(
     results: dict[str, Any],
     analysis: dict[str, Any] | None,
 ) -> None:
-    with replaced_folder(output, is_finetuned_folder, KIND) as partial:
+    with replaced_folder(output, is_finetuned_folder, KIND, is_held=True) as partial:
         for name in MODEL_FILES:
             shutil.copyfile(model / name, partial / name)
         write_tokenizer(problem.folder, partial, max_seq_length, problem.task.add_prefix_space)
@@ -347,10 +348,10 @@ def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[st
     check_replaceable(output, is_finetuned_folder, KIND)
     asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
     work = output.parent / f".{output.name}.runs"
-    data = (split_entry(entry)[1] for entry in config.data)
+    own, data = {output, work, leases_folder(output)}, (split_entry(entry)[1] for entry in config.data)
     given = [config.model, *(Path(path) for path in data if not is_url(path))]
     files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    inputs = [file for file in files if file.is_file() and not {output, work} & set(file.resolve().parents)]
+    inputs = [file for file in files if file.is_file() and not own & set(file.resolve().parents)]
     asked["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in inputs]
     plan = json_fingerprint(json.loads(json.dumps(asked, default=str)))
     if work.exists() and not (work / plan).exists():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,8 @@ from ds_roberta.data.shards import VALIDATION_SPLIT, Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.files import load_json, remove_leftovers, write_json
+from ds_roberta.files import created_parents, load_json, remove_leftovers, write_json
+from ds_roberta.lease import alone
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
@@ -64,6 +67,13 @@ def pretrain(options: Namespace) -> int:
     set_up_logging()
     ranks = init_distributed(options.rendezvous_timeout)
     run = _read_settings(options, ranks)
+    with ranks.main_holds(_held_output_dir(run.config.output_dir)):
+        return _train(run)
+
+
+def _train(run: Run) -> int:
+    """Train from scratch or from the newest checkpoint, and export; returns the exit code."""
+    ranks = run.ranks
     start = find_start(run)
     ranks.on_main(lambda: _open_output_dir(run, start.state))
     data = open_data(run)
@@ -171,6 +181,17 @@ def _check_output_dir(config: RunConfig) -> None:
             f"--output_dir {str(config.output_dir)!r} has a {CONFIG_NAME} that is not a run's, perhaps a model's: "
             "choose another folder"
         )
+
+
+@contextmanager
+def _held_output_dir(folder: Path) -> Iterator[None]:
+    """Hold the lease on the run's folder; raises `UserError` if another job writes there, or it cannot be written."""
+    with created_parents(folder.resolve()), ExitStack() as held:
+        try:
+            held.enter_context(alone(folder.resolve()))
+        except OSError as error:
+            raise UserError(f"cannot write --output_dir {str(folder)!r} ({error.strerror}): choose another") from error
+        yield
 
 
 def _open_output_dir(run: Run, state: TrainState) -> None:

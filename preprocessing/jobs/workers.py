@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ds_roberta.errors import UserError
-from preprocessing.jobs.job import JobStopped, Task
+from ds_roberta.lease import JobStopped, Task
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

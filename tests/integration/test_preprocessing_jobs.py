@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from prepare import DOCUMENTS, folder_hash, prepare_corpus
 
+from ds_roberta import lease as leases
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
+from ds_roberta.lease import Holder, JobStopped, Lease, LeaseHeld, held_lease, is_alive
 from preprocessing import sharding
-from preprocessing.jobs import job as leases
-from preprocessing.jobs.job import Holder, Job, JobStopped, Lease, LeaseHeld, held_lease, is_alive
+from preprocessing.jobs.job import Job
 from preprocessing.jobs.workers import is_mpi, local_workers, slurm_task
 from preprocessing.sharding import run_job
 from preprocessing.units import ShardOptions

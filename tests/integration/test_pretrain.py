@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 from commands import CONFIG, PRETRAIN, REPOSITORY, launch, pretrain, pretrain_until, run
 
+from ds_roberta.lease import alone
+
 DATA = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--warmup_steps", "2")
 WITHOUT_STEPS = ("--model", "nano", *DATA, "--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "64")
 SETTINGS = (*WITHOUT_STEPS, "--max_steps", "6")
@@ -130,6 +132,14 @@ def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
     line = pretrain(workspace, *SETTINGS, "--output_dir", "model", code=2).splitlines()[-1]
     assert "error: --output_dir 'model' has a config.json that is not a run's" in line
     assert [path.name for path in (workspace / "model").iterdir()] == ["config.json"]
+
+
+def test_a_second_run_in_one_folder_is_refused_and_touches_nothing(workspace):
+    with alone(workspace / "runs/held"):
+        line = pretrain(workspace, *SETTINGS, "--output_dir", "runs/held", code=2).splitlines()[-1]
+        assert line.startswith("error: another job is writing ")
+        assert not (workspace / "runs/held").exists()
+    assert not (workspace / "runs/.held.leases").exists()
 
 
 def test_a_run_that_diverges_ends_with_its_finite_checkpoint_and_no_model(workspace):

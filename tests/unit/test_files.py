@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import stat
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import torch
 import xxhash
 from tokenizers import Tokenizer, models
 
-from ds_roberta import files
+from ds_roberta import files, lease
 from ds_roberta.errors import DiskError, UserError, disk_refusal
 from ds_roberta.files import (
     append_line,
@@ -28,6 +29,7 @@ from ds_roberta.files import (
     save_array,
     write_json,
 )
+from ds_roberta.lease import LeaseHeld
 
 
 def names(folder):
@@ -137,13 +139,42 @@ def test_a_failure_between_the_two_renames_leaves_the_old_directory(tmp_path):
 
 
 def test_a_killed_replacement_is_cleared_by_the_next(tmp_path):
-    replacement = replaced_folder(tmp_path / "a", is_ours, "one of ours")
-    (replacement.__enter__() / "half").write_text("")
+    (tmp_path / ".a.partial").mkdir()  # what such a kill leaves
+    (tmp_path / ".a.partial/half").write_text("")
     with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
         assert names(temporary) == []
         (temporary / "file").write_text("")
     assert names(tmp_path / "a") == ["file"]
     assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_that_another_job_writes_is_refused_and_not_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_PATIENCE_SECONDS", 0.0)
+    with replaced_folder(tmp_path / "a", is_ours, "one of ours") as temporary:
+        (temporary / "file").write_text("first")
+        with (
+            pytest.raises(LeaseHeld, match=r"another job is writing '.*/a': process \d+"),
+            replaced_folder(tmp_path / "a", is_ours, "one of ours"),
+        ):
+            pytest.fail("two jobs write one folder")
+    assert (tmp_path / "a/file").read_text() == "first"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_lease_is_taken_though_a_job_that_ends_removes_its_folder(tmp_path, monkeypatch):
+    mkdir, removed = Path.mkdir, []
+
+    def made_and_removed_once(path, *arguments, **options):
+        mkdir(path, *arguments, **options)
+        if path.name == ".a.leases" and not removed:
+            removed.append(path)
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", made_and_removed_once)
+    with lease.alone(tmp_path / "a"):
+        assert len(names(tmp_path / ".a.leases")) == 1
+    assert removed
+    assert names(tmp_path) == []
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
