@@ -123,6 +123,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = read_metrics(folder / "run" / METRICS_NAME)[0]
     half = len(samples) // 2
     first, last = samples[:half], samples[half:]
+    first_files, last_files = folders[:half], folders[half:]  # between saves and evaluations a few more, at times
     slope, memory = growth(last, "memory"), statistics.fmean(sample.memory for sample in last)
     a_checkpoint = 10  # its folder, tokenizer and files; the newest, the best, one being written and one being removed
     checks = {
@@ -130,7 +131,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"memory grows by at most {_GROWTH_AT_MOST:.0%} an hour": slope <= _GROWTH_AT_MOST * memory,
         "no more open files": max(s.handles for s in last) <= max(s.handles for s in first),
         "no more threads": max(s.threads for s in last) <= max(s.threads for s in first),
-        "no more files": max(folders[half:]) <= max(folders[len(folders) // 8 :][: half + 1], default=0),
+        "no more files": statistics.median(last_files) <= statistics.median(first_files[half // 2 :]),
         "files of its checkpoints": max(folders) <= (_KEPT + 4) * a_checkpoint,
     }
     quarters = [part for part in np.array_split(np.arange(len(samples)), 4) if len(part)]

@@ -1,4 +1,5 @@
 import resource
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -300,3 +301,18 @@ def test_an_unwritable_data_folder_is_a_user_error(own_corpus):
     (own_corpus.folder / INDEX_FOLDER).write_text("a file where the folder shall be")
     with pytest.raises(UserError, match=r"cannot write the packing index .* writable"):
         build_index(own_corpus, "train", PackingConfig(32))
+
+
+def test_an_index_whose_last_bytes_a_disk_refuses_is_an_error_and_not_there(own_corpus):
+    build(own_corpus, 32)
+    (slices,) = (own_corpus.folder / INDEX_FOLDER).glob("train-*.slices")
+    size = slices.stat().st_size
+    shutil.rmtree(own_corpus.folder / INDEX_FOLDER)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write the packing index .*File too large"):
+            build_index(own_corpus, "train", PackingConfig(32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((own_corpus.folder / INDEX_FOLDER).iterdir()) == []
