@@ -18,6 +18,7 @@ _REFUSALS = {
     if hasattr(errno, name)
 }
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
+_WORDS_OF_NUMBER = re.compile(r"inline_container\.cc.*open file failed with strerror: ([^\n]+)")  # torch.save
 _WORDS_WITHOUT_NUMBER = re.compile(
     r"PytorchStreamWriter|inline_container\.cc.*unexpected pos|iostream error"  # torch.save
     r"|Not enough free space to write|\d+ requested and \d+ written"  # numpy.save and tofile
@@ -54,6 +55,8 @@ def disk_refusal(error: BaseException) -> str | None:
     text = str(error)
     if found := _RUST_NUMBER.search(text):
         return os.strerror(int(found[1])) if int(found[1]) in _REFUSALS else None
+    if found := _WORDS_OF_NUMBER.search(text):
+        return found[1] if found[1] in map(os.strerror, _REFUSALS) else None
     if isinstance(error, OSError | RuntimeError) and _WORDS_WITHOUT_NUMBER.search(text):
         return f"perhaps {os.strerror(errno.ENOSPC)}: {text}"
     return None

@@ -375,9 +375,9 @@ def _epochs(state: transformers.TrainerState) -> list[dict[str, Any]]:
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Trainer's metrics without its prefix and its timings."""
+    """Trainer's metrics without its prefix and its timings, in the order in which a continued run reads them."""
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    names = (name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
+    names = sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
     return {name: metrics[f"eval_{name}"] for name in names if name not in timings}
 
 

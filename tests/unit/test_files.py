@@ -217,6 +217,14 @@ def write_arrow(path):
         writer.write_table(table)
 
 
+def test_a_file_that_torch_may_not_make_is_refused_by_the_disk_and_a_missing_folder_is_not(tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({}, tmp_path / ("x" * 300))
+    assert disk_refusal(caught.value) == "File name too long"
+    text = str(caught.value).replace("File name too long", "No such file or directory")
+    assert disk_refusal(RuntimeError(text)) is None
+
+
 def test_an_array_is_written_whole_or_refused(tmp_path):
     array = np.arange(1000)
 
