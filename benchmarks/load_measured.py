@@ -19,7 +19,8 @@ from benchmarks.studies import WITH_THE_STUDY
 MIB = 1 << 20
 _SAMPLE_SECONDS = 0.2
 _SYLLABLES = ["ba", "do", "ke", "li", "mu", "na", "po", "ri", "sa", "te", "vi", "zo", "an", "er", "in", "st"]
-_WORDS_AT_ONCE = 200_000
+_SENTENCES = 20_000
+_DOCUMENTS_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,14 @@ class Texts:
         return self._words[np.searchsorted(self._cumulative, self._random.random(count)).clip(max=len(self._words) - 1)]
 
     def documents(self, size: int) -> Iterator[bytes]:
-        """Documents of many sentences with at least `size` bytes together, many at a time, as a `.txt` has them."""
-        left = size
-        while left > 0:
-            sentences = np.array_split(self.words(_WORDS_AT_ONCE), _WORDS_AT_ONCE // 15)
-            lines = [" ".join(sentence).capitalize() + "." for sentence in sentences]
-            block = "\n\n".join("\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)).encode() + b"\n\n"
+        """Documents of 20 sentences with at least `size` bytes together, many at a time, as a `.txt` has them."""
+        words = np.array_split(self.words(_SENTENCES * 15), _SENTENCES)
+        sentences = [f"{' '.join(each).capitalize()}.".encode() for each in words]
+        while size > 0:
+            chosen = self._random.integers(0, _SENTENCES, size=(_DOCUMENTS_AT_ONCE, 20)).tolist()
+            block = b"\n\n".join(b"\n".join(sentences[index] for index in document) for document in chosen) + b"\n\n"
             yield block
-            left -= len(block)
+            size -= len(block)
 
     def write(self, folder: Path, size: int, files: int) -> None:
         """Write documents of `size` bytes into a folder."""

@@ -17,8 +17,8 @@ The parts:
 A fault is survived if the command ends with exit code 2 and one line of error, leaves what was there as it was and
 nothing half-written (only what the same command continues from), and if the same command then makes the same output,
 bit for bit; or if it ends well, with the same output, or names a checkpoint that it could not read and takes the one
-before, as documented. Everything else is lost. If a command makes more calls than
-`--at_most`, so many at equal distances are broken.
+before, as documented. Everything else is lost. If a command makes more calls than `--at_most`, so many at equal
+distances are broken.
 
 Each item is kept in the folder of results as soon as it is finished, and the same command again goes on, after a kill
 too. It needs Linux on x86_64.
