@@ -8,7 +8,9 @@ The page contains everything it shows and fetches nothing.
 from __future__ import annotations
 
 import base64
+import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,9 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         raise UserError(f"the output {str(output)!r} is a folder: give a file, such as report.html")
     plots = {metric: png(draw(runs, metric)) for metric in METRICS if any(map(metric.of, runs))}
     folder = output.with_name(output.stem + PLOTS_SUFFIX)
-    with errors_of_the_disk(output), created_parents(output):
+    with errors_of_the_disk(output), created_parents(output), ExitStack() as on_failure:
+        if not folder.exists():
+            on_failure.callback(shutil.rmtree, folder, ignore_errors=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output) as temporary:
             temporary.write_text(page(runs, plots), encoding="utf-8", errors="backslashreplace")
@@ -87,6 +91,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
                 with replaced_folder(folder, _holds_plots_alone, "a report's plots") as partial:
                     for metric, image in plots.items():
                         (partial / f"{metric.column}.png").write_bytes(image)
+        on_failure.pop_all()
     logger.info(f"wrote {output}" + (f", and its plots into {folder}" if plots else ""))
 
 

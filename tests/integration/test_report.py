@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import runpy
 import sys
 from html.parser import HTMLParser
@@ -204,6 +206,21 @@ def test_a_second_report_replaces_the_first(tmp_path):
     write_report([other], tmp_path / "r.html")
     assert [path.name for path in (tmp_path / "r_plots").iterdir()] == ["loss.png"]
     assert "<h1>b</h1>" in (tmp_path / "r.html").read_text()
+
+
+def test_a_page_that_the_disk_refuses_leaves_no_plots(tmp_path, monkeypatch):
+    run, replace = write_run(tmp_path / "a", steps(2, loss=float)), os.replace
+
+    def refuse(source, target):
+        if Path(target).name == "r.html":
+            assert (tmp_path / "new/r_plots").is_dir()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        write_report([run], tmp_path / "new/r.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_names_and_values_are_text_and_never_markup(tmp_path):
