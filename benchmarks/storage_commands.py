@@ -47,6 +47,7 @@ _DEEPSPEED = {
 }
 _PRETRAIN = (
     "--deepspeed_config deepspeed.json --data_dir data --model sizes.json --max_seq_length 32 "
+    "--lr_scheduler_type polynomial --min_lr_ratio 1 "  # the rates of a step do not depend on the number of steps
     "--warmup_steps 1 --save_interval 2 --eval_interval 2 --eval_sequences 8 "
     "--output_dir"
 )
