@@ -215,11 +215,12 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[str]:
             yield f"Lost of {name}:"
             yield ""
             yield from (f"- {problem}" for problem in result["problems"])
-    seconds = sum(result["seconds"] for result in found.values())
+    minutes = sum(result["seconds"] for result in found.values()) / 60
+    commits = ", ".join(sorted({result["commit"] for result in found.values()}))
     yield ""
     yield (
-        f"{seconds / 60:.0f} minutes on one core of {cpu_model()}, with `--at_most {options.at_most} --bits "
-        f"{options.bits}`. "
+        f"{minutes:.0f} minutes on a core of {cpu_model()}, with `--at_most {options.at_most} --bits {options.bits}`; "
+        f"measured at commit {commits}. "
         + versions("torch", "deepspeed", "transformers", "safetensors", "tokenizers", "pyarrow", "numpy")
     )
 
