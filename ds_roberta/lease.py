@@ -86,19 +86,26 @@ class Lease:
 
 
 def leases_folder(output: Path) -> Path:
-    """Where the lease on `output` is, while a job holds it."""
+    """Where the lease on an output that is replaced as a whole is, while a job holds it."""
     return output.parent / f".{output.name}.leases"
 
 
+def leases_within(output: Path) -> Path:
+    """Where the lease on an output that stays is, while a job holds it; the folder around it may be read-only."""
+    return output / ".leases"
+
+
 @contextmanager
-def alone(output: Path) -> Iterator[None]:
+def alone(output: Path, folder: Path) -> Iterator[None]:
     """Hold the lease on `output` for the length of the context.
+
+    Args:
+        folder: of the lease, from `leases_folder` or `leases_within`.
 
     Raises:
         LeaseHeld: a living job holds it.
         OSError: it cannot be written.
     """
-    folder = leases_folder(output)
     try:
         with held_lease(folder, "", None, output):
             yield

@@ -137,7 +137,7 @@ def finetune(config: FinetuneConfig) -> int:
             config = replace(config, settings=settings, scale_rates=False)
         problem = _problem(config, max_seq_length, deepspeed_config)
         output = config.output_dir.resolve()
-        with errors_of_the_disk(output), ranks.main_holds(alone(output)):
+        with errors_of_the_disk(output), ranks.main_holds(alone(output, leases_folder(output))):
             work = ranks.on_main(lambda: _work_folder(output, config, deepspeed_config))
             try:
                 runs, best = _train_all(config, problem, work, ranks)

@@ -17,7 +17,7 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, load_json, remove_leftovers, write_json
-from ds_roberta.lease import alone
+from ds_roberta.lease import alone, leases_within
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
@@ -186,9 +186,10 @@ def _check_output_dir(config: RunConfig) -> None:
 @contextmanager
 def _held_output_dir(folder: Path) -> Iterator[None]:
     """Hold the lease on the run's folder; raises `UserError` if another job writes there, or it cannot be written."""
-    with created_parents(folder.resolve()), ExitStack() as held:
+    leases = leases_within(folder.resolve())
+    with created_parents(leases), ExitStack() as held:
         try:
-            held.enter_context(alone(folder.resolve()))
+            held.enter_context(alone(folder, leases))
         except OSError as error:
             raise UserError(f"cannot write --output_dir {str(folder)!r} ({error.strerror}): choose another") from error
         yield

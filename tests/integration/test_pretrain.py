@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from commands import CONFIG, PRETRAIN, REPOSITORY, launch, pretrain, pretrain_until, run
 
-from ds_roberta.lease import alone
+from ds_roberta.lease import alone, leases_within
 
 DATA = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--warmup_steps", "2")
 WITHOUT_STEPS = ("--model", "nano", *DATA, "--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "64")
@@ -135,11 +135,11 @@ def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
 
 
 def test_a_second_run_in_one_folder_is_refused_and_touches_nothing(workspace):
-    with alone(workspace / "runs/held"):
+    held = workspace / "runs/held"
+    with alone(held, leases_within(held)):
         line = pretrain(workspace, *SETTINGS, "--output_dir", "runs/held", code=2).splitlines()[-1]
         assert line.startswith("error: another job is writing ")
-        assert not (workspace / "runs/held").exists()
-    assert not (workspace / "runs/.held.leases").exists()
+        assert [path.name for path in held.iterdir()] == [".leases"]
 
 
 def test_a_run_that_diverges_ends_with_its_finite_checkpoint_and_no_model(workspace):
