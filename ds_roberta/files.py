@@ -102,8 +102,12 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def is_within(name: str) -> bool:
-    """Whether a relative path that a file names cannot leave the file's folder."""
+    """Whether a relative path that a file names is one that the system can have, and cannot leave the file's folder."""
     path = PurePosixPath(name)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 

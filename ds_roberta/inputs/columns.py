@@ -39,8 +39,8 @@ def measure_table(path: str, column: str, check_header: Callable[[list[str]], No
                 groups = map(file.metadata.row_group, range(file.num_row_groups))
                 return [_group_bytes(group, column) for group in groups], False
         with _arrow_source(path) as (source, is_file):
-            opened = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            check_header(opened.schema.names)
+            opened, names = _opened(source, is_file)
+            check_header(names)
             if is_file:
                 batches = opened.num_record_batches
                 return [source.size() // batches] * batches if batches else [], False
@@ -73,7 +73,7 @@ def _errors_of_the_content() -> Iterator[None]:
     """Turn pyarrow's errors about bytes into `Damaged`; those of the disk, which have a number, pass through."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of columns' names
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise Damaged("corrupt", " ".join(str(error).split())[:200]) from error
@@ -144,6 +144,12 @@ def _arrow_source(path: str) -> Iterator[tuple[Any, bool]]:
             yield source, magic == _ARROW_FILE_MAGIC
 
 
+def _opened(source: Any, is_file: bool) -> tuple[Any, list[str]]:
+    """The batches of an Arrow file or stream, and the names of its columns, which may be damaged where it opens."""
+    opened = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    return opened, opened.schema.names
+
+
 def _stream_batches(source: Any) -> tuple[list[int], bool]:
     sizes: list[int] = []
     source.seek(0)
@@ -163,7 +169,7 @@ def _arrow_batches(piece: Piece) -> Iterator[tuple[int, pa.RecordBatch | Damage]
         with _arrow_source(piece.path) as (source, is_file):
             size = source.size()
             if is_file:
-                file = pa.ipc.open_file(source)
+                file, _ = _opened(source, is_file)
                 for index in range(piece.end):
                     try:
                         with _errors_of_the_content():
@@ -178,7 +184,8 @@ def _arrow_batches(piece: Piece) -> Iterator[tuple[int, pa.RecordBatch | Damage]
                     row += batch.num_rows
                 return
             # The batch after the piece may be damaged and is not read.
-            stream = islice(pa.ipc.open_stream(source), None if is_url(piece.path) else piece.end)
+            opened, _ = _opened(source, is_file)
+            stream = islice(opened, None if is_url(piece.path) else piece.end)
             for index, batch in enumerate(stream):
                 read = source.tell()
                 if index >= piece.start:

@@ -19,6 +19,7 @@ logger = logging.getLogger("ds_roberta")
 BY_POSITION = "by_position"  # a key that launch/evaluate.py perplexity writes
 RESULTS = "results.json"  # of a fine-tuning
 RESULTS_PATTERNS = (RESULTS, "evaluation*.json")
+_LARGEST_POSITION = 1 << 31
 
 Value = str | int | float | bool | None
 
@@ -139,7 +140,8 @@ def _is_range(value: Any) -> bool:
     if not isinstance(value, dict) or not {"first", "last", "loss"} <= value.keys():
         return False
     is_loss = value["loss"] is None or isinstance(value["loss"], float)
-    return is_loss and type(value["first"]) is int and type(value["last"]) is int
+    bounds = value["first"], value["last"]
+    return is_loss and all(type(bound) is int and 0 <= bound <= _LARGEST_POSITION for bound in bounds)
 
 
 def _loss_by_position(ranges: list[dict[str, Any]]) -> Series:

@@ -329,6 +329,7 @@ def test_results_of_another_form_are_listed_as_they_are(tmp_path):
         [{"first": 0, "last": 9, "loss": "a"}],
         [{"first": None, "last": 9, "loss": 1.0}],
         [{"first": [], "last": [], "loss": None}],
+        [{"first": 10**400, "last": 9, "loss": 1.0}],
     ],
 )
 def test_files_of_another_form_do_not_end_the_report(tmp_path, ranges):

@@ -307,3 +307,18 @@ def test_offsets_outside_of_the_values_are_damage_in_any_column(tmp_path, new):
     assert account.counts == {"corrupt": 2}
     with pytest.raises(UserError, match="cannot be read"):
         read_table(path)
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_a_column_whose_name_is_not_utf8_is_damage(tmp_path, new):
+    table = pa.table({"text": ["x", "y"], "another": [1, 2]})
+    path = tmp_path / "a.arrow"
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"another", b"an\xffther"))
+    (unit,) = plan_units([str(path)], ReadOptions())
+    account = Account()
+    assert not list(kept_documents(unit.pieces[0], ReadOptions(), account))
+    assert account.damage[0]["detail"].startswith("'utf-8' codec can't decode byte 0xff")
+    with pytest.raises(UserError, match="byte 0xff"):
+        read_table(path)
