@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from ds_roberta.errors import DiskError, UserError, disk_refusal, standard_output_is_refused
-from ds_roberta.lease import alone, leases_folder
+from ds_roberta.lease import leases_folder, sole_writer
 
 
 def sync_directory(path: Path) -> None:
@@ -230,7 +230,7 @@ def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str, is
     """
     output = output.resolve()  # a link stays, and what it points to is replaced
     partial = partial_folder(output)
-    held = nullcontext() if is_held else alone(output, leases_folder(output))
+    held = nullcontext() if is_held else sole_writer(output, leases_folder(output))
     with errors_of_the_disk(output), created_parents(output), held:
         check_replaceable(output, is_ours, kind)
         try:

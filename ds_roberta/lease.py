@@ -96,7 +96,7 @@ def leases_within(output: Path) -> Path:
 
 
 @contextmanager
-def alone(output: Path, folder: Path) -> Iterator[None]:
+def sole_writer(output: Path, folder: Path) -> Iterator[None]:
     """Hold the lease on `output` for the length of the context.
 
     Args:

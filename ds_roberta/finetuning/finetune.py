@@ -51,7 +51,7 @@ from ds_roberta.finetuning.one_run import (
 from ds_roberta.finetuning.task import RESULTS, SHORTEST
 from ds_roberta.inputs.streams import is_url
 from ds_roberta.inputs.tables import TABULAR_NAMES
-from ds_roberta.lease import alone, leases_folder
+from ds_roberta.lease import leases_folder, sole_writer
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.options import Settings, option, require_positive
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
@@ -137,7 +137,7 @@ def finetune(config: FinetuneConfig) -> int:
             config = replace(config, settings=settings, scale_rates=False)
         problem = _problem(config, max_seq_length, deepspeed_config)
         output = config.output_dir.resolve()
-        with errors_of_the_disk(output), ranks.main_holds(alone(output, leases_folder(output))):
+        with errors_of_the_disk(output), ranks.main_holds(sole_writer(output, leases_folder(output))):
             work = ranks.on_main(lambda: _work_folder(output, config, deepspeed_config))
             try:
                 runs, best = _train_all(config, problem, work, ranks)

@@ -17,7 +17,7 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, load_json, remove_leftovers, write_json
-from ds_roberta.lease import alone, leases_within
+from ds_roberta.lease import leases_within, sole_writer
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
@@ -189,7 +189,7 @@ def _held_output_dir(folder: Path) -> Iterator[None]:
     leases = leases_within(folder.resolve())
     with created_parents(leases), ExitStack() as held:
         try:
-            held.enter_context(alone(folder, leases))
+            held.enter_context(sole_writer(folder, leases))
         except OSError as error:
             raise UserError(f"cannot write --output_dir {str(folder)!r} ({error.strerror}): choose another") from error
         yield

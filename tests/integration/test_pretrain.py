@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from commands import CONFIG, PRETRAIN, REPOSITORY, launch, pretrain, pretrain_until, run
 
-from ds_roberta.lease import alone, leases_within
+from ds_roberta.lease import leases_within, sole_writer
 
 DATA = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--warmup_steps", "2")
 WITHOUT_STEPS = ("--model", "nano", *DATA, "--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "64")
@@ -136,7 +136,7 @@ def test_a_folder_with_files_of_another_kind_is_not_written_into(workspace):
 
 def test_a_second_run_in_one_folder_is_refused_and_touches_nothing(workspace):
     held = workspace / "runs/held"
-    with alone(held, leases_within(held)):
+    with sole_writer(held, leases_within(held)):
         line = pretrain(workspace, *SETTINGS, "--output_dir", "runs/held", code=2).splitlines()[-1]
         assert line.startswith("error: another job is writing ")
         assert [path.name for path in held.iterdir()] == [".leases"]

@@ -171,7 +171,7 @@ def test_a_lease_is_taken_though_a_job_that_ends_removes_its_folder(tmp_path, mo
             path.rmdir()
 
     monkeypatch.setattr(Path, "mkdir", made_and_removed_once)
-    with lease.alone(tmp_path / "a", lease.leases_folder(tmp_path / "a")):
+    with lease.sole_writer(tmp_path / "a", lease.leases_folder(tmp_path / "a")):
         assert len(names(tmp_path / ".a.leases")) == 1
     assert removed
     assert names(tmp_path) == []
