@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -160,7 +161,8 @@ def _read_json(folder: Path) -> Any:
 @st.composite
 def _written_csv(draw: DrawFn, name: str) -> Case:
     names = texts("\0\ufeff;", min_size=1).filter(lambda text: text.strip() and not text.startswith('"'))
-    rows = draw(_rows(texts(), names))
+    # The csv module of Python 3.10 neither writes nor reads the character of number 0.
+    rows = draw(_rows(texts("\0" if sys.version_info < (3, 11) else ""), names))
     file = io.StringIO()
     writer = csv.DictWriter(
         file,
