@@ -106,8 +106,10 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[str]:
     yield f"| all | {len(rows)} | {survived} | {len(rows) - survived} | |"
     yield ""
     minutes = sum(result["seconds"] for result in found.values()) / 60
+    commits = ", ".join(sorted({result["commit"] for result in found.values()}))
     yield (
-        f"{minutes:.0f} minutes, with `--workers {options.workers}`, on {cpu_model()} with {os.cpu_count()} cores. "
+        f"{minutes:.0f} minutes, with `--workers {options.workers}`, on {cpu_model()} with {os.cpu_count()} cores; "
+        f"measured at commit {commits}. "
         + (versions("torch", "deepspeed", "tokenizers", "gigatoken", "pyarrow", "numpy"))
     )
 
