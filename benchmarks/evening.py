@@ -5,7 +5,7 @@
     preprocess shard --input "wiki=wiki-*.jsonl.zst" "books=books-*.jsonl.zst" --tokenizer data/tokenizer \\
         --output data/corpus
     python -m benchmarks.suggest --data_dir data/corpus --minutes 75
-    python -m benchmarks.evening --data_dir data/corpus --tasks data/tasks --pairs data/blimp --model tiny
+    python -m benchmarks.evening --data_dir data/corpus --tasks data/tasks --pairs data/blimp
 
 `--tasks` has a folder for each task, with `train`, `dev` or `validation`, and `test`, as `launch/finetune.py` takes
 them; `--pairs` is a folder of tables such as BLiMP's.
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, required=True, help=f"folder with folders of tasks: {', '.join(TASKS)}")
     parser.add_argument("--pairs", type=Path, required=True, help="folder of tables of minimal pairs")
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure (default: %(default)s)")
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="nano")
     parser.add_argument("--eval_sequences", type=positive, default=512, help="held-out sequences during training")
     parser.add_argument("--minutes", type=positive_number, default=75, help="for ours, and for the Trainer's steps")
     parser.add_argument("--seed", type=whole_number, default=0, help="of pretraining")

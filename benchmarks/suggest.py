@@ -29,9 +29,9 @@ from ds_roberta.training.peak import data_sheet_rate, measured_rate
 
 UTILISATION = {"nano": 0.45, "tiny": 0.59, "small": 0.67, "base": 0.77, "large": 0.75}
 """Share of the rate of matrix products, as `docs/performance.md` has it for a CPU."""
-TOKENS_PER_PARAMETER = 3
-"""Of the layers' matrices, a guess: with 2.2, after half an hour of one core, tiny is 0.24 nats behind nano and falls
-faster (`benchmarks.time_to_loss`)."""
+TOKENS_PER_PARAMETER = 7
+"""Of the layers' matrices, extrapolated: in half an hour of one core tiny sees 2.2 and has a loss 0.24 nats above
+nano's, in 75 minutes it sees 5.7 and has one 0.04 above (`docs/performance.md`)."""
 LENGTHS = (128, 256, 512)
 FILLED_SHARE = 0.5
 """The share of the tokens that must lie in documents that fill a sequence of a length."""
