@@ -12,7 +12,7 @@ them; `--pairs` is a folder of tables such as BLiMP's.
 
 **Compared.** Ours is `launch/pretrain.py --recipe fast --max_minutes` on one core, through three SIGKILLs and a stretch
 on two processes, resumed each time by the same command. The Trainer is used as its `run_mlm` example uses it: the same
-text, architecture and CPU-minutes, AdamW with a linear schedule that ends with them, at a learning rate found in
+text, architecture, batch and CPU-minutes, AdamW with a linear schedule that ends with them, at a learning rate found in
 shorter runs. Its minutes are those of optimizer steps; those of ours, planned before the first kill, include the start,
 evaluations, saves and the export. Untrained are the initial weights of ours. One seed each. All three are then measured
 by the same commands with the same options:
@@ -90,7 +90,7 @@ def main() -> None:
         metavar="SHARE:PROCESSES,…",
         help="kill ours when a share of its steps is done, and the processes until then (default: three kills)",
     )
-    parser.add_argument("--train_batch_size", type=positive, default=64, help="the Trainer's")
+    parser.add_argument("--train_batch_size", type=positive, default=64, help="of ours and of the Trainer")
     parser.add_argument("--trainer_learning_rates", type=several(positive_number), default=(2e-3,))
     parser.add_argument("--trainer_search_minutes", type=positive_number, default=10, help="for each of several rates")
     parser.add_argument("--finetune_seeds", type=several(whole_number), default=(0, 1, 2))
