@@ -1,4 +1,4 @@
-"""Suggest the size, vocabulary, length and recipe for prepared text and the minutes that a run may take.
+"""Suggest the size, vocabulary, length, recipe and batch for prepared text and the minutes that a run may take.
 
     python -m benchmarks.suggest --data_dir data/corpus --minutes 150
 
@@ -32,6 +32,9 @@ UTILISATION = {"nano": 0.45, "tiny": 0.59, "small": 0.67, "base": 0.77, "large":
 TOKENS_PER_PARAMETER = 7
 """Of the layers' matrices, extrapolated: in half an hour of one core tiny sees 2.2 and has a loss 0.24 nats above
 nano's, in 75 minutes it sees 5.7 and has one 0.04 above (`docs/performance.md`)."""
+STEPS, STEP_TOKENS = 1_900, (2_048, 8_192)
+"""The recipe's batch is the smallest of those with so many tokens a step; a longer run gets the largest with which it
+has so many steps: of nano's runs of 8 million tokens that with 1,953 steps is best (`docs/pretraining.md`)."""
 LENGTHS = (128, 256, 512)
 FILLED_SHARE = 0.5
 """The share of the tokens that must lie in documents that fill a sequence of a length."""
@@ -83,6 +86,15 @@ class Suggestion:
     tokens: float
     needed: dict[str, float]
 
+    @property
+    def train_batch_size(self) -> int | None:
+        """In sequences, a power of two; None: the recipe's."""
+        if self.recipe != "fast":
+            return None
+        least, most = STEP_TOKENS
+        step_tokens = min(max(self.tokens / STEPS, least), most)
+        return int(2 ** np.floor(np.log2(step_tokens / self.max_seq_length)))
+
 
 def suggest(text: Text, minutes: float, flops_per_second: float) -> Suggestion:
     """The largest size that can be trained on enough tokens, else the smallest."""
@@ -117,9 +129,11 @@ def layer_parameters(config: ModelConfig) -> int:
 
 def command(suggestion: Suggestion, data_dir: Path, minutes: float) -> list[str]:
     """The words of the command, without `deepspeed`."""
+    batch = suggestion.train_batch_size
     return [
         *("launch/pretrain.py", "--recipe", suggestion.recipe, "--model", suggestion.model),
         *("--data_dir", str(data_dir), "--max_seq_length", str(suggestion.max_seq_length)),
+        *(("--train_batch_size", str(batch)) if batch else ()),
         *("--max_minutes", f"{minutes:g}"),
     ]
 
@@ -136,7 +150,9 @@ def report(text: Text, suggestion: Suggestion) -> list[tuple[str, str]]:
     has = "as the data" if text.vocab_size == chosen.vocab_size else f"the data has {text.vocab_size:,}"
     small = chosen.vocab_size == SMALL_VOCABULARY
     why = "with more, the projection to them would be most of a small model's work" if small else "as RoBERTa"
-    filled = text.share_of_documents_of(chosen.max_seq_length)
+    filled, batch = text.share_of_documents_of(chosen.max_seq_length), chosen.train_batch_size
+    steps = chosen.tokens / chosen.max_seq_length / (batch or 1)
+    batches = [(f"--train_batch_size {batch}", f"about {steps:,.0f} steps; the recipe's own is for short runs")]
     return [
         (f"--model {chosen.model}", reason),
         (f"vocabulary of {chosen.vocab_size:,}", f"{has}; {why}"),
@@ -148,6 +164,7 @@ def report(text: Text, suggestion: Suggestion) -> list[tuple[str, str]]:
             f"--recipe {chosen.recipe}",
             f"'paper' is for {PAPERS_TOKENS / 1e9:g} billion tokens and more",
         ),
+        *(batches if batch else ()),
         (
             f"{passes:,.2g} passes over the text",
             f"its {text.tokens / 1e6:,.1f} million tokens: BERT took {MOST_PASSES}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.suggest import PAPERS_TOKENS, TOKENS_PER_PARAMETER, Text, command, main, report, suggest
+from benchmarks.suggest import PAPERS_TOKENS, TOKENS_PER_PARAMETER, Suggestion, Text, command, main, report, suggest
 from ds_roberta.config import PRESETS
 from ds_roberta.errors import UserError
 
@@ -49,7 +49,15 @@ def test_the_papers_recipe_is_for_billions_of_tokens():
     assert suggest(text_of(600), 10, RATE).recipe == "fast"
     found = suggest(text_of(600), 10_000_000, RATE)
     assert found.tokens > PAPERS_TOKENS
-    assert (found.recipe, found.vocab_size) == ("paper", 50_265)
+    assert (found.recipe, found.vocab_size, found.train_batch_size) == ("paper", 50_265, None)
+
+
+def test_longer_runs_get_larger_batches_as_long_as_they_have_steps_enough():
+    def batch(tokens, length=128):
+        return Suggestion("nano", length, 8_192, "fast", tokens, {}).train_batch_size
+
+    assert [batch(tokens) for tokens in (1e5, 1.5e6, 8e6, 16e6, 1e8)] == [16, 16, 32, 64, 64]
+    assert [batch(tokens, length=512) for tokens in (1.5e6, 8e6, 1e8)] == [4, 8, 16]
 
 
 def test_the_report_gives_reasons_and_tells_of_too_little_text():
@@ -67,6 +75,7 @@ def test_the_real_command_takes_what_is_printed(corpus, capsys):
     parser = runpy.run_path(str(Path(__file__).parents[2] / script))["make_parser"]()
     options = parser.parse_args(words)
     assert (options.recipe, options.model, options.max_minutes) == ("fast", "nano", 5.0)
+    assert options.train_batch_size in {16, 32, 64}
     assert [script, *words] == command(suggest(Text.of(corpus), 5, RATE), corpus.folder, 5)
 
 
