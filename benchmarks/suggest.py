@@ -29,9 +29,9 @@ from ds_roberta.training.peak import data_sheet_rate, measured_rate
 
 UTILISATION = {"nano": 0.45, "tiny": 0.59, "small": 0.67, "base": 0.77, "large": 0.75}
 """Share of the rate of matrix products, as `docs/performance.md` has it for a CPU."""
-TOKENS_PER_PARAMETER = 7
-"""Of the layers' matrices, extrapolated: in half an hour of one core tiny sees 2.2 and has a loss 0.24 nats above
-nano's, in 75 minutes it sees 5.7 and has one 0.04 above (`docs/performance.md`)."""
+TOKENS_PER_PARAMETER = 12
+"""Of the layers' matrices, extrapolated: in 75 minutes of one core tiny sees 8.2 and has a loss 0.08 nats above nano's
+(`docs/performance.md`)."""
 STEPS, STEP_TOKENS = 1_900, (2_048, 8_192)
 """The recipe's batch is the smallest of those with so many tokens a step; a longer run gets the largest with which it
 has so many steps: of nano's runs of 8 million tokens that with 1,953 steps is best (`docs/pretraining.md`)."""
