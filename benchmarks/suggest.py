@@ -151,8 +151,10 @@ def report(text: Text, suggestion: Suggestion) -> list[tuple[str, str]]:
     small = chosen.vocab_size == SMALL_VOCABULARY
     why = "with more, the projection to them would be most of a small model's work" if small else "as RoBERTa"
     filled, batch = text.share_of_documents_of(chosen.max_seq_length), chosen.train_batch_size
-    steps = chosen.tokens / chosen.max_seq_length / (batch or 1)
-    batches = [(f"--train_batch_size {batch}", f"about {steps:,.0f} steps; the recipe's own is for short runs")]
+    batches = []
+    if batch:
+        steps = chosen.tokens / chosen.max_seq_length / batch
+        batches = [(f"--train_batch_size {batch}", f"about {steps:,.0f} steps; the recipe's own is for short runs")]
     return [
         (f"--model {chosen.model}", reason),
         (f"vocabulary of {chosen.vocab_size:,}", f"{has}; {why}"),
@@ -164,7 +166,7 @@ def report(text: Text, suggestion: Suggestion) -> list[tuple[str, str]]:
             f"--recipe {chosen.recipe}",
             f"'paper' is for {PAPERS_TOKENS / 1e9:g} billion tokens and more",
         ),
-        *(batches if batch else ()),
+        *batches,
         (
             f"{passes:,.2g} passes over the text",
             f"its {text.tokens / 1e6:,.1f} million tokens: BERT took {MOST_PASSES}"
