@@ -27,7 +27,7 @@ from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from benchmarks.loader import example_corpus
 from ds_roberta.config import PRESETS, IntervalConfig, model_config
 from ds_roberta.data.loader import MicroBatch
-from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.checkpoint import TrainState

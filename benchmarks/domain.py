@@ -78,7 +78,8 @@ from benchmarks.studies import (
 )
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several, whole_number
 from ds_roberta.data import unigram
-from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, VALIDATION_SPLIT
+from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer_files import other_token, training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.pseudo_likelihood import encode, pseudo_log_likelihoods

@@ -14,7 +14,8 @@ import xxhash
 from benchmarks.evening_texts import texts_of, write_table
 from benchmarks.overlap import near_copies
 from benchmarks.studies import execute
-from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
+from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from preprocessing.prepared.stored_documents import Decoder, StoredDocuments

@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.evening_texts import PAIRS, TEXTS_FOLDER
 from benchmarks.studies import Task, evaluate, fine_tuned, held_out_loss
-from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus, Manifest
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, VALIDATION_SPLIT, Manifest
+from ds_roberta.data.shards import Corpus
 from ds_roberta.files import read_json
 from ds_roberta.inputs.tables import read_table
 

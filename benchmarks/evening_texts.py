@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.overlap import is_too_short, near_copies
-from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+from ds_roberta.data.manifest import TRAIN_SPLIT
+from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path
 from ds_roberta.inputs.streams import format_of

@@ -35,6 +35,7 @@ import psutil
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from benchmarks.environment import REPOSITORY, commit, cpu_model, versions
+from benchmarks.fuzz_data import data_readers
 from benchmarks.fuzz_folders import folder_readers
 from benchmarks.fuzz_inputs import Case
 from benchmarks.fuzz_labelled import labelled_readers
@@ -60,7 +61,7 @@ class Hang(BaseException):
 @cache
 def readers() -> dict[str, Reader]:
     """All readers by the names of what they read."""
-    return row_readers() | labelled_readers() | folder_readers()
+    return row_readers() | labelled_readers() | folder_readers() | data_readers()
 
 
 def try_case(reader: Reader, case: Case, folder: Path) -> str:

@@ -12,7 +12,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -23,9 +22,7 @@ from hypothesis.strategies import SearchStrategy
 from benchmarks.environment import REPOSITORY
 from benchmarks.fuzz_inputs import Case, Files, any_bytes, changed_bytes, changed_json, folder_with_errors, json_bytes
 from benchmarks.fuzz_rows import Reader, attempt_all, only
-from ds_roberta.config import PackingConfig
-from ds_roberta.data.packing import pack_split
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, write_shard
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.stages import read_skipped
 from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters
 from ds_roberta.data.unigram import post_processor
@@ -44,8 +41,6 @@ from ds_roberta.training.facts import check_identity, completed_identity
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.metrics import MetricsLog
 from ds_roberta.transformers_folder import open_folder, open_tokenizer, parameters_by_name, quiet, read_model
-from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
-from preprocessing.prepared.verify import verify
 from preprocessing.tokens.bpe import copy_tokenizer, train_bpe
 
 VOCABULARY, LENGTH = 280, 30
@@ -207,44 +202,6 @@ def _read_model_folder(folder: Path) -> None:
     )
 
 
-# Data
-
-
-@cache
-def data_files() -> Files:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "data"
-        for name, content in tokenizer_files().items():
-            (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
-            (folder / TOKENIZER_FOLDER / name).write_bytes(content)
-        tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
-        documents = [np.append(np.arange(5, 5 + size), tokenizer.eos_token_id) for size in (3, 40, 9)]
-        ends = [np.array([2, len(document) - 1]) for document in documents]
-        shards = {
-            split: (write_shard(folder, split, 0, documents, ends, tokenizer.vocab_size),)
-            for split in ("train", "validation")
-        }
-        Manifest(tokenizer, {"text_column": "text", "packing_version": 3}, (), shards).write(folder)
-        return files_of(folder)
-
-
-def _read_data(folder: Path) -> None:
-    def packed() -> None:
-        corpus = Corpus.open(folder)
-        for split in corpus.manifest.splits:
-            found = pack_split(corpus, split, PackingConfig(16))
-            rows = np.arange(min(len(found), 4))
-            found.gather(rows, np.zeros((len(rows), 18), dtype=np.int64))
-
-    def shown() -> None:
-        corpus = Corpus.open(folder)
-        documents, decoder = StoredDocuments(corpus, "train"), Decoder(corpus)
-        for number in range(min(len(documents), 4)):
-            decoder.text(documents.sentences(documents.document(number)))
-
-    attempt_all(packed, shown, lambda: verify(folder))
-
-
 # Checkpoints
 
 
@@ -385,7 +342,6 @@ def folder_readers() -> dict[str, Reader]:
             folders(partial(model_files, "classes"), "results") | folders(partial(model_files, "classes"), "config"),
             lambda folder: open_finetuned(folder, None),
         ),
-        "data folders": Reader(folders(data_files) | folders(data_files, "train/shard"), _read_data),
         "checkpoints": Reader(st.deferred(_checkpoints), _read_checkpoint),
         "metrics.jsonl": Reader(_changed_metrics() | folders(_run_files), _read_run),
         "results": Reader(folder_with_errors(results, _RESULTS), partial(_read_run, resumed=False)),

@@ -31,7 +31,7 @@ from benchmarks.fuzz_inputs import (
     scalars,
     texts,
 )
-from ds_roberta.data.shards import InputInfo
+from ds_roberta.data.manifest import InputInfo
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.tables import read_table
 from preprocessing.reading.accounts import KEPT, Account, input_infos, kept_documents, refuse_damage, summary_lines

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from benchmarks.load_measured import MIB, Measured, Texts, measured, must_succeed, preprocess, row, started, tokenizer
-from ds_roberta.data.shards import SPLITS, Manifest
+from ds_roberta.data.manifest import SPLITS, Manifest
 from ds_roberta.files import file_checksum
 
 _FILES = 20

@@ -29,10 +29,11 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, Manifest, ShardInfo
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, Corpus, Manifest, ShardInfo, write_shard
+from ds_roberta.data.shards import Corpus, write_shard
 from ds_roberta.data.words import word_starts
 from preprocessing.cli import main as preprocess
 

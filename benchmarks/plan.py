@@ -20,7 +20,8 @@ from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, p
 from benchmarks.environment import REPOSITORY
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS
-from ds_roberta.data.shards import CHUNK_BYTES, InputPiece, ShardInfo
+from ds_roberta.data.manifest import InputPiece, ShardInfo
+from ds_roberta.data.shards import CHUNK_BYTES
 from ds_roberta.files import write_text
 from ds_roberta.model.architecture import model_choice
 

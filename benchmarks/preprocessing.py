@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
-from ds_roberta.data.shards import SPLITS, Manifest
+from ds_roberta.data.manifest import SPLITS, Manifest
 
 EXAMPLE_COPIES = 10
 USUAL = "datasets.map + group_texts"

@@ -32,9 +32,10 @@ from transformers import (
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
 from ds_roberta.data.loader import Collator, HeldOutSample, MicroBatch
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.shards import Corpus
 from ds_roberta.distributed import Ranks
 from ds_roberta.finetuning.one_run import last_checkpoint
 from ds_roberta.model.export import hf_config

@@ -20,7 +20,8 @@ import torch
 from benchmarks.cost_model import meta_model
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS, MaskingConfig, ModelConfig, model_config
-from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+from ds_roberta.data.manifest import TRAIN_SPLIT
+from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.options import require_positive_number

@@ -30,8 +30,9 @@ from benchmarks.environment import REPOSITORY, cpu_model, python_path, versions
 from benchmarks.throughput_case import Case, write_data, write_rows
 from benchmarks.throughput_contenders import CONTENDERS, PEAK, as_json
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE, MaskingConfig, PackingConfig
+from ds_roberta.data.manifest import TRAIN_SPLIT
 from ds_roberta.data.packing import build_index
-from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+from ds_roberta.data.shards import Corpus
 from ds_roberta.files import write_text
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.peak import data_sheet_rate

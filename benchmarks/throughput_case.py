@@ -55,8 +55,9 @@ def write_data(folder: Path, max_seq_length: int, sequences: int) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, Manifest
     from ds_roberta.data.packing import build_index
-    from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, Corpus, Manifest, write_shard
+    from ds_roberta.data.shards import Corpus, write_shard
     from ds_roberta.data.tokenizer import TokenizerInfo
 
     ordinary = {f"t{number}": number for number in range(VOCABULARY) if number not in SPECIAL_TOKENS.values()}
@@ -80,8 +81,9 @@ def write_rows(case: Case, most: int) -> float:
     """Write the first packed sequences, padded and at most `most`, as rows for `datasets`; return how full they are."""
     import datasets
 
+    from ds_roberta.data.manifest import TRAIN_SPLIT
     from ds_roberta.data.packing import open_index
-    from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+    from ds_roberta.data.shards import Corpus
 
     corpus = Corpus.open(case.data)
     packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(case.max_seq_length, case.packing))

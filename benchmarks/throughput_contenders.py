@@ -224,10 +224,11 @@ def ours(
         whole: compile the whole model.
     """
     from ds_roberta.data.loader import Collator, Counts, LoaderStage, TrainLoader
+    from ds_roberta.data.manifest import TRAIN_SPLIT
     from ds_roberta.data.masking import training_masker
     from ds_roberta.data.order import SampleOrder
     from ds_roberta.data.packing import open_index
-    from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+    from ds_roberta.data.shards import Corpus
     from ds_roberta.deepspeed_config import DeepSpeedConfig
     from ds_roberta.model.objectives import MaskedLM
     from ds_roberta.training.compilation import compile_layers, compile_model, resolve_torch_compile

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ds_roberta.data.shards import SPLITS, VALIDATION_SPLIT, Manifest
+from ds_roberta.data.manifest import SPLITS, VALIDATION_SPLIT, Manifest
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
 from ds_roberta.inputs.paths import Inputs, find_inputs

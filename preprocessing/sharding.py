@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ds_roberta
-from ds_roberta.data.shards import (
+from ds_roberta.data.manifest import (
     FORMAT_VERSION,
     PACKING_VERSION,
     SPLITS,
@@ -21,9 +21,9 @@ from ds_roberta.data.shards import (
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
     Manifest,
-    TokenizerInfo,
     is_data_folder,
 )
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_disk, file_checksum, json_fingerprint
 from ds_roberta.inputs.streams import file_size, is_url, open_binary, readable

@@ -16,17 +16,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ds_roberta.data.shards import (
-    SPLITS,
-    TOKENIZER_FOLDER,
-    TRAIN_SPLIT,
-    VALIDATION_SPLIT,
-    InputPiece,
-    ShardInfo,
-    TokenizerInfo,
-    write_flat_shard,
-    write_shard,
-)
+from ds_roberta.data.manifest import SPLITS, TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, InputPiece, ShardInfo
+from ds_roberta.data.shards import write_flat_shard, write_shard
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.options import Settings, must_be, option
 from preprocessing import dedup

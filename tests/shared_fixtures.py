@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, Manifest, TokenizerInfo, write_shard
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, Manifest
+from ds_roberta.data.shards import Corpus, write_shard
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError, user_message
 from preprocessing.tokens.bpe import train_bpe
 

@@ -23,7 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ds_roberta.data.loader import Collator, MicroBatch, held_out_sequences
-from ds_roberta.data.shards import TRAIN_SPLIT, Corpus, Split, TokenizerInfo
+from ds_roberta.data.manifest import TRAIN_SPLIT
+from ds_roberta.data.shards import Corpus, Split
+from ds_roberta.data.tokenizer import TokenizerInfo
 
 UNIGRAM_LOSS, NEIGHBOUR_LOSS = "unigram_loss", "neighbour_loss"
 """The names of the two losses, everywhere."""
@@ -218,6 +220,6 @@ def _slice(split: Split, ends: np.ndarray, start: int, end: int) -> np.ndarray:
     while start < end:
         shard = int(np.searchsorted(ends, start, side="right"))
         first, stop = int(ends[shard]) - split.shards[shard].tokens, min(end, int(ends[shard]))
-        parts.append(split.values(shard)[start - first : stop - first])
+        parts.append(split.checked(shard, split.values(shard)[start - first : stop - first]))
         start = stop
     return np.concatenate(parts)

@@ -23,8 +23,8 @@ from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.masking import Masker, copy_numbers
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
-from ds_roberta.data.shards import TokenizerInfo, token_type
 from ds_roberta.data.stages import SkippedPlaces, places_used, stage_number
+from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.distributed import Ranks
 
 _HELD_OUT_SEED = 0

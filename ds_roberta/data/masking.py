@@ -30,7 +30,7 @@ import numpy as np
 
 from ds_roberta.config import MaskingConfig
 from ds_roberta.data.hashing import derive_key, mix64
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.data.words import word_bounds
 
 SPAN_P, MAX_SPAN_WORDS = 0.2, 10

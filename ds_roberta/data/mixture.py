@@ -21,9 +21,9 @@ from typing import TypeVar
 import numpy as np
 
 from ds_roberta.data.hashing import derive_key
+from ds_roberta.data.manifest import TRAIN_SPLIT, Manifest
 from ds_roberta.data.order import MAX_LANES, SampleOrder
 from ds_roberta.data.packing import PackedSplit
-from ds_roberta.data.shards import TRAIN_SPLIT, Manifest
 from ds_roberta.errors import UserError, unknown_key_message
 
 MAX_TOTAL_WEIGHT = 1 << 30

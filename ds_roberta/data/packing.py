@@ -32,7 +32,7 @@ from ds_roberta.data.pairs import IS_NEXT, pack_pairs
 from ds_roberta.data.sentences import InCharacter, cut_long_sentences, document_bounds, nowhere, walk
 from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint, remove_leftovers, save_array
+from ds_roberta.files import atomic_path, errors_of_the_disk, json_fingerprint, remove_leftovers
 
 INDEX_FOLDER = "index"
 
@@ -110,13 +110,22 @@ class PackedSplit:
     Args:
         slices: (sequences,) of `_slice_type`, start and length of each in its shard's values; or pairs of them.
         first_sequence: (shards + 1,) int64, the number of each shard's first sequence, and last the number of all.
+        packing: of the index.
         separator_id: the id of the token that is put twice between the segments of a pair.
     """
 
-    def __init__(self, split: Split, slices: np.ndarray, first_sequence: np.ndarray, separator_id: int):
+    def __init__(
+        self,
+        split: Split,
+        slices: np.ndarray,
+        first_sequence: np.ndarray,
+        packing: PackingConfig,
+        separator_id: int,
+    ):
         self._split, self._slices, self._first_sequence = split, slices, first_sequence
-        self._separator_id = separator_id
-        self.is_paired = "next_sentence_label" in (slices.dtype.names or ())
+        self._packing, self._separator_id = packing, separator_id
+        self._tokens = np.array([shard.tokens for shard in split.shards], dtype=np.int64)
+        self.is_paired = packing.is_paired
 
     def __len__(self) -> int:
         return len(self._slices)
@@ -135,6 +144,9 @@ class PackedSplit:
 
         Returns:
             Three (B,) int64 arrays; for pairs, three for the first segments and three for the second ones.
+
+        Raises:
+            UserError: the index is damaged.
         """
         slices = self._slices[sequences]
         shards = np.searchsorted(self._first_sequence, sequences, side="right") - 1
@@ -143,6 +155,10 @@ class PackedSplit:
         if self.is_paired:
             starts = slices["second_start"].astype(np.int64)
             found.append((slices["second_shard"].astype(np.int64), starts, starts + slices["second_length"]))
+        for shards, _, ends in found:
+            if (shards >= len(self._tokens)).any() or (ends > self._tokens[shards]).any():
+                raise self._damaged("a sequence ends after its shard")
+        self._check_capacity(sum(ends - starts for _, starts, ends in found))
         return found
 
     def next_sentence_labels(self, sequences: np.ndarray) -> np.ndarray:
@@ -153,17 +169,37 @@ class PackedSplit:
         return self._slices["next_sentence_label"][sequences].astype(np.int64)
 
     def lengths(self, sequences: np.ndarray) -> np.ndarray:
-        """The tokens between `<s>` and the last `</s>` of each sequence: (B,) int64."""
+        """The tokens between `<s>` and the last `</s>` of each sequence: (B,) int64.
+
+        Raises:
+            UserError: the index is damaged.
+        """
         slices = self._slices[sequences]
         lengths = slices["length"].astype(np.int64)
-        return lengths + 2 + slices["second_length"] if self.is_paired else lengths
+        if not self.is_paired:
+            return self._check_capacity(lengths)
+        return self._check_capacity(lengths + slices["second_length"]) + 2
+
+    def _check_capacity(self, lengths: np.ndarray) -> np.ndarray:
+        """The tokens of sequences, without special ones; raises `UserError` if there are more than fit."""
+        if (longest := lengths.max(initial=0)) > self._packing.capacity:
+            raise self._damaged(f"a sequence has {longest} tokens")
+        return lengths
+
+    def _damaged(self, what: object) -> UserError:
+        folder = self._split.folder / INDEX_FOLDER
+        return UserError(f"a packing index in {str(folder)!r} is damaged ({what}): remove the folder")
 
     def gather(self, sequences: np.ndarray, out: np.ndarray) -> None:
         """Copy the slices of `sequences` into the rows of `out`, from column 1 on; two separators divide a pair.
 
         Args:
             sequences: (B,) int64.
-            out: (B, T) integers; only the places between `<s>` and the last `</s>` are written.
+            out: (B, T) integers, all in the vocabulary; only the places between `<s>` and the last `</s>` are
+                written.
+
+        Raises:
+            UserError: the index or a shard is damaged.
         """
         columns = np.ones(len(sequences), dtype=np.int64)
         for number, (shards, starts, ends) in enumerate(self.segments(sequences)):
@@ -176,6 +212,9 @@ class PackedSplit:
             for row, (column, shard, start, end) in zip(out, places, strict=True):
                 row[column : column + end - start] = values[shard][start:end]
             columns += ends - starts
+            if out.max(initial=0) >= self._split.vocab_size:
+                for shard, ids in values.items():
+                    self._split.checked(shard, ids)
 
 
 def _slice_type(packing: PackingConfig) -> np.dtype[Any]:
@@ -198,7 +237,7 @@ def _index_paths(corpus: Corpus, split: str, packing: PackingConfig) -> tuple[Pa
         }
     )
     name = f"{split}-{packing.format}-{packing.max_seq_length}-{fingerprint[:16]}"
-    return corpus.folder / INDEX_FOLDER / f"{name}.slices", corpus.folder / INDEX_FOLDER / f"{name}.first.npy"
+    return corpus.folder / INDEX_FOLDER / f"{name}.slices", corpus.folder / INDEX_FOLDER / f"{name}.first"
 
 
 def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None:
@@ -242,8 +281,8 @@ def _write_index(corpus: Corpus, split_name: str, packing: PackingConfig, slices
                 f"--packing {packing.format} needs documents with several sentences, but none in the {split_name} "
                 f"split has two: {remedy}"
             )
-    with atomic_path(first_path) as temporary, temporary.open("wb") as file:
-        save_array(file, np.array(first_sequence))
+    with atomic_path(first_path) as temporary:
+        temporary.write_bytes(np.array(first_sequence, dtype="<i8").tobytes())
 
 
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:
@@ -255,17 +294,20 @@ def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> Packe
     slices_path, first_path = _index_paths(corpus, split_name, packing)
     split, separator_id = corpus.split(split_name), corpus.manifest.tokenizer.eos_token_id
     try:
-        slices, first_sequence = np.memmap(slices_path, _slice_type(packing), mode="r"), np.load(first_path)
-        if first_sequence.shape != (len(split.shards) + 1,) or first_sequence[-1] != len(slices):
-            raise ValueError(f"it has {len(slices):,} sequences in {first_sequence.size - 1} shards")
-    except (EOFError, OSError, ValueError) as error:
+        slices = np.memmap(slices_path, _slice_type(packing), mode="r")
+        first_sequence = np.frombuffer(first_path.read_bytes(), dtype="<i8")
+        if len(first_sequence) != len(split.shards) + 1 or first_sequence[-1] != len(slices):
+            raise ValueError(f"it has {len(slices):,} sequences in {len(first_sequence) - 1} shards")
+        if first_sequence[0] or (np.diff(first_sequence) < 0).any():
+            raise ValueError("the shards' first sequences do not ascend")
+    except (OSError, ValueError) as error:
         raise UserError(f"the packing index {str(first_path)!r} is damaged ({error}): remove it") from error
-    return PackedSplit(split, slices, first_sequence, separator_id)
+    return PackedSplit(split, slices, first_sequence, packing, separator_id)
 
 
 def pack_split(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:
     """Pack a split in memory, without an index in the data folder."""
     split = corpus.split(split_name)
     slices = [pack_shard(split, shard, packing) for shard in range(len(split.shards))]
-    first_sequence = np.cumsum([0, *map(len, slices)])
-    return PackedSplit(split, np.concatenate(slices), first_sequence, corpus.manifest.tokenizer.eos_token_id)
+    first_sequence, separator_id = np.cumsum([0, *map(len, slices)]), corpus.manifest.tokenizer.eos_token_id
+    return PackedSplit(split, np.concatenate(slices), first_sequence, packing, separator_id)

@@ -9,9 +9,10 @@ import numpy as np
 
 from ds_roberta.config import EVAL_SEQUENCES, MaskingConfig, PackingConfig
 from ds_roberta.data.loader import Collator, HeldOutSample, MicroBatch
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, VALIDATION_SPLIT
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.shards import TOKENIZER_FOLDER, VALIDATION_SPLIT, Corpus
+from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer_files import other_token
 from ds_roberta.data.words import word_starts
 from ds_roberta.distributed import Ranks

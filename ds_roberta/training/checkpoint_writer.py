@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal

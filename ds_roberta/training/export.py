@@ -10,7 +10,7 @@ import torch
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS
-from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.distributed import logger
 from ds_roberta.files import value_at
 from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers

@@ -12,7 +12,8 @@ import torch
 from transformers import RobertaForMaskedLM
 
 from ds_roberta.config import ModelConfig
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
+from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import TRAIN_STATE_NAME
 from ds_roberta.data.tokenizer import in_the_alphabet_of
 from ds_roberta.data.tokenizer_files import other_token, training_tokenizer

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ds_roberta.data.count_models import token_frequencies
-from ds_roberta.data.shards import VALIDATION_SPLIT, Corpus
+from ds_roberta.data.manifest import VALIDATION_SPLIT
+from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError

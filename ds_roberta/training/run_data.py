@@ -9,11 +9,11 @@ import numpy as np
 from ds_roberta.config import PackingConfig
 from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS, CountModel
 from ds_roberta.data.loader import Collator, HeldOutSample, LoaderStage, TrainLoader
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
 from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
 from ds_roberta.data.mixture import MixedOrder, sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
-from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT
 from ds_roberta.data.stages import places_used
 from ds_roberta.data.words import share_without_spaces, word_starts
 from ds_roberta.errors import UserError

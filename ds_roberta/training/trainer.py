@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_roberta.data.loader import Counts, HeldOutSample, LoaderStage, MicroBatch, TrainLoader
-from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, skip
 from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError

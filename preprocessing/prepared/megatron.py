@@ -29,22 +29,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ds_roberta.data.shards import (
+from ds_roberta.data.manifest import (
     PACKING_VERSION,
     SPLITS,
     TOKENIZER_FOLDER,
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
-    Corpus,
     InputInfo,
     InputPiece,
     Manifest,
     ShardInfo,
-    Split,
-    TokenizerInfo,
     is_data_folder,
-    write_shard,
 )
+from ds_roberta.data.shards import Corpus, Split, write_shard
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from preprocessing.tokens.bpe import copy_tokenizer
@@ -122,7 +120,7 @@ def _lengths(split: Split, shard: int) -> np.ndarray:
 
 
 def _without_separators(split: Split, shard: int) -> np.ndarray:
-    values = split.values(shard)
+    values = split.checked(shard, split.values(shard))
     kept = np.ones(len(values), dtype=bool)
     kept[split.document_offsets(shard)[1:] - 1] = False
     return values[kept]

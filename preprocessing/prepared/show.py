@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.data.shards import SPLITS, TRAIN_SPLIT, Corpus
+from ds_roberta.data.manifest import SPLITS, TRAIN_SPLIT
+from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.streams import TABLES, format_of
 from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origins, StoredDocument, StoredDocuments

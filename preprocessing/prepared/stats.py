@@ -19,9 +19,10 @@ from tokenizers import Tokenizer, decoders
 
 from ds_roberta.config import EVAL_SEQUENCES, PACKING_FORMATS, MaskingConfig, PackingConfig
 from ds_roberta.data import unigram
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, ShardInfo
 from ds_roberta.data.mixture import shown_source
 from ds_roberta.data.packing import pack_shard, pack_split, packed_tokens
-from ds_roberta.data.shards import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Corpus, ShardInfo, Split
+from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.data.tokenizer import token_bytes as bytes_of_ids
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, errors_of_the_disk
@@ -157,7 +158,8 @@ def _add_shard(
 ) -> None:
     info, values, offsets = split.shards[shard], split.values(shard), split.document_offsets(shard)
     for block in range(0, len(values), _BLOCK_TOKENS):
-        stats.id_counts += np.bincount(values[block : block + _BLOCK_TOKENS], minlength=len(stats.id_counts))
+        ids = split.checked(shard, values[block : block + _BLOCK_TOKENS])
+        stats.id_counts += np.bincount(ids, minlength=len(stats.id_counts))
     of_shard: list[SourceStats] = [found]
     if info.source:
         of_shard.append(found.sources.setdefault(info.source, SourceStats(Amount(), _packed(packings))))

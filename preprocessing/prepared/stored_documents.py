@@ -16,7 +16,8 @@ import xxhash
 from tokenizers import decoders
 
 from ds_roberta.data import unigram
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, InputPiece
+from ds_roberta.data.manifest import TOKENIZER_FOLDER, InputPiece
+from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.pieces import Piece
@@ -84,9 +85,9 @@ class StoredDocuments:
 
     def sentences(self, document: StoredDocument) -> list[np.ndarray]:
         """Return the ids of each sentence, without the separator, as views of the file."""
-        values = self.split.values(document.shard)
-        bounds = [document.start, *(document.start + self.split.sentence_ends(document.shard, document.row)).tolist()]
-        return [values[start:end] for start, end in pairwise(bounds)]
+        shard, values = document.shard, self.split.values(document.shard)
+        bounds = zip(*self.split.sentence_bounds(shard, document.row), strict=True)
+        return [self.split.checked(shard, values[start:end]) for start, end in bounds]
 
     def _at(self, shard: int, row: int) -> StoredDocument:
         info = self.split.shards[shard]

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig, Stage
+from ds_roberta.data.manifest import TRAIN_SPLIT
 from ds_roberta.data.mixture import parse_source_weights, sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
-from ds_roberta.data.shards import TRAIN_SPLIT, Corpus
+from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages, places_used, read_skipped, stage_number
 from ds_roberta.errors import UserError
 from ds_roberta.options import require_positive

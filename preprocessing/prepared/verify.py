@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.data import shards
+from ds_roberta.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from ds_roberta.data.packing import INDEX_FOLDER
-from ds_roberta.data.shards import MANIFEST_NAME, Manifest, ShardInfo, checksums
+from ds_roberta.data.shards import checksums
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint, load_json
 from ds_roberta.options import require_positive

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.data.shards import InputInfo
+from ds_roberta.data.manifest import InputInfo
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum
 from ds_roberta.inputs.pieces import Damage, Piece, Reject

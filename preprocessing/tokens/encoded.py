@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 
 
 class Encoded(NamedTuple):

@@ -12,7 +12,7 @@ from ds_roberta.data.count_models import CountModel, Predicted, sample, token_fr
 from ds_roberta.data.loader import Collator, HeldOutSample
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 
 LENGTH, PIECES, ITERATIONS = 32, 40, 20
 

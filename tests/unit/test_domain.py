@@ -7,7 +7,8 @@ import random
 import pytest
 from prepare import prepare_corpus
 
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
+from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.units import ShardOptions

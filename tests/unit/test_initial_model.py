@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ds_roberta.config import ModelConfig, PackingConfig
-from ds_roberta.data.shards import TOKENIZER_FOLDER
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError

@@ -6,10 +6,10 @@ import torch
 
 from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import EMPTY_PLACE, Collator, LoaderStage, MicroBatch, TrainLoader, prefetch, split_places
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.data.words import word_starts
 from ds_roberta.training.micro_batch import BatchPlan

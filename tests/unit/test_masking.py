@@ -4,7 +4,7 @@ import pytest
 from ds_roberta.config import MaskingConfig
 from ds_roberta.data import masking
 from ds_roberta.data.masking import Masker, evaluation_masker, training_masker
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 
 SPECIAL = (0, 1, 2, 3, 999)
 TOKENIZER = TokenizerInfo(1000, 0, 1, 2, 999, SPECIAL, "f")

@@ -6,7 +6,7 @@ import pytest
 from ds_roberta.config import MaskingConfig
 from ds_roberta.data import masking
 from ds_roberta.data.masking import Masker, training_masker
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.data.words import MAX_WORD_TOKENS, word_bounds
 
 SPECIAL = (0, 1, 2, 3, 999)

@@ -11,9 +11,10 @@ import transformers
 from unigram_folders import save_model
 
 from ds_roberta.config import MaskingConfig, ModelConfig, PackingConfig
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import training_masker
-from ds_roberta.data.shards import TOKENIZER_FOLDER, Corpus, TokenizerInfo
-from ds_roberta.data.tokenizer import in_the_alphabet_of, token_bytes
+from ds_roberta.data.shards import Corpus
+from ds_roberta.data.tokenizer import TokenizerInfo, in_the_alphabet_of, token_bytes
 from ds_roberta.data.words import word_starts
 from ds_roberta.evaluation.minimal_pairs import Pair, score_pairs
 from ds_roberta.evaluation.perplexity import held_out_perplexity

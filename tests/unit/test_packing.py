@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig
 from ds_roberta.data import packing
+from ds_roberta.data.manifest import PACKING_VERSION
 from ds_roberta.data.packing import (
     INDEX_FOLDER,
     build_index,
@@ -17,7 +18,7 @@ from ds_roberta.data.packing import (
     pack_full_sentences,
 )
 from ds_roberta.data.sentences import cut_long_sentences
-from ds_roberta.data.shards import PACKING_VERSION, Corpus
+from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer import token_bytes
 from ds_roberta.errors import UserError
 
@@ -207,7 +208,7 @@ def test_the_index_is_made_once_and_used_again(own_corpus):
 def test_an_index_that_was_not_finished_is_made_again(own_corpus):
     first = read_back(build(own_corpus, 32), 32)
     for path in index_files(own_corpus):
-        if path.name.endswith(".first.npy"):
+        if path.suffix == ".first":
             path.unlink()
         else:
             path.write_bytes(b"cut")
@@ -220,18 +221,54 @@ def test_an_index_that_was_not_finished_is_made_again(own_corpus):
         (".slices", lambda path: path.write_bytes(b"")),
         (".slices", lambda path: path.write_bytes(b"cut")),
         (".slices", lambda path: path.write_bytes(path.read_bytes()[:-6])),
-        (".first.npy", lambda path: path.write_bytes(b"")),
-        (".first.npy", lambda path: path.write_bytes(b"cut")),
-        (".first.npy", lambda path: np.save(path, np.load(path)[1:])),
-        (".first.npy", lambda path: np.save(path, np.array([[0], [None]]))),
+        (".first", lambda path: path.write_bytes(b"")),
+        (".first", lambda path: path.write_bytes(b"cut")),
+        (".first", lambda path: path.write_bytes(path.read_bytes()[8:])),
+        (".first", lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:])),
+        (".first", lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff" * 8 + path.read_bytes()[16:])),
     ],
 )
 def test_a_damaged_index_is_a_user_error(own_corpus, suffix, damage):
     build(own_corpus, 32)
     (path,) = (path for path in index_files(own_corpus) if path.name.endswith(suffix))
     damage(path)
-    with pytest.raises(UserError, match=r"the packing index .*first.npy' is damaged .*: remove it"):
+    with pytest.raises(UserError, match=r"the packing index .*first' is damaged .*: remove it"):
         build(own_corpus, 32)
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [
+        *(("full-sentences", field) for field in ("start", "length")),
+        *(("segment-pair", field) for field in ("start", "length", "second_shard", "second_start", "second_length")),
+    ],
+)
+def test_sequences_that_are_not_in_their_shard_are_a_user_error(own_corpus, form, field):
+    packed = build(own_corpus, 32, form=form)
+    (path,) = (path for path in index_files(own_corpus) if path.name.endswith(".slices"))
+    slices = np.memmap(path, packed._slices.dtype, mode="r+")
+    slices[field][0] = np.iinfo(slices[field].dtype).max
+    slices.flush()
+    packed, rows = build(own_corpus, 32, form=form), np.zeros((1, 32), dtype=np.int64)
+    with pytest.raises(UserError, match=r"a packing index in .*index' is damaged \(a sequence .*\): remove the folder"):
+        packed.gather(np.array([0]), rows)
+    if "length" in field:
+        with pytest.raises(UserError, match=r"is damaged \(a sequence has \d+ tokens\)"):
+            packed.lengths(np.array([0]))
+    packed.gather(np.array([1]), rows)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_a_user_error(tmp_path, write_corpus):
+    corpus = write_corpus(tmp_path / "c", {"train": [[[np.arange(4, 24)]], [[np.arange(4, 24)]]]})
+    vocab_size, path = corpus.manifest.tokenizer.vocab_size, tmp_path / "c" / corpus.manifest.splits["train"][1].file
+    ids = np.arange(4, 24, dtype=np.uint16)
+    content = path.read_bytes()
+    assert content.count(ids.tobytes()) == 1
+    path.write_bytes(content.replace(ids.tobytes(), np.where(ids == 9, vocab_size, ids).astype(np.uint16).tobytes()))
+    packed, rows = build(corpus, 32), np.zeros((1, 32), dtype=np.int64)
+    packed.gather(np.array([0]), rows)
+    with pytest.raises(UserError, match=rf"shard-00001.*the token id {vocab_size}, the largest of its tokenizer is"):
+        packed.gather(np.array([1]), rows)
 
 
 def test_what_a_killed_build_left_goes_once_the_index_is_there(own_corpus):

@@ -8,9 +8,9 @@ import torch
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
 from ds_roberta.data.loader import Collator, HeldOutSample
+from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.shards import TOKENIZER_FOLDER
 from ds_roberta.data.words import word_starts
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.perplexity import evaluate_perplexity, held_out_perplexity

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from preprocessing.tokens.bpe import copy_tokenizer, is_tokenizer_folder, train_bpe
 from preprocessing.tokens.encoders import HUGGINGFACE, make_encoder

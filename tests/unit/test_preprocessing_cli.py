@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ds_roberta.data.shards import Corpus, TokenizerInfo
+from ds_roberta.data.shards import Corpus
+from ds_roberta.data.tokenizer import TokenizerInfo
 from preprocessing.cli import main
 
 

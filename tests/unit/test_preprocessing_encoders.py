@@ -10,7 +10,7 @@ import pytest
 from prepare import prepare_corpus
 from tokenizers import Tokenizer
 
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from preprocessing import units
 from preprocessing.tokens import encoders

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ds_roberta.data.shards import PACKING_VERSION, Corpus
+from ds_roberta.data.manifest import PACKING_VERSION
+from ds_roberta.data.shards import Corpus
 from preprocessing.cli import main
 from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
 

@@ -10,17 +10,9 @@ import pytest
 import xxhash
 
 from ds_roberta.data import shards
-from ds_roberta.data.shards import (
-    Corpus,
-    InputInfo,
-    Manifest,
-    ShardInfo,
-    Split,
-    TokenizerInfo,
-    checksums,
-    token_type,
-    write_shard,
-)
+from ds_roberta.data.manifest import InputInfo, Manifest, ShardInfo
+from ds_roberta.data.shards import Corpus, Split, checksums, write_shard
+from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint
 
@@ -30,7 +22,7 @@ ENDS = [np.array([1, 4]), np.array([1]), np.array([1, 2])]
 
 def one_shard(folder, vocab_size=400, documents=DOCUMENTS, ends=ENDS):
     info = write_shard(folder, "train", 0, documents, ends, vocab_size)
-    return Split(folder, "train", [info]), info
+    return Split(folder, "train", [info], 400), info
 
 
 def test_a_shard_gives_back_its_documents_and_sentences(tmp_path):
@@ -107,7 +99,7 @@ def test_a_cut_shard_is_noticed(tmp_path, remaining):
     with pytest.raises(
         UserError, match=r"shard-00000.arrow' has \d+ bytes, the manifest says .*prepare the data again"
     ):
-        Split(tmp_path, "train", [info]).values(0)
+        Split(tmp_path, "train", [info], 400).values(0)
 
 
 def test_a_shard_that_is_missing_or_no_arrow_file_is_a_user_error(tmp_path):
@@ -115,10 +107,10 @@ def test_a_shard_that_is_missing_or_no_arrow_file_is_a_user_error(tmp_path):
     path = tmp_path / info.file
     path.write_bytes(b"\x01" * info.bytes)
     with pytest.raises(UserError, match=r"cannot read the shard .*shard-00000.arrow"):
-        Split(tmp_path, "train", [info]).values(0)
+        Split(tmp_path, "train", [info], 400).values(0)
     path.unlink()
     with pytest.raises(UserError, match=r"cannot read the shard .*shard-00000.arrow"):
-        Split(tmp_path, "train", [info]).values(0)
+        Split(tmp_path, "train", [info], 400).values(0)
 
 
 @pytest.mark.parametrize(
@@ -140,17 +132,24 @@ def test_a_shard_of_other_columns_is_a_user_error(tmp_path, columns):
             writer.write_batch(batch)
     info = ShardInfo("a.arrow", 1, 1, (tmp_path / "a.arrow").stat().st_size, "", ())
     with pytest.raises(UserError, match=r"cannot read the shard .*a.arrow'.*preprocess verify"):
-        Split(tmp_path, "train", [info]).values(0)
+        Split(tmp_path, "train", [info], 400).values(0)
 
 
 def test_offsets_outside_of_a_shards_values_are_a_user_error(tmp_path):
     _, info = one_shard(tmp_path)
     path = tmp_path / info.file
-    content, offsets = path.read_bytes(), Split(tmp_path, "train", [info]).document_offsets(0).tobytes()
+    content, offsets = path.read_bytes(), Split(tmp_path, "train", [info], 400).document_offsets(0).tobytes()
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, offsets[:-4] + (1 << 30).to_bytes(4, "little")))
     with pytest.raises(UserError, match=r"cannot read the shard .*shard-00000.arrow"):
-        Split(tmp_path, "train", [info]).values(0)
+        Split(tmp_path, "train", [info], 400).values(0)
+
+
+@pytest.mark.parametrize("wrong", [{"documents": 4}, {"tokens": 9}])
+def test_a_shard_of_another_size_than_the_manifest_says_is_a_user_error(tmp_path, wrong):
+    _, info = one_shard(tmp_path)
+    with pytest.raises(UserError, match=r"shard-00000.arrow': it has another number of documents or tokens"):
+        Split(tmp_path, "train", [dataclasses.replace(info, **wrong)], 400).values(0)
 
 
 @pytest.mark.parametrize("ends", [[[3, 1, 3], [1]], [[1, 1 << 31], [1]], [[1, 3], [2]], [[1, 3, 1], []], [[], [1]]])
@@ -158,7 +157,16 @@ def test_sentences_of_no_document_are_a_user_error(tmp_path, ends):
     documents = [np.arange(4), np.arange(2)]
     info = write_shard(tmp_path, "train", 0, documents, [np.array(each, np.int64) for each in ends], 300)
     with pytest.raises(UserError, match=r"cannot read the shard .*(no sentence|do not follow one another)"):
-        Split(tmp_path, "train", [info]).sentence_bounds(0)
+        Split(tmp_path, "train", [info], 400).sentence_bounds(0)
+
+
+def test_the_sentences_of_one_document_are_those_of_the_shard(tmp_path):
+    split, _ = one_shard(tmp_path)
+    starts, ends = split.sentence_bounds(0)
+    by_document = [split.sentence_bounds(0, row) for row in range(3)]
+    assert [len(first) for first, _ in by_document] == [2, 1, 2]
+    assert np.concatenate([first for first, _ in by_document]).tolist() == starts.tolist()
+    assert np.concatenate([last for _, last in by_document]).tolist() == ends.tolist()
 
 
 @pytest.fixture

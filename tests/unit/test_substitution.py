@@ -13,7 +13,7 @@ from ds_roberta.config import MaskingConfig, PackingConfig, model_config
 from ds_roberta.data.loader import EMPTY_PLACE, Collator, Counts
 from ds_roberta.data.masking import Substituter, evaluation_masker, training_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.shards import TokenizerInfo
+from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.roberta_folder import open_roberta
 from ds_roberta.model.export import check_parity, export, hf_config, known_to_transformers, to_transformers

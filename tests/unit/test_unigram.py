@@ -9,8 +9,8 @@ import pytest
 import transformers
 from unigram_folders import save_tokenizer
 
-from ds_roberta.data.shards import Corpus, TokenizerInfo
-from ds_roberta.data.tokenizer import ids_inside_characters, token_bytes
+from ds_roberta.data.shards import Corpus
+from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters, token_bytes
 from ds_roberta.data.tokenizer_files import training_tokenizer, write_tokenizer
 from ds_roberta.data.words import word_bounds, word_starts
 from ds_roberta.errors import UserError

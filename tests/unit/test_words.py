@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from ds_roberta.data.shards import TokenizerInfo
-from ds_roberta.data.tokenizer import token_bytes
+from ds_roberta.data.tokenizer import TokenizerInfo, token_bytes
 from ds_roberta.data.words import MAX_WORD_TOKENS, share_without_spaces, word_bounds, word_starts
 from ds_roberta.errors import UserError
 from preprocessing.tokens.bpe import train_bpe
