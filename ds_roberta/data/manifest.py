@@ -112,7 +112,8 @@ class Manifest:
     @property
     def packing_version(self) -> int:
         """The version of packing when the data was prepared, which resumed runs keep to find the same sequences."""
-        return int(self.options.get("packing_version", _BETWEEN_CHARACTERS - 1))
+        version: int = self.options.get("packing_version", _BETWEEN_CHARACTERS - 1)
+        return version
 
     @property
     def cuts_between_characters(self) -> bool:
@@ -180,6 +181,8 @@ class Manifest:
                 )
             if not isinstance(content["options"], dict) or not isinstance(content.get("files", {}), dict):
                 raise TypeError("the options or files are not an object")
+            if type(content["options"].get("packing_version", PACKING_VERSION)) is not int:
+                raise TypeError("the version of packing is not a whole number")
             if outside := next((name for name in content.get("files", {}) if not is_within(name)), None):
                 raise ValueError(f"the file {outside!r} is outside of the folder")
             manifest = cls(

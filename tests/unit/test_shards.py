@@ -234,6 +234,8 @@ def test_a_truncated_manifest_is_a_user_error(folder):
         (lambda content: content.update(format_version=1), "format version 1, this program reads 2: prepare the data"),
         (lambda content: content.update(splits=[]), "is damaged"),
         (lambda content: content.update(options=[]), "is damaged"),
+        (lambda content: content["options"].update(packing_version=float("inf")), "is damaged"),
+        (lambda content: content["options"].update(packing_version="3"), "is damaged"),
         (lambda content: content.update(files=[]), "is damaged"),
         (lambda content: content["files"].update({"../elsewhere": "0"}), "'../elsewhere' is outside of the folder"),
         (lambda content: content["splits"]["train"][0].update(file=5), "is damaged"),
