@@ -79,7 +79,12 @@ class TokenizerInfo:
         content = tokenizer_content(folder)
         model, added = content["model"], content.get("added_tokens") or []
         vocabulary = model_vocabulary(content)
-        vocabulary.update({token["content"]: token["id"] for token in added})
+        for token in added:
+            if (number := vocabulary.setdefault(token["content"], token["id"])) != token["id"]:
+                raise UserError(
+                    f"the tokenizer in {str(folder)!r} gives {token['content']} the ids {number} and {token['id']}: "
+                    f"{REMEDY}"
+                )
         ids = {}
         for name in ("<s>", "<pad>", "</s>", "<mask>"):
             if name not in vocabulary:
@@ -91,7 +96,7 @@ class TokenizerInfo:
             specials.add(model["unk_id"])
         identity = {
             "vocab": vocabulary,
-            "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])],
+            "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []],
             "normalizer": content.get("normalizer"),
             "pre_tokenizer": content.get("pre_tokenizer"),
             **({"scores": [score for _, score in model["vocab"]]} if of_unigram else {}),
@@ -241,8 +246,12 @@ def _check_form(content: dict[str, Any]) -> None:
         numbers += vocabulary.values()
     elif not all(isinstance(token, str) and isinstance(score, int | float) for token, score in vocabulary):
         raise TypeError("a token of the vocabulary is not a text with a score")
-    if not isinstance(merges, list) or not all(isinstance(merge, str) or _is_pair(merge) for merge in merges):
+    if not isinstance(merges, list) or not all(map(_is_pair, merges)):
         raise TypeError("the merges are not pairs of texts")
+    if isinstance(vocabulary, dict):
+        for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in merges):
+            if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+                raise TypeError(f"{left!r} and {right!r} are merged, but they or what they make are no tokens")
     if not isinstance(added, list) or not all(isinstance(token.get("content"), str) for token in added):
         raise TypeError("an added token has no text")
     numbers += [token.get("id") for token in added]
@@ -257,7 +266,9 @@ def _check_form(content: dict[str, Any]) -> None:
 
 
 def _is_pair(merge: Any) -> bool:
-    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+    """Whether a merge is two texts, or one with a space between them."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    return isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)
 
 
 def _is_step(step: Any) -> bool:
@@ -379,4 +390,7 @@ def _why_not_bpe(content: dict[str, Any]) -> str | None:
     kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not state the type
     if kind != "BPE":
         return f"a model of type {kind}"
-    return None if isinstance(model["vocab"], dict) else "a vocabulary that is not an object"
+    if not isinstance(model["vocab"], dict):
+        return "a vocabulary that is not an object"
+    prefix = model.get("continuing_subword_prefix")
+    return f"tokens with the prefix {prefix!r}" if prefix else None

@@ -252,6 +252,9 @@ WRONG = {
     "an id for which no table has room": {"model": {"type": "BPE", "merges": [], "vocab": {"a": 1 << 31}}},
     "merges that are no list": {"model": {"type": "BPE", "merges": 3, "vocab": {"a": 1}}},
     "a merge of one": {"model": {"type": "BPE", "merges": [["a"]], "vocab": {"a": 1}}},
+    "a merge of three": {"model": {"type": "BPE", "merges": ["a a a"], "vocab": {"a": 1, "aa": 2}}},
+    "a merge of what is no token": {"model": {"type": "BPE", "merges": [["a", "b"]], "vocab": {"a": 1, "ab": 2}}},
+    "a merge that makes no token": {"model": {"type": "BPE", "merges": [["a", "a"]], "vocab": {"a": 1}}},
 }
 
 
@@ -260,6 +263,23 @@ def test_values_of_another_type_are_refused(make, tmp_path, changes):
     folder = make(**changes)
     with pytest.raises(UserError, match=r"tokenizer.json' is not a byte-level BPE .*: copy it again"):
         tokenizer_content(folder)
+
+
+def test_a_token_with_two_ids_is_refused(make):
+    tokens = [{**each, "id": 398} if each["content"] == "<mask>" else each for each in added()]
+    with pytest.raises(UserError, match=r"gives <mask> the ids 399 and 398"):
+        TokenizerInfo.read(make(added_tokens=tokens))
+
+
+def test_a_tokenizer_without_merges_may_say_null(make, tokenizer_folder):
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    assert TokenizerInfo.read(make(model={**content["model"], "merges": None})).vocab_size == 400
+
+
+def test_tokens_with_a_prefix_are_refused(make, tokenizer_folder):
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    with pytest.raises(UserError, match="but has tokens with the prefix '##'"):
+        tokenizer_content(make(model={**content["model"], "continuing_subword_prefix": "##"}))
 
 
 @pytest.mark.parametrize("vocabulary", [{"<s>": None}, {"<s>": 1 << 31}, {"<s>": 1.5}, {"<s>": True}])
