@@ -28,6 +28,7 @@ from ds_roberta.data.shards import write_shard
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.distributed import STOPPED_EXIT_CODE
 from ds_roberta.files import write_json
+from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER
 from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 
 _OPEN_FILES = 256
@@ -113,11 +114,14 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         folder, "pretrain",
     )  # fmt: skip
     samples: list[Sample] = []
-    folders: list[int] = []
+    own: list[int] = []
+    of_checkpoints: list[int] = []
     began = time.monotonic()
     for sample in sampled(process, _SAMPLE_SECONDS):
         samples.append(sample)
-        folders.append(len(list((folder / "run").rglob("*"))))
+        paths = [path.relative_to(folder / "run").parts for path in (folder / "run").rglob("*")]
+        of_checkpoints.append(sum(parts[0] == CHECKPOINTS_FOLDER for parts in paths))
+        own.append(len(paths) - of_checkpoints[-1])
         if time.monotonic() - began > options.minutes * 60:
             break
     process.send_signal(signal.SIGTERM)
@@ -125,7 +129,6 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = read_metrics(folder / "run" / METRICS_NAME)[0]
     half = len(samples) // 2
     first, last = samples[:half], samples[half:]
-    first_files, last_files = folders[:half], folders[half:]  # between saves and evaluations a few more, at times
     slope, memory = growth(last, "memory"), statistics.fmean(sample.memory for sample in last)
     a_checkpoint = 10  # its folder, tokenizer and files; the newest, the best, one being written and one being removed
     checks = {
@@ -133,8 +136,9 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"memory grows by at most {_GROWTH_AT_MOST:.0%} an hour": slope <= _GROWTH_AT_MOST * memory,
         "no more open files": max(s.handles for s in last) <= max(s.handles for s in first),
         "no more threads": max(s.threads for s in last) <= max(s.threads for s in first),
-        "no more files": statistics.median(last_files) <= statistics.median(first_files[half // 2 :]),
-        "files of its checkpoints": max(folders) <= (_KEPT + 4) * a_checkpoint,
+        # The median, as a file that is replaced has a temporary one beside it for a moment.
+        "no more files": statistics.median(own[half:]) <= statistics.median(own[half // 2 : half]),
+        "files of its checkpoints": max(of_checkpoints) <= (_KEPT + 4) * a_checkpoint,
     }
     quarters = [part for part in np.array_split(np.arange(len(samples)), 4) if len(part)]
     means = [statistics.fmean(samples[index].memory for index in part) / MIB for part in quarters]
@@ -142,8 +146,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"{rows[-1]['global_step']:,} steps, {rows[-1]['global_step'] // _INTERVAL} saves; memory by quarters "
         f"{', '.join(f'{mean:.0f}' for mean in means)} MiB, in the last half {slope / MIB:+.1f} MiB an hour; at most "
         f"{max(s.handles for s in samples)} open files, {max(s.threads for s in samples)} threads, "
-        f"{max(folders)} files and folders"
+        f"{statistics.median(own):.0f} files and at most {max(of_checkpoints)} of checkpoints"
     )
     return {"rows": [row(f"{options.minutes:g} minutes of pretraining", checks, shown)],
-            "samples": [[round(s.seconds), s.memory, s.handles, s.threads, files]
-                        for s, files in zip(samples, folders, strict=True)]}  # fmt: skip
+            "samples": [[round(s.seconds), s.memory, s.handles, s.threads, *files]
+                        for s, *files in zip(samples, own, of_checkpoints, strict=True)]}  # fmt: skip
