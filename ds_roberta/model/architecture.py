@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def architecture(content: Mapping[str, Any], path: Path, tokenizer: TokenizerInf
     return ModelConfig(**{**values, **floats})
 
 
+def stored_architecture(stored: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The architecture that a checkpoint's identity describes; fields that it does not have are `ModelConfig`'s.
+
+    Raises:
+        TypeError: it describes none.
+        UserError: as `architecture`.
+    """
+    return architecture(asdict(ModelConfig(**stored)), path)
+
+
 def _misfits(values: Mapping[str, Any], tokenizer: TokenizerInfo | None) -> list[str]:
     """Fields that do not fit each other or the data's tokenizer; each by itself is valid."""
     problems = []
@@ -177,6 +188,11 @@ def _misfits(values: Mapping[str, Any], tokenizer: TokenizerInfo | None) -> list
             f"max_position_embeddings {values['max_position_embeddings']} leaves no position for a token, as they are "
             f"counted from pad_token_id + 1: add {first} to the longest sequence"
         )
+    problems += [
+        f"{name} {values[name]} is not among the {values['vocab_size']} ids of the vocabulary"
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+        if values[name] >= values["vocab_size"]
+    ]
     if tokenizer is None:
         return problems
     if values["vocab_size"] < tokenizer.vocab_size:

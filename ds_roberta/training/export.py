@@ -13,6 +13,7 @@ from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.distributed import logger
 from ds_roberta.files import value_at
+from ds_roberta.model.architecture import stored_architecture
 from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers
 from ds_roberta.model.objectives import objective_of
 from ds_roberta.training import checkpoint
@@ -29,7 +30,8 @@ def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
     path = checkpoint.best(folder) if best else checkpoint.newest(folder)
     with checkpoint.errors_of_the_state(path):
         state = checkpoint.read_state(path)
-        config, trained_length = ModelConfig(**state.identity["model"]), state.trained_length
+        config = stored_architecture(state.identity["model"], path / checkpoint.TRAIN_STATE_NAME)
+        trained_length = state.trained_length
     weights = checkpoint.weights(path)
     left_out = {name.split(".")[0]: weights.pop(name) for name in list(weights) if not known_to_transformers(name)}
     with checkpoint.errors_of_the_state(path):

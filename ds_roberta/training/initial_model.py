@@ -20,7 +20,7 @@ from ds_roberta.data.tokenizer_files import other_token, training_tokenizer
 from ds_roberta.data.unigram import UNKNOWN
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, json_fingerprint
-from ds_roberta.model.architecture import CONFIG_NAME, architecture
+from ds_roberta.model.architecture import CONFIG_NAME, architecture, stored_architecture
 from ds_roberta.model.initialization import are_sinusoids
 from ds_roberta.model.objectives import Objective
 from ds_roberta.model.weights import (
@@ -70,7 +70,8 @@ class InitialModel:
             return cls._open_transformers(folder)
         with checkpoint.errors_of_the_state(folder):
             state = checkpoint.read_state(folder)
-            config, length = ModelConfig(**state.identity["model"]), state.trained_length
+            config = stored_architecture(state.identity["model"], folder / TRAIN_STATE_NAME)
+            length = state.trained_length
         return cls(folder, config, length, folder / TOKENIZER_FOLDER, True)
 
     @classmethod

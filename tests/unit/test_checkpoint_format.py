@@ -1,5 +1,6 @@
 """Checkpoints without DeepSpeed: a stand-in engine of a small module, its processes played by threads."""
 
+import dataclasses
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.export import export_checkpoint
+from ds_roberta.training.initial_model import InitialModel
 
 
 @pytest.fixture
@@ -315,6 +317,20 @@ def test_an_identity_of_another_form_is_a_user_error(tmp_path, save, identity):
     with pytest.raises(UserError, match=r"checkpoint .* is damaged .*: choose another"):
         export_checkpoint(path, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_attention_heads", {"a": [{}]}), ("pad_token_id", 10**6), ("hidden_size", 0.5)]
+)
+def test_the_architecture_of_a_checkpoint_is_not_believed(tmp_path, save, field, value):
+    path = save(tmp_path, 3)
+    state = json.loads((path / "train_state.json").read_text())
+    state["identity"]["model"] = dataclasses.asdict(model_config("tiny", 400, 16)) | {field: value}
+    (path / "train_state.json").write_text(json.dumps(state))
+    signed(path)
+    for reader in (InitialModel.open, lambda path: export_checkpoint(path, tmp_path / "exported")):
+        with pytest.raises(UserError, match=rf"train_state.json': {field} "):
+            reader(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100])

@@ -194,6 +194,7 @@ def test_all_problems_of_a_config_are_named_at_once(write_config, corpus):
         ({"hidden_act": "xielu"}, "hidden_act must be one of gelu, .*got 'xielu'"),
         ({"hidden_act": ["gelu"]}, "hidden_act must be one of"),
         ({"max_position_embeddings": 2}, "max_position_embeddings 2 leaves no position"),
+        ({"vocab_size": 2}, "eos_token_id 2 is not among the 2 ids of the vocabulary"),
         ({"model_type": "bert"}, "model_type is 'bert', but only 'roberta' can be trained"),
         ({"model_type": None, "run": {}}, "model_type is missing"),
     ],
