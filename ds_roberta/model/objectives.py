@@ -19,8 +19,8 @@ from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.data.masking import Masker, Substituter
 from ds_roberta.errors import UserError
 from ds_roberta.model.encoder import RobertaModel
+from ds_roberta.model.heads import MaskedLMHead, NextSentenceHead, SubstitutionHead
 from ds_roberta.model.initialization import initialize_weights
-from ds_roberta.model.kernels import CrossEntropy, cross_entropy_by_rows, linear_cross_entropy
 from ds_roberta.options import require_one_of
 
 
@@ -119,32 +119,6 @@ _LABELS = 16
 """The head's rows are rounded up to a multiple of this: a CPU makes a kernel for each new shape, see `data.layout`."""
 
 
-class MaskedLMHead(nn.Module):
-    """Transforms hidden states and projects them to the vocabulary with the matrix of the word embeddings."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.cross_entropy: CrossEntropy = cross_entropy_by_rows
-
-    def forward(
-        self, hidden_MD: torch.Tensor, word_embeddings_VD: torch.Tensor, labels_M: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits, (M, V) in the parameters' dtype; with labels the sum of their cross-entropies, a float32 scalar.
-
-        There may be fewer labels than rows, whose last ones then count for nothing.
-        """
-        transformed_MD = self.transform(hidden_MD)
-        if labels_M is None:
-            return F.linear(transformed_MD, word_embeddings_VD, self.bias)
-        return linear_cross_entropy(transformed_MD, word_embeddings_VD, self.bias, labels_M, self.cross_entropy)
-
-    def transform(self, hidden_MD: torch.Tensor) -> torch.Tensor:
-        return self.layer_norm(F.gelu(self.dense(hidden_MD)))
-
-
 class MaskedLM(Objective):
     """Masked language modelling; parameter names and results of transformers' `RobertaForMaskedLM`."""
 
@@ -202,17 +176,56 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-class NextSentenceHead(nn.Module):
-    """Predicts from `<s>` whether the second segment follows the first, with BERT's pooler and classifier."""
+class MaskedLMWithBagOfWords(MaskedLM):
+    """Masked language modelling, and prediction of the same tokens from `<s>`, whose state then says what a sequence
+    is about: masked language modelling does not ask for it, while heads for whole sequences read nothing else.
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+    As bag-of-words prediction (Ma et al. 2024, arXiv:2401.11248), but of the masked tokens, not of all.
+    """
 
-    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        """Logits of `data.pairs`' labels: (B, 2) in the parameters' dtype."""
-        return self.seq_relationship(torch.tanh(self.pooler(hidden_BD)))
+    name = "mlm-bow"
+    summary = "predict masked tokens, and their bag from the first token"
+    description = "masked language modelling, and prediction of the bag of masked tokens from `<s>`"
+    weight: ClassVar[float] = 0.3
+    """Of a token's cross-entropy from `<s>`, beside that from its own place."""
+
+    def forward(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """`mlm_loss` and `bow_loss`: the masked tokens' cross-entropies, from their own places and from `<s>`."""
+        hidden_ND = self.hidden_ND(batch)
+        masked_lm = self._masked_lm(hidden_ND, batch.masked_positions, batch.labels)
+        first_tokens_B = batch.first_tokens[: batch.sequences]
+        logits_BV = self.lm_head(
+            hidden_ND.index_select(0, first_tokens_B), self.roberta.embeddings.word_embeddings.weight
+        )
+        sequences_M = torch.searchsorted(first_tokens_B, batch.masked_positions, right=True) - 1
+        log_probabilities_M = F.log_softmax(logits_BV.float(), dim=-1)[sequences_M, batch.labels]
+        return {"mlm_loss": masked_lm, "bow_loss": -log_probabilities_M.sum()}
+
+    @classmethod
+    def weigh(cls, sums: Mapping[str, torch.Tensor], counts: Counts) -> torch.Tensor:
+        return sums["mlm_loss"] + cls.weight * sums["bow_loss"]
+
+    @classmethod
+    def metrics(cls, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        mlm_loss, bow_loss = sums["mlm_loss"] / counts.labels, sums["bow_loss"] / counts.labels
+        return {"loss": mlm_loss + cls.weight * bow_loss, "mlm_loss": mlm_loss, "bow_loss": bow_loss}
+
+    @classmethod
+    def evaluation(cls, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        """The `loss` is only that of the masked tokens from their own places, as of other masked language models."""
+        metrics = cls.metrics(sums, counts)
+        loss = metrics["mlm_loss"]
+        return {"loss": loss, "perplexity": perplexity(loss), "bow_loss": metrics["bow_loss"]}
+
+    @staticmethod
+    def report(evaluation: Mapping[str, float]) -> dict[str, str]:
+        words = f"loss {evaluation['bow_loss']:.4f} nats per masked token"
+        return {**MaskedLM.report(evaluation), "masked tokens from the first": words}
+
+    @classmethod
+    def flops_per_token(cls, config: ModelConfig, length: int, labelled_share: float) -> float:
+        """As of masked language modelling, with one more row of the head for each sequence."""
+        return super().flops_per_token(config, length, labelled_share + 1 / length)
 
 
 class MaskedLMWithNextSentence(MaskedLM):
@@ -270,19 +283,6 @@ class MaskedLMWithNextSentence(MaskedLM):
         return {**MaskedLM.report(evaluation), "next sentence prediction": pairs}
 
 
-class SubstitutionHead(nn.Module):
-    """Predicts whether a token was replaced, from its hidden state (ELECTRA's discriminator, Clark et al. 2020)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, 1)
-
-    def forward(self, hidden_MD: torch.Tensor) -> torch.Tensor:
-        """Logits of "replaced": (M,) in the parameters' dtype."""
-        return self.classifier(F.gelu(self.dense(hidden_MD)))[:, 0]
-
-
 class RandomTokenSubstitution(Objective):
     """Random token substitution (see `data.masking.Substituter`), without a projection to the vocabulary."""
 
@@ -338,7 +338,12 @@ class RandomTokenSubstitution(Objective):
         return config.hidden_size**2 + config.hidden_size
 
 
-OBJECTIVES: tuple[type[Objective], ...] = (MaskedLM, MaskedLMWithNextSentence, RandomTokenSubstitution)
+OBJECTIVES: tuple[type[Objective], ...] = (
+    MaskedLM,
+    MaskedLMWithBagOfWords,
+    MaskedLMWithNextSentence,
+    RandomTokenSubstitution,
+)
 SUMMARIES = {objective.name: objective.summary for objective in OBJECTIVES}
 """The choices of `--objective`."""
 

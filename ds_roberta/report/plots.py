@@ -55,7 +55,8 @@ class Metric:
 METRICS = (
     Metric("loss", "Loss", "nats per labelled token", best=min),
     Metric("eval_loss", "Held-out loss", "nats per labelled token", best=min, has_lines=True),
-    Metric("mlm_loss", "Loss of pairs' masked tokens", "nats per masked token", best=min, of_some=True),
+    Metric("mlm_loss", "Loss of masked tokens from their own places", "nats per masked token", best=min, of_some=True),
+    Metric("bow_loss", "Loss of masked tokens from the first token", "nats per masked token", best=min, of_some=True),
     Metric("nsp_loss", "Loss of next sentence prediction", "nats per pair", best=min, of_some=True),
     Metric("loss_by_position", "Held-out loss by position", "nats per masked token", over="position"),
     Metric("eval_detection_f1", "Replaced tokens found, held out", "F1", best=max, of_some=True),

@@ -1,4 +1,4 @@
-"""What runs inside the processes of `test_objectives_training.py`: training on pairs, and by token substitution."""
+"""What runs inside the processes of `test_objectives_training.py`: training by other objectives than the default."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from ds_roberta.training.device import init_distributed
 from ds_roberta.training.engine import Engine
 
 PAIRS = PackingConfig(LENGTH, "segment-pair")
-OBJECTIVES = {"pairs": {"packing": PAIRS}, "rts": {"objective": "rts"}}
+OBJECTIVES = {"pairs": {"packing": PAIRS}, "mlm-bow": {"objective": "mlm-bow"}, "rts": {"objective": "rts"}}
 
 
 def train(engine: Engine, loader: TrainLoader, first: int, last: int) -> list[dict]:

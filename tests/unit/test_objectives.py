@@ -160,14 +160,16 @@ def test_an_objective_is_found_again_from_the_identity_of_its_runs(objective, ev
 
 
 def test_identities_are_those_of_earlier_versions():
-    assert [each.identity() for each in OBJECTIVES] == [{}, {"next_sentence_prediction": True}, {"objective": "rts"}]
+    identities = [{}, {"objective": "mlm-bow"}, {"next_sentence_prediction": True}, {"objective": "rts"}]
+    assert [each.identity() for each in OBJECTIVES] == identities
     assert objective_of({"next_sentence_prediction": False}) is MaskedLM
 
 
 @pytest.mark.parametrize(
     ("name", "packing", "message"),
     [
-        ("even", "contiguous", r"--objective must be one of mlm, rts, got 'even'"),
+        ("even", "contiguous", r"--objective must be one of mlm, mlm-bow, rts, got 'even'"),
+        ("mlm-bow", "segment-pair", r"--objective mlm-bow cannot be trained with --packing segment-pair: choose"),
         ("rts", "sentence-pair", r"--objective rts cannot be trained with --packing sentence-pair: choose another"),
     ],
 )
