@@ -144,8 +144,10 @@ def _is_range(value: Any) -> bool:
     return is_loss and all(type(bound) is int and 0 <= bound <= _LARGEST_POSITION for bound in bounds)
 
 
-def _loss_by_position(ranges: list[dict[str, Any]]) -> Series:
+def _loss_by_position(ranges: list[dict[str, Any]]) -> Series | None:
     having = [each for each in ranges if each["loss"] is not None]
+    if not any(math.isfinite(each["loss"]) for each in having):
+        return None
     return Series(
         tuple((each["first"] + each["last"]) // 2 for each in having), tuple(float(each["loss"]) for each in having)
     )

@@ -374,6 +374,14 @@ def test_the_command_ends_with_2_and_one_line(tmp_path, monkeypatch, capfd):
     assert error.startswith("error: ")
 
 
+@pytest.mark.parametrize("loss", [None, float("inf")])
+def test_a_loss_by_position_that_is_never_finite_is_not_drawn(tmp_path, loss):
+    run = write_run(tmp_path / "a", steps(1, loss=float))
+    (run / "evaluation.json").write_text(json.dumps({"by_position": [{"first": 0, "last": 9, "loss": loss}]}))
+    write_report([run], tmp_path / "report.html")
+    assert not any("by position" in image["alt"] for image in Cells((tmp_path / "report.html").read_text()).images)
+
+
 def test_the_held_out_loss_by_position_is_drawn_and_not_listed(tmp_path):
     ranges = [
         {"first": 0, "last": 63, "masked_tokens": 9, "loss": 5.0},
