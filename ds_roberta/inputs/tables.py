@@ -348,7 +348,11 @@ def _read_columns(path: str) -> Table:
 
 
 def _from_datasets(name: str, dataset: Any) -> Table:
-    rows = dataset.to_list()
+    try:
+        dataset.data.validate(full=True)  # offsets outside of the values would be read as memory
+        rows = dataset.to_list()
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{name!r} cannot be read ({error}): save it again") from error
     _name_classes(rows, dataset.features)
     return _not_empty(Table(name, tuple(dataset.column_names), rows, list(range(1, len(rows) + 1))))
 

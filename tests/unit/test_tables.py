@@ -132,6 +132,15 @@ def test_the_classes_of_a_table_that_datasets_wrote_have_their_names(tmp_path):
     assert {name: table.rows for name, table in read_saved_splits(tmp_path / "splits").items()} == {"train": expected}
 
 
+def test_a_saved_data_set_whose_texts_are_not_utf_8_is_a_user_error(tmp_path):
+    datasets.Dataset.from_list([{"text": "Grüße"}] * 3).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    assert "Grüße".encode() in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace("Grüße".encode(), "Grüß\xff".encode("latin-1") + b"e!"))
+    with pytest.raises(UserError, match=r"saved' cannot be read \(.*UTF.?8.*\): save it again"):
+        read_table(tmp_path / "saved")
+
+
 def test_a_data_set_of_the_hub_is_what_the_library_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
