@@ -330,6 +330,7 @@ def test_results_of_another_form_are_listed_as_they_are(tmp_path):
         [{"first": None, "last": 9, "loss": 1.0}],
         [{"first": [], "last": [], "loss": None}],
         [{"first": 10**400, "last": 9, "loss": 1.0}],
+        *([{"first": 0, "last": 9, "loss": never_finite}] for never_finite in (None, math.inf)),
     ],
 )
 def test_files_of_another_form_do_not_end_the_report(tmp_path, ranges):
@@ -341,6 +342,7 @@ def test_files_of_another_form_do_not_end_the_report(tmp_path, ranges):
     cells = Cells((tmp_path / "report.html").read_text())
     assert cells.row(".".join(["0"] * 900)) == ["7"]
     assert cells.row("\\ud800") == ["\\ud800"]
+    assert not any("by position" in image["alt"] for image in cells.images)
 
 
 def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path):
@@ -372,14 +374,6 @@ def test_the_command_ends_with_2_and_one_line(tmp_path, monkeypatch, capfd):
     error = capfd.readouterr().err
     assert (leaving.value.code, error.count("\n")) == (2, 1)
     assert error.startswith("error: ")
-
-
-@pytest.mark.parametrize("loss", [None, float("inf")])
-def test_a_loss_by_position_that_is_never_finite_is_not_drawn(tmp_path, loss):
-    run = write_run(tmp_path / "a", steps(1, loss=float))
-    (run / "evaluation.json").write_text(json.dumps({"by_position": [{"first": 0, "last": 9, "loss": loss}]}))
-    write_report([run], tmp_path / "report.html")
-    assert not any("by position" in image["alt"] for image in Cells((tmp_path / "report.html").read_text()).images)
 
 
 def test_the_held_out_loss_by_position_is_drawn_and_not_listed(tmp_path):

@@ -74,8 +74,9 @@ def test_a_phase_that_does_not_come_is_not_waited_for_beyond_the_next(tmp_path):
     index, save = Phase("index", "index"), Phase("save", ".save")
     folder = tmp_path / "work"
     folder.mkdir()
+    watch = Watch([index, save], folder)  # before the command makes its folder
     with running((*PYTHON, "import os, time; os.mkdir('.save'); time.sleep(60)"), folder) as run:
-        assert Watch([index, save], folder).wait_for(index, 1, run)
+        assert watch.wait_for(index, 1, run)
 
 
 def test_moments_are_in_the_order_of_the_run_and_follow_from_the_seed():
