@@ -66,9 +66,11 @@ from ds_roberta.command_line import (
 )
 from ds_roberta.data.shards import Corpus
 from ds_roberta.files import read_json
+from ds_roberta.model.objectives import OBJECTIVES
 
 OVERLAP, RECORD, HELD_OUT, FINE_TUNING = "overlap", "record", "held-out", "tasks"
 MODELS = {"ours": ours, "trainer": trainer, "untrained": untrained}
+PREDICTING = [each.name for each in OBJECTIVES if each.predicts_tokens and not each.is_paired]
 PARTS = (OVERLAP, *MODELS, HELD_OUT, RECORD, PAIRS, FINE_TUNING)
 
 
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="folder of tables of minimal pairs")
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure (default: %(default)s)")
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--objective", choices=PREDICTING, default="mlm", help="of ours")
     parser.add_argument("--eval_sequences", type=positive, default=512, help="held-out sequences during training")
     parser.add_argument("--minutes", type=positive_number, default=75, help="for ours, and for the Trainer's steps")
     parser.add_argument("--seed", type=whole_number, default=0, help="of pretraining")

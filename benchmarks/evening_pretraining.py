@@ -127,7 +127,7 @@ def _kill_tree(pid: int) -> None:
 
 def _pretrain(options: argparse.Namespace, output: Path) -> list[str]:
     words = [str(REPOSITORY / "launch/pretrain.py"), "--recipe", "fast", "--output_dir", str(output)]
-    for name in ("data_dir", "model", "max_seq_length", "train_batch_size", "eval_sequences", "seed"):
+    for name in ("data_dir", "model", "objective", "max_seq_length", "train_batch_size", "eval_sequences", "seed"):
         words += [f"--{name}", str(getattr(options, name))]
     interval = str(options.interval)
     return [*words, "--eval_interval", interval, "--save_interval", interval, "--loss_plateau", "off"]
