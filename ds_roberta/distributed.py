@@ -86,11 +86,12 @@ class Ranks:
         return cast(Result, value)
 
     @contextlib.contextmanager
-    def main_holds(self, context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
-        """Enter a context on rank 0 and leave it at the end; an error on entering is raised on all processes."""
+    def main_holds(self, context: contextlib.AbstractContextManager[Result]) -> Iterator[Result | None]:
+        """Enter a context on rank 0, which gets its value, and leave it at the end; all raise an error on entering."""
+        entered: list[Result] = []
         with contextlib.ExitStack() as held:
-            self.on_main(lambda: held.enter_context(context))
-            yield
+            self.on_main(lambda: entered.append(held.enter_context(context)))
+            yield entered[0] if entered else None
 
     def together(self, function: Callable[[], Result]) -> Result:
         """Run `function` on every rank and return its value here; raise a `UserError` on all ranks if any rank met one.

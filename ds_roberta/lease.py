@@ -96,7 +96,7 @@ def leases_within(output: Path) -> Path:
 
 
 @contextmanager
-def sole_writer(output: Path, folder: Path) -> Iterator[None]:
+def sole_writer(output: Path, folder: Path) -> Iterator[Lease]:
     """Hold the lease on `output` for the length of the context.
 
     Args:
@@ -107,8 +107,8 @@ def sole_writer(output: Path, folder: Path) -> Iterator[None]:
         OSError: it cannot be written.
     """
     try:
-        with held_lease(folder, "", None, output):
-            yield
+        with held_lease(folder, "", None, output) as lease:
+            yield lease
     finally:
         with suppress(OSError):  # another job's lease may be there
             folder.rmdir()

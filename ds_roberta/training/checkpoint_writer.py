@@ -38,6 +38,7 @@ from ds_roberta.files import (
     write_json,
     write_text,
 )
+from ds_roberta.lease import Lease
 from ds_roberta.model.weights import first_not_finite
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
@@ -98,10 +99,11 @@ class CheckpointWriter:
         folder: Path,
         retention: Retention,
         say: Callable[[str], object] | None = None,
+        lease: Lease | None = None,
     ):
         self._engine, self._tokenizer_folder, self._folder = engine, tokenizer_folder, folder
         self._ranks: Ranks = engine.ranks
-        self._retention, self._say = retention, say or self._ranks.log
+        self._retention, self._say, self._lease = retention, say or self._ranks.log, lease
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: _Save | None = None
         self.saved_step = 0
@@ -125,7 +127,8 @@ class CheckpointWriter:
             Where the checkpoint will be when it is complete.
 
         Raises:
-            UserError: this or the previous save could not be written (a full disk, for example).
+            UserError: this or the previous save could not be written (a full disk, for example), or rank 0 has lost its
+                lease.
             LossSpike: a weight or moment is not finite; nothing is written.
         """
         self.finish()
@@ -133,7 +136,7 @@ class CheckpointWriter:
         state, tensors = deepcopy(state), own_tensors(self._engine)
         for key in filter(None, self._ranks.gather(first_not_finite(tensors.items()))):
             raise LossSpike(f"{key!r} after step {state.global_step} is not finite", state.global_step)
-        self._ranks.on_main(lambda: begin(target))
+        self._ranks.on_main(lambda: self._begin(target))
         share = self._thread.submit(self._write_share, state, tensors, temporary_folder(target))
         self._in_flight = _Save(state, target, share)
         return target
@@ -142,7 +145,8 @@ class CheckpointWriter:
         """Complete the save in flight if every rank has written its share; call between any two steps.
 
         Raises:
-            UserError: a rank could not write it, or rank 0 could not complete it; earlier checkpoints are untouched.
+            UserError: a rank could not write it, or rank 0 could not complete it or has lost its lease; earlier
+                checkpoints are untouched.
         """
         if self._in_flight is None or self._ranks.any(not self._in_flight.share.done()):
             return
@@ -161,6 +165,11 @@ class CheckpointWriter:
         if self._in_flight is not None:
             wait([self._in_flight.share])
             self.poll()
+
+    def _begin(self, target: Path) -> None:
+        if self._lease:
+            self._lease.check()
+        begin(target)
 
     def _write_share(self, state: TrainState, tensors: dict[str, torch.Tensor], temporary: Path) -> FileEntries:
         """Write this rank's files durably, in the thread; rank 0 also writes the shared ones."""
@@ -183,6 +192,8 @@ class CheckpointWriter:
 
     def _complete(self, save: _Save, entries: list[FileEntries], problems: list[str]) -> None:
         """Rename the checkpoint to its final name, or remove what was written; called on rank 0."""
+        if self._lease:
+            self._lease.check()
         temporary = temporary_folder(save.target)
         with errors_of_saving(save.target):
             if problems:

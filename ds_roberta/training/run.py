@@ -18,7 +18,7 @@ from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, load_json, remove_leftovers, write_json
-from ds_roberta.lease import leases_within, sole_writer
+from ds_roberta.lease import Lease, leases_within, sole_writer
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
@@ -68,12 +68,12 @@ def pretrain(options: Namespace) -> int:
     set_up_logging()
     ranks = init_distributed(options.rendezvous_timeout)
     run = _read_settings(options, ranks)
-    with ranks.main_holds(_held_output_dir(run.config.output_dir)):
-        return _train(run)
+    with ranks.main_holds(_held_output_dir(run.config.output_dir)) as lease:
+        return _train(run, lease)
 
 
-def _train(run: Run) -> int:
-    """Train from scratch or from the newest checkpoint, and export; returns the exit code."""
+def _train(run: Run, lease: Lease | None) -> int:
+    """Train from scratch or from the newest checkpoint, and export; returns the exit code. Rank 0 has the lease."""
     ranks = run.ranks
     start = find_start(run)
     ranks.on_main(lambda: _open_output_dir(run, start.state))
@@ -83,7 +83,7 @@ def _train(run: Run) -> int:
     plans = _divide_batches(run, data, micro_batch_sizes)
     start.load(engine)
     ranks.on_main(lambda: write_json(run.config.output_dir / CONFIG_NAME, run_record(run, engine, plans, peak)))
-    trainer = _make_trainer(run, start, data, engine, plans, peak)
+    trainer = _make_trainer(run, start, data, engine, plans, peak, lease)
     complete = False
     try:
         complete = trainer.train()
@@ -185,15 +185,15 @@ def _check_output_dir(config: RunConfig) -> None:
 
 
 @contextmanager
-def _held_output_dir(folder: Path) -> Iterator[None]:
+def _held_output_dir(folder: Path) -> Iterator[Lease]:
     """Hold the lease on the run's folder; raises `UserError` if another job writes there, or it cannot be written."""
     leases = leases_within(folder.resolve())
     with created_parents(leases), ExitStack() as held:
         try:
-            held.enter_context(sole_writer(folder, leases))
+            lease = held.enter_context(sole_writer(folder, leases))
         except OSError as error:
             raise UserError(f"cannot write --output_dir {str(folder)!r} ({error.strerror}): choose another") from error
-        yield
+        yield lease
 
 
 def _open_output_dir(run: Run, state: TrainState) -> None:
@@ -304,7 +304,15 @@ def _divide_batches(run: Run, data: RunData, micro_batch_sizes: dict[int, int]) 
     return plans
 
 
-def _make_trainer(run: Run, start: Start, data: RunData, engine: Engine, plans: list[BatchPlan], peak: Peak) -> Trainer:
+def _make_trainer(
+    run: Run,
+    start: Start,
+    data: RunData,
+    engine: Engine,
+    plans: list[BatchPlan],
+    peak: Peak,
+    lease: Lease | None,
+) -> Trainer:
     loader, held_out = make_loaders(run, data, plans, engine.module.masker, on_gpu())
     find_lines(run, start.state, held_out, engine.module)
     return Trainer(
@@ -318,6 +326,7 @@ def _make_trainer(run: Run, start: Start, data: RunData, engine: Engine, plans: 
         peak.flops_per_second,
         run.monitors,
         run.deepspeed.muon_lr,
+        lease,
     )
 
 

@@ -20,6 +20,7 @@ from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.stages import SkippedPlaces, skip
 from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
+from ds_roberta.lease import Lease
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
@@ -41,6 +42,7 @@ class Trainer:
     Args:
         peak_learning_rate: Adam's.
         peak_muon_lr: that of the matrices that Muon updates; None if the optimizer is not Muon.
+        lease: rank 0's on the run's folder, checked before anything is written there; None where nobody else writes.
         held_out: None if there is no validation split.
         last_checkpoint: the portable one that `state` comes from; None for a fresh run.
         peak_flops: peak FLOP/s of one device.
@@ -59,6 +61,7 @@ class Trainer:
         peak_flops: float,
         monitors: Monitors,
         peak_muon_lr: float | None = None,
+        lease: Lease | None = None,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.ranks, self.objective = engine.ranks, engine.module
@@ -68,7 +71,7 @@ class Trainer:
         self.last_checkpoint = last_checkpoint
         self._saved_state = copy.deepcopy(state) if last_checkpoint else None
         self._stop = StopRequest(self.ranks)
-        self._monitors = monitors
+        self._monitors, self._lease = monitors, lease
         lines = ", ".join(f"{name} {loss:.3f}" for name, loss in state.lines.items())
         self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main, lines)
         self._metrics = self._open_metrics()
@@ -78,6 +81,7 @@ class Trainer:
             config.output_dir / CHECKPOINTS_FOLDER,
             Retention(config.intervals.keep_last, config.intervals.keep_every),
             self._progress.say,
+            lease,
         )
         self._stage: LoaderStage | None = None
 
@@ -353,8 +357,13 @@ class Trainer:
     def log(self, row: dict[str, Any]) -> None:
         """Write a row to `metrics.jsonl` and to the monitors."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self.ranks.on_main(lambda: self._metrics.write(finite))
+        self.ranks.on_main(lambda: self._write_row(finite))
         self._monitors.write(finite)
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        if self._lease:
+            self._lease.check()
+        self._metrics.write(row)
 
     def save(self) -> None:
         """Begin to write a checkpoint unless this state has one; it becomes `last_checkpoint` when the writer is done.

@@ -142,6 +142,25 @@ def test_a_second_run_in_one_folder_is_refused_and_touches_nothing(workspace):
         assert [path.name for path in held.iterdir()] == [".leases"]
 
 
+def test_a_run_that_another_host_took_over_writes_nothing_more(workspace):
+    output = workspace / "runs/taken-over"
+
+    def is_taken_over() -> bool:
+        if not has_row(output, 3):
+            return False
+        (lease,) = (output / ".leases").glob("*.json")
+        lease.unlink()
+        return True
+
+    arguments = (*SETTINGS, "--save_interval", "9", "--eval_interval", "9", "--output_dir", output)
+    code, printed = pretrain_until(workspace, is_taken_over, signal.SIGCONT, *arguments)
+    assert code == 2
+    assert "error: this job lost its lease" in printed.splitlines()[-1]
+    assert rows(output)[-1]["global_step"] < 6
+    assert not (output / "checkpoints/global_step6").exists()
+    assert not (output / "hf").exists()
+
+
 def test_a_run_that_diverges_ends_with_its_finite_checkpoint_and_no_model(workspace):
     arguments = (*SETTINGS, "--learning_rate", "1e20", "--warmup_steps", "0", "--save_interval", "1")
     printed = pretrain(workspace, *arguments, "--no_decay_bias_and_norm", "--output_dir", "runs/diverged", code=2)
