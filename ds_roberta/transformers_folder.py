@@ -149,19 +149,19 @@ def read_model(
     folder: Path,
     model_class: type[Model],
     dtype: torch.dtype = torch.float32,
-    new_head: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> Model:
     """The model of a folder, on the CPU; a `RobertaModel` without pooler. Of pickled weights only tensors are read.
 
     Args:
         model_class: RoBERTa's; of a folder of another type, the class that corresponds to it is used.
-        new_head: the configuration values of a head that is initialized if the folder has none of its shape; None: the
-            folder must have the head.
+        changes: configuration values in place of the folder's, for a model to be trained on: a head that the folder
+            lacks or has in another shape is initialized; None: the folder must have the head.
 
     Raises:
         UserError: there are no weights, they are damaged or not floating-point numbers, or some are missing.
     """
-    files, config = weights_files(folder), _read_config(folder, new_head)
+    files, config = weights_files(folder), _read_config(folder, changes)
     kind = model_class.__name__
     if kind.startswith(MODEL_TYPES["roberta"]):
         model_class = getattr(transformers, class_name(config.model_type, kind))
@@ -195,7 +195,7 @@ def read_model(
     of_encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if of_encoder:
         raise UserError(f"the weights in {str(folder)!r} {lacking.format(of_encoder[0])}")
-    if missing and new_head is None:
+    if missing and changes is None:
         remedy = "fine-tune it with launch/finetune.py"
         if kind.endswith("ForMaskedLM"):
             remedy = "choose the folder of a pretrained RobertaForMaskedLM, which still has its head"
@@ -315,8 +315,8 @@ def _difference(folder: Path, training: Path, add_prefix_space: bool | None) -> 
     return None
 
 
-def _read_config(folder: Path, new_head: dict[str, Any] | None = None) -> transformers.RobertaConfig:
-    """A folder's config, with the values of a new head in place of its own."""
+def _read_config(folder: Path, changes: dict[str, Any] | None = None) -> transformers.RobertaConfig:
+    """A folder's config, with `changes` in place of its own values."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
@@ -345,7 +345,7 @@ def _read_config(folder: Path, new_head: dict[str, Any] | None = None) -> transf
     config_class = getattr(transformers, class_name(content["model_type"], "RobertaConfig"))
     settings = {name: value for name, value in content.items() if _is_setting(config_class, name)}
     try:
-        config = config_class.from_dict({**settings, **(new_head or {})})
+        config = config_class.from_dict({**settings, **(changes or {})})
     except Exception as error:  # the library's validators raise their own kinds
         raise UserError(f"{str(path)!r} is not a RoBERTa's ({error}): copy the model again") from error
     if not isinstance(config.pad_token_id, int):

@@ -65,9 +65,12 @@ def for_width(settings: Sequence[Setting], hidden_size: int) -> tuple[Setting, .
     return scaled
 
 
+_require_dropout = must_be("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """The recipe of every run; the defaults are those of Liu et al. 2019, table 10."""
+    """The recipe of every run; the defaults are those of Liu et al. 2019, table 10, with the dropout of table 9."""
 
     num_train_epochs: int = option("passes over the training examples", 10, check=require_positive)
     gradient_accumulation_steps: int = option("micro-batches per batch", 1, check=require_positive)
@@ -79,6 +82,10 @@ class Recipe(Settings):
         0.06,
         check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
     )
+    hidden_dropout_prob: float = option(
+        "dropout of hidden states and of the head, whatever the model was pretrained with", 0.1, check=_require_dropout
+    )
+    attention_probs_dropout_prob: float = option("dropout of attention weights", 0.1, check=_require_dropout)
     early_stopping: int | None = option(
         "end a run once the metric has not improved for N epochs; until then, the learning rate follows the schedule "
         "of all epochs",
@@ -93,6 +100,11 @@ class Recipe(Settings):
         super().__post_init__()
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 are both given: choose one")
+
+    @property
+    def dropout(self) -> dict[str, float]:
+        """By the names of transformers' config."""
+        return {name: getattr(self, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
 
 
 @dataclass(frozen=True)
@@ -273,7 +285,7 @@ def make_trainer(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would divide the batch again
     transformers.set_seed(seed)  # for a new head
     model_class = getattr(transformers, problem.task.architecture)
-    model = read_model(weights or problem.folder, model_class, new_head=problem.task.head)
+    model = read_model(weights or problem.folder, model_class, changes=problem.task.head | recipe.dropout)
     model._weight_conversions = None  # under ZeRO-3 transformers 5.23 would save LayerNorm's old names, gamma and beta
     trainer = transformers.Trainer(
         model,

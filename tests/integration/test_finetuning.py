@@ -166,17 +166,29 @@ def test_a_changed_plan_does_not_continue_the_old_one(config, monkeypatch):
     assert len(results(changed)["settings"][0]["runs"][0]["epochs"]) == 1
 
 
-def test_accumulation_does_not_change_the_training(config, tmp_path):
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def losses_of(config, model=None, **recipe):
+    run = replace(config, model=model or config.model, settings=(Setting(1e-3, 16),), seeds=(0,))
+    run = replace(run, recipe=replace(config.recipe, **recipe))
+    assert finetune(run) == 0
+    return [epoch["loss"] for epoch in results(run)["settings"][0]["runs"][0]["epochs"]]
+
+
+def test_accumulation_does_not_change_the_training(config):
+    whole, parts = (losses_of(config, **WITHOUT_DROPOUT, gradient_accumulation_steps=parts) for parts in (1, 4))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_model_pretrained_without_dropout_is_fine_tuned_with_it(config, tmp_path):
     folder = tmp_path / "without dropout"
     shutil.copytree(config.model, folder)
-    change_config(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    losses = []
-    for parts in (1, 4):
-        recipe = replace(config.recipe, gradient_accumulation_steps=parts)
-        run = replace(config, model=folder, recipe=recipe, settings=(Setting(1e-3, 16),), seeds=(0,))
-        assert finetune(run) == 0
-        losses.append([epoch["loss"] for epoch in results(run)["settings"][0]["runs"][0]["epochs"]])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    change_config(folder, **WITHOUT_DROPOUT)
+    assert losses_of(config, folder) == losses_of(config)
+    assert losses_of(config, folder, **WITHOUT_DROPOUT) != losses_of(config)
+    with pytest.raises(UserError, match="hidden_dropout_prob must be at least 0 and below 1, got 1"):
+        Recipe(hidden_dropout_prob=1)
 
 
 def test_the_loss_of_parts_adds_up_to_that_of_the_whole():

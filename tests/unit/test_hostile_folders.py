@@ -76,7 +76,7 @@ def masked(folder):
 
 def open_in_all_ways(folder):
     """Open it as each command does: evaluation, fine-tuning, the start of a run; then as `predict` does."""
-    read_model(folder, transformers.RobertaForSequenceClassification, new_head={"num_labels": 2})
+    read_model(folder, transformers.RobertaForSequenceClassification, changes={"num_labels": 2})
     open_tokenizer(folder)
     InitialModel.open(folder).fingerprint()
     if (folder / "pytorch_model.bin").exists():

@@ -220,7 +220,7 @@ def test_predictions_are_those_of_transformers(tuned, tmp_path):
 
 
 def test_a_new_head_is_put_on_the_models_own_class(folder, model_type):
-    model = read_model(folder, transformers.RobertaForSequenceClassification, new_head={"num_labels": 3})
+    model = read_model(folder, transformers.RobertaForSequenceClassification, changes={"num_labels": 3})
     assert type(model) is getattr(transformers, f"{FAMILIES[model_type]}ForSequenceClassification")
     assert not Classification.fits(model.config)  # as the folder's config has it
     model.config.architectures = [type(model).__name__]  # as it is saved
