@@ -7,8 +7,8 @@ as many tokens (or, with `--max_minutes`, as much CPU time) for each, and each o
 Seconds are the CPU time of optimizer steps, so that other work on the machine changes them little.
 
 Each run's results are kept in a file as soon as they are known, and the same command goes on with what is missing.
-Calls with different `--runs` or `--seeds` may use the folder at the same time. Ends with a Markdown table of what is
-finished; `--runs` without names only makes it.
+Calls with the same options may run at the same time, on several cores: each takes what nobody else measures. Each ends
+with a Markdown table of what is finished; `--runs` without names only makes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, versions
-from benchmarks.studies import NEVER, command, difference, execute, only_here
+from benchmarks.studies import NEVER, Busy, command, difference, execute, only_here
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.config import PRESETS
 from ds_roberta.data.shards import Corpus
@@ -129,8 +129,11 @@ def compare(options: argparse.Namespace) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in names:
-            with only_here(options.results, result_path(options, name, seed).stem) as lock:
-                measure(options, comparison, name, seed, lock)
+            try:
+                with only_here(options.results, result_path(options, name, seed).stem) as lock:
+                    measure(options, comparison, name, seed, lock)
+            except Busy:
+                print(f"{name}, seed {seed}: another call measures it", flush=True)
     publish(report(options, comparison), options.results.with_suffix(".md"))
 
 

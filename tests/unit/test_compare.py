@@ -6,8 +6,9 @@ import runpy
 
 import pytest
 
-from benchmarks.compare import Comparison, Result, Run, arguments, loss_table, metrics_table
+from benchmarks.compare import Comparison, Result, Run, arguments, compare, loss_table, metrics_table, result_path
 from benchmarks.environment import REPOSITORY
+from benchmarks.studies import only_here
 from ds_roberta.errors import UserError
 from ds_roberta.training.run import _read_inputs
 
@@ -50,6 +51,21 @@ def test_what_is_no_comparison_is_refused(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match="is no comparison"):
             Comparison.read(path)
+
+
+def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
+    comparison, results = tmp_path / "mine.json", tmp_path / "results"
+    comparison.write_text(json.dumps({"question": "?", "source": "", "runs": {"elsewhere": {}, "finished": {}}}))
+    options = argparse.Namespace(
+        comparison=comparison, data_dir=corpus.folder, model="nano", max_seq_length=128, max_tokens=1000,
+        max_minutes=None, seeds=(0,), runs=None, finetune_data=None, results=results,
+    )  # fmt: skip
+    results.mkdir()
+    result_path(options, "finished", 0).write_text(json.dumps({"commit": "c", "eval_loss": 2.0}))
+    with only_here(results, result_path(options, "elsewhere", 0).stem):
+        compare(options)
+    assert "elsewhere, seed 0: another call measures it" in capsys.readouterr().out
+    assert "| finished |  |  | 2.000 | 2.000 |" in results.with_suffix(".md").read_text()
 
 
 def test_losses_are_held_against_the_first_run_and_its_spread():
