@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar
@@ -65,15 +65,32 @@ def label_column(table: Table, options: Labels) -> str:
 
 
 def without_unlabelled_tests(tables: dict[str, Table], options: Labels) -> dict[str, Table]:
-    """All splits except test splits without labels (-1, `-` or no value), which most of GLUE's are."""
+    """All splits except test splits without labels (-1, `-`, no value, the ignored one), which most of GLUE's are."""
     label = label_column(tables["train"], options)
-    kept = {}
-    for split, table in tables.items():
-        if split.startswith("test") and all(_is_none(row.get(label), "-1") for row in table.rows):
-            logger.info(f"{table.name} has no labels and is left out")
-        else:
-            kept[split] = table
-    return kept
+    return {
+        split: table
+        for split, table in tables.items()
+        if not _is_unlabelled_test(split, table, [label], ("-1", options.ignore_label))
+    }
+
+
+def without_unmarked_tests(tables: dict[str, Table], columns: Sequence[str], options: Labels) -> dict[str, Table]:
+    """All splits except test splits with no value in any of the labels' own columns."""
+    return {
+        split: table
+        for split, table in tables.items()
+        if not _is_unlabelled_test(split, table, columns, (options.ignore_label,))
+    }
+
+
+def _is_unlabelled_test(split: str, table: Table, columns: Sequence[str], ignored: Sequence[str | None]) -> bool:
+    if not split.startswith("test"):
+        return False
+    values = (row.get(column) for row in table.rows for column in columns)
+    if not all(any(_is_none(value, each) for each in ignored) for value in values):
+        return False
+    logger.info(f"{table.name} has no labels and is left out")
+    return True
 
 
 def label_of_rows(options: Labels) -> Callable[[Table], list[tuple[str, ...]]]:

@@ -36,6 +36,7 @@ from ds_roberta.finetuning.labels import (
     labelled_rows,
     same_label,
     without_unlabelled_tests,
+    without_unmarked_tests,
 )
 from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, label_names
 from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_columns
@@ -108,7 +109,7 @@ class MultiLabelClassification(TextTask):
         if names is None:
             tables = without_unlabelled_tests(tables, options)
         else:
-            tables = {split: table for split, table in tables.items() if not _is_unlabelled_test(split, table, names)}
+            tables = without_unmarked_tests(tables, names, options)
         labelled = {split: _label_sets(table, options, names) for split, table in tables.items()}
         if names is None:
             names = in_order({name for labels in labelled["train"][1] for name in labels})
@@ -268,13 +269,6 @@ def _column_names(label_columns: str) -> list[str]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--label_columns {label_columns} has {twice!r} twice: give each column once")
     return names
-
-
-def _is_unlabelled_test(split: str, table: Table, names: list[str]) -> bool:
-    if not split.startswith("test") or set(names) & set(table.columns):
-        return False
-    logger.info(f"{table.name} has no labels and is left out")
-    return True
 
 
 def _labels_of_rows(table: Table, options: MultiLabelOptions, names: list[str] | None) -> list[list[str]]:

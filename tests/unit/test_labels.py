@@ -77,9 +77,10 @@ def test_a_rare_minus_one_beside_0_1_2_is_named(tmp_path, caplog, labels, warns)
 
 
 def test_a_test_split_without_labels_is_left_out_whole(tmp_path):
-    for hidden in (-1, "-", None):
+    for hidden, ignored in ((-1, None), ("-", None), (None, None), (9, "9"), (-1, "9")):
         data = write(tmp_path, [0, 1], test=[hidden] * 3)
-        assert set(Classification.from_data(data, ClassificationOptions())[1]) == {"train", "validation"}
+        _, splits = Classification.from_data(data, ClassificationOptions(ignore_label=ignored))
+        assert set(splits) == {"train", "validation"}
 
 
 def test_balanced_weights_are_scikit_learns_and_are_kept(tmp_path):

@@ -218,11 +218,12 @@ def test_a_list_that_cannot_be_read_is_no_label(tmp_path, cell):
 def test_columns_may_be_true_and_false_and_a_test_split_may_have_none(tmp_path):
     pandas.DataFrame({"text": ["a", "b"], "joy": ["TRUE", "FALSE"]}).to_csv(tmp_path / "train.csv", index=False)
     (tmp_path / "dev.csv").write_text("text,joy\na,true\n")
-    (tmp_path / "test.csv").write_text("text\na\n")
-    _task, splits = MultiLabelClassification.from_data((str(tmp_path),), MultiLabelOptions(label_columns="joy"))
-    assert {split: [text.label for text in texts] for split, texts in splits.items()} == {
-        "train": [(1.0,), (0.0,)],
-        "validation": [(1.0,)],
-    }
+    for unlabelled in ("text\na\n", "text,joy\na,\n"):
+        (tmp_path / "test.csv").write_text(unlabelled)
+        _task, splits = MultiLabelClassification.from_data((str(tmp_path),), MultiLabelOptions(label_columns="joy"))
+        assert {split: [text.label for text in texts] for split, texts in splits.items()} == {
+            "train": [(1.0,), (0.0,)],
+            "validation": [(1.0,)],
+        }
     with pytest.raises(UserError, match="--label_columns joy,joy has 'joy' twice"):
         MultiLabelClassification.from_data((str(tmp_path),), MultiLabelOptions(label_columns="joy,joy"))
