@@ -30,6 +30,7 @@ setup(
         "pyarrow>=17",
         "zstandard>=0.23",
         "fsspec>=2024.6",
+        "regex>=2025.10.22",  # Unicode's properties
         "safetensors>=0.5",
         "tqdm>=4.66",
         "xxhash>=3.4",
@@ -62,7 +63,6 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.7",
             "rensa>=0.5",
-            "regex>=2025.10.22",  # Unicode's properties
             "ruff>=0.9",
             "scikit-learn>=1.5",
             "scipy>=1.13",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
+import regex
+
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import TEXT_COLUMNS, listed, without
@@ -23,7 +25,10 @@ ENTITY_TAG = re.compile(r"O|[BIESLU](-[^-].*)?")  # IOB1, IOB2, IOBES, BILUO; no
 UNSPECIFIED = "_"  # as CoNLL-U writes it
 SCHEMES = {"E": "IOBES", "S": "IOBES", "L": "BILUO", "U": "BILUO"}
 GIVE_TEXTS = "give texts as a table with a column 'text' (.jsonl, .csv, .tsv)"
-WORD_IN_TEXT = re.compile(r"\w+(?:[.'’-]\w+)*|[^\w\s]")
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+"""Scripts that write no spaces between words: there each character, with its marks, is a word."""
+_LETTER = rf"[\w--[{_UNSPACED}]]"  # regex counts marks and joiners as parts of words, which re does not
+WORD_IN_TEXT = regex.compile(rf"(?V1)(?=[{_UNSPACED}]|[^\w\s])\X|{_LETTER}+(?:[.'’-]{_LETTER}+)*")
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,8 @@ def table_sentences(
 
 
 def split_text(place: str, text: str, entities: Sequence[tuple[int, int, str]] | None = None) -> Sentence:
-    """The words and punctuation marks of a text, separated as in the data of token classification.
+    """The words and punctuation marks of a text, separated as in the data of token classification. In a script without
+    spaces between words, each character is one.
 
     Args:
         entities: the start, end and type of each, in order and without overlap. Their words are tagged B- and I-, the

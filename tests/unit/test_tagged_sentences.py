@@ -202,6 +202,21 @@ def test_texts_are_split_into_words_and_marks():
         split_text("x", " ")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("cafe\u0301!", ["cafe\u0301", "!"]),
+        ("می\u200cخواهم بروم", ["می\u200cخواهم", "بروم"]),
+        ("在北京3天。", ["在", "北", "京", "3", "天", "。"]),
+        ("ที่บ้าน", ["ที่", "บ้", "า", "น"]),
+        ("👩\u200d👧 ok", ["👩\u200d👧", "ok"]),
+    ],
+)
+def test_words_keep_their_marks_in_every_script(text, words):
+    assert list(split_text("x", text).words) == words
+
+
 def test_words_are_split_where_an_entity_begins_or_ends():
     sentence = split_text("x", "Pro-Berliner isn't Smith-Jones.", [(4, 10, "LOC"), (10, 12, "Y"), (19, 24, "PER")])
     assert sentence.words == ("Pro", "-", "Berlin", "er", "isn't", "Smith", "-", "Jones", ".")
