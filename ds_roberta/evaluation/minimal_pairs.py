@@ -173,9 +173,11 @@ def _check_outputs(json_path: Path | None, pairs_path: Path | None, files: Seque
     """Raise `UserError` if the outputs could not be written, or would replace each other or the data."""
     check_output_file("--json", json_path)
     check_output_file("--pairs", pairs_path)
-    others: list[str | Path] = [*files, *([json_path] if json_path else [])]
-    if pairs_path is not None and pairs_path.resolve() in {Path(path).resolve() for path in others}:
-        raise UserError(f"--pairs {str(pairs_path)!r} is also the data or --json: choose another file")
+    taken = {Path(path).resolve() for path in files}
+    for name, path in (("--json", json_path), ("--pairs", pairs_path)):
+        if path is not None and path.resolve() in taken:
+            raise UserError(f"{name} {str(path)!r} is also the data or another output: choose another file")
+        taken |= {path.resolve()} if path is not None else set()
 
 
 def _files(data: Sequence[str | Path]) -> list[str]:

@@ -45,6 +45,9 @@ class ClassificationOptions(Labels):
         "none",
         choices=("none", BALANCED),
     )
+    positive_label: str | None = option(
+        "of two labels, the one whose f1 is reported (default: the last in order)", None
+    )
 
 
 class Classification(TextTask):
@@ -59,19 +62,23 @@ class Classification(TextTask):
         options: Columns,
         weights: Sequence[float] | None = None,
         text_columns: TextColumns | None = None,
+        positive: int = 1,
     ):
         """
         Args:
             weights: of each class in the loss; 1 on average over the training examples.
+            positive: of two classes, the one that `f1` is of.
         """
         super().__init__(options, text_columns)
-        self.names, self.weights = names, weights
+        self.names, self.weights, self.positive = names, weights, positive
         self.head = {**label_head(names), "problem_type": "single_label_classification"}
         self.results["label_names"] = names
         if weights is not None:
             self.results["class_weights"] = dict(zip(names, weights, strict=True))
-        of_two = ("f1",) if len(names) == 2 else ()
-        self.metric_names = ("accuracy", "macro_f1", "matthews_correlation", *of_two)
+        self.metric_names: tuple[str, ...] = ("accuracy", "macro_f1", "matthews_correlation")
+        if len(names) == 2:
+            self.metric_names += ("f1",)
+            self.results["positive_label"] = names[positive]
 
     @classmethod
     def from_data(
@@ -87,7 +94,8 @@ class Classification(TextTask):
             split: _with_classes(*rows, names, options) for split, rows in labelled.items()
         }
         weights = balanced_weights(splits["train"], len(names)) if options.class_weights == BALANCED else None
-        return cls(names, options, weights, training_columns(tables, options)), splits
+        positive = 1 if options.positive_label is None else _positive_class(options.positive_label, names)
+        return cls(names, options, weights, training_columns(tables, options), positive), splits
 
     @classmethod
     def from_model(
@@ -116,7 +124,8 @@ class Classification(TextTask):
     def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
         """scikit-learn's, and `predicted_classes`, how many classes the model predicts at all."""
         scores, labels = np.asarray(logits), np.array([text.label for text in encoded.inputs])
-        return {**classification_metrics(scores, labels), "predicted_classes": len(np.unique(scores.argmax(-1)))}
+        metrics = classification_metrics(scores, labels, self.positive)
+        return {**metrics, "predicted_classes": len(np.unique(scores.argmax(-1)))}
 
     def remarks(self, metrics: dict[str, Any]) -> list[str]:
         if metrics["predicted_classes"] > 1:
@@ -216,16 +225,29 @@ class Regression(TextTask):
         ]
 
 
-def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
+def _positive_class(label: str, names: list[str]) -> int:
+    if len(names) != 2:
+        raise UserError(
+            f"--positive_label {label} is for two labels, the training examples have {len(names)}: leave it out"
+        )
+    if same_label(label) not in names:
+        raise UserError(f"--positive_label {label} is none of the training examples': choose {' or '.join(names)}")
+    return names.index(same_label(label))
+
+
+def classification_metrics(
+    logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], positive: int = 1
+) -> dict[str, float]:
     """scikit-learn's metrics of a classification.
 
     Args:
         logits: (examples, classes), float.
         labels: (examples,), int.
+        positive: of two classes, the one that `f1` is of.
 
     Returns:
         `accuracy`, `macro_f1` over the classes that occur in labels or predictions, `matthews_correlation`, and for
-        two classes `f1` of the second.
+        two classes `f1`.
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -237,7 +259,7 @@ def classification_metrics(logits: np.ndarray[Any, Any], labels: np.ndarray[Any,
         "matthews_correlation": matthews_corrcoef(labels, predicted) if len({*labels, *predicted}) > 1 else 0.0,
     }
     if logits.shape[-1] == 2:
-        metrics["f1"] = f1_score(labels, predicted, pos_label=1, zero_division=0)
+        metrics["f1"] = f1_score(labels, predicted, pos_label=positive, zero_division=0)
     return {name: float(value) for name, value in metrics.items()}
 
 

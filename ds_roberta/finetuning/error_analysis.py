@@ -26,8 +26,11 @@ LONGEST_TEXT = 300
 
 def confusion(gold: Iterable[str], predicted: Iterable[str], labels: Sequence[str], unit: str) -> dict[str, Any]:
     """How many units, such as examples or words, of each gold label have each predicted label; zeros are left out."""
+    order = {label: index for index, label in enumerate(labels)}
+    rows: dict[str, dict[str, int]] = {row: {} for row in labels}
     counts = Counter(zip(gold, predicted, strict=True))
-    rows = {row: {column: counts[row, column] for column in labels if counts[row, column]} for row in labels}
+    for row, column in sorted(counts, key=lambda pair: order[pair[1]]):
+        rows[row][column] = counts[row, column]
     return {"unit": unit, "labels": list(labels), "confusion": rows}
 
 

@@ -359,5 +359,6 @@ def _with_labels(
         if unknown := sorted(set(found) - set(names)):
             problem = unknown_key_message("label", unknown[0], names)
             raise UserError(f"{text.place}: {problem}; no training row has it: fix or remove the row")
-        examples.append(replace(text, label=tuple(float(name in found) for name in names)))
+        applying = set(found)
+        examples.append(replace(text, label=tuple(1.0 if name in applying else 0.0 for name in names)))
     return examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,8 +100,8 @@ def _read_json(path: str | Path) -> Any:
 def parse_squad(name: str, content: Any, *, labelled: bool = True) -> list[Question]:
     """The questions of a SQuAD file's parsed content; `name` is the file's, for messages. See `read_squad`."""
     entries = list(_entries(name, content))
-    version = str(content.get("version", ""))
-    second = version.startswith(("2", "v2")) or any("is_impossible" in entry for _, _, entry in entries)
+    is_second = re.match(r"v?2(\.|$)", str(content.get("version", "")))  # not a date such as 2023-05-01
+    second = is_second is not None or any("is_impossible" in entry for _, _, entry in entries)
     questions = []
     for place, context, entry in entries:
         answers = _answers(place, context, entry, _list(place, entry, "answers"), second) if labelled else []

@@ -165,7 +165,8 @@ class TokenClassification(Task):
         loss = functional.cross_entropy(
             outputs["logits"].float().flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
         )
-        return loss / (labels.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
+        count = torch.as_tensor(labels.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
+        return loss / count.clamp(min=1)  # of no label if all of a batch's tags are unknown
 
     def metrics(self, encoded: Encoded, logits: Any) -> dict[str, Any]:
         measure = entity_metrics if self.of_entities else tag_metrics

@@ -119,6 +119,21 @@ def test_a_list_of_one_label_is_the_label(tmp_path, caplog):
         Classification.from_data(write(tmp_path, [["yes"], ["no", "yes"]]), ClassificationOptions())
 
 
+def test_f1_is_that_of_the_positive_label(tmp_path):
+    data = write(tmp_path, ["equivalent", "equivalent", "equivalent", "not_equivalent"])
+    for given, positive, f1 in ((None, "not_equivalent", 0.0), ("equivalent", "equivalent", 6 / 7)):
+        task, splits = Classification.from_data(data, ClassificationOptions(positive_label=given))
+        assert task.results["positive_label"] == positive
+        always = np.tile([1.0, 0.0], (4, 1))
+        assert task.metrics(Encoded(splits["train"], []), always)["f1"] == pytest.approx(f1)
+    with pytest.raises(
+        UserError, match=r"--positive_label same is none of the training .*: choose equivalent or not_eq"
+    ):
+        Classification.from_data(data, ClassificationOptions(positive_label="same"))
+    with pytest.raises(UserError, match="--positive_label a is for two labels, the training examples have 3"):
+        Classification.from_data(write(tmp_path, ["a", "b", "c"]), ClassificationOptions(positive_label="a"))
+
+
 def test_label_studios_tasks_are_named(tmp_path):
     chosen = {"value": {"choices": ["a"]}, "from_name": "mood", "to_name": "text", "type": "choices"}
     task = {"id": 1, "data": {"text": "x"}, "annotations": [{"result": [chosen]}]}

@@ -230,8 +230,9 @@ def test_pairs_are_not_written_over_the_data_or_the_figures(tmp_path, exported):
     data = tmp_path / "data.jsonl"
     data.write_text(line())
     for pairs, figures, message in (
-        (data, None, "is also the data or --json"),
-        (tmp_path / "out.json", tmp_path / "out.json", "is also the data or --json"),
+        (data, None, "--pairs .* is also the data or another output"),
+        (None, data, "--json .* is also the data or another output"),
+        (tmp_path / "out.json", tmp_path / "out.json", "is also the data or another output"),
         (tmp_path / "nothing/pairs.jsonl", None, "--pairs .* its folder is missing"),
     ):
         with pytest.raises(UserError, match=message):

@@ -66,6 +66,9 @@ def test_the_second_version_may_have_no_answer():
     marked_by_version = changed(lambda entry: entry.update(answers=[]))
     marked_by_version["version"] = "v2.0"
     assert parse_squad("train.json", marked_by_version)[0].answers == ()
+    marked_by_version["version"] = "2023-05-01"
+    with pytest.raises(UserError, match="answer"):
+        parse_squad("train.json", marked_by_version)
 
 
 def test_a_file_without_answers_serves_for_predictions():

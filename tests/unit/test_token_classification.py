@@ -117,6 +117,8 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches():
     count = (labels != -100).sum()
     parts = [loss({"logits": logits[rows]}, labels[rows], count) for rows in (slice(0, 1), slice(1, 4))]
     torch.testing.assert_close(sum(parts), expected)
+    without_labels = torch.full_like(labels, -100)  # a batch of unknown tags
+    assert loss({"logits": logits}, without_labels) == loss({"logits": logits}, without_labels, 0) == 0
 
 
 def test_files_that_are_missing_are_named(tmp_path):
