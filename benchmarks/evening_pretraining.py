@@ -20,7 +20,7 @@ from benchmarks.studies import IN_CPU_TIME, WITH_THE_STUDY, execute
 from benchmarks.time_to_loss import LINES, Run, finished, longest_run, measure, points_of, runs_of
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
-from ds_roberta.finetuning.one_run import last_checkpoint
+from ds_roberta.finetuning.trainer_checkpoints import last_checkpoint
 from ds_roberta.training.budget import PLAN_NAME
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, saved_steps
 from ds_roberta.training.metrics import METRICS_NAME, read_metrics

@@ -37,7 +37,7 @@ from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.distributed import Ranks
-from ds_roberta.finetuning.one_run import last_checkpoint
+from ds_roberta.finetuning.trainer_checkpoints import last_checkpoint
 from ds_roberta.model.export import hf_config
 
 EVALUATED_AT_ONCE = 32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import statistics
@@ -26,14 +25,12 @@ from ds_roberta.files import (
     check_replaceable,
     errors_of_the_disk,
     holds_only,
-    json_fingerprint,
     load_json,
     replaced_folder,
     write_json,
 )
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.error_analysis import ERROR_ANALYSIS
-from ds_roberta.finetuning.labelled_tables import split_entry
 from ds_roberta.finetuning.one_run import (
     MODEL_FOLDER,
     Diverged,
@@ -49,7 +46,7 @@ from ds_roberta.finetuning.one_run import (
     train,
 )
 from ds_roberta.finetuning.task import RESULTS, SHORTEST
-from ds_roberta.inputs.streams import is_url
+from ds_roberta.finetuning.work_folder import keep_finished, open_work_folder, run_folder
 from ds_roberta.inputs.tables import TABULAR_NAMES
 from ds_roberta.lease import leases_folder, sole_writer
 from ds_roberta.model.kernels import set_gpu_arithmetic
@@ -138,7 +135,9 @@ def finetune(config: FinetuneConfig) -> int:
         problem = _problem(config, max_seq_length, deepspeed_config)
         output = config.output_dir.resolve()
         with errors_of_the_disk(output), ranks.main_holds(sole_writer(output, leases_folder(output))):
-            work = ranks.on_main(lambda: _work_folder(output, config, deepspeed_config))
+            ranks.on_main(lambda: check_replaceable(output, is_finetuned_folder, KIND))
+            asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
+            work = ranks.on_main(lambda: open_work_folder(output, asked, config.model, problem.encoded))
             try:
                 runs, best = _train_all(config, problem, work, ranks)
             except Stopped:
@@ -146,10 +145,10 @@ def finetune(config: FinetuneConfig) -> int:
                 return STOPPED_EXIT_CODE
             except Diverged:
                 if ranks.is_main:
-                    _keep_finished(work)
+                    keep_finished(work)
                 raise
             problem.task.conclude(best.epochs[best.best])
-            of_best = _run_folder(work, best.setting, best.seed)
+            of_best = run_folder(work, best.setting, best.seed)
             others = {
                 split: evaluate(problem, best, of_best, rows, ranks)
                 for split, rows in problem.encoded.items()
@@ -230,11 +229,11 @@ def _train_all(
     runs: dict[Setting, list[Run]] = {}
     with StopRequest(ranks) as stop:
         for setting, seed in product(config.settings, config.seeds):
-            run = train(problem, setting, seed, _run_folder(work, setting, seed), stop, ranks)
+            run = train(problem, setting, seed, run_folder(work, setting, seed), stop, ranks)
             runs.setdefault(setting, []).append(run)
             ranks.on_main(lambda: _remove_weights(work, runs, problem.metric))
         best = choose(runs, problem.metric)
-        of_best = _run_folder(work, best.setting, best.seed)
+        of_best = run_folder(work, best.setting, best.seed)
         if not ranks.on_main((of_best / MODEL_FOLDER).is_dir):  # an earlier call, with more runs, had a better one
             ranks.on_main(lambda: shutil.rmtree(of_best))
             best = train(problem, best.setting, best.seed, of_best, stop, ranks)
@@ -337,49 +336,13 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
     return content
 
 
-def _work_folder(output: Path, config: FinetuneConfig, deepspeed_config: dict[str, Any] | None) -> Path:
-    """The folder that holds the runs until the output is written; one with another plan is removed.
-
-    Settings and seeds are not part of a plan: each run has its own folder.
-
-    Raises:
-        UserError: the output exists and must not be replaced.
-    """
-    check_replaceable(output, is_finetuned_folder, KIND)
-    asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
-    work = output.parent / f".{output.name}.runs"
-    own, data = {output, work, leases_folder(output)}, (split_entry(entry)[1] for entry in config.data)
-    given = [config.model, *(Path(path) for path in data if not is_url(path))]
-    files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    inputs = [file for file in files if file.is_file() and not own & set(file.resolve().parents)]
-    asked["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in inputs]
-    plan = json_fingerprint(json.loads(json.dumps(asked, default=str)))
-    if work.exists() and not (work / plan).exists():
-        logger.info(f"{work} belongs to another fine-tuning, which was interrupted: starting from scratch")
-        shutil.rmtree(work)
-    (work / plan).mkdir(parents=True, exist_ok=True)
-    return work / plan
-
-
-def _run_folder(work: Path, setting: Setting, seed: int) -> Path:
-    return work / f"rate-{setting.learning_rate!r}-batch-{setting.train_batch_size}-seed-{seed}"
-
-
 def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> None:
     """Keep only the weights of the runs that may be the best: one of the current setting, one of the earlier ones."""
     *before, latest = runs.items()
     keep = [choose(dict([latest]), metric), *([choose(dict(before), metric)] if before else [])]
     for run in (run for of_setting in runs.values() for run in of_setting):
         if run not in keep:
-            shutil.rmtree(_run_folder(work, run.setting, run.seed) / MODEL_FOLDER, ignore_errors=True)
-
-
-def _keep_finished(work: Path) -> None:
-    """Remove the runs' folder after a run has diverged, unless others have finished."""
-    if any(work.iterdir()):
-        logger.info(f"the other runs stay in {work.parent}: the same command with other learning rates takes them over")
-    else:
-        shutil.rmtree(work.parent)
+            shutil.rmtree(run_folder(work, run.setting, run.seed) / MODEL_FOLDER, ignore_errors=True)
 
 
 def _summary(setting: Setting, runs: Sequence[Run], metric: str, recipe: Recipe) -> dict[str, Any]:

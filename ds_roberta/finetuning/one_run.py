@@ -18,6 +18,7 @@ from ds_roberta.distributed import Ranks, StopRequest, logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import load_json, value_at, write_json
 from ds_roberta.finetuning.task import Encoded, Task
+from ds_roberta.finetuning.trainer_checkpoints import TRAINER_STATE, check_processes, last_checkpoint
 from ds_roberta.options import Settings, must_be, option, require_positive
 from ds_roberta.progress import StepBar
 from ds_roberta.transformers_folder import read_model
@@ -28,7 +29,6 @@ EVALUATION_BATCH_SIZE = 32
 MODEL_FOLDER = "model"
 _RECORD = "run.json"
 _TRAINER_FOLDER = "trainer"
-_TRAINER_STATE = "trainer_state.json"  # the last file that Trainer writes to a checkpoint
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,10 @@ def train(problem: Problem, setting: Setting, seed: int, folder: Path, stop: Sto
     checkpoint = ranks.on_main(lambda: last_checkpoint(folder / _TRAINER_FOLDER))
     recipe, name, step = problem.recipe, f"{setting}, seed {seed}", 0
     if checkpoint is not None:
+        check_processes(checkpoint, ranks.world_size)
         step = int(checkpoint.name.rpartition("-")[2])
         ranks.log(f"{name}: continues from step {step}")
-        before = ranks.on_main(lambda: _epochs(transformers.TrainerState.load_from_json(checkpoint / _TRAINER_STATE)))
+        before = ranks.on_main(lambda: _epochs(transformers.TrainerState.load_from_json(checkpoint / TRAINER_STATE)))
         if stops_early(before, problem.metric, recipe.early_stopping):  # killed before its record was written
             problem = replace(problem, recipe=replace(recipe, num_train_epochs=len(before)))
     trainer = make_trainer(problem, setting, seed, folder / _TRAINER_FOLDER, ranks.world_size)
@@ -339,10 +340,11 @@ class _Watch(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.bar.step(lambda: self.loss.of_step.item() * self.ranks.world_size)  # other processes' parts are alike
         if state.global_step < state.max_steps and self.stop.agreed():
-            self.stopped = control.should_save = control.should_training_stop = True
+            self.stopped = control.should_training_stop = True
+            control.should_save = _is_within_epoch(args, state)  # after an epoch Trainer saves what it has evaluated
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.stopped and state.global_step % (state.max_steps // args.num_train_epochs):
+        if self.stopped and _is_within_epoch(args, state):
             # Trainer takes the stop for an epoch's end: it would evaluate, and perhaps choose, half an epoch's model.
             control.should_evaluate = control.should_save = control.should_log = False
 
@@ -370,15 +372,8 @@ class _Watch(transformers.TrainerCallback):
                 self.ranks.log(line)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; incomplete ones are removed, since Trainer counts them."""
-    whole: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((load_json((path / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path)
-    return max(whole)[1] if whole else None
+def _is_within_epoch(args: Any, state: Any) -> bool:
+    return bool(state.global_step % (state.max_steps // args.num_train_epochs))
 
 
 def _epochs(state: transformers.TrainerState) -> list[dict[str, Any]]:

@@ -65,6 +65,12 @@ class TagColumns(Columns):
 
     conllu_column: str = option("in CoNLL-U, the column of the tags: UPOS, XPOS or a key in MISC, such as NER", UPOS)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_pair_column is not None:
+            column = self.text_pair_column
+            raise UserError(f"--text_pair_column {column} does nothing with --task token-classification: leave it out")
+
 
 @dataclass(frozen=True)
 class WordWindow:

@@ -119,6 +119,19 @@ def test_a_fine_tuning_that_is_stopped_and_killed_ends_as_the_unbroken_one(confi
     assert weights[0] == weights[1]
 
 
+def test_an_epoch_that_was_stopped_at_its_end_and_killed_is_evaluated(config, monkeypatch, tmp_path):
+    config = replace(config, seeds=(0,))  # 4 steps an epoch
+    assert finetune(config) == 0
+    broken = replace(config, output_dir=tmp_path / "broken")
+    with monkeypatch.context() as patched:
+        patched.setattr("ds_roberta.finetuning.finetune.StopRequest", lambda ranks: StopAfter(4))
+        patched.setattr(Classification, "metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(broken)
+    assert finetune(broken) == 0
+    assert results(broken) == results(config)
+
+
 def test_stops_within_epochs_after_the_best_one_lose_no_step(config, monkeypatch, caplog):
     """Each call continues where the one before was stopped, although the best epoch was earlier."""
     config = replace(config, seeds=(0,), recipe=Recipe(num_train_epochs=5))  # of 4 steps
@@ -153,8 +166,14 @@ def test_an_output_within_the_data_does_not_change_the_plan(config, data, monkey
     with caplog.at_level("INFO"):
         for _ in range(2):
             assert finetune(config) == STOPPED_EXIT_CODE
+            (tmp_path / "r=1/notes.md").write_text("Nothing that is read.")
     assert "continues from step 2" in caplog.text
     assert "starting from scratch" not in caplog.text
+    train = tmp_path / "r=1/train.jsonl"
+    train.write_text(train.read_text().replace("karen", "teppo", 1))
+    with caplog.at_level("INFO"):
+        assert finetune(config) == STOPPED_EXIT_CODE
+    assert "starting from scratch" in caplog.text
 
 
 def test_a_changed_plan_does_not_continue_the_old_one(config, monkeypatch):

@@ -121,6 +121,11 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches():
     assert loss({"logits": logits}, without_labels) == loss({"logits": logits}, without_labels, 0) == 0
 
 
+def test_a_column_of_pairs_is_refused():
+    with pytest.raises(UserError, match="--text_pair_column b does nothing with --task token-classification"):
+        TagColumns(text_pair_column="b")
+
+
 def test_files_that_are_missing_are_named(tmp_path):
     (tmp_path / "train.conll").write_text(TRAIN)
     with pytest.raises(UserError, match=r"no validation file in --data .* name a file dev with the ending .conll, "):
