@@ -55,7 +55,7 @@ def label_column(table: Table, options: Labels) -> str:
             f"{table.name} has Label Studio's tasks: export them as JSON-MIN or CSV, and give the name of the choices "
             "as --label_column"
         )
-    label = options.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
+    label = _own_column(table, options)
     if label is None:
         raise UserError(
             f"{table.name} has the columns {listed(table)}: {options.column_options}, or leave out a file without "
@@ -64,13 +64,17 @@ def label_column(table: Table, options: Labels) -> str:
     return label
 
 
+def _own_column(table: Table, options: Labels) -> str | None:
+    return options.label_column or next((name for name in LABEL_COLUMNS if name in table.columns), None)
+
+
 def without_unlabelled_tests(tables: dict[str, Table], options: Labels) -> dict[str, Table]:
     """All splits except test splits without labels (-1, `-`, no value, the ignored one), which most of GLUE's are."""
-    label = label_column(tables["train"], options)
+    ignored, of_train = ("-1", options.ignore_label), label_column(tables["train"], options)
     return {
         split: table
         for split, table in tables.items()
-        if not _is_unlabelled_test(split, table, [label], ("-1", options.ignore_label))
+        if not _is_unlabelled_test(split, table, [_own_column(table, options) or of_train], ignored)
     }
 
 

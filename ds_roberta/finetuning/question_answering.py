@@ -26,6 +26,7 @@ from ds_roberta.options import must_be, option, require_positive
 
 NO_ANSWER = "no answer"
 MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)
+_CONTEXTS_AT_ONCE = 1000  # a tokenizer's own results need far more memory than what is kept
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class Window:
     Attributes:
         question: the question's index.
         first: position of the piece's first token in `input_ids`.
-        offsets: each of the piece's tokens as [start, end) in the context's characters, without surrounding
-            white space; a token of only white space is empty.
+        offsets: (tokens, 2) int32, each of the piece's tokens as [start, end) in the context's characters, without
+            surrounding white space; a token of only white space is empty.
     """
 
     question: int
     input_ids: list[int]
     first: int
-    offsets: list[tuple[int, int]]
+    offsets: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -278,10 +279,11 @@ def make_windows(
     cut = [question for question, (ids, _) in zip(questions, asked, strict=True) if len(ids) > longest]
     if cut:
         logger.warning(f"{len(cut)} of {len(questions)} questions are too long and were cut, first {cut[0].place}")
-    contexts = _encode(tokenizer, [question.context for question in questions])
+    contexts = _located_tokens(tokenizer, list(dict.fromkeys(question.context for question in questions)))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     windows = []
-    for index, (question, (question_ids, _), (ids, offsets)) in enumerate(zip(questions, asked, contexts, strict=True)):
+    for index, (question, (question_ids, _)) in enumerate(zip(questions, asked, strict=True)):
+        ids, offsets = contexts[question.context]
         head = [bos, *question_ids[:longest], eos, eos]
         room = max_seq_length - len(head) - 1
         if room < 1:
@@ -289,10 +291,9 @@ def make_windows(
                 f"{question.place}: {max_seq_length} tokens leave no room for the context after the question: raise "
                 "--max_seq_length"
             )
-        words = [_without_space(question.context, *offset) for offset in offsets]
         for start in window_starts(len(ids), room, doc_stride):
             piece = slice(start, start + room)
-            windows.append(Window(index, [*head, *ids[piece], eos], len(head), words[piece]))
+            windows.append(Window(index, [*head, *ids[piece], eos], len(head), offsets[piece]))
     return windows
 
 
@@ -308,12 +309,11 @@ def span_labels(window: Window, question: Question) -> tuple[int, int]:
     if question.start is None:
         return 0, 0
     start, end = _without_space(question.context, question.start, question.start + len(question.answers[0]))
-    inside = [
-        place for place, (begin, stop) in enumerate(window.offsets) if begin < stop and begin < end and stop > start
-    ]
-    if not inside or window.offsets[inside[0]][0] > start or window.offsets[inside[-1]][1] < end:
+    begins, stops = window.offsets.T
+    inside = np.flatnonzero((begins < stops) & (begins < end) & (stops > start))
+    if not len(inside) or begins[inside[0]] > start or stops[inside[-1]] < end:
         return 0, 0
-    return window.first + inside[0], window.first + inside[-1]
+    return window.first + int(inside[0]), window.first + int(inside[-1])
 
 
 def decode(
@@ -341,7 +341,7 @@ def _best_of_window(window: Window, starts: np.ndarray, ends: np.ndarray, option
     """The window's best spans, which do not overlap: the best, the best of the rest, and so on."""
     tokens = len(window.offsets)
     places = np.arange(tokens)
-    empty = np.array([begin == stop for begin, stop in window.offsets], dtype=bool)
+    empty = window.offsets[:, 0] == window.offsets[:, 1]
     starts = np.where(empty, -np.inf, starts.astype(np.float64))
     ends = np.where(empty, -np.inf, ends.astype(np.float64))
     longest = min(options.max_answer_length, tokens)
@@ -353,13 +353,26 @@ def _best_of_window(window: Window, starts: np.ndarray, ends: np.ndarray, option
         score = float(scores[first, more])
         if score == -math.inf:
             break
-        spans.append(Span(window.offsets[first][0], window.offsets[first + more][1], score))
+        spans.append(Span(int(window.offsets[first, 0]), int(window.offsets[first + more, 1]), score))
         scores[(places[:, None] <= first + more) & (last >= first)] = -np.inf
     return spans
 
 
+def _located_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, contexts: Sequence[str]
+) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Each context's ids and its tokens' places, as in `Window.offsets`; many questions share a context."""
+    located = {}
+    for first in range(0, len(contexts), _CONTEXTS_AT_ONCE):
+        texts = contexts[first : first + _CONTEXTS_AT_ONCE]
+        for text, (ids, offsets) in zip(texts, _encode(tokenizer, texts), strict=True):
+            places = [_without_space(text, *offset) for offset in offsets]
+            located[text] = (ids, np.array(places, dtype=np.int32).reshape(-1, 2))
+    return located
+
+
 def _encode(
-    tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]
+    tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Each text's ids and offsets, without special tokens and without a limit."""
     encoded = tokenizer(

@@ -81,6 +81,8 @@ def test_a_test_split_without_labels_is_left_out_whole(tmp_path):
         data = write(tmp_path, [0, 1], test=[hidden] * 3)
         _, splits = Classification.from_data(data, ClassificationOptions(ignore_label=ignored))
         assert set(splits) == {"train", "validation"}
+    (tmp_path / "test.jsonl").write_text('{"text": "a", "gold_label": 1}')  # another of the usual names than train's
+    assert labels_of(Classification.from_data(data, ClassificationOptions())[1], "test") == [1]
 
 
 def test_balanced_weights_are_scikit_learns_and_are_kept(tmp_path):

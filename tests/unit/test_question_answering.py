@@ -223,7 +223,7 @@ def test_letters_of_special_tokens_stay_text(tokenizer):
 
 def window_of(words, first=3):
     """A window whose tokens are one character each, of which spaces are empty."""
-    offsets = [(place, place + (letter != " ")) for place, letter in enumerate(words)]
+    offsets = np.array([(place, place + (letter != " ")) for place, letter in enumerate(words)], dtype=np.int32)
     return Window(0, [0] * (first + len(words) + 1), first, offsets)
 
 
