@@ -175,6 +175,7 @@ class DeepSpeedConfig:
             # Buckets of DeepSpeed's contiguous buffers have the weights' dtype and would round the fp32 sums.
             content["zero_optimization"]["contiguous_gradients"] = False
         params = content["optimizer"]["params"]
+        params.setdefault("weight_decay", 0.0)  # DeepSpeed's default; that of torch's AdamW is 0.01
         if self._is_offloaded("offload_optimizer") or not on_gpu or params.get("torch_adam", True):
             # torch's fused Adam needs no compiler. DeepSpeed's FusedAdam is built by nvcc at the first start, and its
             # CPU versions, used for offloading too, are not bit-reproducible: it is used only on a GPU, with

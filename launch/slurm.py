@@ -7,6 +7,7 @@ What follows `--` is passed to the template's command unchanged, if that command
 """
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -174,7 +175,9 @@ def check_command(template: str, words: list[str]) -> None:
         UserError: the parser refuses them.
     """
     program = f"import sys; {PARSERS[template]}; parse(sys.argv[1:])"
-    result = subprocess.run([sys.executable, "-c", program, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}  # the job runs in this folder, too
+    result = subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"after --: {result.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
 

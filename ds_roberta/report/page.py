@@ -33,7 +33,11 @@ SETTINGS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # by name: places in
     "train_batch_size": (("batches", -1, "train_batch_size"), ("batch", "train_batch_size")),
     "micro-batch": (("batches", -1, "micro_batch_size"), ("batch", "micro_batch_size")),
     "processes": (("batches", -1, "world_size"), ("batch", "world_size")),
-    "peak learning rate": (("deepspeed", "optimizer", "params", "lr"),),
+    "peak learning rate": (
+        ("deepspeed", "optimizer", "params", "adam_lr"),
+        ("deepspeed", "optimizer", "params", "lr"),
+    ),
+    "peak rate of Muon": (("deepspeed", "optimizer", "params", "muon_lr"),),
     **{each.name: (("run", *each.place),) for each in options_of(RunConfig) if each.name != "output_dir"},
     "device": (("device",),),
     "compiled": (("compiled",),),

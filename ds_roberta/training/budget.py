@@ -37,7 +37,7 @@ PLAN_NAME = "plan.json"
 UNPLANNED_STEPS = 1_000_000
 """`max_steps` until it is fixed: enough that every percent of a schedule is a step of its own."""
 _SAMPLE_SEQUENCES = 65_536
-_ITERATIONS = 10
+_MOST_STEPS = 1 << 40
 _MEASURED_SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.03, 3.0, 30.0
 """How long each length, and the evaluation, is measured: a share of the budget, within bounds."""
 _FIXED_SECONDS = 10.0
@@ -110,18 +110,23 @@ def fix_steps(run: Run, start: Start, data: RunData, engine: Engine, micro_batch
     return planned
 
 
-def steps_within(budget: float, cost: Callable[[int], float], steps: int = UNPLANNED_STEPS) -> int:
-    """The most steps that cost no more than `budget`, at least 1.
+def steps_within(budget: float, cost: Callable[[int], float]) -> int:
+    """The most steps that cost no more than `budget`, at least 1 and below `_MOST_STEPS`.
 
     Args:
-        cost: of a run of so many steps; roughly in proportion to them.
+        cost: of a run of so many steps; rises with them.
     """
-    for _ in range(_ITERATIONS):
-        fitting = max(1, int(steps * budget / cost(steps)))
-        if fitting == steps:
-            break
-        steps = fitting
-    return steps
+    too_many = 1
+    while too_many < _MOST_STEPS and cost(too_many) <= budget:
+        too_many *= 2
+    fitting = too_many // 2
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if cost(middle) <= budget:
+            fitting = middle
+        else:
+            too_many = middle
+    return max(1, fitting)
 
 
 def evaluations(max_steps: int, eval_interval: int) -> int:
@@ -137,13 +142,18 @@ def _fitting_steps(
     def cost(max_steps: int) -> float:
         try:
             stages = with_max_steps(run, max_steps).config.stages
-        except UserError as error:
-            raise UserError(f"{_as_option(run.budget)} allows about {max_steps} steps: {error}") from error
+        except UserError:  # too few for a schedule
+            return 0.0
         ends = [*(stage.first_step for stage in stages[1:]), max_steps]
         steps = sum((end - stage.first_step) * per_step[_shape(stage)] for stage, end in zip(stages, ends, strict=True))
         return steps + per_evaluation * evaluations(max_steps, run.config.intervals.eval_interval)
 
-    return steps_within(budget, cost)
+    steps = steps_within(budget, cost)
+    try:
+        with_max_steps(run, steps)
+    except UserError as error:
+        raise UserError(f"{_as_option(run.budget)} allows at most {steps} steps: {error}") from error
+    return steps
 
 
 def _mean_tokens(data: RunData, length: int) -> float:

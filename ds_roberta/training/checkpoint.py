@@ -39,6 +39,10 @@ _NAME_PATTERN = re.compile(r"global_step(\d+)")
 MANIFEST_NAME = "manifest.json"
 
 
+_OF_THE_HELD_OUT_SAMPLE = ("data", "tokenizer", "packing", "masking", "attention")
+"""Names in a run's identity that its held-out losses depend on, besides the model."""
+
+
 @dataclass
 class TrainState:
     """All of a run's state besides weights and moments.
@@ -59,6 +63,7 @@ class TrainState:
         recent_evaluations: step and held-out loss of the evaluations that a later one may be compared with.
         plateau: the kind of the last plateau of the held-out loss that was reported.
         learned_positions: the learned positions of the model that the run started from; 0 if it started from scratch.
+        eval_sequences: how many held-out sequences the losses are of at most; 0 in an earlier version's checkpoint.
     """
 
     identity: dict[str, Any]
@@ -76,6 +81,20 @@ class TrainState:
     recent_evaluations: list[list[float]] = field(default_factory=list)
     plateau: str | None = None
     learned_positions: int = 0
+    eval_sequences: int = 0
+
+    def continue_as(self, identity: dict[str, Any], eval_sequences: int) -> bool:
+        """Belong to a run with these from here on. If its held-out losses are of other sequences or masks, those so far
+        are forgotten; returns whether they are.
+        """
+        of_others = self.eval_sequences not in (0, eval_sequences) or any(
+            self.identity.get(name) != identity.get(name) for name in _OF_THE_HELD_OUT_SAMPLE
+        )
+        self.identity, self.eval_sequences = identity, eval_sequences
+        if of_others:
+            self.best_eval_loss = self.best_step = self.plateau = None
+            self.lines, self.recent_evaluations = {}, []
+        return of_others
 
     def count_step(self, counts: Counts, skipped: bool) -> None:
         """Count an optimizer step on a batch of `counts`."""

@@ -69,7 +69,7 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     Raises:
         UserError: the run's `config.json` or `metrics.jsonl` is broken.
     """
-    run = checkpoint.resolve().parents[1]
+    run = checkpoint.resolve().parent.parent
     record = read_record(run / CONFIG_NAME) if (run / CONFIG_NAME).is_file() else {}
     if "run" not in record:  # written by another program
         record = {}
@@ -166,11 +166,13 @@ def _lines(state: TrainState) -> dict[str, str]:
 def _circumstances(record: dict[str, Any]) -> dict[str, str]:
     """What the run's `config.json` adds, as its last start wrote it; an earlier version's has less."""
     deepspeed, optimizer = ("deepspeed",), ("deepspeed", "optimizer", "params")
+    rate = "lr" if value_at(record, (*optimizer, "adam_lr")) is None else "adam_lr"
     places: dict[str, tuple[str | int, ...]] = {
         "data folder": ("run", "data_dir"),
         "folder of the initial model": ("run", "init_from"),
         "optimizer": (*deepspeed, "optimizer", "type"),
-        "peak learning rate": (*optimizer, "lr"),
+        "peak learning rate": (*optimizer, rate),
+        "peak rate of Muon": (*optimizer, "muon_lr"),
         "weight decay": (*optimizer, "weight_decay"),
         "attention": ("run", "attention"),
         "initial attention": ("run", "initial_attention"),

@@ -68,6 +68,9 @@ class InitialModel:
             )
         if not (folder / TRAIN_STATE_NAME).is_file():
             return cls._open_transformers(folder)
+        if not (folder / checkpoint.MANIFEST_NAME).is_file():
+            missing = f"is not a whole checkpoint ({checkpoint.MANIFEST_NAME} is missing)"
+            raise UserError(f"--init_from {str(folder)!r} {missing}: copy it again")
         with checkpoint.errors_of_the_state(folder):
             state = checkpoint.read_state(folder)
             config = stored_architecture(state.identity["model"], folder / TRAIN_STATE_NAME)

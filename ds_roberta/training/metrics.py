@@ -71,13 +71,20 @@ def read_record(path: Path) -> dict[str, Any]:
 class MetricsLog:
     """Appends rows to `metrics.jsonl`, one JSON object a line."""
 
-    def __init__(self, output_dir: Path, global_step: int):
+    def __init__(self, output_dir: Path, global_step: int, is_evaluated: bool = True):
         """Open the log of a run that is at `global_step`.
 
         Rows that the run will write again are removed: later steps, lost in a crash, and this step's evaluation.
+
+        Args:
+            is_evaluated: whether this step's evaluation is due again.
         """
         self._path = output_dir / METRICS_NAME
-        kept = [row for row in self.rows() if row["global_step"] < global_step + ("eval_loss" not in row)]
+        kept = [
+            row
+            for row in self.rows()
+            if row["global_step"] < global_step + (not is_evaluated or "eval_loss" not in row)
+        ]
         if self._path.exists():
             with errors_of_the_disk(self._path, remedy=_REMEDY):
                 write_text(self._path, "".join(f"{json.dumps(row)}\n" for row in kept))

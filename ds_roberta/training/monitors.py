@@ -11,6 +11,7 @@ import importlib
 import math
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -222,6 +223,7 @@ class TensorBoardMonitor(Monitor):
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self._missing_from = folder / ".missing_from"  # the step since which events are missing, if a write failed
         self._writer: SummaryWriter | None = None
 
     def start(self, points: list[Point], global_step: int) -> None:
@@ -230,16 +232,24 @@ class TensorBoardMonitor(Monitor):
         self.close(complete=False)
         # The run's current step is hidden too: its evaluation is repeated.
         hide_from = global_step if any(self._folder.glob(_FILES["tensorboard"])) else None
+        if self._missing_from.exists():
+            hide_from = min(global_step, int(self._missing_from.read_text(encoding="utf-8") or 0))
         self._writer = SummaryWriter(str(self._folder), purge_step=hide_from)
         for step, values in points:
             if hide_from is None or step >= hide_from:
                 self._add(self._writer, step, values)
         self._writer.flush()
+        self._missing_from.unlink(missing_ok=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         assert self._writer is not None
-        self._add(self._writer, step, values)
-        self._writer.flush()  # a kill loses what is still buffered
+        try:
+            self._add(self._writer, step, values)
+            self._writer.flush()  # a kill loses what is still buffered
+        except Exception:
+            with suppress(OSError):
+                self._missing_from.write_text(str(step), encoding="utf-8")
+            raise
 
     def close(self, complete: bool) -> None:
         if self._writer is not None:

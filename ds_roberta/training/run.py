@@ -16,7 +16,7 @@ from ds_roberta.data.manifest import VALIDATION_SPLIT
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
-from ds_roberta.errors import UserError
+from ds_roberta.errors import DiskError, UserError
 from ds_roberta.files import created_parents, load_json, remove_leftovers, write_json
 from ds_roberta.lease import Lease, leases_within, sole_writer
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
@@ -87,9 +87,15 @@ def _train(run: Run, lease: Lease | None) -> int:
     complete = False
     try:
         complete = trainer.train()
+    except UserError as error:
+        run.monitors.close(complete)
+        if not isinstance(error, DiskError):  # that may be one process's own
+            ranks.barrier()  # a launcher ends all processes, with what the first has to say, once one of them exits
+        raise
     finally:
         run.monitors.close(complete)
     if not complete:
+        ranks.barrier()  # likewise
         ranks.log("stopped on request; run the same command again to continue")
         return STOPPED_EXIT_CODE
     _export(run, trainer)
@@ -278,7 +284,7 @@ def _micro_batch_sizes(run: Run, start: Start, engine: Engine) -> dict[int, int]
     config = run.config
     folders = [config.output_dir]
     if start.checkpoint is not None:  # the checkpoint may be another run's
-        folders.append(start.checkpoint.resolve().parents[1])
+        folders.append(start.checkpoint.resolve().parent.parent)
     sizes = {}
     for length in {stage.max_seq_length: None for stage in config.stages}:
         largest = max(stage.train_batch_size for stage in config.stages if stage.max_seq_length == length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ def find_start(run: Run) -> Start:
     if path is None:
         check_identity(folder, identity, identity, allowed)
         learned = initial_model.learned_positions if initial_model else 0
-        return Start(TrainState(identity, learned_positions=learned))
+        return Start(TrainState(identity, learned_positions=learned, eval_sequences=config.eval_sequences))
     if run.budget:
         raise UserError(
             f"--{' --'.join(run.budget)} fixes the steps when a run starts, but this one resumes from {str(path)!r}: "
@@ -61,18 +61,22 @@ def find_start(run: Run) -> Start:
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:
         state = checkpoint.read_state(path)
-    with checkpoint.errors_of_the_state(path):
-        changes = check_identity(path, completed_identity(state.identity), identity, allowed)
-    for change in changes:
-        ranks.log(f"allowed change: {path}: {change}")
-        state.lines = {}  # other data or masks have others
-    state.identity = identity
     newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
     if newer and config.resume != "auto":
-        raise UserError(
-            f"{str(folder)!r} has checkpoints newer than --resume {config.resume!r} (step {newer[0]}): move them away, "
-            "choose another --output_dir, or continue from the newest with --resume auto"
-        )
+        if config.output_dir.resolve() in path.resolve().parents:
+            raise UserError(
+                f"{str(folder)!r} has checkpoints newer than --resume {config.resume!r} (step {newer[0]}): move them "
+                "away, choose another --output_dir, or continue from the newest with --resume auto"
+            )
+        ranks.log(f"this run has gone on from --resume {config.resume} before: {folder} has newer checkpoints")
+        return find_start(replace(run, config=replace(config, resume="auto")))
+    with checkpoint.errors_of_the_state(path):
+        state.identity = completed_identity(state.identity)
+        changes = check_identity(path, state.identity, identity, allowed)
+    for change in changes:
+        ranks.log(f"allowed change: {path}: {change}")
+    if state.continue_as(identity, config.eval_sequences):
+        ranks.log("held-out losses are of other sequences or masks from here on: the best checkpoint is found anew")
     if state.global_step > config.schedule.max_steps:
         raise UserError(
             f"{str(path)!r} is at step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"

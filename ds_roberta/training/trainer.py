@@ -133,7 +133,7 @@ class Trainer:
         """The run's log, which rank 0 writes; it and the monitors are cut back to the state's step."""
 
         def open_metrics() -> MetricsLog:
-            metrics = MetricsLog(self.config.output_dir, self.state.global_step)
+            metrics = MetricsLog(self.config.output_dir, self.state.global_step, self._evaluation_is_due())
             self._monitors.start(metrics, self.state.global_step, self._progress.say)
             return metrics
 
@@ -238,12 +238,15 @@ class Trainer:
         state, intervals = self.state, self.config.intervals
         self._writer.poll()
         self._monitors.saved(self._writer.saved_step)
-        due = state.global_step % intervals.eval_interval == 0 or state.global_step == self.config.schedule.max_steps
-        evaluated = self.evaluate() if due else True
+        evaluated = self.evaluate() if self._evaluation_is_due() else True
         is_best = state.best_step == state.global_step
         if state.global_step and (is_best or state.global_step % intervals.save_interval == 0):
             self.save()
         return evaluated
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.state.global_step
+        return step % self.config.intervals.eval_interval == 0 or step == self.config.schedule.max_steps
 
     def _check_loss(self, loss: float, result: StepResult) -> None:
         """Check the step just taken: raise `LossSpike` as `train_step` says, or count and report a spike."""
@@ -281,7 +284,8 @@ class Trainer:
             raise UserError(f"{spike.problem}; there is no checkpoint to go back to")
         spiked, skipped = self.state, self._skipped
         self.state = checkpoint.load(self.engine, path)
-        self.state.identity, self.state.lines = spiked.identity, spiked.lines
+        self.state.continue_as(spiked.identity, spiked.eval_sequences)
+        self.state.lines = spiked.lines
         step = self.state.global_step
         if any(entry.global_step == step for entry in self._skipped):
             raise UserError(f"{spike.problem}; it is the second one since step {step}: skipping data does not help")

@@ -35,6 +35,9 @@ def test_a_run_goes_on_from_deepspeeds_layout_as_if_it_were_unbroken(saved, work
     arguments = (*SETTINGS, "--max_steps", "4", "--output_dir", "runs/resumed", "--resume", folder / "global_step2")
     assert "resuming from" in pretrain(workspace, *arguments)
     assert identical(tensors(workspace / "runs/resumed", 4), tensors(saved, 4))
+    again = pretrain(workspace, *arguments)  # as of a job that is queued again
+    assert "this run has gone on from --resume" in again
+    assert "step 4 of 4" in again
 
 
 def test_deepspeeds_tools_take_its_layout(saved, workspace):

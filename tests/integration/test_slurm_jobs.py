@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import shlex
@@ -93,6 +94,7 @@ def run_here(command, **options):
     code, error = 0, io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
         patch.setattr(sys, "argv", command[1:2] + command[3:])
+        patch.chdir(options.get("cwd", "."))
         try:
             exec(command[2], {})
         except SystemExit as leaving:
@@ -128,6 +130,14 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
     assert lines[-1].endswith("pretrain.py\" --deepspeed_config zero1.json --data_dir 'my $data'")
     assert f"--chdir={tmp_path}" in text
     assert (tmp_path / "logs").is_dir()
+
+
+def test_paths_are_those_of_the_folder_in_which_the_job_runs(monkeypatch, tmp_path):
+    (tmp_path / "arch.json").write_text(json.dumps({"model_type": "roberta"}))
+    command = ("--recipe", "fast", "--model", "arch.json", "--output_dir", "runs/own", "--max_steps", "9")
+    code, text = write(monkeypatch, tmp_path, *MULTI_NODE, "--", *command)
+    assert code == 0
+    assert "--model arch.json" in text
 
 
 @pytest.mark.parametrize(

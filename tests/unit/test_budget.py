@@ -37,6 +37,12 @@ def test_the_steps_are_the_most_that_a_budget_pays_for(budget):
     assert steps == 1 or budget - 5 < cost(steps) <= budget + 1
 
 
+@pytest.mark.parametrize(("budget", "expected"), [(5_000, 1_500), (400, 400), (1_000.5, 1_000)])
+def test_a_step_may_cost_more_from_some_step_on(budget, expected):
+    steps = steps_within(budget, lambda steps: steps if steps <= 1_000 else 1_000 + 8 * (steps - 1_000))
+    assert steps == expected
+
+
 def test_evaluations_are_those_of_the_loop():
     for max_steps, interval in ((1, 10), (10, 10), (11, 10), (30, 10), (7, 1)):
         due = [step for step in range(max_steps + 1) if step % interval == 0 or step == max_steps]

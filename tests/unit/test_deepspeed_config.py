@@ -63,6 +63,12 @@ def test_only_a_gpu_has_deepspeeds_adam_for_who_asks_for_it(read_config):
     assert config.resolved("fp32", on_gpu=False)["optimizer"]["params"]["torch_adam"]
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_weight_decay_that_is_not_given_is_none(read_config, on_gpu):
+    resolved = read_config({"optimizer.params": {"lr": 1e-4}}).resolved("fp32", on_gpu)
+    assert resolved["optimizer"]["params"]["weight_decay"] == 0
+
+
 def test_resolving_leaves_the_configuration_alone(read_config):
     config = read_config({})
     config.resolved("fp32", on_gpu=False)

@@ -302,6 +302,10 @@ def changed_weights(**changes):
     return change
 
 
+def part_of_a_checkpoint(folder):
+    (folder / "train_state.json").write_text("{}")
+
+
 def a_run(folder):
     (folder / "checkpoints").mkdir()
 
@@ -321,6 +325,7 @@ def a_run(folder):
         (changed_weights(query__weight=lambda w: w * float("nan")), "is not finite"),
         (changed_weights(lm_head__dense__weight=lambda w: None), "lacks 'lm_head.dense.weight'"),
         (a_run, "is a run's folder, which may change"),
+        (part_of_a_checkpoint, r"is not a whole checkpoint \(manifest.json is missing\): copy it again"),
     ],
 )
 def test_a_folder_that_cannot_be_begun_with_is_named(copied, corpus, change, message):

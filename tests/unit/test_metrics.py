@@ -34,6 +34,9 @@ def test_the_evaluation_of_the_step_that_a_run_stands_at_is_done_again(tmp_path)
     log.write({"global_step": 2, "eval_loss": 3.0})
     MetricsLog(tmp_path, 2)
     assert [row.get("eval_loss") for row in read_rows(tmp_path)] == [None, None, 4.0]
+    log.write({"global_step": 2, "eval_loss": 3.0})
+    MetricsLog(tmp_path, 2, is_evaluated=False)  # as the last step of a run that is given more
+    assert [row.get("eval_loss") for row in read_rows(tmp_path)] == [None, None, 4.0, 3.0]
 
 
 @pytest.mark.parametrize("half", ['{"global_step": 3, "lo', '{"global_step": 3, "loss": 1.0}'])

@@ -55,6 +55,16 @@ def run(tmp_path):
     return folder
 
 
+def test_the_peak_rates_of_muon_are_both_in_the_card(run):
+    record = json.loads((run / "config.json").read_text())
+    params = {"lr": 9.0, "adam_lr": 2e-3, "muon_lr": 0.01, "weight_decay": 0.1}
+    record["deepspeed"]["optimizer"] = {"type": "Muon", "params": params}
+    (run / "config.json").write_text(json.dumps(record))
+    card = model_card(CONFIG, TrainState(IDENTITY, 1200), weights("lm_head", 1), run / "checkpoints/global_step1200")
+    facts = table(card)
+    assert (facts["peak learning rate"], facts["peak rate of Muon"], facts["optimizer"]) == ("0.002", "0.01", "Muon")
+
+
 def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     lines = {"unigram_loss": 7.12345, "neighbour_loss": 5.5}
     state = TrainState(IDENTITY, 1200, 307_200, 250_000_000, lines=lines)

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series
+from torch.utils.tensorboard import SummaryWriter
 
 from ds_roberta.errors import UserError
 from ds_roberta.training.metrics import MetricsLog
@@ -111,6 +112,19 @@ def test_a_monitor_that_fails_is_told_once_and_the_others_go_on(run, sections, t
     (line,) = said
     assert line.startswith("csv_monitor fails and is left out until the next start: FileNotFoundError")
     assert_monitors_show(run(6, 7), tmp_path / "monitors")
+
+
+def test_tensorboard_gets_what_it_lacks_since_it_failed(run, sections, tmp_path, monkeypatch):
+    said = []
+    with monkeypatch.context() as patched:
+        flush, calls = SummaryWriter.flush, []
+        patched.setattr(
+            SummaryWriter, "flush", lambda self: calls.append(1) or flush(self) if len(calls) < 5 else 1 / 0
+        )
+        run(0, 8, say=said.append)
+    assert [line.split(" fails")[0] for line in said] == ["tensorboard"]
+    assert_monitors_show(run(8, 9), tmp_path / "monitors")
+    assert_monitors_show(run(7, 9, attempt=1), tmp_path / "monitors")
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path):
