@@ -66,7 +66,8 @@ def train_tokenizer(
     require_fraction("--max_bad_fraction", max_bad_fraction)
     options = options or ReadOptions()
     _check(options)
-    units = plan_units(_find_inputs(inputs).files, options, allow_damaged=allow_damaged_files)
+    found = _find_inputs(inputs)
+    units = plan_units(found.files, options, sources=found.sources, allow_damaged=allow_damaged_files)
     account = Account()
     bad = BadDocuments(max_bad_fraction)
     with (

@@ -12,12 +12,12 @@ It is compared with the first document of the band and with the one just before 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 import xxhash
 
 from ds_roberta.errors import UserError
@@ -28,11 +28,14 @@ DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
 NEAR_SIMILARITY = 0.8
 BANDS, BAND_ROWS = 16, 8  # finds 95% of the pairs at similarity 0.8 and all but 0.01% of those at 0.9
 SHINGLE_WORDS = 5
+WORD_VERSION = 2
+"""Of what counts as a word; raised when that changes."""
 RANGE_ROWS = 1 << 21
 """Number of keys that one merge holds in memory: about 250 MB with everything else it needs."""
 
 _SEED = 1
-_WORD = re.compile(r"\w+")
+# Unlike re, regex keeps the marks of Indic scripts and of Arabic with their letters. A formula has its symbols.
+_WORD = regex.compile(r"\w+|[\p{Sm}\p{Sc}\p{So}]")
 _ROW = np.dtype(
     [
         *(("split", "u1"), ("part", "<u4"), ("piece", "<u4"), ("source", "<u4"), ("bytes", "<u4"), ("special", "u1")),
@@ -56,6 +59,7 @@ def dedup_options(kind: str) -> dict[str, Any]:
         "near_similarity": NEAR_SIMILARITY,
         "near_bands": [BANDS, BAND_ROWS],
         "near_shingle_words": SHINGLE_WORDS,
+        "near_word_version": WORD_VERSION,
         "near_algorithm": f"rensa.RMinHash {_minhash().ALGORITHM_VERSION}",
     }
 

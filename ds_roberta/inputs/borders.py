@@ -13,6 +13,7 @@ NEWLINE = rb"(?:\r\n|\r(?!\n)|\n)"
 LINE_END = re.compile(NEWLINE)
 _BLANK_LINE = re.compile(NEWLINE + rb"[ \t\v\f]*" + NEWLINE)
 _JSON_LINE = re.compile(rb"\n")
+_BLANK = b" \t\v\f\r\n"
 _LAST_WINDOW = 1 << 14
 _LONGEST_BLANK = 1 << 20
 
@@ -67,19 +68,23 @@ def first_border(data: bytes, kind: str, complete: bool) -> int | None:
     return match.end() if match else None
 
 
-def last_border(data: bytes, kind: str, complete: bool) -> int | None:
-    """Return the offset after the last separator of documents, or None if there is none."""
+def last_border(data: bytes, kind: str, complete: bool, searched: int = 0) -> int | None:
+    """Return the offset after the last separator of documents, or None if there is none.
+
+    Args:
+        searched: none begins before this offset.
+    """
     pattern, end, window = BORDERS[kind], _usable(data, complete), _LAST_WINDOW
     if pattern is None:
         return None
     if pattern is _JSON_LINE:
-        return data.rfind(b"\n") + 1 or None
+        return data.rfind(b"\n", searched) + 1 or None
     while True:
-        begin = max(0, end - window)
+        begin = max(searched, end - window)
         last = None
         for match in pattern.finditer(data, begin, end):
             last = match.end()
-        if last is not None or begin == 0:
+        if last is not None or begin == searched:
             return last
         window *= 4
 
@@ -92,7 +97,7 @@ def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator
     Yields:
         The offset in the stream and the bytes of each chunk.
     """
-    offset, buffer, too_long = 0, b"", None  # the last is where an overlong document begins
+    offset, buffer, searched, too_long = 0, b"", 0, None  # the last is where an overlong document begins
     for block in blocks:
         buffer = buffer + block if buffer else block
         if too_long is not None:
@@ -104,12 +109,13 @@ def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator
             offset, buffer = offset + border, buffer[border:]
             yield too_long, offset - too_long
             too_long = None
-        border = last_border(buffer, kind, complete=False)
+        border = last_border(buffer, kind, complete=False, searched=searched)
         if border is not None:
             yield offset, buffer[:border]
             offset, buffer = offset + border, buffer[border:]
         elif len(buffer) > longest:
             too_long = offset
+        searched = len(buffer.rstrip(_BLANK)) if border is None else 0  # a border may begin in the blanks after it
     if too_long is not None:
         yield too_long, offset + len(buffer) - too_long
     elif buffer or kind == "file":
@@ -122,4 +128,4 @@ def _usable(data: bytes, complete: bool) -> int:
 
 def _blank_end(data: bytes) -> bytes:
     """Return the white space at the end of `data`, in which a border may begin."""
-    return data[max(len(data.rstrip(b" \t\v\f\r\n")), len(data) - _LONGEST_BLANK) :]
+    return data[max(len(data.rstrip(_BLANK)), len(data) - _LONGEST_BLANK) :]

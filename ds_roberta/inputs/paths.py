@@ -26,10 +26,13 @@ FILE, FOLDER, OTHER = "file", "folder", "neither a file nor a folder"
 _NAMED_AT_MOST = 5
 _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@([^/?]+))?(?:\?(.*))?")
-_SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
-_FILE_URL = "file://"
+_STATE, _CACHE = "state.json", "cache-*.arrow"
+"""What `datasets` writes into the folder of a data set that it saves, and later beside it."""
+_SAVED_DATASET_FILES = (_STATE, "dataset_dict.json")
+_LOCAL_URLS = ("file://", "local://")
 IGNORED = f"ignored (not {READABLE})"
 _HIDDEN = "ignored (hidden)"
+_OF_CACHES = "ignored (caches of datasets)"
 _BROKEN = "ignored (broken links)"
 _OTHER = "ignored (neither files nor folders)"
 REPEATED = "read once, although given or linked more than once"
@@ -66,7 +69,7 @@ def find_inputs(arguments: Sequence[str]) -> Inputs:
         source, path = _split_source(argument)
         for file in _expand(path, passed_over):
             _check_name(file)
-            identity = file if is_url(file) else os.path.realpath(file)
+            identity = _whole_url(file) if is_url(file) else os.path.realpath(file)
             if identity in files:
                 passed_over[REPEATED].append(file)
             else:
@@ -90,8 +93,8 @@ def _expand(argument: str, passed_over: _PassedOver) -> list[str]:
     hub = HUB_DATASET.fullmatch(argument)
     if hub:
         return _readable_of(dataset_files(hub[1], hub[2], hub[3] or ""), argument, passed_over)
-    if argument.startswith(_FILE_URL):
-        argument = argument.removeprefix(_FILE_URL)
+    if argument.startswith(_LOCAL_URLS):
+        argument = argument.partition("://")[2]
     if is_url(argument):
         return _expand_url(argument, passed_over)
     kind = kind_of(argument)
@@ -117,12 +120,28 @@ def _expand_url(url: str, passed_over: _PassedOver) -> list[str]:
         if glob.has_magic(name):
             found = system.glob(name)
         elif system.isdir(name):
-            found = system.find(name)
+            found = _visible(name, system.find(name), passed_over)
         elif system.isfile(name):
             return _single(url, FILE)
         else:
             raise UserError(f"no such file or folder: {url!r}; choose an existing path, folder, glob or URL as --input")
     return _readable_of([system.unstrip_protocol(file) for file in sorted(found)], url, passed_over)
+
+
+def _whole_url(url: str) -> str:
+    """A URL as its file system writes it, so that the same file has the same one; one within another stays."""
+    if "::" in url:
+        return url
+    system, name = file_system(url)
+    return str(system.unstrip_protocol(name))
+
+
+def _visible(folder: str, files: Sequence[str], passed_over: _PassedOver) -> list[str]:
+    """The files of a remote folder that are not hidden, nor in a hidden folder."""
+    hidden = {file for file in files if any(part.startswith(".") for part in file.removeprefix(folder).split("/"))}
+    if hidden:
+        passed_over[_HIDDEN] += sorted(hidden)
+    return [file for file in files if file not in hidden]
 
 
 def dataset_files(name: str, revision: str | None, query: str) -> list[str]:
@@ -191,7 +210,11 @@ def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
     """
     kind = kind_of(path)
     if kind == FILE:
-        return [path]
+        folder, name = os.path.split(path)
+        if not (fnmatchcase(name, _CACHE) and os.path.isfile(os.path.join(folder, _STATE))):
+            return [path]
+        passed_over[_OF_CACHES].append(path)
+        return []
     if kind == FOLDER:
         return _files_of_folder(path, passed_over)
     if kind is None and _is_readable(path):

@@ -104,8 +104,10 @@ def readable(path: str, place: str = "") -> Iterator[None]:
     """Turn errors of the disk or the network into a `UserError` that names `path` and, if given, the place in it."""
     try:
         yield
-    except OSError as error:
-        why = error.strerror or f"{type(error).__name__} {error}"
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not (is_url(path) and type(error) is ValueError):
+            raise  # fsspec raises a plain one where a server does not let it seek
+        why = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
         raise UserError(f"cannot read {path!r}{place}: {why}; make it readable or leave it out") from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import xxhash
@@ -131,6 +131,7 @@ class Origins:
         known = {field.name for field in fields(ReadOptions)}
         options = corpus.manifest.options
         self._options = ReadOptions(**{name: value for name, value in options.items() if name in known})
+        self._sources = {info.path: info.source for info in corpus.manifest.inputs}
         self._documents, self._decoder = documents, decoder
         self._encoder = None
         if decoder.of_unigram:
@@ -156,19 +157,16 @@ class Origins:
 
     def _read(self, path: str, start: int, end: int) -> _Spans:
         found: _Spans = {}
-        for text, place in self._kept(Piece(path, start, end)):
+        for text, place in self._kept(Piece(path, start, end, self._sources.get(path, ""))):
             found.setdefault(_digest(text), place)
         return found
 
     def _kept(self, piece: Piece) -> Iterator[tuple[bytes, tuple[int, int | None]]]:
         kind, compression = known_format(piece.path)
-        items = list(read_documents(piece, self._options))
-        offsets = [item.offset for item in items]
-        if kind in TABLES:
-            ends: list[int | None] = [offset + 1 for offset in offsets]
-        else:
-            ends = [*(following for _, following in pairwise(offsets)), None if compression else piece.end]
-        for item, end in zip(items, ends, strict=True):
+        last_end = None if compression else piece.end
+        for item, following in pairwise(chain(read_documents(piece, self._options), [None])):
+            assert item is not None
+            end = item.offset + 1 if kind in TABLES else following.offset if following else last_end
             kept = kept_or_rejected(item, piece, self._options) if isinstance(item, Document) else item
             if isinstance(kept, Document):
                 yield self._as_stored(sentence_bytes(kept.text, self._options.sentences)), (item.offset, end)

@@ -66,18 +66,20 @@ def plan_units(
     sources = sources or {}
     units: list[tuple[Piece, ...]] = []
     gathered: list[Piece] = []
+    gathered_bytes = 0
     for path in files:
         pieces, damaged = _cut(path, options, unit_bytes, sources.get(path, ""))
         if damaged and not allow_damaged:
             _refuse(pieces[-1], options)
-        full = sum(piece.bytes for piece in [*gathered, *pieces]) > unit_bytes
+        full = gathered_bytes + sum(piece.bytes for piece in pieces) > unit_bytes
         if gathered and (len(pieces) > 1 or full or gathered[0].source != pieces[0].source):
             units.append(tuple(gathered))
-            gathered = []
+            gathered, gathered_bytes = [], 0
         if len(pieces) > 1:
             units.extend((piece,) for piece in pieces)
         else:
             gathered += pieces
+            gathered_bytes += pieces[0].bytes
     if gathered:
         units.append(tuple(gathered))
     plan = [Unit(index, pieces) for index, pieces in enumerate(units)]

@@ -122,6 +122,20 @@ def test_a_file_without_documents_does_no_harm(tokenizer_folder, tmp_path):
     assert prepare(tmp_path, files, tokenizer_folder, "exact")[1][2] == {"duplicate": 3}
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "is_near"),
+    [
+        ("लड़का घर जाता था", "लड़की घर जाती थी", False),
+        ("x + y = z and a", "x > y = z and a", False),
+        ("He said: a b c d e, f!", "he said a b c d (e) f", True),
+    ],
+)
+def test_words_have_their_marks_and_formulas_their_symbols(one, other, is_near):
+    pytest.importorskip("rensa", reason="near copies are found with the library rensa")
+    similarity = np.mean(dedup._signature(one) == dedup._signature(other))
+    assert (similarity >= dedup.NEAR_SIMILARITY) == is_near
+
+
 def test_half_of_a_hash_in_common_is_not_the_same(tmp_path):
     keys = np.array([[[7, 7, 7, 9], [1, 2, 1, 1], [0, 1, 2, 3]]], np.uint64)
     dedup._save(tmp_path / "keys", 0, keys[:, :, :3])

@@ -3,6 +3,8 @@
 import glob
 import os
 
+import datasets
+import fsspec
 import pytest
 
 from ds_roberta.errors import UserError
@@ -55,6 +57,32 @@ def test_loops_of_links_end_and_a_file_keeps_its_own_path(folder):
     notes = find_inputs(["text"]).notes()
     assert "read once, although given or linked more than once: text/0, text/again, text/sub/up, text/sub/up2" in notes
     assert "ignored (hidden): text/sub/.e.txt" in notes
+
+
+def test_caches_of_a_saved_data_set_are_not_read(folder):
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk("text/saved")
+    datasets.load_from_disk("text/saved").map(lambda row: {"text": row["text"].upper()})
+    (cache,) = glob.glob("text/saved/cache-*.arrow")
+    (data,) = glob.glob("text/saved/data-*.arrow")
+    for argument in ("text", "text/**"):
+        inputs = find_inputs([argument])
+        assert [file for file in inputs.files if "saved" in file] == [data]
+        assert f"ignored (caches of datasets): {cache}" in inputs.notes()
+
+
+def test_a_remote_folder_is_read_like_a_local_one(folder):
+    memory = fsspec.filesystem("memory")
+    for name in ("a.txt", ".hidden.txt", ".checkpoints/b.txt", "sub/c.txt"):
+        memory.pipe(f"/remote/{name}", b"text")
+    try:
+        inputs = find_inputs(["memory://remote", "memory://remote/a.txt", f"local://{folder}/text", "text"])
+    finally:
+        memory.rm("/remote", recursive=True)
+    remote, local = inputs.files[:2], inputs.files[2:]
+    assert remote == ("memory:///remote/a.txt", "memory:///remote/sub/c.txt")
+    assert local == (f"{folder}/text/a.txt", f"{folder}/text/sub/b.txt")
+    assert inputs.passed_over["ignored (hidden)"][:2] == ("/remote/.checkpoints/b.txt", "/remote/.hidden.txt")
+    assert "memory://remote/a.txt" in inputs.passed_over[REPEATED]
 
 
 @pytest.mark.parametrize("argument", ["text", "text/*.jsonl", "text/**/*.jsonl", "tex*"])

@@ -78,6 +78,24 @@ def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenize
         assert text_at(tmp_path / "a.jsonl", *origins.span(document)) == text
 
 
+def test_a_filter_knows_the_sources_that_arguments_name(tmp_path, tokenizer_folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "only_wiki.py").write_text("def judge(text, about):\n    return about['source'] == 'wiki'\n")
+    for name, texts in (("a", TEXTS[:9]), ("b", TEXTS[9:])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts))
+    read = f"--input wiki={tmp_path}/a.txt books={tmp_path}/b.txt --filter only_wiki:judge --max_bad_fraction 0.9"
+    shard = f"shard {read} --tokenizer {tokenizer_folder} --output {tmp_path}/data --workers 1 --validation_fraction 0"
+    for command in (shard, f"train-tokenizer {read} --vocab_size 300 --output {tmp_path}/tokenizer"):
+        with pytest.raises(SystemExit, match="0"):
+            main(command.split())
+    assert "trained on 9 documents" in capsys.readouterr().out
+    corpus = Corpus.open(tmp_path / "data")
+    documents = StoredDocuments(corpus, "train")
+    origins = Origins(corpus, documents, Decoder(corpus))
+    assert len(documents) == 9
+    assert all(origins.span(documents.document(number)) for number in range(9))
+
+
 def test_show_and_trace_name_the_position(prepared, capsys):
     with pytest.raises(SystemExit):
         main(f"show {prepared}/data --doc 1 --offsets".split())
