@@ -3,7 +3,8 @@ r"""The sentences of a document, which packing keeps whole.
 `lines` takes the document's lines. `rules` also ends a sentence inside a line:
 
 * at one of the marks of Latin text before white space, unless a lower-case letter comes next or the mark is the point
-  of an abbreviation, an initial or a number. Between Chinese or Japanese characters no white space is needed.
+  of an abbreviation, a single letter or a number of one or two digits. Between Chinese or Japanese characters no white
+  space is needed.
 * at a mark that ends sentences in other scripts (。 ۔ ። ។ and the like), with or without white space, as Unicode's
   rules do (UAX #29, SB8a and SB11).
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import re
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Version of `rules`, raised with every change of what they find."""
 
 _NEAR_TERMINALS = (
@@ -56,7 +57,7 @@ _END = re.compile(  # starts with one small set of characters, to be fast
 )
 _NEXT = re.compile(rf"(\s*)[{_OPENING}]{{0,8}}")
 _WORD_BEFORE_POINT = re.compile(r"(?:^|[\s(\[\"'“‘«„/—–-])([^\W_](?:[^\W_]|\.(?=[^\W_])){0,7})\Z")
-_LONGEST_WORD = 12
+_LONGEST_WORD, _ORDINAL_DIGITS = 12, 2
 _SPACE_BEFORE_NEWLINE = re.compile(r"\n(?<=\s\n)")  # starts with a letter, not the look-behind, to be fast
 _ABBREVIATIONS = frozenset(
     re.findall(
@@ -115,6 +116,7 @@ def _ends_a_sentence(line: str, mark: int, begin: int, following: int) -> bool:
     if word is None:
         return True
     before = word[1]
-    initial = len(before) == 1 and before.isupper() and before != "I"
-    numbering = before.isdigit() and mark == len(before)  # "3. The third"
-    return not (initial or numbering or ("." in before and before[-2] == ".") or before.lower() in _ABBREVIATIONS)
+    letter = len(before) == 1 and (before.isupper() or "a" <= before <= "z") and before != "I"  # "J. R.", "d. h."
+    # "3. The third"; many languages write ordinals so, "am 3. Oktober".
+    number = before.isdigit() and (len(before) <= _ORDINAL_DIGITS or mark == len(before))
+    return not (letter or number or ("." in before and before[-2] == ".") or before.lower() in _ABBREVIATIONS)

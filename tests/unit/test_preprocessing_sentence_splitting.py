@@ -24,6 +24,8 @@ def sentences(text, kind):
         ["“Is it?”", "“It is.”", "(So it seems.)", "See fig. 3 on p. 7."],
         ["Wohin?", "Über z.B. Berlin.", "¿Por qué?", "Да.", "यह है।", "फिर।"],
         ["3. The third point.", "4 more."],
+        ["Er kam am 3. Oktober, d. h. Dienstag.", "Der 2. Weltkrieg endete 1945.", "Na und?"],
+        ["Psal se 19. listopad.", "Bylo to v roce 1989.", "Konec."],
     ],
 )
 def test_rules_end_sentences_inside_a_line(expected):
