@@ -12,6 +12,7 @@ It is compared with the first document of the band and with the one just before 
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ _ROW = np.dtype(
         ("unknown", "<u4"),
     ]
 )
+_PACKED_ROW = struct.Struct("<BIIIIBI")
 _DROP = np.dtype([("unit", "<u4"), ("row", "<u4")])
 _PAIRS_AT_ONCE = 1 << 15
 
@@ -71,9 +73,8 @@ class DocumentTable:
     kind: str
 
     def __post_init__(self) -> None:
-        self._rows: list[tuple[int, ...]] = []
-        self._hashes: list[int] = []
-        self._signatures: list[np.ndarray] = []
+        # Bytes, not objects: an input that cannot be divided may have millions of documents.
+        self._rows, self._hashes, self._signatures = bytearray(), bytearray(), bytearray()
         self._sources: dict[str, int] = {}
 
     @property
@@ -86,10 +87,10 @@ class DocumentTable:
         the letters of a special token, and how many of its tokens are `<unk>`.
         """
         number = self._sources.setdefault(source, len(self._sources))
-        self._rows.append((split, part, piece, number, len(document), special, unknown))
-        self._hashes.append(xxhash.xxh3_128_intdigest(document))
+        self._rows += _PACKED_ROW.pack(split, part, piece, number, len(document), special, unknown)
+        self._hashes += xxhash.xxh3_128_digest(document)
         if self.kind == "near":
-            self._signatures.append(_signature(document.decode("utf-8")))
+            self._signatures += _signature(document.decode("utf-8")).tobytes()
 
     def write(self, folder: Path, unit: int) -> None:
         """Write the unit's tables.
@@ -98,21 +99,25 @@ class DocumentTable:
         row, sorted by key; two documents are the same if both key and check are. signatures: (documents, places)
         uint32.
         """
-        hashes = np.array([(h >> 64, h & (2**64 - 1)) for h in self._hashes], np.uint64).reshape(-1, 2)
-        columns = [(hashes[:, 0], hashes[:, 1])]
-        _save(folder / "rows", unit, np.array(self._rows, _ROW))
+        _save(folder / "rows", unit, np.frombuffer(self._rows, _ROW))
+        hashes = np.frombuffer(self._hashes, ">u8").astype(np.uint64).reshape(-1, 2)
+        tables = np.empty((1 + BANDS * (self.kind == "near"), 3, len(hashes)), np.uint64)
+        _fill(tables[0], hashes[:, 0], hashes[:, 1])
         if self.kind == "near":
-            signatures = np.array(self._signatures, "<u4").reshape(-1, BANDS * BAND_ROWS)
+            signatures = np.frombuffer(self._signatures, "<u4").reshape(-1, BANDS * BAND_ROWS)
             _save(folder / "signatures", unit, signatures)
-            for band in range(BANDS):
-                part = np.ascontiguousarray(signatures[:, band * BAND_ROWS : (band + 1) * BAND_ROWS])
-                keys = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in part], np.uint64)
-                columns.append((keys, np.zeros_like(keys)))
-        tables = []
-        for key, check in columns:
-            order = np.argsort(key, kind="stable")
-            tables.append(np.stack([key[order], check[order], order.astype(np.uint64)]))
-        _save(folder / "keys", unit, np.stack(tables))
+            for band, table in enumerate(tables[1:]):
+                part = signatures[:, band * BAND_ROWS : (band + 1) * BAND_ROWS]
+                keys = np.fromiter((xxhash.xxh3_64_intdigest(row.tobytes()) for row in part), np.uint64, len(part))
+                _fill(table, keys, 0)
+        _save(folder / "keys", unit, tables)
+
+
+def _fill(table: np.ndarray, key: np.ndarray, check: np.ndarray | int) -> None:
+    """Write key, check and row into a table, (3, documents), sorted by key."""
+    table[2] = np.argsort(key, kind="stable")
+    table[0] = key[table[2]]
+    table[1] = check if isinstance(check, int) else check[table[2]]
 
 
 def merge_count(kind: str, documents: int) -> int:
