@@ -38,5 +38,6 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Remove what the quickstart wrote.
 clean:
-	rm -rf data runs exported
+	rm -rf data/quickstart runs/quickstart exported/quickstart

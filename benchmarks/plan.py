@@ -18,7 +18,7 @@ from dataclasses import asdict, fields, replace
 
 from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, plan
 from benchmarks.environment import REPOSITORY
-from ds_roberta.command_line import ArgumentParser, run_command
+from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, whole_number
 from ds_roberta.config import PRESETS
 from ds_roberta.data.manifest import InputPiece, ShardInfo
 from ds_roberta.data.shards import CHUNK_BYTES
@@ -170,13 +170,14 @@ def parse_case(words: Sequence[str] | None = None) -> Case | None:
     """Return the run that the command line describes, or None if it asks for the tables of the document."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables of docs/scaling.md instead")
+    kinds = {"utilisation": positive_number, "interconnect": positive_number, "number_checkpoints": whole_number}
     choices = {"gpu": list(GPUS), "zero_stage": [1, 2, 3], "precision": ["bf16", "fp16"]}
     for field in fields(Case):
         if field.name == "model":
             shown = f"{', '.join(PRESETS)}, or a RobertaConfig: a config.json or its folder (default: {field.default})"
             parser.add_argument("--model", type=model_choice, default=field.default, help=shown)
             continue
-        kind = float if field.name in ("utilisation", "interconnect") else type(field.default)
+        kind = kinds.get(field.name, positive if isinstance(field.default, int) else str)
         own = {"interconnect": "the GPU's", "max_seq_length": f"{field.default}, or fewer as the positions allow"}
         own["vocab_size"] = f"{field.default}, or the config's"
         shown = f"(default: {own.get(field.name, field.default)})"
@@ -185,6 +186,9 @@ def parse_case(words: Sequence[str] | None = None) -> Case | None:
     if given.pop("write"):
         return None
     case = Case(**given)
+    layers = case.config.num_hidden_layers
+    if case.number_checkpoints > layers:
+        parser.error(f"--number_checkpoints {case.number_checkpoints}: the model has {layers} layers; give no more")
     if case.precision == "bf16" and not GPUS[case.gpu].bf16:
         parser.error(f"--gpu {case.gpu} has no bf16: give --precision fp16")
     if case.model in PRESETS:

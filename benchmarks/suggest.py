@@ -10,6 +10,7 @@ Prints each choice with its reason, and the command.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +193,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"An estimate for one process here, at {rate / 1e9:,.0f} GFLOP/s of matrix products (now, or by data sheet):")
     for choice, reason in report(text, suggestion):
         print(f"  {choice:<28} {reason}")
-    print("deepspeed", *command(suggestion, options.data_dir, options.minutes))
+    print("deepspeed", shlex.join(command(suggestion, options.data_dir, options.minutes)))
 
 
 if __name__ == "__main__":

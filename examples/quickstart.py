@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("runs/quickstart")
 EXPORTED = Path("exported/quickstart")
 COMMANDS = [
-    "preprocess train-tokenizer --input examples/corpus --vocab_size 8192 --output data/tokenizer",
-    "preprocess shard --input examples/corpus --tokenizer data/tokenizer --output data/corpus "
+    "preprocess train-tokenizer --input examples/corpus --vocab_size 8192 --output data/quickstart/tokenizer",
+    "preprocess shard --input examples/corpus --tokenizer data/quickstart/tokenizer --output data/quickstart/corpus "
     "--validation_fraction 0.05",
-    "deepspeed launch/pretrain.py --recipe fast --model nano --data_dir data/corpus "
+    "deepspeed launch/pretrain.py --recipe fast --model nano --data_dir data/quickstart/corpus "
     f"--output_dir {RUN} --max_minutes 3.5 --eval_interval 250",
     f"python launch/export_hf.py --checkpoint {RUN} --output {EXPORTED}",
 ]

@@ -99,7 +99,8 @@ def check_parity(config: ModelConfig, weights: Mapping[str, torch.Tensor], hf_mo
     compared = compared_outputs(weights)
     length = min(64, config.max_position_embeddings - config.pad_token_id - 1)
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (2, length), generator=generator)
+    input_ids = torch.randint(config.vocab_size, (2, length), generator=generator)
+    input_ids[input_ids == config.pad_token_id] = config.bos_token_id
     attention_mask = torch.ones(2, length, dtype=torch.bool)
     attention_mask[1, length // 2 :] = False
     input_ids[~attention_mask] = config.pad_token_id

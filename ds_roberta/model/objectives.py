@@ -38,6 +38,7 @@ class Objective(nn.Module, ABC):
         masker: prepares the inputs and labels.
         is_paired: whether it needs a packing of pairs; one name may stand for two objectives, with pairs and without.
         predicts_tokens: whether its held-out loss is that of the masked tokens' ids, as of `data.count_models`.
+        reads_first_token: whether it predicts something of a whole sequence from `<s>`.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Objective(nn.Module, ABC):
     masker: ClassVar[type[Masker]] = Masker
     is_paired: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
+    reads_first_token: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -186,6 +188,7 @@ class MaskedLMWithBagOfWords(MaskedLM):
     name = "mlm-bow"
     summary = "predict masked tokens, and their bag from the first token"
     description = "masked language modelling, and prediction of the bag of masked tokens from `<s>`"
+    reads_first_token = True
     weight: ClassVar[float] = 0.3
     """Of a token's cross-entropy from `<s>`, beside that from its own place."""
 

@@ -68,20 +68,22 @@ def token_sources(
         pieces: the old tokenizer's ids of a text in its own alphabet.
 
     Returns:
-        Old ids by new id, `new_size` lists, and the number of tokens that both have.
+        Old ids by new id, `new_size` lists, empty for the whole vocabulary; and the number of tokens that both have.
     """
-    everything = sorted(vocabulary.values())
-    sources = [everything] * new_size
+    sources: list[list[int]] = [[] for _ in range(new_size)]
     shared = 0
     for token, new_id in new_vocabulary.items():
         old_id = vocabulary.get(token)
         shared += old_id is not None
-        sources[new_id] = list(pieces(token)) or everything if old_id is None else [old_id]
+        sources[new_id] = list(pieces(token)) if old_id is None else [old_id]
     return sources, shared
 
 
-def token_rows(rows: torch.Tensor, sources: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The mean of each list of rows: from (V, D) or (V,) float32 to one row for each list."""
-    flat = torch.tensor([old_id for ids in sources for old_id in ids])
-    offsets = torch.tensor([0, *(len(ids) for ids in sources[:-1])]).cumsum(0)
-    return F.embedding_bag(flat, rows.reshape(len(rows), -1), offsets, mode="mean").reshape(-1, *rows.shape[1:])
+def token_rows(rows: torch.Tensor, sources: Sequence[Sequence[int]], everything: Sequence[int]) -> torch.Tensor:
+    """The mean of each list of rows, of `everything` for an empty one: (V, D) or (V,) float32 to a row each."""
+    flat = torch.tensor([old_id for ids in sources for old_id in ids], dtype=torch.int64)
+    counts = torch.tensor([len(ids) for ids in sources])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)[:-1]])
+    found = F.embedding_bag(flat, rows.reshape(len(rows), -1), offsets, mode="mean").reshape(-1, *rows.shape[1:])
+    found[counts == 0] = rows[torch.tensor(everything)].mean(0)
+    return found

@@ -148,14 +148,15 @@ class InitialModel:
             old = training_tokenizer(self.tokenizer_folder)
             unknown = old.token_to_id(UNKNOWN)
             new = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
+            vocabulary = old.get_vocab(with_added_tokens=True)
             sources, shared = token_sources(
-                old.get_vocab(with_added_tokens=True),
+                vocabulary,
                 in_the_alphabet_of(self.tokenizer_folder, new, corpus.folder / TOKENIZER_FOLDER),
                 run.model.vocab_size,
                 lambda text: [piece.id for piece in old.model.tokenize(text) if piece.id != unknown],
             )
             for name in weights.keys() & VOCABULARY_PARAMETERS:  # without a masked-LM head there is only one
-                weights[name] = token_rows(weights[name], sources)
+                weights[name] = token_rows(weights[name], sources, sorted(vocabulary.values()))
             done.append(
                 f"embeddings of {shared:,} tokens are copied, those of {len(new) - shared:,} are the mean of the "
                 "pieces that the old tokenizer splits them into"

@@ -190,6 +190,11 @@ class RunConfig(Settings):
                 f"--attention {self.attention} does nothing with --packing {self.packing.format}, whose sequences do "
                 "not run on into another document: remove it"
             )
+        if self.attention == WITHIN_DOCUMENTS and objective.reads_first_token:
+            raise UserError(
+                f"--objective {self.objective} predicts a whole sequence from its first token, which with --attention "
+                f"{self.attention} sees only the first document: remove one of them"
+            )
         if self.stages[-1].first_step >= self.schedule.max_steps:
             raise UserError(
                 f"a schedule changes at step {self.stages[-1].first_step}, which --max_steps {self.schedule.max_steps} "

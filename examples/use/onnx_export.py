@@ -23,7 +23,10 @@ def parse_arguments() -> argparse.Namespace:
 def export(model: Path, output: Path) -> float:
     config = transformers.AutoConfig.from_pretrained(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    network = getattr(transformers, config.architectures[0]).from_pretrained(model).eval()
+    kind = config.architectures[0]
+    # An encoder's pooler would be new, and its output noise.
+    without_pooler = {"add_pooling_layer": False} if kind.endswith("Model") else {}
+    network = getattr(transformers, kind).from_pretrained(model, **without_pooler).eval()
     example = dict(tokenizer(["A short text.", "And one that is longer."], padding=True, return_tensors="pt"))
     program = torch.onnx.export(
         network,
@@ -58,7 +61,8 @@ def largest_difference(
     length: int,
 ) -> float:
     """Compare all outputs on random ids; all sequences but the first are padded in their second half."""
-    input_ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (batch, length))
+    input_ids = torch.randint(config.vocab_size, (batch, length))
+    input_ids[input_ids == config.pad_token_id] = config.bos_token_id
     input_ids[1:, (length + 1) // 2 :] = config.pad_token_id
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != config.pad_token_id).long()}
     with torch.no_grad():

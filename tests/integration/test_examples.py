@@ -98,9 +98,14 @@ def test_lora_trains_the_adapter_which_predicts_the_same_when_opened_and_when_me
 
 
 @pytest.mark.filterwarnings("ignore:# The axis name")
-@pytest.mark.parametrize("kind", ["export", "classifier"])
+@pytest.mark.parametrize("kind", ["export", "classifier", "encoder"])
 def test_onnx_runtime_gives_torchs_outputs_in_any_batch_and_length(exported, request, kind, tmp_path):
-    folder = exported if kind == "export" else request.getfixturevalue("tuned")[0] / "merged"
+    if kind == "export":
+        folder = exported
+    elif kind == "classifier":
+        folder = request.getfixturevalue("tuned")[0] / "merged"
+    else:
+        folder = request.getfixturevalue("embeddings")[0]
     assert names_of("examples/use/onnx_export.py")["export"](folder, tmp_path / "model.onnx") < 1e-5
     import onnxruntime
 
@@ -109,8 +114,9 @@ def test_onnx_runtime_gives_torchs_outputs_in_any_batch_and_length(exported, req
         "input_ids": ["batch", "length"],
         "attention_mask": ["batch", "length"],
     }
-    shape = {"export": ["batch", "length", 400], "classifier": ["batch", 2]}[kind]
-    assert {node.name: node.shape for node in session.get_outputs()} == {"logits": shape}
+    name = "last_hidden_state" if kind == "encoder" else "logits"  # without the noise of a new pooler
+    shape = {"export": ["batch", "length", 400], "classifier": ["batch", 2], "encoder": ["batch", "length", 128]}[kind]
+    assert {node.name: node.shape for node in session.get_outputs()} == {name: shape}
 
 
 def read(folder, name):

@@ -325,6 +325,7 @@ ALONE = ["--attention", "within-documents"]
         (["--mask_steps", "2"], ["--mask_steps"]),
         (["--loss_plateau", "stop", "--objective", "rts"], ["--loss_plateau stop does nothing with --objective rts"]),
         (["--packing", "doc-sentences", *ALONE], ["--attention within-documents does nothing with --packing doc-sent"]),
+        (["--objective", "mlm-bow", *ALONE], ["--objective mlm-bow predicts", "--attention within-documents"]),
         (["--deterministic"], ["--deterministic does nothing on a CPU", "remove it"]),
         (["--torch_compile", "on", *ALONE], ["--attention within-documents cannot work with padding"]),
         (["--output_dir", "runs/unbroken", *SETTINGS, *ALONE], ["attention is None, this run's is 'within-documents'"]),

@@ -48,6 +48,14 @@ def test_the_folder_opens_with_transformers_and_holds_our_weights(tmp_path, conf
     assert_nothing_left(tmp_path / "a/b", "model")
 
 
+@pytest.mark.parametrize("pad_token_id", [398, 399])
+def test_parity_is_checked_if_the_padding_has_one_of_the_last_ids(pad_token_id):
+    config = model_config("nano", 400, LENGTH, pad_token_id)
+    weights = {name: parameter.detach() for name, parameter in MaskedLM(config).named_parameters()}
+    model = export_module.to_transformers(config, weights)
+    assert export_module.check_parity(config, weights, model) <= export_module.PARITY_TOLERANCE
+
+
 def test_the_tokenizer_in_the_folder_gives_the_same_ids(tmp_path, do_export, tokenizer_folder):
     do_export(tmp_path / "model")
     source = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)

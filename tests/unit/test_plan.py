@@ -1,7 +1,7 @@
 import pytest
 
 from benchmarks.cost_model import Case, meta_model, plan, saved_bytes
-from benchmarks.plan import DOCUMENT, with_tables
+from benchmarks.plan import DOCUMENT, parse_case, with_tables
 from ds_roberta.config import model_config
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training.checkpoint_writer import owners
@@ -58,6 +58,21 @@ def test_a_batch_is_planned_as_the_run_would():
     assert large.batch.empty_places == 3 * 4_096 - 10_000
     assert "2,288 empty places" in large.verdict
     assert plan(Case("large", 8, gpu="v100-32", precision="fp16")).largest_micro_batch < small.largest_micro_batch
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "0"), "at least 1"),
+        (("--utilisation", "0"), "a number above 0"),
+        (("--number_checkpoints", "-1"), "a whole number"),
+        (("--model", "tiny", "--number_checkpoints", "5"), "the model has 4 layers; give no more"),
+    ],
+)
+def test_what_no_run_can_have_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_case(words)
+    assert (ended.value.code, message in capsys.readouterr().err) == (2, True)
 
 
 def test_ranks_share_a_checkpoint_evenly():
