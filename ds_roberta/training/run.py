@@ -16,7 +16,7 @@ from ds_roberta.data.manifest import VALIDATION_SPLIT
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
-from ds_roberta.errors import DiskError, UserError
+from ds_roberta.errors import UserError
 from ds_roberta.files import created_parents, load_json, remove_leftovers, write_json
 from ds_roberta.lease import Lease, leases_within, sole_writer
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
@@ -36,6 +36,8 @@ from ds_roberta.training.device import (
 )
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.facts import run_record, shared_facts
+from ds_roberta.training.loss_plateau import LossPlateau
+from ds_roberta.training.loss_spikes import LossSpike
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME
 from ds_roberta.training.micro_batch import BatchPlan, Trial, batch_plans, find_micro_batch_size, finding_conditions
 from ds_roberta.training.monitors import Monitors
@@ -87,10 +89,9 @@ def _train(run: Run, lease: Lease | None) -> int:
     complete = False
     try:
         complete = trainer.train()
-    except UserError as error:
+    except (LossSpike, LossPlateau):  # in all processes, unlike a file that one of them cannot read
         run.monitors.close(complete)
-        if not isinstance(error, DiskError):  # that may be one process's own
-            ranks.barrier()  # a launcher ends all processes, with what the first has to say, once one of them exits
+        ranks.barrier()  # once one process exits, a launcher ends the first, too, whatever it still has to say
         raise
     finally:
         run.monitors.close(complete)
