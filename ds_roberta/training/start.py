@@ -76,7 +76,7 @@ def find_start(run: Run) -> Start:
     for change in changes:
         ranks.log(f"allowed change: {path}: {change}")
     if state.continue_as(identity, config.eval_sequences):
-        ranks.log("held-out losses are of other sequences or masks from here on: the best checkpoint is found anew")
+        ranks.log("held-out losses are of other sequences or masks from here on: only a later checkpoint can be best")
     if state.global_step > config.schedule.max_steps:
         raise UserError(
             f"{str(path)!r} is at step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"
