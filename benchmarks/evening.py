@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure (default: %(default)s)")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--objective", choices=PREDICTING, default="mlm", help="of ours")
+    parser.add_argument("--pretrain_options", default="", help="more for launch/pretrain.py of ours, in one word")
     parser.add_argument("--eval_sequences", type=positive, default=512, help="held-out sequences during training")
     parser.add_argument("--minutes", type=positive_number, default=75, help="for ours, and for the Trainer's steps")
     parser.add_argument("--seed", type=whole_number, default=0, help="of pretraining")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -130,6 +131,7 @@ def _pretrain(options: argparse.Namespace, output: Path) -> list[str]:
     for name in ("data_dir", "model", "objective", "max_seq_length", "train_batch_size", "eval_sequences", "seed"):
         words += [f"--{name}", str(getattr(options, name))]
     interval = str(options.interval)
+    words += shlex.split(options.pretrain_options)
     return [*words, "--eval_interval", interval, "--save_interval", interval, "--loss_plateau", "off"]
 
 
