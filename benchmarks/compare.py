@@ -1,4 +1,5 @@
-"""Runs that differ in one thing, side by side: their held-out loss, and what they are worth fine-tuned.
+"""Runs that differ in one thing, side by side: their held-out loss, their choice between sentences, and what they are
+worth fine-tuned.
 
     python -m benchmarks.compare examples/recipes/fast.json --data_dir data/wiki
 
@@ -90,6 +91,7 @@ class Result:
         eval_loss: None where the objective has no masked-LM loss.
         tokens, seconds: that it took, None in results of older versions.
         metrics: of fine-tuning on the validation split, by learning rate.
+        pairs: the accuracy on minimal pairs, the mean over paradigms.
     """
 
     commit: str
@@ -97,6 +99,7 @@ class Result:
     tokens: float | None = None
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    pairs: float | None = None
 
 
 def main() -> None:
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--eval_sequences", type=positive, default=512)
     parser.add_argument("--seeds", type=several(int), default=(0, 1, 2))
     parser.add_argument("--runs", nargs="*", metavar="NAME", help="which to run (default: all)")
+    parser.add_argument("--pairs", type=Path, help="also measure each model on a folder of minimal pairs")
     parser.add_argument("--finetune_data", type=Path, help="also fine-tune each model: classification, by accuracy")
     parser.add_argument("--finetune_learning_rate", type=several(float), default=(1e-4, 3e-4))
     parser.add_argument("--num_train_epochs", type=positive, default=3)
@@ -160,6 +164,9 @@ def measure(options: argparse.Namespace, comparison: Comparison, name: str, seed
     if options.finetune_data and not result.metrics:
         result = Result(**{**asdict(result), "metrics": finetuned(options, output, seed, lock)})
         write_json(path, asdict(result))
+    if options.pairs and result.pairs is None:
+        result = Result(**{**asdict(result), "pairs": minimal_pairs(options, output, lock)})
+        write_json(path, asdict(result))
     print(f"{name}, seed {seed}: {result}", flush=True)
 
 
@@ -193,6 +200,13 @@ def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path
         execute(command("evaluate.py", settings, "perplexity"), lock)
         loss = read_json(found)["loss"]
     return Result(commit(), loss, steps[-1]["consumed_tokens"], sum(row["step_seconds"] for row in steps))
+
+
+def minimal_pairs(options: argparse.Namespace, output: Path, lock: int) -> float:
+    found = output / "minimal-pairs.json"
+    settings = {"model": output / "hf", "data": options.pairs, "json": found}
+    execute(command("evaluate.py", settings, "minimal-pairs"), lock)
+    return float(read_json(found)["mean_accuracy"])
 
 
 def finetuned(options: argparse.Namespace, output: Path, seed: int, lock: int) -> dict[str, float]:
@@ -238,6 +252,9 @@ def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
         "",
         *loss_table(found),
     ]
+    pairs = {name: [each.pairs for each in results if each.pairs is not None] for name, results in found.items()}
+    if any(pairs.values()):
+        lines += ["", "Accuracy on minimal pairs, the mean over paradigms:", "", *accuracy_table(pairs)]
     if any(result.metrics for results in found.values() for result in results):
         lines += ["", *metrics_table(options, found)]
     return lines
@@ -269,28 +286,36 @@ def loss_table(found: Mapping[str, Sequence[Result]]) -> list[str]:
     return table
 
 
+def accuracy_table(found: Mapping[str, Sequence[float]]) -> list[str]:
+    """Accuracies by run, as a table; the first run that has some is the one that the others are held against."""
+    table = ["| run | accuracy, by seed | median | beside the first |", "|---|---|---|---|"]
+    base: Sequence[float] = ()
+    for name, values in found.items():
+        if not values:
+            continue
+        beside = difference(values, base) if base else ""
+        base = base or values
+        by_seed = ", ".join(f"{value:.3f}" for value in values)
+        table.append(f"| {name} | {by_seed} | {statistics.median(values):.3f} | {beside} |")
+    return table
+
+
 def metrics_table(options: argparse.Namespace, found: Mapping[str, Sequence[Result]]) -> list[str]:
-    table = [
-        f"Accuracy after fine-tuning on {options.finetune_data.name if options.finetune_data else 'a task'}, "
-        f"{options.num_train_epochs} epochs, the best of each on the validation split, at the learning rate with the "
-        "best median:",
-        "",
-        "| run | learning rate | accuracy, by seed | median | beside the first |",
-        "|---|---|---|---|---|",
-    ]
-    base: list[float] = []
+    by_run: dict[str, list[float]] = {}
     for name, results in found.items():
         tuned = [result.metrics for result in results if result.metrics]
         if not tuned:
             continue
         by_rate = {rate: [metrics[rate] for metrics in tuned] for rate in tuned[0]}
         rate = max(by_rate, key=lambda rate: statistics.median(by_rate[rate]))
-        values = by_rate[rate]
-        beside = difference(values, base) if base else ""
-        base = base or values
-        cells = (rate, ", ".join(f"{value:.3f}" for value in values), f"{statistics.median(values):.3f}", beside)
-        table.append(f"| {name} | {' | '.join(cells)} |")
-    return table
+        by_run[f"{name}, at {float(rate):g}"] = by_rate[rate]
+    return [
+        f"Accuracy after fine-tuning on {options.finetune_data.name if options.finetune_data else 'a task'}, "
+        f"{options.num_train_epochs} epochs, the best of each on the validation split, at the learning rate with the "
+        "best median:",
+        "",
+        *accuracy_table(by_run),
+    ]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMAT
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
 _BETWEEN_0_AND_1 = must_be("between 0 and 1", lambda share: 0 < share < 1)
+_FROM_0_TO_1 = must_be("from 0 to 1", lambda share: 0 <= share <= 1)
 EVAL_SEQUENCES = 2_048
 MODEL_TYPES = {"roberta": "Roberta", "camembert": "Camembert", "xlm-roberta": "XLMRoberta"}
 """transformers' types of models with RoBERTa's architecture, and how the names of their classes begin."""
@@ -157,8 +158,10 @@ class MaskingConfig(Settings):
     """
 
     mlm_probability: float = option("share of the tokens to mask", 0.15, check=_BETWEEN_0_AND_1)
-    mask_replace_prob: float = 0.8
-    random_replace_prob: float = 0.1
+    mask_replace_prob: float = option("share of these that the mask token replaces", 0.8, check=_FROM_0_TO_1)
+    random_replace_prob: float = option(
+        "share of these that random tokens replace; the others stay", 0.1, check=_FROM_0_TO_1
+    )
     mlm_probability_end: float | None = option(
         "share at the last step, reached linearly (default: no change)", None, check=_BETWEEN_0_AND_1
     )
@@ -176,10 +179,9 @@ class MaskingConfig(Settings):
             raise UserError(
                 "--masking_copies fixes the masks, --mlm_probability_end moves their share: remove one of them"
             )
-        replaced = self.mask_replace_prob + self.random_replace_prob
-        if min(self.mask_replace_prob, self.random_replace_prob) < 0 or replaced > 1:
+        if self.mask_replace_prob + self.random_replace_prob > 1:
             raise UserError(
-                "mask_replace_prob and random_replace_prob must not be negative and add up to at most 1, got "
+                "--mask_replace_prob and --random_replace_prob must add up to at most 1, got "
                 f"{self.mask_replace_prob} and {self.random_replace_prob}"
             )
 

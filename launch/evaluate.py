@@ -14,6 +14,9 @@ from ds_roberta.evaluation.roberta_folder import PRECISIONS
 from ds_roberta.options import add_options, require_positive
 from ds_roberta.training.settings import RunConfig
 
+MASKING = ("masking", "mlm_probability", "mask_replace_prob", "random_replace_prob")
+"""Options of held-out masks: whatever changes during training, or with the epoch, means nothing here."""
+
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
@@ -32,7 +35,7 @@ def make_parser() -> ArgumentParser:
     add_common(perplexity)
     perplexity.add_argument("--data", type=Path, required=True, help="folder made by 'preprocess shard'")
     perplexity.add_argument("--max_seq_length", type=int, help="tokens per sequence (default: the model folder's)")
-    add_options(perplexity, RunConfig, only=("packing", "masking", "mlm_probability", "eval_sequences"))
+    add_options(perplexity, RunConfig, only=(*MASKING, "packing", "eval_sequences"))
     return parser
 
 
@@ -61,7 +64,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.data,
         arguments.max_seq_length,
         arguments.packing,
-        MaskingConfig(arguments.mlm_probability, unit=arguments.masking),
+        MaskingConfig(
+            arguments.mlm_probability,
+            arguments.mask_replace_prob,
+            arguments.random_replace_prob,
+            unit=arguments.masking,
+        ),
         arguments.eval_sequences,
         arguments.precision,
         arguments.json,

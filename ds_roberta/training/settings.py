@@ -185,6 +185,10 @@ class RunConfig(Settings):
             raise UserError(
                 f"--initial_bias {self.initial_bias} does nothing with --objective {self.objective}: remove it"
             )
+        for name in ("mask_replace_prob", "random_replace_prob"):
+            value = getattr(self.masking, name)
+            if value != getattr(MaskingConfig, name) and not objective.predicts_tokens:
+                raise UserError(f"--{name} {value:g} does nothing with --objective {self.objective}: remove it")
         if self.attention == WITHIN_DOCUMENTS and self.packing.format not in PACKED_ACROSS_DOCUMENTS:
             raise UserError(
                 f"--attention {self.attention} does nothing with --packing {self.packing.format}, whose sequences do "

@@ -58,7 +58,8 @@ def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
     comparison.write_text(json.dumps({"question": "?", "source": "", "runs": {"elsewhere": {}, "finished": {}}}))
     options = argparse.Namespace(
         comparison=comparison, data_dir=corpus.folder, model="nano", max_seq_length=128, max_tokens=1000,
-        max_minutes=None, seeds=(0,), runs=None, finetune_data=None, results=results,
+        max_minutes=None, seeds=(0,), runs=None, finetune_data=None, pairs=None,
+        results=results,
     )  # fmt: skip
     results.mkdir()
     result_path(options, "finished", 0).write_text(json.dumps({"commit": "c", "eval_loss": 2.0}))
@@ -91,5 +92,5 @@ def test_accuracies_are_those_of_the_rate_with_the_best_median(tmp_path):
 
     found = {"a": tuned((0.7, 0.9), (0.7, 0.6), (0.7, 0.6)), "b": tuned((0.5, 0.8), (0.5, 0.8), (0.5, 0.8))}
     a, b = metrics_table(options, found)[-2:]
-    assert a == "| a | 0.0001 | 0.700, 0.700, 0.700 | 0.700 |  |"
-    assert b == "| b | 0.0003 | 0.800, 0.800, 0.800 | 0.800 | +0.100 |"
+    assert a == "| a, at 0.0001 | 0.700, 0.700, 0.700 | 0.700 |  |"
+    assert b == "| b, at 0.0003 | 0.800, 0.800, 0.800 | 0.800 | +0.100 |"
