@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 from benchmarks.environment import REPOSITORY
 from benchmarks.throughput_case import Case
@@ -146,6 +147,7 @@ def run_mlm(
         report_to="none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several, it would use all, with a batch for each
     Trainer(model, arguments, collator, rows, callbacks=[GateCallback()]).train()
 
 
@@ -188,6 +190,8 @@ def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) ->
     """Train transformers' model with DeepSpeed as its tutorials show: ZeRO-1, bf16, `step` after each `backward`."""
     from ds_roberta.training.device import init_distributed
 
+    if device().type != "cpu" and CUDA_HOME is None:
+        raise Unavailable("there is no nvcc, with which DeepSpeed compiles its optimizer")
     init_distributed()
     import deepspeed
 

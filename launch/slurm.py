@@ -101,6 +101,11 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
         if not borders or int(borders[1]) < 1 or int(borders[2] or borders[1]) < int(borders[1]):
             raise UserError(f"--nodes {arguments.nodes!r} is not a number of nodes: give one, or MIN-MAX such as 2-4")
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1
+    if arguments.gpus_per_node and processes > arguments.gpus_per_node:
+        raise UserError(
+            f"--processes_per_node {processes} is more than --gpus_per_node {arguments.gpus_per_node}: each process "
+            "needs a GPU"
+        )
     cpus = arguments.cpus_per_task or (16 if arguments.template == "preprocess" else 8)
     values: dict[str, str | int | Path | None] = {
         **{name: given[name] for name in ("time", "partition", "account", "nodes", "mem", "signal_seconds")},

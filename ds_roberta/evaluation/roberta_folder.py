@@ -13,6 +13,7 @@ import transformers
 
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
+from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.transformers_folder import TransformersFolder, open_folder, read_model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,6 +86,7 @@ def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:
     Raises:
         UserError: as `open_folder` and `read_model`.
     """
+    set_gpu_arithmetic()
     opened = open_folder(folder)
     model = read_model(folder, transformers.RobertaForMaskedLM, PRECISIONS[precision])
     return RobertaFolder(

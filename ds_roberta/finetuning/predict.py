@@ -18,6 +18,7 @@ from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.prediction_files import check_board, check_output, with_other_columns, write_predictions
 from ds_roberta.finetuning.question_answering import QuestionAnswering
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
+from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.progress import progress_bar
 from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 
@@ -111,6 +112,7 @@ def open_finetuned(folder: Path, max_seq_length: int | None, given: dict[str, An
         UserError: the folder has no such model, its parts do not fit together, the model has fewer positions, or an
             option does nothing for its task.
     """
+    set_gpu_arithmetic()
     opened = open_folder(folder)
     results = read_json_object(folder / RESULTS, EXPORT_AGAIN) if (folder / RESULTS).is_file() else {}
     known = [task for task in TASKS.values() if task.fits(opened.config)]

@@ -23,6 +23,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint, load_json, write_json
 from ds_roberta.options import require_positive, require_positive_number
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, saved_steps
+from ds_roberta.training.compilation import compiled_graphs
 from ds_roberta.training.device import on_gpu
 from ds_roberta.training.facts import run_identity
 from ds_roberta.training.micro_batch import batch_plans
@@ -198,7 +199,7 @@ def _seconds_per_step(engine: Engine, micro_batches: list[MicroBatch], seconds: 
     Of a step that is longer, only some of the micro-steps are taken.
     """
     first = micro_batches[:1]
-    _timed(lambda: engine.rehearse(*first))  # prepares memory and kernels
+    engine.rehearse(*first, *micro_batches[-1:])  # prepares memory and kernels; only the last one may have empty places
     one = engine.ranks.broadcast(_timed(lambda: engine.rehearse(*first)))
     taken = min(len(micro_batches), max(2, int(seconds / one)))
     some = micro_batches[:taken]
@@ -223,7 +224,10 @@ def _seconds_per_evaluation(engine: Engine, held_out: HeldOutSample, seconds: fl
 
     timed(1)
     taken = engine.ranks.broadcast(min(held_out.micro_batches, max(1, int(seconds / timed(1)))))
-    return engine.ranks.broadcast(timed(taken) * held_out.micro_batches / taken)
+    graphs, spent = compiled_graphs(), timed(taken)
+    if engine.ranks.any(compiled_graphs() > graphs):  # micro-batches with empty places, for which it compiles only once
+        spent = timed(taken)
+    return engine.ranks.broadcast(spent * held_out.micro_batches / taken)
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,8 +62,17 @@ def _obstacle(zero_stage: int, on_gpu: bool) -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < _TRITON_CAPABILITY:
         return "Triton needs a GPU of compute capability 7.0, this one has {}.{}: use another".format(*capability)
-    found = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))
-    return None if found else "there is no C compiler, which Triton needs: install gcc"
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
+        return "there is no C compiler, which Triton needs: install gcc"
+    if not _python_header().is_file():
+        return f"Triton needs Python's headers, and there is no {str(_python_header())!r}: install python3-dev"
+    return None
+
+
+def _python_header() -> Path:
+    """The file that Triton includes; like Triton, it is looked for where the system's packages have it."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    return Path(sysconfig.get_path("include", scheme), "Python.h")
 
 
 def compile_layers(encoder: RobertaEncoder, backend: str = "inductor") -> None:

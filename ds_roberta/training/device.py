@@ -40,6 +40,8 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     check_world_size(torch.distributed.get_world_size())
     set_gpu_arithmetic()
     if on_gpu():
+        # deepspeed.initialize does so too, but what is allocated or measured before it would be on the first GPU.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         return Ranks.current()
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -89,7 +91,9 @@ def device_precisions() -> tuple[tuple[str, ...], tuple[str, ...]]:
     supported = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     low = [name for name in supported if supported[name]]
     if on_gpu():
-        return tuple(low), ("fp32", *low)
+        # Before Ampere, NVIDIA's GPUs compute in bf16 without tensor cores, and DeepSpeed counts that as support.
+        emulated = accelerator.device_name() == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return tuple(name for name in low if not (name == "bf16" and emulated)), ("fp32", *low)
     # Without bf16 instructions, a processor is slower in bf16 than in fp32.
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return ("bf16",) if fast_bf16 else (), ("fp32", *low)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from ds_roberta.config import PackingConfig
 from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS, CountModel
@@ -24,7 +25,7 @@ from ds_roberta.training.optimizer import mlm_probability
 from ds_roberta.training.settings import WITHIN_DOCUMENTS, Run, RunConfig
 
 _SAMPLE_SEQUENCES = 256
-_LARGEST_FLASH_HEAD = 256
+_LARGEST_FLASH_HEAD, _FLASH_CAPABILITY = 256, (8, 0)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def resolve_padding_free(config: RunConfig, compiled: bool, on_gpu: bool, precis
         obstacle = "flash attention is in bf16 or fp16 only, and this run is in fp32: choose another precision"
     elif on_gpu and (head_size % 8 or head_size > _LARGEST_FLASH_HEAD):
         obstacle = f"flash attention needs heads of a multiple of 8, up to {_LARGEST_FLASH_HEAD}, not of {head_size}"
+    elif on_gpu and (capability := torch.cuda.get_device_capability()) < _FLASH_CAPABILITY:
+        obstacle = "flash attention needs a GPU of compute capability 8.0, this one has {}.{}".format(*capability)
     if obstacle and config.padding_free == "on":
         raise UserError(f"--padding_free on cannot work: {obstacle}, or leave it out")
     padding_free = config.padding_free == "on" or (config.padding_free == "auto" and not on_gpu and not obstacle)

@@ -149,6 +149,10 @@ def test_paths_are_those_of_the_folder_in_which_the_job_runs(monkeypatch, tmp_pa
         (("preprocess", "--tasks", "2", "--nodes", "2", "--time", "1", "--", "x"), "does not use it"),
         ((*MULTI_NODE, "--nodes", "4-2", "--", "x"), "--nodes '4-2'"),
         ((*MULTI_NODE, "--time", "soon", "--", "x"), "--time 'soon'"),
+        (
+            (*MULTI_NODE, "--processes_per_node", "9", "--", "x"),
+            "--processes_per_node 9 is more than --gpus_per_node 8",
+        ),
         ((*MULTI_NODE, "--cpus_per_task", "0", "--", "x"), "--cpus_per_task 0 is less than 1"),
         ((*MULTI_NODE, "--partition", "a b", "--", "x"), "partition 'a b'"),
         ((*MULTI_NODE, "--", *PRETRAIN, "--max_step", "9"), "after --: unrecognized arguments: --max_step 9"),

@@ -1,0 +1,46 @@
+"""Where a process computes, and in which precision, on machines that have GPUs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_roberta.training import device
+from ds_roberta.training.device import device_precisions, init_distributed
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """An accelerator as DeepSpeed sees a CUDA device; `taken` are the devices that the process was set to."""
+    accelerator = SimpleNamespace(
+        taken=[], device_name=lambda: "cuda", is_bf16_supported=lambda: True, is_fp16_supported=lambda: True
+    )
+    accelerator.set_device = accelerator.taken.append
+    monkeypatch.setattr(device, "get_accelerator", lambda: accelerator)
+    return accelerator
+
+
+def test_a_process_takes_its_own_gpu_before_anything_is_put_there(gpu, monkeypatch, tmp_path):
+    def join(**_):
+        assert not gpu.taken
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device, "meet", lambda timeout: None)
+    monkeypatch.setattr(device.deepspeed, "init_distributed", join)
+    try:
+        assert init_distributed().local_rank == 3
+        assert gpu.taken == [3]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("emulated", "best"), [(False, ("bf16", "fp16")), (True, ("fp16",))])
+def test_bf16_without_tensor_cores_is_used_on_request_only(gpu, monkeypatch, emulated, best):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulated
+    )
+    assert device_precisions() == (best, ("fp32", "bf16", "fp16"))
