@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
@@ -142,10 +143,16 @@ def save_array(file: BinaryIO, array: np.ndarray) -> None:
 
 def check_output_file(option: str, path: Path | None) -> None:
     """Raise `UserError` if an option's file could not be written; call it before the work rather than after."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise UserError(
             f"{option} {str(path)!r} is a folder, or its folder is missing: choose a file in a folder that exists"
         )
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option} {str(path)!r} is a device or a pipe: choose a file")
+    with errors_of_the_disk(path), tempfile.TemporaryFile(dir=path.resolve().parent):
+        pass
 
 
 def write_figures(path: Path | None, figures: Any) -> None:

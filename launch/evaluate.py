@@ -11,7 +11,7 @@ from ds_roberta.evaluation.minimal_pairs import PairOptions, evaluate_minimal_pa
 from ds_roberta.evaluation.perplexity import evaluate_perplexity
 from ds_roberta.evaluation.pseudo_likelihood import METRICS
 from ds_roberta.evaluation.roberta_folder import PRECISIONS
-from ds_roberta.options import add_options, require_positive
+from ds_roberta.options import add_options
 from ds_roberta.training.settings import RunConfig
 
 MASKING = ("masking", "mlm_probability", "mask_replace_prob", "random_replace_prob")
@@ -58,7 +58,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
             PairOptions.from_options(vars(arguments)),
         )
         return
-    require_positive("--eval_sequences", arguments.eval_sequences)
     evaluate_perplexity(
         arguments.model,
         arguments.data,

@@ -57,12 +57,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         value = vars(arguments)[name]
         if value is not None and not value.strip():
             parser.error(f"--{name} {value!r} is empty: give a text")
-    if (arguments.question is None) != (arguments.context is None):
-        parser.error("--question and --context go together: give both")
-    if arguments.glue_task is not None and arguments.output is None:
-        parser.error("--glue_task needs --output, a .tsv file: give it")
-    if arguments.text_pair is not None and arguments.text is None:
-        parser.error("--text_pair goes with --text: give both")
     for name in ("text_column", "text_pair_column"):
         if arguments.input is None and vars(arguments)[name] is not None:
             parser.error(f"--{name} does nothing without --input: leave it out")

@@ -15,11 +15,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from ds_roberta.data.sentences import cut_long_sentences, whole_characters
 from ds_roberta.data.tokenizer import is_continuation, token_bytes
 from ds_roberta.errors import UserError
 
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+"""A character of a script that writes no spaces between words, for texts, on which no mask depends."""
 WORDS_VERSION = 2
 """Incremented when a change of this module gives the same ids other words, and thus other masks."""
 MAX_WORD_TOKENS = 16

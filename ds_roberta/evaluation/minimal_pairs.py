@@ -1,13 +1,15 @@
 """Grammatical knowledge, tested with minimal pairs: how often is the acceptable sentence the more likely one?
 
-Reads tables like BLiMP's JSON lines (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon)
-and, optionally, `field`. A pair is correct if the acceptable sentence has the higher score, which is BLiMP's own rule,
-so a tie is wrong: the model does not distinguish the two, and half a point would hide that. Ties are counted, and the
-accuracy in which they count half, as in a guess, is given beside.
+Reads tables like BLiMP's JSON lines (Warstadt et al. 2020): `sentence_good`, `sentence_bad`, `UID` (the phenomenon;
+BLiMP itself calls it a paradigm, and groups of them phenomena) and, optionally, `field`. A pair is correct if the
+acceptable sentence has the higher score, which is BLiMP's own rule, so a tie is wrong: the model does not distinguish
+the two, and half a point would hide that. Ties are counted, and the accuracy in which they count half, as in a guess,
+is given beside.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +21,12 @@ import orjson
 
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, pseudo_log_likelihoods
-from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
+from ds_roberta.evaluation.pseudo_likelihood import METRICS, Sentence, encode, pseudo_log_likelihoods
+from ds_roberta.evaluation.roberta_folder import PRECISIONS, RobertaFolder, open_roberta
 from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk, write_figures
-from ds_roberta.inputs.streams import format_of, is_url
+from ds_roberta.inputs.streams import format_of, is_url, without_format
 from ds_roberta.inputs.tables import TABULAR, TABULAR_NAMES, is_saved, read_table
-from ds_roberta.options import Settings, option
+from ds_roberta.options import Settings, option, require_one_of
 
 PHENOMENON = "UID"
 
@@ -67,10 +69,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Report:
-    """Accuracies by phenomenon and field, and their means over phenomena, which have equally many pairs in BLiMP."""
+    """Accuracies by phenomenon and field, their means over phenomena, and the accuracy on all pairs.
+
+    The two are equal where all phenomena have as many pairs, as BLiMP's paradigms have.
+    """
 
     mean_accuracy: float
     mean_accuracy_with_half_ties: float
+    overall: Accuracy
     phenomena: dict[str, Accuracy]
     fields: dict[str, Accuracy]
 
@@ -96,6 +102,8 @@ def evaluate_minimal_pairs(
         UserError: the model, a line of the data or a path of the output is wrong.
     """
     options = options or PairOptions()
+    require_one_of("--metric", metric, METRICS)
+    require_one_of("--precision", precision, PRECISIONS)
     files = _files(data)
     _check_outputs(json_path, options.pairs, files)
     pairs = [pair for path in files for pair in read_pairs(path, options)]
@@ -114,7 +122,7 @@ def score_pairs(folder: RobertaFolder, pairs: Sequence[Pair], metric: str) -> np
     """The scores, in nats, of the acceptable and the unacceptable sentence of each pair: (pairs, 2) float64.
 
     Raises:
-        UserError: a sentence has more tokens than the model has positions.
+        UserError: a sentence has no tokens, or more than the model has positions.
     """
     sentences = encode(folder, [sentence for pair in pairs for sentence in (pair.good, pair.bad)])
     _check_lengths(folder, pairs, sentences)
@@ -127,7 +135,8 @@ def make_report(pairs: Sequence[Pair], scores: np.ndarray) -> Report:
     phenomena = _by_group([pair.phenomenon for pair in pairs], margins)
     fields = _by_group([pair.field for pair in pairs], margins)
     mean = fmean(group.accuracy for group in phenomena.values())
-    return Report(mean, fmean(group.accuracy_with_half_ties for group in phenomena.values()), phenomena, fields)
+    half = fmean(group.accuracy_with_half_ties for group in phenomena.values())
+    return Report(mean, half, _accuracy(margins), phenomena, fields)
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], scores: np.ndarray) -> None:
@@ -152,7 +161,8 @@ def read_pairs(path: str | Path, options: PairOptions) -> list[Pair]:
     column = options.phenomenon_column or PHENOMENON
     of_file = {}
     if options.phenomenon_column is None and column not in table.columns:
-        of_file = {column: Path(table.name).name.partition(".")[0]}
+        name = Path(path).name
+        of_file = {column: without_format(name) if format_of(name, TABULAR) else name}
     columns = (options.good_column, options.bad_column, column)
     return [_pair({**row, **of_file}, columns, table.place(index)) for index, row in enumerate(table.rows)]
 
@@ -164,7 +174,8 @@ def _pair(entry: dict[str, Any], columns: tuple[str, str, str], place: str) -> P
                 f"{place}: {name!r} is {entry.get(name)!r}: every row needs it as text; if another column has it, give "
                 f"that as --{letter}_column"
             )
-    field = str(entry.get("field") or "").replace("/", "_")  # BLiMP writes syntax/semantics and syntax_semantics
+    field = "" if entry.get("field") is None else str(entry["field"])
+    field = field.replace("/", "_")  # BLiMP writes syntax/semantics and syntax_semantics
     good, bad, phenomenon = (entry[name] for name in columns)
     return Pair(good, bad, phenomenon, field, place)
 
@@ -186,16 +197,23 @@ def _files(data: Sequence[str | Path]) -> list[str]:
         found = [path]
         if Path(path).is_dir() and not is_saved(path):
             found = [str(file) for file in sorted(Path(path).iterdir()) if format_of(file.name, TABULAR)]
+            if folders := [file.name for file in sorted(Path(path).iterdir()) if file.is_dir()]:
+                logger.warning(f"--data {path!r}: not read are the folders in it: {', '.join(folders)}")
         elif not is_url(path) and not Path(path).exists():
             raise UserError(f"--data {path!r} does not exist: choose tables like BLiMP's, or folders of them")
         if not found:
             raise UserError(f"--data {path!r} has no table ({TABULAR_NAMES}): choose a folder of BLiMP's files")
         files += found
+    resolved = Counter(path if is_url(path) else str(Path(path).resolve()) for path in files)
+    if twice := [path for path, count in resolved.items() if count > 1]:
+        raise UserError(f"--data has {twice[0]!r} {resolved[twice[0]]} times: name each table once")
     return files
 
 
 def _check_lengths(folder: RobertaFolder, pairs: Sequence[Pair], sentences: Sequence[Sentence]) -> None:
     for number, sentence in enumerate(sentences):
+        if not sentence.ids:
+            raise UserError(f"{pairs[number // 2].place}: the tokenizer leaves nothing of a sentence: leave it out")
         length = len(sentence.ids) + 2
         if length > folder.max_positions:
             raise UserError(
@@ -236,4 +254,4 @@ def _table(report: Report) -> str:
     fields = [*rows(report.fields), ""] if report.fields else []
     means = f"{report.mean_accuracy:8.1%}  {report.mean_accuracy_with_half_ties:14.1%}"
     mean = f"{'mean of phenomena':<{width}}  {'':>7}  {'':>5}  {means}"
-    return "\n".join([header, *rows(report.phenomena), "", *fields, mean])
+    return "\n".join([header, *rows(report.phenomena), "", *fields, *rows({"all pairs": report.overall}), mean])

@@ -17,9 +17,10 @@ from ds_roberta.data.tokenizer_files import other_token
 from ds_roberta.data.words import word_starts
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation.roberta_folder import RobertaFolder, open_roberta
+from ds_roberta.evaluation.roberta_folder import PRECISIONS, RobertaFolder, open_roberta
 from ds_roberta.files import check_output_file, write_figures
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.options import require_one_of, require_positive
 
 POSITIONS_OF_A_BIN = 64
 _MICRO_BATCH_TOKENS = 4096
@@ -70,6 +71,8 @@ def evaluate_perplexity(
     Raises:
         UserError: the model, the data, their tokenizers or the JSON's path is wrong, or the length too large.
     """
+    require_one_of("--precision", precision, PRECISIONS)
+    require_positive("--eval_sequences", sequences)
     check_output_file("--json", json_path)
     corpus = Corpus.open(data)
     folder = open_roberta(model, precision)

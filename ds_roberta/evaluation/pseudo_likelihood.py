@@ -16,13 +16,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import regex
+import tokenizers
 import torch
 
 from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.data.words import UNSPACED
 from ds_roberta.evaluation.roberta_folder import RobertaFolder
 from ds_roberta.progress import progress_bar
 
 METRICS = ("original", "within_word_l2r")
+_JOINED = regex.compile(r"[\p{M}\u200c\u200d]\w|.[\p{M}\u200c\u200d]")
+"""Two characters of one word, of which one is a mark or a joiner."""
 BATCH_TOKENS = 4096
 """The default maximum number of tokens in a batch, padding included."""
 
@@ -32,7 +37,7 @@ class Sentence:
     """A sentence's token ids, without `<s>` and `</s>`, and the number of each token's word."""
 
     ids: tuple[int, ...]
-    words: tuple[int | None, ...]
+    words: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,29 @@ class MaskedCopies:
 
 
 def encode(folder: RobertaFolder, texts: Sequence[str]) -> list[Sentence]:
-    """Encode texts; their words are the parts that the tokenizer's pre-tokenizer splits them into."""
+    """Encode texts; their words are the parts that the tokenizer's pre-tokenizer splits them into.
+
+    Some pre-tokenizers split at combining marks, and none splits scripts without spaces: marks and what follows them
+    stay with the word here, and characters of such scripts are words.
+    """
     encodings = folder.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [Sentence(tuple(encoding.ids), tuple(encoding.word_ids)) for encoding in encodings]
+    return [
+        Sentence(tuple(encoding.ids), _words(text, encoding)) for text, encoding in zip(texts, encodings, strict=True)
+    ]
+
+
+def _words(text: str, encoding: tokenizers.Encoding) -> tuple[int, ...]:
+    """The number of each token's word."""
+    words: list[int] = []
+    end, last_part = 0, None
+    for part, (first, last) in zip(encoding.word_ids, encoding.offsets, strict=True):
+        first += len(text[first:last]) - len(text[first:last].lstrip())  # SentencePiece's pieces begin with a space
+        begins = part != last_part and not (first == end and _JOINED.match(text[max(0, first - 1) : first + 1]))
+        is_inside = first < end  # a byte of a character that the token before began
+        begins = not is_inside and (begins or UNSPACED.match(text, first) is not None)
+        words.append(words[-1] + begins if words else 0)
+        end, last_part = last, part
+    return tuple(words)
 
 
 def pseudo_log_likelihoods(

@@ -19,6 +19,7 @@ from ds_roberta.finetuning.prediction_files import check_board, check_output, wi
 from ds_roberta.finetuning.question_answering import QuestionAnswering
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
 from ds_roberta.model.kernels import set_gpu_arithmetic
+from ds_roberta.options import require_positive
 from ds_roberta.progress import progress_bar
 from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 
@@ -33,6 +34,9 @@ class PredictConfig:
         glue_task: the task of GLUE's board that the output is for, a key of `BOARDS`.
         task_options: the task's own, by name. Missing ones are as in fine-tuning.
         max_seq_length: in tokens; None: as in fine-tuning.
+
+    Raises:
+        UserError: not exactly one of `input`, `text` and `question` is given, or a value does nothing or is too small.
     """
 
     model: Path
@@ -46,6 +50,19 @@ class PredictConfig:
     task_options: dict[str, Any] = field(default_factory=dict)
     max_seq_length: int | None = None
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if (self.question is None) != (self.context is None):
+            raise UserError("--question and --context go together: give both")
+        if sum(given is not None for given in (self.input, self.text, self.question)) != 1:
+            raise UserError("one of --input, --text and --question says what to predict from: give one of them")
+        if self.text_pair is not None and self.text is None:
+            raise UserError("--text_pair goes with --text: give both")
+        if self.glue_task is not None and self.output is None:
+            raise UserError("--glue_task needs --output, a .tsv file: give it")
+        require_positive("--batch_size", self.batch_size)
+        if self.max_seq_length is not None:
+            require_positive("--max_seq_length", self.max_seq_length)
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,7 @@ def predict(config: PredictConfig) -> list[Answer]:
             remedy = "--text and --text_pair" if task.takes_pairs else "--text"
             raise UserError(f"the model is of --task {task.name}, which answers no questions: give {remedy}")
         inputs = [task.make_input(config.context, config.question)]
-    else:
-        assert config.text is not None
+    elif config.text is not None:
         if isinstance(task, QuestionAnswering):  # of two texts, it is not clear which is the question
             raise UserError("the model answers questions: give --question and --context, or --input")
         inputs = [task.make_input(config.text, config.text_pair)]

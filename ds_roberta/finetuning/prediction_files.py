@@ -63,8 +63,6 @@ def check_output(output: Path, given: str | None, glue_task: str | None) -> None
         UserError: the file's folder is missing, its ending is unknown or not that of its format, or it is the input.
     """
     check_output_file("--output", output)
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {str(output)!r} is a device or a pipe: choose a file")
     if given is not None and output.resolve() == Path(given).resolve():
         raise UserError(f"--output {str(output)!r} is the input: choose another file")
     if output.suffix not in SUFFIXES:

@@ -10,6 +10,7 @@ from typing import Any
 
 import regex
 
+from ds_roberta.data.words import UNSPACED
 from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import TEXT_COLUMNS, listed, without
@@ -25,10 +26,9 @@ ENTITY_TAG = re.compile(r"O|[BIESLU](-[^-].*)?")  # IOB1, IOB2, IOBES, BILUO; no
 UNSPECIFIED = "_"  # as CoNLL-U writes it
 SCHEMES = {"E": "IOBES", "S": "IOBES", "L": "BILUO", "U": "BILUO"}
 GIVE_TEXTS = "give texts as a table with a column 'text' (.jsonl, .csv, .tsv)"
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-"""Scripts that write no spaces between words: there each character, with its marks, is a word."""
-_LETTER = rf"[\w--[{_UNSPACED}]]"  # regex counts marks and joiners as parts of words, which re does not
-WORD_IN_TEXT = regex.compile(rf"(?V1)(?=[{_UNSPACED}]|[^\w\s])\X|{_LETTER}+(?:[.'’-]{_LETTER}+)*")
+_LETTER = rf"[\w--{UNSPACED.pattern}]"  # regex counts marks and joiners as parts of words, which re does not
+WORD_IN_TEXT = regex.compile(rf"(?V1)(?={UNSPACED.pattern}|[^\w\s])\X|{_LETTER}+(?:[.'’-]{_LETTER}+)*")
+"""In scripts without spaces each character, with its marks, is a word."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,12 @@ def suffix_of(path: str) -> str:
     return f".{match[1]}" if match else ""
 
 
+def without_format(name: str) -> str:
+    """A file's name without the endings of its format and compression, such as `train` of `train.conll.gz`."""
+    match = _NAME.search(name.lower())
+    return name[: match.start()] if match else name
+
+
 def is_url(path: str) -> bool:
     """Return whether fsspec must open a path, such as `s3://bucket/text.jsonl`."""
     return "://" in path

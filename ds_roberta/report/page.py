@@ -164,7 +164,7 @@ def _values(runs: Sequence[Run], metrics: Sequence[Metric]) -> dict[str, list[st
     for column, (title, _) in LINES.items():
         found = [run.series(column) for run in runs]
         if any(found):
-            rows[title] = [f"{series.values[0]:.4f}" if series else NOTHING for series in found]
+            rows[title] = [f"{series.values[-1]:.4f}" if series else NOTHING for series in found]
     of_steps = [metric for metric in metrics if metric.over == "step"]
     return rows | {metric.title: [_last_and_best(metric, run) for run in runs] for metric in of_steps}
 

@@ -183,7 +183,7 @@ def _references(runs: Sequence[Run]) -> list[_Reference]:
     for column in LINES:
         for run in runs:
             if series := run.series(column):
-                found.setdefault((column, series.values[0]), []).append(run.name)
+                found.setdefault((column, series.values[-1]), []).append(run.name)
     return [
         _Reference(
             column,

@@ -102,13 +102,19 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Value]:
 def _read_run(folder: Path, name: str) -> Run:
     is_finetuned = (folder / RESULTS).is_file() and not (folder / METRICS_NAME).exists()
     rows, config, warnings = ([], {}, []) if is_finetuned else _read_pretraining(folder, name)
-    files = sorted({path for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
-    contents = {str(path.relative_to(folder)): read_json(path) for path in files}
-    by_position = [content[BY_POSITION] for content in contents.values() if _is_perplexity(content)]
+    found = {path.relative_to(folder) for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern)}
+    # Hidden folders are of fine-tunings that were killed, or that others have replaced.
+    files = sorted(path for path in found if (folder / path).is_file() and not str(path).startswith(".")
+                   and "/." not in path.as_posix())  # fmt: skip
+    contents = {str(path): read_json(folder / path) for path in files}
+    by_position = {file: content[BY_POSITION] for file, content in contents.items() if _is_perplexity(content)}
+    if len(by_position) > 1:
+        first, *others = by_position
+        warnings.append(f"the loss by position is that of {first}; not drawn: {', '.join(others)}")
     results = {file: flatten(_in_short(content)) for file, content in contents.items()}
     beside = {file: (folder / file).with_name(ERROR_ANALYSIS) for file in contents if Path(file).name == RESULTS}
     error_analyses = {file: read_error_analysis(path) for file, path in beside.items() if path.is_file()}
-    loss_by_position = _loss_by_position(by_position[0]) if by_position else None
+    loss_by_position = _loss_by_position(next(iter(by_position.values()))) if by_position else None
     return Run(name, tuple(rows), config, results, tuple(warnings), error_analyses, loss_by_position)
 
 

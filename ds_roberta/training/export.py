@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ds_roberta.config import ModelConfig
+from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.distributed import logger
@@ -17,7 +17,7 @@ from ds_roberta.model.architecture import stored_architecture
 from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers
 from ds_roberta.model.objectives import objective_of
 from ds_roberta.training import checkpoint
-from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
 
 
@@ -70,10 +70,12 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
         UserError: the run's `config.json` or `metrics.jsonl` is broken.
     """
     run = checkpoint.resolve().parent.parent
-    record = read_record(run / CONFIG_NAME) if (run / CONFIG_NAME).is_file() else {}
+    is_in_run = checkpoint.resolve().parent.name == CHECKPOINTS_FOLDER and (run / CONFIG_NAME).is_file()
+    record = read_record(run / CONFIG_NAME) if is_in_run else {}
     if "run" not in record:  # written by another program
         record = {}
-    facts = {**_training(state), **_evaluation(state, run / METRICS_NAME), **_lines(state), **_circumstances(record)}
+    evaluation = _evaluation(state, run / METRICS_NAME) if record else {}
+    facts = {**_training(state), **evaluation, **_lines(state), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
     task = (_FILL_MASK if has_head else _ENCODER).format(model_type=config.model_type)
@@ -129,7 +131,11 @@ def _masking(masking: dict[str, Any]) -> str:
     if (last := masking.get("mlm_probability_end")) is not None:
         share += f" to {last:g}"
     copies = masking.get("copies")
-    return f"{share} of the tokens, by {masking['unit']}, {f'{copies} fixed masks' if copies else 'dynamic'}"
+    replaced = masking["mask_replace_prob"], masking["random_replace_prob"]
+    usual = replaced == (MaskingConfig.mask_replace_prob, MaskingConfig.random_replace_prob)
+    return f"{share} of the tokens, by {masking['unit']}, {f'{copies} fixed masks' if copies else 'dynamic'}" + (
+        "" if usual else "; of these, {:g} become the mask token, {:g} random ones".format(*replaced)
+    )
 
 
 def _schedule(text: str | None) -> str | None:

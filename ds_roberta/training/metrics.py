@@ -69,7 +69,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`, one JSON object a line."""
+    """Appends rows to `metrics.jsonl`, one JSON object a line.
+
+    Attributes:
+        latest: the last value of each column.
+    """
 
     def __init__(self, output_dir: Path, global_step: int, is_evaluated: bool = True):
         """Open the log of a run that is at `global_step`.
@@ -88,6 +92,9 @@ class MetricsLog:
         if self._path.exists():
             with errors_of_the_disk(self._path, remedy=_REMEDY):
                 write_text(self._path, "".join(f"{json.dumps(row)}\n" for row in kept))
+        self.latest: dict[str, Any] = {}
+        for row in kept:
+            self.latest |= row
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far."""
@@ -101,6 +108,7 @@ class MetricsLog:
         """
         with errors_of_the_disk(self._path, remedy=_REMEDY):
             append_line(self._path, json.dumps(row))
+        self.latest |= row
 
 
 class Progress:

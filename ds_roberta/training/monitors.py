@@ -11,7 +11,6 @@ import importlib
 import math
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,11 +91,9 @@ class Monitors:
         self._say = say
         if not self._sections:
             return
-        run_id = self._run_id()
-        if run_id is None:
-            run_id = secrets.token_hex(4)
-            with errors_of_the_disk(self._record):
-                write_json(self._record, {"run_id": run_id})
+        run_id = self._run_id() or secrets.token_hex(4)
+        with errors_of_the_disk(self._record):
+            write_json(self._record, {"run_id": run_id, "output_dir": str(self._output_dir.resolve())})
         for name, section in self._sections.items():
             if name == "wandb":
                 monitor = WandbMonitor.open(section, run_id, self._may_roll_back, say)
@@ -145,12 +142,22 @@ class Monitors:
         return self._output_dir / RECORD_NAME
 
     def _run_id(self) -> str | None:
+        """The run's id; None if it has none yet, or if its folder is a copy of another, to which the id belongs."""
         if not self._record.exists():
             return None
-        try:
-            return str(load_json(self._record.read_text(encoding="utf-8"))["run_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(self._record)!r} is damaged: remove it, and the monitors begin a new run") from error
+        record = _read_record(self._record)
+        original = Path(record.get("output_dir") or self._output_dir, RECORD_NAME)
+        if original.exists() and not original.samefile(self._record):
+            return None if _read_record(original)["run_id"] == record["run_id"] else record["run_id"]
+        return record["run_id"]
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    try:
+        record = load_json(path.read_text(encoding="utf-8"))
+        return {**record, "run_id": str(record["run_id"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is damaged: remove it, and the monitors begin a new run") from error
 
 
 def _import(section: str) -> None:
@@ -223,33 +230,35 @@ class TensorBoardMonitor(Monitor):
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._missing_from = folder / ".missing_from"  # the step since which events are missing, if a write failed
+        self._written = folder / ".written_up_to"  # the last step whose events are there
         self._writer: SummaryWriter | None = None
 
     def start(self, points: list[Point], global_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.close(complete=False)
-        # The run's current step is hidden too: its evaluation is repeated.
-        hide_from = global_step if any(self._folder.glob(_FILES["tensorboard"])) else None
-        if self._missing_from.exists():
-            hide_from = min(global_step, int(self._missing_from.read_text(encoding="utf-8") or 0))
+        # The run's current step is hidden too: its evaluation is repeated. So is the last one written, which may have
+        # lacked a row, and all if it is unknown.
+        hide_from = None
+        if any(self._folder.glob(_FILES["tensorboard"])):
+            written = self._written.read_text(encoding="utf-8") if self._written.exists() else ""
+            hide_from = min(global_step, int(written or 0))
+        self._note(hide_from or 0)
         self._writer = SummaryWriter(str(self._folder), purge_step=hide_from)
         for step, values in points:
             if hide_from is None or step >= hide_from:
                 self._add(self._writer, step, values)
         self._writer.flush()
-        self._missing_from.unlink(missing_ok=True)
+        self._note(global_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         assert self._writer is not None
-        try:
-            self._add(self._writer, step, values)
-            self._writer.flush()  # a kill loses what is still buffered
-        except Exception:
-            with suppress(OSError):
-                self._missing_from.write_text(str(step), encoding="utf-8")
-            raise
+        self._add(self._writer, step, values)
+        self._writer.flush()  # a kill loses what is still buffered
+        self._note(step)
+
+    def _note(self, step: int) -> None:
+        self._written.write_text(str(step), encoding="utf-8")
 
     def close(self, complete: bool) -> None:
         if self._writer is not None:

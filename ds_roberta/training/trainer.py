@@ -329,7 +329,8 @@ class Trainer:
         if state.global_step and loss < lowest:
             state.best_eval_loss, state.best_step = loss, state.global_step
         columns = {f"eval_{name}": value for name, value in evaluation.items()}
-        self.log({"global_step": state.global_step, **columns, **({} if state.global_step else state.lines)})
+        are_logged = state.lines.items() <= self._metrics.latest.items()
+        self.log({"global_step": state.global_step, **columns, **({} if are_logged else state.lines)})
         report = "; ".join(f"{name} {text}" for name, text in self.objective.report(evaluation).items())
         self._progress.say(f"step {state.global_step}: {report}")
         self._check_plateau(loss)

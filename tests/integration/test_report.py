@@ -90,7 +90,7 @@ def test_what_counts_know_is_dashed_lines_in_the_plot_of_the_held_out_loss(tmp_p
         {"global_step": 0, "eval_loss": 9.0, "unigram_loss": 7.0, "neighbour_loss": 5.5},
         *steps(2, eval_loss=float),
     ]
-    other = [{**rows[0], "neighbour_loss": 5.0}, *rows[1:]]
+    other = [*rows[:2], {**rows[2], "neighbour_loss": 5.0}]  # evaluated otherwise since it was resumed
     rts = steps(2, eval_loss=lambda s: 0.1 * s)
     folders = [write_run(tmp_path / name, of) for name, of in (("a", rows), ("b", rows), ("c", other), ("rts", rts))]
     runs = read_runs(folders)
@@ -391,6 +391,13 @@ def test_the_held_out_loss_by_position_is_drawn_and_not_listed(tmp_path):
     assert "Not recorded by b." in text
     assert cells.row("loss") == ["4.25"]
     assert "masked_tokens" not in text
+    (a / "evaluation_best.json").write_text(json.dumps({"loss": 4.0, "by_position": ranges[:1]}))
+    for folder in (".tuned.partial", "tuned/.old"):
+        (a / folder).mkdir(parents=True)
+        (a / folder / "results.json").write_text("{}")
+    (run,) = read_runs([a])
+    assert list(run.results) == ["evaluation.json", "evaluation_best.json"]
+    assert run.warnings == ("the loss by position is that of evaluation.json; not drawn: evaluation_best.json",)
     figure = draw(read_runs([a]), BY_COLUMN["loss_by_position"])
     assert figure.axes[0].get_xlabel() == "position"
     assert list(figure.axes[0].lines[0].get_ydata()) == [5.0, 3.5]

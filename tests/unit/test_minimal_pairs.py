@@ -11,7 +11,7 @@ import transformers
 
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
-from ds_roberta.evaluation import pseudo_likelihood
+from ds_roberta.evaluation import minimal_pairs, pseudo_likelihood
 from ds_roberta.evaluation.minimal_pairs import (
     Pair,
     PairOptions,
@@ -20,7 +20,7 @@ from ds_roberta.evaluation.minimal_pairs import (
     read_pairs,
     score_pairs,
 )
-from ds_roberta.evaluation.pseudo_likelihood import encode, masked_copies, pseudo_log_likelihoods
+from ds_roberta.evaluation.pseudo_likelihood import Sentence, encode, masked_copies, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import open_roberta
 from ds_roberta.model.export import export, hf_config
 from ds_roberta.model.objectives import MaskedLM
@@ -169,8 +169,10 @@ def test_the_report_is_printed_and_written(tmp_path, exported, capsys):
 
 
 def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
-    (tmp_path / "data.jsonl").write_text(line())
-    words = ["--model", exported, "--data", tmp_path / "data.jsonl", tmp_path, "--json", tmp_path / "out.json"]
+    (tmp_path / "more").mkdir()
+    for name in ("data.jsonl", "more/data.jsonl"):
+        (tmp_path / name).write_text(line())
+    words = ["--model", exported, "--data", tmp_path / "data.jsonl", tmp_path / "more", "--json", tmp_path / "out.json"]
     words += ["--metric", "within_word_l2r", "--precision", "bf16", "--pairs", tmp_path / "pairs.txt"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "minimal-pairs", *map(str, words)])
     script = runpy.run_path(str(Path(__file__).parents[2] / "launch/evaluate.py"))
@@ -178,6 +180,58 @@ def test_the_command_passes_its_options_on(tmp_path, exported, monkeypatch):
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["metric"], report["precision"]) == ("within_word_l2r", "bf16")
     assert report["phenomena"]["order"]["pairs"] == len((tmp_path / "pairs.txt").read_text().splitlines()) == 2
+
+
+def test_no_pair_is_counted_twice_or_left_out_silently(tmp_path, exported, caplog):
+    (tmp_path / "more").mkdir()
+    for name in ("data.jsonl", "more/data.jsonl"):
+        (tmp_path / name).write_text(line())
+    with pytest.raises(UserError, match=r"data.jsonl' 2 times: name each table once"):
+        evaluate_minimal_pairs(exported, [tmp_path / "data.jsonl", tmp_path])
+    with caplog.at_level("WARNING"):
+        assert evaluate_minimal_pairs(exported, [tmp_path]).overall.pairs == 1
+    assert "not read are the folders in it: more" in caplog.text
+
+
+def test_an_unknown_metric_or_precision_is_refused(exported, tmp_path):
+    with pytest.raises(UserError, match="--metric must be one of original, within_word_l2r"):
+        evaluate_minimal_pairs(exported, [tmp_path], "within-word-l2r")
+    with pytest.raises(UserError, match="--precision must be one of"):
+        evaluate_minimal_pairs(exported, [tmp_path], precision="fp8")
+
+
+def test_files_with_dots_in_their_names_are_different_phenomena(tmp_path):
+    row = json.dumps({"sentence_good": "a", "sentence_bad": "b", "field": 0})
+    for name in ("agreement.number.jsonl", "agreement.gender.jsonl"):
+        (tmp_path / name).write_text(row)
+        (found,) = read_pairs(tmp_path / name, PairOptions())
+        assert (found.phenomenon, found.field) == (name.removesuffix(".jsonl"), "0")
+
+
+def test_a_sentence_without_tokens_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(minimal_pairs, "encode", lambda folder, texts: [Sentence((5,), (0,)), Sentence((), ())])
+    with pytest.raises(UserError, match="line 3: the tokenizer leaves nothing of a sentence"):
+        score_pairs(folder, [pair("a", "b")], "original")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("don't go, kato", ["don", "'t", "go", ",", "kato"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("cafe\u0301 nai\u0308ve", ["cafe\u0301", "nai\u0308ve"]),
+        ("他不知道", ["他", "不", "知", "道"]),
+        ("ภาษา", ["ภ", "า", "ษ", "า"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),
+    ],
+)
+def test_words_are_those_of_the_script(folder, text, words):
+    (sentence,), (encoding,) = encode(folder, [text]), folder.tokenizer.encode_batch([text], add_special_tokens=False)
+    spans = {}
+    for word, (first, last) in zip(sentence.words, encoding.offsets, strict=True):
+        before = spans.get(word, (first, last))
+        spans[word] = min(before[0], first), max(before[1], last)
+    assert [text[first:last] for first, last in spans.values()] == words
 
 
 def test_pairs_have_keys_of_other_names_and_the_file_names_the_phenomenon(tmp_path):

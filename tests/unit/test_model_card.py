@@ -1,12 +1,12 @@
 """The card of an exported model tells the facts of its run, as far as they are there."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from ds_roberta.config import model_config
+from ds_roberta.config import MaskingConfig, model_config
 from ds_roberta.errors import UserError
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.export import model_card
@@ -16,7 +16,7 @@ IDENTITY = {
     "data": "da7a",
     "seed": 3,
     "packing": {"max_seq_length": 1024, "format": "segment-pair"},
-    "masking": {"mlm_probability": 0.3, "mlm_probability_end": 0.15, "unit": "span", "copies": None},
+    "masking": asdict(MaskingConfig(0.3, mlm_probability_end=0.15, unit="span")),
     "next_sentence_prediction": True,
     "train_batch_size": 256,
     "train_batch_size_schedule": "0:256",
@@ -120,6 +120,23 @@ def test_another_tools_config_beside_a_checkpoint_is_no_record(run):
     (run / "config.json").write_text('{"model_type": "roberta"}')
     card = model_card(CONFIG, TrainState(IDENTITY, 1200), weights("lm_head", 1), run / "checkpoints/global_step1200")
     assert "# RoBERTa\n" in card
+
+
+def test_what_replaces_the_tokens_is_said_where_it_is_not_as_usual(run):
+    for shares, expected in (
+        ((0.8, 0.1), "dynamic"),
+        ((1.0, 0.0), "dynamic; of these, 1 become the mask token, 0 random ones"),
+    ):
+        state = TrainState({**IDENTITY, "masking": asdict(MaskingConfig(0.3, *shares))}, 1200)
+        card = model_card(CONFIG, state, weights("lm_head", 1), run / "checkpoints/global_step1200")
+        assert table(card)["masked"] == f"0.3 of the tokens, by token, {expected}"
+
+
+def test_a_checkpoint_that_was_copied_into_another_runs_folder_has_its_own_facts_only(run):
+    state = TrainState(IDENTITY, 1200)
+    facts = table(model_card(CONFIG, state, weights("lm_head", 1), run / "from_elsewhere/global_step1200"))
+    assert "steps" in facts
+    assert not any(name.startswith("held-out loss") or name == "torch" for name in facts)
 
 
 def test_a_checkpoint_alone_has_its_own_facts(tmp_path):

@@ -78,6 +78,15 @@ def test_a_monitor_that_is_switched_on_later_gets_the_steps_before(run, sections
     assert_monitors_show(run(4, 7), tmp_path / "monitors")
 
 
+def test_a_monitor_that_was_off_for_some_steps_gets_them_later(run, sections, tmp_path):
+    run(0, 4)
+    shown = dict(sections)
+    sections.clear()
+    run(4, 7)
+    sections.update(shown)
+    assert_monitors_show(run(7, 9), tmp_path / "monitors")
+
+
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(run, sections, tmp_path):
     run(0, 4)
     before = {path: path.read_bytes() for path in (tmp_path / "monitors").rglob("*") if path.is_file()}
@@ -87,6 +96,20 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(run, sections, tmp
         with pytest.raises(UserError, match=f"{name} would mix two runs.*choose another {name}.job_name"):
             other.check()
     assert {path: path.read_bytes() for path in (tmp_path / "monitors").rglob("*") if path.is_file()} == before
+
+
+def test_a_copy_of_a_run_leaves_the_monitors_of_the_first_alone(run, sections, tmp_path):
+    log = run(0, 4)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.raises(UserError, match="would mix two runs"):
+        Monitors(tmp_path / "copy", sections, may_roll_back=False).check()
+    assert_monitors_show(log, tmp_path / "monitors")
+    shutil.rmtree(tmp_path / "run")  # as if it had been moved
+    moved = Monitors(tmp_path / "copy", sections, may_roll_back=False)
+    moved.check()
+    moved.open(pytest.fail)
+    moved.start(MetricsLog(tmp_path / "copy", 4), 4, pytest.fail)
+    moved.close(complete=True)
 
 
 def test_a_folder_that_cannot_be_made_and_a_damaged_record_are_user_errors(sections, tmp_path):
@@ -125,6 +148,18 @@ def test_tensorboard_gets_what_it_lacks_since_it_failed(run, sections, tmp_path,
     assert [line.split(" fails")[0] for line in said] == ["tensorboard"]
     assert_monitors_show(run(8, 9), tmp_path / "monitors")
     assert_monitors_show(run(7, 9, attempt=1), tmp_path / "monitors")
+
+
+def test_tensorboard_gets_what_a_failed_start_could_not_add(run, sections, tmp_path, monkeypatch):
+    run(0, 2)
+    shown = dict(sections)
+    sections.clear()
+    run(2, 7)
+    sections.update(shown)
+    with monkeypatch.context() as patched:
+        patched.setattr(SummaryWriter, "flush", lambda self: 1 / 0)
+        run(7, 7, say=lambda line: None)
+    assert_monitors_show(run(7, 9), tmp_path / "monitors")
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path):

@@ -246,13 +246,30 @@ def test_options_that_do_nothing_for_the_models_task_are_refused(ask, task, opti
         (("--text", "x", "--text_pair", " "), "--text_pair ' ' is empty"),
         (("--question", "", "--context", "x"), "--question '' is empty"),
         (("--question", "x", "--context", "\n"), "--context '\\n' is empty"),
-        (("--input", "x.csv", "--text_pair", "x"), "--text_pair goes with --text"),
     ],
 )
 def test_options_that_do_nothing_on_the_command_line_are_refused(capsys, words, message):
     with pytest.raises(SystemExit):
         runpy.run_path(str(PREDICT))["parse_arguments"](["--model", "m", *words])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "one of --input, --text and --question"),
+        ({"input": "x.csv", "text": "x"}, "one of --input, --text and --question"),
+        ({"question": "x"}, "--question and --context go together"),
+        ({"text": "x", "context": "x"}, "--question and --context go together"),
+        ({"input": "x.csv", "text_pair": "x"}, "--text_pair goes with --text"),
+        ({"text": "x", "glue_task": "RTE"}, "--glue_task needs --output"),
+        ({"text": "x", "batch_size": 0}, "--batch_size must be a positive"),
+        ({"text": "x", "max_seq_length": -1}, "--max_seq_length must be a positive"),
+    ],
+)
+def test_a_prediction_that_cannot_be_is_refused_from_python_too(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        PredictConfig(tmp_path, **given)
 
 
 def test_named_columns_of_a_file_reach_the_prediction(ask):

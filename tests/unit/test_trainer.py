@@ -394,5 +394,7 @@ def test_the_lines_survive_a_rollback_to_a_checkpoint_without_them(make):
     trainer = make("rollback", held_out={0: 9.0})
     trainer.state.lines = LINES
     assert trainer.train()
+    logged = [row for row in rows(trainer) if row.keys() & LINES]
+    assert [{name: row[name] for name in LINES} for row in logged] == [LINES]
     assert trainer.state.loss_spikes == 1
     assert trainer.state.lines == LINES
