@@ -14,7 +14,7 @@ folder is kept.
 A moment is drawn in two parts. The tool watches the working folder, every half a millisecond, for the temporary files
 of the phase that it aims at: of a save, the index, an export. Once they appear for the n-th time (n is drawn), it waits
 for a time between 0 and what the phase took in the unbroken run, and sends SIGKILL to all processes of the command. So
-kills fall into phases of milliseconds, too; which one a kill did fall into is told by the files that it left.
+kills fall into phases of milliseconds, too; the files that a kill left say which one it fell into.
 
 With `--signals`, SIGTERM or SIGUSR1 goes to one process of a pretraining or fine-tuning, as schedulers send them: all
 must have exited within a minute with code 85 and everything saved.
@@ -252,7 +252,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         tried += places
         if run["lost"]:
             lost += places
-    yield "| command | broken off in | tried | survived | lost |"
+    yield "| command | killed in | tried | survived | lost |"
     yield "|---|---|---|---|---|"
     for (target, place), count in sorted(tried.items()):
         missing = lost[target, place]

@@ -50,7 +50,7 @@ BATCHES = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}  # "auto
 
 @dataclass(frozen=True)
 class Target:
-    """A command that is broken off and started again.
+    """A command that is interrupted and started again.
 
     Attributes:
         words: the command, to be run in a working folder.

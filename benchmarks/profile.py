@@ -1,4 +1,4 @@
-"""Show where a step's time goes: by stage, by operator, and the share in which training stands still.
+"""Show where a step's time goes: by stage, by operator, and the share in which training waits.
 
     python -m benchmarks.profile [--model base --max_seq_length 512]                   # on random data
     python -m benchmarks.profile --data_dir data/corpus --deepspeed_config ds_configs/zero2.json

@@ -118,7 +118,7 @@ class DeepSpeedConfig:
 
     @property
     def recomputed_layers(self) -> int:
-        """Of how many layers the backward pass computes the activations again, instead of keeping them."""
+        """The number of layers whose activations the backward pass computes again, instead of keeping them."""
         return _section(self.content, "activation_checkpointing").get("number_checkpoints") or 0
 
     def precision(self, preferred: tuple[str, ...], supported: tuple[str, ...]) -> str:

@@ -125,7 +125,7 @@ def merge_count(kind: str, documents: int) -> int:
     return (1 + BANDS * (kind == "near")) * _ranges(documents)
 
 
-def merge(folder: Path, target: Path, kind: str, units: int, documents: int, index: int) -> dict[str, Any]:
+def merge(folder: Path, target: Path, units: int, documents: int, index: int) -> dict[str, Any]:
     """Find the documents to drop according to one range of one table, and write them under `target`, sorted.
 
     The rows of `drops/NNNNN.npy` are (unit, row) of documents that resemble an earlier one.

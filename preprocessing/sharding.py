@@ -282,7 +282,7 @@ class _Sharding:
         job, kind = self.job, self.options.dedup
         documents = sum(result.documents for result in results.values())
         merges = [i for i in range(dedup.merge_count(kind, documents)) if job.record("drops", i) is None]
-        for _ in self.workers.run(partial(_do_merge, job, kind, len(results), documents), merges):
+        for _ in self.workers.run(partial(_do_merge, job, len(results), documents), merges):
             pass
         records = {index: job.record("final", index) for index in results}
         final = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
@@ -296,8 +296,8 @@ def _do_unit(job: Job, info: TokenizerInfo, options: ShardOptions, backend: str,
     return unit.index, job.do(UNITS, unit.index, partial(shard_unit, job.data, info, options, backend, unit))
 
 
-def _do_merge(job: Job, kind: str, units: int, documents: int, index: int) -> Record:
-    return job.do("drops", index, lambda scratch: dedup.merge(job.folder, scratch, kind, units, documents, index))
+def _do_merge(job: Job, units: int, documents: int, index: int) -> Record:
+    return job.do("drops", index, lambda scratch: dedup.merge(job.folder, scratch, units, documents, index))
 
 
 def _do_final(

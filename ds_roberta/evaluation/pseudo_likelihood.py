@@ -95,7 +95,9 @@ def pseudo_log_likelihoods(
     """
     different = list(dict.fromkeys(sentences))
     scores = np.zeros(len(different))
-    total = sum(len(sentence.ids) * (len(sentence.ids) + 2) for sentence in different)  # the time goes by these
+    total = sum(
+        len(sentence.ids) * (len(sentence.ids) + 2) for sentence in different
+    )  # the time is in proportion to these
     with progress_bar(total=total, unit="token", unit_scale=True, delay=0.5) as progress:
         for batch in masked_copies(different, folder.special, metric, batch_tokens):
             rows, length = batch.input_ids.shape

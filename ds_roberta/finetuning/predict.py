@@ -163,7 +163,7 @@ def logits(finetuned: FinetunedModel, sequences: Sequence[list[int]], batch_size
     """
     found: dict[int, list[np.ndarray]] = {}
     by_length = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    tokens = sum(map(len, sequences))  # the time goes by these
+    tokens = sum(map(len, sequences))  # the time is in proportion to these
     with progress_bar(total=tokens, unit="token", unit_scale=True, delay=0.5, leave=False) as progress:
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]

@@ -115,7 +115,7 @@ def steps_within(budget: float, cost: Callable[[int], float]) -> int:
     """The most steps that cost no more than `budget`, at least 1 and below `_MOST_STEPS`.
 
     Args:
-        cost: of a run of so many steps; rises with them.
+        cost: what a run costs by its number of steps, with which it rises.
     """
     too_many = 1
     while too_many < _MOST_STEPS and cost(too_many) <= budget:

@@ -33,6 +33,7 @@ from preprocessing.reading.readers import read_documents
 KEPT = "kept"
 MAX_BAD_FRACTION = 0.01
 PLACES_AT_MOST = 5
+_FILES_AT_MOST = 20
 MIN_DOCUMENTS_TO_STOP = 10_000
 """A job stops only after this many documents: fewer say little about the whole, and a small job ends soon anyway."""
 
@@ -251,12 +252,12 @@ class BadDocuments:
             )
 
 
-def summary_lines(infos: Sequence[InputInfo], files_at_most: int = 20) -> list[str]:
+def summary_lines(infos: Sequence[InputInfo]) -> list[str]:
     """Format the closing table: totals, then files (if there are many, only those with rejects), then bad documents."""
     read, kept = (sum(getattr(info, f"documents_{what}") for info in infos) for what in ("read", "kept"))
     rejected: Counter[str] = sum((Counter(info.rejected) for info in infos), Counter())
     lines = [f"documents   {_equation(read, kept, rejected)}, from {len(infos)} files"]
-    shown = infos if len(infos) <= files_at_most else [info for info in infos if info.rejected][:files_at_most]
+    shown = infos if len(infos) <= _FILES_AT_MOST else [info for info in infos if info.rejected][:_FILES_AT_MOST]
     for info in shown:
         source = f" [{info.source}]" if info.source else ""
         lines.append(f"  {info.path}{source}: {_equation(info.documents_read, info.documents_kept, info.rejected)}")

@@ -73,9 +73,11 @@ def pretrain_until(cwd: Path, condition, number: signal.Signals, *arguments: str
     process, log = start(*command, cwd=cwd, environment=environment(cwd))
     try:
         deadline = time.monotonic() + 120
-        while not condition() and process.is_alive() and time.monotonic() < deadline:
+        while not (has_come := condition()) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert process.is_alive(), log.read_text(encoding="utf-8")[-6000:]
+        printed = log.read_text(encoding="utf-8")[-6000:]
+        assert process.is_alive(), printed
+        assert has_come, printed
         os.killpg(process.pid, number)
         process.join(120)
         return process.exitcode, log.read_text(encoding="utf-8")

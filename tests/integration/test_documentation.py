@@ -115,7 +115,7 @@ def test_links_lead_somewhere(document):
 def test_the_readme_shows_the_stages_commands():
     text = re.sub(r"\s*\\\n\s*", " ", README.read_text(encoding="utf-8"))
     for command in QUICKSTART:
-        assert command.split()[0] in text
+        assert " ".join(command.split()[:2]) in text
 
 
 def test_the_readme_is_short_with_its_tree_in_the_first_third():

@@ -254,7 +254,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
         read_runs([folders[0], tmp_path / "b/../a/tiny"])
 
 
-def test_a_broken_last_line_is_left_out_and_told(tmp_path, caplog):
+def test_a_broken_last_line_is_left_out_and_reported(tmp_path, caplog):
     run = write_run(tmp_path / "a", steps(2, loss=float), tail='{"global_step": 3, "lo')
     [read] = read_runs([run])
     assert read.series("loss").steps == (1, 2)

@@ -207,7 +207,7 @@ def test_auto_passes_over_damaged_ones_and_says_so(tmp_path, save, caplog):
     assert all("skipped" in record.message for record in caplog.records)
 
 
-def test_auto_never_starts_anew_over_damaged_checkpoints(tmp_path, save):
+def test_auto_never_starts_again_over_damaged_checkpoints(tmp_path, save):
     flip(save(tmp_path, 1) / "train_state.json")
     with pytest.raises(UserError, match=r"no checkpoint .* is complete: move them away to start over"):
         checkpoint.choose("auto", tmp_path)

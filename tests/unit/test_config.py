@@ -56,7 +56,7 @@ def test_base_and_large_are_trained_as_in_the_paper():
     assert {preset.max_seq_length for name, preset in PRESETS.items() if name not in ("nano", "tiny")} == {512}
 
 
-def test_positions_begin_behind_the_paddings():
+def test_positions_begin_after_the_paddings():
     assert model_config("tiny", 400, 128).max_position_embeddings == 514
     assert model_config("tiny", 400, 512).max_position_embeddings == 514
     assert model_config("tiny", 400, 1024).max_position_embeddings == 1026

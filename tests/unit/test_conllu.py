@@ -68,7 +68,7 @@ def test_a_bad_row_is_named(text, column, message):
         parse_conllu("x", text, column)
 
 
-def test_files_of_ten_columns_are_told_from_others():
+def test_files_of_ten_columns_are_distinguished_from_others():
     assert is_conllu("# a\n\n" + row("0.1", "a"))
     assert is_conllu(row("1-2", "al"))
     assert not is_conllu(row("The", "a"))

@@ -18,7 +18,7 @@ def problems_of(read_config, changes):
     return lines
 
 
-def test_all_problems_of_a_file_are_told_at_once(read_config):
+def test_all_problems_of_a_file_are_named_at_once(read_config):
     found = problems_of(
         read_config,
         {
@@ -66,7 +66,7 @@ def not_taken(keys=KEYS, place=""):
 
 
 @pytest.mark.parametrize("key", not_taken())
-def test_a_key_of_deepspeed_that_is_not_taken_is_refused_and_told_as_that_alone(read_config, key):
+def test_a_key_of_deepspeed_that_is_not_taken_is_refused_and_named_as_such_only(read_config, key):
     """`3` is a value that we accept for none of them."""
     (found,) = problems_of(read_config, {key: 3})
     assert found.startswith(f"remove {key!r}: ")

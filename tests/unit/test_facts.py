@@ -32,7 +32,7 @@ IDENTITY = {
         ({"source_weights": None}, "its source_weights.wiki is 2, this run's is None"),
     ],
 )
-def test_a_run_that_differs_is_told_in_what(change, message):
+def test_a_run_that_differs_is_refused_with_the_difference(change, message):
     assert check_identity(RUN, IDENTITY, dict(IDENTITY)) == []
     with pytest.raises(UserError) as caught:
         check_identity(RUN, IDENTITY, {**IDENTITY, **change})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ds_roberta.config import MaskingConfig, PackingConfig
-from ds_roberta.data.loader import Collator, HeldOutSample
+from ds_roberta.data.loader import Collator, HeldOutSample, held_out_sequences
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.model.objectives import MaskedLM
@@ -50,6 +50,15 @@ def test_the_loss_is_the_same_on_any_number_of_processes(collator, on_ranks):
         for micro_batch_size in (1, 7, 64):
             for loss, _ in compute(collator, on_ranks, 100, micro_batch_size, world_size):
                 assert loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_sample_and_its_masks_are_those_of_earlier_versions(collator):
+    """Or the held-out losses of models could no longer be compared."""
+    sequences = held_out_sequences(1_000, 6)
+    ids = np.arange(4, 4 + 6 * 100, dtype=np.uint16).reshape(6, 100) % 390 + 4
+    positions, _ = collator.masker.mask(ids, sequences)
+    assert sequences.tolist() == [589, 429, 244, 844, 155, 586]
+    assert positions[:6].tolist() == [5, 7, 10, 12, 14, 19]
 
 
 def test_every_process_has_as_many_micro_batches(collator, on_ranks):

@@ -153,7 +153,7 @@ def test_lengths_far_beyond_1024(hub_folder, corpus):
 
 
 def test_our_own_exported_folder_says_what_was_trained(copied, corpus):
-    """Its table is longer than what its tokenizer truncates to: positions behind that are replaced."""
+    """Its table is longer than what its tokenizer truncates to: positions beyond that are replaced."""
     (copied / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 32}))
     assert begin(copied, corpus)[1].packing.max_seq_length == 32
     model, run, _ = begin(copied, corpus, max_seq_length=40, extend_positions=True)
@@ -174,7 +174,7 @@ def test_pickled_weights_are_read_where_they_are_tensors_alone(copied, corpus, h
         begin(copied, corpus)
 
 
-def test_a_head_that_the_folder_lacks_begins_anew(hub_folder, corpus):
+def test_a_head_that_the_folder_lacks_is_new(hub_folder, corpus):
     model, _, told = begin(hub_folder, corpus, packing="segment-pair")
     assert told[1:] == ["next_sentence_head initialized at random"]
     assert model.next_sentence_head.pooler.weight.detach().std() == pytest.approx(0.02, rel=0.1)

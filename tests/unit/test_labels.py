@@ -93,7 +93,7 @@ def test_balanced_weights_are_scikit_learns_and_are_kept(tmp_path):
     assert task.results["class_weights"] == dict(zip("abc", expected, strict=True))
 
 
-def test_a_model_that_predicts_one_class_is_told_of(tmp_path):
+def test_a_model_that_predicts_one_class_is_warned_of(tmp_path):
     task, splits = Classification.from_data(write(tmp_path, ["a", "b", "c"]), ClassificationOptions())
     one, two = (task.metrics(Encoded(splits["train"], []), np.eye(3)[chosen]) for chosen in ([1, 1, 1], [1, 0, 1]))
     assert (one["predicted_classes"], two["predicted_classes"]) == (1, 2)

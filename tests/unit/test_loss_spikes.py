@@ -16,8 +16,9 @@ def test_nothing_is_a_spike_until_the_window_is_full():
 
 
 def test_the_limit_is_so_many_standard_deviations_above_the_usual_loss():
-    assert spike_limit(noisy(3.0), 10) == pytest.approx(3.2, abs=0.05)
-    assert spike_limit(noisy(3.0), 5) == pytest.approx(3.1, abs=0.03)
+    losses = [3.0 + 0.02 * (number - WINDOW // 2) for number in range(WINDOW + 1)][:WINDOW]  # deviations 0, 0.02, …
+    for threshold in (5, 10):
+        assert spike_limit(losses, threshold) == pytest.approx(2.99 + threshold * 1.4826 * 0.5, abs=1e-9)
 
 
 def test_outliers_hardly_move_the_limit():

@@ -76,7 +76,7 @@ def test_a_run_of_single_micro_steps_says_its_first_steps_time(capsys):
     assert "expected time per step: 90 seconds" in capsys.readouterr().err
 
 
-def test_the_expected_time_is_said_anew_where_steps_take_another(capsys):
+def test_the_expected_time_is_said_again_where_steps_take_another(capsys):
     progress = Progress(10, 0, visible=True)
     progress.micro_step(0, 1, lambda: None)
     progress.step(1, 2.5, 1000.0, 0.4, 90.0)

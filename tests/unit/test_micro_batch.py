@@ -233,7 +233,7 @@ def test_a_run_goes_on_with_its_own_size_whatever_the_cache_says(find, solo_rank
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"KEY": 3}', '{"KEY": {"micro_batch_size": "x"}}'])
-def test_a_damaged_cache_is_measured_again_and_mended(find, solo_ranks, tmp_path, content):
+def test_a_damaged_cache_is_measured_again_and_replaced(find, solo_ranks, tmp_path, content):
     find.measured += [7, 9]
     find(solo_ranks, "a")
     path = tmp_path / "cache/ds_roberta" / FINDINGS_NAME

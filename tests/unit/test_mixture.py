@@ -73,7 +73,7 @@ def test_each_source_has_epochs_of_its_own():
         for epoch in range(len(drawn) // size):
             part = drawn[epoch * size : (epoch + 1) * size]
             assert np.array_equal(np.sort(part), everything)
-            assert epoch == 0 or (part == drawn[:size]).sum() < 15  # permuted anew: 1 is expected
+            assert epoch == 0 or (part == drawn[:size]).sum() < 15  # permuted again: 1 is expected
         assert np.array_equal(epochs[sources == number], np.arange(len(drawn)) // size)
 
 
@@ -219,7 +219,7 @@ def test_weights_become_the_smallest_whole_numbers(sourced, text, weights):
         ("wiki=0.1234567890123,books=1,web=1", "add up to .* round them to fewer digits"),
     ],
 )
-def test_weights_that_are_wrong_are_told_in_one_line(sourced, text, message):
+def test_weights_that_are_wrong_are_refused_in_one_line(sourced, text, message):
     with pytest.raises(UserError, match=message):
         parse_source_weights(text, sourced.manifest)
 

@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_be_made_and_a_damaged_record_are_user_errors(secti
         Monitors(tmp_path, sections, may_roll_back=False).open(pytest.fail)
 
 
-def test_a_monitor_that_fails_is_told_once_and_the_others_go_on(run, sections, tmp_path):
+def test_a_monitor_that_fails_is_reported_once_and_the_others_go_on(run, sections, tmp_path):
     said = []
     log = run(0, 4)
     monitors = Monitors(tmp_path / "run", sections, may_roll_back=False)

@@ -167,7 +167,7 @@ def test_a_chosen_threshold_is_kept_and_decides_the_answers(tmp_path):
     assert [answer.row["labels"] for answer in strict.answer(encoded, logits)] == [[]] * 4
 
 
-def test_a_model_without_any_right_label_is_told_of(tmp_path):
+def test_a_model_without_any_right_label_is_warned_of(tmp_path):
     data = write(tmp_path, LISTS)
     task, splits = MultiLabelClassification.from_data(data, MultiLabelOptions())
     encoded = Encoded(splits["validation"], [])

@@ -140,7 +140,7 @@ def test_half_of_a_hash_in_common_is_not_the_same(tmp_path):
     keys = np.array([[[7, 7, 7, 9], [1, 2, 1, 1], [0, 1, 2, 3]]], np.uint64)
     dedup._save(tmp_path / "keys", 0, keys[:, :, :3])
     dedup._save(tmp_path / "keys", 1, keys[:, :, 3:])
-    dedup.merge(tmp_path, tmp_path, "exact", 2, 4, 0)
+    dedup.merge(tmp_path, tmp_path, 2, 4, 0)
     assert dedup._load(tmp_path / "drops", 0).tolist() == [(0, 2)]
 
 

@@ -245,7 +245,7 @@ def test_a_unit_on_which_the_backends_differ_is_done_again_with_a_warning(folder
     assert totals == expected
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning: gigatoken" in line]
     assert all(part in warning for part in ("near 'here'", "a.txt", "unit 0", "--tokenizer_backend huggingface"))
-    assert len(calls) > 10  # the units behind it are tried again
+    assert len(calls) > 10  # the units after it are tried again
 
 
 def test_gigatoken_that_fails_is_not_used(folder, file, tmp_path, capsys, monkeypatch):

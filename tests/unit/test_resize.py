@@ -11,7 +11,7 @@ def positions():
 
 
 @pytest.mark.parametrize("length", [1024, 1300, 2048, 4096])
-def test_learned_positions_are_repeated_behind_the_paddings_rows(positions, length):
+def test_learned_positions_are_repeated_after_the_paddings_rows(positions, length):
     extended = position_rows(positions, 1, 512, 1, length)
     assert extended.shape == (length + 2, 3)
     assert torch.equal(extended[:514], positions)

@@ -274,7 +274,7 @@ def test_a_data_folder_without_its_tokenizer_is_noticed(folder):
         Corpus.open(folder)
 
 
-def test_a_tokenizer_tells_its_special_ids(tokenizer_folder):
+def test_a_tokenizer_knows_its_special_ids(tokenizer_folder):
     info = TokenizerInfo.read(tokenizer_folder)
     assert (info.bos_token_id, info.pad_token_id, info.eos_token_id, info.mask_token_id) == (0, 1, 2, 399)
     assert info.special_ids == (0, 1, 2, 3, 399)

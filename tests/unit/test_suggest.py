@@ -60,7 +60,7 @@ def test_longer_runs_get_larger_batches_as_long_as_they_have_steps_enough():
     assert [batch(tokens, length=512) for tokens in (1.5e6, 8e6, 1e8)] == [4, 8, 16]
 
 
-def test_the_report_gives_reasons_and_tells_of_too_little_text():
+def test_the_report_gives_reasons_and_warns_of_too_little_text():
     short = text_of(200, documents=10, vocab_size=5_000)
     choices = dict(report(short, suggest(short, 60, RATE)))
     assert "the data has 5,000" in choices["vocabulary of 8,192"]

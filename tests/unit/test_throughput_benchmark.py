@@ -9,7 +9,7 @@ from benchmarks.throughput import Measured, Outcome, model_size, prepare, table
 from benchmarks.throughput_case import Case
 
 
-def test_the_table_tells_medians_and_compares_with_ours_in_bf16():
+def test_the_table_shows_medians_and_compares_with_ours_in_bf16():
     def outcome(name, *seconds):
         return Outcome(name, tuple(Measured(1_000, each, 2 * each, 3_000_000_000, 4) for each in seconds))
 

@@ -32,7 +32,7 @@ def test_a_tokenizer_without_marked_words_is_refused(tmp_path):
         word_starts(tmp_path, 2)
 
 
-def test_first_tokens_and_those_behind_special_ones_begin_words():
+def test_first_tokens_and_those_after_special_ones_begin_words():
     #         <s>      word   word      </s>     word      </s>
     special = [1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
     begins = [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
@@ -125,7 +125,7 @@ def test_where_spaces_mark_words_nothing_but_spaces_does(of_all_scripts, script)
     assert script == "English" or cuts
 
 
-def test_the_share_of_text_without_words_is_told(tokenizer_folder):
+def test_the_share_of_text_without_words_is_reported(tokenizer_folder):
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     for text, share in (("kato mi", 0.0), ("我们 ka", 0.5), ("ไป", 1.0), ("", 0.0)):
         ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, int)
