@@ -88,6 +88,7 @@ class Result:
 
     Attributes:
         commit: that it ran at.
+        cpu: that it ran on, None in results of older versions.
         eval_loss: None where the objective has no masked-LM loss.
         tokens, seconds: that it took, None in results of older versions.
         metrics: of fine-tuning on the validation split, by learning rate.
@@ -100,6 +101,7 @@ class Result:
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     pairs: float | None = None
+    cpu: str | None = None
 
 
 def main() -> None:
@@ -199,7 +201,8 @@ def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path
         settings["eval_sequences"] = options.eval_sequences
         execute(command("evaluate.py", settings, "perplexity"), lock)
         loss = read_json(found)["loss"]
-    return Result(commit(), loss, steps[-1]["consumed_tokens"], sum(row["step_seconds"] for row in steps))
+    seconds = sum(row["step_seconds"] for row in steps)
+    return Result(commit(), loss, steps[-1]["consumed_tokens"], seconds, cpu=cpu_model())
 
 
 def minimal_pairs(options: argparse.Namespace, output: Path, lock: int) -> float:
@@ -231,6 +234,7 @@ def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
         for name in comparison.runs
     }
     commits = {result.commit for results in found.values() for result in results}
+    cpus = {result.cpu for results in found.values() for result in results if result.cpu} or {cpu_model()}
     vocabulary = Corpus.open(options.data_dir).manifest.tokenizer.vocab_size
     if options.max_minutes:
         budget, option = f"{options.max_minutes:g} CPU-minutes", f"--max_minutes {options.max_minutes:g}"
@@ -242,7 +246,7 @@ def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
         "",
         comparison.source,
         "",
-        f"{cpu_model()}, one thread. {versions('torch', 'deepspeed')} The runs were made at "
+        f"{' and '.join(sorted(cpus))}, one thread. {versions('torch', 'deepspeed')} The runs were made at "
         f"{', '.join(sorted(commits)) or 'none'}.",
         "",
         f"{options.model} on {options.data_dir.name}, {vocabulary:,} ids, {options.max_seq_length} tokens, {budget} a "

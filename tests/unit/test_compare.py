@@ -10,6 +10,7 @@ from benchmarks.compare import Comparison, Result, Run, arguments, compare, loss
 from benchmarks.environment import REPOSITORY
 from benchmarks.studies import only_here
 from ds_roberta.errors import UserError
+from ds_roberta.training.recipes import RECIPES
 from ds_roberta.training.run import _read_inputs
 
 FILES = sorted((REPOSITORY / "examples/recipes").glob("*.json"))
@@ -51,6 +52,20 @@ def test_what_is_no_comparison_is_refused(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match="is no comparison"):
             Comparison.read(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_runs_of_other_masks_or_sequences_are_evaluated_alike(path):
+    comparison, fast = Comparison.read(path), RECIPES["fast"].options
+    decisive = ("mlm_probability_end", "mask_replace_prob", "random_replace_prob", "masking", "packing")
+    usual = {name: fast.get(name) for name in decisive}
+    held_out = [
+        {**usual, **comparison.options, **run.options}
+        for run in comparison.runs.values()
+        if run.options.get("objective") != "rts"
+    ]  # which has no masked-LM loss
+    kinds = {tuple(options[name] for name in decisive) for options in held_out}
+    assert len(kinds) == 1 or comparison.evaluation
 
 
 def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
