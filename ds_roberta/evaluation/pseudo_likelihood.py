@@ -72,14 +72,14 @@ def encode(folder: RobertaFolder, texts: Sequence[str]) -> list[Sentence]:
 def _words(text: str, encoding: tokenizers.Encoding) -> tuple[int, ...]:
     """The number of each token's word."""
     words: list[int] = []
-    end, last_part = 0, None
+    end, last_part, is_blank = 0, None, False
     for part, (first, last) in zip(encoding.word_ids, encoding.offsets, strict=True):
         first += len(text[first:last]) - len(text[first:last].lstrip())  # SentencePiece's pieces begin with a space
         begins = part != last_part and not (first == end and _JOINED.match(text[max(0, first - 1) : first + 1]))
         is_inside = first < end  # a byte of a character that the token before began
-        begins = not is_inside and (begins or UNSPACED.match(text, first) is not None)
+        begins = not is_inside and not is_blank and (begins or UNSPACED.match(text, first) is not None)
         words.append(words[-1] + begins if words else 0)
-        end, last_part = last, part
+        end, last_part, is_blank = last, part, first >= last  # a space belongs to the word after it
     return tuple(words)
 
 

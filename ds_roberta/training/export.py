@@ -70,11 +70,11 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
         UserError: the run's `config.json` or `metrics.jsonl` is broken.
     """
     run = checkpoint.resolve().parent.parent
-    is_in_run = checkpoint.resolve().parent.name == CHECKPOINTS_FOLDER and (run / CONFIG_NAME).is_file()
-    record = read_record(run / CONFIG_NAME) if is_in_run else {}
+    is_in_run = checkpoint.resolve().parent.name == CHECKPOINTS_FOLDER
+    record = read_record(run / CONFIG_NAME) if is_in_run and (run / CONFIG_NAME).is_file() else {}
     if "run" not in record:  # written by another program
         record = {}
-    evaluation = _evaluation(state, run / METRICS_NAME) if record else {}
+    evaluation = _evaluation(state, run / METRICS_NAME) if is_in_run else {}
     facts = {**_training(state), **evaluation, **_lines(state), **_circumstances(record)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))

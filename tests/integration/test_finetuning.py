@@ -83,24 +83,6 @@ def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
     assert [classify(text)[0]["label"] for text in ("karen vorpali minka", "karen sulto minka")] == ["1", "0"]
 
 
-def test_the_recipe_is_what_trains(config, monkeypatch):
-    trainers, train = [], transformers.Trainer.train
-    monkeypatch.setattr(
-        transformers.Trainer, "train", lambda self, **given: trainers.append(self) or train(self, **given)
-    )
-    recipe = Recipe(num_train_epochs=2, warmup_ratio=0.25, weight_decay=0.05, gradient_accumulation_steps=2, bf16=True)
-    assert finetune(replace(config, seeds=(3,), recipe=recipe)) == 0
-    (trainer,) = trainers
-    arguments = trainer.args
-    assert (arguments.seed, arguments.bf16, arguments.max_grad_norm) == (3, True, 0.0)
-    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (8, 2)
-    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
-    assert 0.05 in decays <= {0.0, 0.05}
-    assert all((group["betas"], group["eps"]) == ((0.9, 0.98), 1e-6) for group in trainer.optimizer.param_groups)
-    rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
-    assert rates == pytest.approx([1e-2 * 5 / 6, 1e-2 * 1 / 6])  # of 8 steps, after 2 that rise: those of steps 4 and 8
-
-
 class StopAfter:
     """Replaces `StopRequest`: asks to stop after a number of steps."""
 

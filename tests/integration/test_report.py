@@ -385,19 +385,16 @@ def test_the_held_out_loss_by_position_is_drawn_and_not_listed(tmp_path):
     a, b = (write_run(tmp_path / name, steps(3, loss=float)) for name in "ab")
     (a / "evaluation.json").write_text(json.dumps({"loss": 4.25, "by_position": ranges}))
     write_report([a, b], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    cells = Cells(text)
+    cells = Cells(text := (tmp_path / "report.html").read_text())
     assert "Held-out loss by position. a: from 5 at position 31 to 3.5 at position 95" in cells.images[1]["alt"]
     assert "Not recorded by b." in text
     assert cells.row("loss") == ["4.25"]
     assert "masked_tokens" not in text
     (a / "evaluation_best.json").write_text(json.dumps({"loss": 4.0, "by_position": ranges[:1]}))
-    for folder in (".tuned.partial", "tuned/.old"):
-        (a / folder).mkdir(parents=True)
-        (a / folder / "results.json").write_text("{}")
+    (a / ".tuned.partial").mkdir()
+    (a / ".tuned.partial/results.json").write_text("{}")
     (run,) = read_runs([a])
     assert list(run.results) == ["evaluation.json", "evaluation_best.json"]
     assert run.warnings == ("the loss by position is that of evaluation.json; not drawn: evaluation_best.json",)
-    figure = draw(read_runs([a]), BY_COLUMN["loss_by_position"])
-    assert figure.axes[0].get_xlabel() == "position"
-    assert list(figure.axes[0].lines[0].get_ydata()) == [5.0, 3.5]
+    (axes,) = draw([run], BY_COLUMN["loss_by_position"]).axes
+    assert (axes.get_xlabel(), list(axes.lines[0].get_ydata())) == ("position", [5.0, 3.5])
