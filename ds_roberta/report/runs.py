@@ -104,8 +104,8 @@ def _read_run(folder: Path, name: str) -> Run:
     rows, config, warnings = ([], {}, []) if is_finetuned else _read_pretraining(folder, name)
     found = {path.relative_to(folder) for pattern in RESULTS_PATTERNS for path in folder.rglob(pattern)}
     # Hidden folders are of fine-tunings that were killed, or that others have replaced.
-    files = sorted(path for path in found if (folder / path).is_file() and not str(path).startswith(".")
-                   and "/." not in path.as_posix())  # fmt: skip
+    shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
+    files = sorted(path for path in shown if (folder / path).is_file())
     contents = {str(path): read_json(folder / path) for path in files}
     by_position = {file: content[BY_POSITION] for file, content in contents.items() if _is_perplexity(content)}
     if len(by_position) > 1:
