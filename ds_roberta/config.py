@@ -153,6 +153,7 @@ class MaskingConfig(Settings):
 
     Attributes:
         mlm_probability_end: if given, the share moves linearly from `mlm_probability` to this over the run.
+        eval_mlm_probability: of held-out sequences; None: the share at the end of the run.
         unit: see `ds_roberta.data.masking`.
         copies: number of fixed masks per sequence, used in turn, one per epoch; None: new masks in every epoch.
     """
@@ -164,6 +165,9 @@ class MaskingConfig(Settings):
     )
     mlm_probability_end: float | None = option(
         "share at the last step, reached linearly (default: no change)", None, check=_BETWEEN_0_AND_1
+    )
+    eval_mlm_probability: float | None = option(
+        "share in held-out sequences (default: that of the last step)", None, check=_BETWEEN_0_AND_1
     )
     unit: str = option("what is masked as a whole", "token", name="masking", choices=MASKING_UNITS)
     copies: int | None = option(
@@ -187,8 +191,18 @@ class MaskingConfig(Settings):
 
     @property
     def final_probability(self) -> float:
-        """The share at the end of the run, which evaluation uses too."""
+        """The share at the end of the run."""
         return self.mlm_probability if self.mlm_probability_end is None else self.mlm_probability_end
+
+    @property
+    def held_out_probability(self) -> float:
+        """The share in held-out sequences."""
+        return self.final_probability if self.eval_mlm_probability is None else self.eval_mlm_probability
+
+    @property
+    def largest_probability(self) -> float:
+        """The largest share in any sequence of a run."""
+        return max(self.mlm_probability, self.final_probability, self.held_out_probability)
 
 
 def step_number(name: str, text: int | str, max_steps: int) -> int:

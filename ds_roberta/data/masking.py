@@ -94,7 +94,7 @@ class Masker:
     @staticmethod
     def largest_share(config: MaskingConfig) -> float:
         """The largest share of a sequence's tokens that have a label at any step of a run."""
-        return max(config.mlm_probability, config.final_probability)
+        return config.largest_probability
 
     def mask(
         self, input_ids: np.ndarray, places: np.ndarray, mlm_probability: float | None = None
@@ -226,7 +226,7 @@ def evaluation_masker(
     kind: type[Masker] = Masker,
 ) -> Masker:
     """A masker with the same masks in every run and at every step, so that held-out losses can be compared."""
-    return kind(config, tokenizer, derive_key("evaluation mask"), config.final_probability, word_starts)
+    return kind(config, tokenizer, derive_key("evaluation mask"), config.held_out_probability, word_starts)
 
 
 def _draw(row_keys: np.ndarray, length: int) -> _Draws:

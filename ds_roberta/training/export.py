@@ -130,11 +130,13 @@ def _masking(masking: dict[str, Any]) -> str:
     share = f"{masking['mlm_probability']:g}"
     if (last := masking.get("mlm_probability_end")) is not None:
         share += f" to {last:g}"
+    held_out = masking.get("eval_mlm_probability")
     copies = masking.get("copies")
     replaced = masking["mask_replace_prob"], masking["random_replace_prob"]
     usual = replaced == (MaskingConfig.mask_replace_prob, MaskingConfig.random_replace_prob)
     return f"{share} of the tokens, by {masking['unit']}, {f'{copies} fixed masks' if copies else 'dynamic'}" + (
-        "" if usual else "; of these, {:g} become the mask token, {:g} random ones".format(*replaced)
+        ("" if usual else "; of these, {:g} become the mask token, {:g} random ones".format(*replaced))
+        + ("" if held_out is None else f"; {held_out:g} in held-out sequences")
     )
 
 

@@ -152,7 +152,7 @@ def finding_conditions(
         "model": {name: value for name, value in asdict(model).items() if (name, value) != ("hidden_act", "gelu")},
         "objective": objective,
         "max_seq_length": max_seq_length,
-        "mlm_probability": max(masking.mlm_probability, masking.final_probability),
+        "mlm_probability": masking.largest_probability,
         "precision": precision,
         "zero_optimization": engine.config.get("zero_optimization", {}),
         **{name: engine.config[name] for name in ("activation_checkpointing",) if name in engine.config},

@@ -42,8 +42,6 @@ class Recipe:
         if given["lr_scheduler_type"] not in (None, values.get("lr_scheduler_type")):
             for name in ("decay_steps", "decay_type"):
                 values.pop(name, None)
-        if given["masking_copies"] is not None:
-            values.pop("mlm_probability_end", None)
         if given["init_from"] is not None:
             values.pop("initial_attention", None)
         predicts_tokens = given["objective"] in {each.name for each in OBJECTIVES if each.predicts_tokens}
@@ -68,7 +66,7 @@ RECIPES = {
             "initial_bias": FREQUENCIES,
             "packing": "contiguous",
             "mlm_probability": 0.4,
-            "mlm_probability_end": 0.15,
+            "eval_mlm_probability": 0.15,  # the paper's share, so that losses can be compared
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
             "warmup_steps": "6%",

@@ -153,6 +153,7 @@ CHANGES = {
     "packing.max_seq_length": {"max_seq_length": 16},
     "masking.mlm_probability": {"mlm_probability": 0.2},
     "masking.mlm_probability_end": {"mlm_probability_end": 0.2},
+    "masking.eval_mlm_probability": {"eval_mlm_probability": 0.2},
     "masking.unit": {"masking": "span"},
     "masking.copies": {"masking_copies": 2},
     "masking.mask_replace_prob": {"mask_replace_prob": 0.9},

@@ -57,7 +57,7 @@ def test_what_is_no_comparison_is_refused(tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_runs_of_other_masks_or_sequences_are_evaluated_alike(path):
     comparison, fast = Comparison.read(path), RECIPES["fast"].options
-    decisive = ("mlm_probability_end", "mask_replace_prob", "random_replace_prob", "masking", "packing")
+    decisive = ("eval_mlm_probability", "mask_replace_prob", "random_replace_prob", "masking", "packing")
     usual = {name: fast.get(name) for name in decisive}
     held_out = [
         {**usual, **comparison.options, **run.options}

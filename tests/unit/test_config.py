@@ -93,6 +93,7 @@ def test_an_unknown_packing_format_is_refused():
         {"mlm_probability": float("nan")},
         {"mlm_probability_end": 0.0},
         {"mlm_probability_end": 1.5},
+        {"eval_mlm_probability": 0.0},
         {"mask_replace_prob": 0.95},
         {"mask_replace_prob": -0.1},
         {"random_replace_prob": -0.1},

@@ -145,9 +145,11 @@ def test_another_share_may_be_asked_for(masker, original):
     assert np.array_equal(other.mask(original.copy(), np.arange(ROWS))[0], positions)
 
 
-def test_evaluation_chooses_the_share_at_the_end_of_the_run(original):
-    masker = evaluation_masker(MaskingConfig(0.3, mlm_probability_end=0.1), TOKENIZER)
-    assert abs((masked(masker, original)[1] != -100).sum() / (ROWS * MASKABLE) - 0.1) < 0.001
+@pytest.mark.parametrize(("given", "share"), [(None, 0.1), (0.2, 0.2)])
+def test_evaluation_chooses_its_own_share_or_that_at_the_end_of_the_run(original, given, share):
+    config = MaskingConfig(0.3, mlm_probability_end=0.1, eval_mlm_probability=given)
+    chosen = (masked(evaluation_masker(config, TOKENIZER), original)[1] != -100).sum()
+    assert abs(chosen / (ROWS * MASKABLE) - share) < 0.001
 
 
 def test_evaluation_masks_are_not_those_of_any_training_seed(original):

@@ -122,8 +122,10 @@ def test_a_sequence_too_long_for_one_rank_ends_all(on_ranks):
         assert "16 tokens" in str(error)
 
 
-def test_full_sequences_hold_the_most_masked_tokens_of_the_run():
-    batch = full_micro_batch(3, 20, MaskingConfig(0.1, mlm_probability_end=0.32))
+@pytest.mark.parametrize("larger", ["mlm_probability", "mlm_probability_end", "eval_mlm_probability"])
+def test_full_sequences_hold_the_most_masked_tokens_of_the_run(larger):
+    shares = {"mlm_probability": 0.1, "mlm_probability_end": 0.1, "eval_mlm_probability": 0.1, larger: 0.32}
+    batch = full_micro_batch(3, 20, MaskingConfig(**shares))
     assert batch.input_ids.shape == batch.attention_mask.shape == (3, 20)
     assert len(batch.labels) == len(set(batch.masked_positions.tolist())) == 21
     assert batch.masked_positions.max() < 60

@@ -122,12 +122,16 @@ def test_another_tools_config_beside_a_checkpoint_is_no_record(run):
     assert "# RoBERTa\n" in card
 
 
-def test_what_replaces_the_tokens_is_said_where_it_is_not_as_usual(run):
-    for shares, expected in (
-        ((0.8, 0.1), "dynamic"),
-        ((1.0, 0.0), "dynamic; of these, 1 become the mask token, 0 random ones"),
+def test_what_masks_do_is_said_where_it_is_not_as_usual(run):
+    for unusual, expected in (
+        ({}, "dynamic"),
+        ({"eval_mlm_probability": 0.15}, "dynamic; 0.15 in held-out sequences"),
+        (
+            {"mask_replace_prob": 1.0, "random_replace_prob": 0.0},
+            "dynamic; of these, 1 become the mask token, 0 random ones",
+        ),
     ):
-        state = TrainState({**IDENTITY, "masking": asdict(MaskingConfig(0.3, *shares))}, 1200)
+        state = TrainState({**IDENTITY, "masking": asdict(MaskingConfig(0.3, **unusual))}, 1200)
         card = model_card(CONFIG, state, weights("lm_head", 1), run / "checkpoints/global_step1200")
         assert table(card)["masked"] == f"0.3 of the tokens, by token, {expected}"
 

@@ -28,7 +28,8 @@ def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
     assert content == expected
     assert config.as_json()["recipe"] == "fast"
     assert (config.model.hidden_dropout_prob, config.model.attention_probs_dropout_prob) == (0.0, 0.0)
-    assert (config.packing.format, config.masking.final_probability) == ("contiguous", 0.15)
+    masking = config.masking
+    assert (config.packing.format, masking.final_probability, masking.held_out_probability) == ("contiguous", 0.4, 0.15)
     assert (config.initial_attention, config.initial_bias) == ("neighbours", "frequencies")
     schedule = config.schedule
     assert (schedule.warmup_steps, schedule.decay_steps, schedule.decay_type) == (6, 60, "linear")
@@ -42,11 +43,11 @@ def test_what_means_nothing_to_an_objective_is_left_out(corpus):
 
 
 def test_what_is_given_takes_the_recipes_place(corpus):
-    given = {"max_seq_length": 40, "packing": "full-sentences", "hidden_dropout_prob": 0.1, "masking_copies": 2}
+    given = {"max_seq_length": 40, "packing": "full-sentences", "hidden_dropout_prob": 0.1, "mlm_probability": 0.3}
     content, config = read(corpus, recipe="fast", model="nano", train_batch_size=8, lr_scheduler_type="linear", **given)
     assert content["train_batch_size"] == 8
     assert (config.packing.format, config.model.hidden_dropout_prob) == ("full-sentences", 0.1)
-    assert (config.masking.mlm_probability, config.masking.mlm_probability_end) == (0.4, None)
+    assert (config.masking.mlm_probability, config.masking.held_out_probability) == (0.3, 0.15)
     schedule = config.schedule
     assert (schedule.lr_scheduler_type, schedule.decay_steps, schedule.decay_type) == ("linear", None, None)
 
