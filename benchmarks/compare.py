@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, versions
-from benchmarks.studies import NEVER, Busy, command, difference, execute, only_here
+from benchmarks.studies import (
+    NEVER,
+    Busy,
+    beside,
+    command,
+    difference,
+    execute,
+    fingerprint_of,
+    only_here,
+    recipe_name,
+)
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.config import PRESETS
 from ds_roberta.data.shards import Corpus
@@ -89,6 +99,7 @@ class Result:
     Attributes:
         commit: that it ran at.
         cpu: that it ran on, None in results of older versions.
+        settings: what `settings_of` says, None in results of older versions.
         eval_loss: None where the objective has no masked-LM loss.
         tokens, seconds: that it took, None in results of older versions.
         metrics: of fine-tuning on the validation split, by learning rate.
@@ -102,6 +113,7 @@ class Result:
     metrics: Mapping[str, float] = field(default_factory=dict)
     pairs: float | None = None
     cpu: str | None = None
+    settings: str | None = None
 
 
 def main() -> None:
@@ -140,7 +152,7 @@ def compare(options: argparse.Namespace) -> None:
                     measure(options, comparison, name, seed, lock)
             except Busy:
                 print(f"{name}, seed {seed}: another call measures it", flush=True)
-    publish(report(options, comparison), options.results.with_suffix(".md"))
+    publish(report(options, comparison), beside(options.results, ".md"))
 
 
 def result_path(options: argparse.Namespace, name: str, seed: int) -> Path:
@@ -157,12 +169,18 @@ def result_of(options: argparse.Namespace, name: str, seed: int) -> Result | Non
 def measure(options: argparse.Namespace, comparison: Comparison, name: str, seed: int, lock: int) -> None:
     """Run what has no result yet, and keep its result."""
     path, result = result_path(options, name, seed), result_of(options, name, seed)
-    output = path.with_suffix("")
+    output, given = path.with_suffix(""), arguments(options, comparison, name)
+    kind = settings_of(given, comparison)
     if result is None:
-        settings = {**arguments(options, comparison, name), "seed": seed, "output_dir": output}
-        execute(command("pretrain.py", settings), lock)
-        result = pretrained(options, comparison, output, lock)
+        program = commit()
+        execute(command("pretrain.py", {**given, "seed": seed, "output_dir": output}), lock)
+        figures = pretrained(options, comparison, output, lock)
+        result = Result(program, *figures, cpu=cpu_model(), settings=kind)
         write_json(path, asdict(result))
+    if result.settings not in (None, kind):
+        raise UserError(
+            f"{str(path)!r} is of other data, options or values of the recipe: give another --results, or remove it"
+        )
     if options.finetune_data and not result.metrics:
         result = Result(**{**asdict(result), "metrics": finetuned(options, output, seed, lock)})
         write_json(path, asdict(result))
@@ -189,7 +207,18 @@ def arguments(options: argparse.Namespace, comparison: Comparison, name: str) ->
     return {**given, **comparison.options, **run.options}
 
 
-def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path, lock: int) -> Result:
+def settings_of(given: Mapping[str, Any], comparison: Comparison) -> str:
+    """A short name of all that a result depends on but the seed: data, options, their recipe, the evaluation."""
+    data = Corpus.open(Path(given["data_dir"])).manifest.fingerprint
+    deepspeed = read_json(given["deepspeed_config"]) if "deepspeed_config" in given else None
+    options = {name: value for name, value in given.items() if name not in ("data_dir", "deepspeed_config")}
+    return fingerprint_of([data, options, deepspeed, recipe_name(), comparison.evaluation])
+
+
+def pretrained(
+    options: argparse.Namespace, comparison: Comparison, output: Path, lock: int
+) -> tuple[float | None, float, float]:
+    """The held-out loss, the tokens and the CPU-seconds of a run that has ended."""
     rows, _ = read_metrics(output / METRICS_NAME)
     steps = [row for row in rows if "step_seconds" in row]
     loss = [row.get("eval_loss") for row in rows if "eval_loss" in row][-1]
@@ -202,7 +231,7 @@ def pretrained(options: argparse.Namespace, comparison: Comparison, output: Path
         execute(command("evaluate.py", settings, "perplexity"), lock)
         loss = read_json(found)["loss"]
     seconds = sum(row["step_seconds"] for row in steps)
-    return Result(commit(), loss, steps[-1]["consumed_tokens"], seconds, cpu=cpu_model())
+    return loss, steps[-1]["consumed_tokens"], seconds
 
 
 def minimal_pairs(options: argparse.Namespace, output: Path, lock: int) -> float:

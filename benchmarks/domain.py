@@ -25,8 +25,8 @@ Minutes are CPU time, and contain the start and the export.
 - the pseudo-log-likelihood of held-out passages of both texts, in nats per byte of UTF-8. A token is masked along with
   the later tokens of its word, so that the sum over a word is -log p(word | the other words): comparable between
   byte-level BPEs, which find the same words, except that the number of masks shows how many tokens the word has.
-  Passages are lines of at least 15 words that fit `--max_seq_length` with both tokenizers, the first `--passages` by
-  the hash of their text. What falls on the domain is gained, what rises on the general text is forgotten;
+  Passages are lines of at least 15 words that fit `--max_seq_length` with both tokenizers, `--passages` of them, chosen
+  by the hash of their text. What falls on the domain is gained, what rises on the general text is forgotten;
 - a task, fine-tuned: which of the sources a held-out passage of the domain comes from. The score of a seed is that of
   its best epoch on the validation split; each row has the rate with the highest median. The seed of fine-tuning is that
   of the run; the model as it was is fine-tuned with each.
@@ -34,16 +34,17 @@ Minutes are CPU time, and contain the start and the export.
 **Without a leak.** A tenth of the domain's documents, by the hash of their text and after near copies are dropped, is
 held out of the continuation and of the new tokenizer. Of these documents, by the same hash, a third make the task's
 validation split and the others its training split, so that no document is in both: at most 200 and 500 passages of each
-source. Passages that are near copies (`benchmarks.overlap`) of something in the training documents are left out, in the
-validation split also near copies of something in the training split, and counted. So is a source with fewer than 10
-passages in one of the splits.
+source. Passages, for nats per byte and for the task, that are near copies (`benchmarks.overlap`) of something in the
+training documents of their text are left out, in the validation split also near copies of something in the training
+split, and counted. So is a source with fewer than 10 passages in one of the splits.
 
 With the defaults there are nine runs of `--max_minutes`; six more for each further factor. What is measured of a `nano`
 takes another half a minute a model for the losses and two minutes for each fine-tuned seed: two hours in all.
 
 Each part is kept in the folder of results as soon as it is finished, and the same command again goes on, after a kill
-too. Calls with the same options may run at the same time: each takes what nobody else measures. `--parts` chooses some.
-Each call ends with a table of what is finished, and a picture beside it.
+too. Calls with the same options may run at the same time: each takes what nobody else measures, and waits for the
+others at the end. `--parts` chooses some. An item that fails does not keep the others from being measured. Each call
+ends with a table of what is finished, and a picture beside it.
 """
 
 from __future__ import annotations
@@ -68,12 +69,14 @@ from benchmarks.studies import (
     Item,
     Task,
     add_fine_tuning,
+    beside,
     command,
     execute,
     fine_tuned,
     finish_all,
     held_out_loss,
     parts_of,
+    recipe_name,
     same_settings,
 )
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several, whole_number
@@ -153,11 +156,13 @@ def study(options: argparse.Namespace) -> None:
     options.results = options.results.resolve()
     parts = parts_of(options.parts, PARTS)
     same_settings(options.results, checked_settings(options), "results")
-    found = finish_all(options.results, items(options), parts)
-    output = options.results.with_suffix(".md")
-    cases = cases_of(options)
-    picture(options, cases, found, output.with_suffix(".png"))
-    publish(report(options, cases, found), output)
+
+    def written(found: dict[str, Any]) -> None:
+        cases = cases_of(options)
+        picture(options, cases, found, beside(options.results, ".png"))
+        publish(report(options, cases, found), beside(options.results, ".md"))
+
+    finish_all(options.results, items(options), parts, written)
 
 
 def checked_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -192,7 +197,8 @@ def checked_settings(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(options).items()
         if name not in ("model", "general_data_dir", "parts", "results")
     }
-    return {"model": model.fingerprint(), "general": general.manifest.fingerprint, "cpu": cpu_model(), **given}
+    texts = {"model": model.fingerprint(), "general": general.manifest.fingerprint}
+    return {**texts, "cpu": cpu_model(), "recipe": recipe_name(), **given}
 
 
 def items(options: argparse.Namespace) -> Iterator[Item]:

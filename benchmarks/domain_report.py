@@ -130,8 +130,11 @@ def _texts(found: Found) -> Iterator[str]:
     passages = " and ".join(f"{count:,} {kind}" for kind, count in texts["passages"].items())
     sources = {source: counts["validation"] for source, counts in texts["task"].items() if is_large(counts)}
     share = max(sources.values()) / sum(sources.values())
+    copies = " and ".join(f"{count:,}" for count in texts["near_copies"].values())
+    model = "{num_hidden_layers} layers of width {hidden_size}".format(**texts["model"])
     yield (
-        f"The domain has {documents} documents: {sizes}. Nats per byte are of {passages} passages. The task has "
+        f"The model has {model}. The domain has {documents} documents: {sizes}. Nats per byte are of {passages} "
+        f"passages; {copies} near copies of training documents were left out before these were found. The task has "
         f"{len(sources)} sources, and an accuracy of {share:.3f} if the answer is always the most frequent:"
     )
     yield ""

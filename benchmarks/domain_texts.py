@@ -18,6 +18,7 @@ from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_S
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
+from ds_roberta.files import read_json
 from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 from preprocessing.units import split_of
@@ -63,8 +64,9 @@ def prepare(options: argparse.Namespace, folder: Path, lock: int) -> dict[str, A
     domain, general = Corpus.open(folder / NEW), Corpus.open(options.general_data_dir)
     fits = fitting([folder / OWN / TOKENIZER_FOLDER, folder / NEW / TOKENIZER_FOLDER], options.max_seq_length)
     held_out = passages_of(domain, fits)
-    chosen = {"domain": first_by_hash(held_out, options.passages)}
-    chosen["general"] = first_by_hash(passages_of(general, fits), options.passages)
+    chosen, left_out = {}, {}
+    for kind, corpus, passages in (("domain", domain, held_out), ("general", general, passages_of(general, fits))):
+        chosen[kind], left_out[kind] = without_copies(passages, texts_of(corpus, TRAIN_SPLIT), options.passages)
     rows = [{"text": each.text, "kind": kind} for kind, passages in chosen.items() for each in passages]
     write_table(folder / PASSAGES, rows)
     task, counts = task_of(held_out, texts_of(domain, TRAIN_SPLIT))
@@ -72,11 +74,14 @@ def prepare(options: argparse.Namespace, folder: Path, lock: int) -> dict[str, A
         table = [{"text": each.text, "label": each.source} for each in task if each.split == split]
         write_table(folder / TASK / f"{split}.jsonl", table)
     splits = {name: Corpus.open(folder / name).manifest for name in (OWN, NEW)}
+    model = read_json(options.model / "config.json")
     return {
+        "model": {name: model[name] for name in ("num_hidden_layers", "hidden_size")},
         "vocab_size": {name: manifest.tokenizer.vocab_size for name, manifest in splits.items()},
         "tokens": {name: manifest.tokens(TRAIN_SPLIT) for name, manifest in splits.items()},
         "documents": {split: splits[NEW].documents(split) for split in (TRAIN_SPLIT, VALIDATION_SPLIT)},
         "passages": {kind: len(passages) for kind, passages in chosen.items()},
+        "near_copies": left_out,
         "task": counts,
     }
 
@@ -117,8 +122,20 @@ def passages_of(corpus: Corpus, fits: Callable[[str], bool]) -> list[Passage]:
 
 
 def first_by_hash(passages: Iterable[Passage], number: int) -> list[Passage]:
-    """A sample that depends only on the texts."""
-    return sorted(passages, key=lambda each: xxhash.xxh3_64_intdigest(each.text.encode()))[:number]
+    """A sample that depends only on the texts, and not on the hash by which documents are held out."""
+    return sorted(passages, key=lambda each: xxhash.xxh3_64_intdigest(each.text.encode(), seed=1))[:number]
+
+
+def without_copies(
+    passages: Sequence[Passage], training_texts: Iterable[str], number: int
+) -> tuple[list[Passage], int]:
+    """So many passages that are no near copies of something in the training texts, and how many were left out."""
+    candidates = first_by_hash(passages, 2 * number)
+    copies = near_copies([each.text for each in candidates], training_texts)
+    apart = [each for each, is_copy in zip(candidates, copies, strict=True) if not is_copy]
+    chosen = apart[:number]
+    looked_at = candidates.index(chosen[-1]) + 1 if len(chosen) == number else len(candidates)
+    return chosen, looked_at - len(chosen)
 
 
 def task_of(

@@ -50,16 +50,15 @@ def versions(*packages: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, and whether the library or the benchmarks differ from it."""
+    """Return the commit that is checked out, and whether the program or the benchmarks differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", "ds_roberta", "preprocessing", "benchmarks"
-        )
+        program = ("ds_roberta", "preprocessing", "launch", "ds_configs", "benchmarks")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *program)
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -12,10 +12,10 @@ them; `--pairs` is a folder of tables such as BLiMP's.
 
 **Compared.** Ours is `launch/pretrain.py --recipe fast --max_minutes` on one core, through three SIGKILLs and a stretch
 on two processes, resumed each time by the same command. The Trainer is used as its `run_mlm` example uses it: the same
-text, architecture, batch and CPU-minutes, AdamW with a linear schedule that ends with them, at a learning rate found in
-shorter runs. Its minutes are those of optimizer steps; those of ours, planned before the first kill, include the start,
-evaluations, saves and the export. Untrained are the initial weights of ours. One seed each. All three are then measured
-by the same commands with the same options:
+text, architecture, batch and CPU-minutes, AdamW with a linear schedule that ends with them, at the learning rate that
+is best in shorter runs if several are given. Its minutes are those of optimizer steps; those of ours, planned before
+the first kill, include the start, evaluations, saves and the export. Untrained are the initial weights of ours. One
+seed each. All three are then measured by the same commands with the same options:
 
 - the loss on held-out documents, of each source and of all;
 - minimal pairs: the mean accuracy over paradigms;
@@ -35,8 +35,9 @@ left out of all of this, and counted.
 - its mean accuracy on SST-2 is at least 78%.
 
 Each part is kept in the folder of results as soon as it is finished, and the same command again goes on, after a kill
-too. Calls with the same options may run at the same time, on several cores: each takes what nobody else measures.
-`--parts` chooses some. Each call ends with a table of what is finished, and a picture beside it.
+too. Calls with the same options may run at the same time, on several cores: each takes what nobody else measures, and
+waits for the others at the end. `--parts` chooses some. An item that fails does not keep the others from being
+measured. Each call ends with a table of what is finished, and a picture beside it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from benchmarks.evening_evaluation import TASKS, held_out, minimal_pairs, task_s
 from benchmarks.evening_pretraining import ours, stretches, trainer, untrained
 from benchmarks.evening_report import keep_record, picture, report
 from benchmarks.evening_texts import PAIRS, tasks_of, without_overlap
-from benchmarks.studies import Item, add_fine_tuning, finish_all, parts_of, same_settings
+from benchmarks.studies import Item, add_fine_tuning, beside, finish_all, parts_of, recipe_name, same_settings
 from ds_roberta.command_line import (
     ArgumentParser,
     positive,
@@ -111,10 +112,12 @@ def study(options: argparse.Namespace) -> None:
     parts = parts_of(options.parts, PARTS)
     tasks = tasks_of(options, TASKS)
     same_settings(options.results, settings_of(options, tasks), "results")
-    found = finish_all(options.results, items(options, tasks), parts)
-    output = options.results.with_suffix(".md")
-    picture(found, output.with_suffix(".png"))
-    publish(report(options, tasks, found), output)
+
+    def written(found: dict[str, Any]) -> None:
+        picture(found, beside(options.results, ".png"))
+        publish(report(options, tasks, found), beside(options.results, ".md"))
+
+    finish_all(options.results, items(options, tasks), parts, written)
 
 
 def settings_of(options: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def settings_of(options: argparse.Namespace, tasks: list[str]) -> dict[str, Any]
     lists = {name: list(map(list, value)) if name == "--stretches" else list(value)
              for name, value in given.items() if isinstance(value, tuple)}  # fmt: skip
     data = Corpus.open(options.data_dir).manifest.fingerprint
-    return {"data": data, "tasks": tasks, "cpu": cpu_model(), **given, **lists}
+    return {"data": data, "tasks": tasks, "cpu": cpu_model(), "recipe": recipe_name(), **given, **lists}
 
 
 def items(options: argparse.Namespace, tasks: list[str]) -> Iterator[Item]:

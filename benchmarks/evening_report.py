@@ -153,7 +153,9 @@ def _verdict(task: str, found: Found) -> str:
         return ""
     scores = {name: found[f"{name}-{task}"]["scores"] for name in NAMES}
     above = [NAMES[other] for other in OTHERS if is_above(scores["ours"], scores[other])]
-    return f"above {' and '.join(above)}" if above else "within the spread"
+    below = [NAMES[other] for other in OTHERS if is_above(scores[other], scores["ours"])]
+    found = [f"{where} {' and '.join(names)}" for where, names in (("above", above), ("below", below)) if names]
+    return ", ".join(found) or "within the spread"
 
 
 def _bars(tasks: list[str], found: Found) -> Iterator[str]:

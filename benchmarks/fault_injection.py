@@ -54,7 +54,7 @@ from benchmarks.fault_injection_targets import (
     written,
 )
 from benchmarks.interrupted import Running, Watch, running
-from benchmarks.studies import Item, finish, kept, parts_of, same_settings
+from benchmarks.studies import Busy, Item, beside, finish, parts_of, same_settings
 from ds_roberta.command_line import ArgumentParser, positive, run_command, whole_number
 from ds_roberta.distributed import STOPPED_EXIT_CODE
 from ds_roberta.errors import UserError
@@ -103,7 +103,7 @@ def study(options: argparse.Namespace) -> int:
             KILLS: list(runs(options, results, KILLS, options.kills, chosen, ground)),
             SIGNALS: list(runs(options, results, SIGNALS, options.signals, [t for t in chosen if t.stops], ground)),
         }
-    publish(report(options, found), results.with_suffix(".md"))
+    publish(report(options, found), beside(results, ".md"))
     return int(any(run["lost"] for of_kind in found.values() for run in of_kind))
 
 
@@ -115,11 +115,12 @@ def runs(
     while wanted > 0 and chosen:
         target = chosen[number % len(chosen)]
         name = f"{kind}-{number:03d}-{target.name}"
-        finish(results, Item(kind, name, (), partial(broken_run, options, results, name, kind, wanted, target, ground)))
-        path = kept(results, name)
-        if path is None:  # another call makes it
+        measure = partial(broken_run, options, results, name, kind, wanted, target, ground)
+        try:
+            finish(results, Item(kind, name, (), measure))
+        except Busy:
             return
-        run = read_json(path)
+        run = read_json(results / f"{name}.json")
         yield run
         wanted -= len(run["landed"])
         number += 1

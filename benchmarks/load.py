@@ -37,7 +37,7 @@ from typing import Any
 from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from benchmarks.load_preprocessing import array_tasks, constant_memory, long_document, tiny_documents
 from benchmarks.load_training import many_shards, soak
-from benchmarks.studies import Item, finish_all, parts_of, same_settings
+from benchmarks.studies import Item, beside, finish_all, parts_of, same_settings
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
@@ -72,8 +72,8 @@ def study(options: argparse.Namespace) -> None:
     parts = parts_of(options.parts, tuple(PARTS))
     kept = ("gigabytes", "shards", "documents", "long_gigabytes", "tasks", "minutes", "workers")
     same_settings(options.results, {f"--{name}": getattr(options, name) for name in kept}, "results")
-    found = finish_all(options.results, items(options), parts)
-    publish(report(options, found), options.results.with_suffix(".md"))
+    output = beside(options.results, ".md")
+    finish_all(options.results, items(options), parts, lambda found: publish(report(options, found), output))
 
 
 def items(options: argparse.Namespace) -> Iterator[Item]:

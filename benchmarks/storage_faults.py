@@ -43,7 +43,7 @@ from benchmarks.refused_calls import READ, Disk, Ended, spread
 from benchmarks.storage_commands import COMMANDS, Command, Ground, Unbroken, import_all
 from benchmarks.storage_damage import checkpoint_bytes, pointer_bytes, shard_bits
 from benchmarks.storage_jobs import PAIRS, jumping, two_jobs
-from benchmarks.studies import Item, finish_all, parts_of, same_settings
+from benchmarks.studies import Item, beside, finish_all, parts_of, same_settings
 from ds_roberta.command_line import ArgumentParser, positive, run_command
 
 DAMAGE, FULL_DISK, READS, STALLS, CLOCK, TWO_JOBS = PARTS = (
@@ -71,11 +71,13 @@ def study(options: argparse.Namespace) -> None:
     settings = {"--at_most": options.at_most, "--bits": options.bits}
     same_settings(options.results, settings, "results")
     folder = Path(tempfile.mkdtemp(prefix="storage_faults-"))  # a TemporaryDirectory's end would come in forks, too
+    output, prepared = beside(options.results, ".md"), _Prepared(folder)
     try:
-        found = finish_all(options.results, items(options, _Prepared(folder)), parts)
+        finish_all(
+            options.results, items(options, prepared), parts, lambda found: publish(report(options, found), output)
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    publish(report(options, found), options.results.with_suffix(".md"))
 
 
 class _Prepared:

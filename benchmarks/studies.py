@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -17,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from benchmarks.environment import REPOSITORY, commit, python_path
 from ds_roberta.command_line import positive, positive_number, several
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
 from ds_roberta.finetuning.task import RESULTS
 from ds_roberta.training.device import fastest_precision
+from ds_roberta.training.recipes import RECIPES
 
 IN_CPU_TIME = """import runpy, sys, time
 time.perf_counter = time.process_time
@@ -34,6 +39,8 @@ WITH_THE_STUDY = ("setpriv", "--pdeathsig", "TERM")
 """Before a command: it is asked to stop if the study is killed, so that the study can go on at once."""
 
 
+WAIT = 10.0
+"""Seconds between two looks at what another call measures."""
 NEVER = 1_000_000_000
 """An interval that no run reaches."""
 PACKING = "contiguous"
@@ -128,33 +135,67 @@ def parts_of(text: str, known: Sequence[str]) -> list[str]:
     return parts
 
 
-def finish_all(results: Path, items: Iterable[Item], parts: Sequence[str]) -> dict[str, Any]:
-    """Measure the items of some parts, in this order; return what all items gave that are finished, by name."""
+def finish_all(
+    results: Path, items: Iterable[Item], parts: Sequence[str], publish: Callable[[dict[str, Any]], None]
+) -> None:
+    """Measure the items of some parts, in this order, and wait for those that another call measures.
+
+    Args:
+        publish: takes what all items gave that are finished, by name.
+
+    Raises:
+        UserError: items failed; all others are finished and published before.
+    """
     items = list(items)
-    for item in items:
-        if item.part in parts:
-            finish(results, item)
-    return {item.name: read_json(path) for item in items if (path := kept(results, item.name))}
+    left = [item for item in items if item.part in parts]
+    reasons: dict[str, str] = {}
+    failed: dict[str, UserError] = {}
+    while left:
+        waiting, busy = [], False
+        for item in left:
+            reason = None
+            try:
+                if missing := finish(results, item):
+                    reason = f"needs {' and '.join(missing)} first"
+            except Busy:
+                reason, busy = "another call measures it", True
+            except UserError as error:
+                failed[item.name] = error
+                print(f"{item.name}: {error}", flush=True)
+            if reason:
+                waiting.append(item)
+                if reasons.get(item.name) != reason:
+                    print(f"{item.name}: {reason}", flush=True)
+                reasons[item.name] = reason
+        if busy:
+            time.sleep(WAIT)
+        elif len(waiting) == len(left):
+            break
+        left = waiting
+    publish({item.name: read_json(path) for item in items if (path := kept(results, item.name))})
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise UserError(f"not measured: {', '.join(failed)}; {name}: {error}")
 
 
-def finish(results: Path, item: Item) -> None:
-    """Measure an item, unless it is finished, cannot be begun, or another call measures it."""
+def finish(results: Path, item: Item) -> list[str]:
+    """Measure an item unless it is finished; returns the names of those that must be finished before.
+
+    Raises:
+        Busy: another call measures it.
+        UserError: it cannot be measured.
+    """
     if missing := [name for name in item.needs if not kept(results, name)]:
-        print(f"{item.name}: needs {' and '.join(missing)} first", flush=True)
-        return
-    try:
-        with only_here(results, item.name) as lock:
-            if kept(results, item.name):
-                print(f"{item.name}: finished before", flush=True)
-                return
-            print(f"{item.name}: measuring", flush=True)
-            began = time.monotonic()
-            found = item.measure(lock)
-            write_json(
-                results / f"{item.name}.json", {**found, "seconds": time.monotonic() - began, "commit": commit()}
-            )
-    except Busy:
-        print(f"{item.name}: another call measures it", flush=True)
+        return missing
+    with only_here(results, item.name) as lock:
+        if kept(results, item.name):
+            print(f"{item.name}: finished before", flush=True)
+            return []
+        print(f"{item.name}: measuring", flush=True)
+        began, program = time.monotonic(), commit()
+        found = item.measure(lock)
+        write_json(results / f"{item.name}.json", {**found, "seconds": time.monotonic() - began, "commit": program})
+    return []
 
 
 def kept(results: Path, name: str) -> Path | None:
@@ -234,7 +275,9 @@ def is_above(ours: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def difference(values: Sequence[float], base: Sequence[float]) -> str:
-    """The difference of the means, and whether the values of both lie among each other."""
+    """The difference of the means, and whether the values of both lie among each other; one value has no spread."""
+    if len(values) == len(base) == 1:
+        return f"{values[0] - base[0]:+.3f}, one seed"
     among = not is_above(values, base) and not is_above(base, values)
     return f"{statistics.fmean(values) - statistics.fmean(base):+.3f}{', inside the spread' if among else ''}"
 
@@ -243,7 +286,7 @@ def command_of(module: str, options: argparse.Namespace, **written: str) -> str:
     """The study's command without the machine's paths; `written` are options that are not written as their values."""
     words = [f"python -m {module}"]
     for name, value in vars(options).items():
-        if value is None or name in ("parts", "results"):
+        if value in (None, "") or name in ("parts", "results"):
             continue
         words.append(f"--{name} {written.get(name) or _written(value)}")
     return " ".join(words)
@@ -254,4 +297,22 @@ def _written(value: Any) -> str:
         return ",".join(map(_written, value))
     if isinstance(value, Path):
         return value.name
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else shlex.quote(str(value))
+
+
+def recipe_name() -> str:
+    """A short name of all that `--recipe fast` sets, another one for other values."""
+    recipe = RECIPES["fast"]
+    widths = {str(width): values for width, values in recipe.optimizer_params.items()}
+    return fingerprint_of([recipe.options, widths, read_json(recipe.deepspeed_config)])
+
+
+def fingerprint_of(value: Any) -> str:
+    """Of JSON values, and paths by their names."""
+    text = json.dumps(value, sort_keys=True, default=lambda path: path.name)
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def beside(results: Path, ending: str) -> Path:
+    """The file of a report beside the folder of its results."""
+    return results.with_name(results.name + ending)

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.environment import REPOSITORY, commit, cpu_model, publish
 from benchmarks.run_mlm import POINTS_NAME, Case, read_points
-from benchmarks.studies import IN_CPU_TIME, PACKING, execute, only_here, same_settings
+from benchmarks.studies import IN_CPU_TIME, PACKING, beside, execute, only_here, recipe_name, same_settings
 from benchmarks.time_to_loss_report import Curve, Point, plot, report
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.data.shards import Corpus
@@ -98,13 +98,14 @@ def compare(options: argparse.Namespace) -> None:
             if contender == "trainer" and (longest := longest_run(options)):
                 measure(options, longest, lock)
     rows = table_rows(options)
-    plot(rows, options.results.with_suffix(".png"))
-    publish(report(options, rows), options.results.with_suffix(".md"))
+    plot(rows, beside(options.results, ".png"))
+    publish(report(options, rows), beside(options.results, ".md"))
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the curves of a folder have in common."""
-    settings = {"data": Corpus.open(options.data_dir).manifest.fingerprint, "cpu": cpu_model()}
+    data = Corpus.open(options.data_dir).manifest.fingerprint
+    settings = {"data": data, "cpu": cpu_model(), "recipe": recipe_name()}
     names = ("model", "max_seq_length", "eval_sequences", "train_batch_size")
     return settings | {f"--{name}": getattr(options, name) for name in names}
 

@@ -47,6 +47,9 @@ class Recipe:
         predicts_tokens = given["objective"] in {each.name for each in OBJECTIVES if each.predicts_tokens}
         if given["init_from"] is not None or not predicts_tokens:
             values.pop("initial_bias", None)
+        if not predicts_tokens:
+            for name in ("mlm_probability", "eval_mlm_probability"):
+                values.pop(name, None)
         return {name: value for name, value in values.items() if given[name] is None}
 
     def params_for(self, hidden_size: int) -> Mapping[str, float]:

@@ -6,11 +6,21 @@ import runpy
 
 import pytest
 
-from benchmarks.compare import Comparison, Result, Run, arguments, compare, loss_table, metrics_table, result_path
+from benchmarks.compare import (
+    Comparison,
+    Result,
+    Run,
+    arguments,
+    compare,
+    loss_table,
+    measure,
+    metrics_table,
+    result_path,
+)
 from benchmarks.environment import REPOSITORY
 from benchmarks.studies import only_here
 from ds_roberta.errors import UserError
-from ds_roberta.training.recipes import RECIPES
+from ds_roberta.training.recipes import RECIPES, Recipe
 from ds_roberta.training.run import _read_inputs
 
 FILES = sorted((REPOSITORY / "examples/recipes").glob("*.json"))
@@ -73,7 +83,7 @@ def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
     comparison.write_text(json.dumps({"question": "?", "source": "", "runs": {"elsewhere": {}, "finished": {}}}))
     options = argparse.Namespace(
         comparison=comparison, data_dir=corpus.folder, model="nano", max_seq_length=128, max_tokens=1000,
-        max_minutes=None, seeds=(0,), runs=None, finetune_data=None, pairs=None,
+        max_minutes=None, seeds=(0,), runs=None, finetune_data=None, pairs=None, eval_sequences=4,
         results=results,
     )  # fmt: skip
     results.mkdir()
@@ -82,6 +92,29 @@ def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
         compare(options)
     assert "elsewhere, seed 0: another call measures it" in capsys.readouterr().out
     assert "| finished |  |  | 2.000 | 2.000 |" in results.with_suffix(".md").read_text()
+
+
+def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path, monkeypatch):
+    options = argparse.Namespace(
+        data_dir=corpus.folder, model="nano", max_seq_length=128, max_tokens=1000, max_minutes=None,
+        finetune_data=None, pairs=None, eval_sequences=4, results=tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr("benchmarks.compare.execute", lambda *_: None)
+    monkeypatch.setattr("benchmarks.compare.pretrained", lambda *_: (2.0, 1e6, 60.0))
+    usual = Comparison("?", "", {"run": Run()})
+    measure(options, usual, "run", 0, 0)
+    measure(options, usual, "run", 0, 0)
+    for other in (
+        Comparison("?", "", {"run": Run({"mlm_probability": 0.2})}),
+        Comparison("?", "", {"run": Run()}, evaluation={"packing": "contiguous"}),
+        Comparison("?", "", {"run": Run(factors={"muon_lr": 2})}),
+    ):
+        with pytest.raises(UserError, match="is of other data, options or values of the recipe"):
+            measure(options, other, "run", 0, 0)
+    fast = RECIPES["fast"]
+    monkeypatch.setitem(RECIPES, "fast", Recipe(fast.deepspeed_config, {"mlm_probability": 0.3}, fast.optimizer_params))
+    with pytest.raises(UserError, match="values of the recipe"):
+        measure(options, usual, "run", 0, 0)
 
 
 def test_losses_are_held_against_the_first_run_and_its_spread():

@@ -88,6 +88,15 @@ def test_the_task_leaves_out_near_copies_and_sources_with_few_passages():
     assert counts["c"] == {"train": 20, "validation": 3, "near copies": 0}
 
 
+def test_passages_for_nats_per_byte_are_no_copies_of_training_text():
+    some = passages("a", "train", 6)
+    order = texts.first_by_hash(some, 6)
+    assert texts.without_copies(some, [], 3) == (order[:3], 0)
+    copied = f"before {order[1].text} after"
+    assert texts.without_copies(some, [copied], 3) == ([order[0], *order[2:4]], 1)
+    assert texts.without_copies(some, [copied], 9) == ([order[0], *order[2:]], 1)
+
+
 def test_the_largest_sources_give_the_same_passages_in_any_order(monkeypatch):
     monkeypatch.setattr(texts, "LARGEST", {"train": 15, "validation": 12})
     some = [each for source in "ab" for split in texts.LARGEST for each in passages(source, split, 20)]
@@ -152,7 +161,8 @@ def test_rows_have_the_figures_of_their_runs_as_far_as_they_are_finished():
 def test_the_report_says_which_sources_are_left_out_and_what_a_constant_answer_is_worth():
     counts = {"a": (500, 30), "b": (400, 10), "c": (80, 9)}
     task = {name: {"train": train, "validation": count, "near copies": 0} for name, (train, count) in counts.items()}
-    sizes = {"vocab_size": {"own": 8192}, "tokens": {"own": 5e6}, "documents": {"train": 9}, "passages": {"domain": 2}}
+    sizes = {"vocab_size": {"own": 8192}, "tokens": {"own": 5e6}, "documents": {"train": 9}, "passages": {"domain": 2},
+             "near_copies": {"domain": 1}, "model": {"num_hidden_layers": 2, "hidden_size": 128}}  # fmt: skip
     lines = list(report._texts({"texts": {**sizes, "task": task}}))
     assert "The task has 2 sources, and an accuracy of 0.750 if" in lines[0]
     assert [row.split(" | ")[0] for row in lines[4:-1]] == ["| a", "| b", "| c (left out)"]

@@ -67,6 +67,21 @@ def test_outside_the_spread_means_that_the_ranges_of_the_seeds_do_not_overlap():
     assert not studies.is_above([0.8, 0.9, 0.85], [0.8, 0.6, 0.7])
 
 
+@pytest.mark.parametrize(
+    ("trainer", "untrained", "verdict"),
+    [
+        ([0.7, 0.75], [0.6, 0.7], "above the Trainer and untrained"),
+        ([0.9, 0.95], [0.6, 0.7], "above untrained, below the Trainer"),
+        ([0.9, 0.95], [0.7, 0.85], "below the Trainer"),
+        ([0.7, 0.85], [0.7, 0.9], "within the spread"),
+    ],
+)
+def test_a_tasks_row_says_where_ours_is_above_and_where_below(trainer, untrained, verdict):
+    scores = {"ours": [0.8, 0.82], "trainer": trainer, "untrained": untrained}
+    found = {f"{name}-sst2": {"scores": values} for name, values in scores.items()}
+    assert report._verdict("sst2", found) == verdict
+
+
 def test_the_error_of_a_difference_shrinks_with_the_pairs():
     assert report.difference(0.5, 0.5, 5_000) == (0.0, pytest.approx(0.01))
 

@@ -38,6 +38,7 @@ def test_a_recipe_needs_no_json_and_sets_what_is_not_given(corpus):
 def test_what_means_nothing_to_an_objective_is_left_out(corpus):
     _, config = read(corpus, recipe="fast", model="nano", objective="rts")
     assert (config.initial_attention, config.initial_bias) == ("neighbours", "zero")
+    assert (config.masking.mlm_probability, config.masking.held_out_probability) == (0.15, 0.15)
     with pytest.raises(UserError, match="--initial_bias frequencies does nothing with --objective rts"):
         read(corpus, recipe="fast", model="nano", objective="rts", initial_bias="frequencies")
 
