@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -28,6 +29,9 @@ Result = TypeVar("Result")
 logger = logging.getLogger("ds_roberta")
 STOPPED_EXIT_CODE = 85
 """Exit code of a run that was asked to stop and saved: run the same command again to continue."""
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that works for all, such as on the packing index of a trillion tokens. They notice at
+once if it ends, by its closed connections."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -44,7 +48,9 @@ class Ranks:
     @classmethod
     def current(cls) -> Ranks:
         """This process's rank in the default process group, which must exist; a collective call."""
-        control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        control_group = dist.group.WORLD
+        if dist.get_backend() != "gloo":
+            control_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
 
     @property

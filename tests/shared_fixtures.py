@@ -16,6 +16,7 @@ import torch
 from ds_roberta.data.manifest import TOKENIZER_FOLDER, Manifest
 from ds_roberta.data.shards import Corpus, write_shard
 from ds_roberta.data.tokenizer import TokenizerInfo
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, user_message
 from preprocessing.tokens.bpe import train_bpe
 
@@ -155,7 +156,7 @@ class ThreadRanks:
     """Stands in for `ds_roberta.distributed.Ranks`: the processes are threads that meet at a barrier."""
 
     def __init__(self, rank, world_size, barrier, slots):
-        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
+        self.rank, self.world_size, self.is_main, self.local_rank = rank, world_size, rank == 0, rank
         self._barrier, self._slots, self.messages = barrier, slots, []
 
     def gather(self, value):
@@ -202,6 +203,9 @@ class ThreadRanks:
         if problem is not None:
             raise UserError(*problem)
         return value
+
+    def together(self, function):
+        return Ranks.together(self, function)
 
     def log(self, message):
         self.messages.append(message)

@@ -26,6 +26,7 @@ from ds_roberta.data.packing import PackedSplit
 from ds_roberta.data.stages import SkippedPlaces, places_used, stage_number
 from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.distributed import Ranks
+from ds_roberta.errors import UserError
 
 _HELD_OUT_SEED = 0
 EMPTY_PLACE = -1
@@ -366,6 +367,9 @@ class HeldOutSample:
 
         Returns:
             The sums over the whole sample, and its counts; None if it was stopped.
+
+        Raises:
+            UserError: no token is masked.
         """
         sums: dict[str, float] = {}
         counts = []
@@ -375,4 +379,10 @@ class HeldOutSample:
             micro_batch = self.collator.collate(part, part)
             sums = {name: sums.get(name, 0.0) + value for name, value in model(micro_batch).items()}
             counts.append(micro_batch.counts)
-        return self._ranks.sum_each(sums), Counts.total(counts, self._ranks)
+        total = Counts(*self._ranks.sum(*map(sum, zip(*counts, strict=True))))
+        if not total.labels:
+            raise UserError(
+                "no token of the held-out sequences is masked, so that they say nothing: raise the share of masks or "
+                "--eval_sequences, or hold out more text"
+            )
+        return self._ranks.sum_each(sums), total

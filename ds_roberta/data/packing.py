@@ -241,7 +241,8 @@ def _index_paths(corpus: Corpus, split: str, packing: PackingConfig) -> tuple[Pa
 
 
 def build_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> None:
-    """Compute and store the index of a split unless it exists; only one process of a run calls this.
+    """Compute and store the index of a split unless it exists; only one process of a run at a time calls this in a
+    folder.
 
     Raises:
         UserError: the data folder cannot be written; or there is nothing to make pairs from.
@@ -300,6 +301,8 @@ def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> Packe
             raise ValueError(f"it has {len(slices):,} sequences in {len(first_sequence) - 1} shards")
         if first_sequence[0] or (np.diff(first_sequence) < 0).any():
             raise ValueError("the shards' first sequences do not ascend")
+    except FileNotFoundError as error:
+        raise UserError(f"the packing index {error.filename!r} is missing: start again, which makes it") from error
     except (OSError, ValueError) as error:
         raise UserError(f"the packing index {str(first_path)!r} is damaged ({error}): remove it") from error
     return PackedSplit(split, slices, first_sequence, packing, separator_id)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from ds_roberta.files import atomic_path
 
 CHUNK_BYTES = 1 << 20
 """Bytes covered by one chunk checksum."""
+OPEN_SHARDS = 30_000
+"""That a process maps at the same time: Linux allows it 65,530 maps in all."""
 _MAX_BATCH_TOKENS = 2**31 - 1  # offsets of an Arrow list are int32
 
 
@@ -103,7 +105,8 @@ def _checksums(chunks: Iterable[bytes | memoryview]) -> tuple[str, tuple[str, ..
 
 
 class Split:
-    """Memory-mapped, zero-copy access to the shards of one split; a shard is opened when it is first needed.
+    """Memory-mapped, zero-copy access to the shards of one split. A shard is opened when it is needed, and closed when
+    `OPEN_SHARDS` others were used since.
 
     Arrays are passed by DLPack, because pyarrow's own `to_numpy` imports pandas.
     """
@@ -119,7 +122,7 @@ class Split:
         self.folder, self.name, self.shards, self.vocab_size = folder, split, tuple(shards), vocab_size
         self._between_characters = between_characters
 
-    @cache  # noqa: B019 - a split lives as long as its process
+    @lru_cache(maxsize=OPEN_SHARDS)  # noqa: B019 - of all splits of a process together
     def _columns(self, shard: int) -> tuple[pa.Array, pa.Array]:
         info = self.shards[shard]
         path = self.folder / info.file
@@ -146,7 +149,6 @@ class Split:
         path = str(self.folder / self.shards[shard].file)
         return UserError(f"cannot read the shard {path!r}: {what}; see what else is damaged with 'preprocess verify'")
 
-    @cache  # noqa: B019
     def values(self, shard: int) -> np.ndarray:
         """All token ids of a shard, one document after the other: (tokens,) uint16 or uint32, a view of the file.
 

@@ -128,8 +128,6 @@ def held_out_perplexity(
     losses = _LossByPosition(folder, packing.max_seq_length)
     result = sample.evaluate(losses.add)
     assert result is not None  # it is never stopped
-    if not losses.counts.any():
-        raise UserError("no token of the held-out sequences is masked: raise --mlm_probability or --eval_sequences")
     found = MaskedLM.evaluation(*result)
     masked_tokens = int(losses.counts.sum())
     return Perplexity(found["loss"], found["perplexity"], masked_tokens, min(sequences, len(packed)), losses.bins())

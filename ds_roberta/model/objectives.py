@@ -196,10 +196,10 @@ class MaskedLMWithBagOfWords(MaskedLM):
         """`mlm_loss` and `bow_loss`: the masked tokens' cross-entropies, from their own places and from `<s>`."""
         hidden_ND = self.hidden_ND(batch)
         masked_lm = self._masked_lm(hidden_ND, batch.masked_positions, batch.labels)
-        first_tokens_B = batch.first_tokens[: batch.sequences]
-        logits_BV = self.lm_head(
-            hidden_ND.index_select(0, first_tokens_B), self.roberta.embeddings.word_embeddings.weight
-        )
+        first_tokens_B = rows_B = batch.first_tokens[: batch.sequences]
+        if self.head_shapes:  # each number of rows would be compiled
+            rows_B = F.pad(first_tokens_B, (0, -len(first_tokens_B) % _LABELS))
+        logits_BV = self.lm_head(hidden_ND.index_select(0, rows_B), self.roberta.embeddings.word_embeddings.weight)
         sequences_M = torch.searchsorted(first_tokens_B, batch.masked_positions, right=True) - 1
         log_probabilities_M = F.log_softmax(logits_BV.float(), dim=-1)[sequences_M, batch.labels]
         return {"mlm_loss": masked_lm, "bow_loss": -log_probabilities_M.sum()}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, keep_freed_memory
+from ds_roberta.distributed import PATIENCE, Ranks, keep_freed_memory
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, check_world_size, meet, set_ranks
 
@@ -36,7 +36,8 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # gloo is enough on a CPU; DeepSpeed would first compile a shared-memory operator for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    # On a CPU the control messages travel in the same group; on a GPU theirs is another one.
+    deepspeed.init_distributed(verbose=False, **({} if on_gpu() else {"timeout": PATIENCE}))
     check_world_size(torch.distributed.get_world_size())
     set_gpu_arithmetic()
     if on_gpu():

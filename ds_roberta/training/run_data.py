@@ -44,12 +44,18 @@ class RunData:
 
 
 def open_data(run: Run) -> RunData:
-    """Open the sequences of a run; rank 0 writes their indices if there are none."""
+    """Open the sequences of a run. Rank 0 writes their indices if there are none, and so does the first process of each
+    other host that has its own copy of the data.
+    """
     config, ranks = run.config, run.ranks
 
     def packed(split: str, packing: PackingConfig) -> PackedSplit:
-        ranks.on_main(lambda: build_index(run.corpus, split, packing))
-        return open_index(run.corpus, split, packing)
+        def build() -> None:
+            build_index(run.corpus, split, packing)
+
+        ranks.on_main(build)
+        ranks.together(build if ranks.local_rank == 0 else lambda: None)
+        return ranks.together(lambda: open_index(run.corpus, split, packing))
 
     lengths = sorted({stage.max_seq_length for stage in config.stages})
     train = {length: packed(TRAIN_SPLIT, replace(config.packing, max_seq_length=length)) for length in lengths}

@@ -97,3 +97,20 @@ def test_the_work_is_one_row_of_the_head_more_for_each_sequence(config):
     small = dataclasses.replace(config, vocab_size=1_000)
     more = MaskedLMWithBagOfWords.flops_per_token(small, LENGTH, 0.15) - MaskedLM.flops_per_token(small, LENGTH, 0.15)
     assert more * LENGTH == pytest.approx(6 * MaskedLM.head_parameters(small))
+
+
+@torch.no_grad()
+def test_a_compiled_head_sees_few_numbers_of_sequences(corpus, model):
+    masker = evaluation_masker(MaskingConfig(), corpus.manifest.tokenizer)
+    build_index(corpus, "validation", PackingConfig(LENGTH))
+    packed = open_index(corpus, "validation", PackingConfig(LENGTH))
+    collator = Collator(packed, masker, corpus.manifest.tokenizer, LENGTH)
+    rows, head = [], model.lm_head.forward
+    model.lm_head.forward = lambda hidden, *others: rows.append(len(hidden)) or head(hidden, *others)
+    batches = [collator.collate(np.arange(size), np.arange(size)) for size in (3, 5, 8)]
+    usual = [{name: float(value) for name, value in model(batch).items()} for batch in batches]
+    assert rows[1::2] == [3, 5, 8]
+    model.head_shapes = 4
+    padded = [{name: float(value) for name, value in model(batch).items()} for batch in batches]
+    assert rows[7::2] == [16, 16, 16]
+    assert [each["bow_loss"] for each in padded] == pytest.approx([each["bow_loss"] for each in usual], rel=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_roberta.distributed import PATIENCE
 from ds_roberta.training import device
 from ds_roberta.training.device import device_precisions, init_distributed
 
@@ -22,8 +23,9 @@ def gpu(monkeypatch):
 
 
 def test_a_process_takes_its_own_gpu_before_anything_is_put_there(gpu, monkeypatch, tmp_path):
-    def join(**_):
+    def join(**given):
         assert not gpu.taken
+        assert "timeout" not in given  # the gradients' group has DeepSpeed's
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
 
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -31,9 +33,32 @@ def test_a_process_takes_its_own_gpu_before_anything_is_put_there(gpu, monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(device, "meet", lambda timeout: None)
     monkeypatch.setattr(device.deepspeed, "init_distributed", join)
+    groups = []
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", lambda **given: groups.append(given))
     try:
         assert init_distributed().local_rank == 3
         assert gpu.taken == [3]
+        assert groups == [{"backend": "gloo", "timeout": PATIENCE}]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_processes_on_a_cpu_wait_long_for_what_one_does_for_all(monkeypatch, tmp_path):
+    given = {}
+
+    def join(**options):
+        given.update(options)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device, "meet", lambda timeout: None)
+    monkeypatch.setattr(device.deepspeed, "init_distributed", join)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        init_distributed()
+        assert given["timeout"] == PATIENCE
     finally:
         dist.destroy_process_group()
 

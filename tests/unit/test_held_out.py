@@ -7,6 +7,7 @@ from ds_roberta.config import MaskingConfig, PackingConfig
 from ds_roberta.data.loader import Collator, HeldOutSample, held_out_sequences
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
+from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
 
 LENGTH = 32
@@ -89,10 +90,12 @@ def test_a_model_that_has_diverged_has_a_finite_perplexity(collator, on_ranks):
     assert math.isfinite(evaluation["perplexity"])
 
 
-def test_a_sample_without_a_masked_token_has_loss_zero(tmp_path, write_corpus, on_ranks):
+def test_a_sample_without_a_masked_token_has_no_loss(tmp_path, write_corpus, on_ranks):
     corpus = write_corpus(tmp_path / "c", {"validation": [[[np.array([7])]]]})
     build_index(corpus, "validation", PackingConfig(LENGTH))
     tokenizer = corpus.manifest.tokenizer
     masker = evaluation_masker(MaskingConfig(mlm_probability=1e-9), tokenizer)
     collator = Collator(open_index(corpus, "validation", PackingConfig(LENGTH)), masker, tokenizer, LENGTH)
-    assert compute(collator, on_ranks, 10, 4, 2) == [(0.0, 1.0)] * 2
+    for error in compute(collator, on_ranks, 10, 4, 2):
+        assert isinstance(error, UserError)
+        assert "no token of the held-out sequences is masked" in str(error)

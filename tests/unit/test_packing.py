@@ -236,6 +236,15 @@ def test_a_damaged_index_is_a_user_error(own_corpus, suffix, damage):
         build(own_corpus, 32)
 
 
+@pytest.mark.parametrize("suffix", [".slices", ".first"])
+def test_a_missing_index_is_no_damaged_one(own_corpus, suffix):
+    build(own_corpus, 32)
+    (path,) = (path for path in index_files(own_corpus) if path.name.endswith(suffix))
+    path.unlink()
+    with pytest.raises(UserError, match=rf"the packing index '.*{suffix}' is missing: start again"):
+        open_index(own_corpus, "train", PackingConfig(32))
+
+
 @pytest.mark.parametrize(
     ("form", "field"),
     [

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -54,10 +55,29 @@ def test_values_are_a_view_of_the_mapped_file(tmp_path):
     assert not values.flags.owndata
     assert not values.flags.writeable
     address, path = values.ctypes.data, str(tmp_path / info.file)
-    regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
-    bounds = [[int(bound, 16) for bound in region[0].split("-")] for region in regions]
+    bounds = [[int(bound, 16) for bound in region.split()[0].split("-")] for region in maps_of(path)]
     assert any(start <= address and address + values.nbytes <= end for start, end in bounds)
-    assert split.values(0) is values
+    assert split.values(0).ctypes.data == address
+
+
+def maps_of(path):
+    """The lines of the process's maps of a file, or of the files in a folder."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if path in line]
+
+
+def test_of_more_shards_than_a_process_may_map_the_last_ones_stay_open(tmp_path, monkeypatch):
+    infos = [write_shard(tmp_path, "train", number, DOCUMENTS, ENDS, 400) for number in range(8)]
+    opened = lru_cache(maxsize=3)(Split._columns.__wrapped__)
+    monkeypatch.setattr(Split, "_columns", lambda split, shard: opened(split, shard))
+    split = Split(tmp_path, "train", infos, 400)
+    for shard in [*range(8), 0, 7]:
+        assert split.values(shard).tolist() == [10, 11, 12, 13, 2, 20, 2, 30, 31, 2]
+        assert split.sentence_bounds(shard)[0].tolist() == [0, 1, 5, 7, 8]
+        assert len(maps_of(str(tmp_path))) <= 3
+    held = split.values(4)
+    for shard in (5, 6, 7):
+        split.values(shard)
+    assert held[0] == 10  # what is still read stays mapped
 
 
 def test_datasets_opens_the_folder_and_any_shard(corpus_folder, corpus):
