@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.cost_model import meta_model
 from ds_roberta.command_line import ArgumentParser, run_command
-from ds_roberta.config import PRESETS, MaskingConfig, ModelConfig, model_config
+from ds_roberta.config import PRESETS, ModelConfig, model_config
 from ds_roberta.data.manifest import TRAIN_SPLIT
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -28,6 +28,7 @@ from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.options import require_positive_number
 from ds_roberta.training.device import fastest_precision, on_gpu
 from ds_roberta.training.peak import data_sheet_rate, measured_rate
+from ds_roberta.training.recipes import RECIPES
 
 UTILISATION = {"nano": 0.45, "tiny": 0.59, "small": 0.67, "base": 0.77, "large": 0.75}
 """Share of the rate of matrix products, as `docs/performance.md` has it for a CPU."""
@@ -104,7 +105,7 @@ def suggest(text: Text, minutes: float, flops_per_second: float) -> Suggestion:
     affordable: dict[str, float] = {}
     for name in PRESETS:
         config, length = model_config(name, text.vocab_size, PRESETS[name].max_seq_length), length_for(name, text)
-        share = MaskingConfig().mlm_probability
+        share = RECIPES["fast"].options["mlm_probability"]
         rate = UTILISATION[name] * flops_per_second / MaskedLM.flops_per_token(config, length, share)
         needed[name], affordable[name] = TOKENS_PER_PARAMETER * layer_parameters(config), 60 * minutes * rate
     fitting = [name for name in PRESETS if affordable[name] >= needed[name]] or list(PRESETS)[:1]

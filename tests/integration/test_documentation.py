@@ -16,14 +16,14 @@ DOCUMENTS = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs
 PRETRAIN = "launch/pretrain.py --deepspeed_config ds_configs/zero1.json"
 JOBS = {"preprocess": "preprocess shard", "finetune": "launch/finetune.py"}  # of launch/slurm.py; the others pretrain
 OPTION = re.compile(r"(?<![\w-])--([A-Za-z][\w-]+)")
-OTHERS = ("git", "cd", "module", ".", "sbatch", "squeue", "tail", "tensorboard", "printf")
+OTHERS = ("git", "hf", "cd", "module", ".", "sbatch", "squeue", "tail", "tensorboard", "printf")
 OPTIONS_OF_OTHERS = {
     *("array", "wrap", "nodes", "ntasks-per-node", "signal", "requeue", "kill-on-bad-exit", "test-only"),  # SLURM
     *("gpus-per-node", "gpus-per-task"),
     *("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_addr", "launcher"),  # deepspeed
     *("launcher_args", "no_ssh_check"),
     *("host", "mca", "allow-run-as-root"),  # mpirun
-    *("me", "logdir"),  # squeue, tensorboard
+    *("me", "logdir", "local-dir"),  # squeue, tensorboard, hf
     "model-id",  # text-embeddings-router
     "utilisation",  # benchmarks.plan, which makes its options from a dataclass
 }
