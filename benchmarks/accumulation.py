@@ -27,6 +27,7 @@ from torch import nn
 from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
 from benchmarks.throughput_case import VOCABULARY
 from benchmarks.throughput_contenders import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY
+from ds_roberta.command_line import positive
 from ds_roberta.config import PRESETS, MaskingConfig, model_config
 from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig
@@ -42,12 +43,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", choices=list(PRESETS))
     parser.add_argument("--max_seq_length", type=int, help="default: the model's")
-    parser.add_argument("--micro_batch_tokens", type=int, default=2_048)
-    parser.add_argument("--micro_steps", type=int, default=64)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--micro_batch_tokens", type=positive, default=2_048)
+    parser.add_argument("--micro_steps", type=positive, default=64, help="at least 2")
+    parser.add_argument("--processes", type=positive, default=2)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/accumulation.md")
     arguments = parser.parse_args()
+    if arguments.micro_steps < 2:
+        parser.error("--micro_steps 1: give at least 2, as the last one also reduces the gradients")
+    length = arguments.max_seq_length or PRESETS[arguments.model].max_seq_length
+    if arguments.micro_batch_tokens < length:
+        parser.error(
+            f"--micro_batch_tokens {arguments.micro_batch_tokens} is less than a sequence's {length}: give more"
+        )
     if "RANK" in os.environ:
         measure(arguments)
     publish(lines(arguments), arguments.output)

@@ -236,8 +236,11 @@ class Plan:
     def verdict(self) -> str:
         """Say what limits the run, and which setting to change."""
         case = self.case
+        for_memory = "stage 2 or 3" if case.zero_stage == 1 else "stage 3" if case.zero_stage == 2 else "fewer layers"
+        if case.number_checkpoints < case.config.num_hidden_layers:
+            for_memory = f"--number_checkpoints {case.config.num_hidden_layers}, or {for_memory}"
         if self.batch is None:
-            return "does not fit: stage 2 or 3, or a shorter sequence"
+            return f"does not fit: {for_memory}, or a shorter sequence"
         limits = []
         if self.batch.micro_batch_size * case.max_seq_length < FULL_TOKENS:
             limits.append(f"micro-batch under {FULL_TOKENS:,} tokens")
@@ -248,7 +251,7 @@ class Plan:
         if not limits:
             return "scales"
         by_memory = self.batch.accumulation_steps > 1 and self.communication_share <= COMMUNICATION_SHARE
-        remedy = "stage 2 or 3" if by_memory else "a larger batch, which the GPUs divide, or fewer GPUs"
+        remedy = for_memory if by_memory else "a larger batch, which the GPUs divide, or fewer GPUs"
         return f"{', '.join(limits)}: {remedy}"
 
 

@@ -19,9 +19,10 @@ from dataclasses import asdict, fields, replace
 from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, plan
 from benchmarks.environment import REPOSITORY
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, whole_number
-from ds_roberta.config import PRESETS
+from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE
 from ds_roberta.data.manifest import InputPiece, ShardInfo
 from ds_roberta.data.shards import CHUNK_BYTES
+from ds_roberta.data.tokenizer import SPECIAL_TOKENS
 from ds_roberta.files import write_text
 from ds_roberta.model.architecture import model_choice
 
@@ -185,6 +186,11 @@ def parse_case(words: Sequence[str] | None = None) -> Case | None:
     given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
     if given.pop("write"):
         return None
+    if given.get("utilisation", 1) > 1:
+        parser.error(f"--utilisation {given['utilisation']:g} is a share: give at most 1")
+    for name, least in (("max_seq_length", SPECIAL_TOKENS_PER_SEQUENCE + 1), ("vocab_size", len(SPECIAL_TOKENS) + 1)):
+        if given.get(name, least) < least:
+            parser.error(f"--{name} {given[name]}: the least is {least}")
     case = Case(**given)
     layers = case.config.num_hidden_layers
     if case.number_checkpoints > layers:

@@ -65,8 +65,8 @@ def lines(repetitions: int, folder: Path) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"The first start on a machine looks for the micro-batch: {first['micro-batch']:.2f} s more, once; in all "
-        f"{first['total']:.2f} s to the end of the first step."
+        f"The first start on a machine looks for the micro-batch: its phase takes {first['micro-batch']:.2f} s, "
+        f"once; in all {first['total']:.2f} s to the end of the first step."
     )
     yield ""
     yield (

@@ -38,7 +38,7 @@ def mark(owner: Any, name: str, before: str | None, after: str) -> None:
 
 
 mark(run.Engine, "__init__", "data", "engine")
-mark(run, "_batch_plans", None, "micro-batch")
+mark(run, "_micro_batch_sizes", None, "micro-batch")
 mark(run.Trainer, "evaluate", None, "evaluation")
 mark(run.Trainer, "train_step", None, "first step")
 train = run.Trainer.train

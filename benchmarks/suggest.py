@@ -27,7 +27,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.options import require_positive_number
 from ds_roberta.training.device import fastest_precision, on_gpu
-from ds_roberta.training.peak import data_sheet_rate, measured_rate
+from ds_roberta.training.peak import measured_rate
 from ds_roberta.training.recipes import RECIPES
 
 UTILISATION = {"nano": 0.45, "tiny": 0.59, "small": 0.67, "base": 0.77, "large": 0.75}
@@ -42,7 +42,7 @@ LENGTHS = (128, 256, 512)
 FILLED_SHARE = 0.5
 """The share of the tokens that must lie in documents that fill a sequence of a length."""
 SMALL_VOCABULARY, VOCABULARY = 8_192, 50_265
-PAPERS_TOKENS = 1_000_000_000
+PAPERS_BATCH = 8_192
 MOST_PASSES = 40
 """BERT's over its corpus (Devlin et al. 2019, appendix A.2)."""
 
@@ -114,7 +114,7 @@ def suggest(text: Text, minutes: float, flops_per_second: float) -> Suggestion:
         model,
         length_for(model, text),
         SMALL_VOCABULARY if PRESETS[model].hidden_size < 512 else VOCABULARY,
-        "fast" if affordable[model] < PAPERS_TOKENS else "paper",
+        "fast" if affordable[model] < STEPS * PAPERS_BATCH * length_for(model, text) else "paper",
         affordable[model],
         needed,
     )
@@ -167,11 +167,11 @@ def report(text: Text, suggestion: Suggestion) -> list[tuple[str, str]]:
         ),
         (
             f"--recipe {chosen.recipe}",
-            f"'paper' is for {PAPERS_TOKENS / 1e9:g} billion tokens and more",
+            f"'paper' is for {STEPS:,} steps of {PAPERS_BATCH:,} sequences and more",
         ),
         *batches,
         (
-            f"{passes:,.2g} passes over the text",
+            f"{passes:,.0f} passes over the text" if passes >= 10 else f"{passes:.2g} passes over the text",
             f"its {text.tokens / 1e6:,.1f} million tokens: BERT took {MOST_PASSES}"
             + (", so more text would help more than more time" if passes > MOST_PASSES else ""),
         ),
@@ -187,11 +187,14 @@ def main(words: Sequence[str] | None = None) -> None:
     text = Text.of(Corpus.open(options.data_dir))
     if not text.tokens:
         raise UserError(f"{str(options.data_dir)!r} has no training documents: prepare some with 'preprocess shard'")
-    device = torch.device("cuda" if on_gpu() else "cpu")
-    known = data_sheet_rate(torch.cuda.get_device_name(device)) if on_gpu() else None
-    rate = known or measured_rate(device, fastest_precision())
+    if on_gpu():
+        raise UserError(
+            "the shares that this reckons with were measured on a CPU only: on a GPU see 'python -m benchmarks.plan', "
+            "or hide it with CUDA_VISIBLE_DEVICES="
+        )
+    rate = measured_rate(torch.device("cpu"), fastest_precision())
     suggestion = suggest(text, options.minutes, rate)
-    print(f"An estimate for one process here, at {rate / 1e9:,.0f} GFLOP/s of matrix products (now, or by data sheet):")
+    print(f"An estimate for one process here, at {rate / 1e9:,.0f} GFLOP/s of matrix products:")
     for choice, reason in report(text, suggestion):
         print(f"  {choice:<28} {reason}")
     print("deepspeed", shlex.join(command(suggestion, options.data_dir, options.minutes)))

@@ -3,7 +3,8 @@
     python -m benchmarks.throughput                            # on random ids
     python -m benchmarks.throughput --data_dir data/corpus     # real text with its padding, which is not counted
 
-Every contender runs in its own process (`benchmarks.throughput_contenders`); in each round they take turns. After each
+Every contender runs in its own process (`benchmarks.throughput_contenders`). On a CPU they come in pairs, in the order
+given: the two of a pair take turns in each round, and the next pair follows; on a GPU they come one by one. After each
 round the Markdown table so far is written, with the hardware, the versions and the commit. Needs `accelerate` for
 transformers' Trainer and a C++ compiler for torch.compile; a row that lacks one says so.
 """
@@ -229,7 +230,7 @@ def lines(
     yield from tables
     yield (
         f"Medians of {arguments.rounds} rounds of {arguments.steps} step(s) after one of warm-up, with the lowest and "
-        f"highest; in each round the processes train in turn, at most {alive()} of them alive. *Device*: tokens per "
+        f"highest; contenders come {'one by one' if on_gpu else 'in pairs, which take turns'}. *Device*: tokens per "
         f"{second}{'' if on_gpu else ', all threads'}. *Useful*: the work of the model as `flops_per_token` counts it, "
         f"the vocabulary at masked tokens only, whatever else a contender computes. *Utilisation*: its share of "
         f"the largest rate of bf16 matrix products measured in the same run "
@@ -257,7 +258,7 @@ def data_sheet() -> float | None:
 
 
 def alive() -> int:
-    """Return how many contenders are alive at a time. They take turns, so that they meet the same noise on a CPU."""
+    """Return how many contenders are alive at a time; on a CPU they take turns, so that they meet the same noise."""
     return 1 if torch.cuda.is_available() else 2
 
 

@@ -188,13 +188,15 @@ def loop(case: Case, make_gate: Callable[[], Gate], attention: str, compiled: bo
 
 def deepspeed_loop(case: Case, make_gate: Callable[[], Gate], attention: str) -> None:
     """Train transformers' model with DeepSpeed as its tutorials show: ZeRO-1, bf16, `step` after each `backward`."""
-    from ds_roberta.training.device import init_distributed
+    from ds_roberta.rendezvous import set_ranks
 
     if device().type != "cpu" and CUDA_HOME is None:
         raise Unavailable("there is no nvcc, with which DeepSpeed compiles its optimizer")
-    init_distributed()
+    set_ranks()
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled for a minute
+    deepspeed.init_distributed(verbose=False)
     model, rows, collator = hf_parts(case, attention)
     parameters = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
     if device().type == "cpu":

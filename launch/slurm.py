@@ -22,6 +22,7 @@ from ds_roberta.files import created_parents, errors_of_the_disk, write_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = {path.stem: path for path in sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))}
 COUNTS = ("gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds", "tasks")
+SIGNAL_SECONDS = 120
 PRETRAIN_PARSER = "from launch.pretrain import parse_arguments as parse"
 # Code that defines parse(words) for the options after --. It runs in another process, as the import may be slow.
 PARSERS = {
@@ -60,8 +61,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--signal_seconds",
         type=int,
-        default=120,
-        help="seconds before the limit at which to stop and save (default: %(default)s)",
+        help=f"seconds before the limit at which to stop and save (default: {SIGNAL_SECONDS})",
     )
     parser.add_argument(
         "--log_dir", type=Path, default=Path("logs"), help="folder of the job's logs (default: %(default)s)"
@@ -106,9 +106,17 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
             f"--processes_per_node {processes} is more than --gpus_per_node {arguments.gpus_per_node}: each process "
             "needs a GPU"
         )
+    signal_seconds = SIGNAL_SECONDS if arguments.signal_seconds is None else arguments.signal_seconds
+    limit = arguments.time and seconds_of(arguments.time)
+    if arguments.template != "preprocess" and limit and limit <= signal_seconds:
+        raise UserError(
+            f"--time {arguments.time} is {limit} seconds, and the job would be asked to stop {signal_seconds} seconds "
+            "before: give more time, or fewer --signal_seconds"
+        )
     cpus = arguments.cpus_per_task or (16 if arguments.template == "preprocess" else 8)
     values: dict[str, str | int | Path | None] = {
-        **{name: given[name] for name in ("time", "partition", "account", "nodes", "mem", "signal_seconds")},
+        **{name: given[name] for name in ("time", "partition", "account", "nodes", "mem")},
+        "signal_seconds": signal_seconds,
         "job_name": arguments.job_name or arguments.template,
         "gpus_per_node": arguments.gpus_per_node or None,
         "processes_per_node": processes,
@@ -127,6 +135,17 @@ def job_values(arguments: argparse.Namespace) -> dict[str, str]:
             )
     plain = {name: str(value) for name, value in values.items() if value is not None}
     return {**plain, "setup": arguments.setup, "arguments": shlex.join(arguments.arguments)}
+
+
+def seconds_of(time: str) -> int | None:
+    """The seconds of a time limit in one of sbatch's forms; None if there is no limit."""
+    if time.lower() == "infinite":
+        return None
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    # D-HH[:MM[:SS]]; MM, MM:SS or HH:MM:SS
+    hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def fill(template: str, values: dict[str, str]) -> str:
@@ -158,7 +177,7 @@ def job_file(arguments: argparse.Namespace) -> str:
     template = TEMPLATES[arguments.template].read_text(encoding="utf-8")
     names = {OPTION_OF.get(name, name): name for name in _PLACEHOLDER.findall(template)}
     values = job_values(arguments)
-    for option in ("nodes", "gpus_per_node", "processes_per_node", "tasks", "mem"):
+    for option in ("nodes", "gpus_per_node", "processes_per_node", "tasks", "mem", "signal_seconds"):
         if getattr(arguments, option) is not None and option not in names:
             raise UserError(
                 f"--{option} {getattr(arguments, option)}: {arguments.template} does not use it; leave it out"
@@ -177,8 +196,10 @@ def check_command(template: str, words: list[str]) -> None:
     """Have the parser of the template's command check the options after `--` now, rather than when the job starts.
 
     Raises:
-        UserError: the parser refuses them.
+        UserError: the parser refuses them, or would only show its help.
     """
+    if asked := {"-h", "--help"}.intersection(words):
+        raise UserError(f"after --: {min(asked)} would only show the help when the job starts: remove it")
     program = f"import sys; {PARSERS[template]}; parse(sys.argv[1:])"
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}  # the job runs in this folder, too

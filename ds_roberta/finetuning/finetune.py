@@ -301,8 +301,8 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
     """Read a DeepSpeed JSON for fine-tuning and check it; None without a path.
 
     Raises:
-        UserError: the file cannot be read, is not a JSON object, has a key that DeepSpeed does not know, or sets what
-            the command line sets.
+        UserError: the file cannot be read, is not a JSON object, has a key that DeepSpeed does not know or a value that
+            it refuses, or sets what the command line sets.
     """
     if path is None:
         return None
@@ -333,6 +333,15 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
         raise UserError(
             f"--deepspeed_config {str(path)!r} has {_GATHER} false, so no model could be written: remove it"
         )
+    if content.get("activation_checkpointing", {}) != {}:
+        raise UserError(
+            f"--deepspeed_config {str(path)!r} has activation_checkpointing, which does nothing in fine-tuning: remove "
+            "it"
+        )
+    from ds_roberta.training.device import refused_by_deepspeed  # which takes seconds to import
+
+    if reason := refused_by_deepspeed(content):
+        raise UserError(f"DeepSpeed refuses --deepspeed_config {str(path)!r} ({reason}): correct the value")
     return content
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedsOwnConfig
+from pydantic import ValidationError
 
 
 def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
@@ -108,3 +111,21 @@ def fastest_precision() -> str:
 def choose_precision(config: DeepSpeedConfig) -> str:
     """The precision that the JSON asks for; the device decides "auto"."""
     return config.precision(*device_precisions())
+
+
+def refused_by_deepspeed(content: dict[str, Any]) -> str | None:
+    """Why DeepSpeed refuses a JSON's values, of which those that are "auto" are left out; None if it takes them."""
+
+    def without_auto(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: without_auto(each) for key, each in value.items() if each != "auto"}
+
+    try:
+        DeepSpeedsOwnConfig({**without_auto(content), "train_micro_batch_size_per_gpu": 1})
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
+    except Exception as error:  # its own, and whatever a value of a wrong type ends in
+        return str(error)
+    return None

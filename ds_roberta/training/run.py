@@ -22,6 +22,7 @@ from ds_roberta.lease import Lease, leases_within, sole_writer
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
+from ds_roberta.options import require_positive, require_positive_number
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
 from ds_roberta.training.checkpoint import TrainState
@@ -130,6 +131,14 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
             f"how to train is not given: name a --recipe ({', '.join(RECIPES)}), or a DeepSpeed JSON by "
             "--deepspeed_config, such as ds_configs/zero2.json"
         )
+    checks = {
+        "train_batch_size": require_positive,
+        "learning_rate": require_positive_number,
+        "muon_lr": require_positive_number,
+    }
+    for name, check in checks.items():  # otherwise the errors would be of the JSON, whose values they replace
+        if (value := getattr(options, name)) is not None:
+            check(f"--{name}", value)
     recipe = RECIPES[options.recipe] if options.deepspeed_config is None else None
     source = recipe.deepspeed_config if recipe else options.deepspeed_config
     deepspeed = DeepSpeedConfig.read(source, options.train_batch_size, options.learning_rate, options.muon_lr)

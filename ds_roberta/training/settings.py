@@ -304,7 +304,7 @@ def _of_preset(name: str, options: Namespace, corpus: Corpus) -> tuple[str, Mode
             "output_dir": Path("runs") / name,
             "max_seq_length": max_seq_length,
             "max_steps": max_steps,
-            "warmup_steps": min(preset.warmup_steps, max_steps * preset.warmup_steps // preset.max_steps),
+            "warmup_steps": max_steps * preset.warmup_steps // preset.max_steps,
         },
     )
 

@@ -314,3 +314,25 @@ def test_a_section_for_fine_tuning_must_be_an_object(tmp_path, section, value):
     (tmp_path / "ds.json").write_text(f'{{"{section}": {value}}}')
     with pytest.raises(UserError, match=f"ds.json' has {section} .*: write an object"):
         read_deepspeed_config(tmp_path / "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimization": {"stage": 4}}, r"stage: Input should be .*, got 4\)"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, r"offload_optimizer\.device: .*"),
+        ({"zero_optimization": {"reduce_bucket_size": "5e8x"}}, "reduce_bucket_size: .*, got '5e8x'"),
+        ({"tensorboard": "on"}, "tensorboard: .*, got 'on'"),
+        ({"wall_clock_breakdown": "maybe"}, r"refuses .*ds\.json'"),
+        ({"activation_checkpointing": {"number_checkpoints": 2}}, "activation_checkpointing, which does nothing"),
+    ],
+)
+def test_a_value_for_fine_tuning_that_deepspeed_refuses_is_a_user_error(tmp_path, content, message):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_deepspeed_config(tmp_path / "ds.json")
+
+
+def test_the_ready_file_for_fine_tuning_is_taken():
+    path = Path(__file__).parents[2] / "ds_configs/finetune.json"
+    assert read_deepspeed_config(path) == json.loads(path.read_text())

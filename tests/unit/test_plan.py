@@ -67,12 +67,23 @@ def test_a_batch_is_planned_as_the_run_would():
         (("--utilisation", "0"), "a number above 0"),
         (("--number_checkpoints", "-1"), "a whole number"),
         (("--model", "tiny", "--number_checkpoints", "5"), "the model has 4 layers; give no more"),
+        (("--utilisation", "50"), "--utilisation 50 is a share: give at most 1"),
+        (("--max_seq_length", "2"), "--max_seq_length 2: the least is 3"),
+        (("--vocab_size", "5"), "--vocab_size 5: the least is 6"),
     ],
 )
 def test_what_no_run_can_have_is_refused(words, message, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_case(words)
     assert (ended.value.code, message in capsys.readouterr().err) == (2, True)
+
+
+def test_what_does_not_fit_is_given_remedies_that_are_left():
+    long = {"max_seq_length": 8_192, "gpu": "l4"}
+    assert "--number_checkpoints 24, or stage 2 or 3" in plan(Case("large", 1, zero_stage=1, **long)).verdict
+    assert "--number_checkpoints 24, or stage 3" in plan(Case("large", 1, zero_stage=2, **long)).verdict
+    recomputed = plan(Case("large", 1, zero_stage=3, number_checkpoints=24, **long | {"max_seq_length": 300_000}))
+    assert recomputed.verdict == "does not fit: fewer layers, or a shorter sequence"
 
 
 def test_ranks_share_a_checkpoint_evenly():

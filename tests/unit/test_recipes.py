@@ -93,3 +93,18 @@ def test_the_command_leaves_the_recipes_options_open_and_shows_their_defaults():
     assert all(getattr(options, name) is None for name in OPTIONS_OF_RECIPES)
     assert vars(pretrain_options()).items() <= vars(options).items()
     assert "share of the tokens to mask (default: 0.15)" in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_batch_size", 0), ("learning_rate", float("nan")), ("muon_lr", -1.0)]
+)
+def test_a_wrong_value_on_the_command_line_is_no_error_of_the_json(corpus, name, value):
+    with pytest.raises(UserError, match=f"^--{name} must be a positive"):
+        read(corpus, recipe="fast", model="nano", **{name: value})
+
+
+@pytest.mark.parametrize(("model", "max_steps", "warmup_steps"), [("tiny", 10_000, 600), ("base", 1_000_000, 48_000)])
+def test_the_warm_up_is_the_same_share_of_a_run_longer_than_the_sizes_own(corpus, model, max_steps, warmup_steps):
+    zero2 = RECIPES["paper"].deepspeed_config
+    options = pretrain_options(zero2, data_dir=corpus.folder, model=model, max_steps=max_steps)
+    assert _read_inputs(options)[2].schedule.warmup_steps == warmup_steps

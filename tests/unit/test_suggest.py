@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.suggest import PAPERS_TOKENS, TOKENS_PER_PARAMETER, Suggestion, Text, command, main, report, suggest
+from benchmarks.suggest import (
+    PAPERS_BATCH,
+    STEPS,
+    TOKENS_PER_PARAMETER,
+    Suggestion,
+    Text,
+    command,
+    main,
+    report,
+    suggest,
+)
 from ds_roberta.config import PRESETS
 from ds_roberta.errors import UserError
 
@@ -48,7 +58,7 @@ def test_the_length_is_that_which_most_of_the_text_fills_up_to_the_sizes_own():
 def test_the_papers_recipe_is_for_billions_of_tokens():
     assert suggest(text_of(600), 10, RATE).recipe == "fast"
     found = suggest(text_of(600), 10_000_000, RATE)
-    assert found.tokens > PAPERS_TOKENS
+    assert found.tokens > STEPS * PAPERS_BATCH * 512
     assert (found.recipe, found.vocab_size, found.train_batch_size) == ("paper", 50_265, None)
 
 
@@ -78,6 +88,12 @@ def test_the_real_command_takes_what_is_printed(corpus, capsys, monkeypatch):
     assert (options.recipe, options.model, options.max_minutes) == ("fast", "nano", 5.0)
     assert options.train_batch_size == 16
     assert [script, *words] == command(suggest(Text.of(corpus), 5, RATE), corpus.folder, 5)
+
+
+def test_nothing_is_estimated_on_a_gpu_where_nothing_was_measured(corpus, monkeypatch):
+    monkeypatch.setattr("benchmarks.suggest.on_gpu", lambda: True)
+    with pytest.raises(UserError, match=r"measured on a CPU only: .*benchmarks\.plan"):
+        main(["--data_dir", str(corpus.folder), "--minutes", "5"])
 
 
 def test_a_budget_that_is_none_is_an_error(corpus):
