@@ -127,5 +127,5 @@ def refused_by_deepspeed(content: dict[str, Any]) -> str | None:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
     except Exception as error:  # its own, and whatever a value of a wrong type ends in
-        return str(error)
+        return str(error) or type(error).__name__
     return None
