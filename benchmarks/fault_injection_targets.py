@@ -18,11 +18,9 @@ from benchmarks.interrupted import Phase, Watch, run_to_its_end
 from ds_roberta.files import file_checksum, read_json, write_json
 from ds_roberta.model.export import MODEL_CARD
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER
-from ds_roberta.training.metrics import METRICS_NAME
+from ds_roberta.training.metrics import MACHINE_COLUMNS, METRICS_NAME
 
 STEPS, SAVE_INTERVAL = 30, 3
-TIMES = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
-"""Columns of `metrics.jsonl` that differ from one run to the next."""
 START, STEP, BETWEEN, END = "start", "step", "between", "end"
 """What a command is in while it is in none of its phases."""
 INDEX = Phase("index", "data/index/.*")
@@ -216,7 +214,7 @@ def written(folder: Path, outputs: Sequence[str]) -> Iterator[tuple[str, Any]]:
         content: Any = None
         if path.name == METRICS_NAME:
             rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            content = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+            content = [{key: value for key, value in row.items() if key not in MACHINE_COLUMNS} for row in rows]
         elif path.name == MODEL_CARD:
             lines = path.read_text(encoding="utf-8").splitlines()
             content = [line for line in lines if not line.startswith("| commit of")]

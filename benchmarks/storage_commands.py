@@ -22,9 +22,8 @@ from benchmarks.refused_calls import Disk, Ended, start
 from ds_roberta.command_line import USER_ERROR_EXIT_CODE
 from ds_roberta.errors import UserError
 from ds_roberta.files import write_json
+from ds_roberta.training.metrics import MACHINE_COLUMNS
 
-TIMES = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
-"""Columns of `metrics.jsonl` that differ from one run to the next."""
 _HOME, _TEMPORARY = "home", "tmp"
 _SKIPPED = "skipped a checkpoint"
 """What a command reports that takes an earlier checkpoint because it cannot read the newest."""
@@ -282,7 +281,7 @@ def _comparable(name: str, text: bytes) -> bytes:
     try:
         if name == "metrics.jsonl":
             rows = [json.loads(line) for line in text.splitlines()]
-            return json.dumps([{key: row[key] for key in row if key not in TIMES} for row in rows]).encode()
+            return json.dumps([{key: row[key] for key in row if key not in MACHINE_COLUMNS} for row in rows]).encode()
         if name == "config.json":
             return json.dumps({key: value for key, value in json.loads(text).items() if key != "peak"}).encode()
     except ValueError:  # cut off

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ds_roberta.inputs.pieces import Damage, Piece, Reject
 from ds_roberta.inputs.streams import Damaged, known_format, read_blocks
@@ -21,12 +21,15 @@ BORDERS = {"blank-line": _BLANK_LINE, "line": LINE_END, "json-line": _JSON_LINE,
 """For each kind of document, what comes before a border; None if the whole file is one document."""
 
 
-def read_chunks(piece: Piece, kind: str, longest: int) -> Iterator[tuple[int, bytes | Reject | Damage]]:
+def read_chunks(
+    piece: Piece, kind: str, longest: int, pass_over: Callable[[bytes], None] | None = None
+) -> Iterator[tuple[int, bytes | Reject | Damage]]:
     """Yield offset and bytes of parts that hold whole documents; for parts that cannot be read, the reason.
 
     Args:
         kind: a key of `BORDERS`.
         longest: a document with more bytes is rejected, and is not held in memory.
+        pass_over: called with all parts of such a document in turn, before its `Reject` is yielded.
 
     Raises:
         UserError: the file cannot be read or has become shorter.
@@ -36,7 +39,7 @@ def read_chunks(piece: Piece, kind: str, longest: int) -> Iterator[tuple[int, by
     end = origin
     try:
         blocks = read_blocks(piece.path, piece.start, piece.end, compression)
-        for offset, chunk in cut_at_borders(blocks, kind, longest):
+        for offset, chunk in cut_at_borders(blocks, kind, longest, pass_over):
             offset += origin
             if isinstance(chunk, int):
                 yield offset, Reject("too_long", offset, f"more than {longest} bytes", bytes=chunk)
@@ -89,24 +92,33 @@ def last_border(data: bytes, kind: str, complete: bool, searched: int = 0) -> in
         window *= 4
 
 
-def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator[tuple[int, bytes | int]]:
+def cut_at_borders(
+    blocks: Iterable[bytes], kind: str, longest: int, pass_over: Callable[[bytes], None] | None = None
+) -> Iterator[tuple[int, bytes | int]]:
     """Gather the blocks of a stream into chunks that end at borders.
 
-    For a document longer than `longest` bytes, its size is yielded instead of its bytes.
+    For a document longer than `longest` bytes, its size is yielded instead of its bytes, which `pass_over` gets.
 
     Yields:
         The offset in the stream and the bytes of each chunk.
     """
     offset, buffer, searched, too_long = 0, b"", 0, None  # the last is where an overlong document begins
+
+    def release(size: int) -> None:
+        nonlocal offset, buffer
+        if pass_over is not None:
+            pass_over(buffer[:size])
+        offset, buffer = offset + size, buffer[size:]
+
     for block in blocks:
         buffer = buffer + block if buffer else block
         if too_long is not None:
+            searched = 0
             border = first_border(buffer, kind, complete=False)
             if border is None:
-                kept = _blank_end(buffer)
-                offset, buffer = offset + len(buffer) - len(kept), kept
+                release(len(buffer) - len(_blank_end(buffer)))
                 continue
-            offset, buffer = offset + border, buffer[border:]
+            release(border)
             yield too_long, offset - too_long
             too_long = None
         border = last_border(buffer, kind, complete=False, searched=searched)
@@ -117,7 +129,8 @@ def cut_at_borders(blocks: Iterable[bytes], kind: str, longest: int) -> Iterator
             too_long = offset
         searched = len(buffer.rstrip(_BLANK)) if border is None else 0  # a border may begin in the blanks after it
     if too_long is not None:
-        yield too_long, offset + len(buffer) - too_long
+        release(len(buffer))
+        yield too_long, offset - too_long
     elif buffer or kind == "file":
         yield offset, buffer
 

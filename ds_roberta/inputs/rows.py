@@ -22,6 +22,9 @@ _CSV_FIELD_LIMIT = (1 << 31) - 1
 """The highest limit that the parser takes; this module itself checks how long a row is."""
 
 
+_WITHOUT_QUOTES = re.compile(rb'[^"\r\n]+')
+
+
 class Row(NamedTuple):
     """Values by column; where the row begins, as in `Reject`; and its first line, counted from 1 within the piece."""
 
@@ -64,19 +67,20 @@ def csv_rows(
     Bytes that are not UTF-8 are lone surrogates in the values.
 
     Args:
-        longest: a row with more bytes is rejected or, if a quote is open, counts as damage.
+        longest: a line with more bytes is not held in memory, and its row is rejected; a quote that is open for more
+            bytes of other lines counts as damage.
         check_header: called with the names of the columns; may raise.
 
     Raises:
         UserError: the file cannot be read or has become shorter.
     """
-    lines = _Lines(piece, longest)
+    lines = _Lines(piece, longest, delimiter)
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     is_first = True
     while True:
-        offset = lines.row = lines.offset
+        offset = lines.begin_row()
         line = rows.line_num + 1
         try:
             row = next(rows)
@@ -89,13 +93,13 @@ def csv_rows(
             yield Reject("bad_csv", offset, f"not a valid row ({error})")
             is_first = False
             continue
-        except _TooLong as error:
-            yield error.reject
-            is_first = False
-            continue
         except Damaged as damage:
             yield Damage(damage.reason, offset, damage.detail)
             break
+        if lines.are_shortened:
+            yield Reject("too_long", offset, f"more than {longest} bytes", bytes=lines.offset - offset)
+            is_first = False
+            continue
         if not row:
             continue
         if header is None:
@@ -170,40 +174,43 @@ class _Unclosed(Exception):
     """A row does not end where it should."""
 
 
-class _TooLong(Exception):
-    """A line within a row is too long to be read."""
-
-    def __init__(self, reject: Reject):
-        super().__init__(reject.detail)
-        self.reject = reject
-
-
 class _Lines:
     """The lines of a `.csv` file for the parser, which asks for another while a quoted field is open.
 
-    `offset` is the byte after the last line given; `row` is where the row being parsed begins. Bytes that are not UTF-8
-    pass through as lone surrogates.
+    Bytes that are not UTF-8 pass through as lone surrogates. Of a line that is too long, the parser gets what it needs
+    to find the row's end: its quotes, and a byte on either side of them.
+
+    Attributes:
+        offset: the byte after the last line given.
+        are_shortened: whether a line of the row being parsed was too long.
+        ended: whether the file has.
     """
 
-    def __init__(self, piece: Piece, longest: int):
-        self.offset = self.row = 0
-        self.ended = False
+    def __init__(self, piece: Piece, longest: int, delimiter: str):
+        self.offset = self._held = 0
+        self.are_shortened = self.ended = False
         self._longest = longest
+        self._escaped_quotes = re.compile(rb'(?<=[^"\r\n%b])(?:"")+(?!")' % re.escape(delimiter).encode())
+        self._outline = bytearray()
         self._lines = self._iterate(piece)
+
+    def begin_row(self) -> int:
+        """Say that the next line is a row's first, and return where it begins."""
+        self._held, self.are_shortened = 0, False
+        return self.offset
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        if self.offset - self.row > self._longest:
+        if self._held > self._longest:
             raise _Unclosed(f"within {self._longest} bytes")
         line = next(self._lines, None)
         if line is None:
             self.ended = True
             raise StopIteration
-        if isinstance(line, Reject):
-            raise _TooLong(line)
-        return line
+        self._held += len(line)
+        return line.decode("utf-8", "surrogateescape")
 
     def length(self) -> int:
         """Return the size of the whole file, as far as it can be read; this uses up the lines."""
@@ -212,15 +219,24 @@ class _Lines:
                 pass
         return self.offset
 
-    def _iterate(self, piece: Piece) -> Iterator[str | Reject]:
+    def _pass_over(self, part: bytes) -> None:
+        """Outline a part of a line that is too long; an even number of quotes within a field opens and closes none."""
+        if len(self._outline) <= self._longest:
+            part = self._escaped_quotes.sub(b"", part)
+            self._outline += _WITHOUT_QUOTES.sub(lambda match: match[0][:1] + match[0][-1:], part)
+
+    def _iterate(self, piece: Piece) -> Iterator[bytes]:
         kind = "line" if has_return_ends(piece) else "json-line"
-        for offset, chunk in read_chunks(piece, kind, self._longest):
+        for offset, chunk in read_chunks(piece, kind, self._longest, self._pass_over):
             self.offset = offset
             if isinstance(chunk, Damage):
                 raise Damaged(chunk.reason, chunk.detail)
             if isinstance(chunk, Reject):
                 self.offset += chunk.bytes
-                yield chunk
+                self.are_shortened = True
+                # More quotes than can be held: as if none were open at its end.
+                yield bytes(self._outline) if len(self._outline) <= self._longest else b"\n"
+                self._outline.clear()
                 continue
             if offset == 0 and chunk.startswith(BOM):
                 self.offset, chunk = len(BOM), chunk[len(BOM) :]
@@ -229,7 +245,7 @@ class _Lines:
                 lines = re.findall(rb"[^\n]*\n|[^\n]+", chunk)
             for line in lines:
                 self.offset += len(line)
-                yield line.decode("utf-8", "surrogateescape")
+                yield line
 
 
 def _unclosed_quote(offset: int, lines: _Lines, within: str) -> Damage:

@@ -206,7 +206,7 @@ def _decompress(blocks: Iterable[bytes], compression: str, size: int) -> Iterato
     decompressor, complete, read = None, False, 0
     for block in blocks:
         before, read = read, read + len(block)
-        while block:
+        while block or _holds_output(decompressor):
             if decompressor is None:
                 if complete and not (block := block.lstrip(b"\0")):  # padding between members
                     break
@@ -233,8 +233,10 @@ def _step(decompressor: Any, compression: str, block: bytes) -> tuple[bytes, byt
     if compression == "gz":
         content = decompressor.decompress(block, BLOCK_BYTES)
         return content, decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
-    # bz2 and lzma keep output that did not fit, and must be asked for it before they are fed again.
     content = decompressor.decompress(block, BLOCK_BYTES)
-    while not decompressor.eof and not decompressor.needs_input:
-        content += decompressor.decompress(b"", BLOCK_BYTES)
     return content, decompressor.unused_data if decompressor.eof else b""
+
+
+def _holds_output(decompressor: Any) -> bool:
+    """Whether one of bz2 or lzma keeps output that did not fit, and must be asked for it before it is fed again."""
+    return decompressor is not None and not decompressor.eof and not getattr(decompressor, "needs_input", True)

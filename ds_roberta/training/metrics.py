@@ -19,6 +19,8 @@ from ds_roberta.progress import progress_bar
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.json"
 """The file next to the metrics with all that is needed to reproduce the run; `ds_roberta.training.run` writes it."""
+MACHINE_COLUMNS = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
+"""What may differ between two runs with the same settings and number of processes: all other columns are equal."""
 _REMEDY = "fix this, then run the same command again to continue from the newest checkpoint"
 
 

@@ -8,12 +8,13 @@ import pytest
 from commands import CONFIG, PRETRAIN, pretrain, pretrain_until, run
 from monitor_readers import assert_same_series, csv_series, expected_series, tensorboard_series, wandb_series
 
+from ds_roberta.training.metrics import MACHINE_COLUMNS
 from ds_roberta.training.wandb_monitor import last_recorded_step, log_records
 
 SETTINGS = ("--model", "nano", "--max_seq_length", "32", "--train_batch_size", "8", "--max_steps", "7")
 SETTINGS += ("--learning_rate", "1e-3", "--warmup_steps", "2", "--save_interval", "2", "--eval_interval", "3")
 SETTINGS += ("--eval_sequences", "16")
-TIMES = {f"Train/{name}" for name in ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")}
+TIMES = {f"Train/{name}" for name in MACHINE_COLUMNS}
 
 
 @pytest.fixture(scope="module")

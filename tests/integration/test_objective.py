@@ -6,15 +6,16 @@ import signal
 import transformers
 from commands import REPOSITORY, launch, pretrain, pretrain_until
 
+from ds_roberta.training.metrics import MACHINE_COLUMNS
+
 SETTINGS = ("--objective", "rts", "--model", "nano", "--max_seq_length", "32", "--train_batch_size", "12")
 SETTINGS += ("--learning_rate", "1e-3", "--max_steps", "12", "--warmup_steps", "2")
 SETTINGS += ("--eval_interval", "6", "--eval_sequences", "16")
 
 
 def rows(folder):
-    timings = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in row.items() if name not in timings} for row in lines]
+    return [{name: value for name, value in row.items() if name not in MACHINE_COLUMNS} for row in lines]
 
 
 def test_a_stopped_run_ends_as_the_unbroken_one_and_its_encoder_is_used(workspace):

@@ -13,6 +13,7 @@ import torch
 from commands import CONFIG, PRETRAIN, REPOSITORY, launch, pretrain, pretrain_until, run
 
 from ds_roberta.lease import leases_within, sole_writer
+from ds_roberta.training.metrics import MACHINE_COLUMNS
 
 DATA = ("--max_seq_length", "64", "--train_batch_size", "24", "--learning_rate", "1e-3", "--warmup_steps", "2")
 WITHOUT_STEPS = ("--model", "nano", *DATA, "--save_interval", "2", "--eval_interval", "3", "--eval_sequences", "64")
@@ -24,8 +25,7 @@ def rows(output: Path) -> list[dict]:
 
 
 def without_times(entries: list[dict]) -> list[dict]:
-    times = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
-    return [{name: value for name, value in row.items() if name not in times} for row in entries]
+    return [{name: value for name, value in row.items() if name not in MACHINE_COLUMNS} for row in entries]
 
 
 def final_state(output: Path) -> dict:

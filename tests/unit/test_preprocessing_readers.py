@@ -144,3 +144,23 @@ def test_a_document_that_is_too_long_ends_at_its_border_wherever_the_blocks_do(n
             [b"a" + newline * 2, passed_over, b"", b"b"],
         )
         assert [data[offset:].strip()[:1] for offset, _ in chunks] == [b"a", b"x", b"b"]
+
+
+@pytest.mark.parametrize("kind", ["blank-line", "line"])
+def test_only_documents_that_are_too_long_are_passed_over_wherever_the_blocks_end(kind):
+    generator, separator, longest = random.Random(5), {"blank-line": b"\n\n", "line": b"\n"}[kind], 20
+    for _ in range(300):
+        size = generator.randint(1, 40)
+        documents = [b"x" * generator.choice((1, 5, longest - 2, 50, 90, 300)) + separator for _ in range(12)]
+        data, passed = b"".join(documents), []
+        blocks = [data[i : i + size] for i in range(0, len(data), size)]
+        chunks = list(cut_at_borders(blocks, kind, longest, passed.append))
+        kept = [document for _, chunk in chunks if isinstance(chunk, bytes) for document in chunk.split(separator)]
+        left_out = [chunk for _, chunk in chunks if isinstance(chunk, int)]
+        assert [document for document in kept if 0 < len(document) < longest] == [
+            document.removesuffix(separator) for document in documents if len(document) <= longest
+        ]
+        assert set(left_out) <= {len(document) for document in documents if len(document) > longest}
+        assert len(left_out) >= sum(len(document) > longest + 2 * size for document in documents)
+        assert b"".join(passed) == b"".join(b"x" * (left - len(separator)) + separator for left in left_out)
+        assert sum(len(c) if isinstance(c, bytes) else c for _, c in chunks) == len(data)

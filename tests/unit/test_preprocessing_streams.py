@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 from collections import Counter
 
 import fsspec
@@ -16,7 +17,8 @@ import pytest
 import zstandard
 
 from ds_roberta.inputs import streams
-from ds_roberta.inputs.pieces import Piece
+from ds_roberta.inputs.pieces import Piece, Reject
+from ds_roberta.inputs.rows import Row, csv_rows
 from preprocessing.reading.accounts import Account, kept_documents
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.planning import plan_units
@@ -109,6 +111,16 @@ def test_an_endless_document_is_skipped_in_bounded_memory(tmp_path):
         found, account = read(tmp_path / path, max_characters=100)
         assert [document.text.strip() for document in found] == ["before", "after"]
         assert account.counts == {"kept": 2, "too_long": 2}
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+def test_what_compresses_well_is_read_in_small_blocks(tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 1 << 16)
+    data, path = b"one line as the other\n" * 100_000, tmp_path / f"a.txt.{compression}"
+    path.write_bytes(COMPRESS[compression](data))
+    blocks = list(streams.read_blocks(str(path), 0, path.stat().st_size, compression))
+    assert b"".join(blocks) == data
+    assert max(map(len, blocks)) <= 1 << 16
 
 
 def test_tables_give_texts_ids_and_rows(tmp_path):
@@ -227,6 +239,36 @@ def test_each_bad_csv_row_has_its_reason_and_position(tmp_path):
     places = [data.index(row) for row in (b"2,x,y", b"3,caf", b'4,"ok', b'6,"open')]
     assert [place["byte"] for place in [*account.places, *account.damage]] == places
     assert "the quote that opens here is not closed, so the 14 bytes from this row on" in account.damage[0]["detail"]
+
+
+def test_csv_rows_with_lines_that_are_too_long_are_rejected_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 256)
+    generator, path, longest = random.Random(1), tmp_path / "a.csv", 2000
+    pieces = (
+        "a",
+        'say ""',
+        '"',
+        ",",
+        "é" * 90,
+        '"",x"\n' + "b" * 5000,
+        'c"' * 3 + "d" * 6000 + '"',
+        "\n",
+        ' "e" ' * 20,
+    )
+    for delimiter in ",\t":
+        rows = [["".join(generator.choices(pieces, k=generator.randint(0, 3))) for _ in "ab"] for _ in range(400)]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows([["one", "two"], *rows])
+        data = path.read_bytes()
+        found = list(csv_rows(Piece(str(path), 0, len(data)), longest, lambda _: None, delimiter))
+        assert len(found) == 400
+        assert {type(row) for row in found} == {Row, Reject}
+        for row, expected, following in zip(found, rows, [*found[1:], None], strict=True):
+            if isinstance(row, Row):
+                assert list(row.values.values()) == expected
+            else:
+                assert row.reason == "too_long"
+                assert row.offset + row.bytes == (following.offset if following else len(data))
 
 
 def test_files_at_a_url_are_read_like_local_ones(tmp_path):

@@ -191,9 +191,8 @@ class HeldOut:
 
 
 def rows(trainer):
-    lines = (trainer.config.output_dir / "metrics.jsonl").read_text().splitlines()
-    times = ("tokens_per_second", "mfu", "step_seconds", "data_wait_share", "memory_gb")
-    return [{key: value for key, value in json.loads(line).items() if key not in times} for line in lines]
+    found, _ = metrics.read_metrics(trainer.config.output_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in metrics.MACHINE_COLUMNS} for row in found]
 
 
 def places(trainer, length):
