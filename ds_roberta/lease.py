@@ -126,20 +126,25 @@ def held_lease(folder: Path, plan: str, task: Task | None, output: Path) -> Iter
     Raises:
         LeaseHeld: a living job holds a lease that excludes this one.
     """
-    lease = _acquire(folder, Holder.this_process(plan, task), output)
-    ended = threading.Event()
-
-    def keep_fresh() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # gone: the workers and the next check will notice
-                os.utime(lease.path)
-
-    threading.Thread(target=keep_fresh, daemon=True).start()
-    try:
-        yield lease
-    finally:
-        ended.set()
-        lease.path.unlink(missing_ok=True)
+    # Write, then look: of two jobs that begin at the same time, at least one sees the other.
+    ours, deadline = Holder.this_process(plan, task), None
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{secrets.token_hex(8)}.json"
+        if not _write(path, ours):
+            continue
+        with _kept_fresh(path):
+            other = _living_excluder(folder, path, ours)
+            if other is None:
+                yield Lease(path)
+                return
+        deadline = deadline or time.monotonic() + _PATIENCE_SECONDS
+        if time.monotonic() > deadline:
+            raise LeaseHeld(
+                f"another job is writing {str(output)!r}: process {other.pid} on {other.host}, since {other.since}; "
+                f"wait for it, end it ('kill {other.pid}' on {other.host}), or choose another output"
+            )
+        time.sleep(random.uniform(0.2, 0.6))
 
 
 def is_alive(path: Path) -> bool:
@@ -161,28 +166,22 @@ def is_alive(path: Path) -> bool:
     return False
 
 
-def _acquire(folder: Path, ours: Holder, output: Path) -> Lease:
-    # Write, then look: of two jobs that begin at the same time, at least one sees the other.
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{secrets.token_hex(8)}.json"
-        if not _write(path, ours):
-            continue
-        try:
-            other = _living_excluder(folder, path, ours)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        if other is None:
-            return Lease(path)
+@contextmanager
+def _kept_fresh(path: Path) -> Iterator[None]:
+    """Touch a lease now and then, and remove it at the end of the context."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # gone: the workers and the next check will notice
+                os.utime(path)
+
+    threading.Thread(target=touch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
         path.unlink(missing_ok=True)
-        if time.monotonic() > deadline:
-            raise LeaseHeld(
-                f"another job is writing {str(output)!r}: process {other.pid} on {other.host}, since {other.since}; "
-                f"wait for it, end it ('kill {other.pid}' on {other.host}), or choose another output"
-            )
-        time.sleep(random.uniform(0.2, 0.6))
 
 
 def _living_excluder(folder: Path, own: Path, ours: Holder) -> Holder | None:

@@ -78,20 +78,20 @@ class TransformersFolder:
         Raises:
             UserError: it is less than `shortest`, or the model has fewer positions.
         """
-        if asked is None:
-            return self.max_seq_length
-        if asked < shortest:
-            raise UserError(f"--max_seq_length must be at least {shortest}, got {asked}")
-        if asked > self.max_positions:
+        length = self.max_seq_length if asked is None else asked
+        if length < shortest:
+            what = f"model_max_length of the tokenizer in {str(self.path)!r}" if asked is None else "--max_seq_length"
+            raise UserError(f"{what} must be at least {shortest}, got {length}")
+        if length > self.max_positions:
             raise UserError(
-                f"--max_seq_length {asked} is more than the model's {self.max_positions} positions: reduce it"
+                f"--max_seq_length {length} is more than the model's {self.max_positions} positions: reduce it"
             )
-        if asked > self.max_seq_length:
+        if length > self.max_seq_length:
             logger.warning(
-                f"--max_seq_length {asked} is more than the {self.max_seq_length} tokens that the model was trained on;"
-                " later positions have learned nothing"
+                f"--max_seq_length {length} is more than the {self.max_seq_length} tokens that the model was trained on"
+                "; later positions have learned nothing"
             )
-        return asked
+        return length
 
 
 def open_folder(folder: Path) -> TransformersFolder:

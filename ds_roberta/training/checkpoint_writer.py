@@ -26,7 +26,7 @@ import torch
 
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.stages import TRAIN_STATE_NAME
-from ds_roberta.distributed import Ranks
+from ds_roberta.distributed import Ranks, logger
 from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import (
     exchange,
@@ -262,10 +262,14 @@ def write_pointer(folder: Path, name: str, target: Path) -> None:
 
 
 def remove(folder: Path, steps: list[int]) -> None:
+    """Remove the checkpoints of these steps; one that the disk does not let go is named in the log, and stays."""
     for step in steps:
         target = step_folder(folder, step)
-        target.rename(temporary_folder(target))  # a half-removed one would count as damaged
-        shutil.rmtree(temporary_folder(target), ignore_errors=True)
+        try:
+            target.rename(temporary_folder(target))  # a half-removed one would count as damaged
+            shutil.rmtree(temporary_folder(target))
+        except OSError as error:
+            logger.warning(f"cannot remove the checkpoint {str(target)!r}: {error}")
 
 
 def owners(sizes: Sequence[int], world_size: int) -> list[int]:

@@ -24,6 +24,7 @@ from ds_roberta.lease import Lease
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
+from ds_roberta.training.facts import completed_identity
 from ds_roberta.training.loss_plateau import REMEDY, LossPlateau, find_plateau, with_evaluation
 from ds_roberta.training.loss_spikes import LossSpike, spike_limit, with_loss
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
@@ -284,6 +285,7 @@ class Trainer:
             raise UserError(f"{spike.problem}; there is no checkpoint to go back to")
         spiked, skipped = self.state, self._skipped
         self.state = checkpoint.load(self.engine, path)
+        self.state.identity = completed_identity(self.state.identity)
         self.state.continue_as(spiked.identity, spiked.eval_sequences)
         self.state.lines = spiked.lines
         step = self.state.global_step

@@ -241,6 +241,22 @@ def test_a_held_lease_is_touched(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_a_job_that_looks_whether_another_lives_looks_alive_itself(tmp_path, monkeypatch):
+    leases._write(tmp_path / "other.json", holder("plan", machine="another"))
+    looked = []
+
+    def dead(other):
+        (own,) = set(tmp_path.glob("*.json")) - {other}
+        before = own.stat().st_mtime_ns
+        wait_for(lambda: own.stat().st_mtime_ns > before)
+        return looked.append(other)
+
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "is_alive", dead)
+    with held_lease(tmp_path, "plan", None, tmp_path / "out"):
+        assert looked == [tmp_path / "other.json"]
+
+
 def test_a_job_that_lost_its_lease_moves_nothing_into_place(tmp_path):
     lease = Lease(tmp_path / "lease.json")
     job = Job(tmp_path / "plan", lease)

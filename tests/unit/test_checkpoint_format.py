@@ -1,8 +1,10 @@
 """Checkpoints without DeepSpeed: a stand-in engine of a small module, its processes played by threads."""
 
 import dataclasses
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
-from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
+from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention, remove
 from ds_roberta.training.export import export_checkpoint
 from ds_roberta.training.initial_model import InitialModel
 
@@ -356,3 +358,21 @@ def test_the_best_is_the_step_that_the_newest_checkpoint_names_or_none(tmp_path,
         (folder / "best").write_bytes(damaged.encode("latin1"))
         with pytest.raises(UserError, match=r"best step is 2|global_step8|not the name"):
             checkpoint.best(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_others_go(tmp_path, monkeypatch, caplog):
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name == "global_step1":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, target)
+
+    for step in (1, 2, 3):
+        (tmp_path / f"global_step{step}").mkdir()
+    monkeypatch.setattr(Path, "rename", refused)
+    remove(tmp_path, [1, 2])
+    assert checkpoint.saved_steps(tmp_path) == [3, 1]
+    (message,) = caplog.messages
+    assert "cannot remove the checkpoint" in message
+    assert "global_step1'" in message

@@ -5,7 +5,7 @@ import errno
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from ds_roberta.files import append_line
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.training import checkpoint, loss_spikes, metrics
 from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.facts import completed_identity
 from ds_roberta.training.monitors import Monitors
 from ds_roberta.training.settings import RunConfig
 from ds_roberta.training.trainer import Trainer
@@ -29,12 +30,10 @@ from ds_roberta.training.trainer import Trainer
 STEPS, SAVE_INTERVAL, WINDOW = 60, 25, 8
 PEAK_FLOPS = 1e9
 STAGES = make_stages(8, 12, "0:4,30:8", "0:4,20:12")  # step 30 lies between a checkpoint and SPIKE
+IDENTITY = completed_identity({"model": asdict(model_config("tiny", 400, 8)), "packing": {"max_seq_length": 8}})
 LINES = {"unigram_loss": 7.0, "neighbour_loss": 5.0}
 STILL = {0: 9.0, 12: 6.95, 42: 6.2, 48: 6.19, 54: 4.9}
-"""Held-out losses on one plateau and then another, and beyond both; a tenth of the run is 6 steps.
-
-Until step 30 the sequences are too short for such a judgement.
-"""
+"""Held-out losses on one plateau and then another, and beyond both; until step 30 the sequences are too short."""
 SPIKE = (8, 12 * 15)
 """A place of length 8, of step 46."""
 
@@ -161,7 +160,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         )
         engine = FakeEngine(solo_ranks, dict.fromkeys(spikes, height), interrupted_at)
         path = checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
-        state = TrainState({}, lines=LINES) if path is None else checkpoint.load(engine, path)
+        state = TrainState(IDENTITY, lines=LINES) if path is None else checkpoint.load(engine, path)
         trainer = Trainer(
             config,
             1e-3,
@@ -385,14 +384,15 @@ def test_a_plateau_ends_a_run_after_its_step_is_saved_each_time_until_told_other
     assert make("off", plateau="warn", **options).train()
 
 
-def test_the_lines_survive_a_rollback_to_a_checkpoint_without_them(make):
-    trainer = make("rollback", held_out={0: 9.0}, interrupted_at=30)
-    trainer.state.lines = {}  # as in a run of an earlier version
+def test_a_rollback_to_a_checkpoint_of_an_earlier_version_keeps_the_lines_and_the_best_step(make):
+    trainer = make("rollback", held_out={0: 9.0}, interrupted_at=30, eval_interval=20)
+    trainer.state.lines, trainer.state.identity = {}, {name: IDENTITY[name] for name in ("model", "packing")}
     with pytest.raises(Interrupted):
         trainer.train()
-    trainer = make("rollback", held_out={0: 9.0})
-    trainer.state.lines = LINES
+    trainer = make("rollback", held_out={0: 9.0}, eval_interval=20, save_interval=50)
+    trainer.state.lines, trainer.state.identity = LINES, IDENTITY
     assert trainer.train()
+    assert trainer.state.best_step == 20
     logged = [row for row in rows(trainer) if row.keys() & LINES]
     assert [{name: row[name] for name in LINES} for row in logged] == [LINES]
     assert trainer.state.loss_spikes == 1
