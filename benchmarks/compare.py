@@ -18,8 +18,8 @@ import argparse
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from benchmarks.studies import (
     NEVER,
     Busy,
     beside,
+    best_rate,
     command,
     difference,
     execute,
     fingerprint_of,
     only_here,
     recipe_name,
+    trained,
 )
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several
 from ds_roberta.config import PRESETS
@@ -98,22 +100,26 @@ class Result:
 
     Attributes:
         commit: that it ran at.
-        cpu: that it ran on, None in results of older versions.
+        cpu: that it ran on.
         settings: what `settings_of` says, None in results of older versions.
         eval_loss: None where the objective has no masked-LM loss.
         tokens, seconds: that it took, None in results of older versions.
         metrics: of fine-tuning on the validation split, by learning rate.
+        tuning: what these are of, as `tuning_of` says; None in results of older versions.
         pairs: the accuracy on minimal pairs, the mean over paradigms.
+        pairs_folder: its name, None in results of older versions.
     """
 
     commit: str
+    cpu: str
     eval_loss: float | None = None
     tokens: float | None = None
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     pairs: float | None = None
-    cpu: str | None = None
     settings: str | None = None
+    tuning: str | None = None
+    pairs_folder: str | None = None
 
 
 def main() -> None:
@@ -161,31 +167,40 @@ def result_path(options: argparse.Namespace, name: str, seed: int) -> Path:
     return Path(options.results / f"{case}.json")
 
 
-def result_of(options: argparse.Namespace, name: str, seed: int) -> Result | None:
+def result_of(options: argparse.Namespace, comparison: Comparison, name: str, seed: int) -> Result | None:
+    """What is kept of a run; raises `UserError` if it is of something else. Older versions did not keep all of it."""
     path = result_path(options, name, seed)
-    return Result(**read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    result = Result(**read_json(path))
+    for what, found, asked in (
+        ("other data, options or values of the recipe", result.settings,
+         settings_of(arguments(options, comparison, name), comparison)),
+        ("another task or fine-tuning", result.tuning, tuning_of(options)),
+        ("other minimal pairs", result.pairs_folder, options.pairs and options.pairs.name),
+    ):  # fmt: skip
+        if None not in (found, asked) and found != asked:
+            raise UserError(f"{str(path)!r} is of {what}: give another --results, or remove it")
+    return result
 
 
 def measure(options: argparse.Namespace, comparison: Comparison, name: str, seed: int, lock: int) -> None:
     """Run what has no result yet, and keep its result."""
-    path, result = result_path(options, name, seed), result_of(options, name, seed)
+    path, result = result_path(options, name, seed), result_of(options, comparison, name, seed)
     output, given = path.with_suffix(""), arguments(options, comparison, name)
-    kind = settings_of(given, comparison)
     if result is None:
         program = commit()
         execute(command("pretrain.py", {**given, "seed": seed, "output_dir": output}), lock)
-        figures = pretrained(options, comparison, output, lock)
-        result = Result(program, *figures, cpu=cpu_model(), settings=kind)
+        loss, ran = held_out_loss(options, comparison, output, lock), trained(output)
+        kind = settings_of(given, comparison)
+        result = Result(program, cpu_model(), loss, ran["tokens"], ran["step_seconds"], settings=kind)
         write_json(path, asdict(result))
-    if result.settings not in (None, kind):
-        raise UserError(
-            f"{str(path)!r} is of other data, options or values of the recipe: give another --results, or remove it"
-        )
     if options.finetune_data and not result.metrics:
-        result = Result(**{**asdict(result), "metrics": finetuned(options, output, seed, lock)})
+        result = replace(result, metrics=finetuned(options, output, seed, lock), tuning=tuning_of(options))
         write_json(path, asdict(result))
     if options.pairs and result.pairs is None:
-        result = Result(**{**asdict(result), "pairs": minimal_pairs(options, output, lock)})
+        accuracy = minimal_pairs(options, output, lock)
+        result = replace(result, pairs=accuracy, pairs_folder=options.pairs.name)
         write_json(path, asdict(result))
     print(f"{name}, seed {seed}: {result}", flush=True)
 
@@ -215,23 +230,25 @@ def settings_of(given: Mapping[str, Any], comparison: Comparison) -> str:
     return fingerprint_of([data, options, deepspeed, recipe_name(), comparison.evaluation])
 
 
-def pretrained(
-    options: argparse.Namespace, comparison: Comparison, output: Path, lock: int
-) -> tuple[float | None, float, float]:
-    """The held-out loss, the tokens and the CPU-seconds of a run that has ended."""
+def tuning_of(options: argparse.Namespace) -> str | None:
+    """A short name of the task and of how models are fine-tuned on it; None without one."""
+    if options.finetune_data is None:
+        return None
+    return fingerprint_of([options.finetune_data, options.num_train_epochs, options.finetune_learning_rate])
+
+
+def held_out_loss(options: argparse.Namespace, comparison: Comparison, output: Path, lock: int) -> float | None:
+    """Of a run that has ended; None where its objective has no masked-LM loss."""
     rows, _ = read_metrics(output / METRICS_NAME)
-    steps = [row for row in rows if "step_seconds" in row]
-    loss = [row.get("eval_loss") for row in rows if "eval_loss" in row][-1]
     if "unigram_loss" not in rows[0]:
-        loss = None
-    elif comparison.evaluation:
-        found = output / "perplexity.json"
-        settings = {"model": output / "hf", "data": options.data_dir, "json": found, **comparison.evaluation}
-        settings["eval_sequences"] = options.eval_sequences
-        execute(command("evaluate.py", settings, "perplexity"), lock)
-        loss = read_json(found)["loss"]
-    seconds = sum(row["step_seconds"] for row in steps)
-    return loss, steps[-1]["consumed_tokens"], seconds
+        return None
+    if not comparison.evaluation:
+        return float([row["eval_loss"] for row in rows if "eval_loss" in row][-1])
+    found = output / "perplexity.json"
+    settings = {"model": output / "hf", "data": options.data_dir, "json": found, **comparison.evaluation}
+    settings["eval_sequences"] = options.eval_sequences
+    execute(command("evaluate.py", settings, "perplexity"), lock)
+    return float(read_json(found)["loss"])
 
 
 def minimal_pairs(options: argparse.Namespace, output: Path, lock: int) -> float:
@@ -259,11 +276,11 @@ def finetuned(options: argparse.Namespace, output: Path, seed: int, lock: int) -
 
 def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
     found = {
-        name: [result for seed in options.seeds if (result := result_of(options, name, seed))]
+        name: {seed: result for seed in options.seeds if (result := result_of(options, comparison, name, seed))}
         for name in comparison.runs
     }
-    commits = {result.commit for results in found.values() for result in results}
-    cpus = {result.cpu for results in found.values() for result in results if result.cpu} or {cpu_model()}
+    every = [result for results in found.values() for result in results.values()]
+    commits, cpus = {result.commit for result in every}, {result.cpu for result in every} or {cpu_model()}
     vocabulary = Corpus.open(options.data_dir).manifest.tokenizer.vocab_size
     if options.max_minutes:
         budget, option = f"{options.max_minutes:g} CPU-minutes", f"--max_minutes {options.max_minutes:g}"
@@ -281,14 +298,18 @@ def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
         f"{options.model} on {options.data_dir.name}, {vocabulary:,} ids, {options.max_seq_length} tokens, {budget} a "
         f"run unless its row says otherwise: `python -m benchmarks.compare {relative(options.comparison)} --model "
         f"{options.model} {option}`. Held-out losses{f' of `perplexity {evaluation}`' if evaluation else ''}: lower is "
-        "better. A difference is inside the spread where the losses of one run's seeds lie among the other's.",
+        "better. A difference is the mean over the seeds that both runs have; it is inside the spread where the losses "
+        "of one run lie among the other's.",
         "",
         *loss_table(found),
     ]
-    pairs = {name: [each.pairs for each in results if each.pairs is not None] for name, results in found.items()}
+    pairs = {
+        name: {seed: result.pairs for seed, result in results.items() if result.pairs is not None}
+        for name, results in found.items()
+    }
     if any(pairs.values()):
         lines += ["", "Accuracy on minimal pairs, the mean over paradigms:", "", *accuracy_table(pairs)]
-    if any(result.metrics for results in found.values() for result in results):
+    if any(result.metrics for result in every):
         lines += ["", *metrics_table(options, found)]
     return lines
 
@@ -298,50 +319,57 @@ def relative(path: Path) -> Path:
     return absolute.relative_to(REPOSITORY) if absolute.is_relative_to(REPOSITORY) else path
 
 
-def loss_table(found: Mapping[str, Sequence[Result]]) -> list[str]:
+def loss_table(found: Mapping[str, Mapping[int, Result]]) -> list[str]:
+    """Losses by run and seed, as a table; the others are held against the first run."""
     head = "| run | million tokens | CPU-seconds | held-out loss, by seed | mean | beside the first |"
     table, first = [head, "|---|---|---|---|---|---|"], next(iter(found))
-    base = [result.eval_loss for result in found[first] if result.eval_loss is not None]
+    base = losses_of(found[first])
     for name, results in found.items():
         if not results:
             continue
-        losses = [result.eval_loss for result in results if result.eval_loss is not None]
-        tokens = [result.tokens for result in results if result.tokens is not None]
-        seconds = [result.seconds for result in results if result.seconds is not None]
+        losses = losses_of(results)
+        tokens = [result.tokens for result in results.values() if result.tokens is not None]
+        seconds = [result.seconds for result in results.values() if result.seconds is not None]
         cells = [
             f"{statistics.fmean(tokens) / 1e6:.2f}" if tokens else "",
             f"{statistics.fmean(seconds):,.0f}" if seconds else "",
-            ", ".join(f"{loss:.3f}" for loss in losses),
-            f"{statistics.fmean(losses):.3f}" if losses else "",
-            difference(losses, base) if losses and base and name != first else "",
+            ", ".join(f"{loss:.3f}" for loss in losses.values()),
+            f"{statistics.fmean(losses.values()):.3f}" if losses else "",
+            difference(losses, base) if name != first else "",
         ]
         table.append(f"| {name} | {' | '.join(cells)} |")
     return table
 
 
-def accuracy_table(found: Mapping[str, Sequence[float]]) -> list[str]:
-    """Accuracies by run, as a table; the first run that has some is the one that the others are held against."""
-    table = ["| run | accuracy, by seed | median | beside the first |", "|---|---|---|---|"]
-    base: Sequence[float] = ()
+def losses_of(results: Mapping[int, Result]) -> dict[int, float]:
+    return {seed: result.eval_loss for seed, result in results.items() if result.eval_loss is not None}
+
+
+def accuracy_table(found: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Accuracies by run and seed, as a table; the first run that has some is the one that the others are held
+    against.
+    """
+    table = ["| run | accuracy, by seed | mean | beside the first |", "|---|---|---|---|"]
+    base: Mapping[int, float] = {}
     for name, values in found.items():
         if not values:
             continue
         beside = difference(values, base) if base else ""
         base = base or values
-        by_seed = ", ".join(f"{value:.3f}" for value in values)
-        table.append(f"| {name} | {by_seed} | {statistics.median(values):.3f} | {beside} |")
+        by_seed = ", ".join(f"{value:.3f}" for value in values.values())
+        table.append(f"| {name} | {by_seed} | {statistics.fmean(values.values()):.3f} | {beside} |")
     return table
 
 
-def metrics_table(options: argparse.Namespace, found: Mapping[str, Sequence[Result]]) -> list[str]:
-    by_run: dict[str, list[float]] = {}
+def metrics_table(options: argparse.Namespace, found: Mapping[str, Mapping[int, Result]]) -> list[str]:
+    by_run: dict[str, dict[int, float]] = {}
     for name, results in found.items():
-        tuned = [result.metrics for result in results if result.metrics]
+        tuned = {seed: result.metrics for seed, result in results.items() if result.metrics}
         if not tuned:
             continue
-        by_rate = {rate: [metrics[rate] for metrics in tuned] for rate in tuned[0]}
-        rate = max(by_rate, key=lambda rate: statistics.median(by_rate[rate]))
-        by_run[f"{name}, at {float(rate):g}"] = by_rate[rate]
+        rates = next(iter(tuned.values()))
+        rate = best_rate({rate: [metrics[rate] for metrics in tuned.values()] for rate in rates})
+        by_run[f"{name}, at {float(rate):g}"] = {seed: metrics[rate] for seed, metrics in tuned.items()}
     return [
         f"Accuracy after fine-tuning on {options.finetune_data.name if options.finetune_data else 'a task'}, "
         f"{options.num_train_epochs} epochs, the best of each on the validation split, at the learning rate with the "

@@ -78,6 +78,7 @@ from benchmarks.studies import (
     parts_of,
     recipe_name,
     same_settings,
+    trained,
 )
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several, whole_number
 from ds_roberta.data import unigram
@@ -89,7 +90,6 @@ from ds_roberta.evaluation.pseudo_likelihood import encode, pseudo_log_likelihoo
 from ds_roberta.evaluation.roberta_folder import open_roberta
 from ds_roberta.inputs.tables import read_table
 from ds_roberta.training.initial_model import InitialModel
-from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 from ds_roberta.training.recipes import RECIPES
 
 TEXTS, TRAINING, LOSSES = "texts", "training", "losses"
@@ -117,9 +117,9 @@ class Case:
     def run(self, seed: int) -> str:
         return f"{self.name}-seed{seed}"
 
-    def losses(self, seeds: tuple[int, ...]) -> list[str]:
-        """The names of the items with its losses."""
-        return [f"{run}-{LOSSES}" for run in ([self.name] if self.name == BEFORE else map(self.run, seeds))]
+    def losses(self, seed: int) -> str:
+        """The name of the item with its losses; the model as it was has one for all seeds."""
+        return f"{BEFORE if self.name == BEFORE else self.run(seed)}-{LOSSES}"
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
@@ -204,11 +204,11 @@ def checked_settings(options: argparse.Namespace) -> dict[str, Any]:
 def items(options: argparse.Namespace) -> Iterator[Item]:
     """In the order in which they are measured."""
     yield Item(TEXTS, TEXTS, (), partial(prepare, options, options.results / TEXTS))
-    before, *trained = cases_of(options)
+    before, *others = cases_of(options)
     yield Item(LOSSES, f"{BEFORE}-{LOSSES}", (TEXTS,), partial(losses, options, before, BEFORE))
     for seed in options.seeds:
         yield Item(TASK, f"{before.run(seed)}-{TASK}", (TEXTS,), partial(task, options, before, seed))
-        for case in trained:
+        for case in others:
             run = case.run(seed)
             yield Item(TRAINING, run, (TEXTS,), partial(train, options, case, seed))
             yield Item(LOSSES, f"{run}-{LOSSES}", (TEXTS, run), partial(losses, options, case, run))
@@ -233,13 +233,7 @@ def train(options: argparse.Namespace, case: Case, seed: int, lock: int) -> dict
     }
     remap = ["--remap_token_embeddings"] if case.factor is not None and case.tokenizer == NEW else []
     execute(command("pretrain.py", settings, *remap), lock)
-    rows, _ = read_metrics(output / METRICS_NAME)
-    steps = [row for row in rows if "step_seconds" in row]
-    return {
-        "steps": steps[-1]["global_step"],
-        "tokens": steps[-1]["consumed_tokens"],
-        "step_seconds": sum(row["step_seconds"] for row in steps),
-    }
+    return trained(output)
 
 
 def rates(model: Path, factor: float | None) -> dict[str, float]:

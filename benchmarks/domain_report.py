@@ -30,19 +30,20 @@ BESIDE = "| | compared with | domain, nats per byte | general, nats per byte | t
 Found = Mapping[str, Mapping[str, Any]]
 
 
-def per_byte(options: argparse.Namespace, case: Case, kind: str, found: Found) -> list[float]:
+def per_byte(options: argparse.Namespace, case: Case, kind: str, found: Found) -> dict[int, float]:
     """By seed, as far as they are finished."""
-    return [found[name]["per_byte"][kind] for name in case.losses(options.seeds) if name in found]
+    return {seed: found[name]["per_byte"][kind] for seed in options.seeds if (name := case.losses(seed)) in found}
 
 
-def accuracies(options: argparse.Namespace, case: Case, found: Found) -> tuple[str, list[float]]:
+def accuracies(options: argparse.Namespace, case: Case, found: Found) -> tuple[str, dict[int, float]]:
     """The learning rate with the best median over the seeds, and the accuracy of each seed; none if none is known."""
-    names = [f"{case.run(seed)}-task" for seed in options.seeds]
-    by_rate = [found[name]["scores_by_rate"] for name in names if name in found]
+    names = {seed: f"{case.run(seed)}-task" for seed in options.seeds}
+    by_rate = {seed: found[name]["scores_by_rate"] for seed, name in names.items() if name in found}
     if not by_rate:
-        return "", []
-    scores = {rate: [score for each in by_rate for score in each[rate]] for rate in by_rate[0]}
-    rate = best_rate(scores)
+        return "", {}
+    rates = next(iter(by_rate.values()))
+    scores = {rate: {seed: each[rate][0] for seed, each in by_rate.items()} for rate in rates}
+    rate = best_rate({rate: [*each.values()] for rate, each in scores.items()})
     return rate, scores[rate]
 
 
@@ -51,14 +52,14 @@ def table(options: argparse.Namespace, cases: Sequence[Case], found: Found) -> I
     yield f"|---|{'---|' * (HEAD.count('|') - 2)}"
     for case in cases:
         runs = [found[name] for name in map(case.run, options.seeds) if name in found]
-        evaluated = [found[name]["per_token"] for name in case.losses(options.seeds) if name in found]
+        evaluated = [found[name]["per_token"] for name in map(case.losses, options.seeds) if name in found]
         rate, scores = accuracies(options, case, found)
         cells = [
             f"{statistics.fmean(run['tokens'] for run in runs) / 1e6:.2f}" if runs else "",
             f"{statistics.fmean(run['step_seconds'] for run in runs):,.0f}" if runs else "",
             *(spread([each[kind]["loss"] for each in evaluated if kind in each]) for kind in KINDS),
-            *(spread(per_byte(options, case, kind, found)) for kind in KINDS),
-            f"{spread(scores)} ({rate})" if scores else "",
+            *(spread([*per_byte(options, case, kind, found).values()]) for kind in KINDS),
+            f"{spread([*scores.values()])} ({rate})" if scores else "",
         ]
         yield f"| {case.label} | {' | '.join(cells)} |"
 
@@ -87,7 +88,7 @@ def comparisons(options: argparse.Namespace, cases: Sequence[Case], found: Found
     for case, base in pairs_of(cases):
         columns = [tuple(per_byte(options, each, kind, found) for each in (case, base)) for kind in KINDS]
         columns.append(tuple(accuracies(options, each, found)[1] for each in (case, base)))
-        cells = [difference(*both) if all(both) else "" for both in columns]
+        cells = [difference(*both) for both in columns]
         if any(cells):
             yield f"| {case.label} | {base.label} | {' | '.join(cells)} |"
 
@@ -110,7 +111,7 @@ def report(options: argparse.Namespace, cases: Sequence[Case], found: Found) -> 
         "",
         f"Mean and, in brackets, lowest and highest of those seeds of {', '.join(map(str, options.seeds))} that are "
         "finished. Lower losses are better. Nats per masked token compare rows with the same tokenizer only. "
-        "Differences of means, and whether the seeds' values lie among each other:",
+        "Mean differences over the seeds of both, and whether the seeds' values lie among each other:",
         "",
         *comparisons(options, cases, found),
         "",
@@ -161,7 +162,7 @@ def picture(options: argparse.Namespace, cases: Sequence[Case], found: Found, ou
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes: Any = figure.add_subplot(xlabel="general text, nats per byte", ylabel="domain, nats per byte")
     for number, case in enumerate(cases):
-        domain, general = (per_byte(options, case, kind, found) for kind in KINDS)
+        domain, general = ([*per_byte(options, case, kind, found).values()] for kind in KINDS)
         if domain:
             axes.plot(general, domain, "*" if case.name == "before" else "o", color=f"C{number}", label=case.label)
     if axes.lines:

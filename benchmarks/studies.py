@@ -27,6 +27,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
 from ds_roberta.finetuning.task import RESULTS
 from ds_roberta.training.device import fastest_precision
+from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 from ds_roberta.training.recipes import RECIPES
 
 IN_CPU_TIME = """import runpy, sys, time
@@ -220,6 +221,14 @@ def evaluate(model: Path, words: Sequence[str], path: Path, lock: int) -> None:
     execute([*script, "--model", str(model), "--json", str(path)], lock)
 
 
+def trained(output: Path) -> dict[str, Any]:
+    """The steps of a run that has ended, its tokens, and the CPU-seconds of its steps."""
+    rows, _ = read_metrics(output / METRICS_NAME)
+    steps = [row for row in rows if "step_seconds" in row]
+    seconds = sum(row["step_seconds"] for row in steps)
+    return {"steps": steps[-1]["global_step"], "tokens": steps[-1]["consumed_tokens"], "step_seconds": seconds}
+
+
 def add_fine_tuning(parser: argparse.ArgumentParser) -> None:
     """Add the options that `fine_tuned` reads."""
     parser.add_argument("--max_seq_length", type=positive, default=128)
@@ -274,12 +283,18 @@ def is_above(ours: Sequence[float], other: Sequence[float]) -> bool:
     return min(ours) > max(other)
 
 
-def difference(values: Sequence[float], base: Sequence[float]) -> str:
-    """The difference of the means, and whether the values of both lie among each other; one value has no spread."""
-    if len(values) == len(base) == 1:
-        return f"{values[0] - base[0]:+.3f}, one seed"
-    among = not is_above(values, base) and not is_above(base, values)
-    return f"{statistics.fmean(values) - statistics.fmean(base):+.3f}{', inside the spread' if among else ''}"
+def difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
+    """The mean difference over the seeds that both have, and whether all values of both lie among each other; one
+    value has no spread. Empty if they have no seed in common.
+    """
+    seeds = sorted(values.keys() & base.keys())
+    if not seeds:
+        return ""
+    ours, others = [*values.values()], [*base.values()]
+    one = ", one seed" if len(seeds) == 1 else ""
+    among = len(ours) + len(others) > 2 and not is_above(ours, others) and not is_above(others, ours)
+    mean = statistics.fmean(values[seed] - base[seed] for seed in seeds)
+    return f"{mean:+.3f}{one}{', inside the spread' if among else ''}"
 
 
 def command_of(module: str, options: argparse.Namespace, **written: str) -> str:

@@ -15,6 +15,7 @@ from benchmarks.compare import (
     loss_table,
     measure,
     metrics_table,
+    report,
     result_path,
 )
 from benchmarks.environment import REPOSITORY
@@ -87,7 +88,7 @@ def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
         results=results,
     )  # fmt: skip
     results.mkdir()
-    result_path(options, "finished", 0).write_text(json.dumps({"commit": "c", "eval_loss": 2.0}))
+    result_path(options, "finished", 0).write_text(json.dumps({"commit": "c", "cpu": "C", "eval_loss": 2.0}))
     with only_here(results, result_path(options, "elsewhere", 0).stem):
         compare(options)
     assert "elsewhere, seed 0: another call measures it" in capsys.readouterr().out
@@ -97,10 +98,14 @@ def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
 def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path, monkeypatch):
     options = argparse.Namespace(
         data_dir=corpus.folder, model="nano", max_seq_length=128, max_tokens=1000, max_minutes=None,
-        finetune_data=None, pairs=None, eval_sequences=4, results=tmp_path,
+        finetune_data=tmp_path / "sst2", num_train_epochs=3, finetune_learning_rate=(1e-3,), pairs=tmp_path / "blimp",
+        eval_sequences=4, results=tmp_path, seeds=(0,),
     )  # fmt: skip
     monkeypatch.setattr("benchmarks.compare.execute", lambda *_: None)
-    monkeypatch.setattr("benchmarks.compare.pretrained", lambda *_: (2.0, 1e6, 60.0))
+    monkeypatch.setattr("benchmarks.compare.held_out_loss", lambda *_: 2.0)
+    monkeypatch.setattr("benchmarks.compare.trained", lambda _: {"tokens": 1e6, "step_seconds": 60.0})
+    monkeypatch.setattr("benchmarks.compare.finetuned", lambda *_: {"0.001": 0.5})
+    monkeypatch.setattr("benchmarks.compare.minimal_pairs", lambda *_: 0.5)
     usual = Comparison("?", "", {"run": Run()})
     measure(options, usual, "run", 0, 0)
     measure(options, usual, "run", 0, 0)
@@ -111,6 +116,15 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path,
     ):
         with pytest.raises(UserError, match="is of other data, options or values of the recipe"):
             measure(options, other, "run", 0, 0)
+        with pytest.raises(UserError, match="is of other data, options or values of the recipe"):
+            report(options, other)
+    for changed, message in (
+        ({"finetune_data": tmp_path / "cola"}, "is of another task or fine-tuning"),
+        ({"finetune_learning_rate": (1e-3, 1e-4)}, "is of another task or fine-tuning"),
+        ({"pairs": tmp_path / "zorro"}, "is of other minimal pairs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure(argparse.Namespace(**{**vars(options), **changed}), usual, "run", 0, 0)
     fast = RECIPES["fast"]
     monkeypatch.setitem(RECIPES, "fast", Recipe(fast.deepspeed_config, {"mlm_probability": 0.3}, fast.optimizer_params))
     with pytest.raises(UserError, match="values of the recipe"):
@@ -119,16 +133,18 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path,
 
 def test_losses_are_held_against_the_first_run_and_its_spread():
     found = {
-        "first": [Result("c", 2.0, 1e6, 60.0), Result("c", 2.2, 1e6, 80.0)],
-        "near": [Result("c", 2.1), Result("c", 2.5)],
-        "far": [Result("c", 1.5), Result("c", 1.9)],
-        "other objective": [Result("c", None, 2e6, 70.0)],
-        "missing": [],
+        "first": {0: Result("c", "C", 2.0, 1e6, 60.0), 1: Result("c", "C", 2.2, 1e6, 80.0)},
+        "near": {0: Result("c", "C", 2.1), 1: Result("c", "C", 2.5)},
+        "far": {0: Result("c", "C", 1.5), 1: Result("c", "C", 1.9)},
+        "one": {1: Result("c", "C", 2.3)},
+        "other objective": {0: Result("c", "C", None, 2e6, 70.0)},
+        "missing": {},
     }
-    first, near, far, other = loss_table(found)[2:]
+    first, near, far, one, other = loss_table(found)[2:]
     assert first == "| first | 1.00 | 70 | 2.000, 2.200 | 2.100 |  |"
     assert near == "| near |  |  | 2.100, 2.500 | 2.300 | +0.200, inside the spread |"
     assert far.endswith("| 1.700 | -0.400 |")
+    assert one.endswith("| 2.300 | +0.100, one seed |")
     assert other == "| other objective | 2.00 | 70 |  |  |  |"
 
 
@@ -136,7 +152,9 @@ def test_accuracies_are_those_of_the_rate_with_the_best_median(tmp_path):
     options = argparse.Namespace(finetune_data=tmp_path / "sst2", num_train_epochs=3)
 
     def tuned(*pairs):
-        return [Result("c", metrics={"0.0001": low, "0.0003": high}) for low, high in pairs]
+        return {
+            seed: Result("c", "C", metrics={"0.0001": low, "0.0003": high}) for seed, (low, high) in enumerate(pairs)
+        }
 
     found = {"a": tuned((0.7, 0.9), (0.7, 0.6), (0.7, 0.6)), "b": tuned((0.5, 0.8), (0.5, 0.8), (0.5, 0.8))}
     a, b = metrics_table(options, found)[-2:]

@@ -153,9 +153,9 @@ def test_rows_have_the_figures_of_their_runs_as_far_as_they_are_finished():
         ["the model as it was", "-0.400", "-0.800", " |"]
     ]
     assert [cells[2] for cells in rows if "continued, own tokenizer, rates × 0.3" in cells[1]] == [
-        "+0.000, inside the spread"
+        "-0.100, one seed, inside the spread"
     ]
-    assert [cells[-1] for cells in rows if cells[1].startswith("from scratch")] == ["+0.150 |"]
+    assert [cells[-1] for cells in rows if cells[1].startswith("from scratch")] == ["+0.100, one seed |"]
 
 
 def test_the_report_says_which_sources_are_left_out_and_what_a_constant_answer_is_worth():

@@ -250,5 +250,5 @@ def test_links_to_files_are_followed_and_their_names_kept(tmp_path, data):
 def test_a_length_of_the_tokenizer_that_holds_no_text_is_refused(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 2}))
-    with pytest.raises(UserError, match="model_max_length of the tokenizer in .* must be at least 8, got 2"):
+    with pytest.raises(UserError, match=r"model_max_length of the tokenizer in .* must be at least 8, got 2"):
         open_folder(folder).sequence_length(None, 8)

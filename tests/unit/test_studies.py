@@ -83,7 +83,9 @@ def test_reports_of_folders_with_dots_are_different_files():
     assert beside(Path("a/domain-0.3"), ".md") == Path("a/domain-0.3.md")
 
 
-def test_a_difference_of_single_seeds_says_so():
-    assert difference([2.0], [2.5]) == "-0.500, one seed"
-    assert difference([2.0, 2.6], [2.5]) == "-0.200, inside the spread"
-    assert difference([2.0, 2.2], [2.5]) == "-0.400"
+def test_a_difference_is_of_the_seeds_that_both_have_and_says_when_that_is_one():
+    assert difference({0: 2.0}, {0: 2.5}) == "-0.500, one seed"
+    assert difference({0: 2.0, 1: 2.6}, {1: 2.5}) == "+0.100, one seed, inside the spread"
+    assert difference({0: 2.0, 1: 2.2}, {0: 2.5, 1: 2.4, 2: 9.0}) == "-0.350"
+    assert difference({0: 2.0, 1: 2.6}, {0: 2.5, 1: 2.4}) == "-0.150, inside the spread"
+    assert difference({0: 2.0}, {1: 2.5}) == ""
