@@ -79,6 +79,8 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
     task = (_FILL_MASK if has_head else _ENCODER).format(model_type=config.model_type)
+    has_dropout = config.hidden_dropout_prob or config.attention_probs_dropout_prob
+    dropout = "" if has_dropout else ", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1"
     return f"""{_HEADER.format(task=task)}
 # {run.name if record else "RoBERTa"}
 
@@ -91,7 +93,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification{", pipeli
 
 {_FILL_MASK_EXAMPLE if has_head else ""}\
 AutoModel.from_pretrained("THIS_FOLDER")  # hidden states; its pooler is not trained
-AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER", num_labels=2)  # to be fine-tuned
+AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER", num_labels=2{dropout})  # to be fine-tuned
 ```
 
 It knows no more than the text it was trained on, and repeats its errors and prejudices.
@@ -183,6 +185,7 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
         "peak rate of Muon": (*optimizer, "muon_lr"),
         "weight decay": (*optimizer, "weight_decay"),
         "attention": ("run", "attention"),
+        "dropout": ("run", "model", "hidden_dropout_prob"),
         "initial attention": ("run", "initial_attention"),
         "initial bias of the head": ("run", "initial_bias"),
         "no weight decay of biases and LayerNorms": ("run", "no_decay_bias_and_norm"),
@@ -195,6 +198,8 @@ def _circumstances(record: dict[str, Any]) -> dict[str, str]:
         "commit of ds_roberta": ("commit",),
     }
     found = {name: value_at(record, place) for name, place in places.items()}
+    if found["folder of the initial model"]:  # these are of random weights
+        del found["initial attention"], found["initial bias of the head"]
     for name in ("data folder", "folder of the initial model"):
         found[name] = found[name] and Path(found[name]).name  # its parents are private
     return {name: str(value) for name, value in found.items() if value is not None}

@@ -12,11 +12,6 @@ BELOW_UNIGRAM = 0.15
 """Nats by which a model that learns is soon below the unigram line."""
 LEAST_FALL = 0.05
 """Nats by which a loss above the neighbour line falls in a tenth of a run, unless it stalls."""
-REMEDY = (
-    "; try a new run with --recipe fast, whose heads begin by looking at neighbours, with Muon and more masks, or with "
-    "another learning rate, a longer warm-up or another batch size: see docs/pretraining.md, 'When the loss does not "
-    "fall' (--loss_plateau)"
-)
 
 Evaluation = Sequence[float]
 """A step and the held-out loss after it: two numbers, as JSON keeps them."""
@@ -36,6 +31,19 @@ class Plateau(NamedTuple):
 
     kind: str
     problem: str
+
+
+def remedy(knows_neighbours: bool) -> str:
+    """What to try against a plateau.
+
+    Args:
+        knows_neighbours: whether the run's heads began by looking at neighbours, or with trained weights.
+    """
+    recipe = "with --recipe fast, whose heads begin by looking at neighbours, with Muon and more masks"
+    return (
+        f"try a new run {'with more steps or text' if knows_neighbours else recipe}, or with another learning rate, a "
+        "longer warm-up or another batch size: see docs/pretraining.md, 'When the loss does not fall' (--loss_plateau)"
+    )
 
 
 def with_evaluation(evaluations: Sequence[Evaluation], step: int, loss: float, max_steps: int) -> list[list[float]]:

@@ -21,11 +21,12 @@ from ds_roberta.data.stages import SkippedPlaces, skip
 from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.lease import Lease
+from ds_roberta.model.initialization import RANDOM
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.facts import completed_identity
-from ds_roberta.training.loss_plateau import REMEDY, LossPlateau, find_plateau, with_evaluation
+from ds_roberta.training.loss_plateau import LossPlateau, find_plateau, remedy, with_evaluation
 from ds_roberta.training.loss_spikes import LossSpike, spike_limit, with_loss
 from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
 from ds_roberta.training.micro_batch import BatchPlan
@@ -350,10 +351,11 @@ class Trainer:
         if plateau is None:
             return
         reported, state.plateau = state.plateau, plateau.kind
+        advice = remedy(self.config.initial_attention != RANDOM or bool(state.identity.get("init_from")))
         if self.config.guard.loss_plateau == "stop":
-            raise LossPlateau(f"{plateau.problem}; the step is saved: --loss_plateau warn continues{REMEDY}")
+            raise LossPlateau(f"{plateau.problem}; the step is saved: --loss_plateau warn continues; {advice}")
         if plateau.kind != reported:
-            self._progress.say(f"{plateau.problem}{REMEDY}")
+            self._progress.say(f"{plateau.problem}; {advice}")
 
     @property
     def _trains_at_held_out_length(self) -> bool:

@@ -1,6 +1,6 @@
 import pytest
 
-from ds_roberta.training.loss_plateau import find_plateau, with_evaluation
+from ds_roberta.training.loss_plateau import find_plateau, remedy, with_evaluation
 
 LINES = {"unigram_loss": 7.0, "neighbour_loss": 5.0}
 
@@ -53,3 +53,8 @@ def test_only_what_later_evaluations_are_compared_with_is_kept():
 def test_an_evaluation_that_is_repeated_counts_once():
     kept = with_evaluation([[0, 9.0], [10, 7.0], [20, 6.0]], 20, 6.5, 100)
     assert kept == [[10, 7.0], [20, 6.5]]
+
+
+def test_a_run_whose_heads_know_their_neighbours_is_not_told_to_try_that():
+    assert "--recipe fast" in remedy(False)
+    assert "recipe" not in remedy(True)
