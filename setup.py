@@ -17,7 +17,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
-    packages=find_packages(include=["ds_roberta*", "preprocessing*"]),
+    packages=[*find_packages(include=["ds_roberta*", "preprocessing*"]), "ds_configs"],
+    package_data={"ds_configs": ["*.json"]},  # which the recipes name; the commands of launch/ are in the repository
     install_requires=[
         "torch>=2.11",  # Tensor.grad_dtype
         "deepspeed>=0.19.8",

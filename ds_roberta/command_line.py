@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from io import TextIOWrapper
+from types import TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from ds_roberta.errors import DiskError, UserError, standard_output_is_refused, user_message
@@ -27,7 +28,10 @@ class ArgumentParser(argparse.ArgumentParser):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError:
-                self.error(f"the {kind} {text!r} is not UTF-8: write it in UTF-8, or rename the file or folder")
+                self.error(
+                    f"the {kind} {text!r} is not UTF-8: write it in UTF-8, rename the file or folder, or set "
+                    "PYTHONUTF8=1 if it is, but the locale is not"
+                )
         return super().parse_known_args(arguments, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -64,6 +68,17 @@ def _number(text: str, kind: Callable[[str], Value], description: str, is_allowe
     if number is None or not is_allowed(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
     return number
+
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Say "interrupted" where Ctrl-C ends a command whose imports, which take seconds, are not done."""
+    if issubclass(kind, KeyboardInterrupt):
+        _say("interrupted")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _report_uncaught
 
 
 def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:

@@ -24,7 +24,7 @@ PACKED_ACROSS_DOCUMENTS = ("full-sentences", "contiguous")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
-_BETWEEN_0_AND_1 = must_be("between 0 and 1", lambda share: 0 < share < 1)
+_BETWEEN_0_AND_1 = must_be("above 0 and below 1", lambda share: 0 < share < 1)
 _FROM_0_TO_1 = must_be("from 0 to 1", lambda share: 0 <= share <= 1)
 EVAL_SEQUENCES = 2_048
 MODEL_TYPES = {"roberta": "Roberta", "camembert": "Camembert", "xlm-roberta": "XLMRoberta"}

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
-from ds_roberta.data.manifest import SPLITS, VALIDATION_SPLIT, Manifest
+from ds_roberta.data.manifest import SPLITS, VALIDATION_SPLIT, Manifest, is_data_folder
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
 from ds_roberta.inputs.paths import Inputs, find_inputs
+from ds_roberta.inputs.streams import is_url
 from ds_roberta.lease import Task
 from ds_roberta.progress import clock, document_bar
 from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
@@ -148,7 +150,20 @@ def _check(options: ReadOptions) -> None:
 
 
 def _find_inputs(inputs: Sequence[str]) -> Inputs:
+    """The inputs, of which some are named because they are passed over, such as an earlier output in a folder of text.
+
+    Raises:
+        UserError: as `find_inputs`, or all are prepared data.
+    """
     found = find_inputs(inputs)
+    folders = {path: Path(path).parent.parent for path in found.files if path.endswith(".arrow") and not is_url(path)}
+    prepared = {path: folder for path, folder in folders.items() if is_data_folder(folder)}
+    if prepared:
+        files = tuple(path for path in found.files if path not in prepared)
+        names = tuple(dict.fromkeys(map(str, prepared.values())))
+        if not files:
+            raise UserError(f"{names[0]!r} is prepared data, not text: give the text that it was made of")
+        found = replace(found, files=files, passed_over={**found.passed_over, "ignored (prepared data)": names})
     for note in found.notes():
         print(note)
     return found

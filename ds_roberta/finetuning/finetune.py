@@ -6,7 +6,8 @@ import importlib.util
 import os
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -134,7 +135,7 @@ def finetune(config: FinetuneConfig) -> int:
             config = replace(config, settings=settings, scale_rates=False)
         problem = _problem(config, max_seq_length, deepspeed_config)
         output = config.output_dir.resolve()
-        with errors_of_the_disk(output), ranks.main_holds(sole_writer(output, leases_folder(output))):
+        with errors_of_the_disk(output), ranks.main_holds(_sole_writer(output)):
             ranks.on_main(lambda: check_replaceable(output, is_finetuned_folder, KIND))
             asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
             work = ranks.on_main(lambda: open_work_folder(output, asked, config.model, problem.encoded))
@@ -195,6 +196,12 @@ def finetune(config: FinetuneConfig) -> int:
         ranks.log(f"{split}: {in_words(metrics)}")
     ranks.log(f"wrote {config.output_dir}: seed {best.seed}, epoch {best.best + 1}")
     return 0
+
+
+@contextmanager
+def _sole_writer(output: Path) -> Iterator[None]:
+    with errors_of_the_disk(output), sole_writer(output, leases_folder(output)):  # before rank 0 tells the others
+        yield
 
 
 def _problem(config: FinetuneConfig, max_seq_length: int, deepspeed_config: dict[str, Any] | None) -> Problem:

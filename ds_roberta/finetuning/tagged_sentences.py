@@ -37,7 +37,7 @@ class Sentence:
 
     Attributes:
         place: the sentence's place in its file, for messages.
-        words: at least one, none empty.
+        words: none is empty; a text to be predicted may have none.
         tags: one for each word; empty if there are none.
         text: what the words were taken from; None if they were given one by one.
         offsets: each word as [start, end) in characters of the text, if there is one.
@@ -215,7 +215,9 @@ def table_sentences(
     return sentences
 
 
-def split_text(place: str, text: str, entities: Sequence[tuple[int, int, str]] | None = None) -> Sentence:
+def split_text(
+    place: str, text: str, entities: Sequence[tuple[int, int, str]] | None = None, *, or_none: bool = False
+) -> Sentence:
     """The words and punctuation marks of a text, separated as in the data of token classification. In a script without
     spaces between words, each character is one.
 
@@ -223,9 +225,10 @@ def split_text(place: str, text: str, entities: Sequence[tuple[int, int, str]] |
         entities: the start, end and type of each, in order and without overlap. Their words are tagged B- and I-, the
             others O. A word in which one begins or ends is split there, so that the tags mark exactly these characters.
             None: the words have no tags.
+        or_none: whether a text may have no words.
 
     Raises:
-        UserError: the text has no words.
+        UserError: the text has no words, but must have some.
     """
     words, tags = list[tuple[int, int]](), list[str]()
     done = 0
@@ -235,7 +238,7 @@ def split_text(place: str, text: str, entities: Sequence[tuple[int, int, str]] |
         words += outside + inside
         tags += [OUTSIDE] * len(outside) + [f"{'I' if number else 'B'}-{type_}" for number in range(len(inside))]
         done = end
-    if not words:
+    if not (words or or_none):
         raise UserError(f"{place}: the text {text!r} has no words: choose another")
     found = tuple(text[start:end] for start, end in words)
     return Sentence(place, found, () if entities is None else tuple(tags), text, tuple(words))

@@ -203,7 +203,7 @@ class TokenClassification(Task):
             else:
                 lines = ["  " + " ".join(f"{word}/{tag}" for word, tag in zip(sentence.words, tags, strict=True))]
                 found = {"scores": scores.tolist()}
-            starts, ends = zip(*offsets, strict=True)
+            starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
             row = {"text": text, "words": sentence.words, "start": starts, "end": ends, "tags": tags, **found}
             answers.append(Answer([one_line(text), *(lines or ["  no entities"])], row))
         return answers
@@ -231,10 +231,8 @@ def read_sentences(
     _check_conllu_column(table.name, options)
     if not _has_words(table, columns):
         if not labelled:
-            return [
-                replace(split_text(text.place, text.text), others=text.others)
-                for text in find_texts(table, columns, pairs=False)
-            ]
+            texts = find_texts(table, columns, pairs=False)
+            return [replace(split_text(each.place, each.text, or_none=True), others=each.others) for each in texts]
         if has_spans(table, columns):
             return span_sentences(table, columns)
     return table_sentences(table, columns.text_column, columns.label_column, labelled=labelled)

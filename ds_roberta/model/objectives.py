@@ -223,7 +223,7 @@ class MaskedLMWithBagOfWords(MaskedLM):
     @staticmethod
     def report(evaluation: Mapping[str, float]) -> dict[str, str]:
         words = f"loss {evaluation['bow_loss']:.4f} nats per masked token"
-        return {**MaskedLM.report(evaluation), "masked tokens from the first": words}
+        return {**MaskedLM.report(evaluation), "masked tokens from the first token": words}
 
     @classmethod
     def flops_per_token(cls, config: ModelConfig, length: int, labelled_share: float) -> float:

@@ -134,7 +134,7 @@ def verify(checkpoint: Path) -> None:
         manifest = load_json((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
         version = manifest["format_version"]
         files = dict(manifest["files"]) if version == FORMAT_VERSION else {}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{str(checkpoint)!r} is not a checkpoint of this program ({MANIFEST_NAME} is missing): name a folder "
             f"{CHECKPOINTS_FOLDER}/global_stepN of a run"

@@ -325,6 +325,11 @@ def test_impossible_values_from_python_are_refused(make, message):
         make()
 
 
+def test_an_output_that_the_disk_refuses_is_named(config):
+    with pytest.raises(UserError, match=r"^cannot write '/proc/tuned' \(No such file or directory.*another output"):
+        finetune(replace(config, output_dir=Path("/proc/tuned")))
+
+
 def without_a_layer(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["roberta.encoder.layer.0.output.dense.weight"]

@@ -174,6 +174,12 @@ def test_a_wrong_or_missing_value_is_one_line(monkeypatch, tmp_path, capsys, wor
     assert message in line
 
 
+@pytest.mark.parametrize("template", sorted(path.stem for path in (REPOSITORY / "launch/slurm").glob("*.sbatch")))
+def test_the_environment_of_the_program_comes_before_what_a_site_sets_up(template):
+    text = (REPOSITORY / f"launch/slurm/{template}.sbatch").read_text()
+    assert text.index("\n@setup@\n") < text.index("\nexport PATH=@path@:$PATH\n")
+
+
 def test_templates_and_a_written_file_are_clean(monkeypatch, tmp_path):
     command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if command is None:

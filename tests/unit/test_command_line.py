@@ -5,6 +5,9 @@ import io
 import os
 import re
 import runpy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +143,12 @@ def test_messages_that_are_refused_are_lost(monkeypatch):
 def test_an_interruption_is_no_traceback(capsys):
     assert run(fail_with(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_interruption_of_the_imports_is_no_traceback():
+    program = "import ds_roberta.command_line, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
 def test_a_defect_of_the_program_is_not_hidden():

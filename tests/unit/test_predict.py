@@ -124,6 +124,14 @@ def test_entities_of_a_text(ask):
         assert f"{entity['type']}: {entity['text']!r} (characters {entity['start']} to {entity['end']})" in shown
 
 
+def test_a_row_without_a_word_has_no_entities(ask, folders):
+    texts = ["karen Zyx", " ", "sulto"]
+    rows, _ = ask("token-classification", [{"text": text} for text in texts])
+    assert [row["text"] for row in rows] == texts
+    assert [rows[1][name] for name in ("words", "start", "end", "tags", "entities")] == [[]] * 5
+    assert rows[::2] == ask("token-classification", [{"text": text} for text in texts[::2]])[0]
+
+
 def test_tags_of_words_in_windows(ask, folders):
     words = ["karen", "Zyxwv"] * 40
     rows, _ = ask("token-classification", [{"tokens": ["sulto"]}, {"tokens": words}])

@@ -68,6 +68,19 @@ def test_an_empty_validation_split_is_named_with_a_remedy(folder, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_prepared_data_in_a_folder_of_text_are_passed_over(folder, capsys):
+    line = "shard --input text --tokenizer tok --output text/out --workers 1 --validation_fraction 0.2"
+    assert run(line) == 0
+    fingerprint = Corpus.open("text/out").manifest.fingerprint
+    for again in (line, line.replace("text/out", "elsewhere")):
+        capsys.readouterr()
+        assert run(again) == 0
+        assert "ignored (prepared data): text/out" in capsys.readouterr().out
+    assert Corpus.open("text/out").manifest.fingerprint == fingerprint
+    assert run(line.replace("--input text", "--input text/out")) == 2
+    assert "'text/out' is prepared data, not text" in capsys.readouterr().err
+
+
 SHARD = "shard --workers 1 --tokenizer tok --output out"
 
 
