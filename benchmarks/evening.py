@@ -12,10 +12,12 @@ them; `--pairs` is a folder of tables such as BLiMP's.
 
 **Compared.** Ours is `launch/pretrain.py --recipe fast --max_minutes` on one core, through three SIGKILLs and a stretch
 on two processes, resumed each time by the same command. The Trainer is used as its `run_mlm` example uses it: the same
-text, architecture, batch and CPU-minutes, AdamW with a linear schedule that ends with them, at the learning rate that
-is best in shorter runs if several are given. Its minutes are those of optimizer steps; those of ours, planned before
-the first kill, include the start, evaluations, saves and the export. Untrained are the initial weights of ours. One
-seed each. All three are then measured by the same commands with the same options:
+text, architecture, batch and CPU-minutes, fp32, AdamW with a linear schedule that ends with them, at the learning
+rate that is best in shorter runs if several are given. Ours has the precision that is fastest on the machine. The
+Trainer's minutes are those of optimizer steps, whose number is estimated from a few at the beginning; those of ours,
+planned before the first kill, include the start, evaluations, saves and the export. The table has the CPU-seconds of
+both. Untrained are the initial weights of ours. One seed each. All three are then measured by the same commands with
+the same options:
 
 - the loss on held-out documents, of each source and of all;
 - minimal pairs: the mean accuracy over paradigms;

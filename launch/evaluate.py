@@ -28,7 +28,12 @@ def make_parser() -> ArgumentParser:
     pairs = commands.add_parser("minimal-pairs", help="is each pair's acceptable sentence the more likely (BLiMP)")
     add_common(pairs)
     pairs.add_argument("--data", nargs="+", required=True, help="tables such as BLiMP's .jsonl, or folders of them")
-    pairs.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is masked along with each token")
+    pairs.add_argument(
+        "--metric",
+        choices=METRICS,
+        default=METRICS[0],
+        help="what is masked along with each token: nothing, or the later tokens of its word (default: %(default)s)",
+    )
     add_options(pairs, PairOptions)
 
     perplexity = commands.add_parser("perplexity", help="held-out masked-LM loss on a data folder")

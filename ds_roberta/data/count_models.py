@@ -28,7 +28,7 @@ from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.data.tokenizer import TokenizerInfo
 
 UNIGRAM_LOSS, NEIGHBOUR_LOSS = "unigram_loss", "neighbour_loss"
-"""The names of the two losses, everywhere."""
+"""The names of the two losses in metrics and states."""
 SAMPLE_TOKENS = 1 << 22
 """The most tokens of the training split that are counted."""
 _PIECE_TOKENS = 1 << 13

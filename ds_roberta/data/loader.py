@@ -331,7 +331,7 @@ def prefetch(make: Callable[[int], list[MicroBatch]], first: int, last: int) -> 
 
 
 def held_out_sequences(size: int, sequences: int) -> np.ndarray:
-    """Which sequences of a split of `size` models are evaluated on, at most `sequences` of them: (B,) int64.
+    """The sequences, of a split of `size`, that models are evaluated on, at most `sequences`: (B,) int64.
 
     They are always the same. A sequence's number is also the place that decides its masks.
     """

@@ -12,8 +12,10 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, is_within, json_fingerprint, load_json, write_json
 
 FORMAT_VERSION = 2
-PACKING_VERSION = _BETWEEN_CHARACTERS = 3
-"""The first format version with which sequences are cut only between characters."""
+PACKING_VERSION = 3
+"""Of the data that are prepared now."""
+_BETWEEN_CHARACTERS = 3
+"""The first packing version with which sequences are cut only between characters."""
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 TRAIN_SPLIT, VALIDATION_SPLIT = "train", "validation"
@@ -117,7 +119,7 @@ class Manifest:
 
     @property
     def cuts_between_characters(self) -> bool:
-        """Whether sequences are cut only between characters; of data of version 2 they are cut anywhere."""
+        """Whether sequences are cut only between characters; of packing version 2 they are cut anywhere."""
         return self.packing_version >= _BETWEEN_CHARACTERS
 
     def tokens(self, split: str) -> int:

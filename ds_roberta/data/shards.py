@@ -32,7 +32,7 @@ from ds_roberta.files import atomic_path
 CHUNK_BYTES = 1 << 20
 """Bytes covered by one chunk checksum."""
 OPEN_SHARDS = 30_000
-"""That a process maps at the same time: Linux allows it 65,530 maps in all."""
+"""The most shards that a process keeps mapped: Linux allows it 65,530 maps in all."""
 _MAX_BATCH_TOKENS = 2**31 - 1  # offsets of an Arrow list are int32
 
 
@@ -165,7 +165,7 @@ class Split:
         return ids
 
     def in_character(self, shard: int) -> InCharacter:
-        """Where packing must not cut the shard's values, if it can avoid it; data of version 2 may be cut anywhere."""
+        """Where packing must not cut the shard's values, if it can avoid it; packing version 2 may cut anywhere."""
         if not self._between_characters:
             return nowhere
         inside, values = ids_inside_characters(self.folder / TOKENIZER_FOLDER), self.values(shard)

@@ -84,7 +84,9 @@ class FinetuneConfig(Settings):
     )
     output_dir: Path = option("the folder to write", required=True)
     metric: str | None = option(
-        "the metric on validation that chooses the best epoch and run; default: accuracy, micro_f1, pearson or f1", None
+        "the metric on validation that chooses the best epoch and run; a wrong one names the task's (default: "
+        "accuracy, micro_f1, pearson or f1; with --choose_label_threshold best_micro_f1)",
+        None,
     )
     max_seq_length: int | None = option("in tokens; default: the length that the model was trained with", None)
     max_train_samples: int | None = option(

@@ -159,7 +159,7 @@ class RobertaEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(RobertaLayer(config) for _ in range(config.num_hidden_layers))
         self.recomputed_layers = 0
-        """Of so many first layers only the input is kept for the backward pass, which computes the rest again."""
+        """The number of first layers that keep only their input; the backward pass computes the rest again."""
 
     def forward(self, hidden: torch.Tensor, padding: Padding) -> torch.Tensor:
         for number, layer in enumerate(self.layer):

@@ -133,7 +133,7 @@ class MaskedLM(Objective):
         super().__init__(config)
         self.lm_head = MaskedLMHead(config)
         self.head_shapes: int | None = None
-        """At most so many numbers of rows for a micro-batch's head, where each costs a graph."""
+        """The most distinct numbers of rows of the head, each of which is compiled separately; None: no limit."""
         initialize_weights(self, config.initializer_range)
 
     def logits(

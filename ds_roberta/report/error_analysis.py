@@ -17,7 +17,7 @@ LARGEST_MATRIX = 20
 SHOWN_ROWS = 30
 LONGEST_LABEL = 24
 LARGEST_LEVEL = 8
-"""The most labels whose names stand level above the columns of a matrix; those of more are turned."""
+"""The most labels whose names are horizontal above the columns of a matrix; with more they are vertical."""
 MOST_COUNTED = 1 << 60
 KINDS = {"true_positives": "TP", "false_positives": "FP", "false_negatives": "FN"}
 COLUMNS = {

@@ -149,7 +149,7 @@ class Trainer:
         """Prepare the engine and the progress bar if the next step begins another stage."""
         current = self.loader.stage(self.state.global_step)
         if self.state.global_step == current.stage.first_step:
-            self.state.recent_losses = []  # a different length has a different loss
+            self.state.recent_losses = []  # a stage is compared only with itself
         if current is self._stage:
             return
         if self._stage is not None:
