@@ -290,9 +290,8 @@ def _batches(documents: Iterable[Prepared]) -> Iterator[list[Prepared]]:
 
 def _lists(column: pa.ListArray, keep: np.ndarray) -> list[np.ndarray]:
     """Return the rows of a column where `keep`, (rows,) bool, is true."""
-    values = column.values.to_numpy(zero_copy_only=True)
-    bounds = pairwise(column.offsets.to_numpy(zero_copy_only=True))
-    return [values[begin:end] for (begin, end), kept in zip(bounds, keep, strict=True) if kept]
+    values, offsets = np.from_dlpack(column.values), np.from_dlpack(column.offsets)  # `to_numpy` imports pandas
+    return [values[begin:end] for (begin, end), kept in zip(pairwise(offsets), keep, strict=True) if kept]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -27,11 +27,14 @@ from ds_roberta.files import (
     errors_of_the_disk,
     holds_only,
     load_json,
+    read_json,
     replaced_folder,
     write_json,
+    write_text,
 )
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.error_analysis import ERROR_ANALYSIS
+from ds_roberta.finetuning.model_card import model_card
 from ds_roberta.finetuning.one_run import (
     MODEL_FOLDER,
     Diverged,
@@ -50,6 +53,7 @@ from ds_roberta.finetuning.task import RESULTS, SHORTEST
 from ds_roberta.finetuning.work_folder import keep_finished, open_work_folder, run_folder
 from ds_roberta.inputs.tables import TABULAR_NAMES
 from ds_roberta.lease import leases_folder, sole_writer
+from ds_roberta.model.export import MODEL_CARD
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.options import Settings, option, require_positive
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
@@ -265,6 +269,9 @@ def _write(
         write_json(partial / RESULTS, results)
         if analysis is not None:
             write_json(partial / ERROR_ANALYSIS, analysis)
+        config, architecture = read_json(partial / "config.json"), problem.task.architecture
+        card = model_card(config["model_type"], architecture, results, has_error_analysis=analysis is not None)
+        write_text(partial / MODEL_CARD, card)
 
 
 def choose(runs: dict[Setting, list[Run]], metric: str) -> Run:
@@ -276,7 +283,7 @@ def choose(runs: dict[Setting, list[Run]], metric: str) -> Run:
 def is_finetuned_folder(folder: Path) -> bool:
     """Whether `folder` holds only what a fine-tuning wrote, so that another may replace it."""
     return (folder / RESULTS).is_file() and holds_only(
-        folder, TOKENIZER_FILES | set(MODEL_FILES) | {RESULTS, ERROR_ANALYSIS}
+        folder, TOKENIZER_FILES | set(MODEL_FILES) | {RESULTS, ERROR_ANALYSIS, MODEL_CARD}
     )
 
 

@@ -72,6 +72,8 @@ def test_it_learns_and_leaves_a_model_that_transformers_opens(config):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     found = results(config)
     assert found["best"]["validation"]["accuracy"] > 0.9
+    score = f"| accuracy, validation | {found['best']['validation']['accuracy']:.4f} |"
+    assert score in (config.output_dir / "README.md").read_text()
     for split in ("test", "validation_mismatched"):
         assert found["best"][split] == pytest.approx(found["best"]["validation"], abs=1e-6)  # the same rows
     assert len(found["settings"][0]["runs"]) == 2

@@ -8,6 +8,7 @@ import torch
 
 from ds_roberta.config import MaskingConfig, model_config
 from ds_roberta.errors import UserError
+from ds_roberta.finetuning.model_card import model_card as finetuned_card
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.export import model_card
 
@@ -185,3 +186,24 @@ def test_the_tags_have_the_type_of_the_model(run):
         for head in ("lm_head", "roberta"):
             card = model_card(config, TrainState(IDENTITY, 1200), weights(head, 1), run / "checkpoints/global_step1200")
             assert f"tags:\n- {model_type}\n" in card
+
+
+def test_the_card_of_a_fine_tuned_model_names_its_task_labels_and_scores():
+    results = {
+        "model": "/home/me/secret/nano", "task": "token-classification", "metric": "f1", "max_seq_length": 128,
+        "label_names": ["O", *(f"B-{number}" for number in range(120))], "examples": {"train": 4_000, "validation": 90},
+        "settings": [{"runs": [{}, {}, {}]}], "versions": {"transformers": "5.23.0"},
+        "best": {"learning_rate": 3e-4, "train_batch_size": 16, "seed": 2, "epoch": 3, "stopped_after_epoch": None,
+                 "validation": {"f1": 0.5, "counts": {}}, "test": {"f1": 0.25}},
+    }  # fmt: skip
+    card = finetuned_card("camembert", "RobertaForTokenClassification", results, has_error_analysis=True)
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: token-classification\ntags:\n- camembert\n")
+    assert 'AutoModelForTokenClassification.from_pretrained("THIS_FOLDER")' in card
+    assert "`B-98` and 21 more." in card
+    assert "secret" not in card
+    facts = table(card)
+    assert (facts["f1, validation"], facts["f1, test"], facts["seed"]) == ("0.5000", "0.2500", "2, the best of 3")
+    assert facts["examples"] == "4,000 train, 90 validation"
+    assert "`error_analysis.json` quotes texts" in card
+    without = finetuned_card("roberta", "RobertaForTokenClassification", results, has_error_analysis=False)
+    assert "error_analysis" not in without
