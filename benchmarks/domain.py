@@ -197,7 +197,7 @@ def checked_settings(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(options).items()
         if name not in ("model", "general_data_dir", "parts", "results")
     }
-    texts = {"model": model.fingerprint(), "general": general.manifest.fingerprint}
+    texts = {"model": model.fingerprint, "general": general.manifest.fingerprint}
     return {**texts, "cpu": cpu_model(), "recipe": recipe_name(), **given}
 
 

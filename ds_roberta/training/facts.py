@@ -52,7 +52,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         "data": run.corpus.manifest.fingerprint,
         "tokenizer": run.corpus.manifest.tokenizer.fingerprint,
         "model": asdict(config.model),
-        "init_from": run.ranks.on_main(initial_model.fingerprint) if initial_model else None,
+        "init_from": run.ranks.on_main(lambda: initial_model.fingerprint) if initial_model else None,
         "packing": {**asdict(config.packing), **({"version": version} if version > 2 else {})},
         **find_objective(config.objective, config.packing).identity(),
         "source_weights": config.source_weights,

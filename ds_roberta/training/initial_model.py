@@ -6,6 +6,7 @@ Its architecture becomes the run's; its weights are resized on request, for long
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -83,8 +84,9 @@ class InitialModel:
         config = architecture(opened.config.to_dict(), folder / CONFIG_NAME)
         return cls(folder, config, opened.max_seq_length, folder, False)
 
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights as they are stored, wherever the folder is."""
+        """A hash of the weights as they were stored when it was first asked for, wherever the folder is."""
         if self.is_checkpoint:
             return file_checksum(self.folder / checkpoint.MANIFEST_NAME)
         return json_fingerprint({path.name: file_checksum(path) for path in weights_files(self.folder)})

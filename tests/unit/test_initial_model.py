@@ -336,7 +336,7 @@ def test_a_folder_that_cannot_be_begun_with_is_named(copied, corpus, change, mes
 
 
 def test_the_fingerprint_is_of_the_weights(hub_folder, copied):
-    before = InitialModel.open(hub_folder).fingerprint()
-    assert InitialModel.open(copied).fingerprint() == before
+    before = InitialModel.open(hub_folder).fingerprint
+    assert InitialModel.open(copied).fingerprint == before
     changed_weights(lm_head__dense__bias=lambda w: w + 1)(copied)
-    assert InitialModel.open(copied).fingerprint() != before
+    assert InitialModel.open(copied).fingerprint != before
