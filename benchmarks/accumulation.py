@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import leave
 from ds_roberta.model.objectives import MaskedLM
+
+if TYPE_CHECKING:
+    from ds_roberta.training.engine import Engine
 
 STAGES = (1, 2, 3)
 Step = Callable[[], tuple[float, float]]
@@ -161,7 +165,7 @@ def random_micro_batch(vocab_size: int, length: int, sequences: int) -> MicroBat
     )
 
 
-def engine_loop(engine, batches: list[MicroBatch]) -> Step:  # type: ignore[no-untyped-def]  # DeepSpeed is not imported
+def engine_loop(engine: Engine, batches: list[MicroBatch]) -> Step:
     counts = Counts.total([batch.counts for batch in batches], engine.ranks)
 
     def step() -> tuple[float, float]:
@@ -179,8 +183,8 @@ def engine_loop(engine, batches: list[MicroBatch]) -> Step:  # type: ignore[no-u
 
 
 def plain_loop(model: nn.Module, batches: list[MicroBatch]) -> Step:
-    parameters = list(model.parameters())
-    weights = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
+    parameters: list[torch.Tensor] = list(model.parameters())
+    weights: list[torch.Tensor] = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
     for parameter in parameters:
         parameter.grad_dtype = torch.float32
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
@@ -192,7 +196,7 @@ def plain_loop(model: nn.Module, batches: list[MicroBatch]) -> Step:
             (model(batch)["loss"] / masked).backward()
             if number == len(batches) - 2:
                 micro_steps = (time.process_time() - began) * len(batches) / (len(batches) - 1)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
         dist.all_reduce(flat)
         sizes = [parameter.numel() for parameter in parameters]
         for weight, gradient in zip(weights, flat.split(sizes), strict=True):

@@ -86,9 +86,9 @@ def _start(
     if stretch.processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc_per_node"]
         words = [sys.executable, *launcher, str(stretch.processes), *words]
-    start = {"processes": stretch.processes, "from_step": _saved(output), "last_step": 0, "cpu_seconds": 0.0}
-    starts.append(start | {"end": UNSEEN})
-    start = starts[-1]
+    start: dict[str, Any] = {"processes": stretch.processes, "from_step": _saved(output), "last_step": 0}
+    start |= {"cpu_seconds": 0.0, "end": UNSEEN}
+    starts.append(start)
     environment = {**os.environ, "PYTHONPATH": python_path()}
     process = subprocess.Popen([*WITH_THE_STUDY, *words], env=environment, stdout=subprocess.DEVNULL, pass_fds=[lock])
     try:

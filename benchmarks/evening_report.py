@@ -59,7 +59,7 @@ def picture(found: Found, output: Path) -> None:
         if name in found
     }
     if curves:
-        plot({**curves}, output)
+        plot(curves, output)
 
 
 def report(options: argparse.Namespace, tasks: list[str], found: Found) -> list[str]:
@@ -154,8 +154,8 @@ def _verdict(task: str, found: Found) -> str:
     scores = {name: found[f"{name}-{task}"]["scores"] for name in NAMES}
     above = [NAMES[other] for other in OTHERS if is_above(scores["ours"], scores[other])]
     below = [NAMES[other] for other in OTHERS if is_above(scores[other], scores["ours"])]
-    found = [f"{where} {' and '.join(names)}" for where, names in (("above", above), ("below", below)) if names]
-    return ", ".join(found) or "within the spread"
+    verdicts = [f"{where} {' and '.join(names)}" for where, names in (("above", above), ("below", below)) if names]
+    return ", ".join(verdicts) or "within the spread"
 
 
 def _bars(tasks: list[str], found: Found) -> Iterator[str]:

@@ -13,7 +13,7 @@ from benchmarks.fuzz_folders import files_of, folders, tokenizer_files
 from benchmarks.fuzz_inputs import Files
 from benchmarks.fuzz_rows import Reader, SilentLoss, attempt_all
 from ds_roberta.config import PackingConfig
-from ds_roberta.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
+from ds_roberta.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, ShardInfo
 from ds_roberta.data.packing import INDEX_FOLDER, build_index, open_index
 from ds_roberta.data.shards import Corpus, write_shard
 from ds_roberta.data.tokenizer import TokenizerInfo
@@ -35,7 +35,7 @@ def data_files() -> Files:
         tokenizer = TokenizerInfo.read(folder / TOKENIZER_FOLDER)
         documents = [np.append(np.arange(5, 5 + size), tokenizer.eos_token_id) for size in (3, 40, 9)]
         ends = [np.array([2, len(document) - 1]) for document in documents]
-        shards = {
+        shards: dict[str, tuple[ShardInfo, ...]] = {
             split: (write_shard(folder, split, 0, documents, ends, tokenizer.vocab_size),)
             for split in ("train", "validation")
         }

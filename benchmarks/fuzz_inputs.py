@@ -30,7 +30,7 @@ class Case:
 DEEP, DEEPER, DIGITS = "@deep@", "@deeper@", "@digits@"
 """Stand for values that Python's own writer of JSON refuses: lists in lists, a number with thousands of digits."""
 _MARKED = {DEEP: b"[" * 500 + b"]" * 500, DEEPER: b"[" * 3000 + b"]" * 3000, DIGITS: b"9" * 5000}
-HOSTILE = [
+HOSTILE: list[Any] = [
     *(None, True, False, 0, -1, 1, 7, 2**31, 2**63, -(2**63), 2**64, 10**30, 10**400, 0.5, -0.0, 1e308),
     *(float("nan"), float("inf"), float("-inf"), "", " ", "\0", "a", "1", "B-PER", "\ud800", "\ufeff", "é\r\n"),
     *(
@@ -106,7 +106,8 @@ def changed_value(draw: DrawFn, valid: Any) -> Any:
     """A JSON value with some of its parts missing, repeated, renamed, or of another type."""
     value = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
-        parent, key, inner = None, None, value
+        parent: Any = None
+        key, inner = None, value
         while isinstance(inner, dict | list) and inner and (parent is None or draw(st.integers(0, 3))):
             keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
             parent, key = inner, draw(st.sampled_from(keys))

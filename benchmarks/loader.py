@@ -17,9 +17,10 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -143,7 +144,7 @@ def peer_loaders(corpus: Corpus, folder: Path) -> dict[str, Callable[[int], int]
     )
     columns = {"token": ["input_ids", "special_tokens_mask"]}
     columns["whole-word"] = [*columns["token"], "offset_mapping"]
-    loaders = {}
+    loaders: dict[str, Callable[[int], int]] = {}
     for unit, names in columns.items():
         path = folder / f"rows-{unit}"
         # With whole words the collator cannot insert random tokens, so it has less work.
@@ -156,7 +157,11 @@ def peer_loaders(corpus: Corpus, folder: Path) -> dict[str, Callable[[int], int]
             shuffle=True,
             collate_fn=collator,
         )
-        loaders[f"peer {unit}"] = lambda _, loader=loader: sum(batch["input_ids"].numel() for batch in loader)
+
+        def load(_: int, loader: Iterable[Any] = loader) -> int:
+            return sum(batch["input_ids"].numel() for batch in loader)
+
+        loaders[f"peer {unit}"] = load
     return loaders
 
 

@@ -20,7 +20,7 @@ from ds_roberta.training.muon import Muon, muon_groups
 
 SIZES = ("nano", "tiny", "small", "base")
 VOCAB_SIZE, UPDATES = 8_192, 2
-PARAMS = {"weight_decay": 0.01}
+WEIGHT_DECAY = 0.01
 
 
 def seconds(optimizer: torch.optim.Optimizer) -> float:
@@ -36,8 +36,8 @@ def row(size: str, ranks: Ranks, dtype: torch.dtype) -> str:
     model = MaskedLM(model_config(size, VOCAB_SIZE, PRESETS[size].max_seq_length))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    adam = seconds(torch.optim.AdamW(model.parameters(), fused=True, **PARAMS))
-    muon = seconds(Muon(muon_groups(model, None, PARAMS), ranks, torch.device("cpu"), dtype))
+    adam = seconds(torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True))
+    muon = seconds(Muon(muon_groups(model, None, {"weight_decay": WEIGHT_DECAY}), ranks, torch.device("cpu"), dtype))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"| {size} | {millions:.1f}M | {adam:.3f} | {muon:.3f} |"
 

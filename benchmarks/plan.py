@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, plan
 from benchmarks.environment import REPOSITORY
@@ -140,7 +141,7 @@ def document_tables() -> dict[str, str]:
     """Return the tables of docs/scaling.md by the names of their markers."""
     models, counts = ("base", "large"), (8, 64, 512, 4_096)
     cases = [Case(model, gpus) for model in models for gpus in counts]
-    large_batch = {"train_batch_size": 32_768, "max_steps": 125_000}
+    large_batch: dict[str, Any] = {"train_batch_size": 32_768, "max_steps": 125_000}
     at_4096 = [
         replace(Case(model, 4_096, zero_stage=stage), **batch)
         for model in models
@@ -172,7 +173,7 @@ def parse_case(words: Sequence[str] | None = None) -> Case | None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables of docs/scaling.md instead")
     kinds = {"utilisation": positive_number, "interconnect": positive_number, "number_checkpoints": whole_number}
-    choices = {"gpu": list(GPUS), "zero_stage": [1, 2, 3], "precision": ["bf16", "fp16"]}
+    choices: dict[str, list[Any]] = {"gpu": list(GPUS), "zero_stage": [1, 2, 3], "precision": ["bf16", "fp16"]}
     for field in fields(Case):
         if field.name == "model":
             shown = f"{', '.join(PRESETS)}, or a RobertaConfig: a config.json or its folder (default: {field.default})"

@@ -141,7 +141,9 @@ class Probe:
             (CheckpointWriter, "poll", SAVE),
             (CheckpointWriter, "finish", SAVE),
         ]
-        wraps = [(owner, name, functools.partial(self._timed, stage)) for owner, name, stage in stages]
+        wraps: list[tuple[type, str, Callable[..., Any]]] = [
+            (owner, name, functools.partial(self._timed, stage)) for owner, name, stage in stages
+        ]
         wraps += [
             (Engine, "accumulation", self._accumulation),
             (TrainLoader, "steps", self._steps),

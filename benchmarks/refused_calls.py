@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -196,9 +197,8 @@ def _filter() -> bytes:
     def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("HBBI", code, if_true, if_false, value)
 
-    numbers = [number for calls in (*_BY_DESCRIPTOR.values(), *_BY_PATH.values()) for number in calls]
     steps = [step(_LOAD, 0)]
-    for number in numbers:
+    for number in chain(*_BY_DESCRIPTOR.values(), *_BY_PATH.values()):
         if number in _FLAGS_OF_OPEN:
             steps += [step(_JUMP_IF_EQUAL, number, 0, 4), step(_LOAD, 16 + 8 * _FLAGS_OF_OPEN[number])]
             steps += [step(_JUMP_IF_ANY, _CHANGES, 0, 1), step(_RETURN, _NOTIFY), step(_RETURN, _ALLOW)]

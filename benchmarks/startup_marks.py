@@ -51,5 +51,5 @@ def train_and_write_marks(trainer: run.Trainer) -> bool:
     return complete
 
 
-run.Trainer.train = train_and_write_marks  # type: ignore[method-assign]
+run.Trainer.train = train_and_write_marks  # type: ignore[assignment]
 runpy.run_path(str(Path(__file__).parents[1] / "launch/pretrain.py"), run_name="__main__")

@@ -160,9 +160,9 @@ def finish_all(
                     reason = f"needs {' and '.join(missing)} first"
             except Busy:
                 reason, busy = "another call measures it", True
-            except UserError as error:
-                failed[item.name] = error
-                print(f"{item.name}: {error}", flush=True)
+            except UserError as failure:
+                failed[item.name] = failure
+                print(f"{item.name}: {failure}", flush=True)
             if reason:
                 waiting.append(item)
                 if reasons.get(item.name) != reason:

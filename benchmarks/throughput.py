@@ -146,8 +146,9 @@ def main() -> None:
     ]
     if len(lengths) != len(arguments.model):
         parser.error(f"--max_seq_length needs {len(arguments.model)} values, one for each --model")
-    loads, peaks, tables = [os.getloadavg()[0]], [], []
-    report = ""
+    loads, report = [os.getloadavg()[0]], ""
+    peaks: list[float] = []
+    tables: list[str] = []
     for model, length in zip(arguments.model, lengths, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             tokens = arguments.micro_batch_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Case:
             return model_config(self.model, self.vocab_size, self.max_seq_length)
         layers, hidden_size, heads = map(int, self.model.split("x"))
         of_the_length = model_config("tiny", self.vocab_size, self.max_seq_length)
-        sizes = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
+        sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
         return replace(of_the_length, **sizes, intermediate_size=4 * hidden_size)
 
     @property

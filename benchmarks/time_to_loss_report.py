@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ def against(ours: Sequence[Sequence[Point]], longest: Sequence[Point]) -> Iterat
     yield f"{sooner:,.0f} s of its {last.seconds:,.0f}" if sooner < math.inf else f"not in {slowest.seconds:,.0f} s"
 
 
-def plot(rows: dict[str, list[Curve | None]], output: Path) -> None:
+def plot(rows: Mapping[str, Sequence[Curve | None]], output: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes: Any = figure.add_subplot(
         xlabel="CPU-seconds of optimizer steps", ylabel="held-out loss, nats per masked token"
