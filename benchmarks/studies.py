@@ -26,7 +26,6 @@ from ds_roberta.command_line import positive, positive_number, several
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
 from ds_roberta.finetuning.task import RESULTS
-from ds_roberta.training.device import fastest_precision
 from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 from ds_roberta.training.recipes import RECIPES
 
@@ -241,6 +240,8 @@ def fine_tuned(
     options: argparse.Namespace, model: Path, task: Task, data: Path, output: Path, seeds: Sequence[int], lock: int
 ) -> dict[str, Any]:
     """Fine-tune at each learning rate with each seed; the scores of the rate with the best median."""
+    from ds_roberta.training.device import fastest_precision  # the rest of the module needs no DeepSpeed
+
     words = [sys.executable, str(REPOSITORY / "launch/finetune.py"), "--model", str(model), "--task", task.kind]
     words += ["--data", str(data), "--output_dir", str(output), "--metric", task.metric]
     if not any(path.stem in ("validation", "dev") for path in data.iterdir()):

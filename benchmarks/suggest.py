@@ -26,7 +26,6 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.options import require_positive_number
-from ds_roberta.training.device import fastest_precision, on_gpu
 from ds_roberta.training.peak import measured_rate
 from ds_roberta.training.recipes import RECIPES
 
@@ -187,6 +186,8 @@ def main(words: Sequence[str] | None = None) -> None:
     text = Text.of(Corpus.open(options.data_dir))
     if not text.tokens:
         raise UserError(f"{str(options.data_dir)!r} has no training documents: prepare some with 'preprocess shard'")
+    from ds_roberta.training.device import fastest_precision, on_gpu  # the rest of the module needs no DeepSpeed
+
     if on_gpu():
         raise UserError(
             "the shares that this reckons with were measured on a CPU only: on a GPU see 'python -m benchmarks.plan', "

@@ -24,7 +24,6 @@ from ds_roberta.files import json_fingerprint, load_json, write_json
 from ds_roberta.options import require_positive, require_positive_number
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, saved_steps
 from ds_roberta.training.compilation import compiled_graphs
-from ds_roberta.training.device import on_gpu
 from ds_roberta.training.facts import run_identity
 from ds_roberta.training.micro_batch import batch_plans
 from ds_roberta.training.run_data import RunData, make_loaders
@@ -64,6 +63,8 @@ def budget_of(options: Namespace) -> dict[str, float]:
 
 def with_max_steps(run: Run, max_steps: int) -> Run:
     """The run as if `--max_steps` had been given."""
+    from ds_roberta.training.device import on_gpu  # the rest of the module needs no DeepSpeed
+
     options = Namespace(**{**vars(run.options), "max_steps": max_steps})
     config = run_config(options, run.corpus, run.deepspeed.train_batch_size, on_gpu(), run.initial_model)
     return replace(run, options=options, config=config, budget={})

@@ -68,42 +68,60 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
 }
 MAY_IMPORT_DEEPSPEED = {"ds_roberta.training.engine", "ds_roberta.training.device"}
 
-FILES = {
-    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
-    for folder in ("ds_roberta", "preprocessing", "launch")
-    for path in sorted((REPOSITORY / folder).rglob("*.py"))
-}
+
+def modules_in(*folders):
+    return {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in folders
+        for path in sorted((REPOSITORY / folder).rglob("*.py"))
+    }
 
 
-def imports(statements, at_runtime=False):
+FILES = modules_in("ds_roberta", "preprocessing", "launch")
+WITH_BENCHMARKS = FILES | modules_in("benchmarks")
+
+
+def is_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def is_not_run_by_an_import(node):
+    return is_for_types(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def imports(statements, is_skipped=lambda node: False):
     """The dotted names that statements import; names imported from a package are tried as its modules."""
     found = set()
     for node in statements:
-        if at_runtime and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if is_skipped(node):
             continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the room"
             modules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found.update(modules & FILES.keys() or {node.module})
+            found.update(modules & WITH_BENCHMARKS.keys() or {node.module})
         for block in ("body", "orelse", "handlers", "finalbody", "cases"):
-            found |= imports(getattr(node, block, ()), at_runtime)
+            found |= imports(getattr(node, block, ()), is_skipped)
     return found
 
 
+def statements_of(path):
+    return ast.parse(path.read_text(encoding="utf-8")).body
+
+
 @cache
-def all_imports(at_runtime=False):
+def all_imports():
     """What each module imports."""
-    return {
-        module: imports(ast.parse(path.read_text(encoding="utf-8")).body, at_runtime) for module, path in FILES.items()
-    }
+    return {module: imports(statements_of(path)) for module, path in FILES.items()}
 
 
 @cache
-def imports_at_runtime():
-    """The modules of the project that each module imports when it runs."""
-    return {module: imported & FILES.keys() for module, imported in all_imports(at_runtime=True).items()}
+def reaches_deepspeed(module):
+    """Whether importing a module imports DeepSpeed."""
+    if module not in WITH_BENCHMARKS:
+        return module.split(".")[0] == "deepspeed"
+    return any(map(reaches_deepspeed, imports(statements_of(WITH_BENCHMARKS[module]), is_not_run_by_an_import)))
 
 
 def room(module):
@@ -144,11 +162,16 @@ def test_deepspeed_is_imported_in_the_engine_alone():
 
 
 def test_all_but_the_run_is_imported_without_deepspeed():
-    def reaches_the_engine(module):
-        return module == "ds_roberta.training.engine" or any(map(reaches_the_engine, imports_at_runtime()[module]))
+    reaching = {module for module in FILES if room(module) != "launch" and reaches_deepspeed(module)}
+    assert reaching == MAY_IMPORT_DEEPSPEED | {"ds_roberta.training.run"}
 
-    reaching = {module for module in FILES if room(module) != "launch" and reaches_the_engine(module)}
-    assert reaching == {"ds_roberta.training.engine", "ds_roberta.training.run"}
+
+def test_unit_tests_that_import_deepspeed_are_skipped_without_it():
+    skip = 'pytest.importorskip("deepspeed")'
+    for path in sorted((REPOSITORY / "tests/unit").glob("test_*.py")):
+        if any(map(reaches_deepspeed, imports(statements_of(path), is_not_run_by_an_import))):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert skip in lines, f"{path.name} imports DeepSpeed: write {skip} above its imports"
 
 
 def test_models_and_tokenizers_are_opened_in_one_module():
@@ -162,7 +185,8 @@ def test_models_and_tokenizers_are_opened_in_one_module():
 
 
 def test_no_imports_go_in_a_circle():
-    TopologicalSorter(imports_at_runtime()).prepare()  # raises CycleError with the circle
+    at_runtime = {module: imports(statements_of(path), is_for_types) & FILES.keys() for module, path in FILES.items()}
+    TopologicalSorter(at_runtime).prepare()  # raises CycleError with the circle
 
 
 def test_files_stay_short():

@@ -22,13 +22,15 @@ from benchmarks.environment import REPOSITORY
 from benchmarks.studies import only_here
 from ds_roberta.errors import UserError
 from ds_roberta.training.recipes import RECIPES, Recipe
-from ds_roberta.training.run import _read_inputs
 
 FILES = sorted((REPOSITORY / "examples/recipes").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_command_takes_every_run_of_a_file(path, corpus, tmp_path):
+    pytest.importorskip("deepspeed")
+    from ds_roberta.training.run import _read_inputs
+
     parse = runpy.run_path(str(REPOSITORY / "launch/pretrain.py"))["parse_arguments"]
     options = argparse.Namespace(
         data_dir=corpus.folder, model="nano", max_seq_length=128, eval_sequences=4, max_tokens=1000, max_minutes=None,

@@ -311,6 +311,7 @@ def test_a_missing_file_names_the_folder_of_ready_ones(tmp_path):
 @pytest.mark.parametrize("section", ["bf16", "zero_optimization"])
 @pytest.mark.parametrize("value", ["7", "null", "[]"])
 def test_a_section_for_fine_tuning_must_be_an_object(tmp_path, section, value):
+    pytest.importorskip("deepspeed")
     (tmp_path / "ds.json").write_text(f'{{"{section}": {value}}}')
     with pytest.raises(UserError, match=f"ds.json' has {section} .*: write an object"):
         read_deepspeed_config(tmp_path / "ds.json")
@@ -328,11 +329,13 @@ def test_a_section_for_fine_tuning_must_be_an_object(tmp_path, section, value):
     ],
 )
 def test_a_value_for_fine_tuning_that_deepspeed_refuses_is_a_user_error(tmp_path, content, message):
+    pytest.importorskip("deepspeed")
     (tmp_path / "ds.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         read_deepspeed_config(tmp_path / "ds.json")
 
 
 def test_the_ready_file_for_fine_tuning_is_taken():
+    pytest.importorskip("deepspeed")
     path = Path(__file__).parents[2] / "ds_configs/finetune.json"
     assert read_deepspeed_config(path) == json.loads(path.read_text())

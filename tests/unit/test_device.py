@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.importorskip("deepspeed")
+
 from ds_roberta.distributed import PATIENCE
 from ds_roberta.training import device
 from ds_roberta.training.device import device_precisions, init_distributed

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("deepspeed")
+
 from ds_roberta.errors import UserError
 from ds_roberta.training.recipes import OPTIONS_OF_RECIPES, RECIPES
 from ds_roberta.training.run import _read_inputs

@@ -2,6 +2,10 @@
 
 from unittest.mock import Mock
 
+import pytest
+
+pytest.importorskip("deepspeed")
+
 from ds_roberta.training.run import _open_output_dir
 
 

@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("deepspeed")
+
 from ds_roberta.training import run
 
 MARKS = Path(__file__).parents[2] / "benchmarks/startup_marks.py"

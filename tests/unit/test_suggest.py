@@ -79,6 +79,7 @@ def test_the_report_gives_reasons_and_warns_of_too_little_text():
 
 
 def test_the_real_command_takes_what_is_printed(corpus, capsys, monkeypatch):
+    pytest.importorskip("deepspeed")
     monkeypatch.setattr("benchmarks.suggest.measured_rate", lambda device, precision: RATE)
     main(["--data_dir", str(corpus.folder), "--minutes", "5"])
     deepspeed, script, *words = capsys.readouterr().out.splitlines()[-1].split()
@@ -91,7 +92,8 @@ def test_the_real_command_takes_what_is_printed(corpus, capsys, monkeypatch):
 
 
 def test_nothing_is_estimated_on_a_gpu_where_nothing_was_measured(corpus, monkeypatch):
-    monkeypatch.setattr("benchmarks.suggest.on_gpu", lambda: True)
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr("ds_roberta.training.device.on_gpu", lambda: True)
     with pytest.raises(UserError, match=r"measured on a CPU only: .*benchmarks\.plan"):
         main(["--data_dir", str(corpus.folder), "--minutes", "5"])
 
