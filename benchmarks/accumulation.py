@@ -133,10 +133,7 @@ def measure(arguments: argparse.Namespace) -> None:
     plain_model = MaskedLM(config)
     settings = DeepSpeedConfig.read(REPOSITORY / f"ds_configs/zero{stage}.json", 1, LEARNING_RATE)
     engine = Engine(model, settings.resolved("bf16", on_gpu()), ranks, 0)
-    batches = [
-        random_micro_batch(config.vocab_size, length, arguments.micro_batch_tokens // length)
-        for _ in range(arguments.micro_steps)
-    ]
+    batches = [random_micro_batch(length, arguments.micro_batch_tokens // length) for _ in range(arguments.micro_steps)]
     steps = {"plain": plain_loop(plain_model.bfloat16(), batches), "engine": engine_loop(engine, batches)}
     for step in steps.values():
         step()
@@ -152,14 +149,14 @@ def measure(arguments: argparse.Namespace) -> None:
     leave(0)
 
 
-def random_micro_batch(vocab_size: int, length: int, sequences: int) -> MicroBatch:
+def random_micro_batch(length: int, sequences: int) -> MicroBatch:
     tokens = sequences * length
     masked = int(tokens * MaskingConfig.mlm_probability)
     return MicroBatch(
-        torch.randint(4, vocab_size, (sequences, length)),
+        torch.randint(4, VOCABULARY, (sequences, length)),
         None,
         torch.randperm(tokens)[:masked].sort().values,
-        torch.randint(4, vocab_size, (masked,)),
+        torch.randint(4, VOCABULARY, (masked,)),
         tokens,
         sequences,
     )

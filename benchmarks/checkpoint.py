@@ -23,10 +23,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.accumulation import random_micro_batch
 from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from benchmarks.loader import example_corpus
+from benchmarks.throughput_case import VOCABULARY
 from ds_roberta.config import PRESETS, IntervalConfig, model_config
-from ds_roberta.data.loader import MicroBatch
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.model.objectives import MaskedLM
@@ -35,7 +36,6 @@ from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.device import choose_precision, init_distributed, on_gpu
 from ds_roberta.training.engine import Engine
 
-VOCABULARY = 50_265
 SEQUENCES = 2
 
 
@@ -114,15 +114,7 @@ def lines(models: list[str], repetitions: int, folder: Path) -> Iterator[str]:
 
 def step_of(engine: Engine, length: int) -> Callable[[], None]:
     """Return a function that takes one training step on `SEQUENCES` random sequences."""
-    masked = SEQUENCES * length // 7
-    micro_batch = MicroBatch(
-        input_ids=torch.randint(5, VOCABULARY, (SEQUENCES, length)),
-        attention_mask=None,
-        masked_positions=torch.randperm(SEQUENCES * length)[:masked].sort().values,
-        labels=torch.randint(5, VOCABULARY, (masked,)),
-        tokens=SEQUENCES * length,
-        sequences=SEQUENCES,
-    )
+    micro_batch = random_micro_batch(length, SEQUENCES)
 
     def step() -> None:
         with engine.accumulation():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import subprocess
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +19,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def python_path(program: Path = REPOSITORY) -> str:
     """Return PYTHONPATH with `program` put first; its entries are kept, as packages may be installed only there."""
     return os.pathsep.join(filter(None, (str(program), os.environ.get("PYTHONPATH"))))
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that no process uses, each another one."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def publish(lines: Iterable[str], output: Path) -> None:

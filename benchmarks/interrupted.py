@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import time
@@ -16,7 +15,7 @@ from glob import iglob
 from pathlib import Path
 from typing import IO
 
-from benchmarks.environment import python_path
+from benchmarks.environment import free_ports, python_path
 from benchmarks.studies import WITH_THE_STUDY
 from ds_roberta.errors import UserError
 
@@ -163,7 +162,8 @@ def running(words: Sequence[str], folder: Path, processes: int = 1) -> Iterator[
     """Start a command in a folder, as the ranks of one run if it has several processes; the block's end kills it."""
     variables: list[dict[str, str]] = [{}]
     if processes > 1:
-        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        (port,) = free_ports(1)
+        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         variables = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
         run = Running(words, folder, log, variables)
@@ -187,9 +187,3 @@ def run_to_its_end(
         codes = run.wait()
         if any(codes):
             raise UserError(f"exit codes {codes} of {' '.join(words)}: … {run.last_words()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

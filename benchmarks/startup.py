@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.environment import REPOSITORY, cpu_model, publish, python_path, versions
+from benchmarks.environment import REPOSITORY, cpu_model, free_ports, publish, python_path, versions
 from benchmarks.loader import example_corpus, spread
 
 MODULE = "benchmarks.startup_marks"  # run by name: by path, modules here would hide the standard library's
@@ -78,13 +77,14 @@ def lines(repetitions: int, folder: Path) -> Iterator[str]:
 def start(launcher: str, corpus: Path, output: Path) -> dict[str, float]:
     """Run one step; return seconds by phase, "total" to the end of the first step, its "CPU", and the whole
     "command"."""
+    (port,) = free_ports(1)
     commands = {
         "python": ["-m"],
         "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"],
         "deepspeed": [
             str(Path(sys.executable).with_name("deepspeed")),
             "--num_gpus=1",
-            f"--master_port={free_port()}",
+            f"--master_port={port}",
             "--module",
         ],
     }
@@ -105,12 +105,6 @@ def start(launcher: str, corpus: Path, output: Path) -> dict[str, float]:
     seconds = {phase: after - before for phase, before, after in zip(PHASES, times[:-1], times[1:], strict=True)}
     cpu = marks["first step CPU"]
     return {**seconds, "total": times[-1] - began, "CPU": cpu, "command": ended - began}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from socket import gethostname, socket
+from socket import gethostname
+
+from benchmarks.environment import free_ports
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
@@ -162,11 +164,3 @@ def end_jobs(cluster: Cluster) -> None:
     cluster.run("scancel", "--user=root", check=False)
     cluster.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
     cluster.wait(lambda: not cluster.run("squeue", "-h", "-t", "running,completing", check=False).strip(), 40)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

@@ -4,13 +4,13 @@ import shutil
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from socket import gethostname, socket
+from socket import gethostname
 
 import forked
 import pytest
 from commands import CONFIG, PRETRAIN, REPOSITORY, environment, run
 
-from benchmarks.environment import python_path
+from benchmarks.environment import free_ports, python_path
 
 SECONDS = 60  # for two processes to import, meet, disagree and end on busy cores; none may wait for the other's limit
 PRETRAINING = (PRETRAIN, "--deepspeed_config", CONFIG, "--output_dir", "runs/no")
@@ -45,12 +45,6 @@ def errors_in(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith("error: ")]
 
 
-def free_port() -> int:
-    with socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def others(workspace) -> Path:
     """What another host has: other data, and this program with an added line."""
@@ -82,7 +76,7 @@ def others(workspace) -> Path:
     ],
 )
 def test_ranks_that_are_not_alike_all_end_and_name_the_host(workspace, others, arguments, words):
-    port = free_port()
+    (port,) = free_ports(1)
     first, second = error_lines(start(workspace, 0, port), start(workspace, 1, port, *arguments))
     assert first == second
     assert words.replace("HOST", gethostname()) in first
@@ -90,7 +84,7 @@ def test_ranks_that_are_not_alike_all_end_and_name_the_host(workspace, others, a
 
 
 def test_a_rank_with_another_program_is_named(workspace, others):
-    port = free_port()
+    (port,) = free_ports(1)
     waiting = start(workspace, 0, port)
     variables = {**place(1, port), "PYTHONPATH": python_path(others)}
     command = ("env", *(f"{name}={value}" for name, value in variables.items()), sys.executable, *PRETRAINING)
@@ -105,7 +99,7 @@ def test_a_rank_with_another_program_is_named(workspace, others):
 
 def test_a_host_that_does_not_come_ends_the_start_at_its_limit(workspace):
     limit = ("--rendezvous_timeout", "2")
-    ports = free_port(), free_port()
+    ports = free_ports(2)
     (first, second) = error_lines(start(workspace, 0, ports[0], *limit), start(workspace, 1, ports[1], *limit))
     assert f"only 1 of 2 ranks arrived at 127.0.0.1:{ports[0]} within 2 s" in first
     assert f"rank 1 on {gethostname()} did not reach rank 0 at 127.0.0.1:{ports[1]}" in second
