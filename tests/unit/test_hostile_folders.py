@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from shared_fixtures import change_json
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -63,15 +64,11 @@ def folder(roberta_folder, tmp_path, marker):
     return folder
 
 
-def change(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 def masked(folder):
     """Give the folder the weights of both heads, and the class of a masked-LM model."""
     (folder / "model.safetensors").unlink()
     (folder / "whole.bin").rename(folder / "pytorch_model.bin")
-    change(folder / "config.json", architectures=["RobertaForMaskedLM"])
+    change_json(folder / "config.json", architectures=["RobertaForMaskedLM"])
 
 
 def open_in_all_ways(folder):
@@ -90,8 +87,12 @@ def open_in_all_ways(folder):
 def test_code_that_configs_name_never_runs(folder, marker, is_masked):
     if is_masked:
         masked(folder)
-    change(folder / "config.json", auto_map=AUTO_MAP, trust_remote_code=True, custom_pipelines={"x": {"impl": MODULE}})
-    change(folder / "tokenizer_config.json", auto_map=AUTO_MAP, trust_remote_code=True, tokenizer_class="Tokenizer")
+    change_json(
+        folder / "config.json", auto_map=AUTO_MAP, trust_remote_code=True, custom_pipelines={"x": {"impl": MODULE}}
+    )
+    change_json(
+        folder / "tokenizer_config.json", auto_map=AUTO_MAP, trust_remote_code=True, tokenizer_class="Tokenizer"
+    )
     open_folder(folder)
     open_in_all_ways(folder)
     with pytest.raises(UserError, match="its class is TokenizersBackend"):
@@ -106,15 +107,15 @@ def test_no_kernel_that_a_config_names_is_fetched(folder, monkeypatch, key):
         raise AssertionError("a kernel is fetched")
 
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetch)
-    change(folder / "config.json", **{key: "somebody/kernel"})
+    change_json(folder / "config.json", **{key: "somebody/kernel"})
     open_in_all_ways(folder)
 
 
 def test_a_config_replaces_no_method_and_no_other_file(folder):
     (folder / "other.json").write_text(json.dumps({"vocab_size": 1 << 40}))
-    change(folder / "config.json", to_dict=1, from_dict=1, __class__=1, configuration_files=["other.json"])
+    change_json(folder / "config.json", to_dict=1, from_dict=1, __class__=1, configuration_files=["other.json"])
     open_in_all_ways(folder)
-    change(folder / "config.json", transformers_weights="other.safetensors")
+    change_json(folder / "config.json", transformers_weights="other.safetensors")
     with pytest.raises(UserError, match=r"has transformers_weights 'other.safetensors': only None is supported"):
         open_folder(folder)
 
@@ -195,7 +196,7 @@ def test_the_state_of_deepspeeds_layout_is_read_without_running_code(tmp_path, m
     ],
 )
 def test_the_values_of_a_config_are_not_believed(folder, changes, message):
-    change(folder / "config.json", **changes)
+    change_json(folder / "config.json", **changes)
     with pytest.raises(UserError, match=message):
         open_finetuned(folder, None)
 
@@ -214,11 +215,11 @@ def data(tmp_path, write_corpus):
 def test_data_never_names_code(data, marker):
     code = f"open({str(marker)!r}, 'w')"
     (data / "data.py").write_text(code)
-    change(data / "tokenizer/tokenizer_config.json", auto_map=AUTO_MAP, trust_remote_code=True)
+    change_json(data / "tokenizer/tokenizer_config.json", auto_map=AUTO_MAP, trust_remote_code=True)
     (data / f"tokenizer/{MODULE}.py").write_text(code)
     assert len(Corpus.open(data).split("train").values(0))
     for path in (data / "train/state.json", data / "train/dataset_info.json"):
-        change(path, builder_name="data.py", _format_type="custom", trust_remote_code=True)
+        change_json(path, builder_name="data.py", _format_type="custom", trust_remote_code=True)
     with pytest.raises(UserError, match="save it again"):
         read_table(data / "train")
     assert not marker.exists()
@@ -229,7 +230,7 @@ def test_a_saved_data_set_names_no_file_elsewhere(tmp_path, data, name):
     shard = min((data / "train").glob("*.arrow"))
     shutil.copy(shard, tmp_path / "secret.arrow")
     name = name.format(folder=tmp_path)
-    change(data / "train/state.json", _data_files=[{"filename": name}])
+    change_json(data / "train/state.json", _data_files=[{"filename": name}])
     for read in (lambda: find_inputs([str(data / "train")]), lambda: read_table(data / "train")):
         with pytest.raises(UserError, match="outside of the folder"):
             read()
@@ -248,7 +249,6 @@ def test_links_to_files_are_followed_and_their_names_kept(tmp_path, data):
 
 
 def test_a_length_of_the_tokenizer_that_holds_no_text_is_refused(folder):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 2}))
+    change_json(folder / "tokenizer_config.json", model_max_length=2)
     with pytest.raises(UserError, match=r"model_max_length of the tokenizer in .* must be at least 8, got 2"):
         open_folder(folder).sequence_length(None, 8)

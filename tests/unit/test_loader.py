@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from shared_fixtures import LENGTH, same
 
 from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import EMPTY_PLACE, Collator, LoaderStage, MicroBatch, TrainLoader, prefetch, split_places
@@ -13,20 +14,6 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.data.words import word_starts
 from ds_roberta.training.micro_batch import BatchPlan
-
-LENGTH = 32
-
-
-@pytest.fixture(scope="module")
-def packed(corpus):
-    build_index(corpus, "train", PackingConfig(LENGTH))
-    return open_index(corpus, "train", PackingConfig(LENGTH))
-
-
-@pytest.fixture(scope="module")
-def collator(corpus, packed):
-    tokenizer = corpus.manifest.tokenizer
-    return Collator(packed, training_masker(MaskingConfig(), tokenizer, 5), tokenizer, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +40,6 @@ def true_ids(micro_batch):
     ids = micro_batch.input_ids.clone()
     ids.view(-1)[micro_batch.masked_positions] = micro_batch.labels
     return [row.tobytes() for row in ids[: micro_batch.sequences].numpy()]
-
-
-def same(first, second):
-    return all(
-        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-        for one, other in zip(vars(first).values(), vars(second).values(), strict=True)
-    )
 
 
 @pytest.mark.parametrize("batch", [1, 6, 100])

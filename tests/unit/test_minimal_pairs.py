@@ -8,6 +8,7 @@ import pandas
 import pytest
 import torch
 import transformers
+from shared_fixtures import change_json
 
 from ds_roberta.config import model_config
 from ds_roberta.errors import UserError
@@ -347,10 +348,6 @@ def copied(tmp_path, exported):
     for file in exported.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     return copy
-
-
-def change_json(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def without_mask(folder):

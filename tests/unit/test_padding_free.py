@@ -6,33 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from shared_fixtures import LENGTH, same
 
 from ds_roberta.config import MaskingConfig, PackingConfig, Stage
 from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
-
-LENGTH = 32
-
-
-@pytest.fixture(scope="module")
-def packed(corpus):
-    build_index(corpus, "train", PackingConfig(LENGTH))
-    return open_index(corpus, "train", PackingConfig(LENGTH))
-
-
-@pytest.fixture(scope="module")
-def collator(corpus, packed):
-    tokenizer = corpus.manifest.tokenizer
-    return Collator(packed, training_masker(MaskingConfig(), tokenizer, 5), tokenizer, LENGTH)
-
-
-def same(first, second):
-    return all(
-        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-        for one, other in zip(vars(first).values(), vars(second).values(), strict=True)
-    )
 
 
 def sequences_of(micro_batches, padded):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import transformers
+from shared_fixtures import change_json
 
 from ds_roberta.data.tokenizer import TokenizerInfo, tokenizer_content
 from ds_roberta.data.tokenizer_files import stated_length, training_tokenizer, write_tokenizer
@@ -164,13 +165,11 @@ def without_mask(folder):
 
 
 def with_another_prefix(folder):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "add_prefix_space": True}))
+    change_json(folder / "tokenizer_config.json", add_prefix_space=True)
 
 
 def with_another_mask(folder):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token": "<unk>"}))
+    change_json(folder / "tokenizer_config.json", mask_token="<unk>")
 
 
 def with_fewer_merges(folder):
@@ -181,8 +180,7 @@ def with_fewer_merges(folder):
 
 
 def with_a_further_token(folder):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "additional_special_tokens": ["<new>"]}))
+    change_json(folder / "tokenizer_config.json", additional_special_tokens=["<new>"])
 
 
 def damaged(folder):
