@@ -67,11 +67,12 @@ def shard_bits(ground: Ground, bits: int) -> dict[str, Any]:
     sizes = [path.stat().st_size for path in files]
     for _ in range(bits):
         path = chosen.choices(files, sizes)[0]
+        name = path.relative_to(data).as_posix()
         offset, mask = chosen.randrange(path.stat().st_size), 1 << chosen.randrange(8)
         with flipped(path, offset, mask):
             problems = verify(data)
-        if not any(path.name in problem for problem in problems):
-            missed.append(f"byte {offset} of {path.name}, mask {mask:#x}")
+        if not any(problem.startswith(f"{name}:") for problem in problems):
+            missed.append(f"byte {offset} of {name}, mask {mask:#x}")
     return _found(bits, missed, f"{sum(sizes):,} bytes in {len(files)} shards")
 
 

@@ -241,8 +241,8 @@ def lines(
     )
     yield ""
     yield (
-        "All: RobertaForMaskedLM's architecture, dropout 0.1, 15% masked, the same micro-batches, AdamW, no clipping, "
-        "glibc's malloc set to keep freed memory. Padding is never counted as tokens."
+        "All: RobertaForMaskedLM's architecture, dropout 0.1, 15% masked, micro-batches of the same size, AdamW, no "
+        "clipping, glibc's malloc set to keep freed memory. Padding is never counted as tokens."
     )
     yield ""
     device = f"{torch.cuda.get_device_name()}, " if on_gpu else ""

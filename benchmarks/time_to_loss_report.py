@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,11 @@ def report(options: argparse.Namespace, rows: dict[str, list[Curve | None]]) -> 
         if not there:
             table.append(f"| {name} | | | {losses} | | |")
             continue
-        seconds, tokens, _ = there[0][-1]
+        seconds = statistics.fmean(points[-1].seconds for points in there)
+        tokens = statistics.fmean(points[-1].tokens for points in there)
         compared = ["", ""]
         if longest and name.startswith("ours"):
-            compared = list(against(there, longest.points))
+            compared = list(against(there, seconds, longest.points))
         table.append(f"| {name} | {seconds:,.0f} | {tokens / 1e6:.1f} | {losses} | {' | '.join(compared)} |")
     found = [curve for curves in rows.values() for curve in curves if curve]
     vocabulary = Corpus.open(options.data_dir).manifest.tokenizer.vocab_size
@@ -58,27 +60,30 @@ def report(options: argparse.Namespace, rows: dict[str, list[Curve | None]]) -> 
         f"{', '.join(sorted({curve.commit for curve in found})) or 'none'}.",
         "",
         f"{options.model} on {options.data_dir.name}, {vocabulary:,} ids, {options.max_seq_length} tokens.{counted} "
-        "CPU-seconds of optimizer steps; a loss is reached at the first evaluation that shows it. All curves are in "
-        "the picture beside this table.",
+        "CPU-seconds of optimizer steps. Seconds and tokens are means over the seeds; *times ours* is by that mean. A "
+        "loss is reached at the first evaluation that shows it. All curves are in the picture beside this table.",
         "",
         *table,
     ]
 
 
-def against(ours: Sequence[Sequence[Point]], longest: Sequence[Point]) -> Iterator[str]:
-    """The Trainer's time to the worst of our last losses, and our slowest seed's to the Trainer's last loss."""
+def against(ours: Sequence[Sequence[Point]], seconds: float, longest: Sequence[Point]) -> Iterator[str]:
+    """The Trainer's time to the worst of our last losses, and our slowest seed's to the Trainer's last loss.
+
+    Args:
+        seconds: what our seeds took, the mean.
+    """
 
     def reached(points: Sequence[Point], loss: float) -> float:
         return next((point.seconds for point in points if point.loss <= loss), math.inf)
 
-    slowest = max(ours, key=lambda points: points[-1].loss)[-1]
-    theirs, last = reached(longest, slowest.loss), longest[-1]
+    theirs, last = reached(longest, max(points[-1].loss for points in ours)), longest[-1]
     yield (
-        f"{theirs:,.0f} s, {theirs / slowest.seconds:.1f} times ours" if theirs < math.inf else
-        f"not in {last.seconds:,.0f} s, {last.seconds / slowest.seconds:.1f} times ours"
+        f"{theirs:,.0f} s, {theirs / seconds:.1f} times ours" if theirs < math.inf else
+        f"not in {last.seconds:,.0f} s, {last.seconds / seconds:.1f} times ours"
     )  # fmt: skip
     sooner = max(reached(points, last.loss) for points in ours)
-    yield f"{sooner:,.0f} s of its {last.seconds:,.0f}" if sooner < math.inf else f"not in {slowest.seconds:,.0f} s"
+    yield f"{sooner:,.0f} s of its {last.seconds:,.0f}" if sooner < math.inf else f"not in {seconds:,.0f} s"
 
 
 def plot(rows: Mapping[str, Sequence[Curve | None]], output: Path) -> None:
