@@ -200,7 +200,7 @@ def test_a_run_does_not_go_on_with_other_data_another_tokenizer_or_another_start
         assert now[name] != before[name]
     started = make_run(model=None, init_from=roberta_folder, output_dir=tmp_path / "run")
     assert before["init_from"] is None
-    assert run_identity(started)["init_from"] == started.initial_model.fingerprint()
+    assert run_identity(started)["init_from"] == started.initial_model.fingerprint
 
 
 def weights_of(run):

@@ -206,7 +206,7 @@ def commands(sources, tmp_path, corpus_folder):
 
     def init_from(change):
         initial = InitialModel.open(copy("masked", change))
-        initial.fingerprint()
+        assert initial.fingerprint
         initial._weights()
         return initial.learned_positions
 

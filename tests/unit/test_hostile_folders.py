@@ -75,7 +75,7 @@ def open_in_all_ways(folder):
     """Open it as each command does: evaluation, fine-tuning, the start of a run; then as `predict` does."""
     read_model(folder, transformers.RobertaForSequenceClassification, changes={"num_labels": 2})
     open_tokenizer(folder)
-    InitialModel.open(folder).fingerprint()
+    assert InitialModel.open(folder).fingerprint
     if (folder / "pytorch_model.bin").exists():
         open_roberta(folder)
         InitialModel.open(folder)._weights()
