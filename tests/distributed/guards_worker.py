@@ -52,7 +52,8 @@ class Lab:
         if self.has_muon:
             changes["optimizer"] = MUON
         self.engine, self.loader = make(ranks, corpus, stage, precision, 6, dropout=0.1, **changes)
-        state = TrainState(IDENTITY, loss_scaler=self.engine.loss_scaler_state)
+        identity = {**IDENTITY, "model": asdict(small_model(corpus, 0.1))}
+        state = TrainState(identity, loss_scaler=self.engine.loss_scaler_state)
         self.first = save(self.engine, corpus, folder / "first", state)
 
     def run(self, name: str, hurt=contextlib.nullcontext, policy="warn", rate=1e-3, path: Path | None = None, **others):

@@ -146,7 +146,8 @@ def test_an_interruption_is_no_traceback(capsys):
 
 
 def test_an_interruption_of_the_imports_is_no_traceback():
-    program = "import ds_roberta.command_line, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    program = "import ds_roberta.command_line, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "os.kill(os.getpid(), signal.SIGINT)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "interrupted\n")
 
