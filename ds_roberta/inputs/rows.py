@@ -20,8 +20,6 @@ from ds_roberta.inputs.streams import Damaged, share_read
 
 _CSV_FIELD_LIMIT = (1 << 31) - 1
 """The highest limit that the parser takes; this module itself checks how long a row is."""
-
-
 _WITHOUT_QUOTES = re.compile(rb'[^"\r\n]+')
 
 
