@@ -61,7 +61,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.domain_report import picture, report
+from benchmarks.domain_report import inputs_by_name, picture, report
 from benchmarks.domain_texts import NEW, OWN, PASSAGES, TASK, prepare
 from benchmarks.environment import REPOSITORY, cpu_model, publish
 from benchmarks.studies import (
@@ -197,6 +197,7 @@ def checked_settings(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(options).items()
         if name not in ("model", "general_data_dir", "parts", "results")
     }
+    given["--input"] = inputs_by_name(options.input)
     texts = {"model": model.fingerprint, "general": general.manifest.fingerprint}
     return {**texts, "cpu": cpu_model(), "recipe": recipe_name(), **given}
 

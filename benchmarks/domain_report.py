@@ -93,9 +93,14 @@ def comparisons(options: argparse.Namespace, cases: Sequence[Case], found: Found
             yield f"| {case.label} | {base.label} | {' | '.join(cells)} |"
 
 
+def inputs_by_name(inputs: Sequence[str]) -> list[str]:
+    """`[NAME=]PATH` each, without the machine's folders."""
+    return [re.sub("[^=]*/", "", each) for each in inputs]
+
+
 def report(options: argparse.Namespace, cases: Sequence[Case], found: Found) -> list[str]:
     commits = sorted({part["commit"] for part in found.values()})
-    inputs = " ".join(re.sub("[^=]*/", "", each) for each in options.input)
+    inputs = " ".join(inputs_by_name(options.input))
     command = command_of("benchmarks.domain", options, input=inputs)
     return [
         "# Continuing on a domain's text",
