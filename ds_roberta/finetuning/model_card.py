@@ -54,10 +54,10 @@ def model_card(model_type: str, architecture: str, results: Mapping[str, Any], h
         if has_error_analysis
         else ""
     )
+    pipeline = f"pipeline_tag: {PIPELINES[head]}\n" if head in PIPELINES else ""  # a task may have another head
     return f"""---
 library_name: transformers
-pipeline_tag: {PIPELINES[head]}
-tags:
+{pipeline}tags:
 - {model_type}
 ---
 

@@ -207,3 +207,6 @@ def test_the_card_of_a_fine_tuned_model_names_its_task_labels_and_scores():
     assert "`error_analysis.json` quotes texts" in card
     without = finetuned_card("roberta", "RobertaForTokenClassification", results, has_error_analysis=False)
     assert "error_analysis" not in without
+    assert "pipeline_tag" not in finetuned_card(
+        "roberta", "RobertaForMultipleChoice", results, has_error_analysis=False
+    )
