@@ -18,23 +18,22 @@ def item(name, needs=(), measure=lambda _: {}):
 
 
 def test_a_call_waits_for_what_another_measures_and_then_goes_on_with_what_needs_it(tmp_path, monkeypatch, capsys):
-    held, measured = threading.Event(), []
-    monkeypatch.setattr(studies, "WAIT", 0.01)
+    held, waits, measured, found = threading.Event(), threading.Event(), [], {}
+    monkeypatch.setattr(studies.time, "sleep", lambda _: waits.set())
 
     def elsewhere():
         with only_here(tmp_path, "texts"):
             held.set()
-            while "texts: another call measures it" not in "".join(said):
-                said.append(capsys.readouterr().out)
+            waits.wait()
             (tmp_path / "texts.json").write_text('{"from": "elsewhere"}')
 
-    said, found = [], {}
-    other = threading.Thread(target=elsewhere)
+    other = threading.Thread(target=elsewhere, daemon=True)
     other.start()
     held.wait()
     items = [item("texts", measure=pytest.fail), item("run", ("texts",), lambda _: measured.append("run") or {"a": 1})]
     finish_all(tmp_path, items, ["part"], found.update)
     other.join()
+    assert capsys.readouterr().out.count("texts: another call measures it") == 1
     assert measured == ["run"]
     assert found["texts"] == {"from": "elsewhere"}
     assert found["run"]["a"] == 1
