@@ -249,6 +249,7 @@ def open_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> transf
         except Exception as error:  # the libraries raise nothing more precise
             raise UserError(f"the tokenizer in {str(folder)!r} cannot be read ({error}): copy it again") from error
     tokenizer.name_or_path = str(folder)
+    tokenizer.padding_side = "right"  # labels of tokens count from the left
     return tokenizer
 
 

@@ -86,7 +86,8 @@ def span_sentences(table: Table, columns: Columns) -> list[Sentence]:
             value = []  # JSON-MIN leaves out the key
         if not isinstance(value, list):
             raise UserError(f"{text.place}: {column!r} is {value!r}, not a list of spans: write [] if there are none")
-        counts["relations are left out"] += len(row.get(RELATIONS) or ())
+        relations = row.get(RELATIONS)
+        counts["relations are left out"] += len(relations) if isinstance(relations, list) else 0
         sentences.append(_sentence(text.place, text.text, [_span(text.place, item) for item in value], counts))
     _report(table, counts)
     if not sentences:

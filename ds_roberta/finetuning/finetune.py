@@ -61,6 +61,8 @@ from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_to
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _GATHER = "stage3_gather_16bit_weights_on_model_save"  # in the weights' own precision
 KIND = "just a model from an earlier fine-tuning"
+NOT_IN_THE_PLAN = {"data", "deepspeed_config", "model", "output_dir", "seeds", "settings"}
+"""Fields of `FinetuneConfig`: paths, whose content counts, and what makes runs of one plan."""
 MODEL_FILES = ("config.json", "model.safetensors")
 SWEEP = [Setting(rate, size) for size in (16, 32) for rate in (1e-5, 2e-5, 3e-5)]  # Liu et al. 2019, table 10
 
@@ -143,7 +145,8 @@ def finetune(config: FinetuneConfig) -> int:
         output = config.output_dir.resolve()
         with errors_of_the_disk(output), ranks.main_holds(_sole_writer(output)):
             ranks.on_main(lambda: check_replaceable(output, is_finetuned_folder, KIND))
-            asked = asdict(config) | {"settings": None, "seeds": None, "deepspeed_config": deepspeed_config}
+            asked = {name: value for name, value in asdict(config).items() if name not in NOT_IN_THE_PLAN}
+            asked |= {"deepspeed_config": deepspeed_config, "head": problem.task.head}
             work = ranks.on_main(lambda: open_work_folder(output, asked, config.model, problem.encoded))
             try:
                 runs, best = _train_all(config, problem, work, ranks)
@@ -300,6 +303,12 @@ def _check(config: FinetuneConfig, world_size: int) -> None:
     for library in ("accelerate", "sklearn", "scipy", "seqeval"):
         if importlib.util.find_spec(library) is None:
             raise UserError(f"fine-tuning needs {library}, which is not installed: pip install 'ds_roberta[finetune]'")
+    output = config.output_dir.resolve()
+    if config.model.resolve().is_relative_to(output):
+        raise UserError(
+            f"--model {str(config.model)!r} is in --output_dir {str(config.output_dir)!r}, which is replaced "
+            "as a whole: choose another folder for the output"
+        )
     if len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"--seeds {','.join(map(str, config.seeds))} has a seed twice: give each once")
     if len(set(config.settings)) != len(config.settings):

@@ -78,7 +78,7 @@ class Text:
         others: the row's other columns.
     """
 
-    place: str = field(compare=False)
+    place: str = field(compare=False, repr=False)
     text: str
     pair: str | None = None
     label: float | tuple[float, ...] | None = None

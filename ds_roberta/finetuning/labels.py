@@ -137,6 +137,11 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
                 f"{LEAVE_OUT}"
             )
         missing["none" if value is None or value != value or not str(value).strip() else repr(value)] += 1
+    if NO_GOLD_LABEL in map(_alone, (row.get(column) for row in table.rows)) and "+" in labels:
+        raise UserError(
+            f"{table.name} has the labels '+' and '-' as {column!r}, but a '-' means no label: rename them, such as "
+            "positive and negative"
+        )
     if missing:
         values = ", ".join(f"{value} {count:,}" for value, count in missing.most_common())
         counts = f"{missing.total():,} of {len(table.rows):,} rows"

@@ -102,9 +102,10 @@ class Recipe(Settings):
             raise UserError("--bf16 and --fp16 are both given: choose one")
 
     @property
-    def dropout(self) -> dict[str, float]:
-        """By the names of transformers' config."""
-        return {name: getattr(self, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    def dropout(self) -> dict[str, float | None]:
+        """By the names of transformers' config, in which a head's own dropout would take precedence."""
+        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        return {**{name: getattr(self, name) for name in names}, "classifier_dropout": None}
 
 
 @dataclass(frozen=True)

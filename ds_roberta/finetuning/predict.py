@@ -167,9 +167,7 @@ def logits(finetuned: FinetunedModel, sequences: Sequence[list[int]], batch_size
     with progress_bar(total=tokens, unit="token", unit_scale=True, delay=0.5, leave=False) as progress:
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]
-            batch = finetuned.tokenizer.pad(
-                {"input_ids": [sequences[index] for index in chosen]}, padding_side="right", return_tensors="pt"
-            )
+            batch = finetuned.tokenizer.pad({"input_ids": [sequences[index] for index in chosen]}, return_tensors="pt")
             with torch.inference_mode():
                 output = finetuned.model(**batch.to(finetuned.model.device)).to_tuple()
             arrays = [tensor.float().cpu().numpy() for tensor in output]

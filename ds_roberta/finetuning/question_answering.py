@@ -21,7 +21,7 @@ from ds_roberta.finetuning.error_analysis import example, log_softmax, worst_exa
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Splitting, read_splits
 from ds_roberta.finetuning.squad import Question, is_unanswered, read_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
-from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, one_line
+from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, label_head, one_line
 from ds_roberta.options import must_be, option, require_positive
 
 NO_ANSWER = "no answer"
@@ -122,7 +122,7 @@ class QuestionAnswering(Task):
 
     def __init__(self, with_null: bool, options: SpanOptions):
         self.with_null, self.options = with_null, options
-        self.head = {}
+        self.head = label_head(["LABEL_0", "LABEL_1"])  # transformers' names of a head with two outputs
         self.results = {"question_answering": {"may_be_unanswerable": with_null, "options": asdict(options)}}
         self.metric_names = ("f1", "exact", "best_f1", "best_exact") if with_null else ("f1", "exact_match")
 

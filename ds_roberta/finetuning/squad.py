@@ -30,7 +30,7 @@ class Question:
         others: the other values of the question's row or JSON object, its answers as they are in the file among them.
     """
 
-    place: str
+    place: str = field(repr=False)
     id: str
     question: str
     context: str
@@ -69,7 +69,8 @@ def read_squad(path: str | Path, *, labelled: bool = True) -> list[Question]:
 
 
 def is_unanswered(source: str | Path | Table) -> bool:
-    """Whether no question of SQuAD's JSON says what its answers are, or no row of a table has `answers`.
+    """Whether no question of SQuAD's JSON says what its answers are, or no row of a table has `answers` or
+    `is_impossible`.
 
     Raises:
         UserError: the file cannot be read, or is in neither format.
@@ -79,8 +80,12 @@ def is_unanswered(source: str | Path | Table) -> bool:
     else:
         content = _read_json(source)
     if isinstance(content, Table):
-        return all(row.get("answers") is None for row in content.rows)
+        return not any(row.get("is_impossible") is not None or _has_answers(row.get("answers")) for row in content.rows)
     return not any({"answers", "is_impossible"} & entry.keys() for _, _, entry in _entries(str(source), content))
+
+
+def _has_answers(given: Any) -> bool:
+    return bool(given.get("text")) if isinstance(given, dict) else bool(given)
 
 
 def _read_json(path: str | Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import regex
@@ -44,7 +44,7 @@ class Sentence:
         others: the other columns of the sentence's row.
     """
 
-    place: str
+    place: str = field(repr=False)
     words: tuple[str, ...]
     tags: tuple[str, ...] = ()
     text: str | None = None
@@ -63,7 +63,8 @@ class Sentence:
 def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collection[str] = ()) -> list[Sentence]:
     """One word per line with its tag in the last column; empty lines separate sentences. Columns are separated by tabs,
     or by spaces in lines without tabs. Lines with `-DOCSTART-` are skipped, and so are lines that start with `#` at the
-    beginning of a sentence and have another number of columns or do not end in a tag of the file. So is a header.
+    beginning of a sentence and have another number of columns or do not end in a tag of the file; a line such as
+    `#word<TAB>tag` is a word. So is a header.
 
     Args:
         labelled: whether there must be tags. If not, lines may have one column, and a last column of tags is among
@@ -74,7 +75,8 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
         UserError: there are no sentences, a header has the words elsewhere than first, a line has no tag or another
             number of columns, most lines have several columns but no tag, or as `check_tags`.
     """
-    lines = list(enumerate(map(split_columns, text.split("\n")), 1))
+    written = text.split("\n")
+    lines = list(enumerate(map(split_columns, written), 1))
     begin = next((index for index, (_, columns) in enumerate(lines) if columns), 0)
     header = lines[begin][1]
     if (of_words := _words_of_header(header)) is not None:
@@ -85,8 +87,9 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
             )
         logger.info(f"{name}: row {begin + 1} names the columns and is left out")
         del lines[: begin + 1]
-    rows = [columns for _, columns in lines if columns and not columns[0].startswith(("#", DOCUMENT_START))]
-    known = {columns[-1] for columns in rows}
+    rows = [columns for _, columns in lines if _is_plain(columns)]
+    within = [columns for (_, before), (_, columns) in pairwise(lines) if columns and _is_plain(before)]
+    known = {columns[-1] for columns in (*rows, *within)}
     width = len(rows[0]) if rows else 0
     sentences: list[Sentence] = []
     tagged: list[tuple[str, str]] = []
@@ -109,8 +112,9 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
             close()
             continue
         if not words and len(columns) > 1 and columns[0].startswith("#"):
+            is_hashtag = "\t" in written[number - 1] and columns[0][1:].strip() and len(columns) == width
             is_tagged = columns[-1] in known or ENTITY_TAG.fullmatch(columns[-1])
-            if not is_tagged or (columns[0] == "#" and width not in (0, len(columns))):
+            if not (is_hashtag or is_tagged) or (columns[0] == "#" and width not in (0, len(columns))):
                 continue
         place = f"{name}, row {number}"
         if not columns[0].strip():
@@ -126,6 +130,10 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
         first = first if words else number
         words.append(columns[0])
     close()
+    if all(sentence.words == tuple(map(str, range(1, len(sentence.words) + 1))) for sentence in sentences) and any(
+        len(sentence.words) > 1 for sentence in sentences
+    ):
+        raise UserError(f"the first column of {name!r} numbers the words: remove it")
     if not sentences:
         raise UserError(f"{name!r} has no sentences: choose a file with a word and its tag on each line")
     if labelled:
@@ -139,6 +147,11 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
             f"column of the words, or {GIVE_TEXTS}"
         )
     return sentences
+
+
+def _is_plain(columns: Sequence[str]) -> bool:
+    """Whether a line has a word that cannot be taken for the mark of a comment."""
+    return bool(columns) and not columns[0].startswith(("#", DOCUMENT_START))
 
 
 def is_tag(value: str, names: Collection[str]) -> bool:
@@ -301,9 +314,10 @@ def check_scheme(tagged: Iterable[tuple[str, str]]) -> None:
 
 
 def split_columns(line: str) -> list[str]:
-    """The columns of a line, which are separated by tabs, or by spaces if it has no tabs."""
-    line = line.rstrip()
-    return line.split("\t") if "\t" in line else line.split()
+    """The columns of a line, which are separated by tabs, or by spaces if it has no tabs. Other white space, such as a
+    no-break space, is part of a word, but a line of nothing else is empty."""
+    line = line.rstrip(" \t\r") if line.strip() else ""
+    return line.split("\t") if "\t" in line else re.findall("[^ ]+", line)
 
 
 def _column(table: Table, column: str | None, usual: tuple[str, ...], option: str) -> str:

@@ -19,17 +19,17 @@ from ds_roberta.transformers_folder import weights_files
 
 def open_work_folder(output: Path, asked: Mapping[str, Any], model: Path, encoded: Mapping[str, Encoded]) -> Path:
     """The folder of a plan's runs; one with another plan is removed. What is asked for, the model's files and the
-    examples make a plan.
+    examples make a plan, however the paths are written.
 
     Args:
-        asked: without settings and seeds: each run has its own folder.
+        asked: without paths, and without settings and seeds: each run has its own folder.
         encoded: the examples of each split.
     """
     work = output.parent / f".{output.name}.runs"
     files = [model / "config.json", *weights_files(model)]
     content = {
         **asked,
-        "model": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "model": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "examples": {split: _fingerprint(rows) for split, rows in encoded.items()},
     }
     plan = json_fingerprint(json.loads(json.dumps(content, default=str)))
@@ -53,7 +53,7 @@ def keep_finished(work: Path) -> None:
 
 
 def _fingerprint(encoded: Encoded) -> str:
-    """A 128-bit hash of examples and of what the model is given of them."""
+    """A 128-bit hash of examples, whose `repr` leaves out their places, and of what the model is given of them."""
     digest = xxhash.xxh3_128()
     for part in (*encoded.inputs, *encoded.features):
         digest.update(repr(part).encode("utf-8", "surrogatepass"))

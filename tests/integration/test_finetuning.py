@@ -171,6 +171,15 @@ def test_an_output_within_the_data_does_not_change_the_plan(config, data, monkey
             (tmp_path / "r=1/notes.md").write_text("Nothing that is read.")
     assert "continues from step 2" in caplog.text
     assert "starting from scratch" not in caplog.text
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(config.model)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert (
+            finetune(replace(config, model=Path("model"), data=("r=1/",), output_dir=Path("r=1/tuned")))
+            == STOPPED_EXIT_CODE
+        )
+    assert "continues from step 4" in caplog.text
     train = tmp_path / "r=1/train.jsonl"
     train.write_text(train.read_text().replace("karen", "teppo", 1))
     with caplog.at_level("INFO"):
@@ -205,7 +214,7 @@ def test_accumulation_does_not_change_the_training(config):
 def test_a_model_pretrained_without_dropout_is_fine_tuned_with_it(config, tmp_path):
     folder = tmp_path / "without dropout"
     shutil.copytree(config.model, folder)
-    change_config(folder, **WITHOUT_DROPOUT)
+    change_config(folder, **WITHOUT_DROPOUT, classifier_dropout=0.5)
     assert losses_of(config, folder) == losses_of(config)
     assert losses_of(config, folder, **WITHOUT_DROPOUT) != losses_of(config)
     with pytest.raises(UserError, match="hidden_dropout_prob must be at least 0 and below 1, got 1"):
@@ -325,6 +334,12 @@ def test_checkpoints_of_one_second_are_no_news(config, monkeypatch):
 def test_impossible_values_from_python_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_an_output_with_the_model_in_it_is_refused(config):
+    for output in (config.model, config.model.parent):
+        with pytest.raises(UserError, match=r"--model .* is in --output_dir .*: choose another folder for the output"):
+            finetune(replace(config, output_dir=output))
 
 
 def test_an_output_that_the_disk_refuses_is_named(config):

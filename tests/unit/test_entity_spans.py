@@ -158,7 +158,7 @@ def test_rows_of_doccano(caplog):
         assert entities(first) == [(0, 2, "ORG"), (11, 26, "PER")]
         assert second.tags == ("O",)
     assert "x.json: relations are left out: 1" in caplog.text
-    assert read({"text": "a b", "label": []})[0].tags == ("O", "O")
+    assert read({"text": "a b", "label": [], "relations": 5})[0].tags == ("O", "O")
     assert read({"sentence": "of its meta data", "text": "a b", "label": [[2, 3, "X"]]})[0].tags == ("O", "B-X")
 
 

@@ -55,6 +55,12 @@ def test_rows_without_a_label_are_counted_and_left_out(tmp_path, caplog):
     assert labels_of(splits) == [1.5, -1.0, 2.0]
 
 
+def test_a_minus_beside_a_plus_is_not_taken_for_no_label(tmp_path):
+    for labels in (["+", "-", "0"], ["+", ["-"], "+"]):
+        with pytest.raises(UserError, match=r".jsonl has the labels '\+' and '-' as 'label', but .* rename them"):
+            Classification.from_data(write(tmp_path, labels), ClassificationOptions())
+
+
 @pytest.mark.parametrize("ignored", ["-1", "-1.0"])
 def test_minus_one_is_a_label_unless_it_is_named(tmp_path, caplog, ignored):
     data = write(tmp_path, [0, 1, 2, -1], [0, "-1", -1.0])

@@ -20,6 +20,7 @@ from ds_roberta.finetuning.question_answering import (
     window_starts,
 )
 from ds_roberta.finetuning.squad import Question
+from ds_roberta.transformers_folder import read_model
 
 CONTEXT = " ".join(f"karen{number} sulto minka" for number in range(40))
 
@@ -129,6 +130,15 @@ def test_the_loss_is_that_of_transformers_over_all_micro_batches(tokenizer):
         for rows in (slice(0, 1), slice(1, 4))
     ]
     torch.testing.assert_close(sum(parts), expected)
+
+
+def test_a_model_of_three_classes_gets_a_head_of_two_outputs(roberta_folder, tmp_path):
+    folder = tmp_path / "of three classes"
+    config = transformers.RobertaConfig.from_pretrained(roberta_folder, num_labels=3)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(folder)
+    changes = QuestionAnswering(False, SpanOptions()).head
+    model = read_model(folder, transformers.RobertaForQuestionAnswering, changes=changes)
+    assert model(input_ids=torch.tensor([[0, 5, 2]])).start_logits.shape == (1, 3)
 
 
 def test_a_folder_saved_by_datasets(tmp_path):
@@ -293,12 +303,15 @@ def test_a_test_split_without_answers_is_left_out(data, tmp_path, caplog):
     caplog.set_level("INFO")
     asked = {"id": "a", "question": "karen?", "context": CONTEXT}
     article = {"data": [{"paragraphs": [{"context": CONTEXT, "qas": [{"id": "a", "question": "karen?"}]}]}]}
-    for content in (asked, {**asked, "answers": None}, article):
+    no_text = {"text": [], "answer_start": []}
+    for content in (asked, *({**asked, "answers": none} for none in (None, [], no_text)), article):
         (tmp_path / "test.json").write_text(json.dumps(content))
         _task, splits = QuestionAnswering.from_data(data(squad("karen39")), SpanOptions())
         assert set(splits) == {"train", "validation"}
         assert f"{tmp_path / 'test.json'} has no labels and is left out" in caplog.text
         caplog.clear()
-    (tmp_path / "test.json").write_text(json.dumps([{**asked, "answers": []}, {**asked, "id": "b"}]))
+    (tmp_path / "test.json").write_text(
+        json.dumps([{**asked, "is_impossible": True, "answers": []}, {**asked, "id": "b"}])
+    )
     with pytest.raises(UserError, match=r"test.json, row 2: 'answers' is None"):
         QuestionAnswering.from_data(data(squad("karen39")), SpanOptions())

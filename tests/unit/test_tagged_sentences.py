@@ -92,6 +92,19 @@ def test_comments_before_a_sentence():
     assert [sentence.words for sentence in sentences] == [("a",), ("#", "b")]
 
 
+def test_a_hashtag_that_begins_a_sentence_is_no_comment():
+    for separator in ("\t", " "):
+        text = "#fail HT\nis VBZ\n\nthis DT\n#so HT\n\n#win HT\n".replace(" ", separator)
+        assert [sentence.words for sentence in parse_conll("x", text)] == [("#fail", "is"), ("this", "#so"), ("#win",)]
+    text = "# text = #win\n# words 2\n#win\tHT\nis\tVBZ\n\n#\tcomment\nthis\tDT\n"
+    assert [sentence.words for sentence in parse_conll("x", text)] == [("#win", "is"), ("this",)]
+
+
+def test_only_blanks_and_tabs_separate_columns():
+    text = "10\u00a0000  O\nEuro O \n \u00a0\nund O"
+    assert [sentence.words for sentence in parse_conll("x", text)] == [("10\u00a0000", "Euro"), ("und",)]
+
+
 def test_tags_of_each_word():
     sentences = parse_conll("x", "# text = a .\n# text = a SYM\n# SYM\na NOUN\n\nb VERB\nc SYM\n")
     assert [(sentence.words, sentence.tags) for sentence in sentences] == [
@@ -140,6 +153,7 @@ def test_words_without_tags_serve_for_predictions():
         ("a B\nb E\nc U", r"x, row 3: the tag 'U' belongs to BILUO, but 'E' \(x, row 2\) to IOBES"),
         ("a O\n\nb NOUN\nc B-X", "x, row 3: the tag 'NOUN' is neither O nor like B-PER"),
         ("a O\n\tO", "x, row 2 has no word"),
+        ("1 a O\n2 b O\n\n1 c O", "the first column of 'x' numbers the words: remove it"),
     ],
 )
 def test_a_bad_line_is_named(text, message):

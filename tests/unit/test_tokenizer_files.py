@@ -152,8 +152,9 @@ def test_vocabulary_and_merges_alone_open_as_transformers_opens_them(tokenizer_f
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<b>": 401, "<a>": 400}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": True}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": True, "padding_side": "left"}))
     ours = open_tokenizer(tmp_path)
+    assert ours.padding_side == "right"
     theirs = transformers.RobertaTokenizer.from_pretrained(tmp_path)
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours(f"{TEXT} <b><mask>") == theirs(f"{TEXT} <b><mask>")
