@@ -25,6 +25,7 @@ PARITY_TOLERANCE = 1e-6
 share of the largest logit (or of 1, if all are smaller): rounding grows with the numbers."""
 
 _DIVERGED = "the training has diverged, nothing was written; export an earlier checkpoint"
+KIND = "an exported model without other files"
 ENCODER, MASKED_LM_HEAD = "roberta.", "lm_head."
 """The prefixes, in our names, of the parameters that transformers' models have too."""
 
@@ -158,7 +159,7 @@ def export(
         raise UserError(f"{name!r} is not finite: {_DIVERGED}")
     hf_model = to_transformers(config, weights)
     # Read back what was written: the files are checked, not the object they came from.
-    with replaced_folder(output, is_model_folder, "an exported model without other files") as temporary:
+    with replaced_folder(output, is_model_folder, KIND) as temporary:
         with quiet():
             hf_model.save_pretrained(temporary)
         write_tokenizer(tokenizer_folder, temporary, max_seq_length)

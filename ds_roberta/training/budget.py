@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from ds_roberta.training.engine import Engine
 
 PLAN_NAME = "plan.json"
-UNPLANNED_STEPS = 1_000_000
-"""`max_steps` until it is fixed: enough that every percent of a schedule is a step of its own."""
+UNPLANNED_STEPS = 1 << 30
+"""`max_steps` until it is fixed: more than a schedule reaches, and enough that its percents are steps of their own."""
 _SAMPLE_SEQUENCES = 65_536
 _MOST_STEPS = 1 << 40
 _MEASURED_SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.03, 3.0, 30.0
-"""How long each length, and the evaluation, is measured: a share of the budget, within bounds."""
+"""How long steps of each length and batch, and the evaluation, are measured: a share of the budget, within bounds."""
 _FIXED_SECONDS = 10.0
 _FIXED_SECONDS_PER_PARAMETER = 1e-7
 """For what is not measured: the imports before a run's settings are read, the last save and the export."""
@@ -98,12 +98,17 @@ def fix_steps(run: Run, start: Start, data: RunData, engine: Engine, micro_batch
     if "max_tokens" in run.budget:
         tokens = {length: _mean_tokens(data, length) for length in data.train}
         per_step = {_shape(stage): tokens[stage.max_seq_length] * stage.train_batch_size for stage in run.config.stages}
+        if (least := _of_a_step(run.config.stages[0], per_step)) > run.budget["max_tokens"]:
+            raise UserError(f"{option} is less than the {least:,.0f} tokens of a step: give more")
         max_steps = _fitting_steps(run, run.budget["max_tokens"], per_step)
         reason = ", ".join(f"{each:.1f} tokens in a sequence of up to {length}" for length, each in tokens.items())
     else:
         max_steps, reason = _steps_within_minutes(run, data, engine, micro_batch_sizes)
     planned = with_max_steps(run, max_steps)
-    if [_shape(stage) for stage in planned.config.stages] != [_shape(stage) for stage in run.config.stages]:
+    changes, of_all = (
+        [set(each) for each in zip(*map(_shape, some.config.stages), strict=True)] for some in (planned, run)
+    )
+    if changes != of_all:
         raise UserError(f"{option} gives {max_steps} steps, too few for all changes of the schedules: give more")
     plan = {"budget": run.budget, "max_steps": max_steps, "run": _fingerprint(run)}
     run.ranks.on_main(lambda: write_json(folder / PLAN_NAME, plan))
@@ -147,7 +152,9 @@ def _fitting_steps(
         except UserError:  # too few for a schedule
             return 0.0
         ends = [*(stage.first_step for stage in stages[1:]), max_steps]
-        steps = sum((end - stage.first_step) * per_step[_shape(stage)] for stage, end in zip(stages, ends, strict=True))
+        steps = sum(
+            (end - stage.first_step) * _of_a_step(stage, per_step) for stage, end in zip(stages, ends, strict=True)
+        )
         return steps + per_evaluation * evaluations(max_steps, run.config.intervals.eval_interval)
 
     steps = steps_within(budget, cost)
@@ -156,6 +163,15 @@ def _fitting_steps(
     except UserError as error:
         raise UserError(f"{_as_option(run.budget)} allows at most {steps} steps: {error}") from error
     return steps
+
+
+def _of_a_step(stage: Stage, per_step: Mapping[tuple[int, int], float]) -> float:
+    """The cost of a step: its shape's, or in proportion to that of the nearest batch of its length, as in a run whose
+    schedules change in another order than in one of `UNPLANNED_STEPS`.
+    """
+    length, size = _shape(stage)
+    nearest = min((batch for of, batch in per_step if of == length), key=lambda batch: abs(batch - size))
+    return per_step[length, nearest] * size / nearest
 
 
 def _mean_tokens(data: RunData, length: int) -> float:
@@ -176,6 +192,8 @@ def _steps_within_minutes(
     ends = [*(stage.first_step for stage in config.stages[1:]), config.schedule.max_steps]
     per_step = {}
     for stage, end in zip(config.stages, ends, strict=True):
+        if _shape(stage) in per_step:
+            continue
         step = (stage.first_step + end) // 2  # of the stage's mean share of masks
         middle = loader.level(step, loader.micro_batches(step), ranks)
         per_step[_shape(stage)] = ranks.broadcast(_seconds_per_step(engine, middle, seconds))

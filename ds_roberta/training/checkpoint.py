@@ -64,6 +64,7 @@ class TrainState:
         plateau: the kind of the last plateau of the held-out loss that was reported.
         learned_positions: the learned positions of the model that the run started from; 0 if it started from scratch.
         eval_sequences: how many held-out sequences the losses are of at most; 0 in an earlier version's checkpoint.
+        resumed_from: the fingerprint of the state that `--resume` named last; None if it never named one.
     """
 
     identity: dict[str, Any]
@@ -82,6 +83,7 @@ class TrainState:
     plateau: str | None = None
     learned_positions: int = 0
     eval_sequences: int = 0
+    resumed_from: str | None = None
 
     def continue_as(self, identity: dict[str, Any], eval_sequences: int) -> bool:
         """Belong to a run with these from here on. If its held-out losses are of other sequences or masks, those so far

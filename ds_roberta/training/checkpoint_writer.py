@@ -219,14 +219,19 @@ def errors_of_saving(target: Path) -> Iterator[None]:
         ) from error
 
 
+def finish_exchanges(folder: Path) -> None:
+    """Put back the checkpoints that a kill took away while they were being replaced."""
+    for path in folder.glob(".global_step*.old"):
+        finish_exchange(path.with_name(path.stem[1:]))
+
+
 def clean_up(folder: Path, best_step: int | None, latest_step: int = 0) -> None:
     """Remove what killed runs left unfinished, and make `best` and `latest` name the checkpoints of these steps.
 
     If there is no checkpoint of `best_step`, there is no `best` afterwards; without one of `latest_step`, `latest` is
     not changed.
     """
-    for path in folder.glob(".global_step*.old"):
-        finish_exchange(path.with_name(path.stem[1:]))
+    finish_exchanges(folder)
     for path in folder.glob(".global_step*"):
         shutil.rmtree(path)
     remove_leftovers(folder)

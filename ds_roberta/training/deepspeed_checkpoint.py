@@ -92,7 +92,7 @@ def read_state(checkpoint: Path, world_size: int, zero_stage: int, precision: st
         config = content["ds_config"]
         kinds = {
             "number of processes": (content["dp_world_size"], world_size),
-            "ZeRO stage": (config["zero_optimization"]["stage"], zero_stage),
+            "ZeRO stage": (config.get("zero_optimization", {}).get("stage", 0), zero_stage),
             "precision": (_precision(config), precision),
         }
         state = state_from(content[_STATE_KEY])

@@ -98,14 +98,16 @@ def check_identity(
             something that can never change.
     """
     before, now = _leaves(saved), _leaves(current)
-    groups = {name.split(".")[0] for name in now}
+    names = {**now, **before}
+    groups = {name.split(".")[0] for name in names}
     for name in allowed:
-        if name not in now and name not in groups:
-            raise UserError(unknown_key_message("name in --allow_change", name, [*groups, *now]))
+        if name not in names and name not in groups:
+            raise UserError(unknown_key_message("name in --allow_change", name, [*groups, *names]))
         if (reason := _why_fixed(name)) is not None:
             raise UserError(f"--allow_change {name}: it can never change in a run: {reason}")
+    allowed = {*allowed, *(["masking.words"] if "masking.unit" in allowed else [])}  # only units of words have these
     changes = []
-    for name in {**now, **before}:
+    for name in names:
         if before.get(name) == now.get(name):
             continue
         change = f"its {name} is {before.get(name)!r}, this run's is {now.get(name)!r}"

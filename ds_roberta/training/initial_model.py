@@ -6,7 +6,7 @@ Its architecture becomes the run's; its weights are resized on request, for long
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -111,7 +111,7 @@ class InitialModel:
                 f"--extend_positions does nothing with --max_seq_length {max_seq_length}, as {where} was trained with "
                 f"{learned} positions: remove it or raise the length"
             )
-        difference = other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder)
+        difference = _other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder)
         if difference and not remap_token_embeddings:
             raise UserError(
                 f"the data in {str(corpus.folder)!r} was made with another tokenizer than {where} ({difference}): "
@@ -146,7 +146,7 @@ class InitialModel:
         weights, done = self._weights(), [f"the weights are those in {self.folder}"]
         if (name := first_not_finite(weights.items())) is not None:
             raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
-        if other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder):
+        if _other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder):
             old = training_tokenizer(self.tokenizer_folder)
             unknown = old.token_to_id(UNKNOWN)
             new = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
@@ -212,3 +212,8 @@ def _copy(weights: dict[str, torch.Tensor], model: Objective, folder: Path) -> t
 
 def _modules(names: set[str]) -> list[str]:
     return sorted({name.split(".")[0] for name in names})
+
+
+@lru_cache(maxsize=1)  # a budget asks for each number of steps that it tries, and reading a vocabulary takes a second
+def _other_token(data: Path, model: Path) -> str | None:
+    return other_token(data, model)

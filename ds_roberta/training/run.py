@@ -17,7 +17,7 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
 from ds_roberta.errors import UserError
-from ds_roberta.files import created_parents, load_json, remove_leftovers, write_json
+from ds_roberta.files import check_replaceable, created_parents, load_json, remove_leftovers, write_json
 from ds_roberta.lease import Lease, leases_within, sole_writer
 from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_neighbours, predict_frequencies
 from ds_roberta.model.objectives import Objective, find_objective
@@ -79,6 +79,7 @@ def _train(run: Run, lease: Lease | None) -> int:
     """Train from scratch or from the newest checkpoint, and export; returns the exit code. Rank 0 has the lease."""
     ranks = run.ranks
     start = find_start(run)
+    ranks.on_main(lambda: _check_export(run.config.output_dir / EXPORT_FOLDER, start.is_fresh))
     ranks.on_main(lambda: _open_output_dir(run, start.state))
     data = open_data(run)
     engine, micro_batch_sizes, peak = _make_engine(run, start)
@@ -183,9 +184,13 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
 def _check_output_dir(config: RunConfig) -> None:
     """Refuse a folder whose files the run would overwrite."""
     output = config.output_dir.resolve()
-    for option, folder in (("data_dir", config.data_dir), ("init_from", config.init_from)):
-        if folder is not None and folder.resolve() == output:
-            raise UserError(f"--output_dir {str(config.output_dir)!r} is --{option}: choose a separate folder")
+    if config.data_dir.resolve() == output:
+        raise UserError(f"--output_dir {str(config.output_dir)!r} is --data_dir: choose a separate folder")
+    if config.init_from is not None and config.init_from.resolve().is_relative_to(output):
+        raise UserError(
+            f"--output_dir {str(config.output_dir)!r} is or holds --init_from {str(config.init_from)!r}, which the run "
+            "may replace: choose a separate folder"
+        )
     record = output / CONFIG_NAME
     if not record.is_file():
         return
@@ -198,6 +203,20 @@ def _check_output_dir(config: RunConfig) -> None:
             f"--output_dir {str(config.output_dir)!r} has a {CONFIG_NAME} that is not a run's, perhaps a model's: "
             "choose another folder"
         )
+
+
+def _check_export(folder: Path, is_fresh: bool) -> None:
+    """Raise `UserError` if the run's last act would be refused, or would replace another run's model."""
+    if not folder.exists():
+        return
+    if is_fresh:
+        raise UserError(
+            f"{str(folder)!r} is the model of a run whose checkpoints are gone, and this one would replace it and its "
+            "metrics: choose another --output_dir, or move it away"
+        )
+    from ds_roberta.model.export import KIND, is_model_folder  # it imports transformers
+
+    check_replaceable(folder, is_model_folder, KIND)
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
+from ds_roberta.files import json_fingerprint
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
+from ds_roberta.training.checkpoint_writer import finish_exchanges
 from ds_roberta.training.facts import check_identity, completed_identity, run_identity
 from ds_roberta.training.settings import Run
 
@@ -47,6 +50,7 @@ def find_start(run: Run) -> Start:
     allowed = [] if run.options.allow_change is None else run.options.allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
     in_deepspeeds_layout = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
+    ranks.on_main(lambda: finish_exchanges(folder))
     path = in_deepspeeds_layout or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
         check_identity(folder, identity, identity, allowed)
@@ -61,15 +65,15 @@ def find_start(run: Run) -> Start:
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:
         state = checkpoint.read_state(path)
-    newer = [step for step in checkpoint.saved_steps(folder) if step > state.global_step]
-    if newer and config.resume != "auto":
-        if config.output_dir.resolve() in path.resolve().parents:
-            raise UserError(
-                f"{str(folder)!r} has checkpoints newer than --resume {config.resume!r} (step {newer[0]}): move them "
-                "away, choose another --output_dir, or continue from the newest with --resume auto"
-            )
-        ranks.log(f"this run has gone on from --resume {config.resume} before: {folder} has newer checkpoints")
-        return find_start(replace(run, config=replace(config, resume="auto")))
+    if config.resume != "auto":
+        with checkpoint.errors_of_the_state(path):
+            named, is_own = json_fingerprint(asdict(state)), path.resolve().is_relative_to(config.output_dir.resolve())
+        if _has_gone_on(ranks, folder, state, named, is_own):
+            ranks.log(f"this run has gone on from --resume {config.resume} before: {folder} has newer checkpoints")
+            return find_start(replace(run, config=replace(config, resume="auto")))
+        state.resumed_from = named
+        if not is_own and state.best_step != state.global_step:
+            state.best_eval_loss = state.best_step = None  # that checkpoint is not in this folder
     with checkpoint.errors_of_the_state(path):
         state.identity = completed_identity(state.identity)
         changes = check_identity(path, state.identity, identity, allowed)
@@ -83,3 +87,26 @@ def find_start(run: Run) -> Start:
         )
     ranks.log(f"resuming from {path}, step {state.global_step} of {config.schedule.max_steps}")
     return Start(state, deepspeed_checkpoint=path) if in_deepspeeds_layout else Start(state, checkpoint=path)
+
+
+def _has_gone_on(ranks: Ranks, folder: Path, state: TrainState, named: str, is_own: bool) -> bool:
+    """Whether a run in this folder has begun at the checkpoint that `--resume` names, and has saved since.
+
+    Args:
+        state: the checkpoint's.
+        named: its fingerprint.
+        is_own: whether the checkpoint is in the run's own folder.
+
+    Raises:
+        UserError: the folder has newer checkpoints of which it is not known.
+    """
+    saved = [step for step in checkpoint.saved_steps(folder) if step >= state.global_step + is_own]
+    if not saved:
+        return False
+    newest = ranks.on_main(lambda: checkpoint.choose("auto", folder))
+    if newest is not None and checkpoint.read_state(newest).resumed_from == named:
+        return True
+    raise UserError(
+        f"{str(folder)!r} has checkpoints that did not begin at the one that --resume names, {saved[0]} the last step "
+        "of them: move them away, choose another --output_dir, or continue from the newest with --resume auto"
+    )

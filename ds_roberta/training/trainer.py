@@ -281,7 +281,9 @@ class Trainer:
             UserError: there is no checkpoint, or it does not help: the run was rolled back to it before or began there.
         """
         folder = self.config.output_dir / CHECKPOINTS_FOLDER
-        path = self.ranks.on_main(lambda: checkpoint.choose("auto", folder) or self.last_checkpoint)
+        begun, is_saved = self.last_checkpoint, self._writer.saved_step > 0
+        is_others = begun is not None and not is_saved and begun.resolve().parent != folder.resolve()
+        path = self.ranks.on_main(lambda: checkpoint.choose(str(begun) if is_others else "auto", folder))
         if path is None:
             raise UserError(f"{spike.problem}; there is no checkpoint to go back to")
         spiked, skipped = self.state, self._skipped
@@ -387,5 +389,9 @@ class Trainer:
         self.last_checkpoint = self._writer.save(state)
         if self.config.save_deepspeed_checkpoint:
             folder = self.config.output_dir / deepspeed_checkpoint.FOLDER
-            deepspeed_checkpoint.save(self.engine, state, folder, self.config.intervals.keep_last)
+            try:
+                deepspeed_checkpoint.save(self.engine, state, folder, self.config.intervals.keep_last)
+            except UserError:
+                self._writer.finish()  # the portable one is good
+                raise
         self._saved_state = copy.deepcopy(state)

@@ -40,6 +40,43 @@ def test_a_run_goes_on_from_deepspeeds_layout_as_if_it_were_unbroken(saved, work
     assert "step 4 of 4" in again
 
 
+def test_a_run_goes_on_from_an_older_checkpoint_of_its_own_as_often_as_it_is_stopped(saved, workspace):
+    output = workspace / "runs/own"
+    shutil.copytree(saved, output)
+    arguments = (*SETTINGS, "--max_steps", "4", "--output_dir", output)
+    older = ("--resume", output / "checkpoints/global_step2")
+    assert "4 the last step of them: move them away" in pretrain(workspace, *arguments, *older, code=2)
+    shutil.rmtree(output / "checkpoints/global_step4")
+    assert "step 2 of 4" in pretrain(workspace, *arguments, *older)
+    again = pretrain(workspace, *arguments, *older)
+    assert "this run has gone on from --resume" in again
+    assert "step 4 of 4" in again
+    assert identical(tensors(output, 4), tensors(saved, 4))
+
+
+def test_a_checkpoint_that_a_kill_took_away_while_it_was_replaced_is_put_back(saved, workspace):
+    output = workspace / "runs/replaced"
+    shutil.copytree(saved, output)
+    checkpoints = output / "checkpoints"
+    (checkpoints / "global_step4").rename(checkpoints / ".global_step4.old")
+    printed = pretrain(workspace, *SETTINGS, "--max_steps", "4", "--output_dir", output)
+    assert "global_step4, step 4 of 4" in printed
+
+
+def test_a_model_that_a_run_must_not_replace_is_named_before_the_work(saved, workspace):
+    output = workspace / "runs/exported"
+    shutil.copytree(saved, output)
+    arguments = (*SETTINGS, "--max_steps", "5", "--output_dir", output)
+    (output / "hf/model.onnx").touch()
+    assert "not an exported model without other files" in pretrain(workspace, *arguments, code=2)
+    (output / "hf/model.onnx").unlink()
+    shutil.rmtree(output / "checkpoints")
+    assert "is the model of a run whose checkpoints are gone" in pretrain(workspace, *arguments, code=2)
+    held = ("--init_from", output / "hf")
+    assert "which the run may replace" in pretrain(workspace, *arguments[2:], *held, code=2)
+    assert (output / "metrics.jsonl").read_bytes() == (saved / "metrics.jsonl").read_bytes()
+
+
 def test_deepspeeds_tools_take_its_layout(saved, workspace):
     folder = saved / "deepspeed_checkpoints"
     run("python", folder / "zero_to_fp32.py", folder, workspace / "fp32", cwd=workspace)

@@ -237,6 +237,8 @@ def has_row(output: Path, step: int, key: str = "loss") -> bool:
 def test_a_run_killed_twice_goes_on_as_if_it_were_unbroken(unbroken, workspace):
     """Its steps follow from a budget of tokens."""
     output = workspace / "runs/killed-twice"
+    refused = pretrain(workspace, *WITHOUT_STEPS, "--max_tokens", "9", "--output_dir", output, code=2)
+    assert re.search(r"error: --max_tokens 9 is less than the [\d,]+ tokens of a step: give more", refused)
     tokens = final_state(unbroken)["consumed_tokens"]
     arguments = (*WITHOUT_STEPS, "--max_tokens", str(tokens + tokens // 12), "--output_dir", output)
     # Between an evaluation and the checkpoint that it is in, then between two checkpoints.

@@ -5,7 +5,9 @@ from argparse import Namespace
 
 import pytest
 
+from ds_roberta.data.stages import make_stages
 from ds_roberta.errors import UserError
+from ds_roberta.training import budget
 from ds_roberta.training.budget import _kept_steps, _seconds_per_step, budget_of, evaluations, steps_within
 from ds_roberta.training.settings import pretrain_options
 
@@ -41,6 +43,22 @@ def test_the_steps_are_the_most_that_a_budget_pays_for(budget):
 def test_a_step_may_cost_more_from_some_step_on(budget, expected):
     steps = steps_within(budget, lambda steps: steps if steps <= 1_000 else 1_000 + 8 * (steps - 1_000))
     assert steps == expected
+
+
+@pytest.mark.parametrize("tokens", [900, 5_000])
+def test_schedules_may_change_at_percents_and_at_steps(monkeypatch, tokens):
+    def cost(max_steps):
+        half = max_steps // 2
+        return sum((1 if step < half else 2) * (1 if step < 500 else 2) for step in range(max_steps))
+
+    def planned(run, max_steps):
+        stages = make_stages(128, 2, "0:64,50%:128", "0:1,500:2", max_steps)
+        return Namespace(config=Namespace(stages=stages, intervals=Namespace(eval_interval=10)))
+
+    monkeypatch.setattr(budget, "with_max_steps", planned)
+    per_step = {(64, 1): 1.0, (64, 2): 2.0, (128, 2): 4.0}  # as at very many steps: 128 tokens come after 500 steps
+    steps = budget._fitting_steps(planned(None, budget.UNPLANNED_STEPS), tokens, per_step)
+    assert tokens - 8 < cost(steps) <= tokens
 
 
 def test_evaluations_are_those_of_the_loop():

@@ -1,5 +1,7 @@
 """The layout's frame, without DeepSpeed: a stand-in engine writes the files."""
 
+import sys
+
 import pytest
 import torch
 from fake_engine import IDENTITY
@@ -84,6 +86,13 @@ def test_runs_of_another_kind_are_pointed_to_the_portable_layout(save, kind, mes
         deepspeed_checkpoint.read_state(path, *kind)
     assert message in str(caught.value)
     assert "resume from the portable one in checkpoints/" in str(caught.value)
+
+
+def test_a_json_without_a_stage_is_of_stage_0(save, monkeypatch):
+    for content in ({}, {"zero_optimization": {}}):
+        monkeypatch.setattr(sys.modules[__name__], "CONFIG", content)
+        (path, _) = save(3)
+        assert deepspeed_checkpoint.read_state(path, 2, 0, "fp32").global_step == 3
 
 
 def test_another_programs_and_damaged_files_are_named(save):

@@ -65,6 +65,15 @@ def test_named_differences_are_allowed_and_described():
         check_identity(RUN, saved, current, ["data", "masking.unit", allowed[2], "seed"])
 
 
+def test_names_that_only_the_checkpoint_has_are_allowed_too():
+    saved = {"masking": {"unit": "whole-word", "words": 2}, "source_weights": {"wiki": 2}}
+    current = {"masking": {"unit": "token"}, "source_weights": None}
+    allowed = ["masking.unit", "source_weights.wiki"]
+    assert len(check_identity(RUN, saved, current, allowed)) == len(check_identity(RUN, current, saved, allowed)) == 3
+    with pytest.raises(UserError, match=r"its masking\.words is 2.*--allow_change masking\.words"):
+        check_identity(RUN, saved, {**saved, "masking": {"unit": "whole-word", "words": 3}})
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -5,7 +5,8 @@ import errno
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -138,6 +139,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         monitors=None,
         plateau="warn",
         held_out=None,
+        resume=None,
         **intervals,
     ):
         config = RunConfig(
@@ -159,7 +161,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
             ]
         )
         engine = FakeEngine(solo_ranks, dict.fromkeys(spikes, height), interrupted_at)
-        path = checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
+        path = resume or checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
         state = TrainState(IDENTITY, lines=LINES) if path is None else checkpoint.load(engine, path)
         trainer = Trainer(
             config,
@@ -281,6 +283,30 @@ def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(ma
         assert torch.equal(resumed.engine.module.weight, unbroken.engine.module.weight), name
         for step, drawn in resumed.engine.places.items():
             assert drawn == unbroken.engine.places[step], name
+
+
+def test_a_run_that_began_elsewhere_is_not_rolled_back_to_what_was_in_its_folder(make, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        make("rollback", interrupted_at=30).train()
+    begun = tmp_path / "run/checkpoints/global_step25"
+    shutil.copytree(begun, tmp_path / "other/checkpoints/global_step10")
+    trainer = make("rollback", name="other", resume=begun)
+    assert trainer.train()
+    assert f"rolled back to {begun};" in capsys.readouterr().err
+    assert trainer.state.skipped_places[0]["global_step"] == 25
+
+
+def test_a_checkpoint_in_deepspeeds_layout_that_cannot_be_written_leaves_the_portable_one(make, monkeypatch):
+    def refuse(*_):
+        raise UserError("the disk is full")
+
+    trainer = make("warn")
+    monkeypatch.setattr("ds_roberta.training.deepspeed_checkpoint.save", refuse)
+    monkeypatch.setattr(trainer, "config", replace(trainer.config, save_deepspeed_checkpoint=True))
+    trainer.state.global_step = 7
+    with pytest.raises(UserError, match="the disk is full"):
+        trainer.save()
+    checkpoint.verify(trainer.config.output_dir / "checkpoints/global_step7")
 
 
 @pytest.mark.parametrize("logged", [30, 60])
