@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
 
-from ds_roberta.errors import DiskError, UserError, standard_output_is_refused, user_message
+from ds_roberta.errors import LocalError, UserError, standard_output_is_refused, user_message
 
 USER_ERROR_EXIT_CODE = 2
 PIPE_CLOSED_EXIT_CODE = 141
@@ -87,7 +87,7 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
     The exit code is the command's own; or 2, after one line on stderr (or a line for each of several problems), for a
     `UserError` or a write that the disk or standard output refused; or 141, as in a shell, if the reader of our output,
     such as `head`, has closed it. Under a launcher, every process meets the same error and the first on each host
-    reports it; a process that could not write its own file reports that itself.
+    reports it; a process that could not read or write a file of its own reports that itself.
     """
     # A file's name may not be UTF-8, and a terminal may not have every character.
     if isinstance(sys.stdout, TextIOWrapper):
@@ -106,7 +106,7 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
         message = user_message(error)
         if message is None:
             raise
-        is_shared = isinstance(error, UserError) and not isinstance(error, DiskError)
+        is_shared = isinstance(error, UserError) and not isinstance(error, LocalError)
         if not is_shared or os.environ.get("LOCAL_RANK", "0") == "0":
             _say("error: " + "\n  ".join(" ".join(line.split()) for line in message))
         code = USER_ERROR_EXIT_CODE

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ds_roberta.errors import UserError, user_message
 
@@ -32,6 +34,7 @@ STOPPED_EXIT_CODE = 85
 PATIENCE = timedelta(days=1)
 """How long processes wait for one that works for all, such as on the packing index of a trillion tokens. They notice at
 once if it ends, by its closed connections."""
+_SECONDS_TO_LEAVE = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -46,11 +49,17 @@ class Ranks:
     control_group: dist.ProcessGroup | None
 
     @classmethod
-    def current(cls) -> Ranks:
-        """This process's rank in the default process group, which must exist; a collective call."""
+    def current(cls, limit: timedelta) -> Ranks:
+        """This process's rank in the default process group, which must exist; a collective call.
+
+        Args:
+            limit: how long the group for control messages may take to form: only then is the end of one process
+                noticed by the others.
+        """
         control_group = dist.group.WORLD
         if dist.get_backend() != "gloo":
-            control_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            control_group = dist.new_group(backend="gloo", timeout=limit)
+        _set_pg_timeout(PATIENCE, control_group)
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
 
     @property
@@ -216,9 +225,21 @@ def leave(code: int) -> NoReturn:
     3.14 a thread that asks for the interpreter while it finalizes aborts the process, so a finished run would fail.
     """
     atexit._run_exitfuncs()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
     sys.stdout.flush()
     sys.stderr.flush()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        if code not in (0, STOPPED_EXIT_CODE) and not _others_leave(mpi.COMM_WORLD):
+            mpi.COMM_WORLD.Abort(code)  # to finalize would be to wait for them
+        mpi.Finalize()
     os._exit(code)
+
+
+def _others_leave(communicator: Any) -> bool:
+    """Whether all processes of MPI come here within some seconds, as after an error that they share."""
+    request, deadline = communicator.Ibarrier(), time.monotonic() + _SECONDS_TO_LEAVE
+    while not request.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

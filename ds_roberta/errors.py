@@ -36,8 +36,12 @@ class UserError(ValueError):
         return "\n".join(map(str, self.args))
 
 
-class DiskError(UserError):
-    """The disk refused a write, perhaps only that of this process."""
+class LocalError(UserError):
+    """An error that perhaps only this of a run's processes meets."""
+
+
+class DiskError(LocalError):
+    """The disk refused a write."""
 
 
 def disk_refusal(error: BaseException) -> str | None:

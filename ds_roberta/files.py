@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from ds_roberta.errors import DiskError, UserError, disk_refusal, standard_output_is_refused
-from ds_roberta.lease import leases_folder, sole_writer
+from ds_roberta.lease import leases_folder, refuse_others, sole_writer
 
 
 def sync_directory(path: Path) -> None:
@@ -240,6 +240,7 @@ def replaced_folder(output: Path, is_ours: Callable[[Path], bool], kind: str, is
     held = nullcontext() if is_held else sole_writer(output, leases_folder(output))
     with errors_of_the_disk(output), created_parents(output), held:
         check_replaceable(output, is_ours, kind)
+        refuse_others(partial / "leases", output)
         try:
             if partial.exists():  # left by a killed job
                 shutil.rmtree(partial)
@@ -257,7 +258,9 @@ def partial_folder(output: Path) -> Path:
 
 
 def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) -> None:
-    """Raise `UserError` if `output` must not be replaced; otherwise finish an exchange that a kill interrupted."""
+    """Raise `UserError` if `output` must not be replaced, or cannot; otherwise finish an exchange that a kill broke."""
+    if os.path.ismount(output):
+        raise UserError(f"the output {str(output)!r} is a mount point, which cannot be replaced: choose a folder in it")
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {str(output)!r} is a file: choose a folder")
     if output.exists() and any(output.iterdir()) and not is_ours(output):

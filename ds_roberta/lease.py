@@ -140,11 +140,22 @@ def held_lease(folder: Path, plan: str, task: Task | None, output: Path) -> Iter
                 return
         deadline = deadline or time.monotonic() + _PATIENCE_SECONDS
         if time.monotonic() > deadline:
-            raise LeaseHeld(
-                f"another job is writing {str(output)!r}: process {other.pid} on {other.host}, since {other.since}; "
-                f"wait for it, end it ('kill {other.pid}' on {other.host}), or choose another output"
-            )
+            raise _held_by(other, output)
         time.sleep(random.uniform(0.2, 0.6))
+
+
+def refuse_others(folder: Path, output: Path) -> None:
+    """Raise `LeaseHeld` if a living job of another kind has a lease on `output` in `folder`."""
+    other = _living_excluder(folder, None, Holder.this_process("", None))
+    if other is not None:
+        raise _held_by(other, output)
+
+
+def _held_by(other: Holder, output: Path) -> LeaseHeld:
+    return LeaseHeld(
+        f"another job is writing {str(output)!r}: process {other.pid} on {other.host}, since {other.since}; "
+        f"wait for it, end it ('kill {other.pid}' on {other.host}), or choose another output"
+    )
 
 
 def is_alive(path: Path) -> bool:
@@ -184,7 +195,7 @@ def _kept_fresh(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _living_excluder(folder: Path, own: Path, ours: Holder) -> Holder | None:
+def _living_excluder(folder: Path, own: Path | None, ours: Holder) -> Holder | None:
     """Return a living holder that excludes this job, if any, and remove dead leases."""
     for path in sorted(folder.glob("*.json")):
         holder = None if path == own else _read(path)

@@ -23,6 +23,8 @@ from ds_roberta.files import write_text
 
 RENDEZVOUS_TIMEOUT = 300.0
 """Seconds that processes wait for each other at the start; importing from a busy file system takes long."""
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""By which torch's and DeepSpeed's processes find each other."""
 _SECONDS_BETWEEN_LOOKS = 0.1
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that Linux uses for outgoing connections
 
@@ -35,11 +37,21 @@ def set_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
     DeepSpeed, which asks MPI. Anything else is a run of one process.
 
     Raises:
-        UserError: srun's variables report several tasks, but not which host is the first.
+        UserError: the launcher set RANK but not all of the others, or srun's variables report several tasks, but not
+            which host is the first.
     """
-    if "RANK" in environment or "OMPI_COMM_WORLD_RANK" in environment:
+    if "RANK" in environment:
+        # DeepSpeed would ask MPI, which knows of one process only, and overwrite RANK and WORLD_SIZE.
+        if missing := [name for name in VARIABLES if name not in environment]:
+            raise UserError(
+                f"RANK is {environment['RANK']}, but {', '.join(missing)} {'are' if missing[1:] else 'is'} not set: "
+                f"let the launcher set {', '.join(VARIABLES)} in each process, or none of them"
+            )
+        return
+    if "OMPI_COMM_WORLD_RANK" in environment:
         return
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    is_single = "SLURM_STEP_NUM_TASKS" in environment and tasks == environment.get("PMI_SIZE", tasks) == "1"
     if int(tasks) > 1 and environment.get("PMI_SIZE", tasks) == tasks:  # srun itself may set PMI's variables, too
         nodes = environment.get("SLURM_STEP_NODELIST", "")
         if not nodes:
@@ -51,7 +63,7 @@ def set_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("MASTER_ADDR", first_host(nodes))
         environment.setdefault("MASTER_PORT", str(port))
         environment.update(RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"], WORLD_SIZE=tasks)
-    elif "PMI_RANK" not in environment and "PMIX_RANK" not in environment:
+    elif is_single or ("PMI_RANK" not in environment and "PMIX_RANK" not in environment):
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
@@ -73,8 +85,7 @@ def meet(limit: float) -> None:
     Raises:
         UserError: they have not all arrived within `limit` seconds.
     """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in names):
+    if not all(name in os.environ for name in VARIABLES):
         return
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which holds the store itself
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -124,6 +135,27 @@ def meet(limit: float) -> None:
             f"{host}): check the logs of the others and whether their hosts respond, or allow more time with "
             "--rendezvous_timeout"
         )
+
+
+def port_of_mpi() -> int:
+    """The port at which MPI's processes meet: MASTER_PORT, or a free one of rank 0's host; a collective call of theirs.
+
+    DeepSpeed would take 29500, so only one such run could start on a host.
+
+    Raises:
+        UserError: mpi4py is missing.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"started by MPI, but mpi4py cannot be imported ({error}): pip install 'ds_roberta[mpi]', or start the "
+            "command by deepspeed, torchrun or srun"
+        ) from error
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = MPI.COMM_WORLD.bcast(int(os.environ.get("MASTER_PORT", free.getsockname()[1])))
+    return port
 
 
 def _port_file() -> Path | None:

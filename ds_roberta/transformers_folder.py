@@ -248,8 +248,7 @@ def open_tokenizer(folder: Path, add_prefix_space: bool | None = None) -> transf
             tokenizer = getattr(transformers, tokenizer_class).from_pretrained(temporary, local_files_only=True)
         except Exception as error:  # the libraries raise nothing more precise
             raise UserError(f"the tokenizer in {str(folder)!r} cannot be read ({error}): copy it again") from error
-    tokenizer.name_or_path = str(folder)
-    tokenizer.padding_side = "right"  # labels of tokens count from the left
+    tokenizer.name_or_path, tokenizer.padding_side = str(folder), "right"  # labels of tokens count from the left
     return tokenizer
 
 

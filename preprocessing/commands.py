@@ -17,7 +17,7 @@ from ds_roberta.inputs.paths import Inputs, find_inputs
 from ds_roberta.inputs.streams import is_url
 from ds_roberta.lease import Task
 from ds_roberta.progress import clock, document_bar
-from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, slurm_task
+from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, refuse_strangers, slurm_task
 from preprocessing.reading.accounts import (
     KEPT,
     MAX_BAD_FRACTION,
@@ -118,8 +118,9 @@ def shard(
     _check(options.read)
     given, task = task, task or slurm_task()
     if task is not None:
-        print(f"task {task[0] + 1} of {task[1]} (from {'--task' if given else 'the SLURM array'})")
-    with _workers(workers) as pool:
+        origin = "--task" if given else "the SLURM array; --task 1/1 makes a whole output in each of its tasks"
+        print(f"task {task[0] + 1} of {task[1]} (from {origin})")
+    with _workers(workers, is_share=given is not None) as pool:
         if pool is None:  # this rank was a worker
             return None
         found = _find_inputs(inputs)
@@ -195,7 +196,13 @@ def _documents(
     at_the_end()
 
 
-def _workers(workers: int | None) -> AbstractContextManager[Workers | None]:
+def _workers(workers: int | None, is_share: bool = False) -> AbstractContextManager[Workers | None]:
+    """
+    Args:
+        is_share: whether this process has been given its share of the work.
+    """
+    if not is_share:
+        refuse_strangers()
     if not is_mpi():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return local_workers(workers or cores)

@@ -25,7 +25,14 @@ from ds_roberta.data.manifest import (
 )
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
-from ds_roberta.files import TOKENIZER_FILES, created_parents, errors_of_the_disk, file_checksum, json_fingerprint
+from ds_roberta.files import (
+    TOKENIZER_FILES,
+    created_parents,
+    errors_of_the_disk,
+    file_checksum,
+    json_fingerprint,
+    partial_folder,
+)
 from ds_roberta.inputs.streams import file_size, is_url, open_binary, readable
 from ds_roberta.lease import LeaseHeld, Task, held_lease
 from ds_roberta.progress import document_bar
@@ -97,6 +104,9 @@ def run_job(
         print(f"nothing to do: there are only {len(units)} units for {task and task[1]} tasks")
         return None
     plan = _plan_fingerprint(states, units, tokenizer, options)
+    if task is not None and _is_made(output, plan):
+        print(f"nothing to do: these tasks have made {output}")
+        return None
     with (
         errors_of_the_disk(output),
         created_parents(output),
@@ -113,7 +123,7 @@ def run_job(
         left = len(units) - job.finished(UNITS)
         if left and job.folder.exists():
             print(f"task {task[0] + 1}/{task[1]} is done; {left} of {len(units)} units are left to other tasks.")
-            print("The last to finish moves the output into place; if all have ended, run the command without a task.")
+            print("The last to finish moves the output into place; if all have ended, run the command with --task 1/1.")
             return None
         try:
             with held_lease(job.folder.parent / "finishing", plan, None, output):
@@ -122,6 +132,11 @@ def run_job(
                 return sharding.finish()
         except LeaseHeld:
             return None
+
+
+def _is_made(output: Path, plan: str) -> bool:
+    """Whether the output has the plan's data, and nothing is left to do."""
+    return not partial_folder(output).exists() and is_data_folder(output) and Manifest.parse(output).plan == plan
 
 
 def _plan_fingerprint(
@@ -267,6 +282,7 @@ class _Sharding:
             },
             inputs=input_infos(total_accounts(self.states, (result.accounts for result in in_order)), self.sources),
             splits={split: tuple(s for r in in_order for s in r.shards[split]) for split in SPLITS},
+            plan=job.folder.name,
         )
         try:
             _check_train_split(manifest, options)

@@ -95,12 +95,13 @@ class InputInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of `manifest.json`."""
+    """The contents of `manifest.json`; `plan` is the fingerprint of the work that made the data, empty for imports."""
 
     tokenizer: TokenizerInfo
     options: dict[str, Any]
     inputs: tuple[InputInfo, ...]
     splits: dict[str, tuple[ShardInfo, ...]]
+    plan: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -192,6 +193,7 @@ class Manifest:
                 options=content["options"],
                 inputs=tuple(map(InputInfo.from_json, content["inputs"])),
                 splits={split: tuple(map(ShardInfo.from_json, shards)) for split, shards in content["splits"].items()},
+                plan=str(content.get("plan", "")),
             )
         except UserError:
             raise

@@ -26,7 +26,7 @@ import xxhash
 from ds_roberta.data.manifest import TOKENIZER_FOLDER, Manifest, ShardInfo
 from ds_roberta.data.sentences import InCharacter, bounds_of_sentences, nowhere
 from ds_roberta.data.tokenizer import ids_inside_characters, token_type
-from ds_roberta.errors import UserError
+from ds_roberta.errors import LocalError, UserError
 from ds_roberta.files import atomic_path
 
 CHUNK_BYTES = 1 << 20
@@ -145,9 +145,9 @@ class Split:
             raise self._damaged(shard, error) from error
         return columns
 
-    def _damaged(self, shard: int, what: object) -> UserError:
+    def _damaged(self, shard: int, what: object) -> LocalError:
         path = str(self.folder / self.shards[shard].file)
-        return UserError(f"cannot read the shard {path!r}: {what}; see what else is damaged with 'preprocess verify'")
+        return LocalError(f"cannot read the shard {path!r}: {what}; see what else is damaged with 'preprocess verify'")
 
     def values(self, shard: int) -> np.ndarray:
         """All token ids of a shard, one document after the other: (tokens,) uint16 or uint32, a view of the file.

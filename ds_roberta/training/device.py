@@ -7,14 +7,16 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import PATIENCE, Ranks, keep_freed_memory
+from ds_roberta.distributed import Ranks, keep_freed_memory
+from ds_roberta.errors import UserError
 from ds_roberta.model.kernels import set_gpu_arithmetic
-from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, check_world_size, meet, set_ranks
+from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, VARIABLES, check_world_size, meet, port_of_mpi, set_ranks
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
@@ -31,7 +33,8 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
         rendezvous_timeout: seconds to wait for the others.
 
     Raises:
-        UserError: not all joined in time, or the launcher started more processes than are in this run.
+        UserError: not all joined in time, the launcher started more processes than are in this run, or a host has
+            fewer GPUs than processes.
     """
     set_ranks()
     meet(rendezvous_timeout)
@@ -39,19 +42,35 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # gloo is enough on a CPU; DeepSpeed would first compile a shared-memory operator for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    options: dict[str, Any] = (
+        {} if all(name in os.environ for name in VARIABLES) else {"distributed_port": port_of_mpi()}
+    )
+    limit = timedelta(seconds=rendezvous_timeout)
     # On a CPU the control messages travel in the same group; on a GPU theirs is another one.
-    deepspeed.init_distributed(verbose=False, **({} if on_gpu() else {"timeout": PATIENCE}))
+    deepspeed.init_distributed(verbose=False, **options, **({} if on_gpu() else {"timeout": limit}))
     check_world_size(torch.distributed.get_world_size())
     set_gpu_arithmetic()
     if on_gpu():
+        ranks = Ranks.current(limit)
         # deepspeed.initialize does so too, but what is allocated or measured before it would be on the first GPU.
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-        return Ranks.current()
+        ranks.together(lambda: take_gpu(ranks.local_rank))
+        return ranks
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         local_processes = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_processes))
-    return Ranks.current()
+    return Ranks.current(limit)
+
+
+def take_gpu(local_rank: int) -> None:
+    """Make the GPU of this number this process's. Raises `UserError` if the host has none."""
+    count = get_accelerator().device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank} (LOCAL_RANK) finds {count} GPUs, of which it takes the one of its number: start as "
+            "many processes on a host as it has GPUs, and let each see all of them (srun --gpu-bind=none)"
+        )
+    get_accelerator().set_device(local_rank)
 
 
 def make_deterministic() -> None:

@@ -21,10 +21,12 @@ for found in distributions(): print(found.name, found.version, sep='==')" | grep
     } >>"$1/environment.txt" 2>&1
 }
 
-# run_step SRUN...: run a step to its end, and end the job with its exit code. When SLURM announces the end of the job's
-# time or its preemption (USR1 or TERM), the ranks get USR1, save, and exit with 85: the job is then queued again.
+# run_step FOLDER SRUN...: run a step to its end, and end the job with its exit code. When SLURM announces the end of
+# the job's time or its preemption (USR1 or TERM), the ranks get USR1, save, and exit with 85: the job is then queued
+# again. The folder is the job's own, for its logs.
 run_step() {
-    local step='' code interrupted signalled=
+    local step='' code interrupted signalled='' early="$1/ended_before_training"
+    shift
     trap stop_step USR1 TERM # a TERM would end srun at once
     "$@" &
     step=$!
@@ -37,9 +39,18 @@ run_step() {
     done
     trap '' USR1 TERM
     # 138: ranks that had not begun to train died of the USR1 itself.
-    if [[ $code -eq $STOPPED || ($signalled && $code -eq 138) ]]; then
+    if [[ $signalled && $code -eq 138 ]]; then
+        echo "${SLURM_RESTART_COUNT:-0}" >>"$early"
+        if (($(wc -l <"$early") >= 3)); then
+            echo "three starts in a row ended before the training began: not queued again; give it more --time"
+            exit "$code"
+        fi
+        code=$STOPPED
+    else
+        rm -f "$early"
+    fi
+    if [[ $code -eq $STOPPED ]]; then
         requeue
-        exit "$STOPPED"
     fi
     exit "$code"
 }

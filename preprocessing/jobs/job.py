@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.files import check_replaceable, partial_folder, put_in_place, sync_directory, sync_file, write_json
-from ds_roberta.lease import Lease, Task, held_lease
+from ds_roberta.lease import Lease, Task, held_lease, leases_folder, refuse_others
 
 FIRST_PHASE = "tokenizer"
 """Name of the phase that makes `data`."""
@@ -110,6 +110,7 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
     root = partial_folder(output)
     try:
         with held_lease(root / "leases", plan, task, output) as lease:
+            refuse_others(leases_folder(output), output)
             check_replaceable(output, is_ours, kind)
             for entry in root.iterdir():
                 if entry.name not in ("leases", "finishing", plan):

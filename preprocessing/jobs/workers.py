@@ -89,6 +89,16 @@ def is_mpi(environment: Mapping[str, str] = os.environ) -> bool:
     return "PMIX_RANK" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
+def refuse_strangers(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `UserError` if srun started several tasks that do not know of each other, and would each do all work."""
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and not is_mpi(environment):
+        raise UserError(
+            f"srun started {tasks} tasks that do not know of each other: give srun --mpi=pmix, start one task (-n 1), "
+            f"or give each its share with --task I/{tasks}"
+        )
+
+
 @contextmanager
 def mpi_workers() -> Iterator[Workers | None]:
     """Yield the other ranks as workers in rank 0; in the other ranks, yield None once all work is done.

@@ -25,7 +25,8 @@ from ds_roberta.inputs.streams import TABLES, known_format
 from preprocessing.reading.accounts import kept_or_rejected
 from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
-from preprocessing.tokens.encoders import HUGGINGFACE, make_encoder
+from preprocessing.tokens.bpe import corpus_tokenizer
+from preprocessing.tokens.encoders import HUGGINGFACE, beyond_plain, make_encoder
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 OFFSETS_HELP = "show each document's own bytes (in tables: row) in its input, which is read again"
@@ -134,7 +135,7 @@ class Origins:
         self._sources = {info.path: info.source for info in corpus.manifest.inputs}
         self._documents, self._decoder = documents, decoder
         self._encoder = None
-        if decoder.of_unigram:
+        if beyond_plain(corpus_tokenizer(corpus.folder / TOKENIZER_FOLDER).content) is not None:
             self._encoder, _ = make_encoder(HUGGINGFACE, corpus.folder / TOKENIZER_FOLDER, corpus.manifest.tokenizer)
         self._spans = lru_cache(maxsize=_PARTS_KEPT)(self._read)
 
@@ -172,7 +173,7 @@ class Origins:
                 yield self._as_stored(sentence_bytes(kept.text, self._options.sentences)), (item.offset, end)
 
     def _as_stored(self, sentences: bytes) -> bytes:
-        """The text that the ids of a document stand for; only a Unigram changes it."""
+        """The text that the ids of a document stand for; only a plain byte-level BPE never changes it."""
         if self._encoder is None:
             return sentences.replace(b"\r", b"")
         encoded = self._encoder.encode([sentences])

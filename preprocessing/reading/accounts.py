@@ -22,7 +22,7 @@ from typing import Any
 
 from ds_roberta.data.manifest import InputInfo
 from ds_roberta.errors import UserError
-from ds_roberta.files import file_checksum
+from ds_roberta.files import file_checksum, json_fingerprint
 from ds_roberta.inputs.pieces import Damage, Piece, Reject
 from ds_roberta.inputs.places import DAMAGE_REMEDIES as DAMAGE_REMEDIES_OF_FILES
 from ds_roberta.inputs.places import REMEDIES, counted_in, located
@@ -155,11 +155,13 @@ def _rejected_by(name: str, document: Document, path: str) -> str | None:
 
 
 def filter_checksum(name: str | None) -> str | None:
-    """Checksum of the file with the user's filter, so that a job notices when the function may have changed."""
+    """Checksum of the files with the user's filter, so that a job notices when the function may have changed: the one
+    that is named, and the one that it was imported from."""
     if name is None:
         return None
-    file = sys.modules[load_filter(name).__module__].__file__
-    return None if file is None else file_checksum(Path(file))
+    modules = {name.partition(":")[0], getattr(load_filter(name), "__module__", None)}
+    files = {getattr(sys.modules.get(module or ""), "__file__", None) for module in modules}
+    return json_fingerprint(sorted(file_checksum(Path(file)) for file in files if file is not None))
 
 
 @lru_cache

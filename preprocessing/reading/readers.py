@@ -141,7 +141,7 @@ def _json_document(row: Row, options: ReadOptions) -> Document | Reject:
 def _csv_document(row: Row, options: ReadOptions) -> Document | Reject:
     values, offset = row.values, row.offset
     if options.text_column not in values:
-        detail = f"column {options.text_column!r} is missing (the header has {', '.join(values)})"
+        detail = f"column {options.text_column!r} is missing (the header has {', '.join(map(repr, values))})"
         return Reject("missing_column", offset, detail)
     document = Document(
         values[options.text_column], offset, _name(values, options.id_column), _name(values, options.source_column)

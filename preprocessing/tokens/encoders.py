@@ -65,7 +65,7 @@ def choose_backend(requested: str, folder: Path) -> tuple[str, str]:
         if requested == GIGATOKEN:
             raise UserError(f"--tokenizer_backend gigatoken: gigatoken is not installed; install it with {_INSTALL}")
         return HUGGINGFACE, f"{HUGGINGFACE} (gigatoken is not installed; {_INSTALL} makes this many times faster)"
-    obstacle = _obstacle(corpus_tokenizer(folder).content)
+    obstacle = beyond_plain(corpus_tokenizer(folder).content)
     if obstacle is None:
         return GIGATOKEN, f"{GIGATOKEN} {version('gigatoken')}, compared with tokenizers {version('tokenizers')}"
     if requested == GIGATOKEN:
@@ -111,8 +111,12 @@ class HuggingFaceEncoder:
     def __init__(self, tokenizer: CorpusTokenizer, info: TokenizerInfo):
         # Work is spread over processes: threads in each would only compete with them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._tokenizer = tokenizer.library
-        self._cuts = _obstacle(tokenizer.content) is None
+        splitter = tokenizer.content.get("pre_tokenizer") or {}
+        plain = {**tokenizer.content, "pre_tokenizer": {**splitter, "add_prefix_space": False}}
+        self._cuts = beyond_plain(plain) is None
+        # The library would put one before every sentence, also where the text has none.
+        self._puts_space_first = self._cuts and bool(splitter.get("add_prefix_space"))
+        self._tokenizer = (CorpusTokenizer(plain) if self._puts_space_first else tokenizer).library
         self._info = info
         self._dtype = token_type(info.vocab_size)
         self._known: dict[str, bytes] = {}
@@ -131,7 +135,8 @@ class HuggingFaceEncoder:
         return close_documents(*self.encode_lines(lines), sentence_counts, self._info)
 
     def _text(self, document: bytes) -> bytes:
-        return tokenizer_lines(document)
+        text = tokenizer_lines(document)
+        return b" " + text if self._puts_space_first and not text.startswith(b" ") else text
 
     def encode_lines(self, lines: Sequence[str], known: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all lines, (tokens,), and how many each line has, (lines,) int64; no line holds a newline.
@@ -350,8 +355,8 @@ class _KnownCharacters:
         return bool(verdicts.min() > 0)
 
 
-def _obstacle(content: dict[str, Any]) -> str | None:
-    """Return what a tokenizer has beyond plain byte-level BPE, the only kind for which the backends were compared."""
+def beyond_plain(content: dict[str, Any]) -> str | None:
+    """What a tokenizer has beyond plain byte-level BPE, the only kind for which the backends were compared."""
     model, splitter = content["model"], content.get("pre_tokenizer") or {}
     if unigram.is_unigram(content):
         return "a Unigram model"

@@ -55,6 +55,33 @@ def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+PRETRAINS = """
+import sys
+from ds_roberta.command_line import run_command
+from ds_roberta.distributed import leave
+from ds_roberta.errors import LocalError, UserError
+from ds_roberta.training.device import init_distributed
+ranks = init_distributed(60)
+def body():
+    if sys.argv[1] == "shared":
+        raise UserError("all met it")
+    if ranks.rank == 1:
+        raise LocalError("one met it")
+    ranks.barrier()
+run_command(body, leave)
+"""
+
+
+@pytest.mark.parametrize("error", ["shared", "local"])
+def test_an_error_ends_all_ranks_and_is_said_once(mpirun, tmp_path, error):
+    pytest.importorskip("deepspeed")
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+    command = [*mpirun, "-n", "2", sys.executable, "-c", PRETRAINS, error]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == done.stderr.count("all met it" if error == "shared" else "one met it") == 1
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 60
     while not condition():

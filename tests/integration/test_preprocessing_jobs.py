@@ -22,7 +22,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.lease import Holder, JobStopped, Lease, LeaseHeld, held_lease, is_alive
 from preprocessing import sharding
 from preprocessing.jobs.job import Job
-from preprocessing.jobs.workers import is_mpi, local_workers, slurm_task
+from preprocessing.jobs.workers import is_mpi, local_workers, refuse_strangers, slurm_task
 from preprocessing.sharding import run_job
 from preprocessing.units import ShardOptions
 
@@ -283,9 +283,12 @@ def test_tasks_share_a_job_and_the_last_moves_the_output_into_place(files, token
         for task in order:
             assert not (tmp_path / "out").exists() or task >= 7
             results.append(run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(task, count)))
-    assert sum(result is not None for result in results) == 1
+        assert sum(result is not None for result in results) == 1
+        assert folder_hash(tmp_path / "out") == expected
+        for task in order:  # as of an array that is submitted again
+            assert run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(task, count)) is None
+            assert names(tmp_path) == ["out"]
     assert folder_hash(tmp_path / "out") == expected
-    assert names(tmp_path) == ["out"]
 
 
 def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected, tmp_path):
@@ -331,3 +334,6 @@ def test_ranks_are_distinguished_from_single_processes():
     assert is_mpi({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "4"})
     for environment in ({}, {"PMI_SIZE": "1"}, {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_NTASKS": "4"}):
         assert not is_mpi(environment)
+        refuse_strangers(environment)
+    with pytest.raises(UserError, match=r"srun started 4 tasks that do not know of each other: .* --task I/4"):
+        refuse_strangers({"SLURM_STEP_NUM_TASKS": "4"})

@@ -136,7 +136,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, workspace):
     script = f"""#!/bin/bash
 #SBATCH --requeue --open-mode=append --output=cancelled.out
 source {REPOSITORY}/launch/slurm/common.sh
-run_step srun bash -c 'trap "touch saved; exit 85" USR1 TERM; echo started; while true; do sleep 0.1; done'
+run_step . srun bash -c 'trap "touch saved; exit 85" USR1 TERM; echo started; while true; do sleep 0.1; done'
 """
     (workspace / "cancelled.sbatch").write_text(script)
     number = submit(cluster, workspace, "cancelled")

@@ -27,8 +27,9 @@ def start(tmp_path):
         (tmp_path / name).chmod(0o755)
 
     def start(step, state="RUNNING", before=":"):
+        job = f"source {shlex.quote(str(COMMON))}; {before}; run_step . srun bash -c {shlex.quote(step)}"
         return subprocess.Popen(
-            ["bash", "-c", f"source {shlex.quote(str(COMMON))}; {before}; run_step srun bash -c {shlex.quote(step)}"],
+            ["bash", "-c", job],
             env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "STATE": state},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -38,6 +39,13 @@ def start(tmp_path):
         )
 
     return start
+
+
+def wait_for(file):
+    deadline = time.monotonic() + 20
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def end(process):
@@ -71,13 +79,23 @@ def test_a_job_that_slurm_ended_itself_is_not_queued_again(start, state):
 @pytest.mark.parametrize("step", ["trap 'sleep 0.2; exit 85' USR1; {}", "{}"])  # ranks that handle it, or do not yet
 def test_a_signal_reaches_the_step_as_usr1_and_the_job_waits_for_its_end(start, tmp_path, number, step):
     process = start(step.format("touch began; while true; do sleep 0.05; done"))
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "began").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(tmp_path / "began")
     process.send_signal(number)
     code, output = end(process)
     assert (code, output.splitlines()[-1]) == (85, "scontrol requeue 7")
+
+
+def test_a_job_that_never_gets_to_train_is_queued_again_twice(start, tmp_path):
+    for _ in range(3):
+        (tmp_path / "began").unlink(missing_ok=True)
+        process = start("touch began; while true; do sleep 0.05; done")
+        wait_for(tmp_path / "began")
+        process.send_signal(signal.SIGUSR1)
+        code, output = end(process)
+    assert code == 138
+    assert output.splitlines()[-1].startswith("three starts in a row ended before the training began")
+    assert end(start("exit 85"))[0] == 85
+    assert not (tmp_path / "ended_before_training").exists()
 
 
 def test_a_signal_that_comes_before_the_steps_process_id_is_known_is_not_lost(start):
@@ -125,7 +143,7 @@ def test_a_written_file_has_the_values_and_the_command_as_given(monkeypatch, tmp
         assert f"#SBATCH {line}" in lines
     assert "#SBATCH --signal=B:USR1@120" in lines
     assert not any("--partition" in line or "--mem" in line for line in lines)  # not given: the site's
-    assert "run_step srun --ntasks-per-node=8 " in text
+    assert 'run_step "$logs" srun --ntasks-per-node=8 ' in text
     assert lines[-1].endswith("pretrain.py\" --deepspeed_config zero1.json --data_dir 'my $data'")
     assert f"--chdir={tmp_path}" in text
     assert (tmp_path / "logs").is_dir()

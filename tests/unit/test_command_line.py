@@ -21,7 +21,7 @@ from ds_roberta.command_line import (
     run_command,
     several,
 )
-from ds_roberta.errors import DiskError, UserError
+from ds_roberta.errors import DiskError, LocalError, UserError
 from ds_roberta.finetuning import finetune as finetune_module
 from ds_roberta.finetuning.finetune import SWEEP, FinetuneConfig
 from ds_roberta.finetuning.one_run import Setting, for_width
@@ -91,15 +91,16 @@ def test_the_first_process_of_a_host_alone_reports(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: wrong\n"
 
 
-def test_what_the_disk_refuses_one_process_it_reports_itself(capsys, monkeypatch):
+def test_what_only_one_process_meets_it_reports_itself(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run(fail_with(OSError(errno.EROFS, "", "/data/a"))) == 2
     assert capsys.readouterr().err == (
         "error: a file or standard output was refused (Read-only file system: /data/a): fix this, then run the same "
         "command again\n"
     )
-    assert run(fail_with(DiskError("cannot write 'a'"))) == 2
-    assert capsys.readouterr().err == "error: cannot write 'a'\n"
+    for error in (DiskError("cannot write 'a'"), LocalError("cannot read 'a'")):
+        assert run(fail_with(error)) == 2
+        assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_output_that_is_refused_is_one_line_and_exit_code_2(capsys, monkeypatch):

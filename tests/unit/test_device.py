@@ -1,5 +1,6 @@
 """Where a process computes, and in which precision, on machines that have GPUs."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -9,15 +10,21 @@ import torch.distributed as dist
 pytest.importorskip("deepspeed")
 
 from ds_roberta.distributed import PATIENCE
+from ds_roberta.errors import UserError
+from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training import device
-from ds_roberta.training.device import device_precisions, init_distributed
+from ds_roberta.training.device import device_precisions, init_distributed, take_gpu
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """An accelerator as DeepSpeed sees a CUDA device; `taken` are the devices that the process was set to."""
     accelerator = SimpleNamespace(
-        taken=[], device_name=lambda: "cuda", is_bf16_supported=lambda: True, is_fp16_supported=lambda: True
+        taken=[],
+        device_name=lambda: "cuda",
+        device_count=lambda: 4,
+        is_bf16_supported=lambda: True,
+        is_fp16_supported=lambda: True,
     )
     accelerator.set_device = accelerator.taken.append
     monkeypatch.setattr(device, "get_accelerator", lambda: accelerator)
@@ -41,9 +48,15 @@ def test_a_process_takes_its_own_gpu_before_anything_is_put_there(gpu, monkeypat
     try:
         assert init_distributed().local_rank == 3
         assert gpu.taken == [3]
-        assert groups == [{"backend": "gloo", "timeout": PATIENCE}]
+        assert groups == [{"backend": "gloo", "timeout": timedelta(seconds=RENDEZVOUS_TIMEOUT)}]
     finally:
         dist.destroy_process_group()
+
+
+def test_a_process_without_a_gpu_of_its_own_is_named(gpu):
+    with pytest.raises(UserError, match=r"process 4 \(LOCAL_RANK\) finds 4 GPUs.*--gpu-bind=none"):
+        take_gpu(4)
+    assert not gpu.taken
 
 
 def test_processes_on_a_cpu_wait_long_for_what_one_does_for_all(monkeypatch, tmp_path):
@@ -53,14 +66,17 @@ def test_processes_on_a_cpu_wait_long_for_what_one_does_for_all(monkeypatch, tmp
         given.update(options)
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
 
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name, value in (("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(device, "meet", lambda timeout: None)
     monkeypatch.setattr(device.deepspeed, "init_distributed", join)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     try:
-        init_distributed()
-        assert given["timeout"] == PATIENCE
+        init_distributed(7)
+        assert given["timeout"] == timedelta(seconds=7)  # but not for the others to come
+        assert dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout == PATIENCE
     finally:
         dist.destroy_process_group()
 

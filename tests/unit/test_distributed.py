@@ -3,18 +3,21 @@ import errno
 import logging
 import multiprocessing
 import sys
+from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from ds_roberta.distributed import Ranks, leave, set_up_logging
+from ds_roberta.distributed import PATIENCE, Ranks, leave, set_up_logging
 from ds_roberta.errors import UserError
 
 
 def test_one_process_agrees_with_itself(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        ranks = Ranks.current()
+        ranks = Ranks.current(timedelta(seconds=9))
+        assert dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout == PATIENCE
         assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
         assert ranks.sum(1, 2.5) == [1.0, 2.5]
         assert ranks.min(2**53 - 1) == 2**53 - 1

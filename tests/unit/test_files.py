@@ -100,6 +100,15 @@ def test_a_folder_of_another_kind_is_refused_and_stays(tmp_path):
     assert names(tmp_path / "a") == ["theirs"]
 
 
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "a")
+    with (
+        pytest.raises(UserError, match="a mount point, which cannot be replaced: choose a folder in it"),
+        replaced_folder(tmp_path / "a", is_ours, "one of ours"),
+    ):
+        pytest.fail("it cannot be replaced")
+
+
 def test_a_directory_takes_the_place_of_the_old_one_whole(tmp_path):
     target = tmp_path / "a/b"
     for content in ("first", "second"):

@@ -10,6 +10,7 @@ from preprocessing.reading import accounts
 from preprocessing.reading.accounts import (
     Account,
     BadDocuments,
+    filter_checksum,
     input_infos,
     kept_documents,
     load_filter,
@@ -76,6 +77,17 @@ def test_a_filter_sees_text_id_and_source_and_gives_the_reason(tmp_path, with_fi
     assert [(d.text, d.id, d.source) for d in found] == [("x", "a", "web"), ("y", None, "named")]
     assert account.counts == {"kept": 2, "filter": 2, "filter:too dull": 1}
     assert account.bad == 0
+
+
+def test_a_changed_file_of_a_filter_is_noticed_however_the_filter_was_made(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "filter_of_a_part.py"
+    text = "import functools\ndef longer(least, text, _): return len(text) > least\nkeep = functools.partial(longer, 3)"
+    file.write_text(text)
+    before = filter_checksum("filter_of_a_part:keep")
+    file.write_text(text.replace("3", "4"))
+    assert filter_checksum("filter_of_a_part:keep") != before
+    assert filter_checksum("operator:eq")
 
 
 def test_a_filter_that_fails_or_returns_nothing_ends_the_job_with_its_name(tmp_path, with_filter):

@@ -134,7 +134,7 @@ def test_tasks_and_slurm_arrays_share_the_work(folder, capsys, monkeypatch):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert run(line) == 0
     output = capsys.readouterr().out
-    assert "task 2 of 2 (from the SLURM array)" in output
+    assert "task 2 of 2 (from the SLURM array; --task 1/1 makes a whole output in each of its tasks)" in output
     assert "there are only 1 units for 2 tasks" in output
     assert not (folder / "data").exists()
     assert run(f"{line} --task 1/1") == 0

@@ -270,6 +270,19 @@ def test_gigatoken_that_is_not_installed(folder, info, monkeypatch):
     assert "not installed" in line
 
 
+def test_a_space_before_a_text_is_put_there_once(folder, reference, tmp_path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    changed = {**content, "pre_tokenizer": {**content["pre_tokenizer"], "add_prefix_space": True}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    encoder = make_encoder(HUGGINGFACE, tmp_path, TokenizerInfo.read(folder))[0]
+    spaced = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("Hello world", "a  b", "\thello"):
+        expected = spaced.encode(text, add_special_tokens=False).ids
+        assert encoder.encode([text.encode()]).ids[:-1].tolist() == expected
+    for document in (b"Hello world\rhello", "one line\nand\r世界\r中文".encode()):
+        assert equal(encoder.encode([document]), reference.encode([b" " + document]))
+
+
 @pytest.mark.parametrize(
     ("changes", "obstacle"),
     [

@@ -7,10 +7,13 @@ import struct
 import numpy as np
 import pytest
 
-from ds_roberta.data.manifest import Manifest
+from ds_roberta.data.manifest import Manifest, is_data_folder
 from ds_roberta.data.shards import Corpus, write_shard
 from ds_roberta.errors import UserError
+from ds_roberta.files import partial_folder
+from ds_roberta.lease import LeaseHeld, held_lease, leases_folder, sole_writer
 from preprocessing.cli import main
+from preprocessing.jobs.job import opened_job
 from preprocessing.prepared import megatron
 from preprocessing.prepared.megatron import IndexedDataset, export_split, import_dataset
 
@@ -212,6 +215,22 @@ def test_nothing_is_overwritten_and_nothing_imported_from_nothing(corpus, tmp_pa
     write(tmp_path / "data/m", [[[10]]])
     with pytest.raises(UserError, match="is inside the output"):
         import_dataset({"train": tmp_path / "data/m"}, tokenizer_folder, tmp_path / "data")
+
+
+def test_an_import_and_a_job_on_the_same_output_exclude_each_other(tmp_path, tokenizer_folder):
+    write(tmp_path / "m", [[[10]]])
+    output = tmp_path / "data"
+    with held_lease(partial_folder(output) / "leases", "plan", None, output):
+        with pytest.raises(LeaseHeld, match="another job is writing"):
+            import_dataset({"train": tmp_path / "m"}, tokenizer_folder, output)
+        assert partial_folder(output).is_dir()
+    with (
+        sole_writer(output, leases_folder(output)),
+        pytest.raises(LeaseHeld, match="another job is writing"),
+        opened_job(output, "plan", None, is_data_folder, "data"),
+    ):
+        pytest.fail("it began")
+    import_dataset({"train": tmp_path / "m"}, tokenizer_folder, output)
 
 
 def test_an_index_that_fits_is_opened_by_memory_map(tmp_path):

@@ -85,6 +85,11 @@ def test_the_text_of_a_json_line_comes_from_its_column(tmp_path):
     assert found == ["a\nb\n\nc"]
 
 
+def test_a_csv_header_of_any_bytes_can_be_named(tmp_path):
+    (reject,) = read(tmp_path / "a.csv", "id,naïve\n1,foo\n".encode("latin-1"))
+    assert reject.detail == r"column 'text' is missing (the header has 'id', 'na\udcefve')"
+
+
 def test_a_file_that_became_shorter_is_an_error(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one")

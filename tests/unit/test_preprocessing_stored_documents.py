@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,6 +77,29 @@ def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenize
         assert len(documents.sentences(document)) == sentences
         assert decoder.text(documents.sentences(document)).replace("\n", " ") == text.replace("\n", " ")
         assert text_at(tmp_path / "a.jsonl", *origins.span(document)) == text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"normalizer": {"type": "Lowercase"}},
+    ],
+)
+def test_documents_that_their_tokenizer_changed_are_found(tmp_path, tokenizer_folder, changes):
+    shutil.copytree(tokenizer_folder, tmp_path / "tok")
+    content = json.loads((tmp_path / "tok/tokenizer.json").read_text())
+    (tmp_path / "tok/tokenizer.json").write_text(json.dumps({**content, **changes}))
+    texts = ["Ka to. Mi ren", "Sul", "minka Karen"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    command = f"shard --input {tmp_path}/a.jsonl --tokenizer {tmp_path}/tok --output {tmp_path}/data"
+    with pytest.raises(SystemExit, match="0"):
+        main(f"{command} --workers 1 --validation_fraction 0 --sentences rules".split())
+    corpus = Corpus.open(tmp_path / "data")
+    documents = StoredDocuments(corpus, "train")
+    origins = Origins(corpus, documents, Decoder(corpus))
+    for number, text in enumerate(texts):
+        assert text_at(tmp_path / "a.jsonl", *origins.span(documents.document(number))) == text
 
 
 def test_a_filter_knows_the_sources_that_arguments_name(tmp_path, tokenizer_folder, monkeypatch, capsys):

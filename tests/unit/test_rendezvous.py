@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import sys
 import tempfile
 
 import pytest
@@ -25,6 +26,9 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
     [
         ({}, ALONE),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, ALONE),  # srun -n 1
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "0", "PMI_SIZE": "1"}, ALONE),  # srun -n 1 --mpi=pmi2
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "PMIX_RANK": "0"}, ALONE),  # srun -n 1 --mpi=pmix
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "0", "PMI_SIZE": "8"}, {}),  # mpirun's proxy on one node
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, ALONE),  # a job file without srun
         (STEP, MAPPED),
         ({**STEP, "MASTER_ADDR": "ib0-node03", "MASTER_PORT": "7"}, {n: MAPPED[n] for n in list(MAPPED)[:3]}),
@@ -32,7 +36,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
         ({**STEP, "PMIX_RANK": "3"}, MAPPED),  # srun --mpi=pmix
         ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "16"}, {}),  # mpirun, whose own proxies srun started
         ({**STEP, "OMPI_COMM_WORLD_RANK": "3"}, {}),
-        ({**STEP, "RANK": "9"}, {}),  # torchrun, once on each node
+        ({**STEP, **MAPPED, "RANK": "9"}, {}),  # torchrun, once on each node
         ({"PMI_RANK": "1"}, {}),
     ],
 )
@@ -40,6 +44,21 @@ def test_ranks_come_from_the_launcher(environment, added):
     found = dict(environment)
     set_ranks(found)
     assert found == environment | added
+
+
+def test_half_a_launcher_is_named():
+    with pytest.raises(
+        UserError, match="RANK is 1, but LOCAL_RANK, MASTER_PORT are not set: let the launcher set RANK,"
+    ):
+        set_ranks({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node03"})
+
+
+def test_processes_of_mpi_need_mpi4py(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(
+        UserError, match=r"started by MPI, but mpi4py cannot be imported .*pip install 'ds_roberta\[mpi\]'"
+    ):
+        rendezvous.port_of_mpi()
 
 
 def test_tasks_of_srun_without_a_node_list_do_not_train_alone():
@@ -103,7 +122,7 @@ def launch(ports):
 
 def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(tmp_path, monkeypatch):
     """The `deepspeed` launcher gives both runs the same port."""
-    told = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    told = {"LOCAL_RANK": "0", "LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -122,7 +141,7 @@ def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(t
 
 
 def test_a_process_alone_needs_no_port_of_the_launcher(monkeypatch):
-    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     monkeypatch.setattr(rendezvous.os, "environ", told)
     rendezvous.meet(1)
     assert told["MASTER_PORT"] == "0"
