@@ -105,7 +105,7 @@ def run_job(
         return None
     plan = _plan_fingerprint(states, units, tokenizer, options)
     if task is not None and _is_made(output, plan):
-        print(f"nothing to do: these tasks have made {output}")
+        print(f"nothing to do: these tasks have made {output}; remove it to make it again")
         return None
     with (
         errors_of_the_disk(output),
@@ -136,7 +136,10 @@ def run_job(
 
 def _is_made(output: Path, plan: str) -> bool:
     """Whether the output has the plan's data, and nothing is left to do."""
-    return not partial_folder(output).exists() and is_data_folder(output) and Manifest.parse(output).plan == plan
+    try:
+        return not partial_folder(output).exists() and Manifest.parse(output).plan == plan
+    except UserError:  # there is none, or it is damaged: the tasks make it
+        return False
 
 
 def _plan_fingerprint(

@@ -112,7 +112,7 @@ def parse_conll(name: str, text: str, *, labelled: bool = True, names: Collectio
             close()
             continue
         if not words and len(columns) > 1 and columns[0].startswith("#"):
-            is_hashtag = "\t" in written[number - 1] and columns[0][1:].strip() and len(columns) == width
+            is_hashtag = "\t" in written[number - 1] and columns[0][1:2].strip() and len(columns) == width
             is_tagged = columns[-1] in known or ENTITY_TAG.fullmatch(columns[-1])
             if not (is_hashtag or is_tagged) or (columns[0] == "#" and width not in (0, len(columns))):
                 continue

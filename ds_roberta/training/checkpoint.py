@@ -64,7 +64,8 @@ class TrainState:
         plateau: the kind of the last plateau of the held-out loss that was reported.
         learned_positions: the learned positions of the model that the run started from; 0 if it started from scratch.
         eval_sequences: how many held-out sequences the losses are of at most; 0 in an earlier version's checkpoint.
-        resumed_from: the fingerprint of the state that `--resume` named last; None if it never named one.
+        resumed_from: the checkpoint that `--resume` named last, by its path: within the run's folder if it is there,
+            else absolute; None if none was named.
     """
 
     identity: dict[str, Any]
@@ -97,6 +98,14 @@ class TrainState:
             self.best_eval_loss = self.best_step = self.plateau = None
             self.lines, self.recent_evaluations = {}, []
         return of_others
+
+    def begin_at(self, name: str | None, is_own: bool) -> None:
+        """Be the state with which a run begins at a checkpoint, `resumed_from`. One of another folder's is not the best
+        of this one.
+        """
+        self.resumed_from = name
+        if not is_own:
+            self.best_eval_loss = self.best_step = None
 
     def count_step(self, counts: Counts, skipped: bool) -> None:
         """Count an optimizer step on a batch of `counts`."""

@@ -14,7 +14,7 @@ import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.distributed import Ranks, keep_freed_memory
-from ds_roberta.errors import UserError
+from ds_roberta.errors import LocalError
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, VARIABLES, check_world_size, meet, port_of_mpi, set_ranks
 
@@ -37,6 +37,8 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
             fewer GPUs than processes.
     """
     set_ranks()
+    if on_gpu() and "LOCAL_RANK" in os.environ:  # MPI's processes have none yet
+        check_gpu(int(os.environ["LOCAL_RANK"]))
     meet(rendezvous_timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -51,10 +53,9 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     check_world_size(torch.distributed.get_world_size())
     set_gpu_arithmetic()
     if on_gpu():
-        ranks = Ranks.current(limit)
         # deepspeed.initialize does so too, but what is allocated or measured before it would be on the first GPU.
-        ranks.together(lambda: take_gpu(ranks.local_rank))
-        return ranks
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        return Ranks.current(limit)
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         local_processes = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -62,15 +63,14 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     return Ranks.current(limit)
 
 
-def take_gpu(local_rank: int) -> None:
-    """Make the GPU of this number this process's. Raises `UserError` if the host has none."""
+def check_gpu(local_rank: int) -> None:
+    """Raise `LocalError` if the host has no GPU of this number."""
     count = get_accelerator().device_count()
     if local_rank >= count:
-        raise UserError(
+        raise LocalError(
             f"process {local_rank} (LOCAL_RANK) finds {count} GPUs, of which it takes the one of its number: start as "
             "many processes on a host as it has GPUs, and let each see all of them (srun --gpu-bind=none)"
         )
-    get_accelerator().set_device(local_rank)
 
 
 def make_deterministic() -> None:

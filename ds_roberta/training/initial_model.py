@@ -111,7 +111,7 @@ class InitialModel:
                 f"--extend_positions does nothing with --max_seq_length {max_seq_length}, as {where} was trained with "
                 f"{learned} positions: remove it or raise the length"
             )
-        difference = _other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder)
+        difference = self._other_token(corpus)
         if difference and not remap_token_embeddings:
             raise UserError(
                 f"the data in {str(corpus.folder)!r} was made with another tokenizer than {where} ({difference}): "
@@ -125,6 +125,10 @@ class InitialModel:
             config = replace(config, vocab_size=tokenizer.vocab_size, **special)
         longest = max(self.config.max_length, max_seq_length)
         return replace(config, max_position_embeddings=longest + config.pad_token_id + 1)
+
+    def _other_token(self, corpus: Corpus) -> str | None:
+        folders = (corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder)
+        return _other_token(*folders, corpus.manifest.tokenizer.fingerprint)
 
     def has_fixed_positions(self, run: RunConfig) -> bool:
         """Whether its position embeddings are sinusoids, which stay as they are; but extended ones are trained."""
@@ -146,7 +150,7 @@ class InitialModel:
         weights, done = self._weights(), [f"the weights are those in {self.folder}"]
         if (name := first_not_finite(weights.items())) is not None:
             raise UserError(f"{name!r} in {str(self.folder)!r} is not finite: take weights from before it diverged")
-        if _other_token(corpus.folder / TOKENIZER_FOLDER, self.tokenizer_folder):
+        if self._other_token(corpus):
             old = training_tokenizer(self.tokenizer_folder)
             unknown = old.token_to_id(UNKNOWN)
             new = training_tokenizer(corpus.folder / TOKENIZER_FOLDER).get_vocab(with_added_tokens=True)
@@ -215,5 +219,6 @@ def _modules(names: set[str]) -> list[str]:
 
 
 @lru_cache(maxsize=1)  # a budget asks for each number of steps that it tries, and reading a vocabulary takes a second
-def _other_token(data: Path, model: Path) -> str | None:
+def _other_token(data: Path, model: Path, fingerprint: str) -> str | None:
+    """As `other_token`, again when the data's tokenizer is another one."""
     return other_token(data, model)

@@ -176,8 +176,6 @@ def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig
             )
     if config.deterministic and not on_gpu():
         raise UserError("--deterministic does nothing on a CPU, which repeats every run bit for bit: remove it")
-    if config.resume != "auto" and not Path(config.resume).is_dir():
-        raise UserError(f"--resume {config.resume!r} is not a folder: name a checkpoint's folder, or use 'auto'")
     return deepspeed, corpus, config, choose_precision(deepspeed), initial_model
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
-from ds_roberta.files import json_fingerprint
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import finish_exchanges
@@ -49,8 +47,15 @@ def find_start(run: Run) -> Start:
     identity = run_identity(run)
     allowed = [] if run.options.allow_change is None else run.options.allow_change.split(",")
     folder = config.output_dir / checkpoint.CHECKPOINTS_FOLDER
-    in_deepspeeds_layout = None if config.resume == "auto" else deepspeed_checkpoint.find(Path(config.resume))
     ranks.on_main(lambda: finish_exchanges(folder))
+    named = None if config.resume == "auto" else Path(config.resume)
+    begun_at = None if named is None else _name(named, config.output_dir)
+    if begun_at is not None and ranks.on_main(lambda: _beginning(folder)) == begun_at:
+        ranks.log(f"this run has gone on from --resume {named} before: {folder} has newer checkpoints")
+        return find_start(replace(run, config=replace(config, resume="auto")))
+    if named is not None and not named.is_dir():
+        raise UserError(f"--resume {config.resume!r} is not a folder: name a checkpoint's folder, or use 'auto'")
+    in_deepspeeds_layout = None if named is None else deepspeed_checkpoint.find(named)
     path = in_deepspeeds_layout or ranks.on_main(lambda: checkpoint.choose(config.resume, folder))
     if path is None:
         check_identity(folder, identity, identity, allowed)
@@ -65,15 +70,9 @@ def find_start(run: Run) -> Start:
         state = deepspeed_checkpoint.read_state(path, ranks.world_size, run.deepspeed.zero_stage, run.precision)
     else:
         state = checkpoint.read_state(path)
-    if config.resume != "auto":
-        with checkpoint.errors_of_the_state(path):
-            named, is_own = json_fingerprint(asdict(state)), path.resolve().is_relative_to(config.output_dir.resolve())
-        if _has_gone_on(ranks, folder, state, named, is_own):
-            ranks.log(f"this run has gone on from --resume {config.resume} before: {folder} has newer checkpoints")
-            return find_start(replace(run, config=replace(config, resume="auto")))
-        state.resumed_from = named
-        if not is_own and state.best_step != state.global_step:
-            state.best_eval_loss = state.best_step = None  # that checkpoint is not in this folder
+    if begun_at is not None:
+        ranks.on_main(lambda: _check_none_is_newer(folder, state.global_step))
+        state.begin_at(begun_at, is_own=not Path(begun_at).is_absolute())
     with checkpoint.errors_of_the_state(path):
         state.identity = completed_identity(state.identity)
         changes = check_identity(path, state.identity, identity, allowed)
@@ -89,24 +88,24 @@ def find_start(run: Run) -> Start:
     return Start(state, deepspeed_checkpoint=path) if in_deepspeeds_layout else Start(state, checkpoint=path)
 
 
-def _has_gone_on(ranks: Ranks, folder: Path, state: TrainState, named: str, is_own: bool) -> bool:
-    """Whether a run in this folder has begun at the checkpoint that `--resume` names, and has saved since.
+def _name(named: Path, output_dir: Path) -> str:
+    """A checkpoint's path: within the run's folder if it is there, which may be moved; else absolute."""
+    path, output_dir = named.resolve(), output_dir.resolve()
+    return str(path.relative_to(output_dir) if path.is_relative_to(output_dir) else path)
 
-    Args:
-        state: the checkpoint's.
-        named: its fingerprint.
-        is_own: whether the checkpoint is in the run's own folder.
 
-    Raises:
-        UserError: the folder has newer checkpoints of which it is not known.
-    """
-    saved = [step for step in checkpoint.saved_steps(folder) if step >= state.global_step + is_own]
-    if not saved:
-        return False
-    newest = ranks.on_main(lambda: checkpoint.choose("auto", folder))
-    if newest is not None and checkpoint.read_state(newest).resumed_from == named:
-        return True
-    raise UserError(
-        f"{str(folder)!r} has checkpoints that did not begin at the one that --resume names, {saved[0]} the last step "
-        "of them: move them away, choose another --output_dir, or continue from the newest with --resume auto"
-    )
+def _beginning(folder: Path) -> str | None:
+    """Where the run of the newest checkpoint was begun by `--resume`."""
+    newest = checkpoint.choose("auto", folder)
+    return None if newest is None else checkpoint.read_state(newest).resumed_from
+
+
+def _check_none_is_newer(folder: Path, global_step: int) -> None:
+    """Raise `UserError` if a folder has newer checkpoints than the one that `--resume` names, of another beginning."""
+    newer = [step for step in checkpoint.saved_steps(folder) if step > global_step]
+    if newer:
+        raise UserError(
+            f"{str(folder)!r} has checkpoints, the last of step {newer[0]}, that did not begin at the one of step "
+            f"{global_step} that --resume names: move them away, choose another --output_dir, or continue from the "
+            "newest with --resume auto"
+        )

@@ -289,6 +289,7 @@ class Trainer:
         spiked, skipped = self.state, self._skipped
         self.state = checkpoint.load(self.engine, path)
         self.state.identity = completed_identity(self.state.identity)
+        self.state.begin_at(spiked.resumed_from, is_own=not is_others)
         self.state.continue_as(spiked.identity, spiked.eval_sequences)
         self.state.lines = spiked.lines
         step = self.state.global_step

@@ -107,11 +107,13 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
     Raises:
         UserError: another job is alive, or the output must not be replaced.
     """
-    root = partial_folder(output)
+    root, is_open = partial_folder(output), False
+    refuse_others(leases_folder(output), output)
     try:
         with held_lease(root / "leases", plan, task, output) as lease:
             refuse_others(leases_folder(output), output)
             check_replaceable(output, is_ours, kind)
+            is_open = True
             for entry in root.iterdir():
                 if entry.name not in ("leases", "finishing", plan):
                     shutil.rmtree(entry)
@@ -120,8 +122,13 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
                 shutil.rmtree(job.folder / "scratch", ignore_errors=True)
             yield job
     finally:
-        if not any((root / "leases").glob("*.json")) and not any((root / plan / UNITS).glob("*.json")):
+        is_left = not any((root / "leases").glob("*.json")) and not any((root / plan / UNITS).glob("*.json"))
+        if is_left and is_open:
             shutil.rmtree(root, ignore_errors=True)
+        elif not is_open:  # what else is there belongs to another job
+            with suppress(OSError):
+                (root / "leases").rmdir()
+                root.rmdir()
 
 
 def publish(job: Job, output: Path) -> None:

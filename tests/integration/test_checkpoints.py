@@ -45,9 +45,10 @@ def test_a_run_goes_on_from_an_older_checkpoint_of_its_own_as_often_as_it_is_sto
     shutil.copytree(saved, output)
     arguments = (*SETTINGS, "--max_steps", "4", "--output_dir", output)
     older = ("--resume", output / "checkpoints/global_step2")
-    assert "4 the last step of them: move them away" in pretrain(workspace, *arguments, *older, code=2)
+    assert "the last of step 4, that did not begin" in pretrain(workspace, *arguments, *older, code=2)
     shutil.rmtree(output / "checkpoints/global_step4")
     assert "step 2 of 4" in pretrain(workspace, *arguments, *older)
+    shutil.rmtree(output / "checkpoints/global_step2")  # as --keep_last does after some saves
     again = pretrain(workspace, *arguments, *older)
     assert "this run has gone on from --resume" in again
     assert "step 4 of 4" in again

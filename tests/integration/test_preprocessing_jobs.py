@@ -288,7 +288,9 @@ def test_tasks_share_a_job_and_the_last_moves_the_output_into_place(files, token
         for task in order:  # as of an array that is submitted again
             assert run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(task, count)) is None
             assert names(tmp_path) == ["out"]
-    assert folder_hash(tmp_path / "out") == expected
+        (tmp_path / "out/manifest.json").write_text("{}")
+        with pytest.raises(UserError, match="not empty and not a folder of prepared data"):
+            run_job(files, tokenizer, tmp_path / "out", OPTIONS, workers, task=(0, count))
 
 
 def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected, tmp_path):

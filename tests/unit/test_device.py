@@ -10,10 +10,10 @@ import torch.distributed as dist
 pytest.importorskip("deepspeed")
 
 from ds_roberta.distributed import PATIENCE
-from ds_roberta.errors import UserError
+from ds_roberta.errors import LocalError
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT
 from ds_roberta.training import device
-from ds_roberta.training.device import device_precisions, init_distributed, take_gpu
+from ds_roberta.training.device import device_precisions, init_distributed
 
 
 @pytest.fixture
@@ -53,9 +53,11 @@ def test_a_process_takes_its_own_gpu_before_anything_is_put_there(gpu, monkeypat
         dist.destroy_process_group()
 
 
-def test_a_process_without_a_gpu_of_its_own_is_named(gpu):
-    with pytest.raises(UserError, match=r"process 4 \(LOCAL_RANK\) finds 4 GPUs.*--gpu-bind=none"):
-        take_gpu(4)
+def test_a_process_without_a_gpu_of_its_own_is_named_before_it_meets_others(gpu, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "4")
+    with pytest.raises(LocalError, match=r"process 4 \(LOCAL_RANK\) finds 4 GPUs.*--gpu-bind=none"):
+        init_distributed()
     assert not gpu.taken
 
 

@@ -70,6 +70,9 @@ def test_names_that_only_the_checkpoint_has_are_allowed_too():
     current = {"masking": {"unit": "token"}, "source_weights": None}
     allowed = ["masking.unit", "source_weights.wiki"]
     assert len(check_identity(RUN, saved, current, allowed)) == len(check_identity(RUN, current, saved, allowed)) == 3
+    assert (
+        check_identity(RUN, current, current, ["masking.words", "source_weights.wiki"]) == []
+    )  # the same command again
     with pytest.raises(UserError, match=r"its masking\.words is 2.*--allow_change masking\.words"):
         check_identity(RUN, saved, {**saved, "masking": {"unit": "whole-word", "words": 3}})
 

@@ -224,12 +224,15 @@ def test_an_import_and_a_job_on_the_same_output_exclude_each_other(tmp_path, tok
         with pytest.raises(LeaseHeld, match="another job is writing"):
             import_dataset({"train": tmp_path / "m"}, tokenizer_folder, output)
         assert partial_folder(output).is_dir()
+    (partial_folder(output) / "leases").rmdir()
+    (partial_folder(output) / "half").touch()
     with (
         sole_writer(output, leases_folder(output)),
         pytest.raises(LeaseHeld, match="another job is writing"),
         opened_job(output, "plan", None, is_data_folder, "data"),
     ):
         pytest.fail("it began")
+    assert [path.name for path in partial_folder(output).iterdir()] == ["half"]
     import_dataset({"train": tmp_path / "m"}, tokenizer_folder, output)
 
 

@@ -96,7 +96,7 @@ def test_a_hashtag_that_begins_a_sentence_is_no_comment():
     for separator in ("\t", " "):
         text = "#fail HT\nis VBZ\n\nthis DT\n#so HT\n\n#win HT\n".replace(" ", separator)
         assert [sentence.words for sentence in parse_conll("x", text)] == [("#fail", "is"), ("this", "#so"), ("#win",)]
-    text = "# text = #win\n# words 2\n#win\tHT\nis\tVBZ\n\n#\tcomment\nthis\tDT\n"
+    text = "# text = #win\n# words 2\n#win\tHT\nis\tVBZ\n\n#\tcomment\n# id\t17\nthis\tDT\n"
     assert [sentence.words for sentence in parse_conll("x", text)] == [("#win", "is"), ("this",)]
 
 

@@ -76,6 +76,8 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         engine = FakeEngine(solo_ranks, dict.fromkeys(spikes, height), interrupted_at)
         path = resume or checkpoint.choose("auto", config.output_dir / checkpoint.CHECKPOINTS_FOLDER)
         state = TrainState(IDENTITY, lines=LINES) if path is None else checkpoint.load(engine, path)
+        if resume:
+            state.begin_at(str(resume), is_own=False)
         trainer = Trainer(
             config,
             1e-3,
@@ -196,6 +198,7 @@ def test_a_run_that_began_elsewhere_is_not_rolled_back_to_what_was_in_its_folder
     assert trainer.train()
     assert f"rolled back to {begun};" in capsys.readouterr().err
     assert trainer.state.skipped_places[0]["global_step"] == 25
+    assert trainer.state.resumed_from == str(begun)
 
 
 def test_a_checkpoint_in_deepspeeds_layout_that_cannot_be_written_leaves_the_portable_one(make, monkeypatch):
