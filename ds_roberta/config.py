@@ -126,7 +126,8 @@ class PackingConfig(Settings):
     """Packing of documents into sequences."""
 
     max_seq_length: int = option(
-        "tokens per sequence (default: 512, nano and tiny 128; less if the model has fewer positions)"
+        "tokens per sequence (default: 512, nano and tiny 128; less if the model has fewer positions; with --init_from "
+        "the length that it was trained with)"
     )
     format: str = option("how documents become sequences", "full-sentences", name="packing", choices=PACKING_FORMATS)
 

@@ -158,7 +158,12 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "--checkpoint", type=Path, metavar="DIR", help="checkpoint of a run that rolled back; it lists what was skipped"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0, as in training)")
-    parser.add_argument("--packing", choices=PACKING_FORMATS, default=PACKING_FORMATS[0], help="packing of the run")
+    parser.add_argument(
+        "--packing",
+        choices=PACKING_FORMATS,
+        default=PACKING_FORMATS[0],
+        help="packing of the run (default: full-sentences)",
+    )
     parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="source weights of the run (default: none)")
     parser.add_argument(
         "--rank", default="0/1", metavar="R/W", help="only the part of process R (0 to W - 1), in its order"

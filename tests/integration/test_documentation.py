@@ -121,7 +121,7 @@ def test_the_readme_shows_the_stages_commands():
 def test_the_readme_is_short_with_its_tree_in_the_first_third():
     text = README.read_text(encoding="utf-8")
     assert len(text.encode()) <= 10_240
-    assert text.index("\n```\n", text.index("## The house")) <= len(text) / 3
+    assert text.index("\n```\n", text.index("## Layout")) <= len(text) / 3
 
 
 def test_the_examples_from_python_run_as_they_stand(tmp_path, monkeypatch):

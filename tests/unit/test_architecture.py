@@ -196,8 +196,8 @@ def test_files_stay_short():
 
 
 def names_in_the_readmes_tree():
-    """Paths of the folders and modules that the tree under "The house" names."""
-    tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## The house")[2].split("```")[1]
+    """Paths of the folders and modules that the tree under "Layout" names."""
+    tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Layout")[2].split("```")[1]
     paths, top = set(), ""
     for line in tree.splitlines()[1:]:
         names, text = re.match(r" *(\S+(?: \S+)*)  ?(.*)", line).groups()
