@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.data.layout import FlatLayout
-from ds_roberta.model.kernels import Dropout, attention, flat_attention
+from ds_roberta.model.kernels import Dropout, Embedding, LayerNorm, attention, flat_attention, table_rows
 
 Padding = torch.Tensor | FlatLayout | None
 """Where padding is: (B, 1, 1, T) bool, false at padding; in a flat layout there is none; None: all rows are full."""
@@ -67,10 +67,10 @@ class RobertaEmbeddings(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, config.pad_token_id)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size, config.pad_token_id)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.first_position = config.pad_token_id + 1
 
@@ -79,7 +79,7 @@ class RobertaEmbeddings(nn.Module):
         length = input_ids.shape[1] if layout is None else layout.longest
         positions_T = torch.arange(self.first_position, self.first_position + length, device=input_ids.device)
         places_TD = self.position_embeddings(positions_T) + self.token_type_embeddings(torch.zeros_like(positions_T))
-        places = places_TD if layout is None else F.embedding(layout.position_ids, places_TD)
+        places = places_TD if layout is None else table_rows(places_TD, layout.position_ids)
         return self.normalise(self.word_embeddings(input_ids), places)
 
     def normalise(self, words: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class ResidualOutput(nn.Module):
     def __init__(self, input_size: int, config: ModelConfig):
         super().__init__()
         self.dense = nn.Linear(input_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, inner: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_roberta.config import ModelConfig
-from ds_roberta.model.kernels import CrossEntropy, cross_entropy_by_rows, linear_cross_entropy
+from ds_roberta.model.kernels import CrossEntropy, LayerNorm, cross_entropy_by_rows, linear_cross_entropy
 
 
 class MaskedLMHead(nn.Module):
@@ -19,7 +19,7 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.cross_entropy: CrossEntropy = cross_entropy_by_rows
 

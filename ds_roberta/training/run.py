@@ -261,7 +261,11 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
         ranks.log(notice)
     fixed = {model.get_parameter(POSITION_EMBEDDINGS)} if _has_fixed_positions(run) else set()
     groups = parameter_groups(model, config.no_decay_bias_and_norm, fixed)
+    exact = run.precision != "fp32" and start.is_fresh
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if exact}
     engine = Engine(model, resolved, ranks, config.seed, groups)
+    for name, weight in weights.items():  # DeepSpeed makes its fp32 weights of those in 16 bits
+        engine.set_tensors(model.get_parameter(name), {"weight": weight})
     micro_batch_sizes = _micro_batch_sizes(run, start, engine)
     peak = device_peak(engine.device, fastest_precision(), ranks)
     if peak.source == MEASURED:

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from commands import pretrain, pretrain_until, run
+from commands import CONFIG, PRETRAIN, launch, pretrain, pretrain_until, run
 
 from ds_roberta.model.weights import POSITION_EMBEDDINGS
 
@@ -43,6 +43,21 @@ def unbroken(workspace: Path, hub: Path) -> Path:
     printed = pretrain(workspace, *CONTINUED, "--output_dir", "runs/longer")
     assert "positions from 48 to 95 begin as copies of the 48 before" in printed
     return workspace / "runs/longer"
+
+
+def test_a_run_in_bf16_begins_with_all_bits_of_the_weights(hub, workspace):
+    content = json.loads(CONFIG.read_text())
+    content["bf16"] = {"enabled": True}
+    content["optimizer"]["params"]["weight_decay"] = 0.0
+    (workspace / "bf16.json").write_text(json.dumps(content))
+    arguments = ("--init_from", hub, "--train_batch_size", "12", "--learning_rate", "1e-30", "--max_steps", "1")
+    command = (PRETRAIN, "--deepspeed_config", "bf16.json", *arguments, "--warmup_steps", "0", "--eval_sequences", "8")
+    assert "precision bf16" in launch(*command, "--output_dir", "runs/bf16", cwd=workspace)
+    given, kept = (
+        safetensors.torch.load_file(path / "model.safetensors") for path in (hub, workspace / "runs/bf16/hf")
+    )
+    for name, weight in kept.items():
+        torch.testing.assert_close(weight, given[name], rtol=0, atol=1e-12)  # one step of nearly no length
 
 
 def test_the_run_has_the_folders_architecture_and_the_new_length(unbroken):

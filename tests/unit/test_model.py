@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -166,6 +167,21 @@ def test_the_loss_of_a_bf16_model_is_summed_in_fp32(config, batch):
     with torch.no_grad():
         assert model.logits(ids, mask, positions).dtype == torch.bfloat16
         assert loss_sum(model, ids, mask, positions, labels).dtype == torch.float32
+
+
+def test_every_gradient_of_a_long_micro_batch_in_bf16_is_nearly_that_in_fp32(config):
+    torch.manual_seed(0)
+    exact = MaskedLM(replace(config, hidden_size=64, num_hidden_layers=1, intermediate_size=64)).eval()
+    rounded = copy.deepcopy(exact).bfloat16()
+    ids = torch.randint(4, VOCABULARY // 50, (64, 128))
+    positions = torch.arange(0, ids.numel(), 4)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for model in (exact, rounded):
+        (loss_sum(model, ids, mask, positions, ids.flatten()[positions]) / len(positions)).backward()
+    for (name, expected), found in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+        if not name.endswith("key.bias"):  # whose gradient is zero
+            error = (found.grad.float() - expected.grad).norm() / expected.grad.norm().clamp(min=1e-12)
+            assert error < 0.03, name
 
 
 def test_dropout_is_on_in_training_alone(batch):

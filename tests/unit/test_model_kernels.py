@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ds_roberta.model.kernels import (
     Dropout,
+    Embedding,
+    LayerNorm,
     attention,
     cross_entropy_by_rows,
     keep_mask,
@@ -15,6 +18,28 @@ from ds_roberta.model.kernels import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", [(8192,), (64, 128)])
+def test_gradients_in_16_bits_are_added_up_exactly(dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(*shape, 64, generator=generator)
+    gradient = 0.1 * torch.randn(*shape, 64, generator=generator) + 0.02
+    ids = torch.randint(5, shape, generator=generator) ** 2
+
+    def gradients(norm, table, dtype):
+        torch.manual_seed(0)
+        module = nn.ModuleList([norm(64), table(20, 64)]).to(dtype)
+        own = values.to(dtype).requires_grad_()
+        (module[0](own) + module[1](ids)).backward(gradient.to(dtype))
+        return [tensor.grad.double() for tensor in (own, *module.parameters())]
+
+    exact = gradients(nn.LayerNorm, nn.Embedding, torch.float64)
+    for mine, expected in zip(gradients(LayerNorm, Embedding, dtype), exact, strict=True):
+        assert (mine - expected).norm() < 0.01 * expected.norm()
+    for mine, expected in zip(gradients(LayerNorm, Embedding, torch.float64), exact, strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.0001])
