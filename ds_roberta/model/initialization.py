@@ -20,7 +20,7 @@ _POSITIONS_RANGE = 2.0
 """Root mean square of the position embeddings, in units of `initializer_range`."""
 _BF16_ROUNDING = 2**-8
 _NEIGHBOURS_SCORE = 16.0
-"""A head's score for its neighbour; those of other tokens are about 0, so that even of 512 it has half and more."""
+"""A head's score for its neighbour; those of other tokens are about 0, so that even of 512 it has nearly all."""
 
 
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:
@@ -64,8 +64,10 @@ def look_at_neighbours(encoder: RobertaModel, initializer_range: float) -> None:
     # The share of positions in the variance of what LayerNorm makes of word, token type and position.
     share = _POSITIONS_RANGE**2 / (_POSITIONS_RANGE**2 + 2)
     scale = (_NEIGHBOURS_SCORE / (share * head_size**0.5)) ** 0.5
+    # Equally spaced frequencies would have a common period: the head would look as much at tokens 64 places away.
+    shuffled_F = torch.from_numpy(np.random.RandomState(0).permutation(len(frequencies_F)))  # the same with any numpy
     for head, offset in zip(range(heads), _OFFSETS, strict=False):
-        own_F = torch.arange(head, len(frequencies_F), heads)[: head_size // 2]
+        own_F = shuffled_F[head::heads][: head_size // 2]
         columns_K = torch.stack([2 * own_F, 2 * own_F + 1], 1).flatten()
         rows = slice(head * head_size, head * head_size + len(columns_K))
         for projection, angle in ((attention.query, offset), (attention.key, 0)):

@@ -38,7 +38,7 @@ def attention(model: MaskedLM, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("hidden_size", "heads", "length", "least"),
-    [(128, 2, 128, 0.95), (256, 4, 512, 0.6), (768, 12, 512, 0.5), (35, 5, 32, 0.2)],
+    [(128, 2, 128, 0.95), (256, 4, 512, 0.9), (768, 12, 512, 0.9), (1024, 16, 512, 0.9), (35, 5, 32, 0.2)],
 )
 def test_the_first_heads_look_at_one_neighbour_each(hidden_size, heads, length, least):
     probabilities = attention(models(hidden_size, heads, length)[1], length)
