@@ -62,13 +62,18 @@ def test_every_document_is_found_where_it_is(prepared):
     assert sorted(found) == sorted([TEXTS[0], *TEXTS[:10], *TEXTS[11:]])
 
 
-def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenizer_folder):
-    texts = ["今天天气很好。你去北京吗？我们走！ 好。", "今日は。\n「はい。」 そう。", "wie 「a。b」。Ja. Nein."]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    command = f"shard --input {tmp_path}/a.jsonl --tokenizer {tokenizer_folder} --output {tmp_path}/data"
+def corpus_of(folder, texts, tokenizer):
+    """Texts in `a.jsonl`, prepared with their sentences found by rules."""
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    command = f"shard --input {folder}/a.jsonl --tokenizer {tokenizer} --output {folder}/data"
     with pytest.raises(SystemExit, match="0"):
         main(f"{command} --workers 1 --validation_fraction 0 --sentences rules".split())
-    corpus = Corpus.open(tmp_path / "data")
+    return Corpus.open(folder / "data")
+
+
+def test_sentences_without_a_space_between_them_keep_the_text(tmp_path, tokenizer_folder):
+    texts = ["今天天气很好。你去北京吗？我们走！ 好。", "今日は。\n「はい。」 そう。", "wie 「a。b」。Ja. Nein."]
+    corpus = corpus_of(tmp_path, texts, tokenizer_folder)
     assert corpus.manifest.packing_version == PACKING_VERSION
     documents, decoder = StoredDocuments(corpus, "train"), Decoder(corpus)
     origins = Origins(corpus, documents, decoder)
@@ -91,11 +96,7 @@ def test_documents_that_their_tokenizer_changed_are_found(tmp_path, tokenizer_fo
     content = json.loads((tmp_path / "tok/tokenizer.json").read_text())
     (tmp_path / "tok/tokenizer.json").write_text(json.dumps({**content, **changes}))
     texts = ["Ka to. Mi ren", "Sul", "minka Karen"]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    command = f"shard --input {tmp_path}/a.jsonl --tokenizer {tmp_path}/tok --output {tmp_path}/data"
-    with pytest.raises(SystemExit, match="0"):
-        main(f"{command} --workers 1 --validation_fraction 0 --sentences rules".split())
-    corpus = Corpus.open(tmp_path / "data")
+    corpus = corpus_of(tmp_path, texts, tmp_path / "tok")
     documents = StoredDocuments(corpus, "train")
     origins = Origins(corpus, documents, Decoder(corpus))
     for number, text in enumerate(texts):
