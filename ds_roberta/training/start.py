@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,9 +96,11 @@ def _name(named: Path, output_dir: Path) -> str:
 
 
 def _beginning(folder: Path) -> str | None:
-    """Where the run of the newest checkpoint was begun by `--resume`."""
-    newest = checkpoint.choose("auto", folder)
-    return None if newest is None else checkpoint.read_state(newest).resumed_from
+    """Where `--resume` began the run of the newest checkpoint that can be read; it is verified only when loaded."""
+    for step in checkpoint.saved_steps(folder):
+        with suppress(UserError):
+            return checkpoint.read_state(checkpoint.step_folder(folder, step)).resumed_from
+    return None
 
 
 def _check_none_is_newer(folder: Path, global_step: int) -> None:

@@ -111,7 +111,9 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
     refuse_others(leases_folder(output), output)
     try:
         with held_lease(root / "leases", plan, task, output) as lease:
-            refuse_others(leases_folder(output), output)
+            refuse_others(
+                leases_folder(output), output
+            )  # again: one that began meanwhile sees our lease, or we its own
             check_replaceable(output, is_ours, kind)
             is_open = True
             for entry in root.iterdir():
