@@ -27,11 +27,14 @@ from benchmarks.environment import REPOSITORY, commit, cpu_model, publish, versi
 from benchmarks.studies import (
     NEVER,
     Busy,
+    Task,
+    add_fine_tuning,
     beside,
     best_rate,
     command,
     difference,
     execute,
+    fine_tuned,
     fingerprint_of,
     only_here,
     recipe_name,
@@ -127,7 +130,6 @@ def main() -> None:
     parser.add_argument("comparison", type=Path, help="the JSON file")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder made by 'preprocess shard'")
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--max_seq_length", type=positive, default=128)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--max_tokens", type=positive, default=1_500_000, help="of each run (default: %(default)s)")
     budget.add_argument("--max_minutes", type=positive_number, help="CPU time of each run, in place of tokens")
@@ -136,8 +138,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", metavar="NAME", help="which to run (default: all)")
     parser.add_argument("--pairs", type=Path, help="also measure each model on a folder of minimal pairs")
     parser.add_argument("--finetune_data", type=Path, help="also fine-tune each model: classification, by accuracy")
-    parser.add_argument("--finetune_learning_rate", type=several(float), default=(1e-4, 3e-4))
-    parser.add_argument("--num_train_epochs", type=positive, default=3)
+    add_fine_tuning(parser)
     parser.add_argument("--results", type=Path, help=f"folder of the results (default: in {RESULTS.parent.name})")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that this runs
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -234,7 +235,8 @@ def tuning_of(options: argparse.Namespace) -> str | None:
     """A short name of the task and of how models are fine-tuned on it; None without one."""
     if options.finetune_data is None:
         return None
-    return fingerprint_of([options.finetune_data, options.num_train_epochs, options.finetune_learning_rate])
+    settings = ("finetune_data", "num_train_epochs", "finetune_learning_rates", "max_train_samples", "max_seq_length")
+    return fingerprint_of([getattr(options, name) for name in settings])
 
 
 def held_out_loss(options: argparse.Namespace, comparison: Comparison, output: Path, lock: int) -> float | None:
@@ -260,18 +262,9 @@ def minimal_pairs(options: argparse.Namespace, output: Path, lock: int) -> float
 
 def finetuned(options: argparse.Namespace, output: Path, seed: int, lock: int) -> dict[str, float]:
     """The accuracy on the validation split after the best epoch, by learning rate."""
-    folder = output / "finetuned"
-    settings = {
-        "model": output / "hf", "task": "classification", "data": options.finetune_data, "output_dir": folder,
-        "seeds": seed, "num_train_epochs": options.num_train_epochs,
-        "learning_rate": ",".join(str(rate) for rate in options.finetune_learning_rate),
-    }  # fmt: skip
-    execute(command("finetune.py", settings), lock)
-    return {
-        str(setting["learning_rate"]): entry["epochs"][entry["epoch"] - 1]["accuracy"]
-        for setting in read_json(folder / "results.json")["settings"]
-        for entry in setting["runs"]
-    }
+    task, data = Task("classification", "accuracy"), options.finetune_data
+    found = fine_tuned(options, output / "hf", task, data, output / "finetuned", [seed], lock)
+    return {rate: score for rate, [score] in found["scores_by_rate"].items()}
 
 
 def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
@@ -286,6 +279,9 @@ def report(options: argparse.Namespace, comparison: Comparison) -> list[str]:
         budget, option = f"{options.max_minutes:g} CPU-minutes", f"--max_minutes {options.max_minutes:g}"
     else:
         budget, option = f"{options.max_tokens / 1e6:g}M tokens", f"--max_tokens {options.max_tokens}"
+    if options.finetune_data:
+        rates = ",".join(f"{rate:g}" for rate in options.finetune_learning_rates)
+        option += f" --finetune_data {options.finetune_data.name} --finetune_learning_rates {rates}"
     evaluation = " ".join(f"--{key} {value}" for key, value in comparison.evaluation.items())
     lines = [
         f"# {comparison.question}",
@@ -372,8 +368,8 @@ def metrics_table(options: argparse.Namespace, found: Mapping[str, Mapping[int, 
         by_run[f"{name}, at {float(rate):g}"] = {seed: metrics[rate] for seed, metrics in tuned.items()}
     return [
         f"Accuracy after fine-tuning on {options.finetune_data.name if options.finetune_data else 'a task'}, "
-        f"{options.num_train_epochs} epochs, the best of each on the validation split, at the learning rate with the "
-        "best median:",
+        f"{options.num_train_epochs} epochs on at most {options.max_train_samples:,} examples, the best epoch of each "
+        "on the validation split, at the learning rate with the best median:",
         "",
         *accuracy_table(by_run),
     ]

@@ -100,8 +100,8 @@ def test_calls_at_the_same_time_share_the_runs(corpus, tmp_path, capsys):
 def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path, monkeypatch):
     options = argparse.Namespace(
         data_dir=corpus.folder, model="nano", max_seq_length=128, max_tokens=1000, max_minutes=None,
-        finetune_data=tmp_path / "sst2", num_train_epochs=3, finetune_learning_rate=(1e-3,), pairs=tmp_path / "blimp",
-        eval_sequences=4, results=tmp_path, seeds=(0,),
+        finetune_data=tmp_path / "sst2", num_train_epochs=3, finetune_learning_rates=(1e-3,), max_train_samples=9,
+        pairs=tmp_path / "blimp", eval_sequences=4, results=tmp_path, seeds=(0,),
     )  # fmt: skip
     monkeypatch.setattr("benchmarks.compare.execute", lambda *_: None)
     monkeypatch.setattr("benchmarks.compare.held_out_loss", lambda *_: 2.0)
@@ -122,7 +122,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path,
             report(options, other)
     for changed, message in (
         ({"finetune_data": tmp_path / "cola"}, "is of another task or fine-tuning"),
-        ({"finetune_learning_rate": (1e-3, 1e-4)}, "is of another task or fine-tuning"),
+        ({"finetune_learning_rates": (1e-3, 1e-4)}, "is of another task or fine-tuning"),
         ({"pairs": tmp_path / "zorro"}, "is of other minimal pairs"),
     ):
         with pytest.raises(UserError, match=message):
@@ -151,7 +151,7 @@ def test_losses_are_held_against_the_first_run_and_its_spread():
 
 
 def test_accuracies_are_those_of_the_rate_with_the_best_median(tmp_path):
-    options = argparse.Namespace(finetune_data=tmp_path / "sst2", num_train_epochs=3)
+    options = argparse.Namespace(finetune_data=tmp_path / "sst2", num_train_epochs=3, max_train_samples=9)
 
     def tuned(*pairs):
         return {
