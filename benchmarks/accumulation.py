@@ -32,8 +32,8 @@ from ds_roberta.command_line import positive
 from ds_roberta.config import PRESETS, MaskingConfig, model_config
 from ds_roberta.data.loader import Counts, MicroBatch
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import leave
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.process import leave
 
 if TYPE_CHECKING:
     from ds_roberta.training.engine import Engine

@@ -25,9 +25,9 @@ from benchmarks.environment import REPOSITORY, cpu_model, publish, versions
 from benchmarks.fault_injection_targets import BATCHES, Ground, targets
 from benchmarks.interrupted import run_to_its_end, running
 from ds_roberta.command_line import ArgumentParser, positive, run_command
-from ds_roberta.distributed import STOPPED_EXIT_CODE
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
+from ds_roberta.process import STOPPED_EXIT_CODE
 from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 
 PROCESSES = (2, 3, 1, 4)

@@ -56,9 +56,9 @@ from benchmarks.fault_injection_targets import (
 from benchmarks.interrupted import Running, Watch, running
 from benchmarks.studies import Busy, Item, beside, finish, parts_of, same_settings
 from ds_roberta.command_line import ArgumentParser, positive, run_command, whole_number
-from ds_roberta.distributed import STOPPED_EXIT_CODE
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json
+from ds_roberta.process import STOPPED_EXIT_CODE
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, LATEST_NAME, step_folder
 from ds_roberta.training.metrics import METRICS_NAME
 

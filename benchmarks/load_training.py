@@ -26,8 +26,8 @@ from benchmarks.load_measured import (
 from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, Manifest
 from ds_roberta.data.shards import write_shard
 from ds_roberta.data.tokenizer import TokenizerInfo
-from ds_roberta.distributed import STOPPED_EXIT_CODE
 from ds_roberta.files import write_json
+from ds_roberta.process import STOPPED_EXIT_CODE
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER
 from ds_roberta.training.metrics import METRICS_NAME, read_metrics
 

@@ -38,8 +38,9 @@ from benchmarks.throughput_case import write_data
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import PRESETS, IntervalConfig, PackingConfig
 from ds_roberta.data.loader import MicroBatch, TrainLoader
-from ds_roberta.distributed import Ranks, leave
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
+from ds_roberta.process import leave
 from ds_roberta.training import run
 from ds_roberta.training.checkpoint_writer import CheckpointWriter
 from ds_roberta.training.compilation import compiled_graphs

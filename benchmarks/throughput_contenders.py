@@ -28,7 +28,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 from benchmarks.environment import REPOSITORY
 from benchmarks.throughput_case import Case
 from ds_roberta.config import MaskingConfig, PackingConfig, Stage
-from ds_roberta.distributed import keep_freed_memory
+from ds_roberta.process import keep_freed_memory
 from ds_roberta.training.compilation import compiled_graphs
 
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.01

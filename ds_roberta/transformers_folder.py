@@ -33,9 +33,9 @@ from ds_roberta.data.tokenizer_files import (
     write_tokenizer,
 )
 from ds_roberta.data.unigram import is_unigram
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
+from ds_roberta.process import logger
 
 EXPORT_AGAIN = "export or copy the model again"
 MOST_PIECES = 2000

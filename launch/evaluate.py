@@ -6,12 +6,12 @@ from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
 from ds_roberta.config import MaskingConfig
-from ds_roberta.distributed import keep_freed_memory, set_up_logging
 from ds_roberta.evaluation.minimal_pairs import PairOptions, evaluate_minimal_pairs
 from ds_roberta.evaluation.perplexity import evaluate_perplexity
 from ds_roberta.evaluation.pseudo_likelihood import METRICS
 from ds_roberta.evaluation.roberta_folder import PRECISIONS
 from ds_roberta.options import add_options
+from ds_roberta.process import set_up_logging
 from ds_roberta.training.settings import RunConfig
 
 MASKING = ("masking", "mlm_probability", "mask_replace_prob", "random_replace_prob")
@@ -83,5 +83,4 @@ def evaluate(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = make_parser().parse_args()
     set_up_logging()
-    keep_freed_memory()
     run_command(lambda: evaluate(arguments))

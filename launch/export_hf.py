@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, run_command
-from ds_roberta.distributed import set_up_logging
+from ds_roberta.process import set_up_logging
 from ds_roberta.training.export import export_checkpoint
 
 

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Sequence
 
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, several, whole_number
-from ds_roberta.distributed import leave, set_up_logging
 from ds_roberta.finetuning import TASKS
 from ds_roberta.finetuning.finetune import SWEEP, FinetuneConfig, finetune
 from ds_roberta.finetuning.one_run import Setting
 from ds_roberta.options import add_options, options_of
+from ds_roberta.process import leave, set_up_logging
 
 
 def make_parser() -> ArgumentParser:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, positive, probability, run_command
-from ds_roberta.distributed import set_up_logging
 from ds_roberta.finetuning.labelled_tables import Columns
 from ds_roberta.finetuning.predict import PredictConfig, predict
 from ds_roberta.finetuning.prediction_files import BOARDS
 from ds_roberta.inputs.tables import TABULAR_NAMES
 from ds_roberta.options import add_options
+from ds_roberta.process import set_up_logging
 
 TASK_OPTIONS = ("text_column", "text_pair_column", "no_answer_threshold", "label_threshold")
 

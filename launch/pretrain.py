@@ -11,8 +11,8 @@ from collections.abc import Sequence
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ds_roberta.command_line import ArgumentParser, run_command
-from ds_roberta.distributed import leave
 from ds_roberta.options import add_options
+from ds_roberta.process import leave
 from ds_roberta.training.recipes import OPTIONS_OF_RECIPES
 from ds_roberta.training.run import pretrain
 from ds_roberta.training.settings import RunConfig, StartOptions

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import orjson
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.pseudo_likelihood import METRICS, Sentence, encode, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import PRECISIONS, RobertaFolder, open_roberta
@@ -27,6 +26,7 @@ from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk,
 from ds_roberta.inputs.streams import format_of, is_url, without_format
 from ds_roberta.inputs.tables import TABULAR, TABULAR_NAMES, is_saved, read_table
 from ds_roberta.options import Settings, option, require_one_of
+from ds_roberta.process import logger
 
 PHENOMENON = "UID"
 

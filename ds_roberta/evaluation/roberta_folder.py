@@ -14,6 +14,7 @@ import transformers
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.model.kernels import set_gpu_arithmetic
+from ds_roberta.process import keep_freed_memory
 from ds_roberta.transformers_folder import TransformersFolder, open_folder, read_model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,6 +88,7 @@ def open_roberta(folder: Path, precision: str = "fp32") -> RobertaFolder:
         UserError: as `open_folder` and `read_model`.
     """
     set_gpu_arithmetic()
+    keep_freed_memory()
     opened = open_folder(folder)
     model = read_model(folder, transformers.RobertaForMaskedLM, PRECISIONS[precision])
     return RobertaFolder(

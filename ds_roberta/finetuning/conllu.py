@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.tagged_sentences import (
     OUTSIDE,
@@ -14,6 +13,7 @@ from ds_roberta.finetuning.tagged_sentences import (
     check_tags,
     split_columns,
 )
+from ds_roberta.process import logger
 
 UPOS, XPOS, MISC = "UPOS", "XPOS", "MISC"
 COLUMNS = ("ID", "FORM", "LEMMA", UPOS, XPOS, "FEATS", "HEAD", "DEPREL", "DEPS", MISC)

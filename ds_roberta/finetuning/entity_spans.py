@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import Columns, find_texts
 from ds_roberta.finetuning.tagged_sentences import Sentence, check_tags, split_text
 from ds_roberta.inputs.tables import Table
+from ds_roberta.process import logger
 
 SPAN_COLUMNS = ("label", "labels", "entities")  # where no row has a span, by which to find their column
 STARTS, ENDS, TYPES = ("start", "start_offset"), ("end", "end_offset"), ("label", "labels")

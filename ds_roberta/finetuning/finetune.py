@@ -19,7 +19,7 @@ import transformers
 import ds_roberta
 from ds_roberta.data.tokenizer_files import write_tokenizer
 from ds_roberta.deepspeed_keys import unknown_keys
-from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, StopRequest, logger
+from ds_roberta.distributed import Ranks, StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.files import (
     TOKENIZER_FILES,
@@ -56,6 +56,7 @@ from ds_roberta.lease import leases_folder, sole_writer
 from ds_roberta.model.export import MODEL_CARD
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.options import Settings, option, require_positive
+from ds_roberta.process import STOPPED_EXIT_CODE, logger
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
 
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

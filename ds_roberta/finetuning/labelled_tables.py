@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.streams import is_url, suffix_of
 from ds_roberta.inputs.tables import TABULAR, Table, is_saved_splits, read_saved_splits, read_table
 from ds_roberta.options import Settings, must_be, option
+from ds_roberta.process import logger
 
 SPLIT_PREFIXES = {  # of file names, before another kind of character than a letter; the first that matches counts
     "train": ("training", "train"),

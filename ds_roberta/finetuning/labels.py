@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import Columns, check_column, listed
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import option
+from ds_roberta.process import logger
 
 LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "is_duplicate", "Quality")  # in GLUE's and other data sets
 LEAVE_OUT, ERROR = "leave_out", "error"

@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch.nn import functional
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.classification import MULTI_LABEL
 from ds_roberta.finetuning.error_analysis import example, label_counts, worst_examples
@@ -42,6 +41,7 @@ from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, lab
 from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_columns
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import must_be, option
+from ds_roberta.process import logger
 
 SEPARATOR, OTHER_SEPARATORS = ",", (";", "|", "#")
 CHOICES = "choices"

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import transformers
 
-from ds_roberta.distributed import Ranks, StopRequest, logger
+from ds_roberta.distributed import Ranks, StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.files import load_json, value_at, write_json
 from ds_roberta.finetuning.task import Encoded, Task
 from ds_roberta.finetuning.trainer_checkpoints import TRAINER_STATE, check_processes, last_checkpoint
 from ds_roberta.options import Settings, must_be, option, require_positive
+from ds_roberta.process import logger
 from ds_roberta.progress import StepBar
 from ds_roberta.transformers_folder import read_model
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import transformers
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
 from ds_roberta.finetuning import TASKS
@@ -20,6 +19,7 @@ from ds_roberta.finetuning.question_answering import QuestionAnswering
 from ds_roberta.finetuning.task import RESULTS, SHORTEST, Answer, Task
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.options import require_positive
+from ds_roberta.process import logger
 from ds_roberta.progress import progress_bar
 from ds_roberta.transformers_folder import EXPORT_AGAIN, open_folder, open_tokenizer, read_model
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk
+from ds_roberta.process import logger
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 INPUT_PREFIX = "input_"

@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch.nn import functional
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.error_analysis import example, log_softmax, worst_examples
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Splitting, read_splits
@@ -23,6 +22,7 @@ from ds_roberta.finetuning.squad import Question, is_unanswered, read_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
 from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, label_head, one_line
 from ds_roberta.options import must_be, option, require_positive
+from ds_roberta.process import logger
 
 NO_ANSWER = "no answer"
 MAX_QUESTION_TOKENS = 64  # as in BERT's run_squad.py (Devlin et al. 2019)

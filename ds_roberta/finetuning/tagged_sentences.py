@@ -11,10 +11,10 @@ from typing import Any
 import regex
 
 from ds_roberta.data.words import UNSPACED
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import TEXT_COLUMNS, listed, without
 from ds_roberta.inputs.tables import Table
+from ds_roberta.process import logger
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "labels", "pos_tags", "upos")

@@ -7,12 +7,12 @@ from typing import Any
 
 import transformers
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import Columns, Text, TextColumns, find_texts, with_kept_columns
 from ds_roberta.finetuning.labels import Labels
 from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Encoded, Task, one_line
 from ds_roberta.inputs.tables import read_table
+from ds_roberta.process import logger
 
 KEY = "text_columns"
 """Of `results.json`."""

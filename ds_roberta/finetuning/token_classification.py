@@ -18,7 +18,6 @@ import torch
 import transformers
 from torch.nn import functional
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError, unknown_key_message
 from ds_roberta.finetuning.conllu import UPOS, has_tags, is_conllu, parse_conllu
 from ds_roberta.finetuning.entity_spans import has_spans, is_unannotated, span_sentences, without_tasks
@@ -54,6 +53,7 @@ from ds_roberta.finetuning.task import (
 from ds_roberta.inputs.streams import suffix_of
 from ds_roberta.inputs.tables import Table, read_table, read_text
 from ds_roberta.options import option
+from ds_roberta.process import logger
 
 COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2", ".tsv", ".txt")
 TABLES = tuple(suffix for suffix in SUFFIXES if suffix not in COLUMN_FILES)

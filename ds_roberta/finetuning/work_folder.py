@@ -10,10 +10,10 @@ from typing import Any
 
 import xxhash
 
-from ds_roberta.distributed import logger
 from ds_roberta.files import json_fingerprint
 from ds_roberta.finetuning.one_run import Setting
 from ds_roberta.finetuning.task import Encoded
+from ds_roberta.process import logger
 from ds_roberta.transformers_folder import weights_files
 
 

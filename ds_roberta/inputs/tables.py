@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.borders import BOM
 from ds_roberta.inputs.columns import measure_table, read_batches
@@ -37,6 +36,7 @@ from ds_roberta.inputs.streams import (
     read_blocks,
     readable,
 )
+from ds_roberta.process import logger
 
 TABULAR = (JSON_LINES, JSON, CSV, TSV, *TABLES)
 TABULAR_NAMES = ".jsonl, .json, .csv or .tsv (plain or ." + ", .".join(COMPRESSIONS) + "), .parquet or .arrow"

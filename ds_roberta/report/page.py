@@ -15,10 +15,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
 from ds_roberta.options import options_of
+from ds_roberta.process import logger
 from ds_roberta.report import error_analysis
 from ds_roberta.report.plots import LINES, METRICS, Metric, best, describe, draw, png, show
 from ds_roberta.report.runs import Run, flatten, read_runs

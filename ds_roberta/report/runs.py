@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from typing import Any
 
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, value_at
+from ds_roberta.process import logger
 from ds_roberta.report.error_analysis import ERROR_ANALYSIS, ErrorAnalysis, read_error_analysis
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
 
-logger = logging.getLogger("ds_roberta")
 BY_POSITION = "by_position"  # a key that launch/evaluate.py perplexity writes
 RESULTS = "results.json"  # of a fine-tuning
 RESULTS_PATTERNS = (RESULTS, "evaluation*.json")

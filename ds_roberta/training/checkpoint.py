@@ -23,10 +23,10 @@ import safetensors
 import torch
 
 from ds_roberta.data.stages import TRAIN_STATE_NAME
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, is_within, load_json
 from ds_roberta.model.weights import first_not_finite
+from ds_roberta.process import logger
 
 if TYPE_CHECKING:  # the format is read without DeepSpeed
     from ds_roberta.data.loader import Counts

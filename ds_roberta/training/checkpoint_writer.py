@@ -26,7 +26,7 @@ import torch
 
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.stages import TRAIN_STATE_NAME
-from ds_roberta.distributed import Ranks, logger
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import (
     exchange,
@@ -40,6 +40,7 @@ from ds_roberta.files import (
 )
 from ds_roberta.lease import Lease
 from ds_roberta.model.weights import first_not_finite
+from ds_roberta.process import logger
 from ds_roberta.training.checkpoint import (
     BEST_NAME,
     FORMAT_VERSION,

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_roberta.data.layout import FlatLayout
-from ds_roberta.distributed import logger
 from ds_roberta.errors import UserError
 from ds_roberta.model import kernels
 from ds_roberta.model.encoder import RobertaEncoder
 from ds_roberta.model.objectives import MaskedLM, Objective
+from ds_roberta.process import logger
 from ds_roberta.training.metrics import duration
 
 _GRAPHS_AT_MOST = 256

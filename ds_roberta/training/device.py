@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, keep_freed_memory
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import LocalError
 from ds_roberta.model.kernels import set_gpu_arithmetic
+from ds_roberta.process import keep_freed_memory
 from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, VARIABLES, check_world_size, meet, port_of_mpi, set_ranks
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")

@@ -11,11 +11,11 @@ import torch
 from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
-from ds_roberta.distributed import logger
 from ds_roberta.files import value_at
 from ds_roberta.model.architecture import stored_architecture
 from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers
 from ds_roberta.model.objectives import objective_of
+from ds_roberta.process import logger
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record

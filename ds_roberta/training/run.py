@@ -15,7 +15,7 @@ from ds_roberta.data.count_models import token_frequencies
 from ds_roberta.data.manifest import VALIDATION_SPLIT
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import STOPPED_EXIT_CODE, Ranks, set_up_logging
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.files import check_replaceable, created_parents, load_json, remove_leftovers, write_json
 from ds_roberta.lease import Lease, leases_within, sole_writer
@@ -23,6 +23,7 @@ from ds_roberta.model.initialization import FREQUENCIES, NEIGHBOURS, look_at_nei
 from ds_roberta.model.objectives import Objective, find_objective
 from ds_roberta.model.weights import HEAD_BIAS, POSITION_EMBEDDINGS
 from ds_roberta.options import require_positive, require_positive_number
+from ds_roberta.process import STOPPED_EXIT_CODE, set_up_logging
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.budget import UNPLANNED_STEPS, budget_of, fix_steps, with_kept_plan
 from ds_roberta.training.checkpoint import TrainState

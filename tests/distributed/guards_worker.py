@@ -20,9 +20,10 @@ from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import make_stages
-from ds_roberta.distributed import Ranks, leave, set_up_logging
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.process import leave, set_up_logging
 from ds_roberta.training import checkpoint, deepspeed_checkpoint, loss_spikes
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu

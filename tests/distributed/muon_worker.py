@@ -9,9 +9,10 @@ from worker import MUON, SEED, make, parameters, save, small_model, train
 
 from ds_roberta.data.loader import TrainLoader
 from ds_roberta.data.shards import Corpus
-from ds_roberta.distributed import Ranks, leave, set_up_logging
+from ds_roberta.distributed import Ranks
 from ds_roberta.model.objectives import MaskedLM
 from ds_roberta.model.weights import POSITION_EMBEDDINGS
+from ds_roberta.process import leave, set_up_logging
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import get_accelerator, init_distributed, on_gpu

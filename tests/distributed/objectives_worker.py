@@ -12,7 +12,8 @@ from ds_roberta.config import PackingConfig
 from ds_roberta.data.loader import Counts, TrainLoader
 from ds_roberta.data.packing import build_index
 from ds_roberta.data.shards import Corpus
-from ds_roberta.distributed import Ranks, leave, set_up_logging
+from ds_roberta.distributed import Ranks
+from ds_roberta.process import leave, set_up_logging
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.device import init_distributed

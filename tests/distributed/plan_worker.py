@@ -13,8 +13,9 @@ from worker import SEED
 
 from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, leave
+from ds_roberta.distributed import Ranks
 from ds_roberta.model.objectives import MaskedLM
+from ds_roberta.process import leave
 from ds_roberta.training.device import init_distributed
 from ds_roberta.training.engine import Engine
 from ds_roberta.training.micro_batch import full_micro_batch

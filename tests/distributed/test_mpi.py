@@ -58,7 +58,7 @@ def content(folder):
 PRETRAINS = """
 import sys
 from ds_roberta.command_line import run_command
-from ds_roberta.distributed import leave
+from ds_roberta.process import leave
 from ds_roberta.errors import LocalError, UserError
 from ds_roberta.training.device import init_distributed
 ranks = init_distributed(60)

@@ -21,10 +21,11 @@ from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.distributed import Ranks, leave, set_up_logging
+from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import MaskedLM, find_objective
 from ds_roberta.model.weights import POSITION_EMBEDDINGS
+from ds_roberta.process import leave, set_up_logging
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention

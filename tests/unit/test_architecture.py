@@ -28,6 +28,7 @@ ROOMS = [  # from the top; a room imports from rooms below its own row, or from 
             "files",
             "lease",
             "options",
+            "process",
             "progress",
             "rendezvous",
         )

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_roberta.distributed import PATIENCE, Ranks, leave, set_up_logging
+from ds_roberta.distributed import PATIENCE, Ranks
 from ds_roberta.errors import UserError
+from ds_roberta.process import leave, set_up_logging
 
 
 def test_one_process_agrees_with_itself(tmp_path):
