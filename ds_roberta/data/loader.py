@@ -19,18 +19,17 @@ import torch
 import torch.nn.functional as F
 
 from ds_roberta.config import Stage
+from ds_roberta.data.global_batch import EMPTY_PLACE, split_places, step_places
 from ds_roberta.data.layout import FlatLayout
 from ds_roberta.data.masking import Masker, copy_numbers
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit
-from ds_roberta.data.stages import SkippedPlaces, places_used, stage_number
+from ds_roberta.data.stages import SkippedPlaces, stage_number
 from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 
 _HELD_OUT_SEED = 0
-EMPTY_PLACE = -1
-"""The place of a row that fills up a micro-batch if the batch does not divide evenly; the row has no labels."""
 
 
 class Counts(NamedTuple):
@@ -234,24 +233,6 @@ def fill(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return np.array(bounds)
 
 
-def split_places(places: np.ndarray, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
-    """Split a process's part of a global batch into micro-batches of equal size; each process gets the same number.
-
-    Args:
-        places: (train_batch_size,) int64, the places of the global batch.
-
-    Returns:
-        Arrays of (micro_batch_size,) int64; the last is filled up with `EMPTY_PLACE`.
-    """
-    total = len(places)
-    own = places[total * rank // world_size : total * (rank + 1) // world_size]
-    largest = -(-total // world_size)
-    micro_steps = -(-largest // micro_batch_size)
-    padded = np.full(micro_steps * micro_batch_size, EMPTY_PLACE, dtype=np.int64)
-    padded[: len(own)] = own
-    return list(padded.reshape(micro_steps, micro_batch_size))
-
-
 @dataclass(frozen=True)
 class LoaderStage:
     """What the loader needs to know about a stage.
@@ -297,9 +278,8 @@ class TrainLoader:
     def micro_batches(self, step: int, skipped: Sequence[SkippedPlaces] = ()) -> list[MicroBatch]:
         """The micro-batches of global batch `step`, counted from 0, in a run that skips `skipped`."""
         current = self.stage(step)
-        stage, order = current.stage, current.order
-        first = places_used(self.stages, stage.max_seq_length, step, skipped)
-        places = order.lane_order(np.arange(first, first + stage.train_batch_size))
+        order = current.order
+        places = step_places(order, self.stages, step, skipped)
         own = np.concatenate(split_places(places, self.rank, self.world_size, current.micro_batch_size))
         sequences = order.sequences(own.clip(min=0))
         if self.masking_copies is not None:

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from ds_roberta.config import PACKING_FORMATS, PackingConfig, Stage
+from ds_roberta.data.global_batch import EMPTY_PLACE, split_places, step_places
 from ds_roberta.data.manifest import TRAIN_SPLIT
 from ds_roberta.data.mixture import parse_source_weights, sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import Corpus
-from ds_roberta.data.stages import SkippedPlaces, make_stages, places_used, read_skipped, stage_number
+from ds_roberta.data.stages import SkippedPlaces, make_stages, read_skipped, stage_number
 from ds_roberta.errors import UserError
 from ds_roberta.options import require_positive
 from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origins, StoredDocument, StoredDocuments
@@ -91,13 +92,7 @@ class BatchTracer:
         """
         stage = self._stage(step)
         _, order = self._data(stage.max_seq_length)
-        first = places_used(self._stages, stage.max_seq_length, step - 1, self._skipped)
-        places = order.lane_order(np.arange(first, first + stage.train_batch_size))
-        if world_size == 1:
-            return places
-        # Imported here because it loads torch, which takes seconds.
-        from ds_roberta.data.loader import EMPTY_PLACE, split_places
-
+        places = step_places(order, self._stages, step - 1, self._skipped)
         own = np.concatenate(split_places(places, rank, world_size, stage.train_batch_size))
         return own[own != EMPTY_PLACE]
 

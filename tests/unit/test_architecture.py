@@ -45,6 +45,7 @@ PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
         "data.tokenizer_files",
         "data.unigram",
         "data.packing",
+        "data.global_batch",
         "data.order",
         "data.mixture",
         "data.loader",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import transformers
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
-from ds_roberta.data.loader import EMPTY_PLACE, Collator
+from ds_roberta.data.global_batch import EMPTY_PLACE
+from ds_roberta.data.loader import Collator
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.model.export import hf_config

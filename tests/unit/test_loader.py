@@ -6,7 +6,8 @@ import torch
 from shared_fixtures import LENGTH, same
 
 from ds_roberta.config import MASKING_UNITS, MaskingConfig, PackingConfig, Stage
-from ds_roberta.data.loader import EMPTY_PLACE, Collator, LoaderStage, MicroBatch, TrainLoader, prefetch, split_places
+from ds_roberta.data.global_batch import EMPTY_PLACE, split_places
+from ds_roberta.data.loader import Collator, LoaderStage, MicroBatch, TrainLoader, prefetch
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder

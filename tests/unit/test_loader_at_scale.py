@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ds_roberta.config import MaskingConfig, PackingConfig, Stage
-from ds_roberta.data.loader import EMPTY_PLACE, Collator, LoaderStage, TrainLoader, split_places
+from ds_roberta.data.global_batch import EMPTY_PLACE, split_places
+from ds_roberta.data.loader import Collator, LoaderStage, TrainLoader
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index

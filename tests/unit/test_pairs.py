@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ds_roberta.config import PAIR_FORMATS, MaskingConfig, PackingConfig
-from ds_roberta.data.loader import EMPTY_PLACE, Collator
+from ds_roberta.data.global_batch import EMPTY_PLACE
+from ds_roberta.data.loader import Collator
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.packing import build_index, open_index, pack_shard, packed_tokens
 from ds_roberta.data.pairs import IS_NEXT, IS_RANDOM

@@ -10,7 +10,8 @@ import transformers
 from sklearn.metrics import precision_recall_fscore_support
 
 from ds_roberta.config import MaskingConfig, PackingConfig, model_config
-from ds_roberta.data.loader import EMPTY_PLACE, Collator, Counts
+from ds_roberta.data.global_batch import EMPTY_PLACE
+from ds_roberta.data.loader import Collator, Counts
 from ds_roberta.data.masking import Substituter, evaluation_masker, training_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.tokenizer import TokenizerInfo
