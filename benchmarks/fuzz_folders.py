@@ -26,7 +26,7 @@ from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.stages import read_skipped
 from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters
 from ds_roberta.data.unigram import post_processor
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.finetuning.finetune import read_deepspeed_config
 from ds_roberta.finetuning.predict import open_finetuned
@@ -121,7 +121,7 @@ def _read_tokenizer(folder: Path) -> None:
             lambda: copy_tokenizer(folder, Path(temporary) / "copy"),
             lambda: open_tokenizer(folder),
             lambda: ids_inside_characters(folder),
-            lambda: word_starts(folder, TokenizerInfo.read(folder).vocab_size),
+            lambda: word_flags(folder, TokenizerInfo.read(folder).vocab_size),
         )
 
 

@@ -35,7 +35,7 @@ from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus, write_shard
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from preprocessing.cli import main as preprocess
 
 LENGTH = 512
@@ -120,7 +120,7 @@ def our_loader(corpus: Corpus, unit: str = "token") -> Callable[[int], int]:
     """Return a function that makes the batch of a step and returns its number of tokens."""
     tokenizer = corpus.manifest.tokenizer
     packed = open_index(corpus, TRAIN_SPLIT, PackingConfig(LENGTH))
-    table = None if unit == "token" else word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+    table = None if unit == "token" else word_flags(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     masker = training_masker(MaskingConfig(unit=unit), tokenizer, 0, table)
     order = SampleOrder(len(packed), 0)
     collator = Collator(packed, masker, tokenizer, LENGTH)

@@ -259,7 +259,7 @@ def ours(
     if padded is None:
         padded = whole or compiled or on_gpu()
     masker = training_masker(MaskingConfig(), tokenizer, 0)
-    collator = Collator(packed, masker, tokenizer, case.max_seq_length, padded, on_gpu=on_gpu())
+    collator = Collator(packed, masker, tokenizer, case.max_seq_length, padded=padded, on_gpu=on_gpu())
     stage = Stage(0, case.max_seq_length, case.train_batch_size)
     loader = TrainLoader([LoaderStage(stage, collator, SampleOrder(len(packed), 0), case.micro_batch_size)])
     gate = make_gate()

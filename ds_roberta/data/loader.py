@@ -113,6 +113,7 @@ class Collator:
         masker: Masker,
         tokenizer: TokenizerInfo,
         max_seq_length: int,
+        *,
         padded: bool = True,
         within_documents: bool = False,
         on_gpu: bool = False,

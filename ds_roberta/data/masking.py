@@ -69,7 +69,7 @@ class Masker:
     Args:
         key: made by `derive_key` from the run's seed for training; fixed for evaluation.
         share: the share of the maskable tokens to choose, unless `mask` is given another.
-        word_starts: (V,) bool from `words.word_starts`; needed only by `whole-word` and `span`.
+        word_flags: (V,) uint8 from `words.word_flags`; needed only by `whole-word` and `span`.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Masker:
         tokenizer: TokenizerInfo,
         key: int,
         share: float,
-        word_starts: np.ndarray | None = None,
+        word_flags: np.ndarray | None = None,
     ):
-        if config.unit != "token" and word_starts is None:
+        if config.unit != "token" and word_flags is None:
             raise ValueError(f"masking by {config.unit} needs the table of word starts")
         self.config, self.key, self.share = config, key, share
         self.mask_token_id = tokenizer.mask_token_id
@@ -88,7 +88,7 @@ class Masker:
         is_special[list(tokenizer.special_ids)] = True
         edges = np.flatnonzero(np.diff(is_special, prepend=False, append=False))
         self._special_runs = list(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
-        self._word_starts = word_starts
+        self._word_flags = word_flags
         self._ordinary_ids = np.flatnonzero(~is_special)
 
     @staticmethod
@@ -135,8 +135,8 @@ class Masker:
             positions = _choose_tokens(draws.keys, quota, border)
             fate = draws.bits.reshape(-1)[positions] & np.uint32((1 << _SHARE_BITS) - 1)
         else:
-            assert self._word_starts is not None
-            starts, ends = word_bounds(self._word_starts.take(input_ids), special)
+            assert self._word_flags is not None
+            starts, ends = word_bounds(self._word_flags.take(input_ids), special)
             if self.config.unit == "whole-word":
                 positions = _choose_words(draws, starts, ends, quota, border)
                 fate = draws.bits.reshape(-1)[positions] & np.uint32((1 << _SHARE_BITS) - 1)
@@ -200,10 +200,10 @@ def training_masker(
     config: MaskingConfig,
     tokenizer: TokenizerInfo,
     seed: int,
-    word_starts: np.ndarray | None = None,
+    word_flags: np.ndarray | None = None,
     kind: type[Masker] = Masker,
 ) -> Masker:
-    return kind(config, tokenizer, derive_key("mask", seed), config.mlm_probability, word_starts)
+    return kind(config, tokenizer, derive_key("mask", seed), config.mlm_probability, word_flags)
 
 
 def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.ndarray:
@@ -222,11 +222,11 @@ def copy_numbers(sequences: np.ndarray, epochs: np.ndarray, copies: int) -> np.n
 def evaluation_masker(
     config: MaskingConfig,
     tokenizer: TokenizerInfo,
-    word_starts: np.ndarray | None = None,
+    word_flags: np.ndarray | None = None,
     kind: type[Masker] = Masker,
 ) -> Masker:
     """A masker with the same masks in every run and at every step, so that held-out losses can be compared."""
-    return kind(config, tokenizer, derive_key("evaluation mask"), config.held_out_probability, word_starts)
+    return kind(config, tokenizer, derive_key("evaluation mask"), config.held_out_probability, word_flags)
 
 
 def _draw(row_keys: np.ndarray, length: int) -> _Draws:

@@ -69,7 +69,7 @@ def _begins(key: int) -> bool:
 _WORD_BEGINS = np.array([_begins(key) for key in range(64)])
 
 
-def word_starts(tokenizer_folder: Path, vocab_size: int) -> np.ndarray:
+def word_flags(tokenizer_folder: Path, vocab_size: int) -> np.ndarray:
     """Flags of each id for `word_bounds`: (vocab_size,) uint8; the lowest bit means that it starts with a space.
 
     Raises:
@@ -90,7 +90,7 @@ def word_bounds(flags: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.
     """The words of a batch; each special token is a separate word.
 
     Args:
-        flags: (B, T) uint8, each token's flags from `word_starts`; or bool, whether its id begins a word.
+        flags: (B, T) uint8, each token's flags from `word_flags`; or bool, whether its id begins a word.
         special: (B, T) bool.
 
     Returns:

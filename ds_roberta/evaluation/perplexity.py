@@ -14,7 +14,7 @@ from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer_files import other_token
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from ds_roberta.distributed import Ranks
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.roberta_folder import PRECISIONS, RobertaFolder, open_roberta
@@ -119,7 +119,7 @@ def held_out_perplexity(
             "prepare the text again with 'preprocess shard --tokenizer MODEL'"
         )
     tokenizer = corpus.manifest.tokenizer
-    words = None if masking.unit == "token" else word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+    words = None if masking.unit == "token" else word_flags(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     build_index(corpus, VALIDATION_SPLIT, packing)
     packed = open_index(corpus, VALIDATION_SPLIT, packing)
     collator = Collator(packed, evaluation_masker(masking, tokenizer, words), tokenizer, packing.max_seq_length)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 
-from ds_roberta.data.stages import TRAIN_STATE_NAME
+from ds_roberta.data.stages import TRAIN_STATE_NAME, SkippedPlaces
 from ds_roberta.errors import UserError
 from ds_roberta.files import file_checksum, is_within, load_json
 from ds_roberta.model.weights import first_not_finite
@@ -58,7 +58,7 @@ class TrainState:
         best_step: the step at which it was measured.
         recent_losses: the losses of the last steps, with which a new loss is compared to find spikes.
         loss_spikes: the number of steps with a loss spike, including steps that were rolled back.
-        skipped_places: what the run skips after such a step, each with the fields of `data.stages.SkippedPlaces`.
+        skipped_places: what the run skips after such a step.
         lines: the held-out losses of `data.count_models` by their names; empty if the run has none to compare with.
         recent_evaluations: step and held-out loss of the evaluations that a later one may be compared with.
         plateau: the kind of the last plateau of the held-out loss that was reported.
@@ -78,7 +78,7 @@ class TrainState:
     best_step: int | None = None
     recent_losses: list[float] = field(default_factory=list)
     loss_spikes: int = 0
-    skipped_places: list[dict[str, int]] = field(default_factory=list)
+    skipped_places: list[SkippedPlaces] = field(default_factory=list)
     lines: dict[str, float] = field(default_factory=dict)
     recent_evaluations: list[list[float]] = field(default_factory=list)
     plateau: str | None = None
@@ -267,9 +267,10 @@ def state_from(content: dict[str, Any]) -> TrainState:
     """The reverse of `asdict`; fields that an earlier version did not store get their defaults.
 
     Raises:
-        TypeError: there is no identity, or a count is not a whole number.
+        TypeError: there is no identity, a count is not a whole number, or a field has another form.
     """
     state = TrainState(**{entry.name: content[entry.name] for entry in fields(TrainState) if entry.name in content})
+    state.skipped_places = [SkippedPlaces(**entry) for entry in content.get("skipped_places", [])]
     for entry in fields(TrainState):
         if entry.type == "int" and type(getattr(state, entry.name)) is not int:
             raise TypeError(f"{entry.name} is {getattr(state, entry.name)!r}")

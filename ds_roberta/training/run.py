@@ -127,7 +127,7 @@ def _read_settings(options: Namespace, ranks: Ranks) -> Run:
 
 
 def _read_inputs(options: Namespace) -> tuple[DeepSpeedConfig, Corpus, RunConfig, str, InitialModel | None]:
-    """Read the JSON, the data, the run's settings, its precision and the model to continue from, on this host."""
+    """Read on this host: the JSON, the data, the run's settings, its precision, and the model of `--init_from`."""
     if options.deepspeed_config is None and options.recipe is None:
         raise UserError(
             f"how to train is not given: name a --recipe ({', '.join(RECIPES)}), or a DeepSpeed JSON by "
@@ -355,16 +355,16 @@ def _make_trainer(
     find_lines(run, start.state, held_out, engine.module)
     return Trainer(
         run.config,
-        run.deepspeed.learning_rate,
         engine,
         loader,
         held_out,
         start.state,
         start.checkpoint,
-        peak.flops_per_second,
-        run.monitors,
-        run.deepspeed.muon_lr,
-        lease,
+        peak_learning_rate=run.deepspeed.learning_rate,
+        peak_muon_lr=run.deepspeed.muon_lr,
+        peak_flops=peak.flops_per_second,
+        monitors=run.monitors,
+        lease=lease,
     )
 
 

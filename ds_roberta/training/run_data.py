@@ -16,7 +16,7 @@ from ds_roberta.data.mixture import MixedOrder, sample_order
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.stages import places_used
-from ds_roberta.data.words import share_without_spaces, word_starts
+from ds_roberta.data.words import share_without_spaces, word_flags
 from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import Objective
 from ds_roberta.training.checkpoint import TrainState
@@ -110,11 +110,15 @@ def make_loaders(
     config, ranks, tokenizer = run.config, run.ranks, run.corpus.manifest.tokenizer
     words = None
     if config.masking.unit != "token":
-        words = word_starts(run.corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+        words = word_flags(run.corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
         ranks.on_main(lambda: _log_text_without_words(run, data.train[config.packing.max_seq_length]))
     masker = training_masker(config.masking, tokenizer, config.seed, words, kind)
-    shape = (not run.padding_free, config.attention == WITHIN_DOCUMENTS, on_gpu)
-    collators = {length: Collator(packed, masker, tokenizer, length, *shape) for length, packed in data.train.items()}
+    shape = {
+        "padded": not run.padding_free,
+        "within_documents": config.attention == WITHIN_DOCUMENTS,
+        "on_gpu": on_gpu,
+    }
+    collators = {length: Collator(packed, masker, tokenizer, length, **shape) for length, packed in data.train.items()}
     loader = TrainLoader(
         [
             LoaderStage(
@@ -130,7 +134,7 @@ def make_loaders(
     if data.held_out is None:
         return loader, None
     masker = evaluation_masker(config.masking, tokenizer, words, kind)
-    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length, *shape)
+    collator = Collator(data.held_out, masker, tokenizer, config.packing.max_seq_length, **shape)
     return loader, HeldOutSample(collator, config.eval_sequences, plans[-1].micro_batch_size, ranks)
 
 

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import torch
 
 from ds_roberta.data.loader import Counts, HeldOutSample, LoaderStage, MicroBatch, TrainLoader
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
-from ds_roberta.data.stages import SkippedPlaces, skip
+from ds_roberta.data.stages import skip
 from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.lease import Lease
@@ -42,27 +41,28 @@ class Trainer:
     """Trains a run from its state to its end; `ds_roberta.training.run` makes its parts.
 
     Args:
-        peak_learning_rate: Adam's.
-        peak_muon_lr: that of the matrices that Muon updates; None if the optimizer is not Muon.
-        lease: rank 0's on the run's folder, checked before anything is written there; None where nobody else writes.
         held_out: None if there is no validation split.
         last_checkpoint: the portable one that `state` comes from; None for a fresh run.
+        peak_learning_rate: Adam's.
+        peak_muon_lr: that of the matrices that Muon updates; None if the optimizer is not Muon.
         peak_flops: peak FLOP/s of one device.
         monitors: already open; the caller closes them.
+        lease: rank 0's on the run's folder, checked before anything is written there; None where nobody else writes.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        peak_learning_rate: float,
         engine: Engine,
         loader: TrainLoader,
         held_out: HeldOutSample | None,
         state: TrainState,
         last_checkpoint: Path | None,
+        *,
+        peak_learning_rate: float,
+        peak_muon_lr: float | None = None,
         peak_flops: float,
         monitors: Monitors,
-        peak_muon_lr: float | None = None,
         lease: Lease | None = None,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
@@ -112,7 +112,9 @@ class Trainer:
     def _take_steps(self) -> bool:
         """Train from the state's step to `max_steps` and its evaluation; False if a request to stop ended it early."""
         schedule, intervals, state = self.config.schedule, self.config.intervals, self.state
-        with contextlib.closing(self.loader.steps(state.global_step, schedule.max_steps, self._skipped)) as steps:
+        with contextlib.closing(
+            self.loader.steps(state.global_step, schedule.max_steps, state.skipped_places)
+        ) as steps:
             complete = self.evaluate_and_save()
             while True:
                 began = time.perf_counter()
@@ -140,10 +142,6 @@ class Trainer:
             return metrics
 
         return self.ranks.on_main(open_metrics)
-
-    @property
-    def _skipped(self) -> list[SkippedPlaces]:
-        return [SkippedPlaces(**entry) for entry in self.state.skipped_places]
 
     def _enter_stage(self) -> None:
         """Prepare the engine and the progress bar if the next step begins another stage."""
@@ -225,7 +223,7 @@ class Trainer:
             "memory_gb": memory_gb(self.engine.device),
             "loss_scale": result.loss_scale,
             "skipped_steps": state.skipped_steps,
-            "skipped_samples": sum(entry.end_place - entry.first_place for entry in self._skipped),
+            "skipped_samples": sum(entry.end_place - entry.first_place for entry in state.skipped_places),
             "loss_spikes": state.loss_spikes,
         }
         self._progress.step(state.global_step, row["loss"], row["tokens_per_second"], row["mfu"], seconds)
@@ -286,21 +284,20 @@ class Trainer:
         path = self.ranks.on_main(lambda: checkpoint.choose(str(begun) if is_others else "auto", folder))
         if path is None:
             raise UserError(f"{spike.problem}; there is no checkpoint to go back to")
-        spiked, skipped = self.state, self._skipped
+        spiked = self.state
         self.state = checkpoint.load(self.engine, path)
         self.state.identity = completed_identity(self.state.identity)
         self.state.begin_at(spiked.resumed_from, is_own=not is_others)
         self.state.continue_as(spiked.identity, spiked.eval_sequences)
         self.state.lines = spiked.lines
-        step = self.state.global_step
-        if any(entry.global_step == step for entry in self._skipped):
+        step, skipped_before = self.state.global_step, self.state.skipped_places
+        if any(entry.global_step == step for entry in skipped_before):
             raise UserError(f"{spike.problem}; it is the second one since step {step}: skipping data does not help")
         if spike.step == step:
             raise UserError(
                 f"{spike.problem}, at the checkpoint {str(path)!r} itself: resume from an earlier one with --resume"
             )
-        skipped = skip(self.loader.stages, step, self._skipped, spike.step, skipped)
-        self.state.skipped_places = [asdict(entry) for entry in skipped]
+        self.state.skipped_places = skip(self.loader.stages, step, skipped_before, spike.step, spiked.skipped_places)
         self.state.loss_spikes = spiked.loss_spikes + 1
         self.last_checkpoint = path
         self._progress.restart(step)

@@ -87,15 +87,15 @@ class Lab:
         held_out = HeldOutSample(collator, 8, 8, self.ranks)
         trainer = Trainer(
             config,
-            rate,
             self.engine,
             self.loader,
             held_out,
             state,
             path,
-            1e9,
-            Monitors(config.output_dir, {}, False),
-            rate if self.has_muon else None,
+            peak_learning_rate=rate,
+            peak_muon_lr=rate if self.has_muon else None,
+            peak_flops=1e9,
+            monitors=Monitors(config.output_dir, {}, False),
         )
         error = None
         try:

@@ -19,7 +19,7 @@ from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import Masker, Substituter, training_masker
 from ds_roberta.data.mixture import sample_order
 from ds_roberta.data.packing import open_index
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from ds_roberta.training.device import init_distributed
 from ds_roberta.training.facts import check_identity, run_identity
 from ds_roberta.training.micro_batch import batch_plans
@@ -112,11 +112,11 @@ def test_masks_are_of_the_share_the_kind_and_the_number_of_copies_that_were_aske
     for collator in (loader.stage(0).collator, held_out.collator):
         assert (collator.masker.config.mask_replace_prob, collator.masker.config.random_replace_prob) == (0.7, 0.2)
     run = make_run(masking="whole-word")
-    table = word_starts(run.corpus.folder / TOKENIZER_FOLDER, run.corpus.manifest.tokenizer.vocab_size)
+    table = word_flags(run.corpus.folder / TOKENIZER_FOLDER, run.corpus.manifest.tokenizer.vocab_size)
     _, loader, held_out = loaders_of(run)
     for masker in (loader.stage(0).collator.masker, held_out.collator.masker):
         assert masker.config.unit == "whole-word"
-        assert np.array_equal(masker._word_starts, table)
+        assert np.array_equal(masker._word_flags, table)
     assert isinstance(loaders_of(make_run(objective="rts"), Substituter)[1].stage(0).collator.masker, Substituter)
     assert loaders_of(make_run(masking_copies=3))[1].masking_copies == 3
 

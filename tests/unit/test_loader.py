@@ -13,7 +13,7 @@ from ds_roberta.data.masking import training_masker
 from ds_roberta.data.order import SampleOrder
 from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.stages import SkippedPlaces, make_stages
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from ds_roberta.training.micro_batch import BatchPlan
 
 
@@ -48,7 +48,7 @@ def true_ids(micro_batch):
 def test_a_global_batch_is_the_same_on_any_number_of_processes(corpus, packed, batch, unit):
     tokenizer, step = corpus.manifest.tokenizer, 7
     masker = training_masker(
-        MaskingConfig(unit=unit), tokenizer, 5, word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+        MaskingConfig(unit=unit), tokenizer, 5, word_flags(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     )
     collator, order = Collator(packed, masker, tokenizer, LENGTH), SampleOrder(len(packed), 5)
 

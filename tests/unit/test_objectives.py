@@ -131,7 +131,9 @@ def make_trainer(folder, corpus, ranks):
     held_out = HeldOutSample(parts["validation"], 16, 4, ranks)
     state = TrainState({**model.identity(), "packing": {"max_seq_length": LENGTH}})
     engine, monitors = TorchEngine(model, ranks), Monitors(folder, {}, False)
-    return Trainer(config, 1e-3, engine, loader, held_out, state, None, 1e9, monitors)
+    return Trainer(
+        config, engine, loader, held_out, state, None, peak_learning_rate=1e-3, peak_flops=1e9, monitors=monitors
+    )
 
 
 def test_a_made_up_objective_trains_and_is_evaluated(tmp_path, corpus, solo_ranks, even, capsys, monkeypatch):

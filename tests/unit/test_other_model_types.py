@@ -15,7 +15,7 @@ from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer import TokenizerInfo, in_the_alphabet_of, token_bytes
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from ds_roberta.evaluation.minimal_pairs import Pair, score_pairs
 from ds_roberta.evaluation.perplexity import held_out_perplexity
 from ds_roberta.evaluation.pseudo_likelihood import encode, pseudo_log_likelihoods
@@ -133,7 +133,7 @@ def test_perplexity_of_a_fresh_model_is_about_that_of_a_guess(folder, corpus):
 
 def test_whole_words_are_masked(folder, corpus):
     info = corpus.manifest.tokenizer
-    texts, flags = token_bytes(folder), word_starts(folder, info.vocab_size)
+    texts, flags = token_bytes(folder), word_flags(folder, info.vocab_size)
     ids = np.array(transformers.AutoTokenizer.from_pretrained(folder)(" ".join(TEXTS[:2]))["input_ids"])
     masker = training_masker(
         MaskingConfig(unit="whole-word", mask_replace_prob=1.0, random_replace_prob=0.0), info, 0, flags

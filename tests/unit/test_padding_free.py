@@ -37,7 +37,7 @@ def test_without_padding_a_batch_has_the_same_sequences_and_masks(corpus, packed
     masker = training_masker(MaskingConfig(), tokenizer, 5)
 
     def parts(padded, micro_batch, rank=0, world_size=1):
-        collator = Collator(packed, masker, tokenizer, LENGTH, padded)
+        collator = Collator(packed, masker, tokenizer, LENGTH, padded=padded)
         stage = LoaderStage(Stage(0, LENGTH, batch), collator, order, micro_batch)
         return TrainLoader([stage], rank, world_size).micro_batches(step)
 
@@ -102,7 +102,8 @@ def test_a_gpus_micro_batches_without_padding_have_one_shape_and_the_same_sequen
     collator, packed, on_ranks, within_documents
 ):
     def parts(on_gpu, rank=0, world_size=1):
-        without = Collator(packed, collator.masker, collator.tokenizer, LENGTH, False, within_documents, on_gpu)
+        shape = {"padded": False, "within_documents": within_documents, "on_gpu": on_gpu}
+        without = Collator(packed, collator.masker, collator.tokenizer, LENGTH, **shape)
         stage = LoaderStage(Stage(0, LENGTH, 100), without, SampleOrder(len(packed), 5), 8)
         return TrainLoader([stage], rank, world_size)
 

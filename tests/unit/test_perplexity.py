@@ -11,7 +11,7 @@ from ds_roberta.data.loader import Collator, HeldOutSample
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import evaluation_masker
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from ds_roberta.errors import UserError
 from ds_roberta.evaluation.perplexity import evaluate_perplexity, held_out_perplexity
 from ds_roberta.evaluation.roberta_folder import open_roberta
@@ -50,7 +50,7 @@ def training_loss(model, corpus, packing, masking, ranks):
     build_index(corpus, "validation", packing)
     words = None
     if masking.unit != "token":
-        words = word_starts(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+        words = word_flags(corpus.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
     packed = open_index(corpus, "validation", packing)
     collator = Collator(packed, evaluation_masker(masking, tokenizer, words), tokenizer, packing.max_seq_length)
     masked = []

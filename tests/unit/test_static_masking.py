@@ -10,7 +10,7 @@ from ds_roberta.data.manifest import TOKENIZER_FOLDER
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.mixture import sample_order
 from ds_roberta.data.packing import build_index, open_index
-from ds_roberta.data.words import word_starts
+from ds_roberta.data.words import word_flags
 from ds_roberta.errors import UserError
 
 LENGTH, BATCH = 128, 100
@@ -25,7 +25,7 @@ def make_loader(corpus, sourced):
         packing, tokenizer = PackingConfig(LENGTH), data.manifest.tokenizer
         build_index(data, split, packing)
         packed = open_index(data, split, packing)
-        words = word_starts(data.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
+        words = word_flags(data.folder / TOKENIZER_FOLDER, tokenizer.vocab_size)
         masker = training_masker(MaskingConfig(unit=unit), tokenizer, 5, words)
         order = sample_order(packed, weights, 5)
         stage = LoaderStage(Stage(0, LENGTH, BATCH), Collator(packed, masker, tokenizer, LENGTH), order, micro_batch)

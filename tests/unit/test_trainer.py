@@ -16,7 +16,7 @@ from monitor_readers import assert_same_series, csv_series, expected_series, ten
 from ds_roberta.config import GuardConfig, IntervalConfig, PackingConfig, ScheduleConfig, model_config
 from ds_roberta.data.loader import LoaderStage, TrainLoader
 from ds_roberta.data.order import SampleOrder
-from ds_roberta.data.stages import make_stages
+from ds_roberta.data.stages import SkippedPlaces, make_stages
 from ds_roberta.errors import UserError
 from ds_roberta.files import append_line
 from ds_roberta.model.objectives import MaskedLM
@@ -80,14 +80,14 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
             state.begin_at(str(resume), is_own=False)
         trainer = Trainer(
             config,
-            1e-3,
             engine,
             loader,
             None,
             state,
             path,
-            PEAK_FLOPS,
-            monitors or Monitors(config.output_dir, {}, False),
+            peak_learning_rate=1e-3,
+            peak_flops=PEAK_FLOPS,
+            monitors=monitors or Monitors(config.output_dir, {}, False),
         )
         trainer._held_out = held_out and HeldOut(trainer, held_out)
         return trainer
@@ -167,10 +167,7 @@ def test_a_rollback_leaves_out_the_data_since_the_last_checkpoint(make):
     assert [row["skipped_samples"] for row in found] == [0] * 25 + [21 * 12] * 35
     assert [row["loss_spikes"] for row in found] == [0] * 25 + [1] * 35
     assert trainer.state.consumed_samples == 80 + 40 * 12
-    assert trainer.state.skipped_places == [
-        {"global_step": 25, "max_seq_length": 4, "first_place": 140, "end_place": 200},
-        {"global_step": 25, "max_seq_length": 8, "first_place": 0, "end_place": 192},
-    ]
+    assert trainer.state.skipped_places == [SkippedPlaces(25, 4, 140, 200), SkippedPlaces(25, 8, 0, 192)]
 
 
 def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(make):
@@ -197,7 +194,7 @@ def test_a_run_that_began_elsewhere_is_not_rolled_back_to_what_was_in_its_folder
     trainer = make("rollback", name="other", resume=begun)
     assert trainer.train()
     assert f"rolled back to {begun};" in capsys.readouterr().err
-    assert trainer.state.skipped_places[0]["global_step"] == 25
+    assert trainer.state.skipped_places[0].global_step == 25
     assert trainer.state.resumed_from == str(begun)
 
 
@@ -261,7 +258,7 @@ def test_spikes_with_a_checkpoint_between_them_are_rolled_back_each(make):
     trainer = make("rollback", spikes=[SPIKE, (8, 12 * (16 + 25))])  # the second in step 56
     assert trainer.train()
     assert trainer.state.loss_spikes == 2
-    assert [entry["global_step"] for entry in trainer.state.skipped_places] == [25, 25, 50]
+    assert [entry.global_step for entry in trainer.state.skipped_places] == [25, 25, 50]
     left_out = [*range(16 * 12), *range(12 * (16 + 20), 12 * (16 + 26))]
     assert sorted(places(trainer, 8)) == whole(8, 360, left_out)
 

@@ -12,7 +12,7 @@ from unigram_folders import save_tokenizer
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters, token_bytes
 from ds_roberta.data.tokenizer_files import training_tokenizer, write_tokenizer
-from ds_roberta.data.words import word_bounds, word_starts
+from ds_roberta.data.words import word_bounds, word_flags
 from ds_roberta.errors import UserError
 from ds_roberta.transformers_folder import check_tokenizer
 from preprocessing.commands import shard
@@ -207,7 +207,7 @@ def test_words_begin_at_the_mark(folder, encoder):
     text = "Les élèves étudient à 🙂 l'école，我们今天 カメラ et la Straße"
     ids = encoder.encode([text.encode()]).ids[:-1]
     info, texts = TokenizerInfo.read(folder), token_bytes(folder)
-    flags, special = word_starts(folder, info.vocab_size)[ids][None], np.isin(ids, info.special_ids)[None]
+    flags, special = word_flags(folder, info.vocab_size)[ids][None], np.isin(ids, info.special_ids)[None]
     words = [
         b"".join(texts[id_] for id_ in ids[start:end].tolist()).decode()
         for start, end in zip(*word_bounds(flags, special), strict=True)

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from ds_roberta.data.tokenizer import TokenizerInfo, token_bytes
-from ds_roberta.data.words import MAX_WORD_TOKENS, share_without_spaces, word_bounds, word_starts
+from ds_roberta.data.words import MAX_WORD_TOKENS, share_without_spaces, word_bounds, word_flags
 from ds_roberta.errors import UserError
 from preprocessing.tokens.bpe import train_bpe
 
@@ -18,7 +18,7 @@ def bounds(begins, special):
 
 
 def test_a_word_begins_with_a_space(tokenizer_folder):
-    table = word_starts(tokenizer_folder, TokenizerInfo.read(tokenizer_folder).vocab_size)
+    table = word_flags(tokenizer_folder, TokenizerInfo.read(tokenizer_folder).vocab_size)
     vocabulary = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert table.shape == (400,)
     assert 0 < (table & 1).sum() < 400
@@ -29,7 +29,7 @@ def test_a_word_begins_with_a_space(tokenizer_folder):
 def test_a_tokenizer_without_marked_words_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "▁b": 1}, "merges": []}}))
     with pytest.raises(UserError, match=r"does not mark where words begin.*use --masking token"):
-        word_starts(tmp_path, 2)
+        word_flags(tmp_path, 2)
 
 
 def test_first_tokens_and_those_after_special_ones_begin_words():
@@ -72,7 +72,7 @@ TEXTS = {
 def units(folder, text):
     """The words of a text, as text."""
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    flags = word_starts(folder, TokenizerInfo.read(folder).vocab_size)[[ids]]
+    flags = word_flags(folder, TokenizerInfo.read(folder).vocab_size)[[ids]]
     pieces = token_bytes(folder)
     bounds = zip(*word_bounds(flags, np.zeros((1, len(ids)), bool)), strict=True)
     return [b"".join(pieces[id_] for id_ in ids[start:end]).decode() for start, end in bounds]
@@ -112,7 +112,7 @@ def test_katakana_makes_words_and_marks_begin_none(of_all_scripts):
 def test_where_spaces_mark_words_nothing_but_spaces_does(of_all_scripts, script):
     text = TEXTS[script]
     ids = Tokenizer.from_file(str(of_all_scripts / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    flags = word_starts(of_all_scripts, 1000)[[ids]]
+    flags = word_flags(of_all_scripts, 1000)[[ids]]
     starts = word_bounds(flags, np.zeros((1, len(ids)), bool))[0].tolist()
     by_spaces = np.flatnonzero(np.append([True], (flags[0] & 1)[1:])).tolist()
     cuts = set(starts) - set(by_spaces)
