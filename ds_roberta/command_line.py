@@ -52,7 +52,7 @@ def positive_number(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    return _number(text, float, "between 0 and 1", lambda number: 0 <= number <= 1)
+    return _number(text, float, "a number from 0 to 1", lambda number: 0 <= number <= 1)
 
 
 def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:

@@ -13,7 +13,14 @@ from fractions import Fraction
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.options import Settings, must_be, option, require_positive, require_positive_number
+from ds_roberta.options import (
+    Settings,
+    option,
+    require_open_share,
+    require_positive,
+    require_positive_number,
+    require_share,
+)
 
 LR_SCHEDULER_TYPES = ("linear", "polynomial", "cosine", "warmup_stable_decay")
 LR_DECAY_TYPES = ("1-sqrt", "cosine", "linear")
@@ -24,8 +31,6 @@ PACKED_ACROSS_DOCUMENTS = ("full-sentences", "contiguous")
 PACKING_FORMATS = ("full-sentences", "doc-sentences", "contiguous", *PAIR_FORMATS)
 MASKING_UNITS = ("token", "whole-word", "span")
 SPECIAL_TOKENS_PER_SEQUENCE, SPECIAL_TOKENS_PER_PAIR = 2, 4
-_BETWEEN_0_AND_1 = must_be("above 0 and below 1", lambda share: 0 < share < 1)
-_FROM_0_TO_1 = must_be("from 0 to 1", lambda share: 0 <= share <= 1)
 EVAL_SEQUENCES = 2_048
 MODEL_TYPES = {"roberta": "Roberta", "camembert": "Camembert", "xlm-roberta": "XLMRoberta"}
 """transformers' types of models with RoBERTa's architecture, and how the names of their classes begin."""
@@ -159,16 +164,16 @@ class MaskingConfig(Settings):
         copies: number of fixed masks per sequence, used in turn, one per epoch; None: new masks in every epoch.
     """
 
-    mlm_probability: float = option("share of the tokens to mask", 0.15, check=_BETWEEN_0_AND_1)
-    mask_replace_prob: float = option("share of these that the mask token replaces", 0.8, check=_FROM_0_TO_1)
+    mlm_probability: float = option("share of the tokens to mask", 0.15, check=require_open_share)
+    mask_replace_prob: float = option("share of these that the mask token replaces", 0.8, check=require_share)
     random_replace_prob: float = option(
-        "share of these that random tokens replace; the others stay", 0.1, check=_FROM_0_TO_1
+        "share of these that random tokens replace; the others stay", 0.1, check=require_share
     )
     mlm_probability_end: float | None = option(
-        "share at the last step, reached linearly (default: no change)", None, check=_BETWEEN_0_AND_1
+        "share at the last step, reached linearly (default: no change)", None, check=require_open_share
     )
     eval_mlm_probability: float | None = option(
-        "share in held-out sequences (default: that of the last step)", None, check=_BETWEEN_0_AND_1
+        "share in held-out sequences (default: that of the last step)", None, check=require_open_share
     )
     unit: str = option("what is masked as a whole", "token", name="masking", choices=MASKING_UNITS)
     copies: int | None = option(
@@ -250,7 +255,7 @@ class ScheduleConfig(Settings):
     min_lr_ratio: float | None = option(
         "final rate of polynomial, cosine and warmup_stable_decay, as a share of the peak (default: 0)",
         None,
-        check=must_be("from 0 to 1", lambda ratio: 0 <= ratio <= 1),
+        check=require_share,
     )
     decay_steps: int | None = option(
         "number of final steps, or percentage of the run, in which warmup_stable_decay decays (default: 10%%)",

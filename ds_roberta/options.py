@@ -143,29 +143,6 @@ def add_options(parser: argparse.ArgumentParser, *groups: type[Settings], only: 
         each.add_to(headings.get(each.group, parser))
 
 
-def options_tables(parser: argparse.ArgumentParser) -> str:
-    """Markdown for docs/options.md: a table for each heading of a command's help, then those of its subcommands."""
-    tables: dict[str | None, list[str]] = {}
-    commands = []
-    for group in parser._action_groups:
-        for action in group._group_actions:
-            if isinstance(action, argparse._SubParsersAction):
-                commands += [f"### {name}\n\n{options_tables(each)}" for name, each in action.choices.items()]
-            elif action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
-                title = None if group.title in ("options", "positional arguments") else group.title
-                tables.setdefault(title, []).append(_row(action))
-    head = "| option | meaning | one of |\n|---|---|---|\n"
-    texts = [(f"**{title}**\n\n" if title else "") + head + "".join(rows) for title, rows in tables.items()]
-    return "\n".join([*texts, *commands])
-
-
-def _row(action: argparse.Action) -> str:
-    name = " ".join([*action.option_strings, *([str(action.metavar)] if action.metavar else [])]) or action.dest
-    needed = " (required)" if action.required and action.option_strings else ""
-    choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
-    return f"| `{name}`{needed} | {(action.help or '') % vars(action)} | {choices} |\n"
-
-
 def _heading(group: type[Settings]) -> str:
     return (group.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".")
 
@@ -195,6 +172,9 @@ require_positive = must_be(
     "a positive whole number", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1
 )
 require_positive_number = must_be("a positive number", lambda value: 0 < value < math.inf)
+require_share = must_be("from 0 to 1", lambda value: 0 <= value <= 1)
+require_open_share = must_be("above 0 and below 1", lambda value: 0 < value < 1)
+require_fraction = must_be("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def require_one_of(name: str, value: str, known: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from ds_roberta.files import replaced_folder
 from ds_roberta.inputs.paths import Inputs, find_inputs
 from ds_roberta.inputs.streams import is_url
 from ds_roberta.lease import Task
+from ds_roberta.options import require_fraction
 from ds_roberta.progress import clock, document_bar
 from preprocessing.jobs.workers import Workers, is_mpi, local_workers, mpi_workers, refuse_strangers, slurm_task
 from preprocessing.reading.accounts import (
@@ -34,7 +35,7 @@ from preprocessing.sharding import Totals, run_job
 from preprocessing.tokens.bpe import MIN_VOCAB_SIZE, is_tokenizer_folder, train_bpe
 from preprocessing.tokens.encoders import AUTO
 from preprocessing.tokens.sentence_splitting import sentence_bytes, tokenizer_lines
-from preprocessing.units import ShardOptions, require_fraction
+from preprocessing.units import ShardOptions
 
 ROBERTA_VOCAB_SIZE = 50265
 

@@ -20,7 +20,7 @@ from ds_roberta.data.manifest import SPLITS, TOKENIZER_FOLDER, TRAIN_SPLIT, VALI
 from ds_roberta.data.shards import write_flat_shard, write_shard
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
-from ds_roberta.options import Settings, must_be, option
+from ds_roberta.options import Settings, option, require_fraction
 from preprocessing import dedup
 from preprocessing.jobs.job import Record
 from preprocessing.reading.accounts import KEPT, MAX_BAD_FRACTION, Account, kept_documents
@@ -46,9 +46,6 @@ class Prepared(NamedTuple):
     source: str | None
     piece: int
     """Number of the piece, within the unit, that holds the document."""
-
-
-require_fraction = must_be("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 @dataclass(frozen=True)

@@ -363,7 +363,7 @@ class HeldOutSample:
         total = Counts(*self._ranks.sum(*map(sum, zip(*counts, strict=True))))
         if not total.labels:
             raise UserError(
-                "no token of the held-out sequences is masked, so that they say nothing: raise the share of masks or "
-                "--eval_sequences, or hold out more text"
+                "no token of the held-out sequences is masked, so there is no held-out loss: raise the share of masks "
+                "or --eval_sequences, or hold out more text"
             )
         return self._ranks.sum_each(sums), total

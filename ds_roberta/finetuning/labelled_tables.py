@@ -13,7 +13,7 @@ import numpy as np
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.streams import is_url, suffix_of
 from ds_roberta.inputs.tables import TABULAR, Table, is_saved_splits, read_saved_splits, read_table
-from ds_roberta.options import Settings, must_be, option
+from ds_roberta.options import Settings, option, require_open_share
 from ds_roberta.process import logger
 
 SPLIT_PREFIXES = {  # of file names, before another kind of character than a letter; the first that matches counts
@@ -49,7 +49,7 @@ class Splitting(Settings):
         "take this share of the training examples for validation, where --data has none: always the same ones, with "
         "the same shares of labels; questions about one context stay together",
         None,
-        check=must_be("between 0 and 1", lambda value: 0 < value < 1),
+        check=require_open_share,
     )
 
 
@@ -58,12 +58,16 @@ class Columns(Splitting):
     """Names of table columns."""
 
     text_column: str | None = option(
-        "default: in predictions that of fine-tuning, else sentence, text, tokens, or the first of a pair such as "
-        "sentence1",
+        "column of the text (default: in predictions that of fine-tuning, else sentence, text, tokens, or the first "
+        "of a pair such as sentence1)",
         None,
     )
-    text_pair_column: str | None = option("default: likewise, or the second of such a pair, if there is one", None)
-    label_column: str | None = option("default: label, labels, tags, or GLUE's names for it", None)
+    text_pair_column: str | None = option(
+        "column of the second text of a pair (default: as for --text_column, if the table has one)", None
+    )
+    label_column: str | None = option(
+        "column of the label (default: label, labels, tags, or GLUE's names for it)", None
+    )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from ds_roberta.finetuning.labels import (
 from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, label_names
 from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_columns
 from ds_roberta.inputs.tables import Table
-from ds_roberta.options import must_be, option
+from ds_roberta.options import option, require_share
 from ds_roberta.process import logger
 
 SEPARATOR, OTHER_SEPARATORS = ",", (";", "|", "#")
@@ -63,7 +63,7 @@ class MultiLabelOptions(Labels):
     label_threshold: float | None = option(
         "labels with a higher probability apply (default: 0.5)",
         None,
-        check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
+        check=require_share,
     )
     choose_label_threshold: bool = option("choose that with the highest micro F1 on validation", False)
 

@@ -19,7 +19,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.files import load_json, value_at, write_json
 from ds_roberta.finetuning.task import Encoded, Task
 from ds_roberta.finetuning.trainer_checkpoints import TRAINER_STATE, check_processes, last_checkpoint
-from ds_roberta.options import Settings, must_be, option, require_positive
+from ds_roberta.options import Settings, must_be, option, require_fraction, require_positive, require_share
 from ds_roberta.process import logger
 from ds_roberta.progress import StepBar
 from ds_roberta.transformers_folder import read_model
@@ -66,9 +66,6 @@ def for_width(settings: Sequence[Setting], hidden_size: int) -> tuple[Setting, .
     return scaled
 
 
-_require_dropout = must_be("at least 0 and below 1", lambda value: 0 <= value < 1)
-
-
 @dataclass(frozen=True)
 class Recipe(Settings):
     """The recipe of every run; the defaults are those of Liu et al. 2019, table 10, with the dropout of table 9."""
@@ -81,12 +78,12 @@ class Recipe(Settings):
     warmup_ratio: float = option(
         "fraction of all steps in which the learning rate rises",
         0.06,
-        check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
+        check=require_share,
     )
     hidden_dropout_prob: float = option(
-        "dropout of hidden states and of the head, whatever the model was pretrained with", 0.1, check=_require_dropout
+        "dropout of hidden states and of the head, whatever the model was pretrained with", 0.1, check=require_fraction
     )
-    attention_probs_dropout_prob: float = option("dropout of attention weights", 0.1, check=_require_dropout)
+    attention_probs_dropout_prob: float = option("dropout of attention weights", 0.1, check=require_fraction)
     early_stopping: int | None = option(
         "end a run once the metric has not improved for N epochs; until then, the learning rate follows the schedule "
         "of all epochs",

@@ -90,7 +90,7 @@ def predict(config: PredictConfig) -> list[Answer]:
     finetuned = open_finetuned(config.model, config.max_seq_length, config.task_options)
     task = finetuned.task
     if config.text_pair is not None and not task.takes_pairs:
-        raise UserError(f"the model is of --task {task.name}, which takes single texts: give one as --text alone")
+        raise UserError(f"the model is of --task {task.name}, which takes single texts: give one with --text only")
     if config.glue_task is not None:
         check_board(config.glue_task, task.head)
     if config.input is not None:

@@ -21,7 +21,7 @@ from ds_roberta.finetuning.labelled_tables import SUFFIXES, Splitting, read_spli
 from ds_roberta.finetuning.squad import Question, is_unanswered, read_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
 from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, label_head, one_line
-from ds_roberta.options import must_be, option, require_positive
+from ds_roberta.options import option, require_positive, require_share
 from ds_roberta.process import logger
 
 NO_ANSWER = "no answer"
@@ -44,7 +44,7 @@ class SpanOptions(Splitting):
     no_answer_threshold: float = option(
         "for data with unanswerable questions: give no answer if its probability, against the best span, is above this",
         0.5,
-        check=must_be("between 0 and 1", lambda value: 0 <= value <= 1),
+        check=require_share,
     )
     n_best_size: int = 20
 

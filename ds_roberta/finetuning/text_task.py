@@ -44,7 +44,7 @@ class TextTask(Task):
 
     def make_input(self, text: str, text_pair: str | None) -> Text:
         given = Text(COMMAND_LINE, text, text_pair)
-        self._check_pairs(given, "give --text_pair, too", "as --text alone")
+        self._check_pairs(given, "give --text_pair, too", "with --text only")
         return given
 
     def _check_pairs(self, given: Text, for_pairs: str, for_texts: str) -> None:

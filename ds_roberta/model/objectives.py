@@ -133,7 +133,7 @@ class MaskedLM(Objective):
         super().__init__(config)
         self.lm_head = MaskedLMHead(config)
         self.head_shapes: int | None = None
-        """The most distinct numbers of rows of the head, each of which is compiled separately; None: no limit."""
+        """How many different numbers of rows the head may have, each of which is compiled separately; None: any."""
         initialize_weights(self, config.initializer_range)
 
     def logits(

@@ -215,7 +215,7 @@ def _steps_within_minutes(
 def _seconds_per_step(engine: Engine, micro_batches: list[MicroBatch], seconds: float) -> float:
     """The time of an optimizer step on these micro-batches, rehearsed for about `seconds`; a collective call.
 
-    Of a step that is longer, only some of the micro-steps are taken.
+    Of a step that would take longer, only some of the micro-steps are taken.
     """
     first = micro_batches[:1]
     engine.rehearse(*first, *micro_batches[-1:])  # prepares memory and kernels; only the last one may have empty places

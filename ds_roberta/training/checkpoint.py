@@ -87,8 +87,8 @@ class TrainState:
     resumed_from: str | None = None
 
     def continue_as(self, identity: dict[str, Any], eval_sequences: int) -> bool:
-        """Belong to a run with these from here on. If its held-out losses are of other sequences or masks, those so far
-        are forgotten; returns whether they are.
+        """Continue as the state of a run with these. If its held-out losses are of other sequences or masks, the
+        earlier ones are forgotten; returns whether they are.
         """
         of_others = self.eval_sequences not in (0, eval_sequences) or any(
             self.identity.get(name) != identity.get(name) for name in _OF_THE_HELD_OUT_SAMPLE

@@ -210,8 +210,8 @@ def _check_export(folder: Path, is_fresh: bool) -> None:
         return
     if is_fresh:
         raise UserError(
-            f"{str(folder)!r} is the model of a run whose checkpoints are gone, and this one would replace it and its "
-            "metrics: choose another --output_dir, or move it away"
+            f"{str(folder)!r} is the model of a run whose checkpoints are gone; this run would replace the model and "
+            "the metrics: choose another --output_dir, or move it away"
         )
     from ds_roberta.model.export import KIND, is_model_folder  # it imports transformers
 

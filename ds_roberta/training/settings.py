@@ -66,7 +66,9 @@ class StartOptions(Settings):
     hidden_dropout_prob: float | None = option(
         "dropout of hidden states (default: 0.1, or that of the config or of the model of --init_from)", None
     )
-    attention_probs_dropout_prob: float | None = option("dropout of attention weights (default: the same)", None)
+    attention_probs_dropout_prob: float | None = option(
+        "dropout of attention weights (default: as for --hidden_dropout_prob)", None
+    )
     extend_positions: bool = option(
         "allow longer sequences than --init_from's model was trained on, by repeating its learned positions", False
     )
@@ -141,13 +143,13 @@ class RunConfig(Settings):
         choices=PADDING_FREE,
     )
     attention: str = option(
-        "what a token sees: its sequence, or in it only its own document, which needs --padding_free",
+        "what a token attends to: its sequence, or only its own document in it, which needs --padding_free",
         ATTENTION[0],
         choices=ATTENTION,
     )
     initial_attention: str = option(
-        "random: as BERT's; neighbours: with position embeddings that are sinusoids and stay so, the first layer's "
-        "first heads begin by looking at the tokens beside theirs",
+        "random: as BERT's; neighbours: the first layer's first heads begin by attending to the adjacent tokens, by "
+        "position embeddings that are sinusoids and stay so",
         RANDOM,
         choices=INITIAL_ATTENTION,
     )
@@ -255,7 +257,7 @@ def pretrain_options(deepspeed_config: Path | None = None, **given: Any) -> Name
 def run_config(
     options: Namespace, corpus: Corpus, train_batch_size: int, has_gpu: bool, initial: InitialModel | None
 ) -> RunConfig:
-    """The run's settings, completed from recipe, preset or model to continue from, and batch size.
+    """The run's settings, completed from the recipe, the preset or the model of `--init_from`, and the batch size.
 
     Raises:
         UserError: a value is out of range, missing, or has no effect.
@@ -346,7 +348,7 @@ def model_origin(chosen: str | None, model: ModelConfig, has_gpu: bool) -> str:
 
 
 def _of_initial(options: Namespace, corpus: Corpus, initial: InitialModel) -> tuple[str, ModelConfig, dict[str, Any]]:
-    """As `_of_preset`, for the model to continue from."""
+    """As `_of_preset`, for the model of `--init_from`."""
     if options.model is not None:
         raise UserError(
             f"--model {options.model} does nothing with --init_from, which sets the model: remove one of them"

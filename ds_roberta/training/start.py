@@ -52,7 +52,7 @@ def find_start(run: Run) -> Start:
     named = None if config.resume == "auto" else Path(config.resume)
     begun_at = None if named is None else _name(named, config.output_dir)
     if begun_at is not None and ranks.on_main(lambda: _beginning(folder)) == begun_at:
-        ranks.log(f"this run has gone on from --resume {named} before: {folder} has newer checkpoints")
+        ranks.log(f"this run has already continued from --resume {named}: {folder} has newer checkpoints")
         return find_start(replace(run, config=replace(config, resume="auto")))
     if named is not None and not named.is_dir():
         raise UserError(f"--resume {config.resume!r} is not a folder: name a checkpoint's folder, or use 'auto'")
@@ -80,7 +80,9 @@ def find_start(run: Run) -> Start:
     for change in changes:
         ranks.log(f"allowed change: {path}: {change}")
     if state.continue_as(identity, config.eval_sequences):
-        ranks.log("held-out losses are of other sequences or masks from here on: only a later checkpoint can be best")
+        ranks.log(
+            "from here on, held-out losses are of other sequences or masks: only a later checkpoint can be the best"
+        )
     if state.global_step > config.schedule.max_steps:
         raise UserError(
             f"{str(path)!r} is at step {state.global_step}, beyond --max_steps {config.schedule.max_steps}: raise it"

@@ -36,7 +36,7 @@ def test_a_run_goes_on_from_deepspeeds_layout_as_if_it_were_unbroken(saved, work
     assert "resuming from" in pretrain(workspace, *arguments)
     assert identical(tensors(workspace / "runs/resumed", 4), tensors(saved, 4))
     again = pretrain(workspace, *arguments)  # as of a job that is queued again
-    assert "this run has gone on from --resume" in again
+    assert "this run has already continued from --resume" in again
     assert "step 4 of 4" in again
 
 
@@ -50,7 +50,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_of_its_own_as_often_as_it_is_sto
     assert "step 2 of 4" in pretrain(workspace, *arguments, *older)
     shutil.rmtree(output / "checkpoints/global_step2")  # as --keep_last does after some saves
     again = pretrain(workspace, *arguments, *older)
-    assert "this run has gone on from --resume" in again
+    assert "this run has already continued from --resume" in again
     assert "step 4 of 4" in again
     assert identical(tensors(output, 4), tensors(saved, 4))
 

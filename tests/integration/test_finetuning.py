@@ -272,10 +272,10 @@ def test_checkpoints_of_one_second_are_no_news(config, monkeypatch):
         (lambda: Setting(1e-4, 0), "train_batch_size must be a positive whole number, got 0"),
         (lambda: Recipe(num_train_epochs=0), "num_train_epochs must be"),
         (lambda: Recipe(weight_decay=float("nan")), "weight_decay must be 0 or a number above it, got nan"),
-        (lambda: Recipe(warmup_ratio=6), "warmup_ratio must be between 0 and 1, got 6"),
+        (lambda: Recipe(warmup_ratio=6), "warmup_ratio must be from 0 to 1, got 6"),
         (lambda: Recipe(bf16=True, fp16=True), "--bf16 and --fp16 are both given"),
         (lambda: SpanOptions(doc_stride=0), "doc_stride must be"),
-        (lambda: SpanOptions(no_answer_threshold=2), "no_answer_threshold must be between 0 and 1, got 2"),
+        (lambda: SpanOptions(no_answer_threshold=2), "no_answer_threshold must be from 0 to 1, got 2"),
         (
             lambda: FinetuneConfig(Path("m"), "regression", ("d",), Path("o"), seeds=(2**32,)),
             "--seeds 4294967296 is not",

@@ -296,7 +296,7 @@ def test_a_named_change_is_allowed_and_becomes_the_runs_own(unbroken, workspace)
     assert state["identity"]["seed"] == 5
     before = final_state(unbroken)
     assert all(state["lines"][name] != loss for name, loss in before["lines"].items())  # of other masks
-    assert "held-out losses are of other sequences or masks from here on" in printed
+    assert "from here on, held-out losses are of other sequences or masks" in printed
     assert state["best_step"] > before["global_step"]  # although the losses may be higher
 
 

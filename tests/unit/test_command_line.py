@@ -169,7 +169,7 @@ def test_a_defect_of_the_program_is_not_hidden():
         (positive_number, "2e-5", 2e-5),
         (positive_number, "inf", "'inf' is not a number above 0"),
         (probability, "0", 0),
-        (probability, "1.1", "'1.1' is not between 0 and 1"),
+        (probability, "1.1", "'1.1' is not a number from 0 to 1"),
         (several(positive), "16,32", (16, 32)),
         (several(positive), "16,", "'' is not a whole number, at least 1"),
     ],

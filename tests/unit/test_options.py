@@ -1,5 +1,6 @@
 """An option is one field: the command line, its checks, config.json and docs/options.md follow from it."""
 
+import argparse
 import multiprocessing
 import runpy
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from ds_roberta.command_line import ArgumentParser
 from ds_roberta.errors import UserError
-from ds_roberta.options import Settings, add_options, must_be, option, options_tables
+from ds_roberta.options import Settings, add_options, must_be, option
 from preprocessing.cli import parser as preprocess_parser
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,6 +30,29 @@ def page():
     for name in SCRIPTS:
         parsers[f"launch/{name}.py"] = runpy.run_path(str(REPOSITORY / f"launch/{name}.py"))["make_parser"]()
     return "\n".join([INTRODUCTION, *(f"## {name}\n\n{options_tables(parser)}" for name, parser in parsers.items())])
+
+
+def options_tables(parser: argparse.ArgumentParser) -> str:
+    """Markdown for docs/options.md: a table for each heading of a command's help, then those of its subcommands."""
+    tables: dict[str | None, list[str]] = {}
+    commands = []
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            if isinstance(action, argparse._SubParsersAction):
+                commands += [f"### {name}\n\n{options_tables(each)}" for name, each in action.choices.items()]
+            elif action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
+                title = None if group.title in ("options", "positional arguments") else group.title
+                tables.setdefault(title, []).append(row_of(action))
+    head = "| option | meaning | one of |\n|---|---|---|\n"
+    texts = [(f"**{title}**\n\n" if title else "") + head + "".join(rows) for title, rows in tables.items()]
+    return "\n".join([*texts, *commands])
+
+
+def row_of(action: argparse.Action) -> str:
+    name = " ".join([*action.option_strings, *([str(action.metavar)] if action.metavar else [])]) or action.dest
+    needed = " (required)" if action.required and action.option_strings else ""
+    choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
+    return f"| `{name}`{needed} | {(action.help or '') % vars(action)} | {choices} |\n"
 
 
 @dataclass(frozen=True)
@@ -112,7 +136,6 @@ def describe_run(program, connection):
         if name.split(".")[0] in ("ds_roberta", "launch", "preprocessing"):
             del sys.modules[name]
     sys.path.insert(0, str(program))
-    from ds_roberta import options as copied
     from ds_roberta.config import model_config
     from ds_roberta.data.stages import make_stages
     from ds_roberta.training.settings import RunConfig
@@ -124,7 +147,7 @@ def describe_run(program, connection):
     run = RunConfig.from_options(
         options, model_name="tiny", model=model_config("tiny", 400, 64), stages=make_stages(64, 8), source_weights=None
     )
-    connection.send((parser.format_help(), copied.options_tables(parser), run.as_json()["masking"]))
+    connection.send((parser.format_help(), options_tables(parser), run.as_json()["masking"]))
 
 
 def test_an_option_is_added_by_one_field_in_one_file(tmp_path):
