@@ -41,7 +41,8 @@ from ds_roberta.training.facts import check_identity, completed_identity
 from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.metrics import MetricsLog
 from ds_roberta.transformers_folder import open_folder, open_tokenizer, parameters_by_name, quiet, read_model
-from preprocessing.tokens.bpe import copy_tokenizer, train_bpe
+from preprocessing.tokens.bpe import train_bpe
+from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
 
 VOCABULARY, LENGTH = 280, 30
 

@@ -21,9 +21,9 @@ from benchmarks.cost_model import CONTEXT_BYTES, GPUS, LINK_SHARE, Case, Plan, p
 from benchmarks.environment import REPOSITORY
 from ds_roberta.command_line import ArgumentParser, positive, positive_number, run_command, whole_number
 from ds_roberta.config import PRESETS, SPECIAL_TOKENS_PER_SEQUENCE
+from ds_roberta.data.byte_level import SPECIAL_TOKENS
 from ds_roberta.data.manifest import InputPiece, ShardInfo
 from ds_roberta.data.shards import CHUNK_BYTES
-from ds_roberta.data.tokenizer import SPECIAL_TOKENS
 from ds_roberta.files import write_text
 from ds_roberta.model.architecture import model_choice
 

@@ -85,7 +85,7 @@ class HeldOutLoss(TrainerCallback):
         build_index(corpus, VALIDATION_SPLIT, packing)
         packed = open_index(corpus, VALIDATION_SPLIT, packing)
         collator = Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, case.max_seq_length)
-        self._sample = HeldOutSample(collator, case.eval_sequences, EVALUATED_AT_ONCE, Ranks(0, 1, 0, None))
+        self._sample = HeldOutSample(collator, case.eval_sequences, EVALUATED_AT_ONCE, Ranks.alone())
         self._case, self._points, self._seconds, self._began = case, points, 0.0, 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -135,10 +135,8 @@ def held_out_loss(model: RobertaForMaskedLM, batch: MicroBatch) -> float:
 def main(case: Case, folder: Path) -> None:
     set_seed(case.seed)
     corpus = Corpus.open(case.data_dir)
-    special = {
-        name: getattr(corpus.manifest.tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
-    config = model_config(case.model, corpus.manifest.tokenizer.vocab_size, case.max_seq_length, **special)
+    ids = corpus.manifest.tokenizer
+    config = model_config(case.model, ids.vocab_size, case.max_seq_length, **ids.config_ids)
     tokenizer = AutoTokenizer.from_pretrained(Path(case.data_dir) / TOKENIZER_FOLDER)
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -53,6 +53,11 @@ class Ranks:
         _set_pg_timeout(PATIENCE, control_group)
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """The only process, in no group."""
+        return cls(0, 1, 0, None)
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

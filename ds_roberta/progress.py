@@ -139,3 +139,80 @@ class StepBar:
         if self._bar.disable or self._bar.last_print_t == self._bar.start_t:
             return nullcontext()
         return self._bar.external_write_mode(file=self._bar.fp)
+
+
+class MicroStepBar:
+    """A bar over the run's steps that moves with every micro-step.
+
+    Args:
+        visible: false on ranks other than 0.
+        first_line: what the bar shows until a step ends.
+    """
+
+    def __init__(self, max_steps: int, global_step: int, visible: bool, first_line: str = ""):
+        self._max_steps, self._global_step, self._visible = max_steps, global_step, visible
+        self._first_micro_step_end: float | None = None
+        self._expected_time_said = not visible
+        self._bar = progress_bar(
+            total=max_steps,
+            initial=global_step,
+            disable=not visible,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
+            dynamic_ncols=True,
+            postfix=first_line,
+        )
+
+    def restart(self, global_step: int) -> None:
+        """Move to `global_step`, after which a step may take a different time: the expected time is logged again."""
+        self._global_step = self._bar.n = global_step
+        self._first_micro_step_end = None
+        self._expected_time_said = not self._visible
+
+    def micro_step(self, micro_step: int, micro_steps: int, wait: Callable[[], object]) -> None:
+        """Move on by one micro-step of `micro_steps`.
+
+        Args:
+            wait: returns when the device has finished the micro-step; called only for the first two after the run's
+                start or a `restart`; the time between them gives the expected time of a step.
+        """
+        if not self._expected_time_said:
+            wait()
+            now = time.perf_counter()
+            if self._first_micro_step_end is not None:
+                self._say_expected_time((now - self._first_micro_step_end) * micro_steps, micro_steps)
+            self._first_micro_step_end = now
+        if micro_steps > 1:
+            self._bar.set_description_str(
+                f"step {self._global_step + 1}/{self._max_steps}, micro_step {micro_step + 1}/{micro_steps}",
+                refresh=False,
+            )
+        self._bar.update(1 / micro_steps)
+
+    def step(self, global_step: int, loss: float, tokens_per_second: float, mfu: float, seconds: float) -> None:
+        self._global_step = global_step
+        if not self._expected_time_said:
+            self._say_expected_time(seconds, 1)
+        self._bar.n = global_step  # the sum of fractions, without their rounding
+        self._bar.set_description_str(f"step {global_step}/{self._max_steps}", refresh=False)
+        rate = f"{tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate}", refresh=False)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        if self._visible:
+            self._bar.write(message, file=self._bar.fp)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _say_expected_time(self, seconds: float, micro_steps: int) -> None:
+        self._expected_time_said = True
+        self.say(f"expected time per step: {duration(seconds)} ({micro_steps} micro-steps)")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, in a suitable unit."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from ds_roberta.config import MODEL_TYPES, class_name
+from ds_roberta.data.byte_level import SPECIAL_TOKENS
 from ds_roberta.data.tokenizer import (
     PROBES,
     REMEDY,
-    SPECIAL_TOKENS,
     TokenizerInfo,
     check_text_is_kept,
     read_tokenizer_config,

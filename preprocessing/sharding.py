@@ -49,7 +49,7 @@ from preprocessing.jobs.job import (
 from preprocessing.jobs.workers import Workers
 from preprocessing.reading.accounts import BadDocuments, filter_checksum, input_infos, refuse_damage, total_accounts
 from preprocessing.reading.planning import Unit, plan_units
-from preprocessing.tokens.bpe import copy_tokenizer
+from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
 from preprocessing.tokens.encoders import AUTO, choose_backend
 from preprocessing.tokens.sentence_splitting import RULES_VERSION
 from preprocessing.units import RECORD_VERSION, ShardOptions, UnitResult, shard_unit, thin_unit

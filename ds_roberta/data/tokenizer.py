@@ -12,7 +12,8 @@ import numpy as np
 import orjson
 import xxhash
 
-from ds_roberta.data import unigram
+from ds_roberta.data import byte_level, unigram
+from ds_roberta.data.byte_level import SPECIAL_TOKENS, roberta_content, special_token
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json_object
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_UINT16_VOCABULARY = 1 << 16
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 REMEDY = "use a tokenizer of the RoBERTa kind, for example one made with 'preprocess train-tokenizer'"
 _KINDS = "a byte-level BPE or a SentencePiece Unigram"
@@ -63,6 +63,11 @@ class TokenizerInfo:
     mask_token_id: int
     special_ids: tuple[int, ...]
     fingerprint: str
+
+    @property
+    def config_ids(self) -> dict[str, Any]:
+        """The special ids that a model's config has, by their names there."""
+        return {name: getattr(self, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> TokenizerInfo:
@@ -137,7 +142,7 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = orjson.loads(path.read_bytes())
         of_unigram = unigram.is_unigram(content)
-        obstacle = unigram.obstacle(content) if of_unigram else _why_not_bpe(content)
+        obstacle = unigram.obstacle(content) if of_unigram else byte_level.obstacle(content)
         if obstacle is None:
             _check_form(content)
         if of_unigram and obstacle is None:
@@ -154,50 +159,6 @@ def tokenizer_content(folder: Path) -> dict[str, Any]:
 def model_vocabulary(content: dict[str, Any]) -> dict[str, int]:
     """The id of each token of the model, as a new object; tokens that were added later may be missing."""
     return unigram.vocabulary(content) if unigram.is_unigram(content) else dict(content["model"]["vocab"])
-
-
-def roberta_content(vocabulary: dict[str, int], merges: list[list[str]], add_prefix_space: bool) -> dict[str, Any]:
-    """A `tokenizer.json` of RoBERTa's kind. Raises `KeyError` if a special token has no id."""
-    separator, beginning = (("</s>", vocabulary["</s>"]), ("<s>", vocabulary["<s>"]))
-    special = {name: vocabulary[name] for name in SPECIAL_TOKENS if name in vocabulary or name != "<unk>"}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": sorted((special_token(*entry) for entry in special.items()), key=lambda token: token["id"]),
-        "normalizer": None,
-        "pre_tokenizer": byte_level(add_prefix_space),
-        "post_processor": {
-            "type": "RobertaProcessing",
-            "sep": separator,
-            "cls": beginning,
-            "trim_offsets": True,
-            "add_prefix_space": add_prefix_space,
-        },
-        "decoder": byte_level(True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": merges,
-        },
-    }
-
-
-def special_token(name: str, token_id: int) -> dict[str, Any]:
-    """An entry of `added_tokens`. The mask replaces a word and the space before it, as RoBERTa's does."""
-    kind = {"single_word": False, "lstrip": name == "<mask>", "rstrip": False, "normalized": False, "special": True}
-    return {"id": token_id, "content": name, **kind}
-
-
-def byte_level(add_prefix_space: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -289,7 +250,7 @@ def token_bytes(folder: Path) -> dict[int, bytes]:
     vocabulary = model_vocabulary(content)
     if unigram.is_unigram(content):
         return {number: token.replace(unigram.WORD_START, " ").encode() for token, number in vocabulary.items()}
-    letters = _letters_of_bytes()
+    letters = byte_level.letters_of_bytes()
     return {
         number: b"".join(letters.get(letter) or letter.encode() for letter in token)
         for token, number in vocabulary.items()
@@ -307,7 +268,7 @@ def in_the_alphabet_of(model: Path, vocabulary: Mapping[str, int], data: Path) -
     to_unigram, from_unigram = (unigram.is_unigram(tokenizer_content(folder)) for folder in (model, data))
     if to_unigram == from_unigram:
         return dict(vocabulary)
-    letters = {byte: letter for letter, byte in _letters_of_bytes().items()}
+    letters = {byte: letter for letter, byte in byte_level.letters_of_bytes().items()}
     texts, written = token_bytes(data), {}
     for token, number in vocabulary.items():
         text = texts.get(number, token.encode())
@@ -316,14 +277,6 @@ def in_the_alphabet_of(model: Path, vocabulary: Mapping[str, int], data: Path) -
         elif (decoded := text.decode(errors="ignore")).encode() == text:
             written[decoded.replace(" ", unigram.WORD_START)] = number
     return written
-
-
-def _letters_of_bytes() -> dict[str, bytes]:
-    """Byte-level BPE keeps bytes that are visible in Latin-1, and writes the others as letters from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in visible]
-    letters = {chr(byte): bytes([byte]) for byte in visible}
-    return letters | {chr(0x100 + number): bytes([byte]) for number, byte in enumerate(hidden)}
 
 
 @lru_cache(maxsize=4)
@@ -382,15 +335,3 @@ def check_text_is_kept(tokenizer: Tokenizer, folder: Path) -> list[str]:
             f"many kinds: {', '.join(unknown)}"
         )
     return notes
-
-
-def _why_not_bpe(content: dict[str, Any]) -> str | None:
-    """What a `tokenizer.json` has that no byte-level BPE has, in words; None if it is a byte-level BPE's."""
-    model = content["model"]
-    kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not state the type
-    if kind != "BPE":
-        return f"a model of type {kind}"
-    if not isinstance(model["vocab"], dict):
-        return "a vocabulary that is not an object"
-    prefix = model.get("continuing_subword_prefix")
-    return f"tokens with the prefix {prefix!r}" if prefix else None

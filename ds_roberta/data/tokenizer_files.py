@@ -13,13 +13,12 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
-from ds_roberta.data import unigram
+from ds_roberta.data import byte_level, unigram
+from ds_roberta.data.byte_level import SPECIAL_TOKENS, special_token
 from ds_roberta.data.tokenizer import (
-    SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
     model_vocabulary,
     read_tokenizer_config,
-    special_token,
     tokenizer_content,
 )
 from ds_roberta.errors import UserError
@@ -133,15 +132,11 @@ def completed(content: dict[str, Any]) -> dict[str, Any]:
         if name in vocabulary:
             added[name] = {**special_token(name, vocabulary[name]), **added.get(name, {})}
     added["<mask>"] = {**added["<mask>"], "lstrip": True}  # it replaces a word and the space before it
-    processor = {
-        "type": "RobertaProcessing",
-        "sep": ["</s>", vocabulary["</s>"]],
-        "cls": ["<s>", vocabulary["<s>"]],
-        "trim_offsets": (content.get("post_processor") or {}).get("trim_offsets", True),
-        "add_prefix_space": has_prefix_space(content),
-    }
     if unigram.is_unigram(content):
         processor = unigram.post_processor(vocabulary["<s>"], vocabulary["</s>"])
+    else:
+        trim_offsets = (content.get("post_processor") or {}).get("trim_offsets", True)
+        processor = byte_level.post_processor(vocabulary, trim_offsets, has_prefix_space(content))
     return {
         **content,
         "added_tokens": sorted(added.values(), key=lambda token: token["id"]),

@@ -14,7 +14,7 @@ import transformers
 from torch.nn import functional
 
 from ds_roberta.errors import UserError, unknown_key_message
-from ds_roberta.finetuning.error_analysis import confusion, example, log_softmax, worst_examples
+from ds_roberta.finetuning.error_analysis import confusion, example, worst_examples
 from ds_roberta.finetuning.labelled_tables import Columns, Text, TextColumns, find_texts, read_splits, training_columns
 from ds_roberta.finetuning.labels import (
     Labels,
@@ -24,7 +24,7 @@ from ds_roberta.finetuning.labels import (
     same_label,
     without_unlabelled_tests,
 )
-from ds_roberta.finetuning.task import NO_LABEL, Answer, Encoded, label_head, label_names, softmax
+from ds_roberta.finetuning.task import NO_LABEL, Answer, Encoded, label_head, label_names, log_softmax, softmax
 from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_columns
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import option

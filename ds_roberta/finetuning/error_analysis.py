@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ds_roberta.finetuning.tagged_sentences import Sentence
-from ds_roberta.finetuning.task import one_line
+from ds_roberta.finetuning.task import log_softmax, one_line
 
 ERROR_ANALYSIS = "error_analysis.json"
 WORST_EXAMPLES = 50
@@ -100,12 +100,6 @@ def example(place: str, texts: Iterable[str], gold: str, predicted: str, **numbe
 def worst_examples(examples: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The examples with the highest loss, the highest first."""
     return {"worst": sorted(examples, key=lambda each: -each["loss"])[:WORST_EXAMPLES]}
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of probabilities along the last axis; float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _cut(text: str) -> str:

@@ -16,11 +16,21 @@ import transformers
 from torch.nn import functional
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.error_analysis import example, log_softmax, worst_examples
+from ds_roberta.finetuning.error_analysis import example, worst_examples
 from ds_roberta.finetuning.labelled_tables import SUFFIXES, Splitting, read_splits
 from ds_roberta.finetuning.squad import Question, is_unanswered, read_questions
 from ds_roberta.finetuning.squad_metrics import squad_v1_metrics, squad_v2_metrics
-from ds_roberta.finetuning.task import COMMAND_LINE, RESULTS, Answer, Encoded, Task, label_head, one_line
+from ds_roberta.finetuning.task import (
+    COMMAND_LINE,
+    RESULTS,
+    Answer,
+    Encoded,
+    Task,
+    label_head,
+    log_softmax,
+    one_line,
+    softmax,
+)
 from ds_roberta.options import option, require_positive, require_share
 from ds_roberta.process import logger
 
@@ -96,16 +106,12 @@ class Decoded:
         """The probability of no answer, against the best span."""
         if not self.spans:
             return 1.0
-        difference = min(max(self.spans[0].score - self.null_score, -700.0), 700.0)  # within exp's range
-        return 1 / (1 + math.exp(difference))
+        return float(softmax(np.array([self.null_score, self.spans[0].score]))[0])
 
     def probabilities(self, with_null: bool) -> list[float]:
         """Each span's share among the spans and, if it is allowed, the null answer."""
         scores = [span.score for span in self.spans] + [self.null_score] * with_null
-        if not scores:
-            return []
-        powers = np.exp(np.array(scores) - max(scores))
-        return [float(power) for power in (powers / powers.sum())[: len(self.spans)]]
+        return softmax(np.array(scores))[: len(self.spans)].tolist() if scores else []
 
 
 class QuestionAnswering(Task):

@@ -192,8 +192,15 @@ def label_names(config: transformers.RobertaConfig) -> list[str]:
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis; float64."""
     powers = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logarithms of probabilities along the last axis; float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def one_line(text: str) -> str:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_roberta.config import ModelConfig
 from ds_roberta.data.layout import FlatLayout
-from ds_roberta.model.kernels import Dropout, Embedding, LayerNorm, attention, flat_attention, table_rows
+from ds_roberta.model.kernels import Dropout, Embedding, LayerNorm, attention, flat_attention, split_heads, table_rows
 
 Padding = torch.Tensor | FlatLayout | None
 """Where padding is: (B, 1, 1, T) bool, false at padding; in a flat layout there is none; None: all rows are full."""
@@ -100,11 +100,8 @@ class RobertaSelfAttention(nn.Module):
         dropout_p = self.dropout_prob if self.training else 0.0
         if isinstance(padding, FlatLayout):
             return flat_attention(query, key, value, padding, self.heads, dropout_p)
-
-        def split_heads(projected_BTD: torch.Tensor) -> torch.Tensor:
-            return projected_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        attended_BHTK = attention(split_heads(query), split_heads(key), split_heads(value), padding, dropout_p)
+        query, key, value = (split_heads(each, self.heads) for each in (query, key, value))
+        attended_BHTK = attention(query, key, value, padding, dropout_p)
         return attended_BHTK.transpose(1, 2).flatten(2)
 
 

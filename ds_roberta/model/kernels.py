@@ -227,7 +227,7 @@ class _FlatAttention(torch.autograd.Function):
         out[layout.tokens :] = 0
         kept: list[torch.Tensor | None] = []
         for block in layout.blocks:
-            own = [_split_heads(block.spread(each), heads) for each in (query, key, value)]
+            own = [split_heads(block.spread(each), heads) for each in (query, key, value)]
             mask = None if block.is_token is None else block.is_token[:, None, None, :]
             attended, saved = _attend(own[0], own[1], own[2], mask, dropout_p)
             block.collect(attended.transpose(1, 2), out)
@@ -242,14 +242,14 @@ class _FlatAttention(torch.autograd.Function):
             each[ctx.layout.tokens :] = 0
         for number, block in enumerate(ctx.layout.blocks):
             saved = kept[number * _SAVED : (number + 1) * _SAVED]
-            gradient = _split_heads(block.spread_gradient(gradients[0]), ctx.heads)
+            gradient = split_heads(block.spread_gradient(gradients[0]), ctx.heads)
             for each, out in zip(_attend_backward(gradient, saved, ctx.dropout_p), found, strict=True):
                 block.collect(each.transpose(1, 2), out)
         return *found, None, None, None
 
 
-def _split_heads(values_BTD: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, H, T, K)"""
+def split_heads(values_BTD: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, T, D) as (B, H, T, D / H)."""
     return values_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 

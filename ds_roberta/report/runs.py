@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import read_json, value_at
+from ds_roberta.files import read_json, read_json_object, value_at
 from ds_roberta.process import logger
 from ds_roberta.report.error_analysis import ERROR_ANALYSIS, ErrorAnalysis, read_error_analysis
-from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics
 
 BY_POSITION = "by_position"  # a key that launch/evaluate.py perplexity writes
 RESULTS = "results.json"  # of a fine-tuning
@@ -132,7 +132,7 @@ def _read_pretraining(folder: Path, name: str) -> tuple[list[dict[str, Any]], di
     if is_cut:
         warnings.append(f"the last line of {METRICS_NAME} ({len(rows) + 1}) is incomplete and left out")
         logger.warning(f"{name}: {warnings[0]}")
-    return rows, read_record(folder / CONFIG_NAME), warnings
+    return rows, read_json_object(folder / CONFIG_NAME, "fix or remove it"), warnings
 
 
 def _is_perplexity(content: Any) -> bool:

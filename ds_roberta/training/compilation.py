@@ -27,7 +27,7 @@ from ds_roberta.model import kernels
 from ds_roberta.model.encoder import RobertaEncoder
 from ds_roberta.model.objectives import MaskedLM, Objective
 from ds_roberta.process import logger
-from ds_roberta.training.metrics import duration
+from ds_roberta.progress import duration
 
 _GRAPHS_AT_MOST = 256
 """torch gives up after 8 and continues uncompiled; a length takes 4, with or without padding, training or not."""

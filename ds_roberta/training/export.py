@@ -11,14 +11,14 @@ import torch
 from ds_roberta.config import MaskingConfig, ModelConfig
 from ds_roberta.data.count_models import NEIGHBOUR_LOSS, UNIGRAM_LOSS
 from ds_roberta.data.manifest import TOKENIZER_FOLDER
-from ds_roberta.files import value_at
+from ds_roberta.files import read_json_object, value_at
 from ds_roberta.model.architecture import stored_architecture
 from ds_roberta.model.export import CARD_SIGNATURE, compared_outputs, export, has_masked_lm_head, known_to_transformers
 from ds_roberta.model.objectives import objective_of
 from ds_roberta.process import logger
 from ds_roberta.training import checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
-from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics, read_record
+from ds_roberta.training.metrics import CONFIG_NAME, METRICS_NAME, read_metrics
 
 
 def export_checkpoint(folder: Path, output: Path, best: bool = False) -> None:
@@ -71,7 +71,9 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     """
     run = checkpoint.resolve().parent.parent
     is_in_run = checkpoint.resolve().parent.name == CHECKPOINTS_FOLDER
-    record = read_record(run / CONFIG_NAME) if is_in_run and (run / CONFIG_NAME).is_file() else {}
+    record = {}
+    if is_in_run and (run / CONFIG_NAME).is_file():
+        record = read_json_object(run / CONFIG_NAME, "fix or remove it")
     if "run" not in record:  # written by another program
         record = {}
     evaluation = _evaluation(state, run / METRICS_NAME) if is_in_run else {}

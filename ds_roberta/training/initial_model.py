@@ -121,8 +121,7 @@ class InitialModel:
             raise UserError(f"--remap_token_embeddings does nothing: the data has the tokenizer of {where}: remove it")
         config, tokenizer = self.config, corpus.manifest.tokenizer
         if remap_token_embeddings:
-            special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-            config = replace(config, vocab_size=tokenizer.vocab_size, **special)
+            config = replace(config, vocab_size=tokenizer.vocab_size, **tokenizer.config_ids)
         longest = max(self.config.max_length, max_seq_length)
         return replace(config, max_position_embeddings=longest + config.pad_token_id + 1)
 

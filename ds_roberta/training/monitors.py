@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ds_roberta.errors import UserError
-from ds_roberta.files import append_line, atomic_path, errors_of_the_disk, load_json, write_json
+from ds_roberta.files import append_line, errors_of_the_disk, load_json, write_json, write_text
 from ds_roberta.training.wandb_monitor import WandbMonitor
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def _take_folder(folder: Path, section: str, run_id: str) -> None:
     """Claim a monitor's folder for this run, or raise `UserError`."""
     with errors_of_the_disk(folder, remedy=f"change {section}.output_path"):
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / OWNER_NAME) as temporary:
-            temporary.write_text(run_id + "\n", encoding="utf-8")
+        write_text(folder / OWNER_NAME, run_id + "\n")
 
 
 class CsvMonitor(Monitor):
@@ -220,8 +219,7 @@ class CsvMonitor(Monitor):
 
     def _begin(self, name: str, lines: list[str]) -> Path:
         path = self._folder / f"{name.replace('/', '_')}.csv"
-        with atomic_path(path) as temporary:
-            temporary.write_text("\n".join([f"global_step,{name.split('/')[-1]}", *lines, ""]), encoding="utf-8")
+        write_text(path, "\n".join([f"global_step,{name.split('/')[-1]}", *lines, ""]))
         return path
 
 

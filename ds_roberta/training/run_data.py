@@ -21,7 +21,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.model.objectives import Objective
 from ds_roberta.training.checkpoint import TrainState
 from ds_roberta.training.micro_batch import BatchPlan
-from ds_roberta.training.optimizer import mlm_probability
+from ds_roberta.training.schedules import mlm_probability
 from ds_roberta.training.settings import WITHIN_DOCUMENTS, Run, RunConfig
 
 _SAMPLE_SEQUENCES = 256

@@ -298,10 +298,9 @@ def _of_preset(name: str, options: Namespace, corpus: Corpus) -> tuple[str, Mode
     preset, tokenizer = PRESETS[name], corpus.manifest.tokenizer
     max_seq_length = preset.max_seq_length if options.max_seq_length is None else options.max_seq_length
     max_steps = preset.max_steps if options.max_steps is None else options.max_steps
-    special = {each: getattr(tokenizer, each) for each in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return (
         name,
-        model_config(name, tokenizer.vocab_size, max_seq_length, **special),
+        model_config(name, tokenizer.vocab_size, max_seq_length, **tokenizer.config_ids),
         {
             "output_dir": Path("runs") / name,
             "max_seq_length": max_seq_length,

@@ -21,16 +21,18 @@ from ds_roberta.distributed import StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.lease import Lease
 from ds_roberta.model.initialization import RANDOM
+from ds_roberta.progress import MicroStepBar
 from ds_roberta.training import checkpoint, deepspeed_checkpoint
 from ds_roberta.training.checkpoint import CHECKPOINTS_FOLDER, TrainState
 from ds_roberta.training.checkpoint_writer import CheckpointWriter, Retention
 from ds_roberta.training.facts import completed_identity
 from ds_roberta.training.loss_plateau import LossPlateau, find_plateau, remedy, with_evaluation
 from ds_roberta.training.loss_spikes import LossSpike, spike_limit, with_loss
-from ds_roberta.training.metrics import MetricsLog, Progress, memory_gb
+from ds_roberta.training.metrics import MetricsLog, memory_gb
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.monitors import Monitors
-from ds_roberta.training.optimizer import StepResult, learning_rate
+from ds_roberta.training.optimizer import StepResult
+from ds_roberta.training.schedules import learning_rate
 from ds_roberta.training.settings import RunConfig
 
 if TYPE_CHECKING:  # the loop is tested without DeepSpeed
@@ -75,7 +77,7 @@ class Trainer:
         self._stop = StopRequest(self.ranks)
         self._monitors, self._lease = monitors, lease
         lines = ", ".join(f"{name} {loss:.3f}" for name, loss in state.lines.items())
-        self._progress = Progress(config.schedule.max_steps, state.global_step, self.ranks.is_main, lines)
+        self._progress = MicroStepBar(config.schedule.max_steps, state.global_step, self.ranks.is_main, lines)
         self._metrics = self._open_metrics()
         self._writer = CheckpointWriter(
             engine,

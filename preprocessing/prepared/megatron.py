@@ -45,7 +45,7 @@ from ds_roberta.data.shards import Corpus, Split, write_shard
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, created_parents, errors_of_the_disk, replaced_folder
-from preprocessing.tokens.bpe import copy_tokenizer
+from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")

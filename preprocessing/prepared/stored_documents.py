@@ -25,7 +25,7 @@ from ds_roberta.inputs.streams import TABLES, known_format
 from preprocessing.reading.accounts import kept_or_rejected
 from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
-from preprocessing.tokens.bpe import corpus_tokenizer
+from preprocessing.tokens.corpus_tokenizer import corpus_tokenizer
 from preprocessing.tokens.encoders import HUGGINGFACE, beyond_plain, make_encoder
 from preprocessing.tokens.sentence_splitting import sentence_bytes
 

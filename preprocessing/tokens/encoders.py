@@ -25,9 +25,10 @@ import xxhash
 from tokenizers import Tokenizer
 
 from ds_roberta.data import unigram
-from ds_roberta.data.tokenizer import SPECIAL_TOKENS, TokenizerInfo, token_type
+from ds_roberta.data.byte_level import SPECIAL_TOKENS
+from ds_roberta.data.tokenizer import TokenizerInfo, token_type
 from ds_roberta.errors import UserError
-from preprocessing.tokens.bpe import CorpusTokenizer, corpus_tokenizer
+from preprocessing.tokens.corpus_tokenizer import CorpusTokenizer, corpus_tokenizer
 from preprocessing.tokens.encoded import Encoded, close_documents
 from preprocessing.tokens.sentence_splitting import tokenizer_lines
 

@@ -39,6 +39,7 @@ GROUND = ROOMS[-2] | ROOMS[-1]  # single modules, which may import each other wi
 PREPROCESSING_MAY_IMPORT = {"ds_roberta"} | {
     f"ds_roberta.{name}"
     for name in (
+        "data.byte_level",
         "data.manifest",
         "data.shards",
         "data.tokenizer",

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.training.metrics import METRICS_NAME, MetricsLog, Progress, duration
+from ds_roberta.progress import MicroStepBar, duration
+from ds_roberta.training.metrics import METRICS_NAME, MetricsLog
 
 
 def read_rows(folder):
@@ -56,7 +57,7 @@ def test_a_fresh_run_begins_a_fresh_log(tmp_path):
 
 def test_the_expected_time_is_said_once_and_first_from_the_second_micro_step(capsys):
     waited = []
-    progress = Progress(10, 0, visible=True)
+    progress = MicroStepBar(10, 0, visible=True)
     for step in (1, 2):
         for micro_step in range(3):
             progress.micro_step(micro_step, 3, lambda: waited.append(1))
@@ -69,7 +70,7 @@ def test_the_expected_time_is_said_once_and_first_from_the_second_micro_step(cap
 
 
 def test_a_run_of_single_micro_steps_says_its_first_steps_time(capsys):
-    progress = Progress(10, 0, visible=True)
+    progress = MicroStepBar(10, 0, visible=True)
     progress.micro_step(0, 1, lambda: None)
     progress.step(1, 2.5, 1000.0, 0.4, 90.0)
     progress.close()
@@ -77,7 +78,7 @@ def test_a_run_of_single_micro_steps_says_its_first_steps_time(capsys):
 
 
 def test_the_expected_time_is_said_again_where_steps_take_another(capsys):
-    progress = Progress(10, 0, visible=True)
+    progress = MicroStepBar(10, 0, visible=True)
     progress.micro_step(0, 1, lambda: None)
     progress.step(1, 2.5, 1000.0, 0.4, 90.0)
     capsys.readouterr()
@@ -87,13 +88,13 @@ def test_the_expected_time_is_said_again_where_steps_take_another(capsys):
     progress.micro_step(1, 2, lambda: None)
     assert "expected time per step" in capsys.readouterr().err
     progress.close()
-    silent = Progress(10, 0, visible=False)
+    silent = MicroStepBar(10, 0, visible=False)
     silent.restart(5)
     silent.micro_step(0, 2, lambda: pytest.fail("waited for the device"))
 
 
 def test_other_ranks_are_silent_and_never_wait(capsys):
-    progress = Progress(10, 0, visible=False)
+    progress = MicroStepBar(10, 0, visible=False)
     for micro_step in range(2):
         progress.micro_step(micro_step, 2, lambda: pytest.fail("waited for the device"))
     progress.step(1, 2.5, 1000.0, 0.4, 1.0)

@@ -132,7 +132,7 @@ def test_the_card_of_token_substitution_speaks_of_replaced_tokens(run):
 )
 def test_a_broken_record_of_the_run_is_named(run, name, content):
     (run / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name}' is (not JSON|not a JSON object|broken).*fix or remove it"):
+    with pytest.raises(UserError, match=f"{name}' (cannot be read|is not a JSON object|is broken).*fix or remove it"):
         model_card(CONFIG, TrainState(IDENTITY, 1200), weights("lm_head", 1), run / "checkpoints/global_step1200")
 
 

@@ -34,7 +34,7 @@ from ds_roberta.training.initial_model import InitialModel
 from ds_roberta.training.settings import pretrain_options, run_config
 from ds_roberta.transformers_folder import open_tokenizer, read_model
 from preprocessing.commands import shard
-from preprocessing.tokens.bpe import copy_tokenizer
+from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
 from preprocessing.units import ShardOptions
 
 FAMILIES = {"xlm-roberta": "XLMRoberta", "camembert": "Camembert"}

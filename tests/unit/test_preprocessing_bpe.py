@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ds_roberta.data.tokenizer import TokenizerInfo
 from ds_roberta.errors import UserError
-from preprocessing.tokens.bpe import copy_tokenizer, is_tokenizer_folder, train_bpe
+from preprocessing.tokens.bpe import is_tokenizer_folder, train_bpe
+from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
 from preprocessing.tokens.encoders import HUGGINGFACE, make_encoder
 
 SPECIAL_LETTERS = "a </s> b <mask> <s><pad><unk>"

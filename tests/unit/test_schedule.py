@@ -3,7 +3,7 @@ import torch
 from transformers import get_scheduler
 
 from ds_roberta.config import LR_DECAY_TYPES, LR_SCHEDULER_TYPES, MaskingConfig, ScheduleConfig
-from ds_roberta.training.optimizer import learning_rate, mlm_probability
+from ds_roberta.training.schedules import learning_rate, mlm_probability
 
 
 def rates(max_steps, warmup_steps, peak=1.0):

@@ -18,7 +18,7 @@ from ds_roberta.transformers_folder import check_tokenizer
 from preprocessing.commands import shard
 from preprocessing.prepared.stats import as_json, as_text, corpus_stats
 from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
-from preprocessing.tokens.bpe import copy_tokenizer
+from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
 from preprocessing.tokens.encoders import AUTO, HUGGINGFACE, choose_backend, make_encoder
 from preprocessing.units import ShardOptions
 
