@@ -102,6 +102,7 @@ _UNROUNDED = "weights and gradients are communicated unrounded"
 _PARALLEL = "a run is data-parallel, with ZeRO; its model is not split in any other way"
 _NVME = 'nothing is offloaded to NVMe here; "device": "cpu" keeps it in host memory'
 _UNTESTED = "it is not tested with this trainer's exact sums and checkpoints"
+_MISPLACED = "with it DeepSpeed finds a parameter's fp32 weights in another one's place"
 _CHECKPOINTED = "activations are recomputed by torch's checkpointing, from inputs that stay where they are"
 _GONE = "DeepSpeed has removed it"
 _OTHER_OPTIMIZER = "it belongs to an optimizer that is not accepted"
@@ -165,13 +166,14 @@ KEYS: Section = {
     "zero_optimization": {
         "stage": Kind("be 0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3),
         **_each("contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions", _FLAG),
-        **_each("round_robin_gradients log_trace_cache_warnings enable_sanity_checks", _FLAG),
+        **_each("log_trace_cache_warnings enable_sanity_checks", _FLAG),
         **_each("stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential", _FLAG),
         **_each("reduce_bucket_size sub_group_size", _COUNT),
         **_each("allgather_bucket_size stage3_prefetch_bucket_size stage3_max_live_parameters", _WHOLE),
         **_each("stage3_param_persistence_threshold stage3_model_persistence_threshold", _WHOLE),
         **_each("stage3_max_reuse_distance stage3_module_granularity_threshold", _WHOLE),
         "overlap_comm": Kind("be true, false or null", lambda value: value is None or isinstance(value, bool)),
+        "round_robin_gradients": Refused(_MISPLACED),
         "offload_param": {
             "device": _OFFLOAD_DEVICE,
             "pin_memory": _FLAG,

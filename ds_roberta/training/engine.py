@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,16 +50,15 @@ from ds_roberta.errors import UserError, disk_refusal
 from ds_roberta.files import sync_file
 from ds_roberta.model.objectives import Objective
 from ds_roberta.training.device import fastest_precision, without_compiler
+from ds_roberta.training.loss_scale import LossScale
 from ds_roberta.training.micro_batch import BatchPlan
 from ds_roberta.training.muon import ADAM_STATES, Muon, muon_arguments
 from ds_roberta.training.optimizer import Groups, StepResult
 
 FP16_LOSS_UNIT = 4_096
 """What the loss is divided by within fp16's backward pass: about the masked tokens of a micro-batch."""
-_NAMES_SHOWN = 3
 # Muon is not among the optimizers that DeepSpeed has tested with ZeRO: our tests do so.
 logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
-_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -83,8 +81,7 @@ class Engine:
         try:
             # DeepSpeed prints memory figures to stdout.
             with contextlib.redirect_stdout(io.StringIO()), without_compiler():
-                dtype = torch.bfloat16 if fastest_precision() == "bf16" else torch.float32
-                arguments = muon_arguments(model, config, groups, ranks, self.device, dtype)
+                arguments = muon_arguments(model, config, groups, ranks, self.device, _fastest_dtype(ranks))
                 self.deepspeed, *_ = deepspeed.initialize(
                     model=model, **(arguments or {"config": config, "model_parameters": groups})
                 )
@@ -93,8 +90,8 @@ class Engine:
         self.zero_stage = int(self.deepspeed.zero_optimization_stage())
         for parameter in self.module.parameters():
             parameter.grad_dtype = torch.float32
-        if self.deepspeed.fp16_enabled():
-            self._stop_when_skipping_cannot_help()
+        fp16 = self.deepspeed.fp16_enabled()
+        self._loss_scale = LossScale(self.deepspeed.optimizer, self._non_finite_gradients) if fp16 else None
         if isinstance(self.optimizer, Muon):
             self.optimizer.locate_matrices(self.module.parameters(), self.deepspeed.optimizer, self.zero_stage)
         # Adam's moments exist only after a first update: this is one, so that fresh and resumed runs are alike.
@@ -105,6 +102,18 @@ class Engine:
     @property
     def module(self) -> Objective:
         return self.deepspeed.module
+
+    @property
+    def bucket_bytes(self) -> int:
+        """What DeepSpeed's reduction takes of the device's memory at a step's first backward pass, and frees after it.
+
+        It has contiguous buckets of their full size only where the optimizer is offloaded, whatever the JSON says.
+        """
+        wrapper = self.deepspeed.optimizer
+        if self.zero_stage not in (1, 2) or not getattr(wrapper, "contiguous_gradients", False):
+            return 0
+        buckets = len(wrapper.ipg_buckets) * (2 if wrapper.overlap_comm else 1)
+        return buckets * int(wrapper.reduce_bucket_size) * wrapper._gradient_reduction_buffer_dtype().itemsize
 
     def set_batch(self, plan: BatchPlan) -> None:
         """Tell DeepSpeed the sizes of a step, which its timers use."""
@@ -174,18 +183,12 @@ class Engine:
     @property
     def loss_scaler_state(self) -> dict[str, float]:
         """The numbers of fp16's dynamic loss scaler; empty in other precisions."""
-        scaler = self._dynamic_loss_scaler
-        return {name: getattr(scaler, name) for name in _LOSS_SCALER_STATE} if scaler else {}
+        return self._loss_scale.state if self._loss_scale else {}
 
     @loss_scaler_state.setter
     def loss_scaler_state(self, state: dict[str, float]) -> None:
-        for name, value in state.items() if self._dynamic_loss_scaler else ():
-            setattr(self._dynamic_loss_scaler, name, value)
-
-    @property
-    def _dynamic_loss_scaler(self) -> Any:
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        return scaler if self.deepspeed.fp16_enabled() and getattr(scaler, "dynamic", False) else None
+        if self._loss_scale:
+            self._loss_scale.state = state
 
     def save_deepspeed_checkpoint(self, folder: Path, tag: str, client_state: dict[str, Any]) -> str | None:
         """Write a durable checkpoint in DeepSpeed's layout into `folder/tag`; a collective call.
@@ -272,7 +275,13 @@ class Engine:
             yield
             return
         with self.deepspeed.coalesce_grad_reduction():
-            yield
+            try:
+                yield
+            except BaseException:
+                # DeepSpeed would reduce what there is while the exception leaves, and wait for the other ranks.
+                for parameter in self.module.parameters():
+                    parameter.grad = parameter.grad_accum = None  # type: ignore[attr-defined]
+                raise
 
     def forward_backward(
         self, micro_batch: MicroBatch, counts: Counts, global_step: int, micro_step: int, last: bool
@@ -298,7 +307,7 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(last)
         sums = self._forward(micro_batch)
         loss_sum = self.module.weigh(sums, counts)
-        if not self.deepspeed.fp16_enabled():
+        if self._loss_scale is None:
             self.deepspeed.backward(loss_sum * weight, scale_wrt_gas=False)
         else:
             self.deepspeed.backward(loss_sum / FP16_LOSS_UNIT, scale_wrt_gas=False)
@@ -308,7 +317,7 @@ class Engine:
 
     @property
     def _reduces_at_the_end(self) -> bool:
-        return self.zero_stage >= 2 or self.deepspeed.fp16_enabled()
+        return self.zero_stage >= 2 or self._loss_scale is not None
 
     def _gradient_sums(self) -> list[torch.Tensor]:
         """This process's fp32 gradients before they are reduced; at stage 1 DeepSpeed keeps them in `grad_accum`."""
@@ -325,53 +334,16 @@ class Engine:
         Raises:
             UserError: the gradient overflows in fp16 and the loss scale cannot become smaller.
         """
-        self._loss_is_finite = math.isfinite(loss)
+        if self._loss_scale:
+            self._loss_scale.begin_step(loss)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = (muon_lr if "momentum" in group else learning_rate) * group.get("lr_ratio", 1.0)
         grad_norm = self._unpartitioned_grad_norm() if self.zero_stage == 0 else None
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.deepspeed.step()
         grad_norm = float(self.deepspeed.get_global_grad_norm()) if grad_norm is None else grad_norm
-        skipped = self.deepspeed.fp16_enabled() and self._loss_is_finite and self.deepspeed.optimizer.overflow
-        return StepResult(grad_norm, skipped, self.loss_scale)
-
-    @property
-    def loss_scale(self) -> float:
-        return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
-
-    def _stop_when_skipping_cannot_help(self) -> None:
-        """Raise from DeepSpeed's own overflow handling, which would skip steps forever or end with a traceback.
-
-        It updates the scaler on all ranks alike, and before it clears the gradient. (The scaler itself is pickled with
-        DeepSpeed's checkpoints, so it is not changed.)
-        """
-        optimizer = self.deepspeed.optimizer
-        scaler, update_scale = optimizer.loss_scaler, optimizer._update_scale
-
-        def update_or_stop(overflow: bool) -> None:
-            if not self._loss_is_finite:
-                return
-            if overflow and not self._loss_scale_can_fall:
-                floor = "at its floor (fp16.min_loss_scale)" if scaler.dynamic else "fixed (fp16.loss_scale)"
-                names = self._non_finite_gradients()
-                more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-                raise UserError(
-                    f"the gradient overflows in fp16 with the loss scale {scaler.cur_scale:g}, which is {floor} (not "
-                    f"finite: {', '.join(names[:_NAMES_SHOWN]) or 'no single parameter'}{more}): lower the "
-                    "learning rate or warm up longer, let the scale fall further, or train in bf16 or fp32, from the "
-                    "last checkpoint"
-                )
-            update_scale(overflow)
-
-        optimizer._update_scale = update_or_stop
-
-    @property
-    def _loss_scale_can_fall(self) -> bool:
-        scaler = self._dynamic_loss_scaler
-        if scaler is None:
-            return False
-        tolerates = scaler.delayed_shift > 1 and scaler.cur_hysteresis > 1  # DeepSpeed's count of free overflows
-        return tolerates or scaler.cur_scale > scaler.min_scale
+        skipped = self._loss_scale is not None and self._loss_scale.end_step()
+        return StepResult(grad_norm, skipped, self._loss_scale.value if self._loss_scale else 1.0)
 
     def _non_finite_gradients(self) -> list[str]:
         """Names of the parameters whose reduced gradient is not finite; a collective call."""
@@ -396,3 +368,8 @@ class Engine:
         # A CPU's fp32 norm of a large matrix is off by up to a thousandth.
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in self.module.parameters()]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _fastest_dtype(ranks: Ranks) -> torch.dtype:
+    """bf16 if it is the fastest on all processes' devices, else fp32; a collective call."""
+    return torch.float32 if ranks.any(fastest_precision() != "bf16") else torch.bfloat16

@@ -248,7 +248,8 @@ class Trial:
         if self._device.type != "cpu":
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self._device)
-            self._capacity = MEMORY_SHARE * (free + torch.cuda.memory_reserved(self._device))
+            free += torch.cuda.memory_reserved(self._device)
+            self._capacity = MEMORY_SHARE * (free - engine.bucket_bytes)
 
     @cached_property
     def _model(self) -> Objective:

@@ -95,7 +95,8 @@ class Muon(torch.optim.AdamW):
                 if parameter.grad is not None:
                     self._update(parameter, group)
         self.param_groups = [group for group in groups if "momentum" not in group]
-        super().step()
+        if self.param_groups:  # without any, torch warns of a CUDA graph
+            super().step()
         self.param_groups = groups
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:

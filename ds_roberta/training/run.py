@@ -268,6 +268,8 @@ def _make_engine(run: Run, start: Start) -> tuple[Engine, dict[int, int], Peak]:
     for name, weight in weights.items():  # DeepSpeed makes its fp32 weights of those in 16 bits
         engine.set_tensors(model.get_parameter(name), {"weight": weight})
     micro_batch_sizes = _micro_batch_sizes(run, start, engine)
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats(engine.device)  # memory_gb is that of the training
     peak = device_peak(engine.device, fastest_precision(), ranks)
     if peak.source == MEASURED:
         ranks.log(f"peak of a process: {peak.flops_per_second / 1e9:,.0f} GFLOP/s, measured ({fastest_precision()})")

@@ -243,7 +243,7 @@ def overflow(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
     before = parameters(engine)
     rows = train(engine, loader, 0, 1)
     after = parameters(engine)
-    scales = [engine.loss_scale]
+    scales = [engine.loss_scaler_state["cur_scale"]]
     if ranks.is_main:
         unchanged = all(np.array_equal(before[name], after[name]) for name in before)
         content = {"skipped": rows[0]["skipped"], "unchanged": unchanged, "scales": scales}

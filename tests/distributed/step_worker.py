@@ -1,0 +1,82 @@
+"""What runs inside the processes of `test_steps.py`: what DeepSpeed does at the edges of a step."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from deepspeed.accelerator import get_accelerator
+from reductions import Reductions
+from worker import make, parameters, train
+
+from ds_roberta.data.loader import Counts
+from ds_roberta.data.shards import Corpus
+from ds_roberta.distributed import Ranks
+from ds_roberta.process import leave, set_up_logging
+from ds_roberta.training.device import init_distributed
+
+WINDOW = 4
+
+
+def growth(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """A step after which fp16's loss scale grows, and the same step after which it does not."""
+    findings = {}
+    for stage in (1, 2, 3):
+        steps = []
+        for clean_steps in (0, WINDOW):
+            fp16 = {"enabled": True, "loss_scale_window": WINDOW}
+            engine, loader = make(ranks, corpus, stage, "fp16", 4, fp16=fp16)
+            engine.loss_scaler_state = {"cur_scale": 2.0**8, "cur_iter": clean_steps, "last_overflow_iter": -1}
+            (row,) = train(engine, loader, 0, 1)
+            steps.append((row, parameters(engine), engine.loss_scaler_state["cur_scale"]))
+        (row, weights, scale), (row_grown, weights_grown, scale_grown) = steps
+        findings[stage] = {
+            "scales": [scale, scale_grown],
+            "rows": [row, row_grown],
+            "same_weights": all(np.array_equal(weights[name], weights_grown[name]) for name in weights),
+        }
+    if ranks.is_main:
+        (folder / "growth.json").write_text(json.dumps(findings))
+
+
+def failure(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """A failure between two micro-steps: the gradients that are reduced while it leaves the step."""
+    reduced = {}
+    for stage, precision in ((1, "fp16"), (2, "fp32"), (3, "bf16")):
+        engine, loader = make(ranks, corpus, stage, precision, 4)
+        micro_batches = loader.micro_batches(0)
+        counts = Counts.total([batch.counts for batch in micro_batches], ranks)
+        with Reductions() as reductions, contextlib.suppress(ArithmeticError), engine.accumulation():
+            engine.forward_backward(micro_batches[0], counts, 0, 0, last=False)
+            raise ArithmeticError
+        reduced[f"{stage}-{precision}"] = reductions.elements
+    if ranks.is_main:
+        (folder / "failure.json").write_text(json.dumps(reduced))
+
+
+def buckets(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """The bytes that DeepSpeed's buckets should take during a step, and those that they take."""
+    findings = {}
+    for offloaded in (False, True):
+        engine, loader = make(ranks, corpus, 1, "bf16", 4, offloaded=offloaded)
+        wrapper = engine.deepspeed.optimizer
+        micro_batches = loader.micro_batches(0)
+        counts = Counts.total([batch.counts for batch in micro_batches], ranks)
+        with engine.accumulation():
+            engine.forward_backward(micro_batches[0], counts, 0, 0, last=False)
+        found = getattr(wrapper, "ipg_buckets", {}).values()
+        taken = sum(buffer.nbytes for bucket in found for buffer in bucket.buffer)
+        findings["offloaded" if offloaded else "on the device"] = [engine.bucket_bytes, taken]
+    if ranks.is_main:
+        (folder / "buckets.json").write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    cases, corpus_folder, output = sys.argv[1:]
+    all_ranks = init_distributed()
+    get_accelerator().is_fp16_supported = lambda: True
+    for case in cases.split(","):
+        globals()[case](all_ranks, Corpus.open(corpus_folder), Path(output))
+    leave(0)
