@@ -14,6 +14,7 @@ from ds_roberta.data.loader import Counts
 from ds_roberta.data.shards import Corpus
 from ds_roberta.distributed import Ranks
 from ds_roberta.process import leave, set_up_logging
+from ds_roberta.training import engine as engine_module
 from ds_roberta.training.device import init_distributed
 
 WINDOW = 4
@@ -70,6 +71,17 @@ def buckets(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         findings["offloaded" if offloaded else "on the device"] = [engine.bucket_bytes, taken]
     if ranks.is_main:
         (folder / "buckets.json").write_text(json.dumps(findings))
+
+
+def devices(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """The precision that Muon's directions are exchanged in if only one process's device is fast in bf16, or both."""
+    own, found = engine_module.fastest_precision, []
+    for fast in ((0,), (0, 1)):
+        engine_module.fastest_precision = lambda fast=fast: "bf16" if ranks.rank in fast else "fp32"
+        found.append(ranks.gather(str(engine_module._fastest_dtype(ranks))))
+    engine_module.fastest_precision = own
+    if ranks.is_main:
+        (folder / "devices.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ WORKER = Path(__file__).with_name("step_worker.py")
 @pytest.fixture(scope="module")
 def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     output = tmp_path_factory.mktemp("findings")
-    return run_group(2, "growth,failure,buckets", corpus_folder, output, worker=WORKER)
+    return run_group(2, "growth,failure,buckets,devices", corpus_folder, output, worker=WORKER)
 
 
 def test_a_loss_scale_that_grows_leaves_the_step_as_it_is(findings):
@@ -30,3 +30,7 @@ def test_the_memory_of_buckets_is_known_before_they_are_there(findings):
     assert findings["buckets"]["on the device"] == [0, 0]
     foreseen, taken = findings["buckets"]["offloaded"]
     assert foreseen == taken > 0
+
+
+def test_processes_agree_on_muons_precision(findings):
+    assert findings["devices"] == [["torch.float32"] * 2, ["torch.bfloat16"] * 2]
