@@ -302,6 +302,7 @@ class TrainLoader:
 
 
 def prefetch(make: Callable[[int], list[MicroBatch]], first: int, last: int) -> Generator[list[MicroBatch], None, None]:
+    """What `make` returns for `first` … `last - 1`, each made by a thread while the one before it is used."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
         upcoming: Future[list[MicroBatch]] | None = executor.submit(make, first) if first < last else None
         for number in range(first, last):

@@ -203,6 +203,7 @@ def training_masker(
     word_flags: np.ndarray | None = None,
     kind: type[Masker] = Masker,
 ) -> Masker:
+    """The masker of a run's training batches; `word_flags` as in `Masker`."""
     return kind(config, tokenizer, derive_key("mask", seed), config.mlm_probability, word_flags)
 
 

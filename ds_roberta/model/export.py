@@ -69,6 +69,7 @@ def known_to_transformers(name: str) -> bool:
 
 
 def has_masked_lm_head(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether weights, by parameter name, have transformers' `lm_head`."""
     return any(name.startswith(MASKED_LM_HEAD) for name in weights)
 
 

@@ -162,7 +162,7 @@ def set_gpu_arithmetic() -> None:
 
 
 def plain_attention(*arguments: Any) -> torch.Tensor:
-    """`attention` with plain products and masks from `keep_mask`."""
+    """As `attention`, with plain products and dropout by `keep_mask`."""
     return _PlainAttention.apply(*arguments)
 
 

@@ -106,6 +106,7 @@ def without_compiler() -> Iterator[None]:
 
 
 def on_gpu() -> bool:
+    """Whether DeepSpeed's accelerator is not the CPU."""
     return get_accelerator().device_name() != "cpu"
 
 
