@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.domain_texts import is_large
 from benchmarks.environment import cpu_model, versions
-from benchmarks.studies import best_rate, command_of, difference
+from benchmarks.studies import best_rate, command_of, difference, seconds_line
 from ds_roberta.files import atomic_path
 
 if TYPE_CHECKING:
@@ -158,8 +158,7 @@ def _seconds(found: Found) -> str:
     for name, part in found.items():
         kind = name.rpartition("-")[2]
         seconds[kind if kind in ("texts", "losses", "task") else "training"] += part["seconds"]
-    each = ", ".join(f"{name} {total:,.0f}" for name, total in seconds.items())
-    return f"Seconds by the clock, of the calls that finished the parts, with other work on the machine: {each}."
+    return seconds_line(seconds)
 
 
 def picture(options: argparse.Namespace, cases: Sequence[Case], found: Found, output: Path) -> None:

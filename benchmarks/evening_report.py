@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.environment import REPOSITORY, cpu_model, versions
 from benchmarks.evening_evaluation import EVERYTHING
 from benchmarks.evening_texts import PAIRS
-from benchmarks.studies import command_of, execute, is_above
+from benchmarks.studies import command_of, execute, is_above, seconds_line
 from benchmarks.time_to_loss_report import Curve, Point, plot
 from ds_roberta.data.shards import Corpus
 from ds_roberta.files import read_json, write_text
@@ -228,5 +228,4 @@ def _seconds(tasks: list[str], found: Found) -> str:
     for name, part in found.items():
         measure = name.partition("-")[2]
         seconds["fine-tuning" if measure in tasks else measure or name] += part["seconds"]
-    each = ", ".join(f"{name} {total:,.0f}" for name, total in seconds.items())
-    return f"Seconds by the clock, of the calls that finished the parts, with other work on the machine: {each}."
+    return seconds_line(seconds)

@@ -329,6 +329,12 @@ def fingerprint_of(value: Any) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
+def seconds_line(seconds: Mapping[str, float]) -> str:
+    """A report's last line: what the kinds of parts took."""
+    each = ", ".join(f"{name} {total:,.0f}" for name, total in seconds.items())
+    return f"Seconds by the clock, of the calls that finished the parts, with other work on the machine: {each}."
+
+
 def beside(results: Path, ending: str) -> Path:
     """The file of a report beside the folder of its results."""
     return results.with_name(results.name + ending)
