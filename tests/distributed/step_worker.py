@@ -18,6 +18,17 @@ from ds_roberta.training import engine as engine_module
 from ds_roberta.training.device import init_distributed
 
 WINDOW = 4
+OF_TWO = {
+    **dict.fromkeys(("allgather_partitions", "reduce_scatter", "use_multi_rank_bucket_allreduce"), False),
+    **dict.fromkeys(("overlap_comm", "enable_sanity_checks"), True),
+    **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), 1000),
+}
+OF_THREE = {
+    **dict.fromkeys(("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "overlap_comm"), True),
+    **dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0),
+    **dict.fromkeys(("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"), 0),
+    **{"reduce_scatter": False, "reduce_bucket_size": 1000, "sub_group_size": 5000},
+}
 
 
 def growth(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
@@ -39,6 +50,21 @@ def growth(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         }
     if ranks.is_main:
         (folder / "growth.json").write_text(json.dumps(findings))
+
+
+def layouts(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """Two steps as ZeRO divides and sends tensors by default, and as it does with all its other settings changed."""
+    findings = {}
+    for stage, changes in ((1, OF_TWO), (2, OF_TWO), (3, OF_THREE)):
+        ends = []
+        for zero in ({}, changes):
+            engine, loader = make(ranks, corpus, stage, "fp32", 4, zero_optimization={"stage": stage, **zero})
+            ends.append((train(engine, loader, 0, 2), parameters(engine)))
+        (rows, weights), (changed_rows, changed_weights) = ends
+        same = all(np.array_equal(weights[name], changed_weights[name]) for name in weights)
+        findings[stage] = [row["loss"] for row in rows], [row["loss"] for row in changed_rows], same
+    if ranks.is_main:
+        (folder / "layouts.json").write_text(json.dumps(findings))
 
 
 def failure(ranks: Ranks, corpus: Corpus, folder: Path) -> None:

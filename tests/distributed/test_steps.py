@@ -11,7 +11,7 @@ WORKER = Path(__file__).with_name("step_worker.py")
 @pytest.fixture(scope="module")
 def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     output = tmp_path_factory.mktemp("findings")
-    return run_group(2, "growth,failure,buckets,devices", corpus_folder, output, worker=WORKER)
+    return run_group(2, "growth,layouts,failure,buckets,devices", corpus_folder, output, worker=WORKER)
 
 
 def test_a_loss_scale_that_grows_leaves_the_step_as_it_is(findings):
@@ -19,6 +19,13 @@ def test_a_loss_scale_that_grows_leaves_the_step_as_it_is(findings):
         assert found["scales"] == [2.0**8, 2.0**9], stage
         assert found["rows"][0] == found["rows"][1], stage
         assert found["same_weights"], stage
+
+
+def test_no_setting_of_how_zero_divides_tensors_changes_the_training(findings):
+    """Weights are those that checkpoints get: with `round_robin_gradients`, they would be other parameters'."""
+    for stage, (losses, changed, same_weights) in findings["layouts"].items():
+        assert losses == changed, stage
+        assert same_weights, stage
 
 
 def test_a_failure_within_a_step_reduces_nothing(findings):
