@@ -227,6 +227,8 @@ class _Sharding:
         """
         records = {unit.index: self.job.record(UNITS, unit.index) for unit in units}
         results = {index: UnitResult.from_record(record) for index, record in records.items() if record is not None}
+        if not (self.options.allow_damaged_files or self.job.is_published):  # what was damaged may have been repaired
+            results = {index: result for index, result in results.items() if not result.is_damaged}
         missing = [unit for unit in units if unit.index not in results]
         if results and missing:
             print(f"resuming: {len(results)} of {len(units)} units are finished", flush=True)

@@ -92,6 +92,11 @@ class UnitResult:
     def documents(self) -> int:
         return sum(account.counts[KEPT] for account in self.accounts.values())
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether a part of an input could not be read."""
+        return any(account.damage for account in self.accounts.values())
+
     def record(self) -> Record:
         """Return the result as JSON values."""
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,14 +68,27 @@ def read_batches(
     return _arrow_batches(piece)
 
 
+class _Source:
+    """An open file that raises `UserError` where the disk or the network fails: pyarrow's errors about the content have
+    the same types."""
+
+    def __init__(self, path: str, file: BinaryIO):
+        self._path, self._file = path, file
+
+    def read(self, size: int = -1) -> bytes:
+        with readable(self._path):
+            return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextmanager
 def _errors_of_the_content() -> Iterator[None]:
-    """Turn pyarrow's errors about bytes into `Damaged`; those of the disk, which have a number, pass through."""
+    """Turn pyarrow's errors about bytes into `Damaged`."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of columns' names
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
         raise Damaged("corrupt", " ".join(str(error).split())[:200]) from error
 
 
@@ -84,7 +97,9 @@ def _parquet(path: str) -> Iterator[Any]:
     with readable(path), open_binary(path) as file:
         with _errors_of_the_content():
             # Without these pyarrow would fetch a whole row group at once.
-            opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
+            opened = pq.ParquetFile(
+                _Source(path, file), pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True
+            )
         yield opened
 
 
@@ -102,7 +117,7 @@ def _parquet_batches(
             names = file.schema_arrow.names
             wanted = None if columns is None else [column for column in columns if column in names]
             rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-            for group in range(piece.start, piece.end):
+            for group in range(piece.start, min(piece.end, len(rows))):
                 first, done = sum(rows[:group]), 0
                 if columns and columns[0] not in names:
                     detail = f"column {columns[0]!r} is missing (the file has {', '.join(names)})"
@@ -132,7 +147,7 @@ def _arrow_source(path: str) -> Iterator[tuple[Any, bool]]:
     """An Arrow file opened for reading, without a copy if it is local, and whether it has the file format."""
     with readable(path), ExitStack() as stack:
         if is_url(path):
-            source = pa.PythonFile(stack.enter_context(open_binary(path)), "r")
+            source = pa.PythonFile(_Source(path, stack.enter_context(open_binary(path))), "r")
         else:
             with open_binary(path) as file:
                 if not file.read(1):  # an empty file cannot be mapped
@@ -170,7 +185,7 @@ def _arrow_batches(piece: Piece) -> Iterator[tuple[int, pa.RecordBatch | Damage]
             size = source.size()
             if is_file:
                 file, _ = _opened(source, is_file)
-                for index in range(piece.end):
+                for index in range(min(piece.end, file.num_record_batches)):
                     try:
                         with _errors_of_the_content():
                             batch = file.get_batch(index)

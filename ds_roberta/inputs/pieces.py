@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+ALL_PARTS = 1 << 62
+"""The end of a table's piece that has all row groups or record batches of its file, however many there are."""
+
 
 @dataclass(frozen=True)
 class Piece:

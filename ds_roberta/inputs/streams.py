@@ -110,9 +110,9 @@ def readable(path: str, place: str = "") -> Iterator[None]:
     """Turn errors of the disk or the network into a `UserError` that names `path` and, if given, the place in it."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not (is_url(path) and type(error) is ValueError):
-            raise  # fsspec raises a plain one where a server does not let it seek
+    except Exception as error:  # of a URL's package and the network, which have many
+        if isinstance(error, UserError | Damaged) or not (is_url(path) or isinstance(error, OSError)):
+            raise
         why = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
         raise UserError(f"cannot read {path!r}{place}: {why}; make it readable or leave it out") from error
 

@@ -18,7 +18,7 @@ from ds_roberta.errors import UserError
 from ds_roberta.inputs.borders import BOM
 from ds_roberta.inputs.columns import measure_table, read_batches
 from ds_roberta.inputs.paths import HUB_DATASET, asked_of_hub, load_saved
-from ds_roberta.inputs.pieces import Damage, Piece, Reject
+from ds_roberta.inputs.pieces import ALL_PARTS, Damage, Piece, Reject
 from ds_roberta.inputs.places import DAMAGE_REMEDIES, REMEDIES, line_number
 from ds_roberta.inputs.rows import Row, csv_rows, json_rows, other_width, parse_json
 from ds_roberta.inputs.streams import (
@@ -325,10 +325,10 @@ def _parse_tsv(path: str, text: str) -> Table:
 
 
 def _read_columns(path: str) -> Table:
-    parts, _ = measure_table(path, "", partial(_check_once, path))
+    measure_table(path, "", partial(_check_once, path))
     rows: list[dict[str, Any]] = []
     schema = pa.schema([])
-    for first, batch in read_batches(Piece(path, 0, max(len(parts), 1))):
+    for first, batch in read_batches(Piece(path, 0, ALL_PARTS)):
         if not isinstance(batch, pa.RecordBatch):
             raise _broken(path, batch)
         try:

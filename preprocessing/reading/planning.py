@@ -16,7 +16,7 @@ from typing import BinaryIO
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.borders import first_border
 from ds_roberta.inputs.columns import measure_table
-from ds_roberta.inputs.pieces import Damage, Piece
+from ds_roberta.inputs.pieces import ALL_PARTS, Damage, Piece
 from ds_roberta.inputs.streams import (
     CSV,
     JSON_LINES,
@@ -133,8 +133,8 @@ def _cut_table(path: str, parts: Sequence[int], unit_bytes: int, source: str) ->
             pieces.append(Piece(path, start, index, source, weight))
             start, weight = index, 0
         weight += part
-    # A file that cannot be opened is also a piece: reading it shows why.
-    return [*pieces, Piece(path, start, len(parts), source, max(weight, 1))]
+    # A file that cannot be opened is also a piece: reading it shows why, and loses nothing if it can be opened then.
+    return [*pieces, Piece(path, start, len(parts) or ALL_PARTS, source, max(weight, 1))]
 
 
 def _refuse(piece: Piece, options: ReadOptions) -> None:

@@ -2,12 +2,17 @@
 
 import gzip
 import io
+import itertools
 import json
+import os
 import re
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.memory import MemoryFile
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
@@ -16,6 +21,7 @@ from ds_roberta.inputs.pieces import Piece, Reject
 from ds_roberta.inputs.tables import read_table
 from preprocessing import sharding
 from preprocessing.cli import main
+from preprocessing.reading import planning
 from preprocessing.reading.accounts import Account, BadDocuments, kept_documents
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.planning import plan_units
@@ -37,8 +43,8 @@ def shard(tokenizer_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
 
-    def run_shard(*options, workers=1):
-        command = ["shard", "--input", "text", "--tokenizer", tokenizer_folder, "--output", "out"]
+    def run_shard(*options, workers=1, text="text"):
+        command = ["shard", "--input", text, "--tokenizer", tokenizer_folder, "--output", "out"]
         code = run(*command, "--workers", workers, *options)
         return code, *capsys.readouterr()
 
@@ -89,16 +95,16 @@ def test_a_tokenizer_is_not_trained_on_half_a_file(tmp_path, capsys):
     assert run(*command, "--allow_damaged_files") == 0
 
 
-def parquet(cut):
+def parquet(cut=None):
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(ROWS), file)
     return file.getvalue()[:cut]
 
 
-def arrow_stream(cut):
+def arrow(cut=None, new=pa.ipc.new_stream):
     file = io.BytesIO()
     table = pa.Table.from_pylist(ROWS)
-    with pa.ipc.new_stream(file, table.schema) as writer:
+    with new(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=100)
     return file.getvalue()[:cut]
 
@@ -110,7 +116,7 @@ def arrow_stream(cut):
         ("a.jsonl.zst", b"", "all 0 bytes"),
         ("a.parquet", parquet(-20), "0% of the file"),
         ("a.parquet", b"", "0% of the file"),
-        ("a.arrow", arrow_stream(-3000), "row 400"),
+        ("a.arrow", arrow(-3000), "row 400"),
         ("a.txt", "Text.".encode("utf-16"), "is UTF-16 by its first bytes"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "is UTF-16LE by its first bytes"),
         ("a.csv.gz", gzip.compress("text\nText".encode("utf-16"), mtime=0), "is UTF-16 by its first bytes"),
@@ -253,6 +259,56 @@ def test_a_read_error_names_file_and_place(shard, tmp_path, monkeypatch):
     code, _, error = shard("--allow_damaged_files")
     assert (code, len(error.splitlines())) == (2, 1)
     assert f"'text/a.jsonl' at byte 0 of {len(LINES)}: Input/output error" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "failure"),
+    [
+        ("a.parquet", parquet(), FSTimeoutError()),
+        ("a.arrow", arrow(), RuntimeError("no answer")),
+        ("f.arrow", arrow(new=pa.ipc.new_file), OSError("Forbidden")),
+        ("a.jsonl.gz", PACKED, RuntimeError("no answer")),
+    ],
+)
+def test_what_the_network_refuses_is_never_damage(shard, name, content, failure, monkeypatch):
+    fsspec.filesystem("memory").pipe_file(f"/refused/{name}", content)
+    url = f"memory://refused/{name}"
+    for answered in itertools.count():
+        answers = iter(range(answered))
+
+        def read(file, size=-1, answers=answers):
+            if next(answers, None) is None:
+                raise failure
+            return io.BytesIO.read(file, size)
+
+        monkeypatch.setattr(MemoryFile, "read", read, raising=False)
+        code, _, error = shard("--allow_damaged_files", text=url)
+        if code == 0:
+            break
+        assert (code, len(error.splitlines())) == (2, 1)
+        assert f"cannot read {url!r}" in error
+    assert answered > 1
+    (entry,) = Corpus.open("out").manifest.inputs
+    assert (entry.documents_kept, entry.damage) == (500, ())
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.parquet", parquet()), ("a.arrow", arrow(new=pa.ipc.new_file))])
+def test_a_table_that_is_whole_only_when_it_is_read_loses_nothing(shard, tmp_path, name, content, monkeypatch):
+    (tmp_path / "text" / name).write_bytes(content)
+    monkeypatch.setattr(planning, "measure_table", lambda *arguments: ([], True))
+    assert shard()[0] == 0
+    assert Corpus.open("out").manifest.inputs[0].documents_kept == 500
+
+
+def test_a_damaged_unit_is_done_again(shard, tmp_path):
+    path = tmp_path / "text/a.jsonl.gz"
+    path.write_bytes(PACKED[:-9] + b"?" + PACKED[-8:])
+    found = path.stat().st_mtime_ns
+    assert shard()[0] == 2
+    path.write_bytes(PACKED)
+    os.utime(path, ns=(found, found))  # as at a URL, of which only the size is known
+    assert shard()[0] == 0
+    assert Corpus.open("out").manifest.inputs[0].documents_kept == 500
 
 
 def test_the_closing_table_says_how_much_was_too_long(shard, tmp_path):
