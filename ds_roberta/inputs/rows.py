@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ds_roberta.inputs.pieces import Damage, Piece, Reject
 from ds_roberta.inputs.streams import Damaged, share_read
 
 _CSV_FIELD_LIMIT = (1 << 31) - 1
-"""The highest limit that the parser takes; this module itself checks how long a row is."""
+"""The highest limit that the parser takes; `csv_rows` itself checks how long a row is."""
 _WITHOUT_QUOTES = re.compile(rb'[^"\r\n]+')
 
 
@@ -73,8 +73,7 @@ def csv_rows(
         UserError: the file cannot be read or has become shorter.
     """
     lines = _Lines(piece, longest, delimiter)
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = csv_reader(lines, delimiter)
     header: list[str] | None = None
     is_first = True
     while True:
@@ -109,6 +108,12 @@ def csv_rows(
         else:
             yield Row(dict(zip(header, row, strict=True)), offset, line)
         is_first = False
+
+
+def csv_reader(lines: Iterable[str], delimiter: str) -> Any:
+    """A parser of quoted cells of any length."""
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
 def other_width(fields: int, names: int, is_first: bool) -> str:

@@ -20,7 +20,7 @@ from ds_roberta.inputs.columns import measure_table, read_batches
 from ds_roberta.inputs.paths import HUB_DATASET, asked_of_hub, load_saved
 from ds_roberta.inputs.pieces import ALL_PARTS, Damage, Piece, Reject
 from ds_roberta.inputs.places import DAMAGE_REMEDIES, REMEDIES, line_number
-from ds_roberta.inputs.rows import Row, csv_rows, json_rows, other_width, parse_json
+from ds_roberta.inputs.rows import Row, csv_reader, csv_rows, json_rows, other_width, parse_json
 from ds_roberta.inputs.streams import (
     COMPRESSIONS,
     CSV,
@@ -287,7 +287,7 @@ def _is_quoted(path: str, text: str) -> bool:
     if '\t"' not in text and '\n"' not in text:
         return False
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True) if row]
+        rows = [row for row in csv_reader(io.StringIO(text, newline=""), "\t") if row]
     except csv.Error:
         return False
     if any(len(row) != len(rows[0]) for row in rows):

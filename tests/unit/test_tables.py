@@ -1,6 +1,7 @@
 """Tables as people and other tools write them: the same rows from every format, and errors that name the row."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -104,6 +105,24 @@ def test_empty_cells_of_a_plain_tsv_are_a_row_and_empty_lines_are_none(tmp_path)
 def test_a_tsv_that_pandas_wrote_is_read_as_pandas_reads_it(tmp_path, lineterminator):
     frame(PLAIN).to_csv(tmp_path / "a.tsv", sep="\t", index=False, lineterminator=lineterminator)
     assert read_table(tmp_path / "a.tsv").rows == PLAIN
+
+
+def test_a_quoted_tsv_may_have_a_long_cell(tmp_path):
+    csv.field_size_limit(1 << 17)  # Python's default
+    rows = [{"text": 'a "long" text ' * 10_000, "label": "1"}]
+    frame(rows).to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+    assert read_table(tmp_path / "a.tsv").rows == rows
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow"])
+def test_a_table_without_rows_is_named(tmp_path, name):
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    if name == "a.parquet":
+        pyarrow.parquet.ParquetWriter(tmp_path / name, empty.schema).close()
+    else:
+        pyarrow.ipc.new_file(str(tmp_path / name), empty.schema).close()
+    with pytest.raises(UserError, match=f"{name}' has no rows"):
+        read_table(tmp_path / name)
 
 
 def test_a_spreadsheet_quotes_more_than_it_must(tmp_path):
