@@ -49,6 +49,8 @@ _KNOWN_SETTINGS |= dict.fromkeys(("quantization_config", "transformers_weights")
 
 `model.architecture` refuses more: what transformers can compute, but our own encoder cannot.
 """
+_OUTPUTS = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+"""What a model returns, whatever its folder says: every command relies on it."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The floating-point dtypes by safetensors' names."""
 _TIED = "lm_head.decoder."
@@ -134,9 +136,7 @@ def weights_files(folder: Path) -> list[Path]:
             try:
                 names = sorted(set(read_json_object(index, EXPORT_AGAIN)["weight_map"].values()))
             except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{str(index)!r} is not an index of weights ({error!r}): copy the model again"
-                ) from error
+                raise UserError(f"{str(index)!r} is not an index of weights ({error!r}): copy it again") from error
             for part in names:
                 if Path(part).name != part or not (folder / part).is_file():
                     raise UserError(f"{str(index)!r} names {part!r}, which is missing there: copy the whole model")
@@ -345,7 +345,7 @@ def _read_config(folder: Path, changes: dict[str, Any] | None = None) -> transfo
     config_class = getattr(transformers, class_name(content["model_type"], "RobertaConfig"))
     settings = {name: value for name, value in content.items() if _is_setting(config_class, name)}
     try:
-        config = config_class.from_dict({**settings, **(changes or {})})
+        config = config_class.from_dict({**settings, **_OUTPUTS, **(changes or {})})
     except Exception as error:  # the library's validators raise their own kinds
         raise UserError(f"{str(path)!r} is not a RoBERTa's ({error}): copy the model again") from error
     if not isinstance(config.pad_token_id, int):

@@ -316,13 +316,9 @@ def make_word_windows(
     normalizer leaves nothing is `<unk>`."""
     room = max_seq_length - 2
     distinct = sorted({word for sentence in sentences for word in sentence.words})
-    encoded = tokenizer(
-        [f" {word}" for word in distinct],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        split_special_tokens=True,
-        verbose=False,
-    )["input_ids"]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": True}
+    words = [f" {word}" for word in distinct]
+    encoded = tokenizer(words, **options, verbose=False)["input_ids"] if words else []  # which it cannot take
     ids = {word: word_ids[:room] or [tokenizer.unk_token_id] for word, word_ids in zip(distinct, encoded, strict=True)}
     windows = []
     for index, sentence in enumerate(sentences):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from shared_fixtures import change_json
 
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning import predict as predict_module
@@ -93,6 +94,15 @@ def test_labels_and_their_scores(ask, folders):
     assert f"karen\n  {rows[0]['label']} {rows[0]['score']:.4f}, " in shown
 
 
+@pytest.mark.parametrize("task", ["classification", "token-classification", "question-answering"])
+@pytest.mark.parametrize("changes", [{"output_hidden_states": True, "output_attentions": True}, {"return_dict": False}])
+def test_a_config_does_not_decide_what_a_model_returns(ask, folders, tmp_path, task, changes):
+    asked = {"question": "karen?", "context": CONTEXT} if task == "question-answering" else {"text": "karen sulto"}
+    shutil.copytree(folders / task, tmp_path / "other")
+    change_json(tmp_path / "other/config.json", **changes)
+    assert ask(tmp_path / "other", **asked) == ask(task, **asked)
+
+
 def test_a_pair_on_the_command_line(ask):
     rows, shown = ask("classification", text="karen", text_pair="sulto\nminka")
     assert (rows[0]["text"], rows[0]["text_pair"]) == ("karen", "sulto\nminka")
@@ -130,6 +140,12 @@ def test_a_row_without_a_word_has_no_entities(ask, folders):
     assert [row["text"] for row in rows] == texts
     assert [rows[1][name] for name in ("words", "start", "end", "tags", "entities")] == [[]] * 5
     assert rows[::2] == ask("token-classification", [{"text": text} for text in texts[::2]])[0]
+
+
+def test_no_row_may_have_a_word(ask):
+    rows, shown = ask("token-classification", [{"text": " "}, {"text": ""}])
+    assert [row["tags"] for row in rows] == [[], []]
+    assert shown.count("no entities") == 2
 
 
 def test_tags_of_words_in_windows(ask, folders):
