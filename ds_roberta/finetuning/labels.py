@@ -91,7 +91,7 @@ def _is_unlabelled_test(split: str, table: Table, columns: Sequence[str], ignore
     if not split.startswith("test"):
         return False
     values = (row.get(column) for row in table.rows for column in columns)
-    if not all(any(_is_none(value, each) for each in ignored) for value in values):
+    if not all(any(is_none(value, each) for each in ignored) for value in values):
         return False
     logger.info(f"{table.name} has no labels and is left out")
     return True
@@ -122,7 +122,7 @@ def labelled_rows(table: Table, options: Labels, *, are_lists: bool = False) -> 
     kept, labels, missing = [], [], Counter[str]()
     for index, row in enumerate(table.rows):
         value = row.get(column) if are_lists else _alone(row.get(column))
-        if not _is_none(value, options.ignore_label) or (are_lists and value == ""):
+        if not is_none(value, options.ignore_label) or (are_lists and value == ""):
             if not isinstance(value, (*SCALARS, list) if are_lists else SCALARS):
                 several = ", or use --task multi-label-classification" if isinstance(value, list) else ""
                 raise UserError(
@@ -196,7 +196,7 @@ def _alone(value: Any) -> Any:
     return next(iter(value), None) if isinstance(value, list) and len(value) < 2 else value
 
 
-def _is_none(value: Any, ignored: str | None) -> bool:
+def is_none(value: Any, ignored: str | None) -> bool:
     """Whether a value stands for no label; NaN is what pandas writes for an empty cell."""
     if value is None or value != value or (isinstance(value, str) and value.strip() in ("", NO_GOLD_LABEL)):
         return True

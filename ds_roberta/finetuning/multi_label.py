@@ -31,6 +31,7 @@ from ds_roberta.finetuning.labelled_tables import (
 from ds_roberta.finetuning.labels import (
     Labels,
     in_order,
+    is_none,
     label_column,
     labelled_rows,
     same_label,
@@ -276,14 +277,14 @@ def _labels_of_rows(table: Table, options: MultiLabelOptions, names: list[str] |
     if names is not None:
         return [[name for name in names if _APPLIES.get(same_label(row.get(name)).lower())] for row in table.rows]
     column = label_column(table, options)
-    values = [row.get(column) for row in _without_choices(table, column).rows]
+    values = [row.get(column) for row in _without_choices(table, column, options).rows]
     return [[same_label(item) for item in _items(value) or ()] for value in values]
 
 
 def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | None) -> tuple[Table, list[list[str]]]:
     """The labelled rows of a table, and the labels that apply to each."""
     if columns is None:
-        table = _without_choices(table, label_column(table, options))
+        table = _without_choices(table, label_column(table, options), options)
         table, values = labelled_rows(table, options, are_lists=True)
         column = label_column(table, options)
         return table, [_as_list(table, index, column, value) for index, value in enumerate(values)]
@@ -300,18 +301,28 @@ def _label_sets(table: Table, options: MultiLabelOptions, columns: list[str] | N
     return table, found
 
 
-def _without_choices(table: Table, column: str) -> Table:
-    """The table with Label Studio's `{"choices": [...]}`, in a `.csv` as JSON, as lists."""
+def _without_choices(table: Table, column: str, options: MultiLabelOptions) -> Table:
+    """The table with Label Studio's `{"choices": [...]}` as lists; where a row has it, text is a label with its commas,
+    as Label Studio writes a single choice."""
+    found = [_choices(row.get(column)) for row in table.rows]
+    if not any(choices is not None for choices in found):
+        return table
     rows = []
-    for row in table.rows:
+    for row, choices in zip(table.rows, found, strict=True):
         value = row.get(column)
-        if isinstance(value, str) and value.startswith(f'{{"{CHOICES}"'):
-            with suppress(ValueError):
-                value = json.loads(value)
-        if isinstance(value, dict) and isinstance(value.get(CHOICES), list):
-            row = {**row, column: value[CHOICES]}
-        rows.append(row)
+        if isinstance(value, str) and choices is None and not is_none(value, options.ignore_label):
+            choices = [value]
+        rows.append(row if choices is None else {**row, column: choices})
     return replace(table, rows=rows)
+
+
+def _choices(value: Any) -> list[Any] | None:
+    """The list in Label Studio's `{"choices": [...]}`, which a `.csv` has as JSON; None of another value."""
+    if isinstance(value, str) and value.startswith(f'{{"{CHOICES}"'):
+        with suppress(ValueError):
+            value = json.loads(value)
+    found = value.get(CHOICES) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else None
 
 
 def _as_list(table: Table, index: int, column: str, value: Any) -> list[str]:

@@ -204,6 +204,15 @@ def test_a_csv_may_hold_lists_as_json_and_python_write_them(tmp_path, cells, exp
     assert found == [sorted(labels) for labels in expected]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".tsv"])
+def test_a_single_choice_of_label_studio_is_whole(tmp_path, suffix):
+    several = {"choices": ["Food, drinks", "Staff"]}
+    values = ["Food, drinks", several if suffix == ".jsonl" else json.dumps(several), "", "-"]
+    task, splits = MultiLabelClassification.from_data(write(tmp_path, rows(label=values), suffix), MultiLabelOptions())
+    assert task.names == ["Food, drinks", "Staff"]
+    assert [text.label for text in splits["train"]] == [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0)]
+
+
 @pytest.mark.parametrize("cell", ["['joy' 'anger']", "[joy]", "[joy"])
 def test_a_list_that_cannot_be_read_is_no_label(tmp_path, cell):
     pandas.DataFrame({"text": ["a", "b"], "label": [cell, "joy"]}).to_csv(tmp_path / "train.csv", index=False)
