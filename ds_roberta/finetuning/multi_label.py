@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, ClassVar
@@ -40,6 +36,7 @@ from ds_roberta.finetuning.labels import (
 )
 from ds_roberta.finetuning.task import RESULTS, Answer, Encoded, label_head, label_names
 from ds_roberta.finetuning.text_task import TextTask, asked, heading, kept_columns
+from ds_roberta.inputs.rows import parse_cell
 from ds_roberta.inputs.tables import Table
 from ds_roberta.options import option, require_share
 from ds_roberta.process import logger
@@ -50,7 +47,6 @@ CHOICES = "choices"
 KEY = "multi_label"
 """Of `results.json`."""
 _APPLIES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
-_WITHOUT_COMMA = re.compile(r"""(['"])\s+\1""")
 
 
 @dataclass(frozen=True)
@@ -319,8 +315,7 @@ def _without_choices(table: Table, column: str, options: MultiLabelOptions) -> T
 def _choices(value: Any) -> list[Any] | None:
     """The list in Label Studio's `{"choices": [...]}`, which a `.csv` has as JSON; None of another value."""
     if isinstance(value, str) and value.startswith(f'{{"{CHOICES}"'):
-        with suppress(ValueError):
-            value = json.loads(value)
+        value = parse_cell(value)
     found = value.get(CHOICES) if isinstance(value, dict) else None
     return found if isinstance(found, list) else None
 
@@ -348,13 +343,8 @@ def _items(value: Any) -> list[Any] | None:
     text = value.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return [part.strip() for part in text.split(SEPARATOR) if part.strip()]
-    if _WITHOUT_COMMA.search(text):  # an array of numpy, which Python would read as one text
-        return None
-    for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError):
-            found = read(text)
-            return found if isinstance(found, list) else None
-    return None
+    found = parse_cell(text)
+    return found if isinstance(found, list) else None
 
 
 def _with_labels(

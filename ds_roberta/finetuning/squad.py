@@ -10,11 +10,12 @@ from typing import Any
 
 from ds_roberta.errors import UserError
 from ds_roberta.finetuning.labelled_tables import listed, without
-from ds_roberta.inputs.rows import parse_json
+from ds_roberta.inputs.rows import parse_cell, parse_json
 from ds_roberta.inputs.streams import suffix_of
 from ds_roberta.inputs.tables import Table, read_table, read_text
 
 COLUMNS = ("question", "context", "answers")
+_FLAGS = {"": None, "0": False, "1": True, "false": False, "true": True}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def is_unanswered(source: str | Path | Table) -> bool:
     else:
         content = _read_json(source)
     if isinstance(content, Table):
-        return not any(row.get("is_impossible") is not None or _has_answers(row.get("answers")) for row in content.rows)
+        rows = map(_of_text, content.rows)
+        return not any(row.get("is_impossible") is not None or _has_answers(row.get("answers")) for row in rows)
     return not any({"answers", "is_impossible"} & entry.keys() for _, _, entry in _entries(str(source), content))
 
 
@@ -116,8 +118,8 @@ def parse_squad(name: str, content: Any, *, labelled: bool = True) -> list[Quest
 
 def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
     """The questions of rows with `question`, `context` and, optionally, `id`. A row's `answers` are as
-    `datasets` has SQuAD's, `{"text": [...], "answer_start": [...]}`, or as SQuAD's file; a row without any is a
-    question that its context does not answer.
+    `datasets` has SQuAD's, `{"text": [...], "answer_start": [...]}`, or as SQuAD's file, in a `.csv` as text; a row
+    without any is a question that its context does not answer.
 
     Raises:
         UserError: as `read_squad`, or a column is missing.
@@ -126,7 +128,7 @@ def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
         if column not in table.columns:
             raise UserError(f"{table.name} has no column {column!r}, but {listed(table)}: rename the one that has it")
     questions = []
-    for index, row in enumerate(table.rows):
+    for index, row in enumerate(map(_of_text, table.rows)):
         place = table.place(index)
         answers: list[tuple[str, int]] = []
         if labelled:
@@ -141,6 +143,16 @@ def table_questions(table: Table, *, labelled: bool = True) -> list[Question]:
         question = _question(place, identifier, _text(place, row, "context"), row, answers)
         questions.append(question)
     return _checked(table.name, questions, labelled and any(not question.answers for question in questions))
+
+
+def _of_text(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the values of `answers` and `is_impossible`, of which a `.csv` has the text."""
+    answers, flag = row.get("answers"), row.get("is_impossible")
+    if isinstance(answers, str) and (found := parse_cell(answers)) is not None:
+        row = {**row, "answers": found}
+    if isinstance(flag, str):
+        row = {**row, "is_impossible": _FLAGS.get(flag.strip().lower(), flag)}
+    return row
 
 
 def _entries(name: str, content: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -5,7 +5,9 @@ Rows are found in the bytes and decoded one by one, so that a bad byte spoils on
 
 from __future__ import annotations
 
+import ast
 import csv
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +22,8 @@ from ds_roberta.inputs.streams import Damaged, share_read
 
 _CSV_FIELD_LIMIT = (1 << 31) - 1
 """The highest limit that the parser takes; `csv_rows` itself checks how long a row is."""
+_WITHOUT_COMMA = re.compile(r"""(['"])\s+\1""")
+"""In an array of numpy, which Python would read as one text."""
 _WITHOUT_QUOTES = re.compile(rb'[^"\r\n]+')
 
 
@@ -139,6 +143,17 @@ def parse_json(raw: bytes) -> Any:
     except ValueError:  # stricter than other parsers
         return load_json(raw.decode("utf-8"))
     return load_json(raw.decode("utf-8")) if _may_be_rounded(value) else value
+
+
+def parse_cell(text: str) -> list[Any] | dict[str, Any] | None:
+    """The list or object that text in a `.csv` is, as JSON or Python writes it; None if it is neither."""
+    found = None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(text)
+    if found is None and not _WITHOUT_COMMA.search(text):
+        with suppress(ValueError, SyntaxError, RecursionError):
+            found = ast.literal_eval(text.strip())
+    return found if isinstance(found, list | dict) else None
 
 
 def _may_be_rounded(value: Any) -> bool:

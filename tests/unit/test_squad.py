@@ -3,10 +3,11 @@
 import copy
 import json
 
+import pandas
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.squad import parse_squad, read_squad, table_questions
+from ds_roberta.finetuning.squad import is_unanswered, parse_squad, read_questions, read_squad, table_questions
 from ds_roberta.inputs.tables import Table
 
 CONTEXT = "The tower was built in 1889 by Gustave Eiffel."
@@ -140,7 +141,31 @@ def test_rows_as_the_library_datasets_has_them():
     assert table_questions(rows({"text": ["1889"], "answer_start": [23]}, []))[0].may_be_unanswerable
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_a_csv_may_hold_answers_as_json_and_python_write_them(tmp_path, write):
+    one, none = {"text": ["1889"], "answer_start": [23]}, {"text": [], "answer_start": []}
+    shared = {"question": 'Built in "18" "89"?', "context": CONTEXT}
+    answers = {"a": one, "b": none, "c": [{"text": "built", "answer_start": 14}]}
+    of_rows = [
+        {"id": name, **shared, "answers": write(given), "is_impossible": name == "b"} for name, given in answers.items()
+    ]
+    for name, separator in {"a.csv": ",", "a.tsv": "\t"}.items():
+        pandas.DataFrame(of_rows).to_csv(tmp_path / name, index=False, sep=separator)
+        found = read_questions(tmp_path / name)
+        assert [(question.answers, question.start) for question in found] == [
+            (("1889",), 23),
+            ((), None),
+            (("built",), 14),
+        ]
+        assert found[0].others["answers"] == one
+    pandas.DataFrame([{**shared, "answers": write(none)}]).to_csv(tmp_path / "b.csv")
+    assert is_unanswered(tmp_path / "b.csv")
+    assert not is_unanswered(tmp_path / "a.csv")
+
+
 def test_a_bad_row_is_named():
+    with pytest.raises(UserError, match="row 1: 'answers' is '1889', not a list"):
+        table_questions(rows("1889"))
     with pytest.raises(UserError, match=r"train.jsonl, row 2: the answer '1889' is not at answer_start 2,"):
         table_questions(rows({"text": ["1889"], "answer_start": [23]}, {"text": ["1889"], "answer_start": [2]}))
     with pytest.raises(UserError, match="row 1: 1 texts but 0 answer_start"):
