@@ -25,7 +25,7 @@ from ds_roberta.inputs.streams import READABLE, file_system, format_of, is_url, 
 FILE, FOLDER, OTHER = "file", "folder", "neither a file nor a folder"
 _NAMED_AT_MOST = 5
 _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
-HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@([^/?]+))?(?:\?(.*))?")
+HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@(refs/(?:convert/\w+|pr/\d+)|[^/?]+))?(?:\?(.*))?")
 _STATE, _CACHE = "state.json", "cache-*.arrow"
 """What `datasets` writes into the folder of a data set that it saves, and later beside it."""
 _SAVED_DATASET_FILES = (_STATE, "dataset_dict.json")

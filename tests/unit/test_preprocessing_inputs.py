@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 from ds_roberta.errors import UserError
-from ds_roberta.inputs.paths import REPEATED, find_inputs
+from ds_roberta.inputs import paths
+from ds_roberta.inputs.paths import HUB_DATASET, REPEATED, find_inputs
 
 
 @pytest.fixture
@@ -147,3 +148,23 @@ def test_globs_find_what_the_standard_library_finds(folder, pattern):
     assert set(find_inputs([pattern]).files) == {os.path.normpath(path) for path in files}
     absolute = find_inputs([os.path.join(os.getcwd(), pattern)]).files
     assert {os.path.relpath(path) for path in absolute} == {os.path.normpath(path) for path in files}
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("me/hub", ("me/hub", None, "")),
+        ("hub@v1.0?split=test", ("hub", "v1.0", "split=test")),
+        ("me/hub@refs/convert/parquet?config=a", ("me/hub", "refs/convert/parquet", "config=a")),
+        ("me/hub@refs/pr/12", ("me/hub", "refs/pr/12", "")),
+    ],
+)
+def test_a_data_set_may_be_asked_for_by_its_revision(monkeypatch, url, asked):
+    found = []
+    monkeypatch.setattr(paths, "dataset_files", lambda *arguments: found.append(arguments) or ["a.parquet"])
+    find_inputs([f"hf://datasets/{url}"])
+    assert found == [asked]
+
+
+def test_a_file_of_a_revision_is_no_data_set():
+    assert not HUB_DATASET.fullmatch("hf://datasets/me/hub@refs/convert/parquet/default/train/0000.parquet")
