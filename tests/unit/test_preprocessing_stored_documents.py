@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import shutil
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from ds_roberta.data.manifest import PACKING_VERSION
 from ds_roberta.data.shards import Corpus
 from preprocessing.cli import main
 from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
+from preprocessing.reading.accounts import load_filter
 
 TEXTS = [f"document {number}\n  of   three lines, {'é' * (number % 5)}\nand no more" for number in range(30)]
 
@@ -119,6 +121,12 @@ def test_a_filter_knows_the_sources_that_arguments_name(tmp_path, tokenizer_fold
     origins = Origins(corpus, documents, Decoder(corpus))
     assert len(documents) == 9
     assert all(origins.span(documents.document(number)) for number in range(9))
+    (tmp_path / "only_wiki.py").unlink()
+    del sys.modules["only_wiki"]
+    load_filter.cache_clear()
+    with pytest.raises(SystemExit, match="2"):
+        main(f"show {tmp_path}/data --doc 0 --offsets".split())
+    assert "cannot load --filter 'only_wiki:judge'" in capsys.readouterr().err
 
 
 def test_show_and_trace_name_the_position(prepared, capsys):
