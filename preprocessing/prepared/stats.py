@@ -25,7 +25,7 @@ from ds_roberta.data.packing import pack_shard, pack_split, packed_tokens
 from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.data.tokenizer import token_bytes as bytes_of_ids
 from ds_roberta.errors import UserError
-from ds_roberta.files import atomic_path, errors_of_the_disk
+from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk
 from ds_roberta.progress import byte_bar
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -295,16 +295,26 @@ def as_text(content: dict[str, Any]) -> Iterator[str]:
         yield f"  {kind.replace('_', ' '):<12}{named}"
 
 
-def plot(stats: Stats, path: Path) -> None:
-    """Plot the lengths of documents and the frequencies of ids, and save the image.
-
-    Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
-    """
+def check_plot(path: Path) -> None:
+    """Raise `UserError` if matplotlib is not installed, does not know the format, or cannot write there."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("--plot needs matplotlib: pip install 'ds_roberta[plot]'") from error
+    check_output_file("--plot", path)
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise UserError(f"--plot {str(path)!r} is no image that matplotlib writes: choose one of .{', .'.join(kinds)}")
+
+
+def plot(stats: Stats, path: Path) -> None:
+    """Plot the lengths of documents and the frequencies of ids, and save the image; see `check_plot`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     documents, ids = figure.subplots(1, 2)
     for name, split in stats.splits.items():
@@ -316,15 +326,8 @@ def plot(stats: Stats, path: Path) -> None:
     frequencies = np.sort(stats.id_counts[stats.id_counts > 0])[::-1]
     ids.plot(np.arange(1, len(frequencies) + 1), frequencies)
     ids.set(xscale="log", yscale="log", xlabel="rank of the id", ylabel="occurrences", title="Vocabulary")
-    try:
-        with errors_of_the_disk(path, "the plot "), atomic_path(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:] or None)
-    except UserError:
-        raise
-    except ValueError as error:  # a format that matplotlib does not know
-        raise UserError(
-            f"cannot write the plot {str(path)!r} ({error}): choose another path, such as stats.png"
-        ) from error
+    with errors_of_the_disk(path, "the plot "), atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or None)
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -346,6 +349,8 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def _stats(arguments: argparse.Namespace) -> None:
+    if arguments.plot:
+        check_plot(arguments.plot)
     corpus = Corpus.open(arguments.data_dir)
     packings = [PackingConfig(length, arguments.packing) for length in arguments.max_seq_length]
     stats = corpus_stats(corpus, packings)

@@ -1,6 +1,7 @@
 """What `preprocess show` and `preprocess stats` say about prepared data."""
 
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,7 @@ from ds_roberta.data.packing import build_index, open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.errors import UserError
 from preprocessing.cli import main
+from preprocessing.prepared import stats
 from preprocessing.prepared.show import document_numbers
 from preprocessing.prepared.stats import corpus_stats
 from preprocessing.prepared.stored_documents import Decoder, StoredDocuments
@@ -162,6 +164,15 @@ def test_stats_are_read_by_people_and_drawn(prepared, tmp_path, capsys):
     ):
         assert word in output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_is_refused_before_the_shards_are_read(prepared, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(stats, "corpus_stats", None)
     assert run(f"stats {prepared[0]} --plot {tmp_path / 'missing/p.png'}") == 2
+    assert "choose a file in a folder that exists" in capsys.readouterr().err
     assert run(f"stats {prepared[0]} --plot {tmp_path / 'p.txt.xyz'}") == 2
-    assert capsys.readouterr().err.count("cannot write the plot") == 2
+    assert "p.txt.xyz' is no image that matplotlib writes: choose one of ." in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(f"stats {prepared[0]} --plot {tmp_path / 'p.png'}") == 2
+    assert "pip install 'ds_roberta[plot]'" in capsys.readouterr().err
