@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 import ds_roberta
@@ -304,6 +305,8 @@ def _check(config: FinetuneConfig, world_size: int) -> None:
     for library in ("accelerate", "sklearn", "scipy", "seqeval"):
         if importlib.util.find_spec(library) is None:
             raise UserError(f"fine-tuning needs {library}, which is not installed: pip install 'ds_roberta[finetune]'")
+    if config.recipe.fp16 and not torch.cuda.is_available():
+        raise UserError("--fp16 needs a GPU, and none is found here: leave it out, or give --bf16")
     output = config.output_dir.resolve()
     if config.model.resolve().is_relative_to(output):
         raise UserError(
@@ -361,8 +364,7 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
         )
     if content.get("activation_checkpointing", {}) != {}:
         raise UserError(
-            f"--deepspeed_config {str(path)!r} has activation_checkpointing, which does nothing in fine-tuning: remove "
-            "it"
+            f"--deepspeed_config {str(path)!r} has activation_checkpointing, which fine-tuning ignores: remove it"
         )
     from ds_roberta.training.device import refused_by_deepspeed  # which takes seconds to import
 

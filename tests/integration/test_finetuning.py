@@ -289,6 +289,12 @@ def test_impossible_values_from_python_are_refused(make, message):
         make()
 
 
+def test_fp16_without_a_gpu_is_refused(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--fp16 needs a GPU, and none is found here"):
+        finetune(replace(config, recipe=Recipe(num_train_epochs=1, fp16=True)))
+
+
 def test_an_output_with_the_model_in_it_is_refused(config):
     for output in (config.model, config.model.parent):
         with pytest.raises(UserError, match=r"--model .* is in --output_dir .*: choose another folder for the output"):
