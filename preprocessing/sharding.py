@@ -50,7 +50,7 @@ from preprocessing.jobs.workers import Workers
 from preprocessing.reading.accounts import BadDocuments, filter_checksum, input_infos, refuse_damage, total_accounts
 from preprocessing.reading.planning import Unit, plan_units
 from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
-from preprocessing.tokens.encoders import AUTO, choose_backend
+from preprocessing.tokens.encoders import AUTO, HUGGINGFACE, HuggingFaceEncoder, choose_backend, make_encoder
 from preprocessing.tokens.sentence_splitting import RULES_VERSION
 from preprocessing.units import RECORD_VERSION, ShardOptions, UnitResult, shard_unit, thin_unit
 
@@ -243,6 +243,8 @@ class _Sharding:
         judge()
         if missing:
             backend, choice = choose_backend(self.backend, self.job.data / TOKENIZER_FOLDER)
+            if self.options.read.sentences == "rules":
+                _check_rules(self.job.data / TOKENIZER_FOLDER, self.tokenizer_info())
             print(f"tokenizer backend: {choice}", flush=True)
             sizes = {unit.index: unit.bytes for unit in units}
             done = sum(sizes[index] for index in results)
@@ -311,6 +313,17 @@ class _Sharding:
         for index, record in self.workers.run(partial(_do_final, job, self.tokenizer_info(), kind, documents), left):
             final[index] = UnitResult.from_record(record)
         return final
+
+
+def _check_rules(tokenizer: Path, info: TokenizerInfo) -> None:
+    encoder, _ = make_encoder(HUGGINGFACE, tokenizer, info)
+    assert isinstance(encoder, HuggingFaceEncoder)
+    if not encoder.shows_spaces:
+        raise UserError(
+            "--sentences rules does not go with this tokenizer, which makes no difference between sentences with and "
+            "without a space before them: use --sentences lines, or a tokenizer with the steps of RoBERTa's, XLM-R's "
+            "or CamemBERT's"
+        )
 
 
 def _do_unit(job: Job, info: TokenizerInfo, options: ShardOptions, backend: str, unit: Unit) -> tuple[int, Record]:

@@ -123,6 +123,11 @@ class HuggingFaceEncoder:
         self._known: dict[str, bytes] = {}
         self._unknown_id: int = tokenizer.content["model"]["unk_id"] if unigram.is_unigram(tokenizer.content) else -1
 
+    @property
+    def shows_spaces(self) -> bool:
+        """Whether the ids of a sentence show if it begins with a space."""
+        return self._cuts or self._whole(["a"]) != self._whole([" a"])
+
     def unknown_tokens(self, encoded: Encoded) -> np.ndarray:
         """How many `<unk>` each document has, (documents,) int64; byte-level BPE makes none."""
         ends = np.cumsum(encoded.lengths)

@@ -281,6 +281,9 @@ def test_a_space_before_a_text_is_put_there_once(folder, reference, tmp_path):
         assert encoder.encode([text.encode()]).ids[:-1].tolist() == expected
     for document in (b"Hello world\rhello", "one line\nand\r世界\r中文".encode()):
         assert equal(encoder.encode([document]), reference.encode([b" " + document]))
+    assert encoder.shows_spaces
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**changed, "normalizer": {"type": "Lowercase"}}))
+    assert not make_encoder(HUGGINGFACE, tmp_path, TokenizerInfo.read(folder))[0].shows_spaces
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ds_roberta.transformers_folder import check_tokenizer
 from preprocessing.commands import shard
 from preprocessing.prepared.stats import as_json, as_text, corpus_stats
 from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
+from preprocessing.reading.documents import ReadOptions
 from preprocessing.tokens.corpus_tokenizer import copy_tokenizer
 from preprocessing.tokens.encoders import AUTO, HUGGINGFACE, choose_backend, make_encoder
 from preprocessing.units import ShardOptions
@@ -165,6 +166,30 @@ def test_what_the_class_would_drop_is_opened_by_the_generic_one(folder, tmp_path
     assert type(opened).__name__ == "TokenizersBackend"
     encoder, _ = make_encoder(HUGGINGFACE, tmp_path / "tokenizer", info)
     assert opened("LES abc")["input_ids"][1:-1] == encoder.encode([b"LES abc"]).ids[:-1].tolist()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, OLD_METASPACE],
+            }
+        },
+    ],
+)
+def test_sentences_are_found_only_if_the_ids_show_spaces(folder, tmp_path, changes):
+    other = change(folder, tmp_path / "other", **changes)
+    (tmp_path / "text.txt").write_text("我们今天去北京。你喜欢看电影吗？", encoding="utf-8")
+    arguments = ([str(tmp_path / "text.txt")], other, tmp_path / "data")
+    rules = ShardOptions(ReadOptions(sentences="rules"), validation_fraction=0)
+    with pytest.raises(UserError, match=r"--sentences rules does not go with this tokenizer.* use --sentences lines"):
+        shard(*arguments, rules, workers=1)
+    assert not list(tmp_path.glob("*data*"))
+    shard(*arguments, ShardOptions(validation_fraction=0), workers=1)
+    shard([str(tmp_path / "text.txt")], folder, tmp_path / "rules", rules, workers=1)
 
 
 def model(folder, **changes):
