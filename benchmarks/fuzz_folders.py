@@ -28,7 +28,7 @@ from ds_roberta.data.tokenizer import TokenizerInfo, ids_inside_characters
 from ds_roberta.data.unigram import post_processor
 from ds_roberta.data.words import word_flags
 from ds_roberta.deepspeed_config import DeepSpeedConfig
-from ds_roberta.finetuning.finetune import read_deepspeed_config
+from ds_roberta.finetuning.deepspeed_json import read_deepspeed_json
 from ds_roberta.finetuning.predict import open_finetuned
 from ds_roberta.model.architecture import read_architecture
 from ds_roberta.report.page import page
@@ -142,7 +142,7 @@ def _read_settings(folder: Path) -> None:
         assert config.monitors is not None
         assert config.notes is not None
 
-    attempt_all(pretraining, lambda: read_deepspeed_config(only(folder)))
+    attempt_all(pretraining, lambda: read_deepspeed_json(only(folder)))
 
 
 # Models

@@ -47,18 +47,7 @@ class DeepSpeedConfig:
         Raises:
             UserError: it is missing, is not a JSON object, or has a wrong key or value.
         """
-        try:
-            content = load_json(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
-        except UserError as error:
-            raise UserError(f"{str(path)!r}: {error}") from error
-        except OSError as error:
-            raise UserError(
-                f"cannot read --deepspeed_config {str(path)!r} ({error.strerror}): ready ones are in ds_configs/"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{str(path)!r} must be a JSON object, not of type {type(content).__name__}")
+        content = read_content(path)
         if train_batch_size is not None:
             content["train_batch_size"] = train_batch_size
         config = cls(content, str(path))
@@ -276,6 +265,23 @@ def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
     """A section of a JSON that is not checked yet; empty if it is not an object."""
     value = content.get(name)
     return value if isinstance(value, dict) else {}
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The object in a DeepSpeed JSON; raises `UserError` if it cannot be read, is not one, or gives a key twice."""
+    try:
+        content = load_json(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+    except UserError as error:
+        raise UserError(f"{str(path)!r}: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read --deepspeed_config {str(path)!r} ({error.strerror}): ready ones are in ds_configs/"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} must be a JSON object, not of type {type(content).__name__}")
+    return content
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

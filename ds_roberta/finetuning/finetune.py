@@ -19,7 +19,6 @@ import transformers
 
 import ds_roberta
 from ds_roberta.data.tokenizer_files import write_tokenizer
-from ds_roberta.deepspeed_keys import unknown_keys
 from ds_roberta.distributed import Ranks, StopRequest
 from ds_roberta.errors import UserError
 from ds_roberta.files import (
@@ -27,13 +26,13 @@ from ds_roberta.files import (
     check_replaceable,
     errors_of_the_disk,
     holds_only,
-    load_json,
     read_json,
     replaced_folder,
     write_json,
     write_text,
 )
 from ds_roberta.finetuning import TASKS
+from ds_roberta.finetuning.deepspeed_json import read_deepspeed_json
 from ds_roberta.finetuning.error_analysis import ERROR_ANALYSIS
 from ds_roberta.finetuning.model_card import model_card
 from ds_roberta.finetuning.one_run import (
@@ -60,8 +59,6 @@ from ds_roberta.options import Settings, option, require_positive
 from ds_roberta.process import STOPPED_EXIT_CODE, logger
 from ds_roberta.transformers_folder import check_tokenizer, open_folder, open_tokenizer, without_progress_bars
 
-_AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-_GATHER = "stage3_gather_16bit_weights_on_model_save"  # in the weights' own precision
 KIND = "just a model from an earlier fine-tuning"
 NOT_IN_THE_PLAN = {"data", "deepspeed_config", "model", "output_dir", "seeds", "settings"}
 """Fields of `FinetuneConfig`: paths, whose content counts, and what makes runs of one plan."""
@@ -133,7 +130,7 @@ def finetune(config: FinetuneConfig) -> int:
     Raises:
         UserError: a setting, the data or the model's folder is wrong, or the output cannot be written.
     """
-    deepspeed_config = read_deepspeed_config(config.deepspeed_config)
+    deepspeed_config = read_deepspeed_json(config.deepspeed_config)
     ranks = _ranks(deepspeed_config is not None)
     _check(config, ranks.world_size)
     set_gpu_arithmetic()
@@ -166,34 +163,11 @@ def finetune(config: FinetuneConfig) -> int:
                 for split, rows in problem.encoded.items()
                 if split not in ("train", "validation")
             }
-            summaries = [
-                _summary(setting, of_setting, problem.metric, config.recipe) for setting, of_setting in runs.items()
-            ]
+            summaries = [_summary(*each, problem.metric, config.recipe) for each in runs.items()]
             validation = problem.encoded["validation"]
             logits = predictions(problem, best, of_best, validation, ranks)
             analysis = ranks.on_main(lambda: problem.task.error_analysis(validation, logits))
-            results = {
-                "model": str(config.model),
-                "task": config.task,
-                "metric": problem.metric,
-                "data": list(config.data),
-                "examples": {split: len(rows.inputs) for split, rows in problem.encoded.items()},
-                "max_train_samples": config.max_train_samples,
-                **problem.task.results,
-                "max_seq_length": max_seq_length,
-                "recipe": asdict(config.recipe),
-                "deepspeed_config": deepspeed_config,
-                "settings": summaries,
-                "best": {
-                    **asdict(best.setting),
-                    "seed": best.seed,
-                    "epoch": best.best + 1,
-                    "stopped_after_epoch": best.stopped_after_epoch(config.recipe),
-                    "validation": best.epochs[best.best],
-                    **others,
-                },
-                "versions": {"ds_roberta": ds_roberta.__version__, "transformers": transformers.__version__},
-            }
+            results = _results(config, problem, max_seq_length, summaries, best, others)
             ranks.on_main(lambda: _write(output, problem, of_best / MODEL_FOLDER, max_seq_length, results, analysis))
             ranks.on_main(lambda: shutil.rmtree(work.parent))
     for summary in summaries:
@@ -256,6 +230,44 @@ def _train_all(
             ranks.on_main(lambda: shutil.rmtree(of_best))
             best = train(problem, best.setting, best.seed, of_best, stop, ranks)
     return runs, best
+
+
+def _results(
+    config: FinetuneConfig,
+    problem: Problem,
+    max_seq_length: int,
+    summaries: list[dict[str, Any]],
+    best: Run,
+    others: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    Args:
+        summaries: of the settings, from `_summary`.
+        others: the metrics of the splits that are neither `train` nor `validation`.
+    """
+    return {
+        "model": str(config.model),
+        "task": config.task,
+        "metric": problem.metric,
+        "data": list(config.data),
+        "examples": {split: len(rows.inputs) for split, rows in problem.encoded.items()},
+        "max_train_samples": config.max_train_samples,
+        **problem.task.results,
+        "max_seq_length": max_seq_length,
+        "recipe": asdict(config.recipe),
+        "deepspeed_config": problem.deepspeed_config,
+        "settings": summaries,
+        "best": {
+            **asdict(best.setting),
+            "seed": best.seed,
+            "epoch": best.best + 1,
+            "stopped_after_epoch": best.stopped_after_epoch(config.recipe),
+            "validation": best.epochs[best.best],
+            **others,
+        },
+        "versions": {"ds_roberta": ds_roberta.__version__, "transformers": transformers.__version__},
+    }
 
 
 def _write(
@@ -324,53 +336,6 @@ def _check(config: FinetuneConfig, world_size: int) -> None:
                 f"the batch of {setting.train_batch_size} cannot be divided among {world_size} processes and "
                 f"--gradient_accumulation_steps {config.recipe.gradient_accumulation_steps}: use a multiple of {parts}"
             )
-
-
-def read_deepspeed_config(path: Path | None) -> dict[str, Any] | None:
-    """Read a DeepSpeed JSON for fine-tuning and check it; None without a path.
-
-    Raises:
-        UserError: the file cannot be read, is not a JSON object, has a key that DeepSpeed does not know or a value that
-            it refuses, or sets what the command line sets.
-    """
-    if path is None:
-        return None
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("--deepspeed_config needs deepspeed, which is not installed: pip install deepspeed")
-    try:
-        content = load_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read --deepspeed_config {str(path)!r} ({error}): choose a JSON file") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--deepspeed_config {str(path)!r} is not a JSON object: see ds_configs/finetune.json")
-    if unknown := unknown_keys(content):
-        raise UserError(f"--deepspeed_config {str(path)!r}: {unknown[0]}", *unknown[1:])
-    for name in ("bf16", "fp16", "zero_optimization"):
-        if not isinstance(content.get(name, {}), dict):
-            raise UserError(f"--deepspeed_config {str(path)!r} has {name} {content[name]!r}: write an object, {{…}}")
-    settled = [name for name in ("optimizer", "scheduler") if name in content]
-    settled += [name for name in _AUTO if content.get(name, "auto") != "auto"]
-    precisions = {name: content.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}
-    settled += [f"{name}.enabled" for name, enabled in precisions.items() if enabled != "auto"]
-    if settled:
-        raise UserError(
-            f"--deepspeed_config {str(path)!r} sets {', '.join(settled)}, which fine-tuning's command line sets: "
-            'remove it or write "auto", as in ds_configs/finetune.json'
-        )
-    zero = content.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.setdefault(_GATHER, True):
-        raise UserError(
-            f"--deepspeed_config {str(path)!r} has {_GATHER} false, so no model could be written: remove it"
-        )
-    if content.get("activation_checkpointing", {}) != {}:
-        raise UserError(
-            f"--deepspeed_config {str(path)!r} has activation_checkpointing, which fine-tuning ignores: remove it"
-        )
-    from ds_roberta.training.device import refused_by_deepspeed  # which takes seconds to import
-
-    if reason := refused_by_deepspeed(content):
-        raise UserError(f"DeepSpeed refuses --deepspeed_config {str(path)!r} ({reason}): correct the value")
-    return content
 
 
 def _remove_weights(work: Path, runs: dict[Setting, list[Run]], metric: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from ds_roberta.deepspeed_config import DeepSpeedConfig
 from ds_roberta.deepspeed_keys import KEYS
 from ds_roberta.errors import UserError
-from ds_roberta.finetuning.finetune import read_deepspeed_config
+from ds_roberta.finetuning.deepspeed_json import read_deepspeed_json
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("zero*.json"))
@@ -314,7 +314,7 @@ def test_a_section_for_fine_tuning_must_be_an_object(tmp_path, section, value):
     pytest.importorskip("deepspeed")
     (tmp_path / "ds.json").write_text(f'{{"{section}": {value}}}')
     with pytest.raises(UserError, match=f"ds.json' has {section} .*: write an object"):
-        read_deepspeed_config(tmp_path / "ds.json")
+        read_deepspeed_json(tmp_path / "ds.json")
 
 
 @pytest.mark.parametrize(
@@ -332,10 +332,17 @@ def test_a_value_for_fine_tuning_that_deepspeed_refuses_is_a_user_error(tmp_path
     pytest.importorskip("deepspeed")
     (tmp_path / "ds.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
-        read_deepspeed_config(tmp_path / "ds.json")
+        read_deepspeed_json(tmp_path / "ds.json")
+
+
+def test_a_key_that_is_given_twice_is_named_for_fine_tuning_too(tmp_path):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "ds.json").write_text('{"bf16": {}, "bf16": {}}')
+    with pytest.raises(UserError, match=r"ds\.json': the key 'bf16' is given twice"):
+        read_deepspeed_json(tmp_path / "ds.json")
 
 
 def test_the_ready_file_for_fine_tuning_is_taken():
     pytest.importorskip("deepspeed")
     path = Path(__file__).parents[2] / "ds_configs/finetune.json"
-    assert read_deepspeed_config(path) == json.loads(path.read_text())
+    assert read_deepspeed_json(path) == json.loads(path.read_text())
