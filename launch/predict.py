@@ -1,7 +1,6 @@
 """Predict with a fine-tuned model: `python launch/predict.py --model DIR --input FILE`, or `--text TEXT`."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from ds_roberta.command_line import ArgumentParser, positive, probability, run_command
@@ -50,19 +49,6 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser()
-    arguments = parser.parse_args(words)
-    for name in ("text", "text_pair", "question", "context"):
-        value = vars(arguments)[name]
-        if value is not None and not value.strip():
-            parser.error(f"--{name} {value!r} is empty: give a text")
-    for name in ("text_column", "text_pair_column"):
-        if arguments.input is None and vars(arguments)[name] is not None:
-            parser.error(f"--{name} does nothing without --input: leave it out")
-    return arguments
-
-
 def config_of(arguments: argparse.Namespace) -> PredictConfig:
     options = {name: vars(arguments)[name] for name in TASK_OPTIONS}
     return PredictConfig(
@@ -85,6 +71,6 @@ def main(config: PredictConfig) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     set_up_logging()
     run_command(lambda: main(config_of(arguments)))

@@ -36,7 +36,8 @@ class PredictConfig:
         max_seq_length: in tokens; None: as in fine-tuning.
 
     Raises:
-        UserError: not exactly one of `input`, `text` and `question` is given, or a value does nothing or is too small.
+        UserError: not exactly one of `input`, `text` and `question` is given, or a value does nothing, is
+            empty or is too small.
     """
 
     model: Path
@@ -60,6 +61,13 @@ class PredictConfig:
             raise UserError("--text_pair goes with --text: give both")
         if self.glue_task is not None and self.output is None:
             raise UserError("--glue_task needs --output, a .tsv file: give it")
+        for name in ("text", "text_pair", "question", "context"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise UserError(f"--{name} {value!r} is empty: give a text")
+        for name in ("text_column", "text_pair_column"):
+            if self.input is None and name in self.task_options:
+                raise UserError(f"--{name} does nothing without --input: leave it out")
         require_positive("--batch_size", self.batch_size)
         if self.max_seq_length is not None:
             require_positive("--max_seq_length", self.max_seq_length)

@@ -169,9 +169,6 @@ class QuestionAnswering(Task):
 
     def make_input(self, text: str, text_pair: str | None) -> Question:
         assert text_pair is not None
-        for name, value in (("--question", text_pair), ("--context", text)):
-            if not value.strip():
-                raise UserError(f"{name} is {value!r}, not a text: give one")
         return Question(COMMAND_LINE, "1", text_pair, text)
 
     def encode(
