@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders
 
-from ds_roberta.config import EVAL_SEQUENCES, PACKING_FORMATS, MaskingConfig, PackingConfig
+from ds_roberta.config import EVAL_SEQUENCES, MaskingConfig, PackingConfig
 from ds_roberta.data import unigram
 from ds_roberta.data.manifest import TOKENIZER_FOLDER, TRAIN_SPLIT, VALIDATION_SPLIT, ShardInfo
 from ds_roberta.data.mixture import shown_source
@@ -26,6 +26,7 @@ from ds_roberta.data.shards import Corpus, Split
 from ds_roberta.data.tokenizer import token_bytes as bytes_of_ids
 from ds_roberta.errors import UserError
 from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk
+from ds_roberta.options import add_options
 from ds_roberta.progress import byte_bar
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -337,12 +338,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--max_seq_length", type=int, nargs="+", default=[128, 512], help="lengths to pack for (default: 128 512)"
     )
-    parser.add_argument(
-        "--packing",
-        choices=PACKING_FORMATS,
-        default=PACKING_FORMATS[0],
-        help="how documents become sequences (default: %(default)s)",
-    )
+    add_options(parser, PackingConfig, only=("packing",))
     parser.add_argument("--json", action="store_true", help="print JSON, with all inputs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also write an image (needs matplotlib)")
     parser.set_defaults(run=_stats)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_roberta.config import PACKING_FORMATS, PackingConfig, Stage
+from ds_roberta.config import PackingConfig, Stage
 from ds_roberta.data.global_batch import EMPTY_PLACE, split_places, step_places
 from ds_roberta.data.manifest import TRAIN_SPLIT
 from ds_roberta.data.mixture import parse_source_weights, sample_order
@@ -25,7 +25,7 @@ from ds_roberta.data.packing import PackedSplit, build_index, open_index
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.stages import SkippedPlaces, make_stages, read_skipped, stage_number
 from ds_roberta.errors import UserError
-from ds_roberta.options import require_positive
+from ds_roberta.options import add_options, require_positive
 from preprocessing.prepared.stored_documents import OFFSETS_HELP, Decoder, Origins, StoredDocument, StoredDocuments
 
 
@@ -153,12 +153,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "--checkpoint", type=Path, metavar="DIR", help="checkpoint of a run that rolled back; it lists what was skipped"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0, as in training)")
-    parser.add_argument(
-        "--packing",
-        choices=PACKING_FORMATS,
-        default=PACKING_FORMATS[0],
-        help="packing of the run (default: full-sentences)",
-    )
+    add_options(parser, PackingConfig, only=("packing",))
     parser.add_argument("--source_weights", metavar="NAME=WEIGHT,…", help="source weights of the run (default: none)")
     parser.add_argument(
         "--rank", default="0/1", metavar="R/W", help="only the part of process R (0 to W - 1), in its order"
