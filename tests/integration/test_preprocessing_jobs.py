@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -147,8 +148,12 @@ def test_workers_leave_when_their_parent_is_killed(files, tokenizer, tmp_path):
         raise
 
 
-def test_other_input_options_or_tokenizer_discard_the_finished_units(files, tokenizer, tmp_path, monkeypatch):
+def test_other_input_options_filter_or_tokenizer_discard_the_finished_units(files, tokenizer, tmp_path, monkeypatch):
     done = []
+    tokenizer = Path(shutil.copytree(tokenizer, tmp_path / "tokenizer"))
+    module = tmp_path / "edited_filter.py"
+    module.write_text("def keep(text, about): return True")
+    monkeypatch.syspath_prepend(tmp_path)
     do = Job.do
 
     def failing(self, phase, index, work):
@@ -179,6 +184,15 @@ def test_other_input_options_or_tokenizer_discard_the_finished_units(files, toke
     monkeypatch.setattr(sharding, "RULES_VERSION", 0)
     run(rules, expected=[0, 1, 2])
     run(rules, expected=[2, 3, 4])
+    filtered = replace(OPTIONS, read=replace(OPTIONS.read, filter="edited_filter:keep"))
+    run(filtered, expected=[0, 1, 2])
+    module.write_text("def keep(text, about): return bool(text)")
+    run(filtered, expected=[0, 1, 2])
+    content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"].reverse()
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    run(filtered, expected=[0, 1, 2])
+    run(filtered, expected=[2, 3, 4])
     assert len(list((tmp_path / ".out.partial").iterdir())) == 2  # the leases, and one plan's work
 
 
