@@ -187,6 +187,23 @@ def test_a_checkpoint_from_before_the_best_was_remembered_loads(tmp_path, save):
     assert checkpoint.read_state(path) == TrainState(IDENTITY, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "now", "are_forgotten"),
+    [
+        *((name, 8, 8, True) for name in ("data", "tokenizer", "packing", "masking", "attention")),
+        ("seed", 8, 8, False),
+        ("seed", 8, 16, True),
+        ("seed", 0, 16, False),  # an earlier version's checkpoint does not say of how many sequences its losses are
+    ],
+)
+def test_losses_of_another_held_out_sample_are_forgotten(name, before, now, are_forgotten):
+    losses = {"best_eval_loss": 2.0, "best_step": 5, "lines": {"unigram_loss": 7.0}}
+    losses |= {"recent_evaluations": [[5, 2.0]], "plateau": "unigram"}
+    state, identity = TrainState(IDENTITY, 9, eval_sequences=before, **losses), {**IDENTITY, name: "another"}
+    assert state.continue_as(identity, now) == are_forgotten
+    assert state == TrainState(identity, 9, eval_sequences=now, **({} if are_forgotten else losses))
+
+
 def test_auto_takes_the_newest_by_number(tmp_path, save):
     assert checkpoint.choose("auto", tmp_path / "none") is None
     assert checkpoint.choose("auto", tmp_path) is None
