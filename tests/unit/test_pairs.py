@@ -11,7 +11,7 @@ from ds_roberta.data.loader import Collator
 from ds_roberta.data.masking import training_masker
 from ds_roberta.data.packing import build_index, open_index, pack_shard, packed_tokens
 from ds_roberta.data.pairs import IS_NEXT, IS_RANDOM
-from ds_roberta.data.shards import Corpus
+from ds_roberta.data.shards import Corpus, Split, write_shard
 from ds_roberta.errors import UserError
 
 LENGTH = 64
@@ -132,9 +132,49 @@ def test_empty_places_have_no_label(corpus, packed):
     assert (len(full.next_sentence_labels), len(empty.next_sentence_labels)) == (2, 0)
 
 
-def test_pairs_do_not_depend_on_the_process_that_makes_them(corpus):
-    split, packing = corpus.split("train"), PackingConfig(LENGTH, "segment-pair")
-    assert np.array_equal(pack_shard(split, 3, packing), pack_shard(corpus.split("train"), 3, packing))
+@pytest.mark.parametrize(
+    ("form", "shard", "expected"),
+    [
+        (
+            "segment-pair",
+            0,
+            [
+                (0, 11, 0, 11, 2, 0),
+                (14, 6, 0, 11, 2, 1),
+                (20, 7, 0, 1, 6, 1),
+                (27, 5, 0, 11, 2, 1),
+                (33, 7, 0, 40, 5, 0),
+                (45, 3, 0, 48, 1, 0),
+            ],
+        ),
+        ("segment-pair", 1, [(0, 11, 0, 27, 3, 1), (11, 2, 0, 40, 9, 1)]),
+        (
+            "sentence-pair",
+            0,
+            [
+                (0, 1, 0, 1, 6, 0),
+                (7, 4, 0, 27, 5, 1),
+                (11, 2, 0, 20, 7, 1),
+                (14, 4, 0, 18, 2, 0),
+                (20, 7, 0, 33, 7, 1),
+                (27, 5, 0, 45, 3, 1),
+                (33, 7, 0, 27, 5, 1),
+                (40, 5, 0, 1, 6, 1),
+                (45, 3, 0, 48, 1, 0),
+            ],
+        ),
+        ("sentence-pair", 1, [(0, 1, 1, 1, 6, 0), (7, 4, 1, 11, 2, 0)]),
+    ],
+)
+def test_pairs_are_those_of_earlier_versions(tmp_path, form, shard, expected):
+    """Or a resumed run would see others."""
+    lengths = [[[1, 6, 4, 2], [4, 2, 7, 5], [7, 5, 3, 1]], [[1, 6, 4, 2]]]  # by shards, documents and sentences
+    shards = []
+    for index, documents in enumerate(lengths):
+        ids = [np.full(sum(sentences) + 1, 9) for sentences in documents]
+        shards.append(write_shard(tmp_path, "train", index, ids, list(map(np.cumsum, documents)), 400))
+    split = Split(tmp_path, "train", shards, 400)
+    assert pack_shard(split, shard, PackingConfig(18, form)).tolist() == expected
 
 
 def test_a_shard_of_one_document_draws_from_the_next_of_its_source(tmp_path, write_corpus, with_sources):
