@@ -79,6 +79,10 @@ def test_fingerprints_ignore_the_order_of_keys_alone():
     assert len(json_fingerprint({})) == 32
 
 
+def test_fingerprints_never_change_silently():
+    assert json_fingerprint({"b": [1, 0.5, None, True], "a": "ü"}) == "aa35b52aedec01f6f148be5c7c02e169"
+
+
 def test_a_files_checksum_is_of_all_its_bytes(tmp_path):
     content = b"0123456789" * 300_000
     (tmp_path / "file").write_bytes(content)

@@ -102,6 +102,15 @@ def test_the_same_documents_make_the_same_bytes(tmp_path):
     assert [path.name for path in (tmp_path / "a/train").iterdir()] == ["shard-00000.arrow"]
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "checksum"),
+    [(65_536, "62223ba8031cbb9bde24ea789dfa339f"), (65_537, "ce56f4617f386cd2b99345ebe3247257")],
+)
+def test_a_shards_bytes_are_those_of_earlier_versions(tmp_path, vocab_size, checksum):
+    """Whatever pyarrow's version; or data that is prepared again would not fit its runs."""
+    assert one_shard(tmp_path, vocab_size, DOCUMENTS[:2], ENDS[:2])[1].checksum == checksum
+
+
 def test_checksums_cover_the_file_and_every_chunk(tmp_path):
     content = np.random.default_rng(0).bytes(2 * shards.CHUNK_BYTES + 5)
     (tmp_path / "file").write_bytes(content)
@@ -224,6 +233,20 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_paths(folder, tmp_path, wri
     documents = [[np.arange(4, 50)], [np.arange(60, 70), np.arange(70, 76)]]
     other = write_corpus(tmp_path / "other", {"train": [documents, documents[:1]]})
     assert other.manifest.fingerprint != manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "fingerprint"),
+    [("", "84dd2370cb63e3f2f97b38437050772a"), ("wiki", "b331d64ab137e34f3c8cab99df52456e")],
+)
+def test_fingerprints_are_those_of_earlier_versions(source, fingerprint):
+    """Or no run could resume with its data."""
+    tokenizer = TokenizerInfo(400, 0, 1, 2, 399, (0, 1, 2, 3, 399), "f" * 32)
+    splits = {
+        split: tuple(ShardInfo(f"{n}.arrow", 2, 7, 656, f"{split}-{n}", (), source=source) for n in range(2))
+        for split in ("train", "validation")
+    }
+    assert Manifest(tokenizer, {}, (), splits).fingerprint == fingerprint
 
 
 def test_no_folder_no_data_names_the_command_that_makes_it(tmp_path):
