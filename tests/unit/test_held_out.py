@@ -68,6 +68,16 @@ def test_every_process_has_as_many_micro_batches(collator, on_ranks):
     assert calls == [[3, 3], [3, 3], [3, 3]]
 
 
+def test_a_request_to_stop_ends_an_evaluation_before_the_next_micro_batch(collator, on_ranks):
+    def body(ranks):
+        stops, losses = iter([False, True]), []
+        sample = HeldOutSample(collator, 10, 1, ranks)
+        result = sample.evaluate(lambda micro_batch: losses.append(1) or {"loss": 1.0}, lambda: next(stops))
+        return result, losses
+
+    assert on_ranks(2, body) == [(None, [1])] * 2
+
+
 def test_the_sample_is_drawn_from_the_whole_split_and_at_most_all_of_it(collator, on_ranks):
     size = len(collator.packed)
     calls = []

@@ -52,6 +52,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
         monitors=None,
         plateau="warn",
         held_out=None,
+        stopped_at=None,
         resume=None,
         **intervals,
     ):
@@ -89,7 +90,7 @@ def make(tmp_path, corpus_folder, solo_ranks, monkeypatch):
             peak_flops=PEAK_FLOPS,
             monitors=monitors or Monitors(config.output_dir, {}, False),
         )
-        trainer._held_out = held_out and HeldOut(trainer, held_out)
+        trainer._held_out = held_out and HeldOut(trainer, held_out, stopped_at)
         return trainer
 
     return make
@@ -184,6 +185,19 @@ def test_a_run_with_a_rollback_that_is_broken_off_goes_on_as_the_unbroken_one(ma
         assert torch.equal(resumed.engine.module.weight, unbroken.engine.module.weight), name
         for step, drawn in resumed.engine.places.items():
             assert drawn == unbroken.engine.places[step], name
+
+
+@pytest.mark.parametrize("stopped_at", [0, 12, 24, STEPS])
+def test_a_run_that_is_stopped_while_it_evaluates_goes_on_as_the_unbroken_one(make, stopped_at):
+    options = {"held_out": STILL, "eval_interval": 12}
+    unbroken = make("off", name="unbroken", **options)
+    assert unbroken.train()
+    assert not make("off", stopped_at=stopped_at, **options).train()
+    resumed = make("off", **options)
+    assert resumed.state.global_step == stopped_at
+    assert resumed.train()
+    assert rows(resumed) == rows(unbroken)
+    assert resumed.state == unbroken.state
 
 
 def test_a_run_that_began_elsewhere_is_not_rolled_back_to_what_was_in_its_folder(make, tmp_path, capsys):
