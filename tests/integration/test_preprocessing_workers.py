@@ -1,11 +1,15 @@
-"""The prepared bytes do not depend on how many processes prepare them."""
+"""The prepared bytes do not depend on how many processes prepare them, and a killed one ends the others."""
 
 import gzip
 import json
+import multiprocessing
+import signal
 
 import pytest
 from prepare import DOCUMENTS, folder_hash, prepare_corpus
 
+from ds_roberta.lease import JobStopped
+from preprocessing.jobs.workers import local_workers
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.units import ShardOptions
 
@@ -37,3 +41,13 @@ def test_two_workers_write_the_bytes_of_one(files, tokenizer_folder, tmp_path, d
         dedup, {"duplicate", "near_duplicate"}
     )
     assert folder_hash(tmp_path / "1") == folder_hash(tmp_path / "2")
+
+
+def test_a_killed_worker_stops_the_job_and_the_other_workers():
+    with (
+        pytest.raises(JobStopped, match=r"a worker process was killed, .* with fewer than --workers 2"),
+        local_workers(2) as workers,
+        workers,
+    ):
+        list(workers.run(signal.raise_signal, [signal.SIGKILL] * 2))
+    assert not multiprocessing.active_children()
