@@ -60,8 +60,16 @@ def test_a_checkpoint_that_a_kill_took_away_while_it_was_replaced_is_put_back(sa
     shutil.copytree(saved, output)
     checkpoints = output / "checkpoints"
     (checkpoints / "global_step4").rename(checkpoints / ".global_step4.old")
+    unfinished = output / "deepspeed_checkpoints/.global_step9.tmp"
+    unfinished.mkdir()
     printed = pretrain(workspace, *SETTINGS, "--max_steps", "4", "--output_dir", output)
     assert "global_step4, step 4 of 4" in printed
+    assert not unfinished.exists()
+
+
+def test_a_run_does_not_end_before_its_checkpoint(saved, workspace):
+    printed = pretrain(workspace, *SETTINGS, "--max_steps", "3", "--output_dir", saved, code=2)
+    assert "global_step4' is at step 4, beyond --max_steps 3: raise it" in printed
 
 
 def test_a_model_that_a_run_must_not_replace_is_named_before_the_work(saved, workspace):

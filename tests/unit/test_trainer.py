@@ -268,6 +268,14 @@ def test_a_second_spike_since_the_same_checkpoint_stops(make):
         trainer.train()
 
 
+def test_a_checkpoint_whose_model_has_diverged_is_not_one_to_go_back_to(make):
+    with pytest.raises(Interrupted):
+        make("rollback", interrupted_at=30).train()
+    trainer = make("rollback", held_out={0: math.nan}, eval_interval=25)
+    with pytest.raises(UserError, match=r"\(nan\) after step 25 is not finite, at the checkpoint '.*step25' itself"):
+        trainer.train()
+
+
 def test_spikes_with_a_checkpoint_between_them_are_rolled_back_each(make):
     trainer = make("rollback", spikes=[SPIKE, (8, 12 * (16 + 25))])  # the second in step 56
     assert trainer.train()
