@@ -61,7 +61,9 @@ def test_a_process_without_a_gpu_of_its_own_is_named_before_it_meets_others(gpu,
     assert not gpu.taken
 
 
-def test_processes_on_a_cpu_wait_long_for_what_one_does_for_all(monkeypatch, tmp_path):
+@pytest.fixture
+def given(monkeypatch, tmp_path):
+    """What DeepSpeed is given when this process, on a CPU, joins a run of its own."""
     given = {}
 
     def join(**options):
@@ -75,12 +77,28 @@ def test_processes_on_a_cpu_wait_long_for_what_one_does_for_all(monkeypatch, tmp
     monkeypatch.setattr(device, "meet", lambda timeout: None)
     monkeypatch.setattr(device.deepspeed, "init_distributed", join)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield given
+    dist.destroy_process_group()
+
+
+def test_processes_on_a_cpu_wait_long_for_what_one_does_for_all(given):
+    init_distributed(7)
+    assert given["timeout"] == timedelta(seconds=7)  # but not for the others to come
+    assert dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+
+
+@pytest.mark.parametrize("launchers_name", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_processes_on_a_host_share_its_threads(given, monkeypatch, launchers_name):
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(launchers_name, "2")
+    torch.set_num_threads(6)
     try:
-        init_distributed(7)
-        assert given["timeout"] == timedelta(seconds=7)  # but not for the others to come
-        assert dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+        init_distributed()
+        assert torch.get_num_threads() == 3
     finally:
-        dist.destroy_process_group()
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("emulated", "best"), [(False, ("bf16", "fp16")), (True, ("fp16",))])

@@ -287,18 +287,21 @@ def test_a_size_found_before_is_tried_on_a_gpu(on_ranks, monkeypatch, tmp_path):
     assert on_ranks(2, find_on) == [(12, 12, 1), (12, 12, 1)]
 
 
-def test_conditions_tell_apart_what_changes_the_size(solo_ranks):
-    def conditions(**changes):
+def test_conditions_tell_apart_what_changes_the_size():
+    def conditions(world_size=1, mlm_probability=0.15, **changes):
         arguments = {"precision": "bf16", "limit": 32, "max_seq_length": LENGTH, "model": MODEL, **changes}
         config = {"zero_optimization": {"stage": arguments.pop("stage", 2)}}
         if layers := arguments.pop("number_checkpoints", None):
             config["activation_checkpointing"] = {"number_checkpoints": layers}
-        engine = SimpleNamespace(device=CPU, ranks=solo_ranks, config=config, deepspeed_version="0.19.8")
-        return json.dumps(finding_conditions(engine, masking=MaskingConfig(), **arguments), sort_keys=True)
+        ranks = SimpleNamespace(world_size=world_size, gather=lambda value: [value] * world_size)
+        engine = SimpleNamespace(device=CPU, ranks=ranks, config=config, deepspeed_version="0.19.8")
+        masking = MaskingConfig(mlm_probability=mlm_probability)
+        return json.dumps(finding_conditions(engine, masking=masking, **arguments), sort_keys=True)
 
     variants = [{"stage": 3}, {"precision": "fp32"}, {"limit": 16}, {"max_seq_length": 8}]
     variants.append({"model": model_config("small", 100, LENGTH)})
     variants.append({"model": replace(MODEL, hidden_act="relu")})
     variants += [{"number_checkpoints": 1}, {"number_checkpoints": 2}]
-    assert len({conditions(), *[conditions(**variant) for variant in variants]}) == 9
+    variants += [{"objective": "rtd"}, {"mlm_probability": 0.3}, {"world_size": 2}]
+    assert len({conditions(), *[conditions(**variant) for variant in variants]}) == 12
     assert "hidden_act" not in conditions()  # what was found before there were others holds

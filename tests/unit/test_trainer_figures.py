@@ -1,9 +1,11 @@
 """What the training loop logs of a step, how often, and what it takes for a spike."""
 
+import math
 import time
 from dataclasses import replace
 
 import pytest
+from fake_training import Result
 from test_trainer import PEAK_FLOPS, STEPS, rows
 from test_trainer import make as make_trainer
 
@@ -27,6 +29,18 @@ def test_each_so_many_steps_are_logged(make):
     trainer = make("off", log_interval=7)
     assert trainer.train()
     assert [row["global_step"] for row in rows(trainer)] == [*range(7, STEPS, 7), STEPS]
+
+
+def test_the_norm_of_a_gradient_that_overflows_is_logged_as_null(make):
+    trainer = make("off")
+    step = trainer.engine.step
+
+    def overflow(*arguments):
+        return Result(math.inf, skipped=True) if trainer.state.global_step == 2 else step(*arguments)
+
+    trainer.engine.step = overflow
+    assert trainer.train()
+    assert [row["grad_norm"] for row in rows(trainer)] == [2.5, 2.5, None, *[2.5] * (STEPS - 3)]
 
 
 def test_the_threshold_decides_what_is_a_spike(make):
