@@ -284,13 +284,48 @@ def weight_decay(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
         (folder / "weight_decay.json").write_text(json.dumps(differences))
 
 
+def loss_scale(ranks: Ranks, corpus: Corpus, folder: Path) -> None:
+    """fp16 whose loss scale falls before a checkpoint and grows after it: the scaler after each step, and the steps
+    that were applied.
+    """
+    fp16 = {"enabled": True, "initial_scale_power": 12, "hysteresis": 2, "loss_scale_window": 2}
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+    def steps(engine, loader, first: int, last: int) -> list[list[float]]:
+        rows = []
+        for step in range(first, last):
+            train(engine, loader, step, step + 1)
+            scaler = engine.deepspeed.optimizer.loss_scaler
+            rows.append([*(getattr(scaler, name) for name in names), engine.applied_steps])
+        return rows
+
+    engine, loader = make(ranks, corpus, 2, "fp16", 4, fp16=fp16)
+    overflow = engine.module.get_parameter("lm_head.bias").register_hook(lambda g: torch.full_like(g, torch.inf))
+    rows = steps(engine, loader, 0, 2)
+    overflow.remove()
+    rows += steps(engine, loader, 2, 3)
+    state = TrainState({}, global_step=3, skipped_steps=2, loss_scaler=engine.loss_scaler_state)
+    portable = save(engine, corpus, folder / "loss_scale", state)
+    theirs = deepspeed_checkpoint.save(engine, state, folder / "loss_scale-deepspeed", keep_last=2)
+    findings = {"unbroken": rows + steps(engine, loader, 3, 5)}
+    for layout in ("portable", "deepspeed"):
+        engine, loader = make(ranks, corpus, 2, "fp16", 4, fp16=fp16)
+        if layout == "portable":
+            checkpoint.load(engine, portable)
+        else:
+            deepspeed_checkpoint.load(engine, theirs, state)
+        findings[layout] = steps(engine, loader, 3, 5)
+    if ranks.is_main:
+        (folder / "loss_scale.json").write_text(json.dumps(findings))
+
+
 if __name__ == "__main__":
     set_up_logging()
     cases, corpus_folder, output = sys.argv[1:]
     all_ranks = init_distributed()
     if not on_gpu():
         get_accelerator().is_fp16_supported = lambda: True  # lets a CPU run dynamic loss scaling
-    for case in (guards, weight_decay):
+    for case in (guards, weight_decay, loss_scale):
         if case.__name__ in cases.split(","):
             case(all_ranks, Corpus.open(corpus_folder), Path(output))
     leave(0)

@@ -21,8 +21,8 @@ def findings(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     """Runs of two processes, with 4 steps each and a save every 2; the fault happens in the third step, on rank 1."""
     output = tmp_path_factory.mktemp("findings")
     worker = Path(__file__).with_name("guards_worker.py")
-    found = run_group(2, "guards,weight_decay", corpus_folder, output, worker=worker)
-    return {**found["guards"], "weight_decay": found["weight_decay"]}
+    found = run_group(2, "guards,weight_decay,loss_scale", corpus_folder, output, worker=worker)
+    return {**found["guards"], **{name: found[name] for name in ("weight_decay", "loss_scale")}}
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -122,3 +122,11 @@ def test_weight_decay_that_leaves_out_biases_and_norms_is_torchs_of_two_groups(f
     found = findings["weight_decay"][stage]
     assert found["from torch"] < 1e-4
     assert found["resumed"] == 0.0
+
+
+def test_a_resumed_fp16_run_scales_its_loss_as_the_unbroken_one(findings):
+    """Scale, iteration, last overflow and free overflows left of DeepSpeed's scaler, and applied steps."""
+    found = findings["loss_scale"]
+    fallen = [[2.0**12, 1, 0, 1, 0], [2.0**11, 2, 1, 1, 0], [2.0**11, 3, 1, 1, 1]]
+    grown = [[2.0**11, 4, 1, 1, 2], [2.0**12, 5, 1, 2, 3]]
+    assert found == {"unbroken": fallen + grown, "portable": grown, "deepspeed": grown}
