@@ -40,13 +40,18 @@ class Counts(NamedTuple):
     sequences: float
 
     @classmethod
+    def sum(cls, counts: Iterable[Counts], ranks: Ranks) -> Counts:
+        """The sum over all processes; a collective call."""
+        return cls(*ranks.sum(*map(sum, zip(*counts, strict=True))))
+
+    @classmethod
     def total(cls, counts: Iterable[Counts], ranks: Ranks) -> Counts:
-        """Sum counts over all processes; a collective call.
+        """As `sum`, of a batch to train on; a collective call.
 
         A batch of a few very short sequences may have no label: the count is then 1, so that loss and gradient are 0.
         """
-        labels, tokens, sequences = ranks.sum(*map(sum, zip(*counts, strict=True)))
-        return cls(max(labels, 1), tokens, sequences)
+        summed = cls.sum(counts, ranks)
+        return summed._replace(labels=max(summed.labels, 1))
 
 
 @dataclass(frozen=True)
@@ -361,7 +366,7 @@ class HeldOutSample:
             micro_batch = self.collator.collate(part, part)
             sums = {name: sums.get(name, 0.0) + value for name, value in model(micro_batch).items()}
             counts.append(micro_batch.counts)
-        total = Counts(*self._ranks.sum(*map(sum, zip(*counts, strict=True))))
+        total = Counts.sum(counts, self._ranks)
         if not total.labels:
             raise UserError(
                 "no token of the held-out sequences is masked, so there is no held-out loss: raise the share of masks "

@@ -30,7 +30,6 @@ from ds_roberta.data.masking import Masker
 from ds_roberta.errors import UserError
 from ds_roberta.files import json_fingerprint, load_json, write_json
 from ds_roberta.model.objectives import Objective
-from ds_roberta.training.settings import RunConfig
 
 if TYPE_CHECKING:  # sizes are computed without DeepSpeed
     from ds_roberta.training.engine import Engine
@@ -144,7 +143,7 @@ def finding_conditions(
     masking: MaskingConfig,
     precision: str,
     limit: int,
-    objective: str = RunConfig.objective,
+    objective: str,
 ) -> dict[str, Any]:
     """All that a finding depends on, as JSON; a collective call."""
     return {

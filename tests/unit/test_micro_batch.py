@@ -289,7 +289,14 @@ def test_a_size_found_before_is_tried_on_a_gpu(on_ranks, monkeypatch, tmp_path):
 
 def test_conditions_tell_apart_what_changes_the_size():
     def conditions(world_size=1, mlm_probability=0.15, **changes):
-        arguments = {"precision": "bf16", "limit": 32, "max_seq_length": LENGTH, "model": MODEL, **changes}
+        arguments = {
+            "precision": "bf16",
+            "limit": 32,
+            "max_seq_length": LENGTH,
+            "model": MODEL,
+            "objective": "mlm",
+            **changes,
+        }
         config = {"zero_optimization": {"stage": arguments.pop("stage", 2)}}
         if layers := arguments.pop("number_checkpoints", None):
             config["activation_checkpointing"] = {"number_checkpoints": layers}
@@ -302,6 +309,6 @@ def test_conditions_tell_apart_what_changes_the_size():
     variants.append({"model": model_config("small", 100, LENGTH)})
     variants.append({"model": replace(MODEL, hidden_act="relu")})
     variants += [{"number_checkpoints": 1}, {"number_checkpoints": 2}]
-    variants += [{"objective": "rtd"}, {"mlm_probability": 0.3}, {"world_size": 2}]
+    variants += [{"objective": "rts"}, {"mlm_probability": 0.3}, {"world_size": 2}]
     assert len({conditions(), *[conditions(**variant) for variant in variants]}) == 12
     assert "hidden_act" not in conditions()  # what was found before there were others holds
