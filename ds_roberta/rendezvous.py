@@ -1,7 +1,7 @@
 """Set-up before the process group exists: find this process's rank in the launcher's environment, and wait for all.
 
 Under a launcher that sets no ranks, each process would be a separate run and overwrite the others' files. Therefore
-srun's variables are read too, and the number of processes that met is compared with the launcher's.
+srun's variables are read too, and the number of processes that joined is compared with the launcher's.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
-def meet(limit: float) -> None:
+def wait_for_ranks(limit: float) -> None:
     """Wait until all ranks have arrived at MASTER_ADDR:MASTER_PORT; call before `torch.distributed` is initialised.
 
-    MPI has already done so, and a single process has nobody to wait for. If the `deepspeed` launcher
-    started all ranks on this host, they use a free port, whatever MASTER_PORT says: its default, 29500, would allow
-    only one run per host.
+    MPI has already done so, and a single process has nobody to wait for. If the `deepspeed` launcher started all
+    ranks on this host, they use a free port, whatever MASTER_PORT says: its default, 29500, would allow only one run
+    per host.
 
     Args:
         limit: seconds.
@@ -113,7 +113,7 @@ def meet(limit: float) -> None:
             write_text(file, str(store.port))
         # torch's own store for the process group shares rank 0's server as long as this one exists.
         _stores.append(store)
-        key = f"ds_roberta/came/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        key = f"ds_roberta/arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         arrived = store.add(key, 1)
         while arrived < world_size and time.monotonic() < deadline:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -184,10 +184,10 @@ _stores: list[dist.TCPStore] = []
 
 
 def check_world_size(world_size: int) -> None:
-    """Compare the number of processes that met with the number that the launcher started.
+    """Compare the number of processes that joined with the number that the launcher started.
 
     Raises:
-        UserError: fewer met, so there would be several separate runs.
+        UserError: fewer joined, so there would be several separate runs.
     """
     started = {name: os.environ.get(name) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
     causes = [f"{name} is {value}" for name, value in started.items() if value is not None and int(value) != world_size]

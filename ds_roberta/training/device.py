@@ -17,7 +17,14 @@ from ds_roberta.distributed import Ranks
 from ds_roberta.errors import LocalError
 from ds_roberta.model.kernels import set_gpu_arithmetic
 from ds_roberta.process import keep_freed_memory
-from ds_roberta.rendezvous import RENDEZVOUS_TIMEOUT, VARIABLES, check_world_size, meet, port_of_mpi, set_ranks
+from ds_roberta.rendezvous import (
+    RENDEZVOUS_TIMEOUT,
+    VARIABLES,
+    check_world_size,
+    port_of_mpi,
+    set_ranks,
+    wait_for_ranks,
+)
 
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
@@ -40,7 +47,7 @@ def init_distributed(rendezvous_timeout: float = RENDEZVOUS_TIMEOUT) -> Ranks:
     set_ranks()
     if on_gpu() and "LOCAL_RANK" in os.environ:  # MPI's processes have none yet
         check_gpu(int(os.environ["LOCAL_RANK"]))
-    meet(rendezvous_timeout)
+    wait_for_ranks(rendezvous_timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # gloo is enough on a CPU; DeepSpeed would first compile a shared-memory operator for a minute.

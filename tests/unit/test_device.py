@@ -40,7 +40,7 @@ def test_a_process_takes_its_own_gpu_before_anything_is_put_there(gpu, monkeypat
     monkeypatch.setenv("LOCAL_RANK", "3")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(device, "meet", lambda timeout: None)
+    monkeypatch.setattr(device, "wait_for_ranks", lambda timeout: None)
     monkeypatch.setattr(device.deepspeed, "init_distributed", join)
     groups = []
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
@@ -74,7 +74,7 @@ def given(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "0")
     for name, value in (("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(device, "meet", lambda timeout: None)
+    monkeypatch.setattr(device, "wait_for_ranks", lambda timeout: None)
     monkeypatch.setattr(device.deepspeed, "init_distributed", join)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield given

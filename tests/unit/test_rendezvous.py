@@ -104,7 +104,7 @@ FORK = multiprocessing.get_context("fork")
 
 def join(rank, barrier, ports):
     os.environ["RANK"] = str(rank)
-    rendezvous.meet(60)
+    rendezvous.wait_for_ranks(60)
     ports.put(os.environ["MASTER_PORT"])
     barrier.wait(60)  # for rank 0 serves the other
 
@@ -143,5 +143,5 @@ def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(t
 def test_a_process_alone_needs_no_port_of_the_launcher(monkeypatch):
     told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     monkeypatch.setattr(rendezvous.os, "environ", told)
-    rendezvous.meet(1)
+    rendezvous.wait_for_ranks(1)
     assert told["MASTER_PORT"] == "0"
