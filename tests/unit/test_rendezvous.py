@@ -1,9 +1,11 @@
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 
 import pytest
+import torch.distributed as dist
 
 from ds_roberta import rendezvous
 from ds_roberta.errors import UserError
@@ -140,8 +142,34 @@ def test_two_runs_that_start_at_once_on_one_host_each_take_a_port_of_their_own(t
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_alone_needs_no_port_of_the_launcher(monkeypatch):
+def serve(ports):
+    """What torchrun's agent does; the ranks must not be forked from it, for torch shares a process's servers."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ports.put(str(store.port))
+    signal.pause()
+
+
+def test_ranks_of_torchrun_meet_at_the_store_that_it_serves(monkeypatch, capfd):
+    ports = FORK.SimpleQueue()
+    agent = FORK.Process(target=serve, args=(ports,))
+    agent.start()
+    port = ports.get()
+    told = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    told["LOCAL_SIZE"] = "2"  # as if torchrun itself had been started by the `deepspeed` launcher
+    for name, value in {**told, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        launch(ports)
+        assert [ports.get(), ports.get()] == [port, port]
+        assert "failed to bind" not in capfd.readouterr().err  # as torch says, and goes on
+    finally:
+        agent.kill()
+        agent.join()
+
+
+@pytest.mark.parametrize(("launcher", "port"), [({}, "0"), ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "29500")])
+def test_a_process_alone_needs_no_port_of_the_deepspeed_launcher(monkeypatch, launcher, port):
     told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    monkeypatch.setattr(rendezvous.os, "environ", told)
+    monkeypatch.setattr(rendezvous.os, "environ", told | launcher)
     rendezvous.wait_for_ranks(1)
-    assert told["MASTER_PORT"] == "0"
+    assert os.environ["MASTER_PORT"] == port
