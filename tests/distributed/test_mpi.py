@@ -1,5 +1,6 @@
 """`mpirun -n N preprocess shard`: the bytes of one process, whatever happens to the ranks."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -33,17 +34,31 @@ def work(tmp_path, tokenizer_folder):
     return tmp_path
 
 
-def start(work, output, launcher=()):
-    arguments = ["shard", "--input", *(f"{n}.txt" for n in "abcdef"), "--tokenizer", "tok", "--output", output]
-    return subprocess.Popen(
-        [*launcher, sys.executable, "-m", "preprocessing.cli", *arguments, "--dedup", "exact"],
-        cwd=work,
-        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start(work):
+    """A function that starts a job in the working folder."""
+    started = []
+
+    def start(output, launcher=()):
+        arguments = ["shard", "--input", *(f"{n}.txt" for n in "abcdef"), "--tokenizer", "tok", "--output", output]
+        process = subprocess.Popen(
+            [*launcher, sys.executable, "-m", "preprocessing.cli", *arguments, "--dedup", "exact"],
+            cwd=work,
+            env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # mpirun's ranks leave with it
+        process.stdout.close()
+        process.wait()
 
 
 def finish(process):
@@ -95,18 +110,18 @@ def ranks_of(mpirun_pid):
 
 
 @pytest.mark.slow
-def test_ranks_give_the_bytes_of_one_process_and_go_on_after_a_kill(mpirun, work):
-    code, output = finish(start(work, "alone"))
+def test_ranks_give_the_bytes_of_one_process_and_go_on_after_a_kill(mpirun, work, start):
+    code, output = finish(start("alone"))
     assert code == 0, output
 
     # One rank dies, and the whole job with it; or mpirun dies, and its orphans soon after it.
     for name, victim in (("rank", lambda job: ranks_of(job.pid)[-1]), ("mpirun", lambda job: job.pid)):
-        job = start(work, name, [*mpirun, "-n", "3"])
+        job = start(name, [*mpirun, "-n", "3"])
         wait_for(lambda: any(work.glob(f".{name}.partial/*/units/*.json")))  # noqa: B023
         os.kill(victim(job), signal.SIGKILL)
         code, output = finish(job)
         assert code not in (0, 2), output
-        code, output = finish(start(work, name, [*mpirun, "-n", "3"]))
+        code, output = finish(start(name, [*mpirun, "-n", "3"]))
         assert code == 0, output
         assert content(work / name) == content(work / "alone")
         assert not (work / f".{name}.partial").exists()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from groups import run_group
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for two groups
 WORKER = Path(__file__).with_name("objectives_worker.py")
 LOSSES = {"pairs": ("loss", "mlm_loss", "nsp_loss"), "mlm-bow": ("loss", "mlm_loss", "bow_loss"), "rts": ("loss",)}
 OBJECTIVES = tuple(LOSSES)

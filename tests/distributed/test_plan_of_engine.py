@@ -8,6 +8,7 @@ from plan_worker import MICRO_STEPS, MODEL
 
 from benchmarks.cost_model import PERSISTENT_ELEMENTS, engine_bytes, meta_model, wire_bytes
 
+pytestmark = pytest.mark.timeout(600)
 WORKER = Path(__file__).with_name("plan_worker.py")
 SIZES = [parameter.numel() for parameter in meta_model(MODEL).parameters()]
 TOTAL, PERSISTENT = sum(SIZES), sum(size for size in SIZES if size <= PERSISTENT_ELEMENTS)

@@ -137,6 +137,7 @@ def test_a_disk_that_refuses_any_change_is_one_error_and_leaves_what_was_there(p
     receiving, sending = FORK.Pipe()
     child = FORK.Process(target=refuse_each_change, args=(products[product], replaces, folder, sending))
     child.start()
+    sending.close()  # so that a child that is gone is no longer waited for
     changes, wrong = receiving.recv()
     child.join()
     assert wrong == []

@@ -97,18 +97,30 @@ def test_a_job_killed_at_any_change_of_the_disk_resumes_to_the_same_bytes(files,
 
 
 DRIVER = """
-import json, sys
+import json, os, signal, sys
 from pathlib import Path
 from preprocessing.commands import shard
+from preprocessing.jobs.workers import Workers
 from preprocessing.units import ShardOptions
-files, tokenizer, out, workers = json.loads(sys.argv[1])
+
+files, tokenizer, out, workers, records = json.loads(sys.argv[1])
+run = Workers.run
+
+def run_until_killed(self, work, items):
+    for result in run(self, work, items):
+        if len(list(Path(out).parent.glob(".out.partial/*/units/*.json"))) >= records:
+            os.killpg(0, signal.SIGKILL)
+        yield result
+
+Workers.run = run_until_killed
 options = ShardOptions(validation_fraction=0.2, unit_bytes=4000, dedup="exact")
 shard(files, Path(tokenizer), Path(out), options, workers)
 """
 
 
-def start(files, tokenizer, out, workers):
-    command = [sys.executable, "-c", DRIVER, json.dumps([files, str(tokenizer), str(out), workers])]
+def start(files, tokenizer, out, workers, records):
+    """Start a job in a process group of its own, which it kills when it has so many records."""
+    command = [sys.executable, "-c", DRIVER, json.dumps([files, str(tokenizer), str(out), workers, records])]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
@@ -120,15 +132,12 @@ def wait_for(condition, seconds=60):
 
 
 def test_a_killed_process_group_resumes_from_its_finished_units(files, tokenizer, expected, tmp_path):
-    out, rng = tmp_path / "out", random.Random(3)
+    out = tmp_path / "out"
     finished = {}
     for count, workers in ((1, 3), (4, 2)):
-        job = start(files, tokenizer, out, workers)
-        wait_for(lambda: len(list(tmp_path.glob(".out.partial/*/units/*.json"))) >= count)  # noqa: B023
-        time.sleep(rng.random() / 20)
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-        job.stderr.close()
+        job = start(files, tokenizer, out, workers, count)
+        _, printed = job.communicate(timeout=60)
+        assert job.returncode == -signal.SIGKILL, printed
         records = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".out.partial/*/units/*.json")}
         assert finished.items() <= records.items(), "a finished unit was done again"
         finished = records
@@ -138,12 +147,12 @@ def test_a_killed_process_group_resumes_from_its_finished_units(files, tokenizer
 
 
 def test_workers_leave_when_their_parent_is_killed(files, tokenizer, tmp_path):
-    job = start(files, tokenizer, tmp_path / "out", 2)
-    wait_for(lambda: list(tmp_path.glob(".out.partial/*/units/*.json")))
-    os.kill(job.pid, signal.SIGKILL)  # the parent alone
+    job = start(files, tokenizer, tmp_path / "out", 2, records=100)
     try:
+        wait_for(lambda: list(tmp_path.glob(".out.partial/*/units/*.json")))
+        os.kill(job.pid, signal.SIGKILL)  # the parent alone
         job.communicate(timeout=20)  # until the last process that holds the pipe is gone
-    except subprocess.TimeoutExpired:
+    except BaseException:
         os.killpg(job.pid, signal.SIGKILL)
         raise
 

@@ -25,10 +25,11 @@ def start(tmp_path):
     for name, body in (("squeue", 'echo "$STATE"'), ("scontrol", 'echo "scontrol $*"'), ("srun", 'exec "$@"')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
+    started = []
 
     def start(step, state="RUNNING", before=":"):
         job = f"source {shlex.quote(str(COMMON))}; {before}; run_step . srun bash -c {shlex.quote(step)}"
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", "-c", job],
             env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "STATE": state},
             cwd=tmp_path,
@@ -37,8 +38,15 @@ def start(tmp_path):
             text=True,
             start_new_session=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
 
 
 def wait_for(file):
@@ -49,11 +57,7 @@ def wait_for(file):
 
 
 def end(process):
-    try:
-        output, _ = process.communicate(timeout=20)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=20)
     return process.returncode, output
 
 

@@ -1,9 +1,6 @@
 """4,096 ranks, computed rather than run: each rank's part is a pure function, so that it can be compared with the
 batch of one process."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -71,12 +68,3 @@ def test_a_rank_computes_its_own_rows_alone_at_any_step(collator, monkeypatch):
     for step in (0, LATE_STEP):
         loader(collator, 8_192, 2, 4_000, WORLD_SIZE).micro_batches(step)
     assert [len(places) for places in asked] == [2, 2]
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
-def test_an_open_shard_keeps_no_file_descriptor(corpus):
-    before = len(os.listdir("/proc/self/fd"))
-    split = corpus.split("train")
-    values = [split.values(shard) for shard in range(len(split.shards))]
-    assert all(len(each) for each in values)
-    assert len(os.listdir("/proc/self/fd")) == before
