@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,7 @@ def test_a_checkpoint_is_complete_only_when_every_process_has_written(writer_of,
         with writer_of(FakeEngine(ranks)) as writer:
             path = writer.save(TrainState(IDENTITY, 5))
             ranks.barrier()
-            for _ in range(3):
-                writer.poll()
+            writer.poll()
             assert not path.exists()
             ranks.barrier()
             gate.opened.set()
@@ -112,8 +112,9 @@ def test_a_checkpoint_is_complete_only_when_every_process_has_written(writer_of,
 def test_it_is_complete_at_the_first_poll_after_that(writer_of, solo_ranks):
     with writer_of(FakeEngine(solo_ranks)) as writer:
         path = writer.save(TrainState(IDENTITY, 5))
-        while not path.exists():
-            writer.poll()
+        wait([writer._in_flight.share])
+        assert not path.exists()
+        writer.poll()
         checkpoint.verify(path)
     assert solo_ranks.messages[-1] == f"saved {path}"
 
@@ -196,15 +197,17 @@ def test_no_checkpoint_appears_where_a_process_could_not_write(
     )
 
     def body(ranks):
-        with writer_of(FakeEngine(ranks)) as writer:
-            writer.save(TrainState(IDENTITY, 2))
-            if noticed_by == "poll":
-                for _ in range(10_000):
-                    writer.poll()
-            elif noticed_by == "finish":
-                writer.finish()
-            elif noticed_by == "save":
-                writer.save(TrainState(IDENTITY, 3))
+        writer = writer_of(FakeEngine(ranks))
+        calls = {"poll": writer.poll, "finish": writer.finish, "the end": lambda: writer.__exit__(None, None, None)}
+        calls["save"] = lambda: writer.save(TrainState(IDENTITY, 3))
+        writer.save(TrainState(IDENTITY, 2))
+        if noticed_by == "poll":
+            wait([writer._in_flight.share])
+            ranks.barrier()
+        with pytest.raises(UserError) as caught:
+            calls[noticed_by]()
+        with writer:  # nothing is left that could be noticed
+            return caught.value
 
     raise_on(on_ranks(2, body), "global_step2': [Errno 28] No space left on device")
     assert names(folder) == ["global_step1", "latest"]
