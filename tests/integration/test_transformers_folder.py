@@ -100,6 +100,13 @@ def another_kind_of_tokenizer(folder):
     change_json(folder / "tokenizer.json", model={**content["model"], "type": "WordPiece"})
 
 
+def of_unigrams(folder):
+    """A tokenizer that transformers silently opens as a byte-level one without merges."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = [[token, -1.0] for token in content["model"]["vocab"]]
+    change_json(folder / "tokenizer.json", model={"type": "Unigram", "vocab": vocabulary, "unk_id": 3})
+
+
 def quantized(folder):
     weights = load_file(folder / "model.safetensors")
     name = "roberta.encoder.layer.0.attention.self.query.weight"
@@ -126,6 +133,7 @@ TAKEN = {  # with the length that every command then takes
 }
 REFUSED = {
     "no folder": (shutil.rmtree, "no model in .*config.json is missing"),
+    "a damaged config": (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         "no weights in .*choose the folder of a",
@@ -155,6 +163,7 @@ REFUSED = {
         "the tokenizer in .* cannot be read",
     ),
     "another kind of tokenizer": (another_kind_of_tokenizer, "has a model of type WordPiece"),
+    "a tokenizer of unigrams": (of_unigrams, "has a model of type Unigram: use a tokenizer of the RoBERTa kind"),
     "another pad id": (lambda folder: change_json(folder / "config.json", pad_token_id=5), "<pad> is 1. is not the"),
     "a null pad id": (lambda folder: change_json(folder / "config.json", pad_token_id=None), "the pad_token_id None"),
     "too few ids": (lambda folder: change_json(folder / "config.json", vocab_size=399), "400 ids.* is not the model's"),
