@@ -270,10 +270,10 @@ def check_replaceable(output: Path, is_ours: Callable[[Path], bool], kind: str) 
 
 def put_in_place(folder: Path, output: Path) -> None:
     """Make the complete `folder` durable and move it to `output`, on the same file system."""
-    files = list(filter(Path.is_file, folder.rglob("*")))
-    honour_umask(files)
-    for file in files:
-        sync_file(file)
+    inside = [folder, *folder.rglob("*")]
+    honour_umask(list(filter(Path.is_file, inside)))
+    for path in inside:
+        sync_file(path)
     exchange(folder, output)
 
 

@@ -22,11 +22,15 @@ class LossScale:
     """
 
     def __init__(self, wrapper: Any, non_finite_gradients: Callable[[], list[str]]):
-        self._wrapper, self._scaler = wrapper, wrapper.loss_scaler
-        self._non_finite_gradients = non_finite_gradients
+        self._wrapper, self._non_finite_gradients = wrapper, non_finite_gradients
         self._loss_is_finite = True
         # DeepSpeed calls it before it divides the gradient by the scale, or clears what has overflowed.
         wrapper._update_scale = self._update
+
+    @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's; a checkpoint in its own layout brings another one."""
+        return self._wrapper.loss_scaler
 
     @property
     def state(self) -> dict[str, float]:

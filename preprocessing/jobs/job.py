@@ -85,7 +85,7 @@ class Job:
             for file in files:
                 (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (scratch / file).replace(self.folder / file)
-            for parent in {file.parent for file in files}:
+            for parent in {parent for file in files for parent in file.parents}:
                 sync_directory(self.folder / parent)
             path = self._record_path(phase, index)
             path.parent.mkdir(exist_ok=True)

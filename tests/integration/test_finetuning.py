@@ -328,7 +328,7 @@ def test_a_deepspeed_json_is_read_before_the_work(config, tmp_path):
     zero3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero3}))
     for name, message in (
-        ("bad.json", "is not a JSON object"),
+        ("bad.json", "must be a JSON object"),
         ("none.json", "cannot read --deepspeed_config"),
         ("zero2.json", "sets optimizer, train_batch_size"),
         ("zero3.json", "so no model could be written"),

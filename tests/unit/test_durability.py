@@ -21,14 +21,14 @@ def state(file):
 
 @pytest.fixture
 def events(monkeypatch):
-    """The states that are synced, and before each renaming a pair: the files that move, and their new folder."""
+    """The states that are synced, and before each renaming a pair: what moves, and its new folder."""
     events = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(state(descriptor)))
 
     def recorded(rename):
         def record_and_rename(source, target):
-            files = [file for file in (Path(source), *Path(source).rglob("*")) if file.is_file()]
-            events.append((set(map(state, files)), state(Path(target).parent)))
+            moved = {state(path) for path in (Path(source), *Path(source).rglob("*"))}
+            events.append((moved, state(Path(target).parent)))
             return rename(source, target)
 
         return record_and_rename
@@ -42,8 +42,8 @@ def assert_durable(events):
     renamed = [index for index, (first, _) in enumerate(events) if isinstance(first, set)]
     assert renamed
     for index in renamed:
-        files, folder = events[index]
-        assert files <= {event for event in events[:index] if not isinstance(event[0], set)}
+        moved, folder = events[index]
+        assert moved <= {event for event in events[:index] if not isinstance(event[0], set)}
         assert folder in events[index:]
 
 
@@ -75,3 +75,5 @@ def test_what_a_unit_made_survives_a_power_cut_before_its_record_is_there(tmp_pa
     assert_durable(events)
     of_the_record = [index for index, event in enumerate(events) if event[1] == state(tmp_path / "plan/units")]
     assert_durable(events[: of_the_record[0]])
+    folders = {state(tmp_path / "plan" / name) for name in ("", "data", "data/train", "staged")}
+    assert folders <= {event for event in events[: of_the_record[0]] if not isinstance(event[0], set)}
