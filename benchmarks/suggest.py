@@ -36,7 +36,8 @@ TOKENS_PER_PARAMETER = 12
 (`docs/performance.md`)."""
 STEPS, STEP_TOKENS = 1_900, (2_048, 8_192)
 """The recipe's batch is the smallest of those with so many tokens a step; a longer run gets the largest with which it
-has so many steps: of nano's runs of 8 million tokens that with 1,953 steps is best (`docs/pretraining.md`)."""
+has so many steps: of nano's runs of 8 million tokens that with 1,953 steps, 32 sequences each, is best
+(`benchmarks/results/compare/batch_size.md`)."""
 LENGTHS = (128, 256, 512)
 FILLED_SHARE = 0.5
 """The share of the tokens that must lie in documents that fill a sequence of a length."""
