@@ -85,7 +85,7 @@ class HeldOutLoss(TrainerCallback):
         build_index(corpus, VALIDATION_SPLIT, packing)
         packed = open_index(corpus, VALIDATION_SPLIT, packing)
         collator = Collator(packed, evaluation_masker(MaskingConfig(), tokenizer), tokenizer, case.max_seq_length)
-        self._sample = HeldOutSample(collator, case.eval_sequences, EVALUATED_AT_ONCE, Ranks.alone())
+        self._sample = HeldOutSample(collator, case.eval_sequences, EVALUATED_AT_ONCE, Ranks.of_one_process())
         self._case, self._points, self._seconds, self._began = case, points, 0.0, 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:

@@ -54,8 +54,8 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control_group)
 
     @classmethod
-    def alone(cls) -> Ranks:
-        """The only process, in no group."""
+    def of_one_process(cls) -> Ranks:
+        """Those of a process that runs without others, in no group."""
         return cls(0, 1, 0, None)
 
     @property

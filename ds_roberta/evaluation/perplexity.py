@@ -124,7 +124,7 @@ def held_out_perplexity(
     packed = open_index(corpus, VALIDATION_SPLIT, packing)
     collator = Collator(packed, evaluation_masker(masking, tokenizer, words), tokenizer, packing.max_seq_length)
     micro_batch_size = max(1, _MICRO_BATCH_TOKENS // packing.max_seq_length)
-    sample = HeldOutSample(collator, sequences, micro_batch_size, Ranks.alone())
+    sample = HeldOutSample(collator, sequences, micro_batch_size, Ranks.of_one_process())
     losses = _LossByPosition(folder, packing.max_seq_length)
     result = sample.evaluate(losses.add)
     assert result is not None  # it is never stopped

@@ -307,7 +307,7 @@ def is_finetuned_folder(folder: Path) -> bool:
 def _ranks(with_deepspeed: bool) -> Ranks:
     """This process's rank under the launcher; a single process joins no group unless DeepSpeed needs one."""
     if not with_deepspeed and "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
-        return Ranks.alone()
+        return Ranks.of_one_process()
     from ds_roberta.training.device import init_distributed  # DeepSpeed takes seconds
 
     return init_distributed()

@@ -150,7 +150,7 @@ def test_workers_leave_when_their_parent_is_killed(files, tokenizer, tmp_path):
     job = start(files, tokenizer, tmp_path / "out", 2, records=100)
     try:
         wait_for(lambda: list(tmp_path.glob(".out.partial/*/units/*.json")))
-        os.kill(job.pid, signal.SIGKILL)  # the parent alone
+        os.kill(job.pid, signal.SIGKILL)  # only the parent
         job.communicate(timeout=20)  # until the last process that holds the pipe is gone
     except BaseException:
         os.killpg(job.pid, signal.SIGKILL)
