@@ -68,7 +68,7 @@ def for_width(settings: Sequence[Setting], hidden_size: int) -> tuple[Setting, .
 
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """The recipe of every run; the defaults are those of Liu et al. 2019, table 10, with the dropout of table 9."""
+    """The recipe of every run; the defaults are those of Liu et al. 2019, table 10, and the model's own dropout."""
 
     num_train_epochs: int = option("passes over the training examples", 10, check=require_positive)
     gradient_accumulation_steps: int = option("micro-batches per batch", 1, check=require_positive)
@@ -80,10 +80,12 @@ class Recipe(Settings):
         0.06,
         check=require_share,
     )
-    hidden_dropout_prob: float = option(
-        "dropout of hidden states and of the head, whatever the model was pretrained with", 0.1, check=require_fraction
+    hidden_dropout_prob: float | None = option(
+        "dropout of hidden states and of the head (default: the model's)", None, check=require_fraction
     )
-    attention_probs_dropout_prob: float = option("dropout of attention weights", 0.1, check=require_fraction)
+    attention_probs_dropout_prob: float | None = option(
+        "dropout of attention weights (default: the model's)", None, check=require_fraction
+    )
     early_stopping: int | None = option(
         "end a run once the metric has not improved for N epochs; until then, the learning rate follows the schedule "
         "of all epochs",
@@ -101,9 +103,10 @@ class Recipe(Settings):
 
     @property
     def dropout(self) -> dict[str, float | None]:
-        """By the names of transformers' config, in which a head's own dropout would take precedence."""
+        """What is given, by the names of transformers' config, in which a head's own dropout would take precedence."""
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        return {**{name: getattr(self, name) for name in names}, "classifier_dropout": None}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**given, "classifier_dropout": None} if "hidden_dropout_prob" in given else given
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,6 @@ def model_card(config: ModelConfig, state: TrainState, weights: Mapping[str, tor
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     has_head, parameters = has_masked_lm_head(weights), sum(map(torch.Tensor.numel, weights.values()))
     task = (_FILL_MASK if has_head else _ENCODER).format(model_type=config.model_type)
-    has_dropout = config.hidden_dropout_prob or config.attention_probs_dropout_prob
-    dropout = "" if has_dropout else ", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1"
     return f"""{_HEADER.format(task=task)}
 # {run.name if record else "RoBERTa"}
 
@@ -95,7 +93,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification{", pipeli
 
 {_FILL_MASK_EXAMPLE if has_head else ""}\
 AutoModel.from_pretrained("THIS_FOLDER")  # hidden states; its pooler is not trained
-AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER", num_labels=2{dropout})  # to be fine-tuned
+AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER", num_labels=2)  # to be fine-tuned
 ```
 
 It knows no more than the text it was trained on, and repeats its errors and prejudices.

@@ -206,12 +206,15 @@ def test_accumulation_does_not_change_the_training(config):
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_model_pretrained_without_dropout_is_fine_tuned_with_it(config, tmp_path):
+def test_dropout_is_the_models_own_unless_it_is_given(config, tmp_path):
     folder = tmp_path / "without dropout"
     shutil.copytree(config.model, folder)
-    change_config(folder, **WITHOUT_DROPOUT, classifier_dropout=0.5)
-    assert losses_of(config, folder) == losses_of(config)
-    assert losses_of(config, folder, **WITHOUT_DROPOUT) != losses_of(config)
+    change_config(folder, **WITHOUT_DROPOUT)
+    without, with_it = losses_of(config, folder), losses_of(config)
+    assert without == losses_of(config, **WITHOUT_DROPOUT) != with_it
+    change_config(folder, classifier_dropout=0.5)  # would take precedence over hidden_dropout_prob
+    assert losses_of(config, folder) != without
+    assert losses_of(config, folder, **dict.fromkeys(WITHOUT_DROPOUT, 0.1)) == with_it
     with pytest.raises(UserError, match="hidden_dropout_prob must be at least 0 and below 1, got 1"):
         Recipe(hidden_dropout_prob=1)
 

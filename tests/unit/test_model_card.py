@@ -77,14 +77,6 @@ def test_the_card_of_a_continued_run_says_nothing_of_how_random_weights_would_ha
     assert begin < table(model_card(CONFIG, TrainState(IDENTITY, 1200), weights("lm_head", 1), path)).keys()
 
 
-def test_a_model_without_dropout_is_to_be_fine_tuned_with_it(run):
-    for dropout, words in ((0.1, "num_labels=2)"), (0.0, "num_labels=2, hidden_dropout_prob=0.1, ")):
-        config = replace(CONFIG, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-        assert words in model_card(
-            config, TrainState(IDENTITY), weights("lm_head", 1), run / "checkpoints/global_step0"
-        )
-
-
 def test_the_card_has_the_facts_of_the_run_up_to_the_checkpoint(run):
     lines = {"unigram_loss": 7.12345, "neighbour_loss": 5.5}
     state = TrainState(IDENTITY, 1200, 307_200, 250_000_000, lines=lines)
