@@ -88,7 +88,8 @@ def report(options: argparse.Namespace, tasks: list[str], found: Found) -> list[
         "",
         f"Held-out loss in nats per masked token. Pairs: accuracy; fine-tuned tasks: mean, and all seeds, on the "
         f"validation split, {options.num_train_epochs} epochs on at most {options.max_train_samples:,} examples at the "
-        f"best of {', '.join(f'{rate:g}' for rate in options.finetune_learning_rates)}; in brackets the test split's.",
+        f"best of {', '.join(f'{rate:g}' for rate in options.finetune_learning_rates)}, with the model's own dropout; "
+        "in brackets the test split's.",
         "",
         *_bars(tasks, found),
         "",
