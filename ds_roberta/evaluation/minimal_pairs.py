@@ -23,8 +23,9 @@ from ds_roberta.errors import UserError
 from ds_roberta.evaluation.pseudo_likelihood import METRICS, Sentence, encode, pseudo_log_likelihoods
 from ds_roberta.evaluation.roberta_folder import PRECISIONS, RobertaFolder, open_roberta
 from ds_roberta.files import atomic_path, check_output_file, errors_of_the_disk, write_figures
+from ds_roberta.inputs.paths import is_saved
 from ds_roberta.inputs.streams import format_of, is_url, without_format
-from ds_roberta.inputs.tables import TABULAR, TABULAR_NAMES, is_saved, read_table
+from ds_roberta.inputs.tables import TABULAR, TABULAR_NAMES, read_table
 from ds_roberta.options import Settings, option, require_one_of
 from ds_roberta.process import logger
 

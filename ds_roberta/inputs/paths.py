@@ -26,13 +26,14 @@ FILE, FOLDER, OTHER = "file", "folder", "neither a file nor a folder"
 _NAMED_AT_MOST = 5
 _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 HUB_DATASET = re.compile(r"hf://datasets/([^/@?]+(?:/[^/@?]+)?)(?:@(refs/(?:convert/\w+|pr/\d+)|[^/?]+))?(?:\?(.*))?")
-_STATE, _CACHE = "state.json", "cache-*.arrow"
-"""What `datasets` writes into the folder of a data set that it saves, and later beside it."""
-_SAVED_DATASET_FILES = (_STATE, "dataset_dict.json")
+SAVED_SPLITS, _STATE, _INFO, _CACHE = "dataset_dict.json", "state.json", "dataset_info.json", "cache-*.arrow"
+"""What `datasets` writes into the folder of a dictionary of splits, of a data set that it saves, of any data set, and
+later, as caches, next to a data set's files."""
 _LOCAL_URLS = ("file://", "local://")
 IGNORED = f"ignored (not {READABLE})"
 _HIDDEN = "ignored (hidden)"
 _OF_CACHES = "ignored (caches of datasets)"
+_UNNAMED = "ignored (not named by the saved data set)"
 _BROKEN = "ignored (broken links)"
 _OTHER = "ignored (neither files nor folders)"
 REPEATED = "read once, although given or linked more than once"
@@ -210,8 +211,7 @@ def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
     """
     kind = kind_of(path)
     if kind == FILE:
-        folder, name = os.path.split(path)
-        if not (fnmatchcase(name, _CACHE) and os.path.isfile(os.path.join(folder, _STATE))):
+        if not _is_cache(path):
             return [path]
         passed_over[_OF_CACHES].append(path)
         return []
@@ -224,31 +224,50 @@ def _files_at(path: str, passed_over: _PassedOver) -> list[str]:
 
 
 def _files_of_folder(folder: str, passed_over: _PassedOver) -> list[str]:
-    """Return the files of a saved data set, or else all visible files, in the same order on every file system."""
-    if any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED_DATASET_FILES):
-        return [file.as_posix() for file in _saved_dataset(Path(folder))]
+    """Return all visible files, in the same order on every file system, and of saved data sets only their data."""
     found: list[str] = []
     again: list[str] = []
     hidden: list[str] = []
+    saved: list[str] = []
+    named: set[str] = set()
     for current, names in tree(folder, again):
+        is_inside = current.startswith(tuple(f"{each}/" for each in saved))
+        if not is_inside and is_saved(current):
+            found += (data := _saved_dataset(current))
+            named |= set(data)
+            saved.append(current)
+            is_inside = True
         for path in (os.path.join(current, name) for name in names):
             if os.path.basename(path).startswith("."):
                 hidden.append(path)
-            elif kind_of(path) != FOLDER:
+            elif is_inside and path not in named and _is_readable(path):
+                passed_over[_OF_CACHES if _is_cache(path) else _UNNAMED].append(path)
+            elif not is_inside and kind_of(path) != FOLDER:
                 found += _files_at(path, passed_over)
     for why, paths in ((_HIDDEN, hidden), (REPEATED, again)):
         if paths:
             passed_over[why] += sorted(paths)
-    return sorted(found, key=lambda path: Path(path).parts)
+    return found if folder in saved else sorted(found, key=lambda path: Path(path).parts)
 
 
-def _saved_dataset(folder: Path) -> list[Path]:
+def _is_cache(path: str) -> bool:
+    folder, name = os.path.split(path)
+    return fnmatchcase(name, _CACHE) and os.path.isfile(os.path.join(folder, _INFO))
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether `datasets` saved a folder, with splits or without."""
+    has = {name for name in (SAVED_SPLITS, _STATE, _INFO) if os.path.isfile(os.path.join(folder, name))}
+    return SAVED_SPLITS in has or has == {_STATE, _INFO}
+
+
+def _saved_dataset(folder: str) -> list[str]:
     """Return the Arrow files of all splits in a folder that `datasets` saved, without its caches."""
     saved = load_saved(folder)
     parts = saved.values() if isinstance(saved, dict) else [saved]
     root = os.path.abspath(folder)
     files = [os.path.relpath(os.path.abspath(file["filename"]), root) for part in parts for file in part.cache_files]
-    return [folder / file for file in files]
+    return [Path(folder, file).as_posix() for file in files]
 
 
 def load_saved(folder: str | Path) -> Any:

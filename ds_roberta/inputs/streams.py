@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
@@ -41,7 +41,8 @@ _MAGIC = {
     "xz": (b"\xfd7zXZ\0", b"\x5d\0\0"),  # the second is .lzma's
     "zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))),  # and skippable frames
 }
-_MAGIC_BYTES = 6
+_HEAD_BYTES = 1 << 12
+"""What a first look at a file reads."""
 _OTHER_ENCODINGS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
 """Names of refused encodings by their byte-order marks."""
 
@@ -165,24 +166,48 @@ def begins_well(path: str, file: BinaryIO, compression: str | None) -> bool:
     """Check, before the work starts, whether the first bytes of an open file are those of its format.
 
     Raises:
-        UserError: it is text in another encoding than UTF-8.
+        UserError: it is text in another encoding than UTF-8, as far as its first bytes (of a compressed file, those
+            that they decompress to) show.
     """
-    head = file.read(_MAGIC_BYTES)
+    head = file.read(_HEAD_BYTES)
     if compression is None:
         _check_encoding(path, head)
         return True
-    return head.startswith(_MAGIC[compression])
+    if not head.startswith(_MAGIC[compression]):
+        return False
+    with suppress(Damaged):  # the head ends within the compressed data
+        _check_encoding(path, next(_decompress([head], compression, len(head)), b""))
+    return True
 
 
-def _check_encoding(path: str, head: bytes) -> None:
-    found = next((encoding for encoding, marks in _OTHER_ENCODINGS.items() if head.startswith(marks)), None)
-    if found is None and len(head) >= 4 and [byte == 0 for byte in head[:4]] in ([False, True] * 2, [True, False] * 2):
-        found = "UTF-16LE" if head[1] == 0 else "UTF-16BE"
+def _check_encoding(path: str, content: bytes) -> None:
+    found = _other_encoding(content[:_HEAD_BYTES])
     if found is not None:
         raise UserError(
             f"{path!r} is {found} by its first bytes, not UTF-8: "
             f"convert it, for example with iconv -f {found} -t UTF-8, or leave it out"
         )
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """The name of a refused encoding in which a text begins so, by its byte-order mark or its zeros.
+
+    Without a mark, each unit's most significant bytes are compared: in UTF-32 they are small and those before them
+    zero; in UTF-16 some are zero (of spaces, line ends and ASCII) and nearly all, in the alphabets whose UTF-16 could
+    be valid UTF-8, at most 32. In UTF-8 that would be a text of control characters and spaces.
+    """
+    for encoding, marks in _OTHER_ENCODINGS.items():
+        if head.startswith(marks):
+            return encoding
+    if len(head) >= 4 and head.strip(b"\0"):
+        for order, places in (("LE", (3, 2)), ("BE", (0, 1))):
+            if not any(head[places[0] :: 4]) and max(head[places[1] :: 4]) <= 0x10:
+                return f"UTF-32{order}"
+        for order, place in (("LE", 1), ("BE", 0)):
+            high = head[place::2]
+            if 0 in high and sum(byte <= 32 for byte in high) > 0.9 * len(high):
+                return f"UTF-16{order}"
+    return None
 
 
 def _raw_blocks(path: str, start: int, end: int, block_bytes: int) -> Iterator[bytes]:

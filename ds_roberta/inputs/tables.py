@@ -17,7 +17,7 @@ import pyarrow as pa
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.borders import BOM
 from ds_roberta.inputs.columns import measure_table, read_batches
-from ds_roberta.inputs.paths import HUB_DATASET, asked_of_hub, load_saved
+from ds_roberta.inputs.paths import HUB_DATASET, SAVED_SPLITS, asked_of_hub, is_saved, load_saved
 from ds_roberta.inputs.pieces import ALL_PARTS, Damage, Piece, Reject
 from ds_roberta.inputs.places import DAMAGE_REMEDIES, REMEDIES, line_number
 from ds_roberta.inputs.rows import Row, csv_reader, csv_rows, json_rows, other_width, parse_json
@@ -45,8 +45,6 @@ LONGEST_ROW = 1 << 28
 """In bytes. A longer one is most likely not a row."""
 QUOTED_BY = ('\t"\r\n', '\t"\r\n,')
 """What makes a writer of `.tsv` quote a cell: pandas, spreadsheets."""
-_SAVED_DATASET = "state.json"
-_SAVED_SPLITS = "dataset_dict.json"
 _FEATURES = b"huggingface"
 """The key under which `datasets` keeps a table's features in Arrow's and Parquet's metadata."""
 
@@ -92,7 +90,7 @@ def read_table(source: str | Path | Table) -> Table:
             one = f", such as {path.partition('?')[0]}?split={min(splits)}" if HUB_DATASET.fullmatch(path) else ""
             raise UserError(f"{path!r} has the splits {', '.join(splits)}: choose one of them{one}")
         return next(iter(splits.values()))
-    if os.path.isfile(os.path.join(path, _SAVED_DATASET)):
+    if is_saved(path):
         return _from_datasets(path, load_saved(path))
     found = format_of(path, TABULAR)
     if found is None:
@@ -113,12 +111,7 @@ def read_table(source: str | Path | Table) -> Table:
 
 def is_saved_splits(path: str | Path) -> bool:
     """Whether `datasets` saved a folder, or has a data set of its hub, with splits: see `read_saved_splits`."""
-    return bool(HUB_DATASET.fullmatch(str(path))) or os.path.isfile(os.path.join(path, _SAVED_SPLITS))
-
-
-def is_saved(path: str | Path) -> bool:
-    """Whether a folder is one that `datasets` saved, with splits or without."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in (_SAVED_DATASET, _SAVED_SPLITS))
+    return bool(HUB_DATASET.fullmatch(str(path))) or os.path.isfile(os.path.join(path, SAVED_SPLITS))
 
 
 def read_saved_splits(path: str | Path) -> dict[str, Table]:

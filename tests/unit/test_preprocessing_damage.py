@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 
@@ -120,17 +121,28 @@ def arrow(cut=None, new=pa.ipc.new_stream):
         ("a.txt", "Text.".encode("utf-16"), "is UTF-16 by its first bytes"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "is UTF-16LE by its first bytes"),
         ("a.csv.gz", gzip.compress("text\nText".encode("utf-16"), mtime=0), "is UTF-16 by its first bytes"),
+        ("a.txt", "Съешь же ещё этих мягких булок\n".encode("utf-16-le"), "is UTF-16LE by its first bytes"),
+        ("a.txt.xz", lzma.compress("“Съешь ещё”\n".encode("utf-16-be")), "is UTF-16BE by its first bytes"),
+        ("a.txt", "Text".encode("utf-32-le"), "is UTF-32LE by its first bytes"),
+        ("a.txt", "Text".encode("utf-32-be"), "is UTF-32BE by its first bytes"),
     ],
 )
 def test_what_the_ends_of_a_file_show_is_reported_before_the_work(shard, tmp_path, name, content, named, monkeypatch):
     (tmp_path / "text/0.txt").write_text("A text.")
     (tmp_path / "text" / name).write_bytes(content)
-    if not name.endswith(".csv.gz"):  # what is packed is seen when it is read
-        monkeypatch.setattr(sharding, "opened_job", None)
+    monkeypatch.setattr(sharding, "opened_job", None)
     code, _, error = shard()
     assert (code, len(error.splitlines())) == (2, 1)
     assert f"'text/{name}'" in error
     assert named in error
+
+
+@pytest.mark.parametrize("text", ["a\0b\0 hello", "\0\0\0\0", "\0 and some words", "a\0", "один\0два\n"])
+def test_zeros_in_utf_8_are_no_other_encoding(tmp_path, text):
+    for name, content in (("a.txt", text.encode()), ("b.txt.gz", gzip.compress(text.encode()))):
+        (tmp_path / name).write_bytes(content)
+        (document,) = account_of(tmp_path / name)[0]
+        assert document.text.rstrip("\n") == text.rstrip("\n")
 
 
 def test_a_zstandard_window_of_2_gib_is_read(tmp_path):

@@ -71,6 +71,32 @@ def test_caches_of_a_saved_data_set_are_not_read(folder):
         assert f"ignored (caches of datasets): {cache}" in inputs.notes()
 
 
+def test_a_saved_data_set_below_a_folder_has_only_the_files_that_it_names(folder):
+    texts = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    texts.save_to_disk("text/one", num_shards=2)
+    texts.save_to_disk("text/one")  # leaves the files of two
+    datasets.DatasetDict(train=texts, test=texts).save_to_disk("text/two")
+    datasets.DatasetDict(train=texts).save_to_disk("text/two")  # leaves the other split
+    (folder / "text/sub/state.json").write_text("{}")  # of somebody's own
+    (folder / "text/two/notes.txt").write_text("No data.")
+    old = {"one/data-00000-of-00002.arrow", "one/data-00001-of-00002.arrow", "two/test/data-00000-of-00001.arrow"}
+    names = ("a.txt", "one/data-00000-of-00001.arrow", "sub/b.txt", "two/train/data-00000-of-00001.arrow")
+    for argument in ("text", "text/*"):
+        inputs = find_inputs([argument])
+        assert inputs.files == tuple(f"text/{name}" for name in names)
+        others = inputs.passed_over["ignored (not named by the saved data set)"]
+        assert set(others) == {f"text/{name}" for name in (*old, "two/notes.txt")}
+
+
+def test_caches_next_to_a_downloaded_data_set_are_not_read(folder):
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    loaded = datasets.load_dataset("json", data_files="rows.jsonl", split="train", cache_dir="cache")
+    loaded.map(lambda row: {"text": row["text"].upper()})
+    inputs = find_inputs(["cache"])
+    assert [os.path.basename(file) for file in inputs.files] == ["json-train.arrow"]
+    assert any(note.startswith("ignored (caches of datasets): cache/json/") for note in inputs.notes())
+
+
 def test_a_remote_folder_is_read_like_a_local_one(folder):
     memory = fsspec.filesystem("memory")
     for name in ("a.txt", ".hidden.txt", ".checkpoints/b.txt", "sub/c.txt"):
