@@ -58,6 +58,10 @@ FileState = tuple[int, int]
 """The size and modification time of an input."""
 
 
+class _InputChanged(UserError):
+    """The plan of the job is of inputs that are no longer there, so nothing of it can be resumed."""
+
+
 class Totals(NamedTuple):
     """Sums over all units."""
 
@@ -180,9 +184,14 @@ def _naming_what_is_kept(job: Job, units: int, output: Path) -> Iterator[None]:
     try:
         with errors_of_the_disk(output):
             yield
+    except _InputChanged:
+        raise
     except (UserError, KeyboardInterrupt) as error:
         finished = job.finished(UNITS)
-        kept = f"{finished} of {units} units are kept in {job.folder.parent} for the same command"
+        kept = (
+            f"{finished} of {units} units are kept in {job.folder.parent} for the same command with the same inputs "
+            "and filter; only --max_bad_fraction and --allow_damaged_files may differ"
+        )
         if finished and isinstance(error, UserError):
             raise type(error)(f"{error} ({kept})") from error
         if finished:
@@ -261,7 +270,9 @@ class _Sharding:
         """Raise `UserError` if an input of a unit has changed or is damaged."""
         for path in result.accounts:
             if not is_url(path) and _state(path) != self.states[path]:
-                raise UserError(f"{path!r} changed while it was read: repeat the command when the file is complete")
+                raise _InputChanged(
+                    f"{path!r} changed while it was read: repeat the command when the file is complete; it begins again"
+                )
         if not self.options.allow_damaged_files:
             refuse_damage(result.accounts)
 

@@ -34,6 +34,7 @@ IGNORED = f"ignored (not {READABLE})"
 _HIDDEN = "ignored (hidden)"
 _OF_CACHES = "ignored (caches of datasets)"
 _UNNAMED = "ignored (not named by the saved data set)"
+_OF_TOKENIZERS = "ignored (files of tokenizers)"
 _BROKEN = "ignored (broken links)"
 _OTHER = "ignored (neither files nor folders)"
 REPEATED = "read once, although given or linked more than once"
@@ -130,9 +131,7 @@ def _expand_url(url: str, passed_over: _PassedOver) -> list[str]:
 
 
 def _whole_url(url: str) -> str:
-    """A URL as its file system writes it, so that the same file has the same one; one within another stays."""
-    if "::" in url:
-        return url
+    """A URL as its file system writes it, so that the same file has the same one."""
     system, name = file_system(url)
     return str(system.unstrip_protocol(name))
 
@@ -193,8 +192,9 @@ def _readable_of(found: Sequence[str], argument: str, passed_over: _PassedOver) 
     chosen = list(filter(_is_readable, found))
     if not chosen:
         raise UserError(f"{argument!r} contains no {READABLE} file: choose a folder or glob with text as --input")
-    if len(chosen) < len(found):
-        passed_over[IGNORED] += [file for file in found if not _is_readable(file)]
+    for file in found:
+        if not _is_readable(file):
+            passed_over[IGNORED if format_of(file) is None else _OF_TOKENIZERS].append(file)
     return chosen
 
 

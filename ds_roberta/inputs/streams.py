@@ -122,10 +122,12 @@ def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path in it.
 
     Raises:
-        UserError: the protocol is unknown or its package is not installed.
+        UserError: the protocol is unknown, its package is not installed, or it is a chain of several (`::`).
     """
     import fsspec  # slow to import, and not needed for local files
 
+    if "::" in url:  # fsspec closes an archive whose file system nothing refers to any more
+        raise UserError(f"cannot read {url!r}: URLs within others (::) are not opened; unpack or copy the files")
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_roberta.errors import UserError
 from ds_roberta.files import check_replaceable, partial_folder, put_in_place, sync_directory, sync_file, write_json
 from ds_roberta.lease import Lease, Task, held_lease, leases_folder, refuse_others
 
@@ -105,7 +106,8 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
     If no unit is finished at the end, the work is removed; otherwise it is kept so that the same plan can resume.
 
     Raises:
-        UserError: another job is alive, or the output must not be replaced.
+        UserError: another job is alive, the output must not be replaced, or `task` is given and there is finished work
+            of another plan.
     """
     root, is_open = partial_folder(output), False
     refuse_others(leases_folder(output), output)
@@ -115,10 +117,11 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
                 leases_folder(output), output
             )  # again: one that began meanwhile sees our lease, or we its own
             check_replaceable(output, is_ours, kind)
+            others = [entry for entry in root.iterdir() if entry.name not in ("leases", "finishing", plan)]
+            _give_up(others, task)
             is_open = True
-            for entry in root.iterdir():
-                if entry.name not in ("leases", "finishing", plan):
-                    shutil.rmtree(entry)
+            for entry in others:
+                shutil.rmtree(entry)
             job = Job(root / plan, lease)
             if task is None:  # otherwise other tasks may be writing there
                 shutil.rmtree(job.folder / "scratch", ignore_errors=True)
@@ -131,6 +134,18 @@ def opened_job(output: Path, plan: str, task: Task | None, is_ours: Callable[[Pa
             with suppress(OSError):
                 (root / "leases").rmdir()
                 root.rmdir()
+
+
+def _give_up(others: Sequence[Path], task: Task | None) -> None:
+    """Say how many finished units of other plans are going to be removed; those of an array are refused to one task."""
+    finished = sum(1 for entry in others for _ in (entry / UNITS).glob("[0-9]*.json"))
+    if finished and task is not None:
+        raise UserError(
+            f"{finished} units in {others[0].parent} were finished with other inputs, filter or options than task "
+            f"{task[0] + 1}/{task[1]} has: submit it with theirs, or remove that folder to begin again"
+        )
+    if finished:
+        print(f"begins again: {finished} units were finished with other inputs, filter or options, and are removed")
 
 
 def publish(job: Job, output: Path) -> None:

@@ -325,6 +325,22 @@ def test_a_job_without_tasks_finishes_what_tasks_left(files, tokenizer, expected
     assert folder_hash(tmp_path / "out") == expected
 
 
+def test_a_task_with_other_options_leaves_what_the_array_has_finished(files, tokenizer, expected, tmp_path, capsys):
+    out, other = tmp_path / "out", replace(OPTIONS, validation_fraction=0.1)
+    with local_workers(1) as workers:
+        assert run_job(files, tokenizer, out, OPTIONS, workers, task=(0, 2)) is None
+        message = r"4 units .* were finished with other inputs, filter or options than task 2/2"
+        with pytest.raises(UserError, match=message):
+            run_job(files, tokenizer, out, other, workers, task=(1, 2))
+        assert run_job(files, tokenizer, out, OPTIONS, workers, task=(1, 2)) is not None
+        assert folder_hash(out) == expected
+        assert run_job(files, tokenizer, out, other, workers, task=(0, 2)) is None
+        capsys.readouterr()
+        prepare_corpus(files, tokenizer, out, OPTIONS, workers=1)
+    assert "begins again: 4 units were finished with other inputs, filter or options" in capsys.readouterr().out
+    assert folder_hash(out) == expected
+
+
 def test_tasks_at_the_same_time_publish_once(files, tokenizer, expected, tmp_path):
     def body(task):
         with local_workers(1) as workers:

@@ -112,6 +112,25 @@ def test_a_remote_folder_is_read_like_a_local_one(folder):
     assert "memory://remote/a.txt" in inputs.passed_over[REPEATED]
 
 
+def test_a_tokenizer_next_to_the_text_is_not_read(folder):
+    (folder / "text/merges.txt").touch()
+    (folder / "text/tokenizer.json").touch()
+    notes = find_inputs(["text"]).notes()
+    assert "ignored (files of tokenizers): text/merges.txt" in notes
+    assert f"{paths.IGNORED}: text/tokenizer.json" in notes
+    assert find_inputs(["text/merges.txt"]).files == ("text/merges.txt",)  # of somebody who asks for it
+
+
+def test_a_url_within_another_is_refused(folder):
+    for url in (
+        "zip://*.jsonl::file:///a.zip",
+        "zip://b.jsonl::file:///gone.zip",
+        f"simplecache::file://{folder}/text",
+    ):
+        with pytest.raises(UserError, match="are not opened; unpack or copy the files"):
+            find_inputs([url])
+
+
 @pytest.mark.parametrize("argument", ["text", "text/*.jsonl", "text/**/*.jsonl", "tex*"])
 def test_a_broken_link_with_the_name_of_a_text_is_an_error(folder, argument):
     (folder / "text/gone.jsonl").symlink_to("../nowhere.jsonl")
