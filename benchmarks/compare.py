@@ -236,7 +236,8 @@ def tuning_of(options: argparse.Namespace) -> str | None:
     if options.finetune_data is None:
         return None
     settings = ("finetune_data", "num_train_epochs", "finetune_learning_rates", "max_train_samples", "max_seq_length")
-    return fingerprint_of([getattr(options, name) for name in settings])
+    dropout = [] if options.finetune_dropout is None else [options.finetune_dropout]
+    return fingerprint_of([*(getattr(options, name) for name in settings), *dropout])
 
 
 def held_out_loss(options: argparse.Namespace, comparison: Comparison, output: Path, lock: int) -> float | None:

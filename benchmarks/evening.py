@@ -21,10 +21,10 @@ the same options:
 
 - the loss on held-out documents, of each source and of all;
 - minimal pairs: the mean accuracy over paradigms;
-- tasks, fine-tuned with the model's own dropout, each of a few learning rates and each of three seeds. A seed's score
-  is that of its best epoch on the validation split, a tenth of the training examples where there is none. Each model
-  gets the rate with the highest median. The score on the test split is that of the seed that did best on the
-  validation split.
+- tasks, fine-tuned with each of a few learning rates and each of three seeds, with the model's own dropout or that of
+  `--finetune_dropout`. A seed's score is that of its best epoch on the validation split, a tenth of the training
+  examples where there is none. Each model gets the rate with the highest median. The score on the test split is that
+  of the seed that did best on the validation split.
 
 Texts of tasks and minimal pairs that are near copies of something in the training documents (`benchmarks.overlap`) are
 left out of all of this, and counted.

@@ -68,6 +68,7 @@ def report(options: argparse.Namespace, tasks: list[str], found: Found) -> list[
     commits = sorted({part["commit"] for part in found.values()})
     stretches = ",".join(f"{stretch.share:g}:{stretch.processes}" for stretch in options.stretches)
     command = command_of("benchmarks.evening", options, stretches=stretches)
+    dropout = "the model's own dropout" if options.finetune_dropout is None else f"dropout {options.finetune_dropout:g}"
     return [
         "# An evening's run",
         "",
@@ -88,7 +89,7 @@ def report(options: argparse.Namespace, tasks: list[str], found: Found) -> list[
         "",
         f"Held-out loss in nats per masked token. Pairs: accuracy; fine-tuned tasks: mean, and all seeds, on the "
         f"validation split, {options.num_train_epochs} epochs on at most {options.max_train_samples:,} examples at the "
-        f"best of {', '.join(f'{rate:g}' for rate in options.finetune_learning_rates)}, with the model's own dropout; "
+        f"best of {', '.join(f'{rate:g}' for rate in options.finetune_learning_rates)}, with {dropout}; "
         "in brackets the test split's.",
         "",
         *_bars(tasks, found),

@@ -22,7 +22,7 @@ from typing import Any
 import xxhash
 
 from benchmarks.environment import REPOSITORY, commit, python_path
-from ds_roberta.command_line import positive, positive_number, several
+from ds_roberta.command_line import positive, positive_number, probability, several
 from ds_roberta.errors import UserError
 from ds_roberta.files import read_json, write_json
 from ds_roberta.finetuning.task import RESULTS
@@ -234,6 +234,7 @@ def add_fine_tuning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finetune_learning_rates", type=several(positive_number), default=(1e-4, 3e-4, 1e-3))
     parser.add_argument("--num_train_epochs", type=positive, default=3, help="of fine-tuning")
     parser.add_argument("--max_train_samples", type=positive, default=10_000, help="of each task's training examples")
+    parser.add_argument("--finetune_dropout", type=probability, help="of fine-tuning (default: each model's own)")
 
 
 def fine_tuned(
@@ -250,6 +251,9 @@ def fine_tuned(
     words += ["--learning_rate", ",".join(f"{rate:g}" for rate in options.finetune_learning_rates)]
     for option in ("max_seq_length", "num_train_epochs", "max_train_samples"):
         words += [f"--{option}", str(getattr(options, option))]
+    if options.finetune_dropout is not None:
+        for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            words += [f"--{option}", f"{options.finetune_dropout:g}"]
     precision = fastest_precision()
     execute([*words, "--bf16"] if precision == "bf16" else words, lock)
     results = read_json(output / RESULTS)

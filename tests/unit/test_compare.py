@@ -101,7 +101,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path,
     options = argparse.Namespace(
         data_dir=corpus.folder, model="nano", max_seq_length=128, max_tokens=1000, max_minutes=None,
         finetune_data=tmp_path / "sst2", num_train_epochs=3, finetune_learning_rates=(1e-3,), max_train_samples=9,
-        pairs=tmp_path / "blimp", eval_sequences=4, results=tmp_path, seeds=(0,),
+        pairs=tmp_path / "blimp", eval_sequences=4, results=tmp_path, seeds=(0,), finetune_dropout=None,
     )  # fmt: skip
     monkeypatch.setattr("benchmarks.compare.execute", lambda *_: None)
     monkeypatch.setattr("benchmarks.compare.held_out_loss", lambda *_: 2.0)
@@ -123,6 +123,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(corpus, tmp_path,
     for changed, message in (
         ({"finetune_data": tmp_path / "cola"}, "is of another task or fine-tuning"),
         ({"finetune_learning_rates": (1e-3, 1e-4)}, "is of another task or fine-tuning"),
+        ({"finetune_dropout": 0.0}, "is of another task or fine-tuning"),
         ({"pairs": tmp_path / "zorro"}, "is of other minimal pairs"),
     ):
         with pytest.raises(UserError, match=message):
