@@ -270,7 +270,7 @@ def _write_index(corpus: Corpus, split_name: str, packing: PackingConfig, slices
             file.write(slices.tobytes())
             following += int(np.sum(slices["next_sentence_label"] == IS_NEXT)) if packing.is_paired else 0
             first_sequence.append(first_sequence[-1] + len(slices))
-        if packing.is_paired and not following:
+        if packing.is_paired and not following and not _has_several_sentences(split):
             remedy = "prepare the data again with --sentences rules"
             if corpus.manifest.options.get("sentences") == "rules":
                 remedy = (
@@ -284,6 +284,11 @@ def _write_index(corpus: Corpus, split_name: str, packing: PackingConfig, slices
             )
     with atomic_path(first_path) as temporary:
         temporary.write_bytes(np.array(first_sequence, dtype="<i8").tobytes())
+
+
+def _has_several_sentences(split: Split) -> bool:
+    """Whether any document of a split has several sentences."""
+    return any(len(split.sentence_bounds(shard)[0]) > info.documents for shard, info in enumerate(split.shards))
 
 
 def open_index(corpus: Corpus, split_name: str, packing: PackingConfig) -> PackedSplit:

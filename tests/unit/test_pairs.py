@@ -201,3 +201,10 @@ def test_data_of_which_no_pairs_can_be_made_are_refused(tmp_path, write_corpus):
         build(by_rules, "sentence-pair")
     with pytest.raises(UserError, match="--max_seq_length must be at least 6, got 5"):
         PackingConfig(5, "segment-pair")
+
+
+@pytest.mark.parametrize("form", PAIR_FORMATS)
+def test_few_documents_of_several_sentences_are_taken_though_no_segment_follows(tmp_path, write_corpus, form):
+    corpus = write_corpus(tmp_path / "few", {"train": [[[np.arange(4, 14)] * 2] * 6]})
+    labels, _, _ = pairs_of(build(corpus, form, 134))
+    assert set(labels.tolist()) == {IS_RANDOM}
