@@ -129,7 +129,8 @@ def other_width(fields: int, names: int, is_first: bool) -> str:
 
 def not_utf8(offset: int, error: UnicodeDecodeError) -> Reject:
     """The rejection of what begins at `offset` for the byte that is not UTF-8."""
-    return Reject("not_utf8", offset + error.start, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
+    byte = error.object[error.start]
+    return Reject("not_utf8", offset, f"byte {offset + error.start} (0x{byte:02x}) is not UTF-8")
 
 
 def parse_json(raw: bytes) -> Any:

@@ -109,7 +109,7 @@ SHARD = "shard --workers 1 --tokenizer tok --output out"
         ("shard --workers 1 --input text --tokenizer tok --output latin.txt/out", "latin.txt/out' (Not a directory"),
         ("train-tokenizer --input text --vocab_size 260 --output out", "260"),
         ("train-tokenizer --input text --vocab_size -1 --output out", "'-1'"),
-        ("train-tokenizer --input latin.txt --vocab_size 280 --output out", "line 3 (byte 8)"),
+        ("train-tokenizer --input latin.txt --vocab_size 280 --output out", "line 3 (byte 5): byte 8"),
         ("train-tokenizer --input blank.txt --vocab_size 280 --output out", "empty"),
         ("train-tokenizer --input text --vocab_size 280 --output other", "other' is not empty"),
         ("train-tokenizer --input text --vocab 280", "--output"),
@@ -150,7 +150,7 @@ def test_workers_and_mpirun_exclude_each_other(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "named", "remedy"),
     [
-        ("latin.txt", "'latin.txt', line 3 (byte 8)", "iconv"),
+        ("latin.txt", "'latin.txt', line 3 (byte 5): byte 8", "iconv"),
         ("bad.jsonl", "'bad.jsonl', line 2 (byte 14)", "fix or remove the line"),
         ("other.jsonl", "'other.jsonl', line 1 (byte 0)", "--text_column"),
     ],

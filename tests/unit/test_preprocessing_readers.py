@@ -7,7 +7,7 @@ import pytest
 from ds_roberta.errors import UserError
 from ds_roberta.inputs import borders
 from ds_roberta.inputs.borders import cut_at_borders
-from ds_roberta.inputs.pieces import Piece
+from ds_roberta.inputs.pieces import Piece, Reject
 from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
 from preprocessing.tokens.sentence_splitting import sentence_bytes, tokenizer_lines
@@ -53,12 +53,13 @@ def test_a_byte_order_mark_is_dropped_only_at_the_start_of_the_file(tmp_path):
 
 def test_a_bad_byte_is_located_and_spoils_only_its_document(tmp_path):
     found = read(tmp_path / "a.txt", b"one\n\nt\xffwo\n\nthree")
-    assert [item if isinstance(item, str) else item[:2] for item in found] == ["one", ("not_utf8", 6), "three"]
+    assert [item if isinstance(item, str) else item[:2] for item in found] == ["one", ("not_utf8", 5), "three"]
+    assert found[1].detail == "byte 6 (0xff) is not UTF-8"
 
 
 def test_offsets_of_rejects_count_from_the_start_of_the_file(tmp_path):
     (reject,) = read(tmp_path / "a.txt", b"one\n\ntw\xff", start=5)
-    assert (reject.reason, reject.offset) == ("not_utf8", 7)
+    assert reject == Reject("not_utf8", 5, "byte 7 (0xff) is not UTF-8")
 
 
 @pytest.mark.parametrize(

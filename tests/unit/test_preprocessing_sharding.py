@@ -208,4 +208,4 @@ def test_bad_documents_are_skipped_and_listed_in_the_manifest(files, bad_file, t
     prepare_corpus([*files, bad_file], tokenizer, tmp_path / "out", OPTIONS, workers=1)
     entry = Corpus.open(tmp_path / "out").manifest.inputs[-1]
     assert (entry.documents_read, entry.documents_kept, entry.rejected) == (3, 2, {"not_utf8": 1})
-    assert entry.places == ({"reason": "not_utf8", "byte": 10, "detail": "byte 0xff is not UTF-8"},)
+    assert entry.places == ({"reason": "not_utf8", "byte": 6, "detail": "byte 10 (0xff) is not UTF-8"},)

@@ -9,14 +9,18 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prepare import prepare_corpus
 
 from ds_roberta.data.manifest import PACKING_VERSION
 from ds_roberta.data.shards import Corpus
 from preprocessing.cli import main
 from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
 from preprocessing.reading.accounts import load_filter
+from preprocessing.units import ShardOptions
 
 TEXTS = [f"document {number}\n  of   three lines, {'é' * (number % 5)}\nand no more" for number in range(30)]
+
+SKIPPING = ShardOptions(validation_fraction=0.0, max_bad_fraction=0.5)
 
 
 def write_inputs(folder):
@@ -62,6 +66,22 @@ def test_every_document_is_found_where_it_is(prepared):
         begin, end = origins.span(document)
         found.append(text_at(prepared / "input" / document.source.path.rpartition("/")[2], begin, end).strip())
     assert sorted(found) == sorted([TEXTS[0], *TEXTS[:10], *TEXTS[11:]])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a.txt", [b"hello one\n\n", b"the second has a bad \xff byte\n\n", b"third\n"]),
+        ("a.jsonl", [b'{"text": "hello one"}\n', b'{"text": "a bad \xff byte"}\n', b'{"text": "third"}\n']),
+    ],
+)
+def test_a_document_ends_where_a_bad_one_begins(tmp_path, tokenizer_folder, name, parts):
+    (tmp_path / name).write_bytes(b"".join(parts))
+    prepare_corpus([str(tmp_path / name)], tokenizer_folder, tmp_path / "data", SKIPPING)
+    corpus = Corpus.open(tmp_path / "data")
+    documents = StoredDocuments(corpus, "train")
+    origins = Origins(corpus, documents, Decoder(corpus))
+    assert origins.span(documents.document(0)) == (0, len(parts[0]))
 
 
 def corpus_of(folder, texts, tokenizer):

@@ -202,7 +202,7 @@ def test_a_data_set_of_the_hub_is_what_the_library_loads(tmp_path, monkeypatch):
         ("a.tsv", b"text\n\xff\n", "not UTF-8 at byte 5"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "row 2: not a JSON object; fix or remove the line"),
         ("a.jsonl", b'[{"text": "a"}]\n', "row 1: an array of 1 documents.*jq"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "row 1: byte 0xff is not UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"row 1: byte 10 \(0xff\) is not UTF-8"),
         ("a.json", b'{"text": {"0": "a"}}', "is not an array of JSON objects, one for each row.*orient='records'"),
         ("a.json", b'[{"text": "a"}, 1]', "row 2 is not a JSON object"),
         ("a.json", b'[{"text": "\\ud800"}]', "row 1 is not Unicode"),
