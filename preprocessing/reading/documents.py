@@ -24,7 +24,8 @@ class ReadOptions(Settings):
     )
     normalization: str = option("Unicode normalization", "none", choices=("none", "NFC", "NFKC"))
     newlines: str = option(
-        r"what ends a line: \n, \r\n and \r, or Unicode's other line and paragraph ends too",
+        r"what ends a line within a document: \n, \r\n and \r, or Unicode's other line and paragraph ends too, which "
+        "never separate documents",
         "universal",
         choices=("universal", "unicode"),
     )

@@ -63,6 +63,8 @@ def test_unicode_line_ends_end_lines_on_request(tmp_path):
     content = "one\u2028two\x85three\r\nfour"
     assert accept(tmp_path / "a.txt", content)[0][0].text == "one\u2028two\x85three\nfour"
     assert accept(tmp_path / "a.txt", content, newlines="unicode")[0][0].text == "one\ntwo\nthree\nfour"
+    by_line, _ = accept(tmp_path / "a.txt", content, newlines="unicode", documents="line")
+    assert [document.text for document in by_line] == ["one\ntwo\nthree", "four"]
 
 
 def test_a_filter_sees_text_id_and_source_and_gives_the_reason(tmp_path, with_filter):
