@@ -24,8 +24,8 @@ from preprocessing.reading.accounts import (
     MAX_BAD_FRACTION,
     Account,
     BadDocuments,
+    filter_checksum,
     kept_documents,
-    load_filter,
     refuse_damage,
     summary_lines,
 )
@@ -147,8 +147,7 @@ def _check(options: ReadOptions) -> None:
             f"--min_characters {options.min_characters} is above --max_characters {options.max_characters}: "
             "nothing would be kept; lower the first or raise the second"
         )
-    if options.filter is not None:
-        load_filter(options.filter)
+    filter_checksum(options.filter)
 
 
 def _find_inputs(inputs: Sequence[str]) -> Inputs:

@@ -1,8 +1,10 @@
 """Prepared data for tests, made as `preprocess shard` makes it."""
 
 import hashlib
+import sys
 
 from preprocessing.jobs.workers import local_workers
+from preprocessing.reading import accounts
 from preprocessing.sharding import run_job
 from preprocessing.tokens.encoders import AUTO
 
@@ -21,3 +23,10 @@ def folder_hash(folder):
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     content = [(str(path.relative_to(folder)), path.read_bytes()) for path in paths]
     return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def forget_filter(module):
+    """Let the next job import the module of a `--filter` as a new process would."""
+    del sys.modules[module]
+    accounts.load_filter.cache_clear()
+    accounts._checksum_when_imported.cache_clear()

@@ -22,7 +22,7 @@ from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.pieces import Piece
 from ds_roberta.inputs.streams import TABLES, known_format
-from preprocessing.reading.accounts import kept_or_rejected, load_filter
+from preprocessing.reading.accounts import filter_checksum, kept_or_rejected
 from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
 from preprocessing.tokens.corpus_tokenizer import corpus_tokenizer
@@ -129,15 +129,14 @@ class Origins:
     """Finds documents in the inputs that their data was made from.
 
     Raises:
-        UserError: the filter that the data was made with cannot be imported.
+        UserError: the filter that the data was made with cannot be imported, or has changed since it was.
     """
 
     def __init__(self, corpus: Corpus, documents: StoredDocuments, decoder: Decoder):
         known = {field.name for field in fields(ReadOptions)}
         options = corpus.manifest.options
         self._options = ReadOptions(**{name: value for name, value in options.items() if name in known})
-        if self._options.filter is not None:
-            load_filter(self._options.filter)  # or no document would be found
+        filter_checksum(self._options.filter)  # with another filter, other documents would be found
         self._sources = {info.path: info.source for info in corpus.manifest.inputs}
         self._documents, self._decoder = documents, decoder
         self._encoder = None

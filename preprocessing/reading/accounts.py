@@ -156,12 +156,33 @@ def _rejected_by(name: str, document: Document, path: str) -> str | None:
 
 def filter_checksum(name: str | None) -> str | None:
     """Checksum of the files with the user's filter, so that a job notices when the function may have changed: the one
-    that is named, and the one that it was imported from."""
+    that is named, and the one that it was imported from.
+
+    Raises:
+        UserError: there is no such module or function, or a file has changed since this process imported it.
+    """
     if name is None:
         return None
-    modules = {name.partition(":")[0], getattr(load_filter(name), "__module__", None)}
+    checksums = {file: file_checksum(Path(file)) for file in _filter_files(name, load_filter(name))}
+    for file, checksum in checksums.items():
+        if checksum != _checksum_when_imported(file):
+            raise UserError(
+                f"{file!r} has changed since this process imported --filter {name}, and Python would still call the "
+                "old function: restart the process (in a notebook, the kernel)"
+            )
+    return json_fingerprint(sorted(checksums.values()))
+
+
+def _filter_files(name: str, function: Filter) -> set[str]:
+    modules = {name.partition(":")[0], getattr(function, "__module__", None)}
     files = {getattr(sys.modules.get(module or ""), "__file__", None) for module in modules}
-    return json_fingerprint(sorted(file_checksum(Path(file)) for file in files if file is not None))
+    return {file for file in files if file is not None}
+
+
+@lru_cache
+def _checksum_when_imported(file: str) -> str:
+    """The checksum that a file had when `load_filter` first imported a function from it."""
+    return file_checksum(Path(file))
 
 
 @lru_cache
@@ -182,6 +203,8 @@ def load_filter(name: str) -> Filter:
         raise UserError(
             f"cannot load --filter {name!r}: {error!r}; write module:function of an importable file"
         ) from error
+    for file in _filter_files(name, found):
+        _checksum_when_imported(file)
     return found
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prepare import DOCUMENTS, folder_hash, prepare_corpus
+from prepare import DOCUMENTS, folder_hash, forget_filter, prepare_corpus
 
 from ds_roberta import lease as leases
 from ds_roberta.data.shards import Corpus
@@ -196,6 +196,7 @@ def test_other_input_options_filter_or_tokenizer_discard_the_finished_units(file
     filtered = replace(OPTIONS, read=replace(OPTIONS.read, filter="edited_filter:keep"))
     run(filtered, expected=[0, 1, 2])
     module.write_text("def keep(text, about): return bool(text)")
+    forget_filter("edited_filter")
     run(filtered, expected=[0, 1, 2])
     content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["merges"].reverse()

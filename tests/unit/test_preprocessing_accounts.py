@@ -3,9 +3,11 @@
 import gzip
 
 import pytest
+from prepare import forget_filter
 
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.pieces import Piece, Reject
+from preprocessing.commands import shard, train_tokenizer
 from preprocessing.reading import accounts
 from preprocessing.reading.accounts import (
     Account,
@@ -19,6 +21,7 @@ from preprocessing.reading.accounts import (
     total_accounts,
 )
 from preprocessing.reading.documents import ReadOptions
+from preprocessing.units import ShardOptions
 
 
 def accept(path, content, source="", **options):
@@ -88,8 +91,22 @@ def test_a_changed_file_of_a_filter_is_noticed_however_the_filter_was_made(tmp_p
     file.write_text(text)
     before = filter_checksum("filter_of_a_part:keep")
     file.write_text(text.replace("3", "4"))
+    forget_filter("filter_of_a_part")
     assert filter_checksum("filter_of_a_part:keep") != before
     assert filter_checksum("operator:eq")
+
+
+def test_a_filter_that_was_edited_after_its_import_is_refused(tmp_path, tokenizer_folder, with_filter):
+    name = with_filter("filter_edited", "return True")
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    inputs, options = [str(tmp_path / "a.txt")], ReadOptions(filter=name)
+    shard(inputs, tokenizer_folder, tmp_path / "out", ShardOptions(options, 0.0), workers=1)
+    with_filter("filter_edited", "return text == 'one'")
+    message = "filter_edited.py' has changed since this process imported --filter filter_edited:judge.*restart"
+    with pytest.raises(UserError, match=message):
+        shard(inputs, tokenizer_folder, tmp_path / "out", ShardOptions(options, 0.0), workers=1)
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(inputs, tmp_path / "tokenizer", 300, options)
 
 
 def test_a_filter_that_fails_or_returns_nothing_ends_the_job_with_its_name(tmp_path, with_filter):

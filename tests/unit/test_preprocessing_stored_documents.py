@@ -4,18 +4,16 @@ import csv
 import gzip
 import json
 import shutil
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare import prepare_corpus
+from prepare import forget_filter, prepare_corpus
 
 from ds_roberta.data.manifest import PACKING_VERSION
 from ds_roberta.data.shards import Corpus
 from preprocessing.cli import main
 from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
-from preprocessing.reading.accounts import load_filter
 from preprocessing.units import ShardOptions
 
 TEXTS = [f"document {number}\n  of   three lines, {'é' * (number % 5)}\nand no more" for number in range(30)]
@@ -142,8 +140,7 @@ def test_a_filter_knows_the_sources_that_arguments_name(tmp_path, tokenizer_fold
     assert len(documents) == 9
     assert all(origins.span(documents.document(number)) for number in range(9))
     (tmp_path / "only_wiki.py").unlink()
-    del sys.modules["only_wiki"]
-    load_filter.cache_clear()
+    forget_filter("only_wiki")
     with pytest.raises(SystemExit, match="2"):
         main(f"show {tmp_path}/data --doc 0 --offsets".split())
     assert "cannot load --filter 'only_wiki:judge'" in capsys.readouterr().err
