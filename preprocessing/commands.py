@@ -158,7 +158,8 @@ def _find_inputs(inputs: Sequence[str]) -> Inputs:
     """
     found = find_inputs(inputs)
     folders = {path: Path(path).parent.parent for path in found.files if path.endswith(".arrow") and not is_url(path)}
-    prepared = {path: folder for path, folder in folders.items() if is_data_folder(folder)}
+    of_data = {folder for folder in set(folders.values()) if is_data_folder(folder)}
+    prepared = {path: folder for path, folder in folders.items() if folder in of_data}
     if prepared:
         files = tuple(path for path in found.files if path not in prepared)
         names = tuple(dict.fromkeys(map(str, prepared.values())))

@@ -6,6 +6,7 @@ import pytest
 
 from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer import TokenizerInfo
+from preprocessing import commands
 from preprocessing.cli import main
 
 
@@ -79,6 +80,18 @@ def test_prepared_data_in_a_folder_of_text_are_passed_over(folder, capsys):
     assert Corpus.open("text/out").manifest.fingerprint == fingerprint
     assert run(line.replace("--input text", "--input text/out")) == 2
     assert "'text/out' is prepared data, not text" in capsys.readouterr().err
+
+
+def test_many_shards_of_prepared_data_are_passed_over_by_one_look_at_their_manifest(folder, capsys, monkeypatch):
+    line = "shard --input text --tokenizer tok --output text/out --workers 1 --validation_fraction 0.2"
+    assert run(line) == 0
+    for number in range(20):
+        (folder / f"text/out/train/shard-1{number:04d}.arrow").touch()
+    asked, ask = [], commands.is_data_folder
+    monkeypatch.setattr(commands, "is_data_folder", lambda folder: asked.append(str(folder)) or ask(folder))
+    assert run(line) == 0
+    assert "ignored (prepared data): text/out" in capsys.readouterr().out
+    assert asked == ["text/out"]
 
 
 SHARD = "shard --workers 1 --tokenizer tok --output out"
