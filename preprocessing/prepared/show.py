@@ -35,9 +35,10 @@ def show(
         yield f"  input  {source.path}, in {'row groups' if is_table else 'bytes'} {source.start}-{source.end - 1}"
         if origins is not None:
             place = origins.span(document)
-            found = "no longer there" if place is None else f"{'row' if is_table else 'byte'} {place[0]}"
-            end = f" to {place[1] - 1}" if place and place[1] and not is_table else ""
-            yield f"  place  {found}{end}"
+            if not isinstance(place, str):
+                begin, end = place
+                place = f"row {begin}" if is_table else f"byte {begin}" if end is None else f"byte {begin} to {end - 1}"
+            yield f"  place  {place}"
     for number, (ids, text) in enumerate(zip(sentences, decoder.lines(sentences), strict=True), start=1):
         yield f"{number:>5}  " + text.replace("\n", "\n       ")
         if with_ids:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -21,7 +22,7 @@ from ds_roberta.data.shards import Corpus
 from ds_roberta.data.tokenizer_files import training_tokenizer
 from ds_roberta.errors import UserError
 from ds_roberta.inputs.pieces import Piece
-from ds_roberta.inputs.streams import TABLES, known_format
+from ds_roberta.inputs.streams import TABLES, format_of, is_url, known_format
 from preprocessing.reading.accounts import filter_checksum, kept_or_rejected
 from preprocessing.reading.documents import Document, ReadOptions
 from preprocessing.reading.readers import read_documents
@@ -31,6 +32,7 @@ from preprocessing.tokens.sentence_splitting import sentence_bytes
 
 OFFSETS_HELP = "show each document's own bytes (in tables: row) in its input, which is read again"
 _PARTS_KEPT = 64
+_RELATIVE = " (the path is relative to the folder in which the data was prepared)"
 _Spans = dict[bytes, tuple[int, int | None]]
 
 
@@ -144,22 +146,26 @@ class Origins:
             self._encoder, _ = make_encoder(HUGGINGFACE, corpus.folder / TOKENIZER_FOLDER, corpus.manifest.tokenizer)
         self._spans = lru_cache(maxsize=_PARTS_KEPT)(self._read)
 
-    def span(self, document: StoredDocument) -> tuple[int, int | None] | None:
+    def span(self, document: StoredDocument) -> tuple[int, int | None] | str:
         """Return where the document begins in its input, and where the next one does: bytes of the (decompressed) file
-        or, in tables, rows. If several documents of a part have the same text (for a Unigram: the same ids), the first
-        of them is returned.
+        or, in tables, rows; or say why that is unknown. If several documents of a part have the same text (for a
+        Unigram: the same ids), the first of them is returned.
 
-        The end is None at the end of a compressed file; the result is None if the input is unknown or no longer
-        contains the text.
+        The end is None at the end of a compressed file.
         """
-        if document.source is None:
-            return None
-        text = self._decoder.text(self._documents.sentences(document))
         source = document.source
+        if source is None:
+            return "unknown: the data does not name its input"
+        if format_of(source.path) is None:
+            return f"unknown: {source.path!r} is not text"
+        text = self._decoder.text(self._documents.sentences(document))
         try:
-            return self._spans(source.path, source.start, source.end).get(_digest(text.encode("utf-8")))
-        except UserError:  # the input is gone
-            return None
+            spans = self._spans(source.path, source.start, source.end)
+        except UserError as error:
+            what, _, _ = str(error).partition("; ")
+            is_relative = not is_url(source.path) and not Path(source.path).is_absolute()
+            return f"unknown: {what}{_RELATIVE if is_relative else ''}"
+        return spans.get(_digest(text.encode("utf-8")), "no longer there")
 
     def _read(self, path: str, start: int, end: int) -> _Spans:
         found: _Spans = {}

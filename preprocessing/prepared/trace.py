@@ -119,7 +119,7 @@ def rows(step: int, traced: TracedSequence, origins: Origins | None = None) -> I
     for document in traced.documents:
         piece = document.source
         place = None if piece is None else (piece.start, piece.end) if origins is None else origins.span(document)
-        start, end = (None, None) if place is None else place
+        start, end = (None, None) if place is None or isinstance(place, str) else place
         yield {
             "step": step,
             "max_seq_length": traced.max_seq_length,

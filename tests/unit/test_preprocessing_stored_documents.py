@@ -13,6 +13,7 @@ from prepare import forget_filter, prepare_corpus
 from ds_roberta.data.manifest import PACKING_VERSION
 from ds_roberta.data.shards import Corpus
 from preprocessing.cli import main
+from preprocessing.prepared.megatron import export_split, import_dataset
 from preprocessing.prepared.stored_documents import Decoder, Origins, StoredDocuments
 from preprocessing.units import ShardOptions
 
@@ -158,9 +159,34 @@ def test_show_and_trace_name_the_position(prepared, capsys):
         assert text_at(path, begin, end).strip() in TEXTS
 
 
-def test_an_input_that_is_gone_has_no_positions(prepared, tmp_path):
-    corpus = Corpus.open(prepared / "data")
-    documents = StoredDocuments(corpus, "train")
-    origins = Origins(corpus, documents, Decoder(corpus))
-    (prepared / "input").rename(tmp_path / "elsewhere")
-    assert origins.span(documents.document(0)) is None
+def test_why_a_position_is_unknown_is_said(prepared, tmp_path, tokenizer_folder, capsys, monkeypatch):
+    def shown(folder):
+        with pytest.raises(SystemExit, match="0"):
+            main(f"show {folder} --doc 0 --offsets".split())
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  place  ")]
+        return line.removeprefix("  place  ")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n")
+    prepare_corpus(["a.txt"], tokenizer_folder, tmp_path / "data", SKIPPING)
+    assert shown("data") == "byte 0 to 9"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    why = "unknown: cannot read 'a.txt': No such file or directory"
+    assert shown("../data") == f"{why} (the path is relative to the folder in which the data was prepared)"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("same size\n")
+    assert shown("data") == "no longer there"
+
+    export_split(Corpus.open("data"), "train", tmp_path / "m")
+    import_dataset({"train": tmp_path / "m"}, tokenizer_folder, tmp_path / "imported")
+    assert shown("imported") == f"unknown: '{tmp_path}/m.bin' is not text"
+
+    path = StoredDocuments(Corpus.open(prepared / "data"), "train").document(0).source.path
+    (prepared / "input").rename(tmp_path / "gone")
+    assert shown(prepared / "data") == f"unknown: cannot read {path!r}: No such file or directory"
+    with pytest.raises(SystemExit, match="0"):
+        main(f"trace {prepared}/data --step 1 --train_batch_size 4 --max_seq_length 32 --json --offsets".split())
+    (row, *_) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert row["input"]
+    assert row["input_start"] is row["input_end"] is None
