@@ -14,7 +14,7 @@ from ds_roberta.data.manifest import SPLITS, VALIDATION_SPLIT, Manifest, is_data
 from ds_roberta.errors import UserError
 from ds_roberta.files import replaced_folder
 from ds_roberta.inputs.paths import Inputs, find_inputs
-from ds_roberta.inputs.streams import is_url
+from ds_roberta.inputs.streams import TEXT, is_url, known_format
 from ds_roberta.lease import Task
 from ds_roberta.options import require_fraction
 from ds_roberta.progress import clock, document_bar
@@ -28,6 +28,7 @@ from preprocessing.reading.accounts import (
     kept_documents,
     refuse_damage,
     summary_lines,
+    without_value_lines,
 )
 from preprocessing.reading.documents import ReadOptions
 from preprocessing.reading.planning import Unit, plan_units
@@ -69,7 +70,7 @@ def train_tokenizer(
     require_fraction("--max_bad_fraction", max_bad_fraction)
     options = options or ReadOptions()
     _check(options)
-    found = _find_inputs(inputs)
+    found = _find_inputs(inputs, options)
     units = plan_units(found.files, options, sources=found.sources, allow_damaged=allow_damaged_files)
     account = Account()
     bad = BadDocuments(max_bad_fraction)
@@ -84,6 +85,8 @@ def train_tokenizer(
             f"note: this text has enough pairs for only {size} ids, not for --vocab_size {vocab_size}: "
             "add text for more"
         )
+    for line in without_value_lines([account.without_value]):
+        print(line)
     print(f"tokenizer with {size} ids, trained on {account.counts[KEPT]} documents: {output}")
     return size
 
@@ -124,7 +127,7 @@ def shard(
     with _workers(workers, is_share=given is not None) as pool:
         if pool is None:  # this rank was a worker
             return None
-        found = _find_inputs(inputs)
+        found = _find_inputs(inputs, options.read)
         result = run_job(found.files, tokenizer, output, options, pool, found.sources, tokenizer_backend, task)
     if result is None:
         return None
@@ -150,11 +153,11 @@ def _check(options: ReadOptions) -> None:
     filter_checksum(options.filter)
 
 
-def _find_inputs(inputs: Sequence[str]) -> Inputs:
+def _find_inputs(inputs: Sequence[str], options: ReadOptions) -> Inputs:
     """The inputs, of which some are named because they are passed over, such as an earlier output in a folder of text.
 
     Raises:
-        UserError: as `find_inputs`, or all are prepared data.
+        UserError: as `find_inputs`; or all are prepared data, or text files that have none of the columns in `options`.
     """
     found = find_inputs(inputs)
     folders = {path: Path(path).parent.parent for path in found.files if path.endswith(".arrow") and not is_url(path)}
@@ -168,6 +171,14 @@ def _find_inputs(inputs: Sequence[str]) -> Inputs:
         found = replace(found, files=files, passed_over={**found.passed_over, "ignored (prepared data)": names})
     for note in found.notes():
         print(note)
+    if all(known_format(path).kind == TEXT for path in found.files):
+        for name in ("text_column", "id_column", "source_column"):
+            column = getattr(options, name)
+            if column != getattr(ReadOptions, name):
+                raise UserError(
+                    f"--{name} {column!r} names a column, but all inputs are text files, which have none: leave it "
+                    "out (NAME=PATH names a source)"
+                )
     return found
 
 

@@ -32,7 +32,7 @@ from preprocessing.tokens.sentence_splitting import sentence_bytes
 _BATCH_BYTES = 1 << 20
 _SOURCES_AT_MOST = 256
 """The most sources in one part of a unit: each source has its own shards, which would become too many and too small."""
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 """Version of a unit's record: a job does not resume from records of another version."""
 _PART_UNITS = 2
 """A unit that turns out larger, such as a compressed file, is written in parts of this many times `unit_bytes`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class InputInfo:
     `source` is the name that the user gave it, if any. `places` are the first bad documents: `reason`, `byte` or `row`
     in the file, counted from 0, and `detail`. `damage` are the first places, in the same form, where a part of the file
     is lost; its documents are counted only if their number is known. `too_long_bytes` is the size of the documents that
-    were rejected as too long.
+    were rejected as too long. `without_value` counts the documents without a value in the column that an option names.
     """
 
     path: str
@@ -85,6 +85,7 @@ class InputInfo:
     places: tuple[dict[str, Any], ...] = ()
     damage: tuple[dict[str, Any], ...] = ()
     too_long_bytes: int = 0
+    without_value: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> InputInfo:

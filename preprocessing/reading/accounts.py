@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,15 @@ class Account:
         places: where the first bad documents are, and the first one of each reason.
         damage: the first places after which documents were lost.
         too_long_bytes: total bytes of the documents rejected as too long.
+        columns: for each option that names the column of an id or source, such as "--id_column 'key'", the documents
+            without a value there and those with one.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     places: list[dict[str, Any]] = field(default_factory=list)
     damage: list[dict[str, Any]] = field(default_factory=list)
     too_long_bytes: int = 0
+    columns: dict[str, list[int]] = field(default_factory=dict)
 
     def reject(self, path: str, reject: Reject) -> None:
         self.counts[reject.reason] += reject.documents
@@ -79,6 +83,12 @@ class Account:
             self._add_place(place)
         self.damage = [*self.damage, *other.damage][:PLACES_AT_MOST]
         self.too_long_bytes += other.too_long_bytes
+        for option, counts in other.columns.items():
+            self.columns[option] = list(map(add, self.columns.get(option, [0, 0]), counts))
+
+    def count_value(self, option: str, value: str | None) -> None:
+        """Count a document by whether it has a value in the column that an option names."""
+        self.columns.setdefault(option, [0, 0])[bool(value)] += 1
 
     def _add_place(self, place: dict[str, Any]) -> None:
         if len(self.places) < PLACES_AT_MOST or place["reason"] not in {known["reason"] for known in self.places}:
@@ -87,6 +97,11 @@ class Account:
     @property
     def bad(self) -> int:
         return sum(count for reason, count in self.counts.items() if reason in REMEDIES)
+
+    @property
+    def without_value(self) -> dict[str, int]:
+        """By option, the number of documents without a value in the column that it names, unless all have one."""
+        return {option: without for option, (without, _) in self.columns.items() if without}
 
 
 def _place(path: str, item: Reject | Damage) -> dict[str, Any]:
@@ -101,6 +116,10 @@ def kept_documents(piece: Piece, options: ReadOptions, account: Account) -> Iter
     """
     for item in read_documents(piece, options):
         if isinstance(item, Document):
+            if options.id_column is not None:
+                account.count_value(f"--id_column {options.id_column!r}", item.id)
+            if options.source_column is not None:
+                account.count_value(f"--source_column {options.source_column!r}", item.source)
             item = kept_or_rejected(item, piece, options)
         if isinstance(item, Reject):
             account.reject(piece.path, item)
@@ -239,40 +258,51 @@ def input_infos(accounts: dict[str, Account], sources: Mapping[str, str]) -> tup
             tuple(account.places),
             tuple(account.damage),
             account.too_long_bytes,
+            account.without_value,
         )
         for path, account in accounts.items()
     )
 
 
 class BadDocuments:
-    """Stops a job that has too many bad documents.
+    """Stops a job that has too many bad documents, or whose options name a column in which no document has a value.
 
     It checks after every unit, in the plan's order, so that the outcome does not depend on which worker did what: after
-    `MIN_DOCUMENTS_TO_STOP` documents, and at the end.
+    `MIN_DOCUMENTS_TO_STOP` documents, and at the end. Columns are checked at the end, because inputs that have them may
+    follow others that do not.
     """
 
     def __init__(self, max_fraction: float):
-        self._max_fraction, self._accounts = max_fraction, dict[str, Account]()
-        self._read = self._bad = 0
+        self._max_fraction, self._accounts, self._total = max_fraction, dict[str, Account](), Account()
 
     def add(self, part: dict[str, Account]) -> None:
         """Add the next unit of the plan. Raises `UserError` if too many documents are bad already."""
         for path, account in part.items():
-            self._read, self._bad = self._read + account.counts.total(), self._bad + account.bad
+            self._total.add(account)
             if account.bad:
                 self._accounts.setdefault(path, Account()).add(account)
-        if self._read >= MIN_DOCUMENTS_TO_STOP:
-            self.check()
+        if self._total.counts.total() >= MIN_DOCUMENTS_TO_STOP:
+            self._check_fraction()
 
     def check(self) -> None:
-        """Raise a `UserError` that names the worst file, and its first document with the most common reason."""
-        if self._bad > self._max_fraction * self._read:
+        """Check all documents. Raises a `UserError` that names the worst file, and its first document with the most
+        common reason, or the column."""
+        self._check_fraction()
+        for option, (_, with_value) in self._total.columns.items():
+            if not with_value:
+                raise UserError(
+                    f"no document has a value in {option}: write the column's name as in the input, or leave it out"
+                )
+
+    def _check_fraction(self) -> None:
+        read, bad = self._total.counts.total(), self._total.bad
+        if bad > self._max_fraction * read:
             worst = max(self._accounts, key=lambda path: self._accounts[path].bad)  # the first of several
             account = self._accounts[worst]
             reason = max(REMEDIES, key=lambda reason: account.counts[reason])
             place = next(place for place in account.places if place["reason"] == reason)
             raise UserError(
-                f"{self._bad} of {self._read} documents are bad, more than --max_bad_fraction {self._max_fraction}; "
+                f"{bad} of {read} documents are bad, more than --max_bad_fraction {self._max_fraction}; "
                 f"most ({account.bad}) in {located(worst, place)}; {REMEDIES[place['reason']]}"
             )
 
@@ -292,11 +322,18 @@ def summary_lines(infos: Sequence[InputInfo]) -> list[str]:
         lines += [f"damaged     {located(info.path, place)}" for place in info.damage]
     if too_long := [info for info in infos if info.too_long_bytes]:
         lines += _too_long_lines(too_long, rejected["too_long"])
+    lines += without_value_lines(info.without_value for info in infos)
     places = [(info.path, place) for info in infos for place in info.places]
     lines += [f"bad         {located(path, place)}" for path, place in places[:PLACES_AT_MOST]]
     if len(places) > PLACES_AT_MOST:
         lines.append(f"            … the first {PLACES_AT_MOST} of each file are in the manifest")
     return lines
+
+
+def without_value_lines(counts: Iterable[Mapping[str, int]]) -> list[str]:
+    """Say how many documents have no value in the columns that options name."""
+    total: Counter[str] = sum(map(Counter, counts), Counter())
+    return [f"without     {count} documents have no value in {option}" for option, count in total.items()]
 
 
 def _too_long_lines(infos: Sequence[InputInfo], documents: int) -> list[str]:

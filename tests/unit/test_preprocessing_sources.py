@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 
 import pyarrow as pa
@@ -153,6 +154,58 @@ def test_a_source_that_is_not_text_makes_a_bad_document(tmp_path, tokenizer_fold
     assert (first.places[0]["byte"], second.places[0]["row"]) == (len("\n".join(lines[:-1])) + 1, 1)
     assert manifest.sources("train") == sorted(["x,y=2", "new\nline", "7", "['x']", "\U0001f600", "good"])
     assert Corpus.open(tmp_path / "out").manifest == manifest
+
+
+@pytest.fixture
+def with_columns(tmp_path, monkeypatch):
+    """A working folder with a text in `a.txt` and two rows each in `b.jsonl`, `c.csv` and `d.parquet`; the second rows
+    have no source."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "one", "subset": "web", "key": "1"}, {"text": "two", "subset": None, "key": "2"}]
+    (tmp_path / "a.txt").write_text("plain text")
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "c.csv").write_text("text,subset,key\none,web,1\ntwo,,2\n")
+    pq.write_table(pa.Table.from_pylist(rows), "d.parquet")
+
+
+@pytest.mark.parametrize("option", ["--source_column", "--id_column"])
+@pytest.mark.parametrize("name", ["b.jsonl", "c.csv", "d.parquet", "all"])
+def test_a_column_without_any_value_is_refused(with_columns, tokenizer_folder, capsys, option, name):
+    inputs = ["a.txt", "n=b.jsonl", "c.csv", "d.parquet"] if name == "all" else [f"n={name}"]
+    read = ("--input", *inputs, option, "subsett")
+    for task in ([], ["--task", "1/1"]):
+        sharding = ("shard", *read, "--tokenizer", tokenizer_folder, "--output", "out", "--workers", 1, *task)
+        assert run(*sharding) == 2
+        assert f"no document has a value in {option} 'subsett': write" in capsys.readouterr().err
+    assert run("train-tokenizer", *read, "--vocab_size", 300, "--output", "out") == 2
+    assert f"no document has a value in {option} 'subsett': write" in capsys.readouterr().err
+    assert not os.path.exists("out")
+
+
+def test_documents_without_a_value_in_a_column_are_counted(with_columns, tokenizer_folder, capsys):
+    inputs = ("a.txt", "n=b.jsonl", "m=c.csv", "d.parquet")  # each a unit, the first without columns
+    read = ("--input", *inputs, "--source_column", "subset", "--id_column", "key")
+    out = ("--output", "out", "--workers", 1, "--dedup", "exact", "--validation_fraction", 0)
+    assert run("shard", *read, "--tokenizer", tokenizer_folder, *out) == 0
+    lines = ["1 documents have no value in --id_column 'key'", "4 documents have no value in --source_column 'subset'"]
+    assert [line for line in capsys.readouterr().out.splitlines() if "no value" in line] == [
+        f"without     {line}" for line in lines
+    ]
+    manifest = Corpus.open("out").manifest
+    assert [info.without_value for info in manifest.inputs] == [
+        {"--id_column 'key'": 1, "--source_column 'subset'": 1},
+        *[{"--source_column 'subset'": 1}] * 3,
+    ]
+    assert run("train-tokenizer", *read, "--vocab_size", 300, "--output", "tokenizer") == 0
+    output = capsys.readouterr().out
+    assert all(f"without     {line}\n" in output for line in lines)
+
+
+@pytest.mark.parametrize("option", ["--source_column", "--id_column", "--text_column"])
+def test_text_files_have_no_columns(with_columns, tokenizer_folder, capsys, option):
+    for command in (("shard", "--tokenizer", tokenizer_folder), ("train-tokenizer",)):
+        assert run(*command, "--input", "a.txt", "--output", "out", option, "subset") == 2
+        assert f"{option} 'subset' names a column, but all inputs are text files" in capsys.readouterr().err
 
 
 def test_too_many_sources_are_refused(tokenizer_folder, tmp_path):
