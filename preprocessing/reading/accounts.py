@@ -269,11 +269,12 @@ class BadDocuments:
 
     It checks after every unit, in the plan's order, so that the outcome does not depend on which worker did what: after
     `MIN_DOCUMENTS_TO_STOP` documents, and at the end. Columns are checked at the end, because inputs that have them may
-    follow others that do not.
+    follow others that do not; a note says it sooner.
     """
 
     def __init__(self, max_fraction: float):
         self._max_fraction, self._accounts, self._total = max_fraction, dict[str, Account](), Account()
+        self._noted: set[str] = set()
 
     def add(self, part: dict[str, Account]) -> None:
         """Add the next unit of the plan. Raises `UserError` if too many documents are bad already."""
@@ -281,18 +282,27 @@ class BadDocuments:
             self._total.add(account)
             if account.bad:
                 self._accounts.setdefault(path, Account()).add(account)
-        if self._total.counts.total() >= MIN_DOCUMENTS_TO_STOP:
+        if (read := self._total.counts.total()) >= MIN_DOCUMENTS_TO_STOP:
             self._check_fraction()
+            for option in self._without_any_value() - self._noted:
+                self._noted.add(option)
+                print(
+                    f"note: none of the first {read} documents has a value in {option}; the command fails at its end "
+                    "if no document has",
+                    flush=True,
+                )
 
     def check(self) -> None:
         """Check all documents. Raises a `UserError` that names the worst file, and its first document with the most
         common reason, or the column."""
         self._check_fraction()
-        for option, (_, with_value) in self._total.columns.items():
-            if not with_value:
-                raise UserError(
-                    f"no document has a value in {option}: write the column's name as in the input, or leave it out"
-                )
+        for option in sorted(self._without_any_value()):
+            raise UserError(
+                f"no document has a value in {option}: write the column's name as in the input, or leave it out"
+            )
+
+    def _without_any_value(self) -> set[str]:
+        return {option for option, (_, with_value) in self._total.columns.items() if not with_value}
 
     def _check_fraction(self) -> None:
         read, bad = self._total.counts.total(), self._total.bad

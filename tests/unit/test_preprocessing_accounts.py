@@ -160,6 +160,21 @@ def test_a_job_stops_early_once_enough_was_read(monkeypatch):
         bad.add({"b.txt": account_of(0, 2)})
 
 
+def test_a_column_without_values_is_noted_once_before_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(accounts, "MIN_DOCUMENTS_TO_STOP", 3)
+    bad, notes = BadDocuments(0.5), []
+    for value in (None, None, None, "id"):
+        part = account_of(2)
+        part.count_value("--id_column 'key'", value)
+        bad.add({"a.jsonl": part})
+        notes.append("none of the first 4 documents has a value in --id_column 'key'" in capsys.readouterr().out)
+        if value is None:
+            with pytest.raises(UserError, match="no document has a value in --id_column 'key'"):
+                bad.check()
+    assert notes == [False, True, False, False]
+    bad.check()
+
+
 def test_a_place_in_a_compressed_file_has_the_line_of_its_text(tmp_path):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"one\n\nthr\xff"))
