@@ -236,6 +236,7 @@ def tuning_of(options: argparse.Namespace) -> str | None:
     if options.finetune_data is None:
         return None
     settings = ("finetune_data", "num_train_epochs", "finetune_learning_rates", "max_train_samples", "max_seq_length")
+    # Only where it is given, so that results from before the option keep their name.
     dropout = [] if options.finetune_dropout is None else [options.finetune_dropout]
     return fingerprint_of([*(getattr(options, name) for name in settings), *dropout])
 

@@ -73,7 +73,7 @@ def train_tokenizer(
     found = _find_inputs(inputs, options)
     units = plan_units(found.files, options, sources=found.sources, allow_damaged=allow_damaged_files)
     account = Account()
-    bad = BadDocuments(max_bad_fraction)
+    bad = BadDocuments(max_bad_fraction, options)
     with (
         replaced_folder(output, is_tokenizer_folder, "a tokenizer folder") as folder,
         clock("learning merges") as start_clock,
@@ -150,7 +150,7 @@ def _check(options: ReadOptions) -> None:
             f"--min_characters {options.min_characters} is above --max_characters {options.max_characters}: "
             "nothing would be kept; lower the first or raise the second"
         )
-    filter_checksum(options.filter)
+    filter_checksum(options.filter)  # a module that cannot be imported ends the command here
 
 
 def _find_inputs(inputs: Sequence[str], options: ReadOptions) -> Inputs:
@@ -202,6 +202,7 @@ def _documents(
             total.add(account)
             update(piece.bytes, 0)
     bad.check()
+    bad.check_columns()
     if not total.counts[KEPT]:
         raise UserError("the corpus is empty: no document has text in it; choose files with text as --input")
     print("learning merges …", flush=True)

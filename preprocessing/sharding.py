@@ -279,9 +279,14 @@ class _Sharding:
     def finish(self) -> tuple[Manifest, Totals]:
         """Do all units, make the output from them, and move it into place."""
         job, options = self.job, self.options
-        bad = BadDocuments(options.max_bad_fraction)
+        bad = BadDocuments(options.max_bad_fraction, options.read)
         results = self.run_units(self.units, bad)
         bad.check()
+        try:
+            bad.check_columns()
+        except UserError:
+            clear(job)  # the next command has other options
+            raise
         if options.dedup != "none":
             results = self._deduplicate(results)
         in_order = [results[unit.index] for unit in self.units]

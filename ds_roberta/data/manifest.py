@@ -74,7 +74,8 @@ class InputInfo:
     `source` is the name that the user gave it, if any. `places` are the first bad documents: `reason`, `byte` or `row`
     in the file, counted from 0, and `detail`. `damage` are the first places, in the same form, where a part of the file
     is lost; its documents are counted only if their number is known. `too_long_bytes` is the size of the documents that
-    were rejected as too long. `without_value` counts the documents without a value in the column that an option names.
+    were rejected as too long. `without_value` counts, by option (`id_column`, `source_column`), those without a value
+    in its column.
     """
 
     path: str

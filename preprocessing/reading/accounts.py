@@ -55,8 +55,8 @@ class Account:
         places: where the first bad documents are, and the first one of each reason.
         damage: the first places after which documents were lost.
         too_long_bytes: total bytes of the documents rejected as too long.
-        columns: for each option that names the column of an id or source, such as "--id_column 'key'", the documents
-            without a value there and those with one.
+        columns: for `id_column` and `source_column`, if the options have them, the documents without a value there and
+            those with one.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -87,7 +87,7 @@ class Account:
             self.columns[option] = list(map(add, self.columns.get(option, [0, 0]), counts))
 
     def count_value(self, option: str, value: str | None) -> None:
-        """Count a document by whether it has a value in the column that an option names."""
+        """Count a document by whether it has a value in the column of an option."""
         self.columns.setdefault(option, [0, 0])[bool(value)] += 1
 
     def _add_place(self, place: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class Account:
 
     @property
     def without_value(self) -> dict[str, int]:
-        """By option, the number of documents without a value in the column that it names, unless all have one."""
+        """By option, the number of documents without a value in its column, unless all have one."""
         return {option: without for option, (without, _) in self.columns.items() if without}
 
 
@@ -117,9 +117,9 @@ def kept_documents(piece: Piece, options: ReadOptions, account: Account) -> Iter
     for item in read_documents(piece, options):
         if isinstance(item, Document):
             if options.id_column is not None:
-                account.count_value(f"--id_column {options.id_column!r}", item.id)
+                account.count_value("id_column", item.id)
             if options.source_column is not None:
-                account.count_value(f"--source_column {options.source_column!r}", item.source)
+                account.count_value("source_column", item.source)
             item = kept_or_rejected(item, piece, options)
         if isinstance(item, Reject):
             account.reject(piece.path, item)
@@ -272,8 +272,9 @@ class BadDocuments:
     follow others that do not; a note says it sooner.
     """
 
-    def __init__(self, max_fraction: float):
-        self._max_fraction, self._accounts, self._total = max_fraction, dict[str, Account](), Account()
+    def __init__(self, max_fraction: float, options: ReadOptions):
+        self._max_fraction, self._options = max_fraction, options
+        self._accounts, self._total = dict[str, Account](), Account()
         self._noted: set[str] = set()
 
     def add(self, part: dict[str, Account]) -> None:
@@ -283,28 +284,32 @@ class BadDocuments:
             if account.bad:
                 self._accounts.setdefault(path, Account()).add(account)
         if (read := self._total.counts.total()) >= MIN_DOCUMENTS_TO_STOP:
-            self._check_fraction()
-            for option in self._without_any_value() - self._noted:
-                self._noted.add(option)
+            self.check()
+            for column in self._empty_columns() - self._noted:
+                self._noted.add(column)
                 print(
-                    f"note: none of the first {read} documents has a value in {option}; the command fails at its end "
+                    f"note: none of the first {read} documents has a value in {column}; the command fails at its end "
                     "if no document has",
                     flush=True,
                 )
 
-    def check(self) -> None:
-        """Check all documents. Raises a `UserError` that names the worst file, and its first document with the most
-        common reason, or the column."""
-        self._check_fraction()
-        for option in sorted(self._without_any_value()):
+    def check_columns(self) -> None:
+        """Raise a `UserError` that names the columns in which no document has a value."""
+        if columns := self._empty_columns():
             raise UserError(
-                f"no document has a value in {option}: write the column's name as in the input, or leave it out"
+                f"no document has a value in {' or '.join(sorted(columns))}: write the column's name as in the input, "
+                "or leave it out"
             )
 
-    def _without_any_value(self) -> set[str]:
-        return {option for option, (_, with_value) in self._total.columns.items() if not with_value}
+    def _empty_columns(self) -> set[str]:
+        return {
+            f"--{option} {getattr(self._options, option)!r}"
+            for option, (_, with_value) in self._total.columns.items()
+            if not with_value
+        }
 
-    def _check_fraction(self) -> None:
+    def check(self) -> None:
+        """Raise a `UserError` that names the worst file, and its first document with the most common reason."""
         read, bad = self._total.counts.total(), self._total.bad
         if bad > self._max_fraction * read:
             worst = max(self._accounts, key=lambda path: self._accounts[path].bad)  # the first of several
@@ -341,9 +346,9 @@ def summary_lines(infos: Sequence[InputInfo]) -> list[str]:
 
 
 def without_value_lines(counts: Iterable[Mapping[str, int]]) -> list[str]:
-    """Say how many documents have no value in the columns that options name."""
+    """Say how many documents have no value in the columns of options."""
     total: Counter[str] = sum(map(Counter, counts), Counter())
-    return [f"without     {count} documents have no value in {option}" for option, count in total.items()]
+    return [f"without     {count} documents have no value in the column of --{name}" for name, count in total.items()]
 
 
 def _too_long_lines(infos: Sequence[InputInfo], documents: int) -> list[str]:

@@ -143,7 +143,7 @@ def account_of(kept=0, bad=0, offset=0):
 def test_a_job_stops_above_the_fraction_and_names_the_worst_file(tmp_path):
     paths = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
     (tmp_path / "b.txt").write_bytes(b"one\n\n\xff")
-    bad = BadDocuments(0.1)
+    bad = BadDocuments(0.1, ReadOptions())
     bad.add({paths[0]: account_of(26, 1), paths[1]: account_of(1, 2, offset=5)})
     bad.check()
     bad.add({paths[0]: account_of(0, 1)})
@@ -154,7 +154,7 @@ def test_a_job_stops_above_the_fraction_and_names_the_worst_file(tmp_path):
 
 def test_a_job_stops_early_once_enough_was_read(monkeypatch):
     monkeypatch.setattr(accounts, "MIN_DOCUMENTS_TO_STOP", 20)
-    bad = BadDocuments(0.5)
+    bad = BadDocuments(0.5, ReadOptions())
     bad.add({"a.txt": account_of(1, 18)})
     with pytest.raises(UserError, match=r"20 of 21 .*\(18\) in 'a\.txt'"):
         bad.add({"b.txt": account_of(0, 2)})
@@ -162,17 +162,17 @@ def test_a_job_stops_early_once_enough_was_read(monkeypatch):
 
 def test_a_column_without_values_is_noted_once_before_the_end(monkeypatch, capsys):
     monkeypatch.setattr(accounts, "MIN_DOCUMENTS_TO_STOP", 3)
-    bad, notes = BadDocuments(0.5), []
+    bad, notes = BadDocuments(0.5, ReadOptions(id_column="key")), []
     for value in (None, None, None, "id"):
         part = account_of(2)
-        part.count_value("--id_column 'key'", value)
+        part.count_value("id_column", value)
         bad.add({"a.jsonl": part})
         notes.append("none of the first 4 documents has a value in --id_column 'key'" in capsys.readouterr().out)
         if value is None:
             with pytest.raises(UserError, match="no document has a value in --id_column 'key'"):
-                bad.check()
+                bad.check_columns()
     assert notes == [False, True, False, False]
-    bad.check()
+    bad.check_columns()
 
 
 def test_a_place_in_a_compressed_file_has_the_line_of_its_text(tmp_path):

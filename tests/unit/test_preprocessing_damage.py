@@ -338,7 +338,7 @@ def test_the_remedy_fits_the_commonest_reason():
     account = Account()
     for reason in ["missing_column"] * 6 + ["bad_json"] * 7:
         account.reject("a.jsonl", Reject(reason, 0, reason))
-    bad = BadDocuments(0.5)
+    bad = BadDocuments(0.5, ReadOptions())
     bad.add({"a.jsonl": account})
     with pytest.raises(UserError, match=r"13 of 13 .* bad_json; fix or remove the line"):
         bad.check()
