@@ -44,7 +44,8 @@ def test_two_workers_write_the_bytes_of_one(files, tokenizer_folder, tmp_path, d
 
 
 def test_a_killed_worker_stops_the_job_and_the_other_workers():
-    dies, sleeps = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "import time; time.sleep(60)"
+    dies, sleeps = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "import time; time.sleep(3)"
+    # If it dies before the executor watches it, that is noticed as soon as the other has a result.
     with (
         pytest.raises(JobStopped, match=r"a worker process was killed, .* with fewer than --workers 2"),
         local_workers(2) as workers,
